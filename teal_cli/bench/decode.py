@@ -1,0 +1,127 @@
+"""Tokens per second of decoding, dense and sparse, in one process, in turn."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from teal_cli.bench.timing import Spread, synchronize
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.decode.engine import Engine
+from teal_cli.sparse import apply_plan_, sparse_layers
+
+
+@dataclass(frozen=True)
+class DecodeRun:
+    """Decoding speed at one sparsity."""
+
+    backend: str
+    """`dense`, or the sparse backend that ran."""
+    sparsity: float
+    realised_sparsity: float
+    tokens_per_second: Spread
+    bytes_per_token: int
+    """Weight bytes that one token had to read, at the realised sparsity."""
+    bandwidth_gb_s: float
+    """bytes_per_token times the median speed: what the decoding really drew from memory, 1e9 bytes a second."""
+    speedup: float
+    """Median speed over the dense run's."""
+
+
+def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
+    """Bytes of weights that one decoded token reads.
+
+    Every parameter once, except the rows of dropped inputs and an input embedding that is not also
+    the output layer (one row of it is read).
+
+    Args:
+        model: a transformers causal language model.
+        realised: projection name -> realised sparsity; missing ones are dense.
+    """
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    tied = output is not None and output.weight is embedding
+    total = sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
+    if not tied:
+        total += embedding.shape[1] * embedding.element_size()
+    layers = sparse_layers(model)
+    skipped = sum(layers[name].weight.nbytes * share for name, share in realised.items())
+    return round(total - skipped)
+
+
+def bench_decode(
+    engine: Engine,
+    plans: Sequence[SparsityPlan],
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    repeats: int,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> list[DecodeRun]:
+    """Time decoding at every plan and dense, in turn; the first result is dense.
+
+    Args:
+        engine: of a model with sparse layers.
+        plans: sparsities to measure.
+        prompt: (1, tokens) int64.
+        new_tokens: decode steps a repeat; the prefill is not timed.
+        repeats: timed repeats of each, after one warm-up that also counts the realised sparsity.
+        on_tokens: called with the tokens decoded after each repeat.
+    """
+    control = engine.control
+    if control is None:
+        raise ValueError("bench_decode needs a model with sparse layers")
+    settings: list[SparsityPlan | None] = [None, *plans]
+
+    def decode(plan: SparsityPlan | None) -> float:
+        """Seconds for new_tokens steps."""
+        if plan is not None:
+            apply_plan_(engine.model, plan)
+        with control.switched_off() if plan is None else nullcontext():
+            cache = engine.new_cache(prompt.shape[1] + new_tokens)
+            token = engine.prefill(prompt.to(engine.device), cache).argmax(-1, keepdim=True)
+            synchronize(engine.device)
+            started = time.perf_counter()
+            for _ in range(new_tokens):
+                token = engine.step(token, cache).argmax(-1, keepdim=True)
+            synchronize(engine.device)
+            return time.perf_counter() - started
+
+    realised: list[dict[str, float]] = []
+    model_wide: list[float] = []
+    for plan in settings:
+        with control.counting() as counter:
+            decode(plan)
+        realised.append(counter.by_projection())
+        model_wide.append(counter.model_wide() or 0.0)
+        on_tokens(new_tokens)
+    speeds: list[list[float]] = [[] for _ in settings]
+    for _ in range(repeats):
+        for index, plan in enumerate(settings):
+            speeds[index].append(new_tokens / decode(plan))
+            on_tokens(new_tokens)
+    spreads = [Spread.of(values) for values in speeds]
+    runs = []
+    for index, plan in enumerate(settings):
+        size = weight_bytes_per_token(engine.model, realised[index])
+        runs.append(
+            DecodeRun(
+                backend="dense" if plan is None else control.backend,
+                sparsity=0.0 if plan is None else plan.target_sparsity,
+                realised_sparsity=model_wide[index],
+                tokens_per_second=spreads[index],
+                bytes_per_token=size,
+                bandwidth_gb_s=size * spreads[index].median / 1e9,
+                speedup=spreads[index].median / spreads[0].median,
+            )
+        )
+    return runs
+
+
+def random_prompt(vocabulary: int, tokens: int, seed: int) -> Tensor:
+    """(1, tokens) int64 of random tokens, for models with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, tokens), generator=generator)

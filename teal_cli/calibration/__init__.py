@@ -1,0 +1,1 @@
+"""Measuring hidden states: collection (hooks), histograms (maths), and their artefact."""

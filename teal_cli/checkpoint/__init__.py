@@ -1,0 +1,1 @@
+"""The artefacts on disk: read, write, validate, version. Formats: docs/formats.md."""

@@ -1,0 +1,133 @@
+"""The calibration artefact: RUN/calibration.safetensors and RUN/calibration.json."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from teal_cli.calibration import histogram
+from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
+from teal_cli.errors import ArtefactError, reading
+from teal_cli.models.architectures import Projection
+
+FORMAT_VERSION = 1
+_TENSORS = "calibration.safetensors"
+_META = "calibration.json"
+
+
+@dataclass
+class CalibrationInfo:
+    """What made a calibration."""
+
+    model: str
+    weights: str
+    """Fingerprint of the dense weights (`checkpoint.weights.fingerprint`)."""
+    dataset: str
+    tokens: int
+    """Tokens read; the sink tokens among them were not counted."""
+    seq_len: int
+    sink_tokens: int
+    seed: int
+    dtype: str
+    device: str
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Calibration:
+    """Histograms of every site, and who reads them."""
+
+    info: CalibrationInfo
+    projections: list[Projection]
+    histograms: dict[str, Tensor]
+    """Site name -> (BINS,) int64."""
+
+    def threshold(self, projection: Projection, sparsity: float) -> float:
+        """The threshold at which a projection drops this fraction of its inputs.
+
+        Raises:
+            ArtefactError: the site's histogram cannot give one.
+        """
+        try:
+            return histogram.threshold_for(self.histograms[projection.site], sparsity)
+        except ValueError as error:
+            raise ArtefactError(f"{projection.site}: {error}") from error
+
+    def merged(self, other: "Calibration") -> "Calibration":
+        """This and another calibration of the same weights as one, exactly.
+
+        Raises:
+            ArtefactError: other weights, projections, dtype or sink tokens.
+        """
+        for key in ("weights", "dtype", "sink_tokens"):
+            if getattr(self.info, key) != getattr(other.info, key):
+                raise ArtefactError(f"calibrations with different {key} cannot be merged")
+        if self.projections != other.projections:
+            raise ArtefactError("calibrations of different projections cannot be merged")
+        same_text = self.info.dataset == other.info.dataset
+        info = CalibrationInfo(
+            **asdict(self.info)
+            | {
+                "tokens": self.info.tokens + other.info.tokens,
+                "seconds": self.info.seconds + other.info.seconds,
+                "dataset": self.info.dataset if same_text else f"{self.info.dataset} + {other.info.dataset}",
+            }
+        )
+        histograms = {site: counts + other.histograms[site] for site, counts in self.histograms.items()}
+        return Calibration(info, self.projections, histograms)
+
+
+def exists(run: Path) -> bool:
+    """Whether a RUN folder holds a calibration (the JSON is written last)."""
+    return (run / _META).is_file()
+
+
+def save(calibration: Calibration, run: Path) -> None:
+    """Write RUN/calibration.safetensors, then RUN/calibration.json with its digest."""
+    tensors = {site: counts.to(torch.int64).contiguous() for site, counts in calibration.histograms.items()}
+    with atomic_path(run / _TENSORS) as temporary:
+        save_file(tensors, temporary)
+    meta: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        **asdict(calibration.info),
+        "projections": [asdict(projection) for projection in calibration.projections],
+        "tensors_sha256": file_digest(run / _TENSORS),
+    }
+    write_json(run / _META, meta)
+
+
+def load(run: Path) -> Calibration:
+    """Read and check a calibration.
+
+    Raises:
+        ArtefactError: missing, of another format version, truncated or altered.
+    """
+    path = run / _META
+    if not path.is_file():
+        raise ArtefactError(f"no calibration in {run}: run `teal calibrate` first")
+    meta = read_json(path, "calibration")
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtefactError(
+            f"calibration {path} has format version {version!r}, this teal reads {FORMAT_VERSION}: calibrate again"
+        )
+    tensors = run / _TENSORS
+    if not tensors.is_file():
+        raise ArtefactError(f"calibration {tensors} is missing: calibrate again")
+    if file_digest(tensors) != meta.get("tensors_sha256"):
+        raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
+    with reading("calibration", path, KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        fields = CalibrationInfo.__dataclass_fields__
+        info = CalibrationInfo(**{key: meta[key] for key in fields})
+        projections = [Projection(**entry) for entry in meta["projections"]]
+        histograms = load_file(tensors)
+        if not projections or {projection.site for projection in projections} != set(histograms):
+            raise ValueError("its projections do not match its histograms")
+        if any(counts.shape != (histogram.BINS,) for counts in histograms.values()):
+            raise ValueError("a histogram has the wrong size")
+    return Calibration(info, projections, histograms)

@@ -1,0 +1,128 @@
+"""Writing a TEAL checkpoint: the dense folder, linked or copied, with thresholds in its config."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from teal_cli import __version__
+from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.files import atomic_folder, read_json
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.weights import fingerprint, weight_files
+from teal_cli.errors import ArtefactError
+
+_SUMMARY = "teal.json"
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export wrote."""
+
+    folder: str
+    target_sparsity: float
+    allocation: str
+    projections: int
+    weights: str
+    """link or copy: how the weight files came here."""
+
+
+def check_calibration_fits(calibration: Calibration, dense: Path) -> str:
+    """The fingerprint of the dense weights, if the calibration was made with them.
+
+    Raises:
+        ArtefactError: calibrated with other weights.
+    """
+    digest = fingerprint(dense)
+    if calibration.info.weights != digest:
+        raise ArtefactError(
+            f"the calibration was made with another model ({calibration.info.model}, weights "
+            f"{calibration.info.weights[:12]}) than {dense} (weights {digest[:12]}): run `teal calibrate` for this one"
+        )
+    return digest
+
+
+def write_checkpoint(
+    dense: Path, plan: SparsityPlan, calibration: Calibration, out: Path, weights: Literal["link", "copy"]
+) -> ExportSummary:
+    """Write an ordinary transformers folder whose config carries the plan.
+
+    The weight files hold exactly the dense keys: they are the dense files, as hard links (symbolic
+    links across file systems) or copies. The folder appears whole or not at all.
+
+    Args:
+        dense: the dense model's folder.
+        plan: sparsity and threshold of every projection.
+        calibration: what the plan was made from; must be of the same weights.
+        out: folder to write; an earlier one is replaced when the new one is whole.
+        weights: "link" or "copy".
+
+    Raises:
+        ArtefactError: the calibration is of another model, or `dense` is a quantised model.
+    """
+    digest = check_calibration_fits(calibration, dense)
+    config = read_json(dense / "config.json", "model configuration")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise ArtefactError(f"{dense} is already quantised ({method}): export from the dense model")
+    shards = weight_files(dense)
+    with atomic_folder(out) as temporary:
+        for shard in shards:
+            _place(shard, temporary / shard.name, weights)
+        for file in _companions(dense):
+            shutil.copyfile(file, temporary / file.name)
+        config["quantization_config"] = plan.to_dict()
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        summary = _summary(plan, calibration, digest)
+        (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """teal.json of a TEAL checkpoint.
+
+    Raises:
+        ArtefactError: missing or damaged.
+    """
+    return read_json(folder / _SUMMARY, "checkpoint summary")
+
+
+def _companions(dense: Path) -> list[Path]:
+    """Tokenizer, generation config and the like: every small text file but config.json."""
+    wanted = {".json", ".jinja", ".txt", ".model", ".md"}
+    skipped = {"config.json", _SUMMARY}
+    return [file for file in sorted(dense.iterdir()) if file.suffix in wanted and file.name not in skipped]
+
+
+def _place(source: Path, target: Path, weights: Literal["link", "copy"]) -> None:
+    source = source.resolve()  # the hub's cache holds symbolic links
+    if weights == "copy":
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        target.symlink_to(source)
+
+
+def _summary(plan: SparsityPlan, calibration: Calibration, digest: str) -> dict[str, Any]:
+    shapes = {projection.name: projection for projection in calibration.projections}
+    return {
+        "teal_version": __version__,
+        "weights": digest,
+        "calibration": asdict(calibration.info),
+        "allocation": plan.allocation,
+        "target_sparsity": plan.target_sparsity,
+        "projections": [
+            {
+                "name": name,
+                "in_features": shapes[name].in_features,
+                "out_features": shapes[name].out_features,
+                "sparsity": entry.sparsity,
+                "threshold": entry.threshold,
+            }
+            for name, entry in plan.projections.items()
+        ],
+    }

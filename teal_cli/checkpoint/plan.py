@@ -1,0 +1,68 @@
+"""The sparsity plan: every projection's sparsity and threshold, as config.json carries it."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from teal_cli.errors import ArtefactError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "teal"
+"""The name under which transformers knows the format."""
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """One projection: the sparsity that was asked, and the threshold that gives it."""
+
+    sparsity: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Which projections are sparse and how much."""
+
+    allocation: str
+    target_sparsity: float
+    projections: dict[str, ProjectionPlan]
+    """Module path -> plan."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of a TEAL checkpoint."""
+        return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "SparsityPlan":
+        """Read and check a `quantization_config`.
+
+        Raises:
+            ArtefactError: another version, missing keys, or values that cannot be.
+        """
+        version = content.get("version")
+        if version != FORMAT_VERSION:
+            raise ArtefactError(
+                f"this TEAL checkpoint has format version {version!r}, this teal reads {FORMAT_VERSION}: "
+                "export it again"
+            )
+        try:
+            plan = cls(
+                allocation=str(content["allocation"]),
+                target_sparsity=float(content["target_sparsity"]),
+                projections={
+                    str(name): ProjectionPlan(float(entry["sparsity"]), float(entry["threshold"]))
+                    for name, entry in content["projections"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(
+                f"the thresholds of this TEAL checkpoint are damaged ({error!r}): export it again"
+            ) from error
+        if not plan.projections:
+            raise ArtefactError("this TEAL checkpoint names no projections: export it again")
+        for name, entry in plan.projections.items():
+            if not 0.0 <= entry.sparsity < 1.0:
+                raise ArtefactError(f"{name}: sparsity {entry.sparsity} is not in [0, 1): export it again")
+            if not (math.isfinite(entry.threshold) and entry.threshold >= 0.0):
+                raise ArtefactError(f"{name}: threshold {entry.threshold} is not a number >= 0: export it again")
+        return plan

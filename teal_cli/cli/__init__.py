@@ -1,0 +1,96 @@
+"""The command line: one module a verb, each parses, calls its step, and renders.
+
+Only the verb that runs is imported: `teal --help` must not wait for torch.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import typer
+
+from teal_cli import __version__
+from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error
+
+VERBS = {
+    "calibrate": "Measure a model's hidden states on text.",
+    "export": "Write a TEAL checkpoint: thresholds beside the weights.",
+    "generate": "Stream text from a sparse model.",
+    "bench": "Time decoding, dense against sparse.",
+    "eval": "Compare sparse with dense on held-out text.",
+    "run": "Run the whole chain of a YAML recipe; resumes where it stopped.",
+    "info": "Say what this machine and its libraries can do, and list model aliases.",
+}
+
+
+def _placeholder() -> None:
+    """Stands for a verb that is only listed."""
+
+
+def _command(verb: str) -> Callable[..., None]:
+    command: Callable[..., None] = import_module(f"teal_cli.cli.{verb}").command
+    return command
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The typer app for one command line; verbs that it does not name are placeholders."""
+    app = typer.Typer(
+        name="teal",
+        help="Faster decoding of language models by training-free activation sparsity.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+
+    def root(
+        version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+        debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    ) -> None:
+        if version:
+            typer.echo(f"teal {__version__}")
+            raise typer.Exit()
+
+    app.callback(invoke_without_command=False)(root)
+    wanted = next((argument for argument in arguments if argument in VERBS), None)
+    for verb, text in VERBS.items():
+        app.command(verb, help=text)(_command(verb) if verb == wanted else _placeholder)
+    return app
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"teal: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; the process's exit code.
+
+    --debug may stand anywhere.
+    """
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        result = build_app(arguments)(args=list(arguments), prog_name="teal", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished stages are kept", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if isinstance(error, typer.Abort):
+            return _fail("interrupted; finished stages are kept", EXIT_INTERRUPTED)
+        known = as_teal_error(error)
+        if debug:
+            raise
+        if known is not None:
+            return _fail(str(known), known.exit_code)
+        format_message = getattr(error, "format_message", None)
+        if format_message is not None:  # what typer found wrong with the command line itself
+            return _fail(f"{format_message()} (teal --help)", 2)
+        return _fail(f"unexpected {type(error).__name__}: {error} (a defect of teal; --debug shows where)", 1)
+
+
+def main() -> None:
+    """Entry point of the `teal` script."""
+    sys.exit(run(sys.argv[1:]))

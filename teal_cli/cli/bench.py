@@ -1,0 +1,21 @@
+"""`teal bench`."""
+
+from pathlib import Path
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import BenchConfig
+
+
+def _run(flags: Flags, config_file: Path | None) -> None:
+    config, reporter = prepare(BenchConfig, "bench", flags, config_file)
+    from teal_cli.report.tables import bench_tables
+    from teal_cli.steps.bench import bench
+
+    result = bench(config, reporter).to_json()
+    write_result(config, result)
+    for table in bench_tables(result):
+        reporter.show(table)
+
+
+command = with_options(BenchConfig, _run)

@@ -1,0 +1,24 @@
+"""`teal calibrate`."""
+
+from pathlib import Path
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import CalibrateConfig
+
+
+def _run(flags: Flags, config_file: Path | None) -> None:
+    config, reporter = prepare(CalibrateConfig, "calibrate", flags, config_file)
+    from teal_cli.report.tables import calibration_table
+    from teal_cli.steps.calibrate import calibrate, run_folder
+    from teal_cli.steps.run import calibration_summary
+    from teal_cli.workspace import Workspace
+
+    workspace = Workspace.of(config)
+    result = calibration_summary(calibrate(config, reporter, workspace))
+    write_result(config, result)
+    reporter.show(calibration_table(result))
+    reporter.say(f"written to {run_folder(config, workspace)}; next: teal export --model {config.model} --sparsity 0.5")
+
+
+command = with_options(CalibrateConfig, _run)

@@ -1,0 +1,20 @@
+"""`teal eval`."""
+
+from pathlib import Path
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import EvalConfig
+
+
+def _run(flags: Flags, config_file: Path | None) -> None:
+    config, reporter = prepare(EvalConfig, "eval", flags, config_file)
+    from teal_cli.report.tables import eval_table
+    from teal_cli.steps.evaluate import evaluate
+
+    result = evaluate(config, reporter).to_json()
+    write_result(config, result)
+    reporter.show(eval_table(result))
+
+
+command = with_options(EvalConfig, _run)

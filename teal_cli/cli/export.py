@@ -1,0 +1,25 @@
+"""`teal export`."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import ExportConfig
+
+
+def _run(flags: Flags, config_file: Path | None) -> None:
+    config, reporter = prepare(ExportConfig, "export", flags, config_file)
+    from teal_cli.steps.export import export
+
+    summary = export(config, reporter)
+    write_result(config, asdict(summary))
+    how = "linked to" if summary.weights == "link" else "copied from"
+    reporter.say(
+        f"{summary.projections} projections at sparsity {summary.target_sparsity:g} ({summary.allocation}), "
+        f"weights {how} the dense model"
+    )
+    reporter.say(f"written to {summary.folder}; next: teal eval --model {summary.folder}")
+
+
+command = with_options(ExportConfig, _run)

@@ -1,0 +1,81 @@
+"""`teal generate`: one prompt, stdin, or a conversation on a terminal."""
+
+import sys
+from pathlib import Path
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import GenerateConfig
+from teal_cli.errors import UsageError
+from teal_cli.report.console import Reporter
+from teal_cli.steps.generate import Generator, Reply
+
+
+def _run(flags: Flags, config_file: Path | None) -> None:
+    config, reporter = prepare(GenerateConfig, "generate", flags, config_file)
+    interactive = config.prompt is None
+    if interactive and not sys.stdin.isatty():
+        raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
+    if interactive and config.json_file is not None:
+        raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
+    prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt (flag --prompt) is empty")
+    generator = Generator(config, reporter)
+    if prompt is None:
+        converse(generator, reporter)
+        return
+    reply = generator.reply([{"role": "user", "content": prompt}], write=_write)
+    _write("\n")
+    reporter.say(summary(reply))
+    write_result(config, generator.to_json(prompt, reply))
+    if reply.interrupted:
+        raise KeyboardInterrupt
+
+
+def converse(generator: Generator, reporter: Reporter) -> None:
+    """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets."""
+    hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
+    reporter.say(f"{generator.name}, target sparsity {generator.target_sparsity:g}. {hint}.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            reporter.say("")
+            return
+        except KeyboardInterrupt:
+            reporter.say("\n(Ctrl-D leaves)")
+            continue
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages = []
+        if not line or line == "/new":
+            continue
+        # Without a template a model has no notion of turns: each line stands alone.
+        messages = (
+            [*messages, {"role": "user", "content": line}] if generator.chat else [{"role": "user", "content": line}]
+        )
+        reply = generator.reply(messages, write=_write)
+        _write("\n")
+        reporter.say(summary(reply) + (", interrupted" if reply.interrupted else ""))
+        messages.append({"role": "assistant", "content": reply.text})
+
+
+def summary(reply: Reply) -> str:
+    """One line: how much, how fast, how sparse."""
+    parts = [f"{reply.tokens} tokens"]
+    if reply.tokens_per_second is not None:
+        parts.append(f"{reply.tokens_per_second:.1f} tokens/s")
+    parts.append(f"prefill of {reply.prompt_tokens} in {reply.prefill_seconds:.2f} s")
+    realised = reply.realised_sparsity
+    parts.append("dense" if realised is None else f"realised sparsity {realised:.3f}")
+    return ", ".join(parts)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+command = with_options(GenerateConfig, _run)

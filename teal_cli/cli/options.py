@@ -1,0 +1,97 @@
+"""Command-line options, made from the configuration models: each field is a flag."""
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from teal_cli.config import SharedConfig, flag_name
+
+Flags = dict[str, Any]
+"""Outside key -> value, of the flags that were given."""
+
+_SHARED_PANEL = "Shared options"
+
+
+def with_options(
+    model: type[SharedConfig],
+    body: Callable[..., None],
+    *,
+    arguments: tuple[inspect.Parameter, ...] = (),
+) -> Callable[..., None]:
+    """A function with one typer option for every field of `model`, that calls `body`.
+
+    Options that were not given are not passed on, so that YAML and defaults can speak. Values are
+    checked by the model, not by typer: there is one set of rules and one form of message.
+
+    Args:
+        model: the verb's configuration.
+        body: takes the given flags and the --config file.
+        arguments: further typer parameters; their values are passed to body as keyword arguments.
+    """
+
+    def command(**values: Any) -> None:
+        config_file = values.pop("config", None)
+        extra = {parameter.name: values.pop(parameter.name) for parameter in arguments}
+        given = {keys[name]: value for name, value in values.items() if value is not None}
+        body(given, config_file, **extra)
+
+    keys = {name: field.alias or name for name, field in model.model_fields.items()}
+    config_option = typer.Option("--config", help="YAML file; every flag is a key", rich_help_panel=_SHARED_PANEL)
+    parameters = [
+        *arguments,
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config_option]
+        ),
+        *(_parameter(name, field) for name, field in model.model_fields.items()),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = flag_name(field.alias or name)
+    is_switch = _plain_type(field.annotation) is bool
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+        help=_help(field),
+        metavar=None if is_switch else _metavar(field),
+        rich_help_panel=_SHARED_PANEL if name in SharedConfig.model_fields else None,
+        show_default=False,
+    )
+    annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    text = field.description or ""
+    if default is PydanticUndefined or default is None or default is False:
+        return text
+    shown = ",".join(str(value) for value in default) if isinstance(default, list) else str(default)
+    return f"{text} (default {shown})"
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type inside Optional and Annotated."""
+    if get_origin(annotation) is Annotated:
+        return _plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in get_args(annotation) if part is not type(None)]
+        return _plain_type(inner[0])
+    return annotation
+
+
+def _metavar(field: FieldInfo) -> str:
+    kind = _plain_type(field.annotation)
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is list:
+        return "X,Y,.."
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")

@@ -1,0 +1,44 @@
+"""What the verbs share: a checked configuration, a quiet library stack, a JSON result."""
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+from teal_cli.cli.options import Flags
+from teal_cli.config import SharedConfig, load_verb
+from teal_cli.errors import UsageError
+from teal_cli.report.console import Reporter
+
+C = TypeVar("C", bound=SharedConfig)
+
+
+def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -> tuple[C, Reporter]:
+    """The verb's configuration and a reporter, with the libraries below told to be quiet.
+
+    Everything that is wrong with flags and YAML is raised here, before torch is imported.
+    """
+    config = load_verb(verb, flags, config_file)
+    if not isinstance(config, model):
+        raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
+    if config.json_file is not None and config.json_file.is_dir():
+        raise UsageError(f"json (flag --json): {config.json_file} is a folder, give a file")
+    quieten_libraries()
+    return config, Reporter(config.quiet)
+
+
+def quieten_libraries() -> None:
+    """No progress bars or warnings of the libraries below: the reporter is who talks to the user."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def write_result(config: SharedConfig, result: dict[str, Any]) -> None:
+    """Write --json, if asked."""
+    if config.json_file is not None:
+        from teal_cli.checkpoint.files import write_json
+
+        write_json(config.json_file, result)

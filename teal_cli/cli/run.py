@@ -1,0 +1,44 @@
+"""`teal run`."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import quieten_libraries
+from teal_cli.config import SharedConfig, load_recipe
+from teal_cli.errors import UsageError
+from teal_cli.report.console import Reporter
+
+_RECIPE = inspect.Parameter(
+    "recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, typer.Argument(help="YAML recipe")]
+)
+
+
+def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
+    if config_file is not None:
+        raise UsageError("teal run takes its configuration from RECIPE: leave out --config")
+    loaded = load_recipe(recipe, {key: value for key, value in flags.items() if key not in ("json", "quiet")})
+    reporter = Reporter(bool(flags.get("quiet", False)))
+    quieten_libraries()
+    from teal_cli.checkpoint.files import write_json
+    from teal_cli.report.tables import bench_tables, eval_table, run_table
+    from teal_cli.steps.run import run_recipe
+
+    results = run_recipe(loaded, reporter)
+    if "json" in flags:
+        write_json(Path(flags["json"]), results)
+    if "eval" in results:
+        reporter.show(eval_table(results["eval"]))
+    for table in bench_tables(results["bench"]) if "bench" in results else []:
+        reporter.show(table)
+    if "eval" in results or "bench" in results:
+        reporter.show(run_table(results))
+    if "generate" in results:
+        sample = results["generate"]
+        reporter.out.print(f"\n> {sample['prompt']}\n{sample['text']}", markup=False)
+
+
+command = with_options(SharedConfig, _run, arguments=(_RECIPE,))

@@ -1,0 +1,1 @@
+"""Decoding one sequence: prefill dense, then one token at a time."""

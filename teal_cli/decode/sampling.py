@@ -1,0 +1,41 @@
+"""Choosing the next token, on the device, with transformers' own logits warpers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Sampler:
+    """Draws tokens from logits, reproducibly for a seed."""
+
+    def __init__(self, config: SamplingConfig, device: torch.device) -> None:
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self._greedy = config.temperature == 0.0
+        self._generator = torch.Generator(device=device).manual_seed(config.seed)
+        self._warpers = LogitsProcessorList()
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(config.temperature))
+            if config.top_k > 0:
+                self._warpers.append(TopKLogitsWarper(config.top_k))
+            if config.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(config.top_p))
+
+    def next_token(self, logits: Tensor) -> Tensor:
+        """(batch, vocabulary) logits -> (batch, 1) int64 tokens."""
+        if self._greedy:
+            return logits.argmax(-1, keepdim=True)
+        # The warpers look at scores alone; they ask for input_ids by interface.
+        scores = self._warpers(None, logits.float())  # type: ignore[arg-type]
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)

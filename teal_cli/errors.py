@@ -1,0 +1,82 @@
+"""The errors a user can cause or meet, each with the exit code of its kind.
+
+A message is one line: what is wrong, where, and what to do. `cli.main` prints it and exits.
+"""
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+
+class TealError(Exception):
+    """Base class; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UsageError(TealError):
+    """Wrong flags, YAML or a contradiction between them."""
+
+    exit_code = 2
+
+
+class ArtefactError(TealError):
+    """A model, text or artefact is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class MachineError(TealError):
+    """This machine cannot: no GPU, out of memory, disk full, backend absent."""
+
+    exit_code = 4
+
+
+EXIT_INTERRUPTED = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"`, or the known names where none is close."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain one.
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def as_teal_error(error: Exception) -> TealError | None:
+    """The TealError that an exception from below stands for; None for a defect of ours."""
+    if isinstance(error, TealError):
+        return error
+    if _is_out_of_memory(error):
+        return MachineError(
+            "out of memory: use a smaller model, --dtype bfloat16, or a shorter --seq-len or --max-new-tokens"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return MachineError(f"the disk is full{where}: free some space and run the same command again")
+    # safetensors reports the operating system's error only as text.
+    if "No space left on device" in str(error):
+        return MachineError("the disk is full: free some space and run the same command again")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return ArtefactError(f"{error.filename}: {error.strerror}")
+    return None
+
+
+@contextmanager
+def reading(what: str, path: object, *expected: type[Exception]) -> Iterator[None]:
+    """Turn the expected ways of failing to read an artefact into one ArtefactError."""
+    try:
+        yield
+    except expected as error:
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtefactError(f"{what} {path} cannot be read ({detail}): make it again") from error

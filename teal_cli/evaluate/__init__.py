@@ -1,0 +1,1 @@
+"""Measuring quality: perplexity and drift on held-out text, and harness tasks."""

@@ -1,0 +1,79 @@
+"""Lets transformers load TEAL checkpoints: import this module, then `from_pretrained` as always.
+
+    import teal_cli.hf
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/uniform-0.50")
+
+Importing it imports transformers, which is why `import teal_cli` does not. Without this import
+transformers warns of an unknown quantisation type and loads the dense model.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan
+from teal_cli.sparse import apply_plan_, lay_out_, replace_projections_
+
+
+class TealConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a TEAL checkpoint: a validated `SparsityPlan`.
+
+    Raises:
+        ArtefactError: another format version, or damaged thresholds.
+    """
+
+    def __init__(self, **content: Any) -> None:
+        content.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # its enum is closed
+        self.plan = SparsityPlan.from_dict(content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes into config.json."""
+        return self.plan.to_dict()
+
+    def __repr__(self) -> str:
+        return (
+            f"TealConfig(allocation={self.plan.allocation!r}, target_sparsity={self.plan.target_sparsity}, "
+            f"projections={len(self.plan.projections)})"
+        )
+
+
+class TealQuantizer(HfQuantizer):
+    """Replaces projections before the weights are read, sets thresholds and layout after."""
+
+    requires_calibration = False
+    requires_parameters_quantization = False
+    quantization_config: TealConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        replace_projections_(model, self.quantization_config.plan.projections)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
+        lay_out_(model)
+        apply_plan_(model, self.quantization_config.plan)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The checkpoint can be saved again: the weights are the dense ones."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: dropped inputs get no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes; the default would switch off `generate`'s own compilation."""
+        return True
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises
+    register_quantization_config(QUANT_METHOD)(TealConfig)
+    register_quantizer(QUANT_METHOD)(TealQuantizer)

@@ -1,0 +1,1 @@
+"""Finding, converting, describing and loading models."""

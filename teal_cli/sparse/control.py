@@ -1,0 +1,134 @@
+"""How a model's sparse layers behave right now: one object that all of them share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from teal_cli.errors import MachineError
+from teal_kernels import BackendUnavailableError, resolve_backend
+
+Mode = Literal["auto", "dense", "masked"]
+
+
+@dataclass
+class _Tally:
+    """Inputs seen and dropped by one projection."""
+
+    seen: int = 0
+    dropped: Tensor | int = 0
+    """A 0-d tensor on the device until it is read, so that counting does not synchronise."""
+
+
+class SparsityCounter:
+    """Counts what is really dropped: realised sparsity, by projection and model-wide."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, _Tally] = {}
+        self._weights: dict[str, int] = {}
+
+    def add(self, name: str, parameters: int, active: Tensor) -> None:
+        """Count one call: `active` is a bool tensor over the inputs that this call could drop."""
+        tally = self._tallies.setdefault(name, _Tally())
+        self._weights[name] = parameters
+        tally.seen += active.numel()
+        tally.dropped = tally.dropped + (active.numel() - active.count_nonzero())
+
+    def by_projection(self) -> dict[str, float]:
+        """Realised sparsity of each projection that ran sparse."""
+        return {name: int(tally.dropped) / tally.seen for name, tally in self._tallies.items() if tally.seen}
+
+    def model_wide(self) -> float | None:
+        """Realised sparsity weighted by parameters; None if nothing ran sparse."""
+        realised = self.by_projection()
+        total = sum(self._weights[name] for name in realised)
+        if not total:
+            return None
+        return sum(value * self._weights[name] for name, value in realised.items()) / total
+
+
+@dataclass
+class SparsityControl:
+    """Shared state of the sparse layers of one model.
+
+    `auto` is how a model is served: several tokens in a row are a prefill and run dense, a single
+    token is a decode step and runs sparse. `dense` switches sparsity off. `masked` is for
+    evaluation: many positions at once through dense products with masked inputs, which is the same
+    mathematics as decoding them one by one; the first `dense_prefix` positions stay dense. While
+    `enabled` is False every mode is dense.
+    """
+
+    mode: Mode = "auto"
+    enabled: bool = True
+    backend: str = "auto"
+    dense_prefix: int = 0
+    counter: SparsityCounter | None = field(default=None, repr=False)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Every layer dense inside the block, whatever mode is chosen there."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Every layer dense inside the block."""
+        with self._switched("dense", 0):
+            yield
+
+    @contextmanager
+    def masked(self, dense_prefix: int) -> Iterator[None]:
+        """Positions from `dense_prefix` on sparse, by masking, inside the block."""
+        with self._switched("masked", dense_prefix):
+            yield
+
+    @contextmanager
+    def _switched(self, mode: Mode, dense_prefix: int) -> Iterator[None]:
+        before = self.mode, self.dense_prefix
+        self.mode, self.dense_prefix = mode, dense_prefix
+        try:
+            yield
+        finally:
+            self.mode, self.dense_prefix = before
+
+    @contextmanager
+    def counting(self) -> Iterator[SparsityCounter]:
+        """Count dropped inputs inside the block."""
+        before, self.counter = self.counter, SparsityCounter()
+        try:
+            yield self.counter
+        finally:
+            self.counter = before
+
+
+def control_of(model: nn.Module) -> SparsityControl:
+    """The control of a sparse model.
+
+    Raises:
+        LookupError: the model has no sparse layers.
+    """
+    from teal_cli.sparse.linear import SparseLinear
+
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            return module.control
+    raise LookupError("the model has no sparse layers")
+
+
+def use_backend(control: SparsityControl, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the backend of a model; the name of the one that will run.
+
+    Raises:
+        MachineError: a backend asked for by name cannot run here.
+    """
+    try:
+        control.backend = resolve_backend(backend, device, dtype)
+    except BackendUnavailableError as error:
+        raise MachineError(f"backend {backend}: {error}; use --backend auto") from error
+    return control.backend

@@ -1,0 +1,111 @@
+"""The sparse linear layer: a drop-in `nn.Linear` that skips small inputs while decoding."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teal_cli.checkpoint.plan import ProjectionPlan
+from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.site import Site
+from teal_kernels import active_inputs
+
+# Below this many rows MKL's float32 product rounds differently for the two weight layouts; from it
+# on the results were equal bit for bit (2 to 256 rows, 12 shapes from 37x65 to 4096x14336, AVX-512).
+# bfloat16 was always equal, float16 never.
+_LAYOUT_EXACT_ROWS = 16
+
+
+class SparseLinear(nn.Linear):
+    """`nn.Linear` whose inputs below a threshold are dropped when one token a row is decoded.
+
+    `weight` stays (out, in) with the dense model's key and values; its site lays it out input-major
+    in memory. `threshold` is a 0-d float32 buffer that is not saved: it lives in the
+    checkpoint's configuration. A layer with sparsity 0 is an ordinary linear layer.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        name: str,
+        control: SparsityControl,
+        site: Site,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.name = name
+        self.control = control
+        self.site = site
+        self.number = site.add(self)
+        self.sparsity = 0.0
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, name: str, control: SparsityControl, site: Site) -> "SparseLinear":
+        """A sparse layer that takes over the parameters of a dense one, without a copy."""
+        has_bias = linear.bias is not None
+        layer = cls(
+            linear.in_features, linear.out_features, has_bias, name=name, control=control, site=site, device="meta"
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        return layer
+
+    def plan_(self, plan: ProjectionPlan) -> None:
+        """Set sparsity and threshold, on the device of the weight."""
+        self.sparsity = plan.sparsity
+        self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.weight.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
+        self.site.forget_layout()
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As a dense layer saves: row-major tensors that share no storage."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+
+    def extra_repr(self) -> str:
+        """Shape, sparsity and threshold, for `print(model)`."""
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.3f}, threshold={float(self.threshold):.4g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
+        control = self.control
+        tokens = x.shape[-2] if x.dim() > 1 else 1
+        if (
+            self.sparsity == 0.0
+            or not control.enabled
+            or control.mode == "dense"
+            or (control.mode == "auto" and tokens > 1)
+        ):
+            return self._dense(x)
+        if control.mode == "masked":
+            active = active_inputs(x, self.threshold)
+            active[..., : control.dense_prefix, :] = True
+            if control.counter is not None:
+                control.counter.add(self.name, self.weight.numel(), active[..., control.dense_prefix :, :])
+            return F.linear(x * active, self.weight, self.bias)
+        if control.counter is not None:
+            control.counter.add(self.name, self.weight.numel(), active_inputs(x, self.threshold))
+        return self.site.product(self.number, x, control.backend)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The plain product, with the plain layer's bits when it is a prefill on the CPU."""
+        weight = self.weight
+        if x.device.type == "cpu" and x.dim() > 1 and x.shape[-2] > 1 and not weight.is_contiguous():
+            rows = x.numel() // x.shape[-1]
+            exact = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and rows >= _LAYOUT_EXACT_ROWS)
+            if not exact:
+                # A transposed copy of one weight, for as long as one product takes.
+                weight = weight.contiguous()
+        return F.linear(x, weight, self.bias)

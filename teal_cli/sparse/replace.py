@@ -1,0 +1,79 @@
+"""Putting sparse layers in the place of a model's projections, and thresholds into them."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import find_projections
+from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.site import Site
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Module path -> sparse layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityControl:
+    """Replace linear layers by sparse ones that hold the same parameters (on any device, meta too).
+
+    Raises:
+        ArtefactError: a name that is no linear layer of this model.
+    """
+    control = SparsityControl()
+    site_names = {projection.name: projection.site for projection in find_projections(model)}
+    sites: defaultdict[str, Site] = defaultdict(Site)
+    for name in names:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
+        parent, _, child = name.rpartition(".")
+        site = sites[site_names.get(name, name)]
+        layer = SparseLinear.from_linear(linear, name=name, control=control, site=site)
+        setattr(model.get_submodule(parent), child, layer)
+    return control
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    """Every site once."""
+    return list({id(layer.site): layer.site for layer in sparse_layers(model).values()}.values())
+
+
+def lay_out_(model: nn.Module) -> None:
+    """Lay every projection's weight out for skipping inputs, where it is not yet.
+
+    Needed after loading and after a move to another device; until then decoding is right but slow.
+    """
+    for site in _sites(model):
+        site.lay_out_()
+
+
+def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
+    """Set the thresholds of a model whose projections were replaced.
+
+    Raises:
+        ArtefactError: the plan's projections are not the model's.
+    """
+    layers = sparse_layers(model)
+    if set(layers) != set(plan.projections):
+        odd = sorted(set(layers) ^ set(plan.projections))[0]
+        raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")
+    for name, layer in layers.items():
+        layer.plan_(plan.projections[name])
+    for site in _sites(model):
+        site.thresholds_changed()
+
+
+def sparsify_(model: nn.Module, plan: SparsityPlan) -> SparsityControl:
+    """Make a dense model, loaded already, decode sparsely by a plan. The weights are not copied."""
+    control = replace_projections_(model, plan.projections)
+    lay_out_(model)
+    apply_plan_(model, plan)
+    return control

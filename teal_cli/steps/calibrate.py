@@ -1,0 +1,78 @@
+"""Calibrate: text through the dense model, histograms of its hidden states out."""
+
+import time
+from pathlib import Path
+
+from teal_cli.calibration.collect import collect
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
+from teal_cli.checkpoint.weights import fingerprint
+from teal_cli.config import CalibrateConfig
+from teal_cli.data import token_blocks
+from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.report.console import Reporter
+from teal_cli.versions import library_versions
+from teal_cli.workspace import Workspace
+
+
+def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace | None = None) -> Calibration:
+    """Measure a model's hidden states and write the calibration to its run folder.
+
+    Raises:
+        TealError: anything wrong with model, text or machine.
+    """
+    workspace = workspace or Workspace.of(config)
+    workspace.require_dense("calibrate")
+    source = workspace.source
+    # Whatever can fail cheaply fails before the model is loaded.
+    architecture_of(str(source.config.get("model_type")))
+    tokenizer = load_tokenizer(source.folder)
+    model = None
+    if config.dataset == "self":
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
+    blocks = token_blocks(
+        config.dataset,
+        tokenizer,
+        tokens=config.tokens,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        half="calibration",
+        model=model,
+    )
+    if model is None:
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+    projections = find_projections(model)
+    started = time.perf_counter()
+    with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
+        histograms = collect(
+            model, projections, blocks.split(config.batch_size), sink_tokens=config.sink_tokens, on_batch=advance
+        )
+    info = CalibrationInfo(
+        model=source.name,
+        weights=fingerprint(source.folder),
+        dataset=dataset_identity(config.dataset),
+        tokens=blocks.numel(),
+        seq_len=config.seq_len,
+        sink_tokens=config.sink_tokens,
+        seed=config.seed,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        seconds=time.perf_counter() - started,
+        versions=library_versions(),
+    )
+    result = Calibration(info, projections, histograms)
+    calibration_file.save(result, run_folder(config, workspace))
+    return result
+
+
+def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
+    """Where this calibration is written."""
+    return config.out or workspace.run
+
+
+def dataset_identity(dataset: str) -> str:
+    """A dataset's name as artefacts record it: a file by its full path, so that eval recognises it."""
+    path = Path(dataset).expanduser()
+    return str(path.resolve()) if path.suffix in (".txt", ".jsonl") else dataset

@@ -1,0 +1,21 @@
+"""Export: a calibration and a target in, a TEAL checkpoint out."""
+
+from teal_cli.allocation import make_plan
+from teal_cli.checkpoint.export import ExportSummary, write_checkpoint
+from teal_cli.config import ExportConfig
+from teal_cli.report.console import Reporter
+from teal_cli.workspace import Workspace, calibration_for
+
+
+def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None = None) -> ExportSummary:
+    """Write the TEAL checkpoint of a model at one sparsity.
+
+    Raises:
+        TealError: anything wrong with model, calibration or disk.
+    """
+    workspace = workspace or Workspace.of(config)
+    workspace.require_dense("export")
+    calibration = calibration_for(config, workspace, reporter)
+    plan = make_plan(calibration, config.sparsity, config.allocation)
+    folder = config.out or workspace.export_folder(config.allocation, config.sparsity)
+    return write_checkpoint(workspace.source.folder, plan, calibration, folder, config.weights)

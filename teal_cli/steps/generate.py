@@ -1,0 +1,118 @@
+"""Generate: prompts in, streamed text out."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from teal_cli.config import GenerateConfig
+from teal_cli.decode.chat import Message, encode_prompt, stop_ids, text_streamer, wants_chat
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.report.console import Reporter
+from teal_cli.sparse import SparsityCounter, use_backend
+from teal_cli.workspace import Workspace, checkpoint_for
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    prefill_seconds: float
+    """Until the first token."""
+    tokens_per_second: float | None
+    """Of the decode steps, counting of dropped inputs included; None for a reply of one token."""
+    realised_sparsity: float | None
+    """None where nothing ran sparse."""
+    interrupted: bool
+    """Ended by Ctrl-C; the text is what had come until then."""
+
+
+class Generator:
+    """A loaded model that answers prompts.
+
+    Args:
+        config: model, sparsity, sampling.
+        reporter: where missing stages are announced.
+
+    Raises:
+        TealError: anything wrong with model, calibration or machine.
+    """
+
+    def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
+        workspace = workspace or Workspace.of(config)
+        self.config = config
+        self.name = workspace.source.name
+        self.tokenizer = load_tokenizer(workspace.source.folder)
+        self.chat = wants_chat(self.tokenizer, config.chat)
+        folder = workspace.source.folder
+        if config.sparsity != 0.0 or workspace.source.is_teal_checkpoint:
+            folder = checkpoint_for(config, config.sparsity, workspace, reporter)
+        self.model = load_model(folder, device=config.device, dtype=config.dtype)
+        self.engine = Engine(self.model)
+        self.stop = stop_ids(self.model, self.tokenizer, config.stop)
+        if self.engine.control is not None:
+            use_backend(self.engine.control, config.backend, self.engine.device, self.model.dtype)
+
+    def reply(self, messages: list[Message], write: Callable[[str], None] = lambda text: None) -> Reply:
+        """Answer a conversation, handing text to `write` as it comes.
+
+        Ctrl-C (KeyboardInterrupt) ends the reply and is reported in it, not raised.
+        """
+        prompt = encode_prompt(self.tokenizer, messages, self.chat)
+        pieces: list[str] = []
+
+        def emit(text: str) -> None:
+            pieces.append(text)
+            write(text)
+
+        streamer = text_streamer(self.tokenizer, emit)
+        sampling = SamplingConfig(self.config.temperature, self.config.top_k, self.config.top_p, seed=self.config.seed)
+        control = self.engine.control
+        count, interrupted = 0, False
+        first = last = started = time.perf_counter()
+        with control.counting() if control else nullcontext(SparsityCounter()) as counter:
+            try:
+                for token in self.engine.generate(
+                    prompt, max_new_tokens=self.config.max_new_tokens, sampling=sampling, stop=self.stop
+                ):
+                    last = time.perf_counter()
+                    first = last if count == 0 else first
+                    count += 1
+                    streamer.put(torch.tensor([token]))
+            except KeyboardInterrupt:
+                interrupted = True
+            streamer.end()
+        return Reply(
+            text="".join(pieces),
+            prompt_tokens=prompt.shape[1],
+            tokens=count,
+            prefill_seconds=first - started,
+            tokens_per_second=(count - 1) / (last - first) if count > 1 else None,
+            realised_sparsity=counter.model_wide(),
+            interrupted=interrupted,
+        )
+
+    def to_json(self, prompt: str, reply: Reply) -> dict[str, Any]:
+        """The contract of `teal generate --json` (docs/formats.md)."""
+        return {
+            "model": self.name,
+            "prompt": prompt,
+            "chat": self.chat,
+            "target_sparsity": self.target_sparsity,
+            **asdict(reply),
+            "seed": self.config.seed,
+        }
+
+    @property
+    def target_sparsity(self) -> float:
+        """What was asked of the loaded model; 0 where it is dense."""
+        quantization = getattr(self.model.config, "quantization_config", None)
+        return quantization.plan.target_sparsity if quantization is not None else 0.0

@@ -1,0 +1,122 @@
+"""Run: the chain of a recipe, stage after stage; finished stages are kept and skipped next time."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.files import read_json, write_json
+from teal_cli.checkpoint.weights import fingerprint, weight_files
+from teal_cli.config import (
+    BenchConfig,
+    CalibrateConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    RunConfig,
+    SharedConfig,
+)
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.report.console import Reporter
+from teal_cli.steps.bench import bench
+from teal_cli.steps.calibrate import calibrate, run_folder
+from teal_cli.steps.evaluate import evaluate
+from teal_cli.steps.export import export
+from teal_cli.steps.generate import Generator
+from teal_cli.workspace import Workspace
+
+_STATE = "run.json"
+
+
+def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any]]:
+    """Run the stages that are not done yet.
+
+    A stage is done when RUN/run.json says that it finished with this very configuration, after the
+    same earlier stages, on the same weights, and its artefact is still whole.
+
+    Returns:
+        stage -> its result as JSON, of finished stages too.
+
+    Raises:
+        TealError: from a stage; the ones before it are kept.
+    """
+    first = next(iter(recipe.stages.values()))
+    workspace = Workspace.of(first)
+    _check(recipe)
+    path = workspace.run / _STATE
+    state = read_json(path, "run state") if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = {}
+    key = fingerprint(workspace.source.folder)
+    for number, (stage, config) in enumerate(recipe.stages.items(), start=1):
+        # Each stage's key covers those before it: a changed calibration runs everything again.
+        key = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()
+        title = f"[{number}/{len(recipe.stages)}] {stage}"
+        result_file = workspace.run / f"{stage}.json"
+        if state.get(stage) == key and _whole(config, workspace, result_file):
+            reporter.say(f"{title}: done before, kept")
+            results[stage] = read_json(result_file, "result")
+            continue
+        reporter.say(title)
+        # run.json is written when the stage is done, so a stage that is cut short runs again.
+        results[stage] = _run_stage(config, reporter, workspace)
+        write_json(result_file, results[stage])
+        state[stage] = key
+        write_json(path, state)
+    return results
+
+
+def _check(recipe: RunConfig) -> None:
+    """Contradictions that only a chain can have."""
+    generate = recipe.stages.get("generate")
+    if isinstance(generate, GenerateConfig) and generate.prompt in (None, "-"):
+        raise UsageError("the recipe's generate stage needs a prompt (key prompt): teal run does not ask for one")
+
+
+def _settings(config: SharedConfig) -> str:
+    """What of a configuration the result depends on."""
+    return config.model_dump_json(exclude={"json_file", "quiet"})
+
+
+def _whole(config: SharedConfig, workspace: Workspace, result_file: Path) -> bool:
+    """Whether a finished stage's artefacts are still there and readable."""
+    try:
+        result = read_json(result_file, "result")
+        if isinstance(config, CalibrateConfig):
+            calibration_file.load(run_folder(config, workspace))
+        if isinstance(config, ExportConfig):
+            weight_files(Path(result["folder"]))
+            read_json(Path(result["folder"]) / "config.json", "model configuration")
+    except (ArtefactError, KeyError, OSError):
+        return False
+    return True
+
+
+def _run_stage(config: SharedConfig, reporter: Reporter, workspace: Workspace) -> dict[str, Any]:
+    """One stage's result, as JSON."""
+    match config:
+        case CalibrateConfig():
+            return calibration_summary(calibrate(config, reporter, workspace))
+        case ExportConfig():
+            return asdict(export(config, reporter, workspace))
+        case EvalConfig():
+            return evaluate(config, reporter, workspace).to_json()
+        case BenchConfig():
+            return bench(config, reporter, workspace).to_json()
+        case GenerateConfig():
+            generator = Generator(config, reporter, workspace)
+            prompt = config.prompt or ""
+            reply = generator.reply([{"role": "user", "content": prompt}])
+            if reply.interrupted:
+                raise KeyboardInterrupt
+            return generator.to_json(prompt, reply)
+    raise UsageError(f"teal run cannot run {type(config).__name__}")
+
+
+def calibration_summary(calibration: calibration_file.Calibration) -> dict[str, Any]:
+    """What `teal calibrate --json` writes."""
+    return {
+        **asdict(calibration.info),
+        "sites": len(calibration.histograms),
+        "projections": len(calibration.projections),
+    }

@@ -1,0 +1,108 @@
+"""RUNS/<model>: where a model's artefacts lie, and what is done when one is missing."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from teal_cli.allocation import make_plan
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.config import CalibrateConfig, SharedConfig, SparseConfig
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.source import ModelSource, find_model
+from teal_cli.report.console import Reporter
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A model and its folder of results."""
+
+    source: ModelSource
+    runs: Path
+
+    @classmethod
+    def of(cls, config: SharedConfig) -> "Workspace":
+        """Find (or convert, or download) the model that a configuration names."""
+        return cls(find_model(config.model), config.runs)
+
+    @property
+    def run(self) -> Path:
+        """RUNS/<model>."""
+        return self.runs / self.source.name
+
+    def export_folder(self, allocation: str, sparsity: float) -> Path:
+        """Where `teal export` writes by default. The number is written so that targets cannot collide."""
+        digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
+        return self.run / f"{allocation}-{digits}"
+
+    def require_dense(self, verb: str) -> None:
+        """Refuse a TEAL checkpoint where the dense model is needed.
+
+        Raises:
+            UsageError: the model is a TEAL checkpoint.
+        """
+        if self.source.is_teal_checkpoint:
+            raise UsageError(
+                f"{self.source.folder} is a TEAL checkpoint: teal {verb} needs the dense model it came from"
+            )
+
+
+def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:
+    """The calibration of a model: the one named, the one in its run folder, or a new one.
+
+    Raises:
+        ArtefactError: the one named or found is damaged or of another model.
+    """
+    run = config.calibration or workspace.run
+    if config.calibration is None and not calibration_file.exists(run):
+        from teal_cli.steps.calibrate import calibrate
+
+        reporter.say(f"no calibration of {workspace.source.name} in {run}: calibrating first")
+        shared = {key: getattr(config, key) for key in SharedConfig.model_fields if key != "json_file"}
+        calibrate(CalibrateConfig(**shared), reporter, workspace)
+    found = calibration_file.load(run)
+    check_calibration_fits(found, workspace.source.folder)
+    return found
+
+
+def checkpoint_for(config: SparseConfig, sparsity: float | None, workspace: Workspace, reporter: Reporter) -> Path:
+    """The TEAL checkpoint to load: the model itself if it is one, else the export at this sparsity.
+
+    A missing or outdated export is made, and said.
+
+    Args:
+        config: names calibration and allocation.
+        sparsity: the target, or None for the checkpoint's own or 0.5.
+        workspace: the model's.
+        reporter: where to say what is made.
+
+    Raises:
+        UsageError: the model is a TEAL checkpoint of another sparsity.
+    """
+    source = workspace.source
+    if source.is_teal_checkpoint:
+        own = SparsityPlan.from_dict(source.config["quantization_config"]).target_sparsity
+        if sparsity is not None and sparsity != own:
+            raise UsageError(f"{source.folder} was exported at sparsity {own}, not {sparsity}: name the dense model")
+        return source.folder
+    target = DEFAULT_SPARSITY if sparsity is None else sparsity
+    calibration = calibration_for(config, workspace, reporter)
+    folder = workspace.export_folder(config.allocation, target)
+    if not _up_to_date(folder, calibration):
+        reporter.say(f"no export of {source.name} at sparsity {target:g} in {folder}: exporting it")
+        plan = make_plan(calibration, target, config.allocation)
+        write_checkpoint(source.folder, plan, calibration, folder, "link")
+    return folder
+
+
+def _up_to_date(folder: Path, calibration: Calibration) -> bool:
+    """Whether an export was made from this very calibration."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return bool(read_summary(folder).get("calibration") == asdict(calibration.info))
+    except ArtefactError:
+        return False
