@@ -44,7 +44,7 @@ class SparseLinear(nn.Linear):
         self.control = control
         self.site = site
         self.number = site.add(self)
-        self.sparsity = 0.0
+        self.plan = ProjectionPlan(sparsity=0.0, threshold=0.0)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
 
     @classmethod
@@ -61,12 +61,14 @@ class SparseLinear(nn.Linear):
 
     def plan_(self, plan: ProjectionPlan) -> None:
         """Set sparsity and threshold, on the device of the weight."""
-        self.sparsity = plan.sparsity
+        self.plan = plan
         self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.weight.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         self.site.forget_layout()
         super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            self.plan_(self.plan)  # a cast of the model must not round the threshold
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -76,14 +78,14 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Shape, sparsity and threshold, for `print(model)`."""
-        return f"{super().extra_repr()}, sparsity={self.sparsity:.3f}, threshold={float(self.threshold):.4g}"
+        return f"{super().extra_repr()}, sparsity={self.plan.sparsity:.3f}, threshold={self.plan.threshold:.4g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
         control = self.control
         tokens = x.shape[-2] if x.dim() > 1 else 1
         if (
-            self.sparsity == 0.0
+            self.plan.sparsity == 0.0
             or not control.enabled
             or control.mode == "dense"
             or (control.mode == "auto" and tokens > 1)

