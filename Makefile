@@ -37,7 +37,7 @@ test: setup
 	$(PYTEST)
 
 test-gpu: setup
-	$(PYTEST) tests/gpu -m gpu
+	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -213,6 +213,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     stages: dict[str, SharedConfig]
+    json_file: Path | None = None
+    quiet: bool = False
 
 
 def flag_name(key: str) -> str:
@@ -228,8 +230,13 @@ def keys_of(model: type[BaseModel]) -> dict[str, str]:
 C = TypeVar("C", bound=SharedConfig)
 
 
-def build(model: type[C], values: Mapping[str, Any], *, origin: str = "") -> C:
+def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] | None = None) -> C:
     """Check values against a verb's model.
+
+    Args:
+        model: the verb's configuration.
+        values: outside key -> value.
+        blamed: key -> the file that it came from.
 
     Raises:
         UsageError: one line naming key, flag and the nearest valid name.
@@ -237,14 +244,15 @@ def build(model: type[C], values: Mapping[str, Any], *, origin: str = "") -> C:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise UsageError(_explain(error, model, origin)) from error
+        raise UsageError(_explain(error, model, blamed or {})) from error
 
 
-def _explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    prefix = f"{origin}: " if origin else ""
+def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str, str]) -> str:
     parts = []
+    files: set[str] = set()
     for problem in error.errors():
         key = str(problem["loc"][0]) if problem["loc"] else ""
+        files |= {blamed[key]} if key in blamed else set() if key else set(blamed.values())
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown key {key!r} (flag {flag_name(key)}){nearest(key, keys_of(model))}")
@@ -253,7 +261,7 @@ def _explain(error: ValidationError, model: type[BaseModel], origin: str) -> str
             parts.append(f"{key} (flag {flag_name(key)}): {message}, got {problem['input']!r}")
         else:
             parts.append(message)
-    return prefix + "; ".join(parts)
+    return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -288,6 +296,13 @@ def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str,
             raise UsageError(
                 f"{origin}: unknown key {key!r} (flag {flag_name(key)}){nearest(key, known | set(VERB_CONFIGS))}"
             )
+    for section, model in VERB_CONFIGS.items():
+        for key in content.get(section, {}):
+            if key not in keys_of(model):
+                raise UsageError(
+                    f"{origin}: unknown key {key!r} in {section} (flag {flag_name(str(key))})"
+                    f"{nearest(str(key), keys_of(model))}"
+                )
     own = keys_of(VERB_CONFIGS[verb])
     shared = {key: value for key, value in content.items() if key in own and key not in VERB_CONFIGS}
     return shared | dict(content.get(verb, {}))
@@ -303,12 +318,12 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
     """
     model = VERB_CONFIGS[verb]
     values = _values_for(verb, read_yaml(CONFIGS / "default.yaml"), "default.yaml")
+    blamed: dict[str, str] = {}
     if config_file is not None:
         own = _values_for(verb, read_yaml(config_file), str(config_file))
-        # Checked alone first, so that a mistake in the file is blamed on the file.
-        build(model, own, origin=str(config_file))
+        blamed = {key: str(config_file) for key in own if key not in flags}
         values |= own
-    return build(model, values | dict(flags))
+    return build(model, values | dict(flags), blamed)
 
 
 def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
@@ -318,6 +333,8 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
         UsageError: anything wrong in the file, or stages that name different models.
     """
     content = read_yaml(path)
+    # At the top, these two speak of the whole run; under a stage's name, of that stage.
+    own = build(SharedConfig, {key: content.pop(key) for key in ("json", "quiet") if key in content})
     wanted = content.get("stages", list(STAGES))
     if not isinstance(wanted, list) or not wanted:
         raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
@@ -331,8 +348,10 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
         model = VERB_CONFIGS[stage]
         values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
         own_flags = {key: value for key, value in flags.items() if key in keys_of(model)}
-        stages[stage] = build(model, values | own_flags, origin=f"{path} ({stage})")
+        stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
+        if getattr(stages[stage], "out", None) is not None:
+            raise UsageError(f"{path} ({stage}): a recipe keeps everything under RUNS/<model>: leave out 'out'")
     for key in ("model", "runs", "device", "dtype"):
         if len({getattr(config, key) for config in stages.values()}) > 1:
             raise UsageError(f"{path}: the stages of one recipe must agree on {key!r}")
-    return RunConfig(stages=stages)
+    return RunConfig(stages=stages, json_file=own.json_file, quiet=own.quiet)

@@ -60,6 +60,8 @@ def _sotu() -> list[str]:
 
 
 def _from_file(path: Path) -> list[str]:
+    from datasets.exceptions import DatasetGenerationError
+
     if not path.is_file():
         raise ArtefactError(f"text file {path} does not exist")
     if not path.read_bytes().strip():
@@ -68,8 +70,9 @@ def _from_file(path: Path) -> list[str]:
         if path.suffix == ".txt":
             return _column(_load("text", data_files=str(path), sample_by="document"), "text")
         return _column(_load("json", data_files=str(path)), "text")
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"text file {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except (ValueError, TypeError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ArtefactError(f"text file {path} cannot be read: {reason}") from error
 
 
 def _from_hub(dataset: str) -> list[str]:
@@ -95,7 +98,9 @@ def _from_hub(dataset: str) -> list[str]:
 def _load(name: str, *args: Any, split: str = "train", **options: Any) -> Any:
     import datasets
 
+    # What goes wrong is raised, and told in one line; the library would log it as well.
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets.load_dataset(name, *args, split=split, **options)
 
 

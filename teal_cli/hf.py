@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan
-from teal_cli.sparse import apply_plan_, lay_out_, replace_projections_
+from teal_cli.sparse import apply_plan_, replace_projections_
 
 
 class TealConfig(QuantizationConfigMixin):
@@ -55,7 +55,6 @@ class TealQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
-        lay_out_(model)
         apply_plan_(model, self.quantization_config.plan)
         return model
 

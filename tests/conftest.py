@@ -144,7 +144,8 @@ def tiny(tmp_path: Path) -> Path:
 def corpus(tmp_path: Path) -> Path:
     """A text file long enough for several short sequences, with no repeated line."""
     path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"Chapter {i}. {_CORPUS}\n" for i in range(120)))
+    lines = (" ".join(f"{word}{i}" for word in _CORPUS.split()) for i in range(120))
+    path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 

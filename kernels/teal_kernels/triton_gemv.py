@@ -24,7 +24,7 @@ except ImportError as error:  # pragma: no cover - triton has no wheels for some
     triton = None
     TRITON_MISSING = f"triton cannot be imported ({error})"
 
-# Untuned starting point that fits any shape; tuning tables are keyed by GPU, shape and dtype.
+# A starting point that fits any shape; nothing here is tuned yet.
 _BLOCK_OUT = 64
 _BLOCK_IN = 64
 _INPUTS_PER_SPLIT = 1024

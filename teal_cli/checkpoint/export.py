@@ -56,17 +56,20 @@ def write_checkpoint(
         dense: the dense model's folder.
         plan: sparsity and threshold of every projection.
         calibration: what the plan was made from; must be of the same weights.
-        out: folder to write; an earlier one is replaced when the new one is whole.
+        out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
 
     Raises:
-        ArtefactError: the calibration is of another model, or `dense` is a quantised model.
+        ArtefactError: the calibration is of another model, `dense` is a quantised model, or `out`
+            holds something else than a TEAL checkpoint.
     """
     digest = check_calibration_fits(calibration, dense)
     config = read_json(dense / "config.json", "model configuration")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise ArtefactError(f"{dense} is already quantised ({method}): export from the dense model")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / _SUMMARY).is_file())):
+        raise ArtefactError(f"{out} exists and is not a TEAL checkpoint: it is not replaced; give another --out")
     shards = weight_files(dense)
     with atomic_folder(out) as temporary:
         for shard in shards:

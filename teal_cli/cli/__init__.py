@@ -4,6 +4,7 @@ Only the verb that runs is imported: `teal --help` must not wait for torch.
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -23,6 +24,9 @@ VERBS = {
 }
 
 
+_INTERRUPTED = "interrupted; finished stages are kept"
+
+
 def _placeholder() -> None:
     """Stands for a verb that is only listed."""
 
@@ -37,18 +41,22 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app = typer.Typer(
         name="teal",
         help="Faster decoding of language models by training-free activation sparsity.",
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
     )
 
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"teal {__version__}")
+            raise typer.Exit
+
     def root(
-        version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+        ),
         debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     ) -> None:
-        if version:
-            typer.echo(f"teal {__version__}")
-            raise typer.Exit()
+        pass
 
     app.callback(invoke_without_command=False)(root)
     wanted = next((argument for argument in arguments if argument in VERBS), None)
@@ -68,21 +76,21 @@ def run(arguments: Sequence[str]) -> int:
     --debug may stand anywhere.
     """
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         result = build_app(arguments)(args=list(arguments), prog_name="teal", standalone_mode=False)
+        if result == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
+            return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
         return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        return _fail("interrupted; finished stages are kept", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         sys.stderr.close()
         return 0
     except Exception as error:
-        if isinstance(error, typer.Abort):
-            return _fail("interrupted; finished stages are kept", EXIT_INTERRUPTED)
         known = as_teal_error(error)
         if debug:
-            raise
+            traceback.print_exc()
         if known is not None:
             return _fail(str(known), known.exit_code)
         format_message = getattr(error, "format_message", None)

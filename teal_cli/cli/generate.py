@@ -2,17 +2,22 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import GenerateConfig
 from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
-from teal_cli.steps.generate import Generator, Reply
+
+if TYPE_CHECKING:  # importing the step imports torch, which --help must not
+    from teal_cli.steps.generate import Generator, Reply
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(GenerateConfig, "generate", flags, config_file)
+    from teal_cli.steps.generate import Generator
+
     interactive = config.prompt is None
     if interactive and not sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
@@ -33,7 +38,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise KeyboardInterrupt
 
 
-def converse(generator: Generator, reporter: Reporter) -> None:
+def converse(generator: "Generator", reporter: Reporter) -> None:
     """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets."""
     hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
     reporter.say(f"{generator.name}, target sparsity {generator.target_sparsity:g}. {hint}.")
@@ -63,7 +68,7 @@ def converse(generator: Generator, reporter: Reporter) -> None:
         messages.append({"role": "assistant", "content": reply.text})
 
 
-def summary(reply: Reply) -> str:
+def summary(reply: "Reply") -> str:
     """One line: how much, how fast, how sparse."""
     parts = [f"{reply.tokens} tokens"]
     if reply.tokens_per_second is not None:

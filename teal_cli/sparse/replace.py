@@ -47,16 +47,17 @@ def _sites(model: nn.Module) -> list[Site]:
 
 
 def lay_out_(model: nn.Module) -> None:
-    """Lay every projection's weight out for skipping inputs, where it is not yet.
+    """Lay every projection's weight out for skipping inputs, as its threshold asks.
 
-    Needed after loading and after a move to another device; until then decoding is right but slow.
+    `apply_plan_` does it; needed again after a move to another device: until then decoding is right
+    but slow.
     """
     for site in _sites(model):
         site.lay_out_()
 
 
 def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
-    """Set the thresholds of a model whose projections were replaced.
+    """Set the thresholds of a model whose projections were replaced, and lay its weights out.
 
     Raises:
         ArtefactError: the plan's projections are not the model's.
@@ -67,13 +68,11 @@ def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
         raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")
     for name, layer in layers.items():
         layer.plan_(plan.projections[name])
-    for site in _sites(model):
-        site.thresholds_changed()
+    lay_out_(model)
 
 
 def sparsify_(model: nn.Module, plan: SparsityPlan) -> SparsityControl:
     """Make a dense model, loaded already, decode sparsely by a plan. The weights are not copied."""
     control = replace_projections_(model, plan.projections)
-    lay_out_(model)
     apply_plan_(model, plan)
     return control

@@ -73,6 +73,6 @@ def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
 
 
 def dataset_identity(dataset: str) -> str:
-    """A dataset's name as artefacts record it: a file by its full path, so that eval recognises it."""
+    """A dataset's name as artefacts record it, so that eval recognises it: a file by its full path."""
     path = Path(dataset).expanduser()
-    return str(path.resolve()) if path.suffix in (".txt", ".jsonl") else dataset
+    return str(path.resolve()) if path.suffix in (".txt", ".jsonl") else dataset.rstrip(":")

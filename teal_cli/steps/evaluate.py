@@ -145,5 +145,8 @@ def _quantization(folder: Path) -> dict[str, Any]:
 
 def _half(dataset: str, folder: Path) -> Half:
     """Held-out text: the other half of what calibration read, or all of another dataset."""
-    calibrated_on = str(read_summary(folder).get("calibration", {}).get("dataset", ""))
+    try:
+        calibrated_on = str(read_summary(folder).get("calibration", {}).get("dataset", ""))
+    except ArtefactError:  # saved again by transformers, which keeps no teal.json: be careful
+        return "evaluation"
     return "evaluation" if dataset_identity(dataset) in calibrated_on.split(" + ") else "all"

@@ -53,12 +53,13 @@ class Generator:
         self.tokenizer = load_tokenizer(workspace.source.folder)
         self.chat = wants_chat(self.tokenizer, config.chat)
         folder = workspace.source.folder
-        if config.sparsity != 0.0 or workspace.source.is_teal_checkpoint:
+        if config.sparsity != 0.0:
             folder = checkpoint_for(config, config.sparsity, workspace, reporter)
         self.model = load_model(folder, device=config.device, dtype=config.dtype)
         self.engine = Engine(self.model)
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
+            self.engine.control.enabled = config.sparsity != 0.0
             use_backend(self.engine.control, config.backend, self.engine.device, self.model.dtype)
 
     def reply(self, messages: list[Message], write: Callable[[str], None] = lambda text: None) -> Reply:
@@ -114,5 +115,7 @@ class Generator:
     @property
     def target_sparsity(self) -> float:
         """What was asked of the loaded model; 0 where it is dense."""
-        quantization = getattr(self.model.config, "quantization_config", None)
-        return quantization.plan.target_sparsity if quantization is not None else 0.0
+        control = self.engine.control
+        if control is None or not control.enabled:
+            return 0.0
+        return float(self.model.config.quantization_config.plan.target_sparsity)

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from teal_cli import __version__
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.files import read_json, write_json
+from teal_cli.checkpoint.files import file_digest, read_json, write_json
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.config import (
     BenchConfig,
@@ -41,9 +42,8 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
     Raises:
         TealError: from a stage; the ones before it are kept.
     """
-    first = next(iter(recipe.stages.values()))
-    workspace = Workspace.of(first)
     _check(recipe)
+    workspace = Workspace.of(next(iter(recipe.stages.values())))
     path = workspace.run / _STATE
     state = read_json(path, "run state") if path.is_file() else {}
     results: dict[str, dict[str, Any]] = {}
@@ -61,6 +61,8 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         # run.json is written when the stage is done, so a stage that is cut short runs again.
         results[stage] = _run_stage(config, reporter, workspace)
         write_json(result_file, results[stage])
+        if config.json_file is not None:
+            write_json(config.json_file, results[stage])
         state[stage] = key
         write_json(path, state)
     return results
@@ -74,8 +76,10 @@ def _check(recipe: RunConfig) -> None:
 
 
 def _settings(config: SharedConfig) -> str:
-    """What of a configuration the result depends on."""
-    return config.model_dump_json(exclude={"json_file", "quiet"})
+    """What the result depends on: the configuration, the text of its files, and this teal."""
+    texts = [Path(str(getattr(config, key, None))) for key in ("dataset", "text")]
+    digests = [file_digest(path) for path in texts if path.is_file()]
+    return "|".join([config.model_dump_json(exclude={"json_file", "quiet"}), *digests, __version__])
 
 
 def _whole(config: SharedConfig, workspace: Workspace, result_file: Path) -> bool:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from torch.nn.functional import linear
+
 from teal_kernels import (
     BackendUnavailableError,
     active_inputs,
@@ -16,7 +18,6 @@ from teal_kernels import (
     resolve_backend,
     sparse_linear,
 )
-from torch.nn.functional import linear
 
 BACKENDS = ["reference", "cpu", "triton"]
 # Relative norm error: float32 sums of a thousand terms, and the rounding of the 16-bit result.
@@ -42,9 +43,7 @@ def _error(y: torch.Tensor, reference: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 1.0])
-def test_against_float64(
-    backend: str, dtype: torch.dtype, shape: tuple[int, int], rows: int, sparsity: float
-) -> None:
+def test_against_float64(backend: str, dtype: torch.dtype, shape: tuple[int, int], rows: int, sparsity: float) -> None:
     x, weight, bias = _case(shape, rows, dtype)
     cut = x.abs().float().quantile(sparsity) if sparsity else torch.tensor(-1.0)
     expected = reference_linear(x.double(), weight.double(), bias.double(), cut.double())
@@ -132,7 +131,9 @@ def test_registered_op() -> None:
     """The op is usable by the compiler: schema, fake tensors and dispatch agree with the kernel."""
     x, weight, bias = _case((37, 65), 2, torch.float32)
     arguments = (x, weight, bias, torch.tensor(0.5), "cpu")
-    torch.library.opcheck(torch.ops.teal.sparse_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.teal.sparse_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
     assert torch.equal(torch.ops.teal.sparse_linear(*arguments), sparse_linear(*arguments))
 
 

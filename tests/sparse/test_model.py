@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import VOCABULARY, calibrate_tiny, export_tiny, save_tiny
 from safetensors import safe_open
-from teal_kernels import masked_input
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import teal_cli.hf
@@ -17,6 +16,7 @@ from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.errors import ArtefactError
 from teal_cli.models.loading import load_model
 from teal_cli.sparse import apply_plan_, control_of, lay_out_, sparse_layers, sparsify_
+from teal_kernels import masked_input
 
 assert teal_cli.hf
 
@@ -203,17 +203,20 @@ def test_casting_keeps_results_right(pair) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["assign", "copy", "load", "move"])
+@pytest.mark.parametrize("change", ["assign", "copy", "load", "move", "inference"])
 def test_changed_weights_are_used(pair, change: str) -> None:
     """However the weights change, no layer may go on with the table of the old ones."""
     _, sparse = pair
     token = _tokens(1, 1)
     sparse(input_ids=token)
-    doubled = {name: tensor * (2 if "k_proj.weight" in name else 1) for name, tensor in sparse.state_dict().items()}
+    doubled = {name: tensor * (2 if "k_proj" in name else 1) for name, tensor in sparse.state_dict().items()}
     changed = copy.deepcopy(sparse) if change == "copy" else sparse
     changed.load_state_dict(doubled, assign=change == "assign")
     if change == "move":
         lay_out_(changed.to(torch.float64).to(torch.float32))
+    elif change == "inference":
+        with torch.inference_mode():
+            changed(input_ids=token)
     control = control_of(changed)
     got = changed(input_ids=token).logits
     control.backend = "reference"

@@ -1,0 +1,241 @@
+"""What can go wrong: one line on stderr, the right exit code, nothing half written."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+
+from teal_cli.cli import run
+
+
+@pytest.fixture
+def calibrated(tiny: Path, corpus: Path) -> Path:
+    assert run(["calibrate", "--model", str(tiny), "--dataset", str(corpus), "--tokens", "256", "--seq-len", "64"]) == 0
+    return tiny
+
+
+def _fails(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
+    """One line on stderr after whatever was said before, and the exit code."""
+    capsys.readouterr()
+    assert run([str(argument) for argument in arguments]) == code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teal: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_unknown_alias(capsys) -> None:
+    _fails(capsys, 3, "did you mean 'llama-3-8b'?", "calibrate", "--model", "lama-3-8b")
+
+
+def test_unknown_flag_verb_and_nothing(capsys) -> None:
+    _fails(capsys, 2, "--sparsity", "export", "--sparsty", "0.5")
+    _fails(capsys, 2, "calibrat", "calibrat")
+    _fails(capsys, 2, "recipe", "run")
+
+
+def test_folder_without_weights(tmp_path, capsys) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    _fails(capsys, 3, "no config.json", "calibrate", "--model", folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    _fails(capsys, 3, "no usable weights", "calibrate", "--model", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    _fails(capsys, 3, "never loads", "calibrate", "--model", folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    _fails(capsys, 3, "model-1.safetensors is missing", "calibrate", "--model", folder)
+
+
+def test_truncated_weights(tiny, capsys) -> None:
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
+    weights.write_bytes(b"\xff" * 100)
+    _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
+
+
+def test_folder_without_tokenizer(tiny, capsys) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny / name).unlink()
+    _fails(capsys, 3, "no usable tokenizer", "calibrate", "--model", tiny)
+
+
+def test_unsupported_model_type(tiny, capsys) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    _fails(capsys, 3, "model type 'mamba' is not supported", "calibrate", "--model", tiny)
+
+
+def test_truncated_calibration(calibrated, capsys) -> None:
+    tensors = Path("runs/tiny/calibration.safetensors")
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    _fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
+    altered = bytearray(whole)
+    altered[-8] ^= 1
+    tensors.write_bytes(altered)
+    _fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
+    tensors.unlink()
+    _fails(capsys, 3, "is missing: calibrate again", "export", "--model", calibrated)
+
+
+def test_damaged_calibration_meta(calibrated, capsys) -> None:
+    meta = Path("runs/tiny/calibration.json")
+    content = json.loads(meta.read_text())
+    meta.write_text(meta.read_text()[:100])
+    _fails(capsys, 3, "not valid JSON", "export", "--model", calibrated)
+    meta.write_text(json.dumps(content | {"format_version": 99}))
+    _fails(capsys, 3, "format version 99, this teal reads 1", "export", "--model", calibrated)
+    meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
+    _fails(capsys, 3, "do not match its histograms", "export", "--model", calibrated)
+    del content["seed"]
+    meta.write_text(json.dumps(content))
+    _fails(capsys, 3, "cannot be read ('seed')", "export", "--model", calibrated)
+
+
+def test_calibration_of_another_model(calibrated, tmp_path, capsys) -> None:
+    other = save_tiny(tmp_path / "other", seed=7)
+    _fails(capsys, 3, "made with another model (tiny", "export", "--model", other, "--calibration", "runs/tiny")
+    _fails(capsys, 3, "no calibration in nowhere", "export", "--model", other, "--calibration", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "format version 2, this teal reads 1"),
+        ({"projections": {}}, "names no projections"),
+        ({"projections": {"a": {"sparsity": 1.5, "threshold": 0.1}}}, "sparsity 1.5 is not in [0, 1)"),
+        ({"projections": {"a": {"sparsity": 0.5, "threshold": -1}}}, "threshold -1.0 is not a number >= 0"),
+        ({"projections": {"a": {"sparsity": 0.5}}}, "are damaged"),
+    ],
+)
+def test_tampered_checkpoint(calibrated, capsys, change, message) -> None:
+    assert run(["export", "--model", str(calibrated), "--out", "out"]) == 0
+    path = Path("out/config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    _fails(capsys, 3, message, "generate", "--model", "out", "--prompt", "x")
+    _fails(capsys, 3, message, "eval", "--model", "out")
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "1.5", "nan", "half"])
+def test_sparsity_out_of_range(capsys, value) -> None:
+    for verb in ("export", "generate", "bench", "eval"):
+        _fails(capsys, 2, "sparsity", verb, f"--sparsity={value}")
+
+
+def test_text_shorter_than_one_sequence(tiny, tmp_path, capsys) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    _fails(capsys, 3, "fewer than one sequence of 1024", "calibrate", "--model", tiny, "--dataset", text)
+
+
+def test_no_network_and_not_cached(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    _fails(capsys, 3, "not cached and the hub cannot be reached", "calibrate", "--model", "nobody/nothing")
+    _fails(capsys, 3, "not cached and the hub cannot be reached", "generate", "--model", "llama-3-8b", "--prompt", "x")
+
+
+def test_no_gpu(tiny, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _fails(capsys, 4, "no GPU", "generate", "--model", tiny, "--prompt", "x", "--device", "cuda", "--sparsity", "0")
+
+
+def test_backend_that_cannot_run(calibrated, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    _fails(capsys, 4, "needs a GPU", "generate", "--model", calibrated, "--prompt", "x", "--backend", "triton")
+
+
+def test_out_of_memory(tiny, capsys, monkeypatch) -> None:
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0", "--max-new-tokens", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr("teal_cli.models.loading.available_bytes", lambda device: 1000)
+        _fails(capsys, 4, "out of memory: ", *flags)
+        _fails(capsys, 4, "GiB free", "bench", "--model", "llama-3-70b", "--random-weights")
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("can't allocate memory: 5"),
+        MemoryError(),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("teal_cli.decode.engine.Engine.prefill", lambda *a, e=error: (_ for _ in ()).throw(e))
+            _fails(capsys, 4, "out of memory: use a smaller model", *flags)
+
+
+def test_full_disk(calibrated, corpus, capsys, monkeypatch) -> None:
+    """The old artefact stays whole and no temporary file is left."""
+    before = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    flags = ("--model", calibrated, "--dataset", corpus, "--tokens", 512, "--seq-len", 64)
+    _fails(capsys, 4, "the disk is full", "calibrate", *flags)
+    _fails(capsys, 4, "the disk is full", "export", "--model", calibrated)
+    assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == before
+
+
+def test_result_that_cannot_be_written(calibrated, capsys) -> None:
+    _fails(capsys, 2, "is a folder", "export", "--model", calibrated, "--json", ".")
+    Path("file").write_text("")
+    _fails(capsys, 3, "file", "export", "--model", calibrated, "--out", "file/below")
+
+
+def test_generate_needs_a_prompt(tiny, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    _fails(capsys, 2, "no prompt", "generate", "--model", tiny)
+    _fails(capsys, 2, "is empty", "generate", "--model", tiny, "--prompt", " ")
+
+
+def test_context_overflow(tiny, capsys) -> None:
+    flags = ("generate", "--model", tiny, "--prompt", "stars", "--sparsity", "0", "--max-new-tokens", "300")
+    _fails(capsys, 3, "exceed the model's context of 256", *flags)
+
+
+def test_recipe_without_prompt(tiny, capsys) -> None:
+    Path("r.yaml").write_text(f"model: {tiny}\n")
+    _fails(capsys, 2, "needs a prompt", "run", "r.yaml")
+    _fails(capsys, 2, "does not exist", "run", "none.yaml")
+
+
+def test_ctrl_c_in_a_real_process(tiny, corpus) -> None:
+    """SIGINT while calibrating: exit 130, one line, nothing half written."""
+    code = (
+        "import os, signal, sys, teal_cli.steps.calibrate as step\n"
+        "from teal_cli.cli import main\n"
+        "original = step.collect\n"
+        "def collect(*a, **k):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*a, **k)\n"
+        "step.collect = collect\n"
+        f"sys.argv = ['teal', 'calibrate', '--model', {str(tiny)!r}, '--dataset', {str(corpus)!r}, "
+        "'--tokens', '256', '--seq-len', '64']\nmain()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stderr.strip().splitlines()[-1] == "teal: interrupted; finished stages are kept"
+    assert "Traceback" not in result.stderr
+    assert not list(Path("runs").rglob("*calibration*"))
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys) -> None:
+    assert run(["calibrate", "--model", "lama", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_export_does_not_replace_what_it_did_not_make(calibrated, capsys) -> None:
+    before = sorted(calibrated.iterdir())
+    _fails(
+        capsys, 3, "is not a TEAL checkpoint: it is not replaced", "export", "--model", calibrated, "--out", calibrated
+    )
+    _fails(
+        capsys, 3, "is not a TEAL checkpoint: it is not replaced", "export", "--model", calibrated, "--out", "runs/tiny"
+    )
+    assert sorted(calibrated.iterdir()) == before
+    assert run(["export", "--model", str(calibrated), "--out", "new"]) == 0
+    assert run(["export", "--model", str(calibrated), "--out", "new", "--sparsity", "0.3"]) == 0

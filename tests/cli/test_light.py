@@ -1,0 +1,48 @@
+"""What must stay cheap: `import teal_cli`, `teal --help`, a mistake on the command line."""
+
+import subprocess
+import sys
+import time
+
+from teal_cli.cli import VERBS
+
+HEAVY = ("torch", "transformers", "datasets", "triton", "numpy")
+
+
+def _loaded_after(code: str) -> set[str]:
+    probe = f"import sys\n{code}\nprint('LOADED', *[m for m in {HEAVY!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(result.stdout.rsplit("LOADED", 1)[1].split())
+
+
+def test_package_imports_nothing_heavy() -> None:
+    assert _loaded_after("import teal_cli") == set()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert _loaded_after("from teal_cli.cli import run; assert run(['--help']) == 0") == set()
+
+
+def test_verb_help_imports_nothing_heavy() -> None:
+    for verb in VERBS:
+        assert _loaded_after(f"from teal_cli.cli import run; assert run(['{verb}', '--help']) == 0") == set()
+
+
+def test_version_and_no_arguments() -> None:
+    code = "from teal_cli.cli import run; assert run(['--version']) == 0; assert run([]) == 0"
+    assert _loaded_after(code) == set()
+
+
+def test_a_wrong_flag_fails_before_anything_heavy() -> None:
+    code = "from teal_cli.cli import run; assert run(['calibrate', '--tokens', 'many']) == 2"
+    assert _loaded_after(code) == set()
+
+
+def test_help_is_fast() -> None:
+    """Under 0.4 s; the best of five, since the machine may be busy with other tests."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "teal_cli", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.4

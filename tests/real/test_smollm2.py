@@ -1,0 +1,145 @@
+"""The real SmolLM2-135M: quality, exactness and the commands of README.md."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from teal_cli.cli import run
+from teal_cli.config import EvalConfig
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.models.loading import load_model
+from teal_cli.report.console import QUIET
+from teal_cli.sparse import sparse_layers
+from teal_cli.steps.evaluate import evaluate
+from teal_kernels import masked_input
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def exported(smollm2_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "half"
+    arguments = ["export", "--runs", str(smollm2_run), "--sparsity", "0.5", "--out", str(out), "--quiet"]
+    assert run(arguments) == 0
+    return out
+
+
+@torch.no_grad()
+def test_prefill_is_exact_and_decode_is_the_masked_maths(smollm2: Path, exported: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(smollm2)
+    sparse = load_model(exported, device="cpu", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = "The keeper of the lighthouse wrote down the weather every evening, and the ships that passed. " * 3
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    for length in (3, 24, ids.shape[1]):
+        assert torch.equal(sparse(input_ids=ids[:, :length]).logits, dense(input_ids=ids[:, :length]).logits)
+    caches = DynamicCache(config=dense.config), DynamicCache(config=sparse.config)
+    dense(input_ids=ids[:, :40], past_key_values=caches[0])
+    sparse(input_ids=ids[:, :40], past_key_values=caches[1])
+    for name, layer in sparse_layers(sparse).items():
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, t=layer.threshold: (masked_input(args[0], t),)
+        )
+    for position in range(40, 44):
+        token = ids[:, position : position + 1]
+        expected = dense(input_ids=token, past_key_values=caches[0]).logits.double()
+        got = sparse(input_ids=token, past_key_values=caches[1]).logits.double()
+        assert float((got - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_greedy_at_sparsity_zero_equals_generate(smollm2: Path, smollm2_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dense"
+    assert run(["export", "--runs", str(smollm2_run), "--sparsity", "0", "--out", str(out), "--quiet"]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("The history of the lighthouse begins in", return_tensors="pt").input_ids
+    expected = dense.generate(ids, do_sample=False, max_new_tokens=64)[0, ids.shape[1] :].tolist()
+    engine = Engine(load_model(out, device="cpu", dtype="auto"))
+    got = list(engine.generate(ids, max_new_tokens=64, sampling=SamplingConfig()))
+    assert len(got) == 64
+    assert got[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(("sparsity", "low", "high"), [(0.4, 1.08, 1.22), (0.5, 1.30, 1.60)])
+def test_uniform_quality_on_held_out_text(smollm2_run: Path, sparsity: float, low: float, high: float) -> None:
+    config = EvalConfig(runs=smollm2_run, sparsity=sparsity, tokens=6144, seq_len=1024, dense_prefix=512)
+    found = evaluate(config, QUIET)
+    assert found.half == "evaluation"
+    assert low < found.comparison.ratio < high
+    assert found.comparison.realised_sparsity == pytest.approx(sparsity, abs=0.02)
+
+
+def _readme_commands() -> list[str]:
+    """Lines that start with `teal` in README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith("teal ")]
+
+
+# Smaller than README says, so that the test is quick; the flags that follow win.
+_QUICK = {
+    "calibrate": ["--tokens", "2048"],
+    "eval": ["--tokens", "2048"],
+    "bench": ["--new-tokens", "4", "--repeats", "1"],
+    "generate": ["--max-new-tokens", "8"],
+}
+
+
+def test_readme_commands(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command of README on the packaged model, in the order of the page."""
+    commands = _readme_commands()
+    assert {shlex.split(command)[1] for command in commands} == {
+        "calibrate",
+        "export",
+        "eval",
+        "bench",
+        "generate",
+        "run",
+        "info",
+    }
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        verb = arguments[0]
+        if verb == "run":
+            recipe = Path("demo.yaml")
+            recipe.write_text(
+                (ROOT / "configs" / "demo.yaml")
+                .read_text(encoding="utf-8")
+                .replace("16384", "2048")
+                .replace("8192", "2048")
+            )
+            assert arguments[1] == "configs/demo.yaml"
+            arguments[1] = str(recipe)
+        assert run([*arguments, *_QUICK.get(verb, [])]) == 0, command
+        assert "teal: " not in capsys.readouterr().err, command
+
+
+def test_readme_python(smollm2_run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's Python, with the folder that it names in place."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    folder = "runs/smollm2-135m/uniform-0.50"
+    assert folder in block
+    scope: dict[str, object] = {}
+    exec(compile(block.replace(folder, str(exported)), "README.md", "exec"), scope)  # noqa: S102
+    assert isinstance(scope["text"], str)
+    assert len(scope["text"]) > 20
+
+
+def test_results_quoted_in_readme_are_in_the_repository() -> None:
+    """The figures of README's table stand in benchmarks/results/."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    quality = [json.loads(path.read_text()) for path in sorted(results.glob("eval-*.json"))]
+    speed = json.loads((results / "decode-smollm2-135m-cpu.json").read_text())
+    assert quality
+    for result in quality:
+        assert f"{result['perplexity_ratio']:.2f}" in readme
+    for entry in speed["runs"]:
+        assert f"{entry['tokens_per_second']['median']:.1f}" in readme
