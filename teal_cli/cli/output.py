@@ -1,5 +1,7 @@
 """What the verbs share: a checked configuration, a quiet library stack, a JSON result."""
 
+import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,8 +39,8 @@ def quieten_libraries() -> None:
 
 
 def write_result(config: SharedConfig, result: dict[str, Any]) -> None:
-    """Write --json, if asked."""
+    """Write --json, if asked, with the command that made it."""
     if config.json_file is not None:
         from teal_cli.checkpoint.files import write_json
 
-        write_json(config.json_file, result)
+        write_json(config.json_file, {"command": shlex.join(["teal", *sys.argv[1:]]), **result})

@@ -43,9 +43,22 @@ class Reporter:
             _TokensPerSecond(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, transient=not self.err.is_terminal, disable=self.quiet) as bars:
+        # Drawn when it advances, not by a thread of its own, which would take time from what is timed.
+        with Progress(
+            *columns,
+            console=self.err,
+            transient=True,
+            auto_refresh=False,
+            disable=self.quiet or not self.err.is_terminal,
+        ) as bars:
             task = bars.add_task(description, total=total)
-            yield lambda tokens: bars.advance(task, tokens)
+            bars.refresh()
+
+            def advance(tokens: int) -> None:
+                bars.advance(task, tokens)
+                bars.refresh()
+
+            yield advance
 
 
 QUIET = Reporter(quiet=True)

