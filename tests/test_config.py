@@ -66,6 +66,10 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("calibrate", {"seq_len": "8", "sink_tokens": "8"}, "--sink-tokens.*leaves nothing"),
         ("eval", {"dense_prefix": "1023"}, "leaves no sparse position"),
         ("eval", {"task_limit": "3"}, "need tasks"),
+        ("eval", {"text": "a.txt", "dataset": "sotu"}, "not both"),
+        ("generate", {"temperature": "1e-9"}, "at least 0.01"),
+        ("generate", {"stop": "a,,b"}, r"stop \(flag --stop\)"),
+        ("export", {"json": "."}, r"json \(flag --json\): this is a folder"),
         ("calibrate", {"device": "tpu"}, r"device \(flag --device\)"),
     ],
 )
@@ -130,6 +134,18 @@ def test_recipe_json_quiet_and_out(tmp_path: Path) -> None:
     assert recipe.stages["eval"].json_file is None
     with pytest.raises(UsageError, match="leave out 'out'"):
         load_recipe(_file(tmp_path, {"calibrate": {"out": "x"}}), {})
+
+
+def test_recipe_measures_what_it_exports(tmp_path: Path) -> None:
+    stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "generate": {"prompt": "x"}}), {}).stages
+    assert stages["eval"].sparsity == stages["generate"].sparsity == 0.4
+    stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "eval": {"sparsity": 0.2}}), {}).stages
+    assert stages["eval"].sparsity == 0.2
+
+
+def test_stop_tokens_may_be_blanks(tmp_path: Path) -> None:
+    assert load_verb("generate", {"stop": "\n"}, None).stop == ["\n"]
+    assert load_verb("generate", {}, _file(tmp_path, {"stop": [",", " "]})).stop == [",", " "]
 
 
 def test_recipe_flags_reach_every_stage(tmp_path: Path) -> None:

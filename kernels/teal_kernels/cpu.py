@@ -33,6 +33,8 @@ def cpu_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold:
     cut = _cut(float(threshold), x.dtype)
     if x.numel() == n_in:
         y = _weighted_sum(table, *_select(x.reshape(n_in), cut))
+    elif x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], n_out))
     else:
         y = torch.stack([_weighted_sum(table, *_select(row, cut)) for row in x.reshape(-1, n_in)])
     if bias is not None:

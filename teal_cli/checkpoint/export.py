@@ -44,6 +44,18 @@ def check_calibration_fits(calibration: Calibration, dense: Path) -> str:
     return digest
 
 
+def check_weights(folder: Path) -> None:
+    """Compare the weights of a TEAL checkpoint with those that its thresholds were made for.
+
+    A folder that transformers saved again has no teal.json, and perhaps another dtype: it is not compared.
+
+    Raises:
+        ArtefactError: other weights.
+    """
+    if (folder / _SUMMARY).is_file() and read_summary(folder).get("weights") != fingerprint(folder):
+        raise ArtefactError(f"the weights of {folder} are not those that its thresholds were made for: export it again")
+
+
 def write_checkpoint(
     dense: Path, plan: SparsityPlan, calibration: Calibration, out: Path, weights: Literal["link", "copy"]
 ) -> ExportSummary:
@@ -65,7 +77,7 @@ def write_checkpoint(
     """
     digest = check_calibration_fits(calibration, dense)
     config = read_json(dense / "config.json", "model configuration")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ArtefactError(f"{dense} is already quantised ({method}): export from the dense model")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / _SUMMARY).is_file())):

@@ -1,5 +1,7 @@
 """The sparsity plan: every projection's sparsity and threshold, as config.json carries it."""
 
+import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +32,11 @@ class SparsityPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of a TEAL checkpoint."""
-        return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **asdict(self)}
+        return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **asdict(self), "sha256": self.digest()}
+
+    def digest(self) -> str:
+        """sha256 of the plan, by which a reader notices a change."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SparsityPlan":
@@ -58,11 +64,21 @@ class SparsityPlan:
             raise ArtefactError(
                 f"the thresholds of this TEAL checkpoint are damaged ({error!r}): export it again"
             ) from error
-        if not plan.projections:
+        plan.check()
+        if content.get("sha256") != plan.digest():
+            raise ArtefactError("the thresholds of this TEAL checkpoint were altered: export it again")
+        return plan
+
+    def check(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            ArtefactError: no projections, or a sparsity or threshold out of range.
+        """
+        if not self.projections:
             raise ArtefactError("this TEAL checkpoint names no projections: export it again")
-        for name, entry in plan.projections.items():
+        for name, entry in self.projections.items():
             if not 0.0 <= entry.sparsity < 1.0:
                 raise ArtefactError(f"{name}: sparsity {entry.sparsity} is not in [0, 1): export it again")
             if not (math.isfinite(entry.threshold) and entry.threshold >= 0.0):
                 raise ArtefactError(f"{name}: threshold {entry.threshold} is not a number >= 0: export it again")
-        return plan

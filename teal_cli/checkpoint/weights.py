@@ -9,7 +9,7 @@ from typing import Any
 from teal_cli.checkpoint.files import read_json
 from teal_cli.errors import ArtefactError
 
-_SAMPLE_BYTES = 4096
+_SAMPLES, _SAMPLE_BYTES = 8, 1024
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -20,13 +20,13 @@ def weight_files(folder: Path) -> list[Path]:
         ArtefactError: no safetensors weights, a shard missing, or a file truncated.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (folder / "model.safetensors").is_file():  # transformers, too, takes this one first
+        names = ["model.safetensors"]
+    elif index.is_file():
         table = read_json(index, "weight index").get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ArtefactError(f"weight index {index} has no weight_map; download the model again")
         names = sorted(set(table.values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
     else:
         pickled = any(folder.glob("pytorch_model*.bin"))
         hint = (
@@ -72,8 +72,9 @@ def tensor_header(file: Path) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """Digest that tells one set of weights from another without reading all of them.
 
-    Covers every tensor's name, dtype and shape and the first 4 KiB of its data, so that a
-    fine-tuned copy of the same shape differs. Independent of how the tensors are sharded.
+    Covers every tensor's name, dtype and shape, and eight samples of 1 KiB spread evenly over its
+    data, the first and the last among them, so that a fine-tuned copy of the same shape differs.
+    Independent of how the tensors are sharded.
     """
     lines: list[bytes] = []
     for file in weight_files(folder):
@@ -82,7 +83,10 @@ def fingerprint(folder: Path) -> str:
             (length,) = struct.unpack("<Q", stream.read(8))
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
-                stream.seek(8 + length + begin)
-                sample = hashlib.sha256(stream.read(min(_SAMPLE_BYTES, end - begin))).hexdigest()
-                lines.append(f"{name}|{entry['dtype']}|{entry['shape']}|{sample}".encode())
+                digest = hashlib.sha256()
+                for sample in range(_SAMPLES):
+                    offset = max(0, end - begin - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
+                    stream.seek(8 + length + begin + offset)
+                    digest.update(stream.read(min(_SAMPLE_BYTES, end - begin)))
+                lines.append(f"{name}|{entry['dtype']}|{entry['shape']}|{digest.hexdigest()}".encode())
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()

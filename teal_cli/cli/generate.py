@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import GenerateConfig
-from teal_cli.errors import UsageError
+from teal_cli.errors import TealError, UsageError
 from teal_cli.report.console import Reporter
 
 if TYPE_CHECKING:  # importing the step imports torch, which --help must not
@@ -62,7 +62,12 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
         messages = (
             [*messages, {"role": "user", "content": line}] if generator.chat else [{"role": "user", "content": line}]
         )
-        reply = generator.reply(messages, write=_write)
+        try:
+            reply = generator.reply(messages, write=_write)
+        except TealError as error:  # the conversation has grown too long, say: the session goes on
+            reporter.say(f"{error} (/new starts over)")
+            messages = messages[:-1]
+            continue
         _write("\n")
         reporter.say(summary(reply) + (", interrupted" if reply.interrupted else ""))
         messages.append({"role": "assistant", "content": reply.text})

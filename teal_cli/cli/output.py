@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from teal_cli.cli.options import Flags
 from teal_cli.config import SharedConfig, load_verb
-from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
 
 C = TypeVar("C", bound=SharedConfig)
@@ -22,18 +21,18 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
     config = load_verb(verb, flags, config_file)
     if not isinstance(config, model):
         raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
-    if config.json_file is not None and config.json_file.is_dir():
-        raise UsageError(f"json (flag --json): {config.json_file} is a folder, give a file")
     quieten_libraries()
     return config, Reporter(config.quiet)
 
 
 def quieten_libraries() -> None:
     """No progress bars or warnings of the libraries below: the reporter is who talks to the user."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

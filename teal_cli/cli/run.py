@@ -20,17 +20,16 @@ _RECIPE = inspect.Parameter(
 def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     if config_file is not None:
         raise UsageError("teal run takes its configuration from RECIPE: leave out --config")
-    loaded = load_recipe(recipe, {key: value for key, value in flags.items() if key not in ("json", "quiet")})
-    reporter = Reporter(bool(flags.get("quiet", loaded.quiet)))
-    json_file = Path(flags["json"]) if "json" in flags else loaded.json_file
+    loaded = load_recipe(recipe, flags)
+    reporter = Reporter(loaded.quiet)
     quieten_libraries()
     from teal_cli.checkpoint.files import write_json
     from teal_cli.report.tables import bench_tables, eval_table, run_table
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)
-    if json_file is not None:
-        write_json(json_file, results)
+    if loaded.json_file is not None:
+        write_json(loaded.json_file, results)
     if "eval" in results:
         reporter.show(eval_table(results["eval"]))
     for table in bench_tables(results["bench"]) if "bench" in results else []:

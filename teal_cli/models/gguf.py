@@ -4,29 +4,29 @@ import hashlib
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from teal_cli.checkpoint.files import atomic_folder
 from teal_cli.checkpoint.weights import weight_files
-from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.resources import teal_home
 
-_SAMPLE_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 def _cache_name(file: Path) -> str:
-    """Stem and a digest of size, first and last MiB: the same file by any path is converted once."""
+    """Stem and a digest of size and 64 samples spread over the file: by any path it is converted once."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         magic = stream.read(4)
         if magic != b"GGUF":
             raise ArtefactError(f"{file} is not a GGUF file")
-        stream.seek(0)
-        digest.update(stream.read(_SAMPLE_BYTES))
-        stream.seek(max(0, size - _SAMPLE_BYTES))
-        digest.update(stream.read(_SAMPLE_BYTES))
+        for sample in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
     return f"{file.stem}-{digest.hexdigest()[:16]}"
 
 
@@ -72,12 +72,20 @@ def _convert(file: Path, folder: Path) -> None:
         pass
     try:
         # float32 holds every dequantised value exactly.
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
-        raise ArtefactError(f"{file} cannot be converted: {str(error).strip().splitlines()[0]}") from error
+        raise artefact_error(error, f"{file} cannot be converted") from error
+    if report["missing_keys"]:
+        raise ArtefactError(f"{file} lacks {len(report['missing_keys'])} tensors of its model")
     # The quantisation is undone: the folder must not claim it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

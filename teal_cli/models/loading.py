@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
+from teal_cli.checkpoint.export import check_weights
 from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import tensor_header, weight_files
-from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.models.aliases import Alias
 
+# What transformers raises for a folder that it cannot make sense of.
+_UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,17 +88,22 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     elements = sum(math.prod(entry["shape"]) for file in weight_files(folder) for entry in tensor_header(file).values())
     check_memory(elements * chosen.itemsize, target, str(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, local_files_only=True)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ArtefactError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    # transformers only warns of a format that it does not know and goes on densely.
-    if (config.get("quantization_config") or {}).get("quant_method") == "teal" and not sparse_layers(model):
-        raise ArtefactError(
-            f"{folder} carries thresholds but loaded dense: is another teal package shadowing this one?"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, local_files_only=True, output_loading_info=True
         )
-    model.to(target).eval()  # type: ignore[arg-type]
+        model, report = loaded
+    except _UNREADABLE as error:
+        raise artefact_error(error, f"{folder} cannot be loaded") from error
+    # transformers only warns of tensors that it did not find, and fills them with random numbers.
+    absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if absent:
+        raise ArtefactError(f"the weights of {folder} lack {len(absent)} tensors of the right shape, {absent[0]} first")
+    if (config.get("quantization_config") or {}).get("quant_method") == "teal":
+        # transformers only warns of a format that it does not know and goes on densely.
+        if not sparse_layers(model):
+            raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
+        check_weights(folder)
+    model.to(target).eval()
     lay_out_(model)
     return model
 
@@ -126,5 +135,5 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
-        raise ArtefactError(f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+    except _UNREADABLE as error:
+        raise artefact_error(error, f"{folder} has no usable tokenizer") from error

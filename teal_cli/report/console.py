@@ -14,6 +14,12 @@ class _TokensPerSecond(ProgressColumn):
         return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "", style="cyan")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the caller see it: rich would exit with 1, as if something had failed."""
+        raise BrokenPipeError
+
+
 class Reporter:
     """Talks to the user; `quiet` silences all but errors.
 
@@ -22,8 +28,8 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.err = Console(stderr=True, quiet=quiet, highlight=False)
-        self.out = Console(quiet=quiet, highlight=False)
+        self.err = _Console(stderr=True, quiet=quiet, highlight=False)
+        self.out = _Console(quiet=quiet, highlight=False)
 
     def say(self, message: str) -> None:
         """One line about what happens now."""

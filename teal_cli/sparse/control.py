@@ -27,6 +27,8 @@ class SparsityCounter:
     """Counts what is really dropped: realised sparsity, by projection and model-wide."""
 
     def __init__(self) -> None:
+        self.active = True
+        """Set to False to let calls go by uncounted."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
 

@@ -65,8 +65,10 @@ class SparseLinear(nn.Linear):
         self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.weight.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        self.site.forget_layout()
+        before = self.weight.data_ptr()
         super()._apply(fn, recurse)
+        if self.weight.data_ptr() != before:
+            self.site.forget_layout()
         if not self.weight.is_meta:
             self.plan_(self.plan)  # a cast of the model must not round the threshold
         return self
@@ -97,14 +99,15 @@ class SparseLinear(nn.Linear):
             if control.counter is not None:
                 control.counter.add(self.name, self.weight.numel(), active[..., control.dense_prefix :, :])
             return F.linear(x * active, self.weight, self.bias)
-        if control.counter is not None:
+        if control.counter is not None and control.counter.active:
             control.counter.add(self.name, self.weight.numel(), active_inputs(x, self.threshold))
         return self.site.product(self.number, x, control.backend)
 
     def _dense(self, x: Tensor) -> Tensor:
         """The plain product, with the plain layer's bits when it is a prefill on the CPU."""
         weight = self.weight
-        if x.device.type == "cpu" and x.dim() > 1 and x.shape[-2] > 1 and not weight.is_contiguous():
+        prefill = self.control.mode == "dense" or (x.dim() > 1 and x.shape[-2] > 1)
+        if x.device.type == "cpu" and prefill and not weight.is_contiguous():
             rows = x.numel() // x.shape[-1]
             exact = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and rows >= _LAYOUT_EXACT_ROWS)
             if not exact:

@@ -79,11 +79,12 @@ class Site:
         layer = self.layers[number]
         if self._table is None:
             return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
-        if torch.compiler.is_compiling() or x.is_inference():
+        compiling = torch.compiler.is_compiling()  # compiled code knows no addresses
+        if not compiling and layer.weight.data_ptr() != self._addresses[number]:
+            return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
+        if compiling or x.is_inference():
             # Neither can tell whether x changed since the last call: no product is kept.
             y = sparse_linear(x, self._table.t(), None, layer.threshold, backend)
-        elif layer.weight.data_ptr() != self._addresses[number]:
-            return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
         else:
             y = self._shared(x, self._table, layer.threshold, backend)
             if number == len(self.layers) - 1:  # the last to read it

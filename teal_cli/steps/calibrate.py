@@ -75,4 +75,9 @@ def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
 def dataset_identity(dataset: str) -> str:
     """A dataset's name as artefacts record it, so that eval recognises it: a file by its full path."""
     path = Path(dataset).expanduser()
-    return str(path.resolve()) if path.suffix in (".txt", ".jsonl") else dataset.rstrip(":")
+    if path.suffix in (".txt", ".jsonl"):
+        return str(path.resolve())
+    if dataset in ("sotu", "self"):
+        return dataset
+    name, subset, split, column = (dataset.split(":") + [""] * 3)[:4]
+    return ":".join((name, subset, split or "train", column or "text"))

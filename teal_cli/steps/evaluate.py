@@ -149,4 +149,4 @@ def _half(dataset: str, folder: Path) -> Half:
         calibrated_on = str(read_summary(folder).get("calibration", {}).get("dataset", ""))
     except ArtefactError:  # saved again by transformers, which keeps no teal.json: be careful
         return "evaluation"
-    return "evaluation" if dataset_identity(dataset) in calibrated_on.split(" + ") else "all"
+    return "evaluation" if dataset_identity(dataset) in (calibrated_on, *calibrated_on.split(" + ")) else "all"

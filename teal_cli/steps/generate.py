@@ -17,6 +17,9 @@ from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparsityCounter, use_backend
 from teal_cli.workspace import Workspace, checkpoint_for
 
+# Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
+_COUNT_EVERY = 8
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -28,9 +31,9 @@ class Reply:
     prefill_seconds: float
     """Until the first token."""
     tokens_per_second: float | None
-    """Of the decode steps, counting of dropped inputs included; None for a reply of one token."""
+    """Of the decode steps; None for a reply of one token."""
     realised_sparsity: float | None
-    """None where nothing ran sparse."""
+    """Counted at the first decode step and at every eighth after it; None where nothing ran sparse."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -57,6 +60,7 @@ class Generator:
             folder = checkpoint_for(config, config.sparsity, workspace, reporter)
         self.model = load_model(folder, device=config.device, dtype=config.dtype)
         self.engine = Engine(self.model)
+        self._replies = 0
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
@@ -75,7 +79,9 @@ class Generator:
             write(text)
 
         streamer = text_streamer(self.tokenizer, emit)
-        sampling = SamplingConfig(self.config.temperature, self.config.top_k, self.config.top_p, seed=self.config.seed)
+        seed = self.config.seed + self._replies  # a conversation must not draw the same numbers each turn
+        self._replies += 1
+        sampling = SamplingConfig(self.config.temperature, self.config.top_k, self.config.top_p, seed=seed)
         control = self.engine.control
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
@@ -88,6 +94,7 @@ class Generator:
                     first = last if count == 0 else first
                     count += 1
                     streamer.put(torch.tensor([token]))
+                    counter.active = count % _COUNT_EVERY == 1
             except KeyboardInterrupt:
                 interrupted = True
             streamer.end()

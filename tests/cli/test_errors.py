@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny
+from safetensors.torch import load_file, save_file
 
 from teal_cli.cli import run
+from teal_cli.errors import MachineError, artefact_error
 
 
 @pytest.fixture
@@ -57,6 +59,52 @@ def test_truncated_weights(tiny, capsys) -> None:
     _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
     weights.write_bytes(b"\xff" * 100)
     _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
+
+
+def test_weights_that_lack_tensors(tiny, capsys) -> None:
+    """transformers would fill them with random numbers."""
+    tensors = load_file(tiny / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, tiny / "model.safetensors")
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
+    _fails(capsys, 3, "lack 3 tensors of the right shape, model.layers.1.mlp.down_proj.weight first", *flags)
+
+
+def test_configuration_that_does_not_fit_the_weights(tiny, capsys) -> None:
+    path = tiny / "config.json"
+    config = json.loads(path.read_text())
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
+    path.write_text(json.dumps(config | {"intermediate_size": 96}))
+    _fails(capsys, 3, "", *flags)
+    path.write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    _fails(capsys, 3, "expected int, got str", *flags)
+
+
+def test_weights_changed_after_the_export(calibrated, capsys) -> None:
+    assert run(["export", "--model", str(calibrated), "--out", "out", "--weights", "copy"]) == 0
+    weights = bytearray(Path("out/model.safetensors").read_bytes())
+    weights[-4000:] = bytes(4000)
+    Path("out/model.safetensors").write_bytes(weights)
+    _fails(capsys, 3, "are not those that its thresholds were made for", "generate", "--model", "out", "--prompt", "x")
+
+
+def test_full_disk_and_memory_below_other_errors() -> None:
+    """Libraries wrap the system's error in their own."""
+    for inner, message in ((OSError(errno.ENOSPC, "full"), "disk is full"), (MemoryError(), "out of memory")):
+        try:
+            try:
+                raise inner
+            except Exception as cause:
+                raise ValueError("while writing the cache") from cause
+        except ValueError as error:
+            found = artefact_error(error, "text cannot be read")
+        assert isinstance(found, MachineError)
+        assert message in str(found)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m teal_cli info | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_folder_without_tokenizer(tiny, capsys) -> None:
@@ -112,6 +160,8 @@ def test_calibration_of_another_model(calibrated, tmp_path, capsys) -> None:
         ({"projections": {"a": {"sparsity": 1.5, "threshold": 0.1}}}, "sparsity 1.5 is not in [0, 1)"),
         ({"projections": {"a": {"sparsity": 0.5, "threshold": -1}}}, "threshold -1.0 is not a number >= 0"),
         ({"projections": {"a": {"sparsity": 0.5}}}, "are damaged"),
+        ({"target_sparsity": 0.4}, "were altered"),
+        ({"projections": {"a": {"sparsity": 0.5, "threshold": 0.1}}}, "were altered"),
     ],
 )
 def test_tampered_checkpoint(calibrated, capsys, change, message) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from teal_cli.cli import VERBS, run
 from teal_cli.cli.generate import converse
 from teal_cli.config import VERB_CONFIGS, GenerateConfig
-from teal_cli.report.console import QUIET
+from teal_cli.report.console import QUIET, Reporter
 from teal_cli.steps.generate import Generator
 
 
@@ -129,6 +129,32 @@ def test_conversation(calibrated: Path, capsys: pytest.CaptureFixture[str], monk
     converse(generator, QUIET)
     assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+def test_conversation_survives_a_full_context(
+    calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=5), QUIET)
+    lines = iter(["stars " * 200, "stars", EOFError])
+
+    def answer(prompt: str = "") -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", answer)
+    converse(generator, Reporter())
+    said = capsys.readouterr().err
+    assert "exceed the model's context" in said
+    assert "/new starts over" in said
+    assert "5 tokens" in said
+
+
+def test_missing_calibration_is_made_as_the_yaml_says(dense: Path, corpus: Path) -> None:
+    Path("c.yaml").write_text(f"model: {dense}\ncalibrate: {{dataset: {corpus}, tokens: 256, seq_len: 64}}\n")
+    assert _teal("generate", "--config", "c.yaml", "--prompt", "a", "--max-new-tokens", 2) == 0
+    assert _json(Path("runs/tiny/calibration.json"))["tokens"] == 256
 
 
 def test_bench(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,16 @@ def test_prefill_is_dense_even_for_one_token(engine: Engine) -> None:
         assert counter.model_wide() == pytest.approx(0.5, abs=0.1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 9, 30])
+def test_prefill_has_the_dense_bits(tmp_path: Path, length: int) -> None:
+    folder = save_tiny(tmp_path / "dense")
+    out, _ = export_tiny(folder, tmp_path / "sparse")
+    dense, sparse = (Engine(load_model(path, device="cpu", dtype="auto")) for path in (folder, out))
+    prompt = _prompt(length)
+    assert torch.equal(sparse.prefill(prompt, sparse.new_cache(40)), dense.prefill(prompt, dense.new_cache(40)))
+
+
 def test_generation_equals_token_by_token(engine: Engine) -> None:
     tokens = list(engine.generate(_prompt(), max_new_tokens=12, sampling=SamplingConfig()))
     cache = engine.new_cache(20)

@@ -226,6 +226,55 @@ def test_changed_weights_are_used(pair, change: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("replaced", ["data", "assign"])
+def test_replaced_weights_under_inference_mode(pair, replaced: str) -> None:
+    _, sparse = pair
+    token, layer = _tokens(1, 1), sparse.model.layers[0].self_attn.v_proj
+    with torch.inference_mode():
+        before = sparse(input_ids=token).logits
+    if replaced == "data":
+        layer.weight.data = layer.weight.data * 2
+    else:
+        doubled = {
+            name: t * (2 if "0.self_attn.v_proj.weight" in name else 1) for name, t in sparse.state_dict().items()
+        }
+        sparse.load_state_dict(doubled, assign=True)
+    expected = sparse(input_ids=token).logits
+    assert not torch.allclose(expected, before, atol=1e-3)
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse(input_ids=token).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_move_that_moves_nothing_keeps_the_layout(pair) -> None:
+    _, sparse = pair
+    site = sparse.model.layers[0].mlp.gate_proj.site
+    table = site._table
+    assert table is not None
+    sparse.to("cpu")
+    assert site._table is table
+
+
+@torch.no_grad()
+def test_in_float64_decoding_is_the_masked_maths_to_the_last_digits(tmp_path: Path) -> None:
+    """In float32 an input beside its threshold may fall on the other side; in float64 none does here."""
+    folder = save_tiny(tmp_path / "dense", "qwen3")
+    out, _ = export_tiny(folder, tmp_path / "sparse")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    sparse = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
+    ids = _tokens(1, 100)
+    caches = DynamicCache(config=dense.config), DynamicCache(config=sparse.config)
+    dense(input_ids=ids[:, :20], past_key_values=caches[0])
+    sparse(input_ids=ids[:, :20], past_key_values=caches[1])
+    _eager_masked(dense, {name: layer.threshold for name, layer in sparse_layers(sparse).items()})
+    for position in range(20, 100):
+        token = ids[:, position : position + 1]
+        expected = dense(input_ids=token, past_key_values=caches[0]).logits
+        got = sparse(input_ids=token, past_key_values=caches[1]).logits
+        assert float((got - expected).norm() / expected.norm()) < 1e-12
+
+
+@torch.no_grad()
 def test_masked_evaluation_equals_decoding(pair) -> None:
     """The forward pass of `teal eval` gives what decoding token by token gives."""
     _, sparse = pair
@@ -269,7 +318,8 @@ def test_wrong_thresholds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="differ, at model.layers.0.mlp.up_proj"):
         apply_plan_(model, plan)
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["projections"]["model.layers.7.mlp.up_proj"] = {"sparsity": 0.5, "threshold": 0.1}
+    plan.projections["model.layers.7.mlp.up_proj"] = ProjectionPlan(0.5, 0.1)
+    config["quantization_config"] = plan.to_dict()
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtefactError, match="no linear layer model.layers.7"):
         AutoModelForCausalLM.from_pretrained(out)
