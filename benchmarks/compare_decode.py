@@ -8,6 +8,7 @@ weights. Prefill is not timed: each side's time for one new token is taken off i
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -57,7 +58,8 @@ def main() -> None:
     quieten_libraries()
 
     config = SparseConfig(model=options.model, device=options.device, dtype=options.dtype)
-    workspace, reporter = Workspace.of(config), Reporter()
+    reporter = Reporter()
+    workspace = Workspace.of(config, reporter)
     calibration = calibration_for(config, workspace, reporter)
     folder = workspace.source.folder
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device).eval()
@@ -105,7 +107,7 @@ def main() -> None:
         }
     )
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", "benchmarks/compare_decode.py", *sys.argv[1:]]),
         "model": options.model,
         "device": device_description(engine.device),
         "dtype": options.dtype,

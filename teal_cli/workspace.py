@@ -24,9 +24,9 @@ class Workspace:
     runs: Path
 
     @classmethod
-    def of(cls, config: SharedConfig) -> "Workspace":
+    def of(cls, config: SharedConfig, reporter: Reporter) -> "Workspace":
         """Find (or convert, or download) the model that a configuration names."""
-        return cls(find_model(config.model), config.runs)
+        return cls(find_model(config.model, reporter.say), config.runs)
 
     @property
     def run(self) -> Path:

@@ -14,7 +14,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     from teal_cli.steps.run import calibration_summary
     from teal_cli.workspace import Workspace
 
-    workspace = Workspace.of(config)
+    workspace = Workspace.of(config, reporter)
     result = calibration_summary(calibrate(config, reporter, workspace))
     write_result(config, result)
     reporter.show(calibration_table(result))

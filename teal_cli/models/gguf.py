@@ -1,7 +1,10 @@
 """GGUF files: dequantised once into an ordinary transformers folder under TEAL_HOME."""
 
 import hashlib
+import io
 import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ def _cache_name(file: Path) -> str:
     return f"{file.stem}-{digest.hexdigest()[:16]}"
 
 
-def converted(file: Path) -> Path:
+def converted(file: Path, say: Callable[[str], None] = lambda message: None) -> Path:
     """The transformers folder of a GGUF file, converted on first use.
 
     Safe against two processes (a file lock) and against interruption (the folder appears whole,
@@ -49,6 +52,7 @@ def converted(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not folder.is_dir():
+            say(f"converting {file.name} to safetensors, once, into {folder}")
             # Under the lock nobody else is writing: what lies here was left by an interrupted run.
             for stale in folder.parent.glob(f".{folder.name}.*.part"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -71,17 +75,18 @@ def _convert(file: Path, folder: Path) -> None:
     except ImportError:  # older transformers always dequantise
         pass
     try:
-        # float32 holds every dequantised value exactly.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-        model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        with redirect_stderr(io.StringIO()):  # a progress bar that transformers cannot be told to hide
+            # float32 holds every dequantised value exactly.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+            model, report = loaded
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
         raise artefact_error(error, f"{file} cannot be converted") from error
     if report["missing_keys"]:

@@ -1,6 +1,7 @@
 """From what the user typed after --model to a transformers folder on disk."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ class ModelSource:
         return (self.config.get("quantization_config") or {}).get("quant_method") == "teal"
 
 
-def find_model(spec: str) -> ModelSource:
+def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> ModelSource:
     """Find, download or convert the model that `spec` names.
 
     Args:
         spec: a folder, a .gguf file, an alias of configs/models, or a hub id.
+        say: told what takes a while.
 
     Raises:
         ArtefactError: nothing by that name, no weights, or not cached and no network.
@@ -49,10 +51,10 @@ def find_model(spec: str) -> ModelSource:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ArtefactError(f"GGUF file {spec} does not exist")
-        return _converted_source(path, path.stem)
+        return _converted_source(path, path.stem, say)
     alias = find_alias(spec)
     if alias is not None:
-        return _alias_source(alias)
+        return _alias_source(alias, say)
     if _HUB_ID.fullmatch(spec):
         return ModelSource(spec.replace("/", "--"), _download(spec))
     raise ArtefactError(
@@ -67,16 +69,16 @@ def _folder_source(folder: Path) -> ModelSource:
     return ModelSource(folder.resolve().name, folder)
 
 
-def _converted_source(file: Path, name: str) -> ModelSource:
+def _converted_source(file: Path, name: str, say: Callable[[str], None]) -> ModelSource:
     from teal_cli.models.gguf import converted
 
-    return ModelSource(name, converted(file))
+    return ModelSource(name, converted(file, say))
 
 
-def _alias_source(alias: Alias) -> ModelSource:
+def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
     packaged = alias.packaged_file()
     if packaged is not None:
-        return _converted_source(packaged, alias.name)
+        return _converted_source(packaged, alias.name, say)
     try:
         return ModelSource(alias.name, _download(alias.hub_id))
     except ArtefactError as error:

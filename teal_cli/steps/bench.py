@@ -105,7 +105,7 @@ _Prepared = tuple[str, Any, Sequence[SparsityPlan], Tensor]
 
 
 def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> _Prepared:
-    workspace = workspace or Workspace.of(config)
+    workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
     prompt = token_blocks(
         "sotu",

@@ -22,7 +22,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    workspace = workspace or Workspace.of(config)
+    workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("calibrate")
     source = workspace.source
     # Whatever can fail cheaply fails before the model is loaded.

@@ -77,7 +77,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    workspace = workspace or Workspace.of(config)
+    workspace = workspace or Workspace.of(config, reporter)
     dataset = config.dataset if config.text is None else str(config.text)
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")

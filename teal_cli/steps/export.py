@@ -13,7 +13,7 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     Raises:
         TealError: anything wrong with model, calibration or disk.
     """
-    workspace = workspace or Workspace.of(config)
+    workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("export")
     calibration = calibration_for(config, workspace, reporter)
     plan = make_plan(calibration, config.sparsity, config.allocation)

@@ -50,7 +50,7 @@ class Generator:
     """
 
     def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
-        workspace = workspace or Workspace.of(config)
+        workspace = workspace or Workspace.of(config, reporter)
         self.config = config
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)

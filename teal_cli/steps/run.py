@@ -43,7 +43,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         TealError: from a stage; the ones before it are kept.
     """
     _check(recipe)
-    workspace = Workspace.of(next(iter(recipe.stages.values())))
+    workspace = Workspace.of(next(iter(recipe.stages.values())), reporter)
     path = workspace.run / _STATE
     state = read_json(path, "run state") if path.is_file() else {}
     results: dict[str, dict[str, Any]] = {}
