@@ -49,7 +49,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/compare_decode.py --out benchmarks/results
+	$(BIN)/python benchmarks/compare_decode.py --compile --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

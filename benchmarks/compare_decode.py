@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, weight_bytes_per_token
@@ -44,6 +44,31 @@ def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens:
     return new_tokens / (seconds(new_tokens + 1) - seconds(1))
 
 
+class CompiledStep:
+    """The strongest dense decoding of plain transformers: static cache, compiled step (needs a C++ compiler)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+        def step(token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            return logits[:, -1:].argmax(-1)
+
+        self.step = torch.compile(step, fullgraph=True)
+
+    @torch.no_grad()
+    def speed(self, prompt: torch.Tensor, new_tokens: int) -> float:
+        """Tokens a second, without the prefill."""
+        cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens)
+        token = self.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        synchronize(prompt.device)
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            token = self.step(token, cache)
+        synchronize(prompt.device)
+        return new_tokens / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -53,6 +78,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--compile", action="store_true", help="also transformers with a static cache and torch.compile"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     quieten_libraries()
@@ -77,11 +105,17 @@ def main() -> None:
         half="evaluation",
     )[:1].to(options.device)
 
-    transformers_speed(plain, prompt, options.new_tokens)
+    peers = {"transformers generate": lambda: transformers_speed(plain, prompt, options.new_tokens)}
+    if options.compile:
+        compiled = CompiledStep(plain)
+        peers["transformers, torch.compile"] = lambda: compiled.speed(prompt, options.new_tokens)
+    for measure in peers.values():
+        measure()
     rounds: list[list[DecodeRun]] = []
-    others: list[float] = []
-    for _ in range(options.repeats):  # one round: transformers, then ours dense and at each sparsity
-        others.append(transformers_speed(plain, prompt, options.new_tokens))
+    others: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(options.repeats):  # one round: the peers, then ours dense and at each sparsity
+        for name, measure in peers.items():
+            others[name].append(measure())
         rounds.append(bench_decode(engine, plans, prompt, new_tokens=options.new_tokens, repeats=1))
     dense = Spread.of([runs[0].tokens_per_second.median for runs in rounds])
     results = []
@@ -94,18 +128,20 @@ def main() -> None:
             "speedup_by_round": [r[index].tokens_per_second.median / r[0].tokens_per_second.median for r in rounds],
         }
         results.append(entry)
-    other, size = Spread.of(others), weight_bytes_per_token(plain, {})
-    results.append(
-        {
-            "backend": "transformers generate",
-            "sparsity": 0.0,
-            "realised_sparsity": 0.0,
-            "tokens_per_second": asdict(other),
-            "bytes_per_token": size,
-            "bandwidth_gb_s": size * other.median / 1e9,
-            "speedup": other.median / dense.median,
-        }
-    )
+    size = weight_bytes_per_token(plain, {})
+    for name, speeds in others.items():
+        other = Spread.of(speeds)
+        results.append(
+            {
+                "backend": name,
+                "sparsity": 0.0,
+                "realised_sparsity": 0.0,
+                "tokens_per_second": asdict(other),
+                "bytes_per_token": size,
+                "bandwidth_gb_s": size * other.median / 1e9,
+                "speedup": other.median / dense.median,
+            }
+        )
     result = {
         "command": shlex.join(["python", "benchmarks/compare_decode.py", *sys.argv[1:]]),
         "model": options.model,
