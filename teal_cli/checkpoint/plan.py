@@ -13,6 +13,11 @@ QUANT_METHOD = "teal"
 """The name under which transformers knows the format."""
 
 
+def carries_plan(config: dict[str, Any]) -> bool:
+    """Whether a model configuration (config.json, parsed) is that of a TEAL checkpoint."""
+    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+
+
 @dataclass(frozen=True)
 class ProjectionPlan:
     """One projection: the sparsity that was asked, and the threshold that gives it."""

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.files import read_json, update_with_samples
 from teal_cli.errors import ArtefactError
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1024
@@ -84,9 +84,6 @@ def fingerprint(folder: Path) -> str:
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
                 digest = hashlib.sha256()
-                for sample in range(_SAMPLES):
-                    offset = max(0, end - begin - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
-                    stream.seek(8 + length + begin + offset)
-                    digest.update(stream.read(min(_SAMPLE_BYTES, end - begin)))
+                update_with_samples(digest, stream, 8 + length + begin, end - begin, count=_SAMPLES, size=_SAMPLE_BYTES)
                 lines.append(f"{name}|{entry['dtype']}|{entry['shape']}|{digest.hexdigest()}".encode())
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from teal_cli.checkpoint.files import atomic_folder
+from teal_cli.checkpoint.files import atomic_folder, update_with_samples
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.resources import teal_home
@@ -27,9 +27,7 @@ def _cache_name(file: Path) -> str:
         magic = stream.read(4)
         if magic != b"GGUF":
             raise ArtefactError(f"{file} is not a GGUF file")
-        for sample in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+        update_with_samples(digest, stream, 0, size, count=_SAMPLES, size=_SAMPLE_BYTES)
     return f"{file.stem}-{digest.hexdigest()[:16]}"
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from teal_cli.checkpoint.export import check_weights
 from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.plan import carries_plan
 from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.models.aliases import Alias
@@ -87,6 +88,9 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     chosen = pick_dtype(dtype, config.get("dtype") or config.get("torch_dtype"), target)
     elements = sum(math.prod(entry["shape"]) for file in weight_files(folder) for entry in tensor_header(file).values())
     check_memory(elements * chosen.itemsize, target, str(folder))
+    is_sparse = carries_plan(config)
+    if is_sparse:
+        check_weights(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=chosen, local_files_only=True, output_loading_info=True
@@ -98,11 +102,9 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if absent:
         raise ArtefactError(f"the weights of {folder} lack {len(absent)} tensors of the right shape, {absent[0]} first")
-    if (config.get("quantization_config") or {}).get("quant_method") == "teal":
-        # transformers only warns of a format that it does not know and goes on densely.
-        if not sparse_layers(model):
-            raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
-        check_weights(folder)
+    # transformers only warns of a format that it does not know and goes on densely.
+    if is_sparse and not sparse_layers(model):
+        raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
     model.to(target).eval()
     lay_out_(model)
     return model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, nearest
 from teal_cli.models.aliases import Alias, alias_names, find_alias
@@ -32,7 +33,16 @@ class ModelSource:
     @property
     def is_teal_checkpoint(self) -> bool:
         """Whether the folder carries thresholds."""
-        return (self.config.get("quantization_config") or {}).get("quant_method") == "teal"
+        return carries_plan(self.config)
+
+    @property
+    def plan(self) -> SparsityPlan:
+        """The thresholds of a TEAL checkpoint.
+
+        Raises:
+            ArtefactError: they are damaged or altered.
+        """
+        return SparsityPlan.from_dict(self.config["quantization_config"])
 
 
 def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> ModelSource:

