@@ -1,33 +1,35 @@
-"""Triton backend: a masked matrix-vector product for one decoded token a row.
+"""Triton backend: one decoded token's matrix-vector product that reads only the rows that matter.
 
-Each program owns a block of outputs and one stretch of the inputs, and writes one row of float32
-partial sums; a second launch-free step (a torch sum) adds the stretches in a fixed order. There are
-no atomics and no output to clear, so the same inputs give the same bits on every run. Masks cover
-both edges, so any width is right. Importable without triton; without a GPU it runs under
-TRITON_INTERPRET=1.
+The weight is an input-major table (in, out): one row per input. A program owns a block of outputs
+and a stretch of the inputs. It lists the inputs of its stretch that are above the threshold, adds
+up their rows in float32 and writes one line of partial sums. The program that arrives last at a
+block of outputs adds the partial sums in a fixed order and finishes the block, so there is no
+second launch, no output to clear and no floating-point atomic: the same inputs give the same bits
+on every run.
+
+Around the product the kernel takes up what would otherwise be launches of their own: before it the
+RMS norm (`NORM`), after it the bias, the residual sum with its sum of squares (`RESIDUAL`) or the
+gated activation (`GATED`). Several projections that read one hidden state are parts of one table,
+each with its own threshold.
+
+Importable without triton; without a GPU it runs under TRITON_INTERPRET=1.
 """
 
 import os
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from teal_kernels.layout import input_major
-
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     TRITON_MISSING: str | None = None
 except ImportError as error:  # pragma: no cover - triton has no wheels for some systems
     triton = None
     TRITON_MISSING = f"triton cannot be imported ({error})"
-
-# A starting point that fits any shape; nothing here is tuned yet.
-_BLOCK_OUT = 64
-_BLOCK_IN = 64
-_INPUTS_PER_SPLIT = 1024
 
 
 def interpreting() -> bool:
@@ -36,72 +38,428 @@ def interpreting() -> bool:
 
 
 if triton is not None:
+    PLAIN = tl.constexpr(0)
+    RESIDUAL = tl.constexpr(1)
+    GATED = tl.constexpr(2)
 
     @triton.jit
-    def _masked_gemv(  # type: ignore[no-untyped-def]
+    def _inputs(x_ptr, norm_ptr, scale, ins, inside, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One row's inputs in float32, normalised where asked, rounded where transformers rounds."""
+        x = tl.load(x_ptr + ins, mask=inside, other=0.0)
+        if NORM:
+            dtype = x_ptr.dtype.element_ty
+            x = (x.to(tl.float32) * scale).to(dtype) * tl.load(norm_ptr + ins, mask=inside, other=0.0)
+        return x.to(tl.float32)
+
+    @triton.jit
+    def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What an RMS norm multiplies one row with, from partial sums of its squares."""
+        lines = tl.arange(0, SQUARES)
+        return tl.rsqrt(tl.sum(tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0), axis=0) / n_in + eps)
+
+    @triton.jit
+    def _keep(x, inside, threshold):  # type: ignore[no-untyped-def]
+        # "not <=" rather than ">": NaN must stay active.
+        return inside & ((tl.abs(x) <= threshold) == 0)
+
+    @triton.jit
+    def _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS: tl.constexpr, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One row's outputs: the stretches' partial sums, added in a fixed order, a few lines at a time."""
+        sums = tl.zeros((LINES, outs.shape[0]), dtype=tl.float32)
+        for first in range(0, n_splits, LINES):
+            splits = first + tl.arange(0, LINES)
+            # .cg: these lines were written by other multiprocessors, this one's L1 may hold older ones.
+            sums += tl.load(
+                partial_ptr + (splits * ROWS + row).to(tl.int64)[:, None] * total + outs[None, :],
+                mask=(splits < n_splits)[:, None] & out_inside[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        return tl.sum(sums, axis=0)
+
+    @triton.jit
+    def fetch_ahead(pointers, width: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Bring `width` bytes at each pointer into the L2 cache, without waiting; both multiples of 16."""
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [pointers, tl.full(pointers.shape, width, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def gemv_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
+        norm_ptr,
+        squares_ptr,
         weight_ptr,
         threshold_ptr,
+        bias_ptr,
+        y_ptr,
+        squares_out_ptr,
         partial_ptr,
+        arrivals_ptr,
+        list_ptr,
+        values_ptr,
+        counts_ptr,
         n_in,
-        n_out,
+        stride,
+        part_0,
+        part_1,
+        part_2,
         inputs_per_split,
+        n_splits,
+        n_squares,
+        eps,
+        ROWS: tl.constexpr,
+        LISTED: tl.constexpr,
+        NORM: tl.constexpr,
+        FINISH: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        EVEN: tl.constexpr,
+        SQUARES: tl.constexpr,
+        SPLIT: tl.constexpr,
+        LINES: tl.constexpr,
+        STRETCH: tl.constexpr,
         BLOCK_OUT: tl.constexpr,
         BLOCK_IN: tl.constexpr,
+        UNROLL: tl.constexpr,
+        AHEAD: tl.constexpr,
+        PDL: tl.constexpr,
     ):
-        """x (rows, in), weight input-major (in, out), partial (rows, splits, out) in float32."""
-        out_block = tl.program_id(0)
+        block = tl.program_id(0)
         split = tl.program_id(1)
-        row = tl.program_id(2)
-        n_splits = tl.num_programs(1)
-        outs = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        out_inside = outs < n_out
-        threshold = tl.load(threshold_ptr)
+        # Which part, which outputs. Blocks never straddle two parts: each has one threshold.
+        blocks_0 = tl.cdiv(part_0, BLOCK_OUT)
+        blocks_1 = tl.cdiv(part_1, BLOCK_OUT)
+        total = part_0 + part_1 + part_2
+        part = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
+        out_start = block * BLOCK_OUT
+        out_stop = total
+        if not EVEN:
+            blocks_before = tl.where(part == 0, 0, tl.where(part == 1, blocks_0, blocks_0 + blocks_1))
+            part_start = tl.where(part == 0, 0, tl.where(part == 1, part_0, part_0 + part_1))
+            out_start = part_start + (block - blocks_before) * BLOCK_OUT
+            out_stop = part_start + tl.where(part == 0, part_0, tl.where(part == 1, part_1, part_2))
+        outs = out_start + tl.arange(0, BLOCK_OUT)
+        out_inside = outs < out_stop
+        if EVEN:
+            out_inside = tl.full((BLOCK_OUT,), True, tl.int1)
         first = split * inputs_per_split
         last = tl.minimum(first + inputs_per_split, n_in)
-        acc = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
-        for start in range(first, last, BLOCK_IN):
-            ins = start + tl.arange(0, BLOCK_IN)
-            in_inside = ins < last
-            x = tl.load(x_ptr + row * n_in + ins, mask=in_inside, other=0.0).to(tl.float32)
-            # "not <=" rather than ">": NaN must stay active.
-            active = in_inside & ((tl.abs(x) <= threshold) == 0)
-            w = tl.load(
-                weight_ptr + ins.to(tl.int64)[:, None] * n_out + outs[None, :],
-                mask=active[:, None] & out_inside[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            # At an infinite threshold an infinity is dropped, and inf * 0 would be NaN.
-            x = tl.where(active, x, 0.0)
-            acc += tl.sum(w * x[:, None], axis=0)
-        tl.store(partial_ptr + (row * n_splits + split) * n_out + outs, acc, mask=out_inside)
+        threshold = 0.0
+        if LISTED:
+            threshold = tl.load(threshold_ptr + part)
+        if AHEAD > 0:
+            width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
+            fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
+            if NORM:  # a line of 128 bytes holds 64 weights of 16 bits
+                fetch_ahead(norm_ptr + tl.minimum(first + tl.arange(0, STRETCH // 64) * 64, last - 1) // 8 * 8, 16)
+        if PDL:
+            gdc_wait()
+            # After the wait, so that whoever starts early may read what the kernel before this one wrote.
+            gdc_launch_dependents()
+
+        scales = ()
+        for row in tl.static_range(ROWS):
+            if NORM:
+                scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
+            else:
+                scales = scales + (1.0,)
+        acc = ()
+        for row in tl.static_range(ROWS):
+            acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
+        active = 0
+        base = (block * n_splits + split) * STRETCH
+        columns = weight_ptr + outs
+        tile = tl.arange(0, BLOCK_IN)
+        if LISTED:
+            ins = first + tl.arange(0, STRETCH)
+            inside = ins < last
+            read = inside & False
+            for row in tl.static_range(ROWS):
+                x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
+                keep = _keep(x, inside, threshold)
+                if ROWS > 1:
+                    active += tl.sum(keep.to(tl.int32), axis=0)
+                read |= keep  # one row of weights serves every row of x
+            slot = tl.cumsum(read.to(tl.int32), axis=0) - 1
+            count = tl.sum(read.to(tl.int32), axis=0)
+            if ROWS == 1:
+                active = count
+            tl.store(list_ptr + base + slot, ins, mask=read)
+            for row in tl.static_range(ROWS):
+                if ROWS > 1:
+                    x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
+                    keep = _keep(x, inside, threshold)
+                tl.store(values_ptr + base * ROWS + row * STRETCH + slot, tl.where(keep, x, 0.0), mask=read)
+            tl.debug_barrier()
+            which = ()
+            for step in tl.static_range(UNROLL):
+                slots = step * BLOCK_IN + tile
+                which = which + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+            for start in range(0, count, BLOCK_IN * UNROLL):
+                weights = ()
+                for step in tl.static_range(UNROLL):
+                    listed = start + step * BLOCK_IN + tile < count
+                    weights = weights + (
+                        tl.load(
+                            which[step].to(tl.int64)[:, None] * stride + columns[None, :],
+                            mask=listed[:, None] & out_inside[None, :],
+                            other=0.0,
+                            eviction_policy="evict_first",
+                        ),
+                    )
+                following = ()  # the next indices travel while these weights do
+                for step in tl.static_range(UNROLL):
+                    slots = start + (UNROLL + step) * BLOCK_IN + tile
+                    following = following + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+                which = following
+                for step in tl.static_range(UNROLL):
+                    slots = start + step * BLOCK_IN + tile
+                    added = ()
+                    for row in tl.static_range(ROWS):
+                        value = tl.load(values_ptr + base * ROWS + row * STRETCH + slots, mask=slots < count, other=0.0)
+                        added = added + (acc[row] + value.to(tl.float32)[:, None] * weights[step].to(tl.float32),)
+                    acc = added
+        else:
+            if NORM:
+                # Normalised once, not once a thread that multiplies with it.
+                offsets = tl.arange(0, STRETCH)
+                stretch_inside = first + offsets < last
+                for row in tl.static_range(ROWS):
+                    normed = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], first + offsets, stretch_inside, NORM)
+                    tl.store(values_ptr + base * ROWS + row * STRETCH + offsets, normed, mask=stretch_inside)
+                tl.debug_barrier()
+                x_ptr = values_ptr + base * ROWS - first
+                n_in = STRETCH
+            for start in range(first, last, BLOCK_IN * UNROLL):
+                weights = ()
+                for step in tl.static_range(UNROLL):
+                    ins = start + step * BLOCK_IN + tile
+                    weights = weights + (
+                        tl.load(
+                            ins.to(tl.int64)[:, None] * stride + columns[None, :],
+                            mask=(ins < last)[:, None] & out_inside[None, :],
+                            other=0.0,
+                            eviction_policy="evict_first",
+                        ),
+                    )
+                for step in tl.static_range(UNROLL):
+                    ins = start + step * BLOCK_IN + tile
+                    added = ()
+                    for row in tl.static_range(ROWS):
+                        x = tl.load(x_ptr + row * n_in + ins, mask=ins < last, other=0.0).to(tl.float32)
+                        added = added + (acc[row] + x[:, None] * weights[step].to(tl.float32),)
+                    acc = added
+        if LISTED:
+            if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
+                tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
+
+        # The stretches' sums meet in memory; whoever comes last finishes.
+        dtype = y_ptr.dtype.element_ty
+        group = block
+        if FINISH == GATED:
+            group = block % blocks_0  # a gated table: the gate's blocks, then as many of up
+        MEET: tl.constexpr = SPLIT or FINISH == GATED
+        if MEET:
+            for row in tl.static_range(ROWS):
+                line = partial_ptr + (split * ROWS + row).to(tl.int64) * total
+                tl.store(line + outs, tl.sum(acc[row], axis=0), mask=out_inside)
+            needed = n_splits
+            if FINISH == GATED:
+                needed = 2 * n_splits
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + group, 1, sem="acq_rel")
+            if arrived != needed - 1:
+                return
+            tl.store(arrivals_ptr + group, 0)
+            if FINISH == GATED:
+                outs = group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+                out_inside = outs < part_0
+        for row in tl.static_range(ROWS):
+            if MEET:
+                y = _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS, LINES)
+            else:
+                y = tl.sum(acc[row], axis=0)
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
+            y = y.to(dtype)
+            if FINISH == GATED:
+                up = _gathered(partial_ptr, row, outs + part_0, out_inside, total, n_splits, ROWS, LINES)
+                if HAS_BIAS:
+                    up += tl.load(bias_ptr + part_0 + outs, mask=out_inside, other=0.0).to(tl.float32)
+                gate = y.to(tl.float32)
+                y = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
+                tl.store(y_ptr + row * part_0 + outs, y, mask=out_inside)
+            else:
+                if FINISH == RESIDUAL:
+                    y = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0) + y
+                    square = y.to(tl.float32) * y.to(tl.float32)
+                    tl.store(
+                        squares_out_ptr + row * tl.num_programs(0) + block,
+                        tl.sum(tl.where(out_inside, square, 0.0), axis=0),
+                    )
+                tl.store(y_ptr + row * total + outs, y, mask=out_inside)
 
 
-def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
-    """Sparse product on a GPU (or in the interpreter); arguments and result as `reference_linear`.
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
 
-    Accumulates in float32 for float16, bfloat16 and float32 weights.
+
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Options of a launch, programmatic dependent or plain (older GPUs and the interpreter know no other)."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """How one product is cut up."""
+
+    block_out: int
+    """Outputs of a program (power of two)."""
+    block_in: int
+    """Rows of weights in a tile (power of two)."""
+    unroll: int
+    """Tiles in flight at a time."""
+    inputs_per_split: int
+    """Inputs of a program."""
+    warps: int
+    ahead: int = 0
+    """Rows of each stretch that are fetched into the L2 cache before the inputs are known (power of two)."""
+    dense: bool = False
+    """Read every row, and do not list."""
+
+
+class Workspace:
+    """Scratch memory that kernels share, one after the other on one stream.
+
+    Counters of arrivals are zero between launches: the program that arrives last resets its own.
     """
-    n_out, n_in = weight.shape
-    rows = x.reshape(-1, n_in).contiguous()
-    table = input_major(weight).t()
-    n_splits = max(1, -(-n_in // _INPUTS_PER_SPLIT))
-    inputs_per_split = -(-n_in // n_splits)
-    partial = torch.empty((rows.shape[0], n_splits, n_out), dtype=torch.float32, device=x.device)
-    grid = (-(-n_out // _BLOCK_OUT), n_splits, rows.shape[0])
-    kernel: Any = _masked_gemv
-    kernel[grid](
-        rows,
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, elements: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of at least that many elements, zero when it is made."""
+        held = self._tensors.get(name)
+        if held is None or held.numel() < elements or held.dtype != dtype:
+            self._tensors[name] = held = torch.zeros(elements, dtype=dtype, device=self.device)
+        return held
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm in front of a product."""
+
+    weight: Tensor
+    """(in,)"""
+    eps: float
+    squares: Tensor
+    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x."""
+
+
+# The gathering of partial sums must not need more registers than the loop over weights does.
+_GATHERED_REGISTERS = 32
+MAX_ROWS = 8
+"""Rows of a batch that one launch takes: each has its sums in registers."""
+_FINISHES = {"plain": 0, "residual": 1, "gated": 2}
+
+
+def squares_of(parts: tuple[int, ...], config: GemvConfig) -> int:
+    """Partial sums of squares that a `residual` product writes for each row."""
+    return sum(-(-part // config.block_out) for part in parts)
+
+
+def gemv(
+    x: Tensor,
+    table: Tensor,
+    parts: tuple[int, ...],
+    thresholds: Tensor,
+    y: Tensor,
+    config: GemvConfig,
+    workspace: Workspace,
+    *,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    finish: str = "plain",
+    squares: Tensor | None = None,
+    counts: Tensor | None = None,
+    pdl: bool = False,
+    compile_only: bool = False,
+) -> None:
+    """One launch: norm, threshold, product and what follows it.
+
+    Args:
+        x: (rows, in), contiguous, rows from 1 to 8.
+        table: (in, out), each row contiguous; the dtype of x.
+        parts: outputs of each projection in the table, at most three.
+        thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
+        y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
+        config: how the product is cut up.
+        workspace: scratch.
+        bias: (out,) or None.
+        norm: an RMS norm of x before all else.
+        finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
+        squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
+        counts: (parts,) int64: how many inputs were kept is added to it.
+        pdl: launch while the kernel before still runs.
+        compile_only: compile what would be launched.
+    """
+    rows, n_in = x.shape
+    total = sum(parts)
+    part_0, part_1, part_2 = (*parts, 0, 0)[:3]
+    blocks = squares_of(parts, config)
+    splits = -(-n_in // config.inputs_per_split)
+    stretch = power_of_two(config.inputs_per_split)
+    listed = not config.dense
+    lines = blocks * splits * stretch
+    run = gemv_kernel.warmup if compile_only else gemv_kernel.run
+    run(
+        x,
+        x if norm is None else norm.weight,
+        thresholds if norm is None else norm.squares,
         table,
-        threshold,
-        partial,
+        thresholds,
+        x if bias is None else bias,
+        y,
+        thresholds if squares is None else squares,
+        workspace.tensor("partial", splits * rows * total, torch.float32),
+        workspace.tensor("arrivals", blocks, torch.int32),
+        workspace.tensor("list", lines if listed else 1, torch.int32),
+        workspace.tensor(f"values {x.dtype}", lines * rows if listed or norm else 1, x.dtype),
+        workspace.tensor("counts", 3, torch.int64) if counts is None else counts,
         n_in,
-        n_out,
-        inputs_per_split,
-        BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_IN=_BLOCK_IN,
+        table.stride(0),
+        part_0,
+        part_1,
+        part_2,
+        config.inputs_per_split,
+        splits,
+        1 if norm is None else norm.squares.shape[1],
+        0.0 if norm is None else norm.eps,
+        ROWS=rows,
+        LISTED=listed,
+        NORM=norm is not None,
+        FINISH=_FINISHES[finish],
+        HAS_BIAS=bias is not None,
+        EVEN=all(part % config.block_out == 0 for part in parts),
+        SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
+        SPLIT=splits > 1,
+        LINES=max(1, min(power_of_two(splits), _GATHERED_REGISTERS * 32 * config.warps // config.block_out)),
+        STRETCH=stretch,
+        BLOCK_OUT=config.block_out,
+        BLOCK_IN=config.block_in,
+        UNROLL=config.unroll,
+        AHEAD=0 if interpreting() else config.ahead,
+        PDL=pdl,
+        num_warps=config.warps,
+        grid=(blocks, splits),
+        **({} if compile_only else {"warmup": False}),
+        **launch_options(pdl),
     )
-    y = partial.sum(1)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], n_out)

@@ -23,7 +23,7 @@ class Sampler:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self._greedy = config.temperature == 0.0
-        self._generator = torch.Generator(device=device).manual_seed(config.seed)
+        self.generator = None if self._greedy else torch.Generator(device=device).manual_seed(config.seed)
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(config.temperature))
@@ -38,4 +38,6 @@ class Sampler:
             return logits.argmax(-1, keepdim=True)
         # The warpers look at scores alone; they ask for input_ids by interface.
         scores = self._warpers(None, logits.float())  # type: ignore[arg-type]
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        # As torch.multinomial draws a single sample, less its check of the input, for which the host waits.
+        waits = torch.empty_like(scores).exponential_(generator=self.generator)
+        return (scores.softmax(-1) / waits).argmax(-1, keepdim=True)

@@ -1,6 +1,6 @@
 """How a model's sparse layers behave right now: one object that all of them share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,6 +31,7 @@ class SparsityCounter:
         """Set to False to let calls go by uncounted."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
+        self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
 
     def add(self, name: str, parameters: int, active: Tensor) -> None:
         """Count one call: `active` is a bool tensor over the inputs that this call could drop."""
@@ -39,9 +40,20 @@ class SparsityCounter:
         tally.seen += active.numel()
         tally.dropped = tally.dropped + (active.numel() - active.count_nonzero())
 
+    def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
+        """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
+        self._sources.append(read)
+
     def by_projection(self) -> dict[str, float]:
         """Realised sparsity of each projection that ran sparse."""
-        return {name: int(tally.dropped) / tally.seen for name, tally in self._tallies.items() if tally.seen}
+        seen = {name: tally.seen for name, tally in self._tallies.items()}
+        dropped = {name: int(tally.dropped) for name, tally in self._tallies.items()}
+        for read in self._sources:
+            for name, (parameters, more_seen, more_dropped) in read().items():
+                self._weights[name] = parameters
+                seen[name] = seen.get(name, 0) + more_seen
+                dropped[name] = dropped.get(name, 0) + more_dropped
+        return {name: dropped[name] / count for name, count in seen.items() if count}
 
     def model_wide(self) -> float | None:
         """Realised sparsity weighted by parameters; None if nothing ran sparse."""
@@ -68,6 +80,18 @@ class SparsityControl:
     backend: str = "auto"
     dense_prefix: int = 0
     counter: SparsityCounter | None = field(default=None, repr=False)
+    plans_applied: int = field(default=0, repr=False)
+    """Goes up whenever thresholds change."""
+
+    @property
+    def decodes_sparse(self) -> bool:
+        """Whether a single token would run sparse now."""
+        return self.enabled and self.mode != "dense"
+
+    @property
+    def decoding(self) -> tuple[bool, str, int]:
+        """Changes with everything that a prepared decoding must know."""
+        return self.decodes_sparse, self.backend, self.plans_applied
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

@@ -68,6 +68,7 @@ def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
         raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")
     for name, layer in layers.items():
         layer.plan_(plan.projections[name])
+        layer.control.plans_applied += 1
     lay_out_(model)
 
 

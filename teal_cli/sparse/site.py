@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from teal_kernels import input_major, sparse_linear
+from teal_kernels import input_major, is_input_major, sparse_linear
 
 if TYPE_CHECKING:
     from teal_cli.sparse.linear import SparseLinear
@@ -29,6 +29,7 @@ class Site:
     def __init__(self) -> None:
         self.layers: list[SparseLinear] = []
         self._table: Tensor | None = None  # (in, total out)
+        self._alike = False  # the plans agree: one product serves all layers
         self._parts: list[tuple[int, int]] = []
         self._addresses: list[int] = []
         self._x: Tensor | None = None
@@ -40,16 +41,28 @@ class Site:
         self.layers.append(layer)
         return len(self.layers) - 1
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether `table` holds the weights of all layers."""
+        return self._table is not None or (len(self.layers) == 1 and is_input_major(self.layers[0].weight))
+
+    @property
+    def table(self) -> Tensor:
+        """(in, outputs of all layers): the weights, where `side_by_side`."""
+        return self.layers[0].weight.t() if self._table is None else self._table
+
     @torch.no_grad()
     def lay_out_(self) -> None:
-        """Lay the weights out for the layers' plans: side by side where they agree, else each alone.
+        """Lay the weights out for the layers' plans: side by side where one kernel can use that, else each alone.
 
-        Cheap where nothing has to move.
+        A GPU kernel takes a threshold a layer; on the CPU the plans must agree. Cheap where nothing
+        has to move.
         """
         self._forget_product()
         weights = [layer.weight for layer in self.layers]
-        alike = {(layer.plan, w.shape[1], w.dtype, w.device) for layer, w in zip(self.layers, weights, strict=True)}
-        if len(weights) == 1 or len(alike) > 1:
+        self._alike = len({layer.plan for layer in self.layers}) == 1
+        one_table = len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1
+        if len(weights) == 1 or not one_table or not (self._alike or weights[0].is_cuda):
             self._table = None
             for weight in weights:
                 weight.data = input_major(weight.data)
@@ -77,7 +90,7 @@ class Site:
     def product(self, number: int, x: Tensor, backend: str) -> Tensor:
         """The sparse product of one layer: (..., in) -> (..., out)."""
         layer = self.layers[number]
-        if self._table is None:
+        if self._table is None or not self._alike:
             return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
         compiling = torch.compiler.is_compiling()  # compiled code knows no addresses
         if not compiling and layer.weight.data_ptr() != self._addresses[number]:

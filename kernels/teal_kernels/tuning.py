@@ -1,0 +1,118 @@
+"""Which cut a product gets: tables of measured configurations, per GPU, shape, dtype and sparsity.
+
+A table is JSON: the device, what measured it, and entries `{inputs, outputs, dtype, rows, finish,
+sparsity, microseconds, config}`. `teal bench --kernels --tune` writes a user's own, which goes
+before the packaged ones. Choosing reads tables only: nothing is timed while a model decodes.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teal_kernels.triton_gemv import GemvConfig
+
+_PACKAGED = Path(__file__).with_name("tuning_tables")
+TABLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured product."""
+
+    inputs: int
+    outputs: tuple[int, ...]
+    dtype: str
+    rows: int
+    finish: str
+    sparsity: float
+    """Realised by every row; 0 for a dense read."""
+    microseconds: float
+    config: GemvConfig
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Entry":
+        """Inverse of `to_dict`."""
+        fields = dict(content)
+        fields["outputs"] = tuple(fields["outputs"])
+        fields["config"] = GemvConfig(**fields["config"])
+        return cls(**fields)
+
+    def distance(self, inputs: int, outputs: tuple[int, ...], itemsize: int, rows: int, finish: str) -> float:
+        """How unlike another product is: 0 for the same."""
+        size = abs(math.log2(self.inputs / inputs)) + abs(math.log2(sum(self.outputs) / sum(outputs)))
+        ours = 4 if self.dtype == "float32" else 2
+        return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 4.0 * (ours != itemsize)
+
+
+def user_table(device_name: str) -> Path:
+    """Where a user's own table of a GPU lies."""
+    home = Path(os.environ.get("TEAL_HOME", Path.home() / ".cache" / "teal"))
+    return home / "tuning" / f"{device_name.lower().replace(' ', '-')}.json"
+
+
+@lru_cache(maxsize=8)
+def _entries(device_name: str) -> tuple[Entry, ...]:
+    """The user's table, else the packaged one of this GPU, else the packaged one of another."""
+    own = [user_table(device_name), _PACKAGED / user_table(device_name).name]
+    for path in (*own, *sorted(_PACKAGED.glob("*.json"))):
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("version") == TABLE_VERSION:
+                return tuple(Entry.from_dict(entry) for entry in content["entries"])
+    return ()
+
+
+UNTUNED = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=256, warps=1)
+"""What any product can run with."""
+_WORTHWHILE = 0.2
+"""Without a table: the sparsity from which skipping is taken to pay."""
+
+
+def choose_config(
+    device: torch.device,
+    *,
+    inputs: int,
+    parts: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: int,
+    finish: str,
+    sparsity: float,
+) -> GemvConfig:
+    """How to run a product: from the nearest measured one, sparse only where that was faster than dense.
+
+    Args:
+        device: where it runs.
+        inputs: of the product.
+        parts: outputs of each projection.
+        dtype: of the weights.
+        rows: of the batch.
+        finish: what follows the product, as `gemv` takes it.
+        sparsity: expected of each row, weighted by outputs; 0 where everything is read.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    entries = _entries(name)
+    if not entries:
+        return replace(UNTUNED, dense=sparsity < _WORTHWHILE)
+    nearest = min(entry.distance(inputs, parts, dtype.itemsize, rows, finish) for entry in entries)
+    alike = [e for e in entries if e.distance(inputs, parts, dtype.itemsize, rows, finish) == nearest]
+    dense = min((e for e in alike if e.config.dense), key=lambda e: e.microseconds)
+    sparse = sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity)
+    if sparsity <= 0.0 or not sparse or _interpolated(sparse, sparsity) >= dense.microseconds:
+        return dense.config
+    return min(sparse, key=lambda e: abs(e.sparsity - sparsity)).config
+
+
+def _interpolated(entries: list[Entry], sparsity: float) -> float:
+    """Microseconds at a sparsity between those measured; at the ends, along the last line."""
+    if len(entries) == 1:
+        return entries[0].microseconds
+    above = next((i for i, entry in enumerate(entries) if entry.sparsity >= sparsity), len(entries) - 1)
+    low, high = entries[max(above, 1) - 1], entries[max(above, 1)]
+    slope = (high.microseconds - low.microseconds) / (high.sparsity - low.sparsity)
+    return low.microseconds + slope * (sparsity - low.sparsity)

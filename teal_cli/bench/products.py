@@ -1,0 +1,139 @@
+"""One product on the GPU, timed as decoding meets it: weights out of cache, inside a CUDA graph."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.bench.timing import Spread
+from teal_kernels import active_inputs
+from teal_kernels.triton_gemv import GemvConfig, Norm, Workspace, gemv, squares_of
+
+_ROTATED_BYTES = 400_000_000
+"""Copies of the weight are used in turn until this much was read: several times any L2."""
+_REPLAYS = 7
+_EPS = 1e-5
+
+
+class Product:
+    """The projections that read one hidden state, with random weights.
+
+    Args:
+        inputs: of the product.
+        parts: outputs of each projection.
+        finish: what follows, as `gemv` takes it; anything but `residual` has an RMS norm in front.
+        dtype: of weights and inputs.
+        rows: tokens decoded together; each row drops inputs of its own.
+        device: a GPU.
+        seed: of weights and inputs.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        parts: tuple[int, ...],
+        finish: str,
+        *,
+        dtype: torch.dtype,
+        rows: int,
+        device: torch.device,
+        seed: int = 0,
+    ) -> None:
+        self.inputs, self.parts, self.finish, self.rows = inputs, parts, finish, rows
+        self.device, self.dtype = device, dtype
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+        self.bytes = inputs * sum(parts) * dtype.itemsize
+        self.tables = [random(inputs, sum(parts)) for _ in range(max(2, -(-_ROTATED_BYTES // self.bytes)))]
+        self.x = random(rows, inputs)
+        self.norm: Norm | None = None
+        seen = self.x
+        if finish != "residual":
+            squares = self.x.float().square().sum(-1, keepdim=True)
+            self.norm = Norm(random(inputs).abs() + 0.5, _EPS, squares)
+            seen = (self.x.float() * torch.rsqrt(squares / inputs + _EPS)).to(dtype) * self.norm.weight
+        self.seen = seen
+        """(rows, inputs): what the threshold is compared with."""
+        self.y = torch.zeros(rows, parts[0] if finish == "gated" else sum(parts), device=device, dtype=dtype)
+        self.workspace = Workspace(device)
+        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+
+    def thresholds(self, sparsity: float) -> Tensor:
+        """(parts,) float32 that drop this share of the inputs, -1 for none."""
+        value = self.seen.abs().float().quantile(sparsity) if sparsity > 0 else torch.tensor(-1.0, device=self.device)
+        return value.repeat(len(self.parts))
+
+    def read_share(self, thresholds: Tensor) -> tuple[float, float]:
+        """Share of the weights that some row needs; realised sparsity of the rows."""
+        active = active_inputs(self.seen, thresholds[0])
+        return float(active.any(0).float().mean()), 1.0 - float(active.float().mean())
+
+    def launch(self, index: int, thresholds: Tensor, config: GemvConfig, *, compile_only: bool = False) -> None:
+        """One product with the index-th copy of the weights."""
+        squares = torch.empty(0) if self.finish != "residual" else self._squares(config)
+        gemv(
+            self.x,
+            self.tables[index % len(self.tables)],
+            self.parts,
+            thresholds,
+            self.y,
+            config,
+            self.workspace,
+            norm=self.norm,
+            finish=self.finish,
+            squares=squares if self.finish == "residual" else None,
+            pdl=self.pdl,
+            compile_only=compile_only,
+        )
+
+    def _squares(self, config: GemvConfig) -> Tensor:
+        columns = squares_of(self.parts, config)
+        return self.workspace.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
+            self.rows, columns
+        )
+
+    def time(self, config: GemvConfig, thresholds: Tensor) -> Spread:
+        """Microseconds a launch."""
+        return self._time(lambda index: self.launch(index, thresholds, config))
+
+    def time_cublas(self) -> Spread:
+        """Microseconds of `torch.nn.functional.linear` alone, on row-major weights."""
+        weights = [table.t().contiguous() for table in self.tables]
+        return self._time(lambda index: F.linear(self.seen, weights[index % len(weights)]))
+
+    def _time(self, launch: Callable[[int], object]) -> Spread:
+        launches = max(16, 2 * len(self.tables))
+        launch(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(launches):
+                launch(index)
+        graph.replay()
+        times = []
+        for _ in range(_REPLAYS):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / launches)
+        return Spread.of(times)
+
+
+def reading_gb_s(device: torch.device) -> float:
+    """What this GPU reads from memory at most, measured: 1e9 bytes a second."""
+    data = torch.empty(1 << 29, dtype=torch.float32, device=device).normal_()
+    rates = []
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.amax(data)
+        end.record()
+        end.synchronize()
+        rates.append(data.nbytes / begin.elapsed_time(end) / 1e6)
+    return statistics.median(rates)
