@@ -6,6 +6,8 @@ All rows of a batch are at the same position. Nothing here synchronises with the
 whole token can be one CUDA graph.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -201,6 +203,8 @@ if triton is not None:
         weight_ptr,
         bias_ptr,
         logits_ptr,
+        best_ptr,
+        best_token_ptr,
         n_in,
         vocabulary,
         n_squares,
@@ -243,7 +247,28 @@ if triton is not None:
             y = tl.sum(acc[row], axis=1)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + outs, mask=outs < vocabulary, other=0.0).to(tl.float32)
-            tl.store(logits_ptr + row * vocabulary + outs, y.to(dtype), mask=outs < vocabulary)
+            y = y.to(dtype)
+            tl.store(logits_ptr + row * vocabulary + outs, y, mask=outs < vocabulary)
+            # Compared as rounded: among equal logits the lowest token wins, as torch.argmax has it.
+            y = tl.where(outs < vocabulary, y.to(tl.float32), float("-inf"))
+            top = tl.max(y, axis=0)
+            block = row * tl.num_programs(0) + tl.program_id(0)
+            tl.store(best_ptr + block, top)
+            tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary), axis=0))
+
+    @triton.jit
+    def _pick_kernel(best_ptr, best_token_ptr, token_ptr, n_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The greedy token of one row, from the best of each block of logits."""
+        row = tl.program_id(0)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        blocks = tl.arange(0, BLOCK)
+        best = tl.load(best_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf"))
+        tokens = tl.load(best_token_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=0x7FFFFFFF)
+        top = tl.max(best, axis=0)
+        token = tl.min(tl.where(best == top, tokens, 0x7FFFFFFF), axis=0)
+        tl.store(token_ptr + row, token.to(tl.int64))
 
 
 def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, squares: Tensor, *, pdl: bool) -> None:
@@ -272,8 +297,9 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
     )
 
 
-_ATTENTION_BLOCK = 32
+_ATTENTION_BLOCK = 64
 """Cache positions that a program takes at a time."""
+_ATTENTION_WARPS = 4
 _ATTENTION_SHORTEST = 64
 """Positions under which a stretch is not worth a program of its own."""
 _ATTENTION_PROGRAMS = 128
@@ -347,18 +373,38 @@ def decode_attention(
         PADDED_GROUP=max(16, power_of_two(group)),  # the smallest that a matrix unit takes
         DIM=dim,
         PADDED=max(16, padded),
-        BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 2,
+        BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=splits,
         SHORTEST=_ATTENTION_SHORTEST,
         NORM=q_norm is not None,
         PDL=pdl,
-        num_warps=4,
+        num_warps=_ATTENTION_WARPS,
         **launch_options(pdl),
     )
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best logit of each block of the vocabulary, and its token; `pick` reads them."""
+
+    logits: Tensor
+    """(B, blocks) float32."""
+    tokens: Tensor
+    """(B, blocks) int32."""
+
+    @classmethod
+    def empty(cls, rows: int, vocabulary: int, device: torch.device) -> "Best":
+        """Uninitialised."""
+        shape = (rows, -(-vocabulary // _OUTPUT_BLOCK))
+        return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
+
+
+_OUTPUT_BLOCK = 8
+"""Logits of one program."""
+
+
 def output_logits(
-    hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, logits: Tensor, *, pdl: bool = False
+    hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, logits: Tensor, best: Best, *, pdl: bool = False
 ) -> None:
     """The last norm and the output layer.
 
@@ -368,18 +414,20 @@ def output_logits(
         weight: (V, H), contiguous.
         bias: (V,) or None.
         logits: (B, V), written.
+        best: written, for `pick`.
         pdl: launch while the kernel before still runs.
     """
     rows, n_in = hidden.shape
     vocabulary = weight.shape[0]
-    block_out, block_in = 8, min(512, power_of_two(n_in))
-    _output_kernel[(-(-vocabulary // block_out),)](
+    _output_kernel[(best.logits.shape[1],)](
         hidden,
         norm.weight,
         norm.squares,
         weight,
         hidden if bias is None else bias,
         logits,
+        best.logits,
+        best.tokens,
         n_in,
         vocabulary,
         norm.squares.shape[1],
@@ -387,9 +435,17 @@ def output_logits(
         ROWS=rows,
         SQUARES=power_of_two(norm.squares.shape[1]),
         HAS_BIAS=bias is not None,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
+        BLOCK_OUT=_OUTPUT_BLOCK,
+        BLOCK_IN=min(512, power_of_two(n_in)),
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
+    )
+
+
+def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
+    """The greedy token of every row: (B,) int64, written."""
+    rows, blocks = best.logits.shape
+    _pick_kernel[(rows,)](
+        best.logits, best.tokens, token, blocks, BLOCK=power_of_two(blocks), PDL=pdl, num_warps=16, **launch_options(pdl)
     )

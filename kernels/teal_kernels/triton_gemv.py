@@ -127,6 +127,7 @@ if triton is not None:
         BLOCK_IN: tl.constexpr,
         UNROLL: tl.constexpr,
         AHEAD: tl.constexpr,
+        EVICT: tl.constexpr,
         PDL: tl.constexpr,
     ):
         block = tl.program_id(0)
@@ -210,7 +211,7 @@ if triton is not None:
                             which[step].to(tl.int64)[:, None] * stride + columns[None, :],
                             mask=listed[:, None] & out_inside[None, :],
                             other=0.0,
-                            eviction_policy="evict_first",
+                            eviction_policy=EVICT,
                         ),
                     )
                 following = ()  # the next indices travel while these weights do
@@ -245,7 +246,7 @@ if triton is not None:
                             ins.to(tl.int64)[:, None] * stride + columns[None, :],
                             mask=(ins < last)[:, None] & out_inside[None, :],
                             other=0.0,
-                            eviction_policy="evict_first",
+                            eviction_policy=EVICT,
                         ),
                     )
                 for step in tl.static_range(UNROLL):
@@ -333,6 +334,8 @@ class GemvConfig:
     """Rows of each stretch that are fetched into the L2 cache before the inputs are known (power of two)."""
     dense: bool = False
     """Read every row, and do not list."""
+    evict_first: bool = True
+    """Let the weights leave the L2 cache before anything else does."""
 
 
 class Workspace:
@@ -457,6 +460,7 @@ def gemv(
         BLOCK_IN=config.block_in,
         UNROLL=config.unroll,
         AHEAD=0 if interpreting() else config.ahead,
+        EVICT="evict_first" if config.evict_first else "",
         PDL=pdl,
         num_warps=config.warps,
         grid=(blocks, splits),

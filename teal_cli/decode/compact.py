@@ -16,7 +16,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
-from teal_kernels.triton_decode import decode_attention, embed, output_logits
+from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Norm, Workspace, gemv, interpreting, squares_of
 from teal_kernels.tuning import choose_config
 
@@ -216,6 +216,7 @@ class Session:
         self.attended = buffer(block.o.table.shape[0])
         self.activation = buffer(block.gate_up.parts[0])
         self.logits = buffer(decoder.model.get_output_embeddings().weight.shape[0])
+        self.best = Best.empty(rows, self.logits.shape[1], device)
         self.squares = buffer(1, torch.float32)
         self.squares_after_o = buffer(squares_of(block.o.parts, block.o.config), torch.float32)
         self.squares_after_down = buffer(squares_of(block.down.parts, block.down.config), torch.float32)
@@ -257,8 +258,12 @@ class Session:
             squares = self.squares_after_down
         last, output = decoder.model.model.norm, decoder.model.get_output_embeddings()
         norm = Norm(last.weight, last.variance_epsilon, squares)
-        output_logits(hidden, norm, output.weight, output.bias, self.logits, pdl=pdl)
+        output_logits(hidden, norm, output.weight, output.bias, self.logits, self.best, pdl=pdl)
         return self.logits
+
+    def pick(self) -> None:
+        """Make the greedy choice from the last launch's logits the next launch's `token`."""
+        pick(self.best, self.token, pdl=self.decoder.pdl)
 
     @property
     def stale(self) -> bool:

@@ -192,8 +192,11 @@ class TokenLoop:
 
     def __init__(self, engine: Engine, cache: Any, token: Tensor, sampler: Sampler) -> None:
         self._engine, self._cache, self._sampler = engine, cache, sampler
-        self._token = token.clone()
         self._session = engine.open(cache)
+        self._token = token.clone()
+        if self._session is not None:
+            self._token = self._session.token.view(-1, 1)
+            self._token.copy_(token)
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self.captures = engine.device.type == "cuda"
@@ -221,12 +224,15 @@ class TokenLoop:
         return self._token
 
     def _body(self) -> None:
-        if self._session is not None:
-            self._session.token.copy_(self._token.view(-1))
-            logits = self._session.launch()
+        session = self._session
+        if session is None:
+            self._token.copy_(self._sampler.next_token(self._engine._forward(self._token, self._cache)))
+            return
+        logits = session.launch()
+        if self._sampler.greedy:
+            session.pick()
         else:
-            logits = self._engine._forward(self._token, self._cache)
-        self._token.copy_(self._sampler.next_token(logits))
+            session.token.copy_(self._sampler.next_token(logits).view(-1))
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -22,10 +22,10 @@ class Sampler:
     def __init__(self, config: SamplingConfig, device: torch.device) -> None:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        self._greedy = config.temperature == 0.0
-        self.generator = None if self._greedy else torch.Generator(device=device).manual_seed(config.seed)
+        self.greedy = config.temperature == 0.0
+        self.generator = None if self.greedy else torch.Generator(device=device).manual_seed(config.seed)
         self._warpers = LogitsProcessorList()
-        if not self._greedy:
+        if not self.greedy:
             self._warpers.append(TemperatureLogitsWarper(config.temperature))
             if config.top_k > 0:
                 self._warpers.append(TopKLogitsWarper(config.top_k))
@@ -34,7 +34,7 @@ class Sampler:
 
     def next_token(self, logits: Tensor) -> Tensor:
         """(batch, vocabulary) logits -> (batch, 1) int64 tokens."""
-        if self._greedy:
+        if self.greedy:
             return logits.argmax(-1, keepdim=True)
         # The warpers look at scores alone; they ask for input_ids by interface.
         scores = self._warpers(None, logits.float())  # type: ignore[arg-type]
