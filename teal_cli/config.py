@@ -174,7 +174,15 @@ class BenchConfig(SparseConfig):
         False, description="build the alias's shape with random weights; nothing is downloaded"
     )
     kernels: bool = Field(False, description="also time the sparse product of each projection shape")
+    tune: bool = Field(False, description="with kernels, on a GPU: search how to cut each product, and keep it")
+    batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
     backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
+
+    @model_validator(mode="after")
+    def _tuning_is_of_kernels(self) -> Self:
+        if self.tune and not self.kernels:
+            raise ValueError("tune (flag --tune) searches for kernels: give kernels (flag --kernels) too")
+        return self
 
     @model_validator(mode="after")
     def _random_weights_have_no_run(self) -> Self:

@@ -37,11 +37,16 @@ class Entry:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Entry":
-        """Inverse of `to_dict`."""
+        """Inverse of `asdict`."""
         fields = dict(content)
         fields["outputs"] = tuple(fields["outputs"])
         fields["config"] = GemvConfig(**fields["config"])
         return cls(**fields)
+
+    @property
+    def product(self) -> tuple[int, tuple[int, ...], str, int, str]:
+        """What was measured, whatever the sparsity."""
+        return self.inputs, self.outputs, self.dtype, self.rows, self.finish
 
     def distance(self, inputs: int, outputs: tuple[int, ...], itemsize: int, rows: int, finish: str) -> float:
         """How unlike another product is: 0 for the same."""
@@ -56,16 +61,51 @@ def user_table(device_name: str) -> Path:
     return home / "tuning" / f"{device_name.lower().replace(' ', '-')}.json"
 
 
+def keep_entries(device_name: str, entries: list[Entry], versions: dict[str, str]) -> Path:
+    """Add measured entries to the user's own table, in place of those of the same product.
+
+    Returns:
+        The table's file.
+    """
+    path = user_table(device_name)
+    held: tuple[Entry, ...] = _read(path) if path.is_file() else ()
+    new = {entry.product for entry in entries}
+    content = {
+        "version": TABLE_VERSION,
+        "device": device_name,
+        "versions": versions,
+        "entries": [asdict(entry) for entry in (*(e for e in held if e.product not in new), *entries)],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)
+    _entries.cache_clear()
+    return path
+
+
+def _read(path: Path) -> tuple[Entry, ...]:
+    """A table's entries; none of another version."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("version") != TABLE_VERSION:
+        return ()
+    return tuple(Entry.from_dict(entry) for entry in content["entries"])
+
+
 @lru_cache(maxsize=8)
 def _entries(device_name: str) -> tuple[Entry, ...]:
-    """The user's table, else the packaged one of this GPU, else the packaged one of another."""
-    own = [user_table(device_name), _PACKAGED / user_table(device_name).name]
-    for path in (*own, *sorted(_PACKAGED.glob("*.json"))):
+    """The user's entries and those packaged for this GPU; without any, those of another GPU."""
+    own = user_table(device_name)
+    packaged = _PACKAGED / own.name
+    found: tuple[Entry, ...] = ()
+    for path in (own, packaged):
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.get("version") == TABLE_VERSION:
-                return tuple(Entry.from_dict(entry) for entry in content["entries"])
-    return ()
+            products = {entry.product for entry in found}
+            found += tuple(entry for entry in _read(path) if entry.product not in products)
+    if not found:
+        for path in sorted(_PACKAGED.glob("*.json"))[:1]:
+            found = _read(path)
+    return found
 
 
 UNTUNED = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=256, warps=1)

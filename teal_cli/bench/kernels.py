@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import Timer
 
+from teal_cli.bench.products import Product
 from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
+from teal_kernels.tuning import choose_config
 
 _ROTATED_BYTES = 512 << 20
 """Copies of the weight are used in turn until this much was touched: more than any cache here holds."""
@@ -23,12 +25,14 @@ class KernelRun:
     out_features: int
     in_features: int
     backend: str
-    """`dense`, or the sparse backend that ran."""
+    """`dense` (torch's own product), or the backend that ran; on a GPU also `triton dense`, which skips nothing."""
     sparsity: float
     realised_sparsity: float
     microseconds: Spread
     gb_s: float
     """Bytes of the weights that had to be read, over the median time."""
+    limit_gb_s: float | None
+    """What the device's memory gives at most, measured; None on a CPU."""
     speedup: float
     """Dense median time over this one."""
 
@@ -66,7 +70,7 @@ def bench_kernels(
         weights = itertools.cycle([weight.clone() for _ in range(copies)])
         environment = {"x": x, "weights": weights, "linear": torch.nn.functional.linear}
         dense = _time("linear(x, next(weights))", environment)
-        runs.append(KernelRun(n_out, n_in, "dense", 0.0, 0.0, dense, size / dense.median / 1e3, 1.0))
+        runs.append(KernelRun(n_out, n_in, "dense", 0.0, 0.0, dense, size / dense.median / 1e3, None, 1.0))
         weights = itertools.cycle([input_major(weight) for _ in range(copies)])
         for sparsity in sparsities:
             threshold = x.abs().float().quantile(sparsity) if sparsity else torch.tensor(-1.0, device=device)
@@ -83,7 +87,58 @@ def bench_kernels(
                     1 - active / n_in,
                     spread,
                     read / spread.median / 1e3,
+                    None,
                     dense.median / spread.median,
+                )
+            )
+    return runs
+
+
+def bench_products(
+    products: Sequence[tuple[int, tuple[int, ...], str]],
+    sparsities: Sequence[float],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    seed: int,
+    limit_gb_s: float,
+) -> list[KernelRun]:
+    """Time the launches of decoding on a GPU, with the norm and the activation that they take up.
+
+    Args:
+        products: (inputs, outputs of each projection, finish) of each site.
+        sparsities: targets; every row's inputs have their own quantile for a threshold.
+        device: a GPU.
+        dtype: of the weights.
+        batch: rows.
+        seed: of weights and inputs.
+        limit_gb_s: what the memory gives at most.
+    """
+    runs = []
+    for inputs, parts, finish in products:
+        product = Product(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed)
+        shape = (sum(parts), inputs)
+        cublas = product.time_cublas()
+        runs.append(KernelRun(*shape, "dense", 0.0, 0.0, cublas, product.bytes / cublas.median / 1e3, limit_gb_s, 1.0))
+        for sparsity in (0.0, *sparsities):
+            thresholds = product.thresholds(sparsity)
+            config = choose_config(
+                device, inputs=inputs, parts=parts, dtype=dtype, rows=batch, finish=finish, sparsity=sparsity
+            )
+            spread = product.time(config, thresholds)
+            read, realised = product.read_share(thresholds)
+            read = 1.0 if config.dense else read
+            runs.append(
+                KernelRun(
+                    *shape,
+                    "triton dense" if config.dense else "triton",
+                    sparsity,
+                    0.0 if config.dense else realised,
+                    spread,
+                    product.bytes * read / spread.median / 1e3,
+                    limit_gb_s,
+                    cublas.median / spread.median,
                 )
             )
     return runs

@@ -131,7 +131,7 @@ class Product:
 def reading_gb_s(device: torch.device) -> float:
     """What this GPU reads from memory at most, measured: 1e9 bytes a second."""
     data = torch.empty(1 << 29, dtype=torch.float32, device=device).normal_()
-    rates = []
+    rates: list[float] = []
     for _ in range(5):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

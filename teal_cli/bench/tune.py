@@ -1,38 +1,46 @@
 """Search for the cuts of products: `teal bench --kernels --tune`, and the packaged tables."""
 
-import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import torch
+import triton
+
 from teal_cli.bench.products import Product
-from teal_kernels.triton_gemv import GemvConfig, triton
+from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry
 
 _COMPILERS = 12
-_FINALISTS = 5
-_AHEAD = (0, 8, 16, 32)
+_FINALISTS = 3
+_AHEAD = (0, 8, 16)
 
 
 def candidates(product: Product, *, dense: bool) -> Iterator[GemvConfig]:
-    """Cuts worth timing: enough programs to fill the GPU, loads of 16 bytes a thread, several in flight."""
+    """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
+
+    More programs than a GPU holds at a time would run in waves, with an idle tail each.
+    """
     lane = 16 // product.dtype.itemsize
-    processors = triton.runtime.driver.active.utils.get_device_properties(product.device.index or 0)[
-        "multiprocessor_count"
-    ]
-    for block_out in (64, 128, 256, 512):
-        for warps in (1, 2, 4):
-            for loads, unroll in ((1, 4), (1, 8), (2, 2), (2, 4)):
-                if product.rows > 2 and loads * unroll > 4:
-                    continue  # the sums of every row are held in registers
-                block_in = loads * lane * 32 * warps // block_out
-                if block_in < 1:
-                    continue
-                for per_split in (128, 256, 512, 1024):
-                    programs = -(-product.inputs // per_split) * -(-sum(product.parts) // block_out)
-                    fits = 3 <= programs * warps / processors <= 40 and per_split >= 2 * block_in * unroll
-                    if fits or programs <= 4:
-                        yield GemvConfig(block_out, block_in, unroll, per_split, warps, 8, dense)
+    processors = torch.cuda.get_device_properties(product.device).multi_processor_count
+    smallest = None
+    for block_out, warps, (loads, unroll), per_split in itertools.product(
+        (64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 8), (2, 2), (2, 4)), (128, 256, 512, 1024)
+    ):
+        block_in = loads * lane * 32 * warps // block_out
+        if block_in < 1 or per_split < 2 * block_in * unroll or (warps == 4 and block_out < 256):
+            continue
+        if product.rows > 2 and loads * unroll > 4:
+            continue  # the sums of every row are held in registers
+        config = GemvConfig(block_out, block_in, unroll, per_split, warps, ahead=8, dense=dense)
+        programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
+        smallest = smallest or config
+        if 4 * processors <= programs * warps <= 34 * processors:
+            smallest = config
+            yield config
+    if smallest is not None and 4 * processors > sum(product.parts) // 64 * -(-product.inputs // 128):
+        yield smallest  # a product too small to fill this GPU in any way
 
 
 def search(
@@ -48,7 +56,10 @@ def search(
     for dense in (True, False):
         at = [0.0] if dense else list(sparsities)
         first = _ranked(product, list(candidates(product, dense=dense)), 0.0 if dense else middle, on_config)
-        finalists = [replace(c, ahead=a) for c in first[:_FINALISTS] for a in _AHEAD if a <= c.inputs_per_split // 2]
+        finalists = [
+            replace(config, ahead=ahead, evict_first=evict)
+            for config, ahead, evict in itertools.product(first[:_FINALISTS], _AHEAD, (True, False))
+        ]
         _compile(product, finalists)
         for sparsity in at:
             thresholds = product.thresholds(sparsity)
@@ -85,7 +96,6 @@ def _ranked(
 def _compile(product: Product, configs: list[GemvConfig]) -> None:
     """Compile on several threads; what fails here fails again, with its error, when it is timed."""
     thresholds = product.thresholds(0.0)
-    mode = getattr(triton, "AsyncCompileMode", None)
-    with ThreadPoolExecutor(_COMPILERS) as pool, mode(pool) if mode else contextlib.nullcontext():
+    with ThreadPoolExecutor(_COMPILERS) as pool, triton.AsyncCompileMode(pool):
         for config in configs:
             product.launch(0, thresholds, config, compile_only=True)

@@ -23,6 +23,9 @@ class FixedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, positions: int) -> None:
         super().__init__()
         self.positions = positions
@@ -65,7 +68,7 @@ class FixedLayer(CacheLayerMixin):
 class FixedCache(Cache):
     """A cache of `FixedLayer`s."""
 
-    layers: list[FixedLayer]
+    layers: list[FixedLayer]  # type: ignore[assignment]  # transformers' list is of any kind of layer
 
     def __init__(self, layers: int, positions: int) -> None:
         super().__init__(layers=[FixedLayer(positions) for _ in range(layers)])

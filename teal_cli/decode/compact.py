@@ -17,7 +17,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Norm, Workspace, gemv, interpreting, squares_of
+from teal_kernels.triton_gemv import MAX_ROWS, Norm, Workspace, gemv, interpreting, squares_of
 from teal_kernels.tuning import choose_config
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -49,53 +49,71 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
 
 
 class Product:
-    """The projections of one site as one launch."""
+    """The projections of one site, which one launch computes."""
 
     def __init__(self, layers: list[nn.Module], finish: str) -> None:
         self.layers: list[SparseLinear] = layers  # type: ignore[assignment]
         self.finish = finish
-        first = self.layers[0]
-        self.table = first.site.table
+        self.table = self.layers[0].site.table
         self.parts = tuple(layer.out_features for layer in self.layers)
-        self.bias = None
+        self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in self.layers):
-            self.bias = torch.cat(
-                [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in self.layers]
-            )
-        device = first.weight.device
-        self.thresholds = torch.empty(len(self.parts), dtype=torch.float32, device=device)
-        self.kept = torch.zeros(3, dtype=torch.int64, device=device)
-        self.config: GemvConfig
+            biases = [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                for layer in self.layers
+            ]
+            self.bias = torch.cat(biases)
 
-    def prepare(self, enabled: bool, rows: int) -> None:
-        """Take over thresholds, and choose how to run at the sparsity that they give."""
-        plans = [layer.plan for layer in self.layers]
+
+class Launch:
+    """A product as one session runs it: thresholds, and the cut that fits the sparsity they give.
+
+    Args:
+        product: what is launched.
+        enabled: False runs it dense.
+        rows: of the batch.
+    """
+
+    def __init__(self, product: Product, enabled: bool, rows: int) -> None:
+        self.product = product
+        table, parts = product.table, product.parts
+        plans = [layer.plan for layer in product.layers]
         values = [plan.threshold if enabled and plan.sparsity > 0 else -1.0 for plan in plans]
-        self.thresholds.copy_(torch.tensor(values))
-        sizes = [plan.sparsity * part if enabled else 0.0 for plan, part in zip(plans, self.parts, strict=True)]
+        self.thresholds = torch.tensor(values, dtype=torch.float32, device=table.device)
+        self.kept = torch.zeros(3, dtype=torch.int64, device=table.device)
+        """Inputs that were kept, for each part; added to by every launch that skips."""
+        skipped = sum(plan.sparsity * part for plan, part in zip(plans, parts, strict=True)) if enabled else 0.0
         self.config = choose_config(
-            self.table.device,
-            inputs=self.table.shape[0],
-            parts=self.parts,
-            dtype=self.table.dtype,
+            table.device,
+            inputs=table.shape[0],
+            parts=parts,
+            dtype=table.dtype,
             rows=rows,
-            finish=self.finish,
-            sparsity=sum(sizes) / sum(self.parts),
+            finish=product.finish,
+            sparsity=skipped / sum(parts),
         )
 
-    def run(self, x: Tensor, y: Tensor, workspace: Workspace, pdl: bool, norm: Norm | None, squares: Tensor | None) -> None:
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        workspace: Workspace,
+        pdl: bool,
+        norm: Norm | None = None,
+        squares: Tensor | None = None,
+    ) -> None:
         """Launch it."""
         gemv(
             x,
-            self.table,
-            self.parts,
+            self.product.table,
+            self.product.parts,
             self.thresholds,
             y,
             self.config,
             workspace,
-            bias=self.bias,
+            bias=self.product.bias,
             norm=norm,
-            finish=self.finish,
+            finish=self.product.finish,
             squares=squares,
             counts=self.kept,
             pdl=pdl,
@@ -118,10 +136,6 @@ class _Block:
     window: int
     scale: float
 
-    @property
-    def products(self) -> tuple[Product, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
-
 
 def _window(config: Any, attention: nn.Module) -> int:
     """Positions that a layer sees; 0 for all."""
@@ -143,7 +157,6 @@ class CompactDecoder:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        self.workspace = Workspace(self.device)
         self.kv_heads = config.num_key_value_heads
         self.blocks = []
         for layer in model.model.layers:
@@ -174,7 +187,7 @@ class CompactDecoder:
         Raises:
             ArtefactError: more rows than the kernels take.
         """
-        rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
+        rows = cache.layers[0].keys.shape[0]
         if rows > MAX_ROWS:
             raise ArtefactError(f"a batch of {rows} is more than the GPU kernels decode together ({MAX_ROWS})")
         return Session(self, cache, rows)
@@ -200,10 +213,13 @@ class Session:
         self._made_for = decoder.control.decoding
         self.enabled = decoder.control.decodes_sparse
         config, device, dtype = decoder.model.config, decoder.device, decoder.dtype
-        for block in decoder.blocks:
-            for product in block.products:
-                product.prepare(self.enabled, rows)
+        self.workspace = Workspace(device)  # of its own: a captured graph holds its addresses
+        self.launches = [
+            tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
+            for block in decoder.blocks
+        ]
         block = decoder.blocks[0]
+        _, o, _, down = self.launches[0]
 
         def buffer(columns: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(rows, columns, dtype=kind, device=device)
@@ -218,8 +234,8 @@ class Session:
         self.logits = buffer(decoder.model.get_output_embeddings().weight.shape[0])
         self.best = Best.empty(rows, self.logits.shape[1], device)
         self.squares = buffer(1, torch.float32)
-        self.squares_after_o = buffer(squares_of(block.o.parts, block.o.config), torch.float32)
-        self.squares_after_down = buffer(squares_of(block.down.parts, block.down.config), torch.float32)
+        self.squares_after_o = buffer(squares_of(block.o.parts, o.config), torch.float32)
+        self.squares_after_down = buffer(squares_of(block.down.parts, down.config), torch.float32)
         self._length = cache.length
         self._counter: SparsityCounter | None = None
         self._before = self.position  # set with the counter
@@ -228,13 +244,13 @@ class Session:
     @torch.no_grad()
     def launch(self) -> Tensor:
         """One token for every row: `token` in, (rows, vocabulary) logits out; nothing waits."""
-        decoder, workspace, pdl = self.decoder, self.decoder.workspace, self.decoder.pdl
+        decoder, workspace, pdl = self.decoder, self.workspace, self.decoder.pdl
         hidden = self.hidden
         embed(self.token, decoder.model.get_input_embeddings().weight, self.position, hidden, self.squares, pdl=pdl)
         squares = self.squares
-        for block, layer in zip(decoder.blocks, self.cache.layers, strict=True):
-            norm = Norm(block.attention_norm, block.eps, squares)
-            block.qkv.run(hidden, self.qkv, workspace, pdl, norm, None)
+        for block, launches, layer in zip(decoder.blocks, self.launches, self.cache.layers, strict=True):
+            qkv, o, gate_up, down = launches
+            qkv.run(hidden, self.qkv, workspace, pdl, Norm(block.attention_norm, block.eps, squares))
             decode_attention(
                 self.qkv,
                 layer.keys,
@@ -251,10 +267,10 @@ class Session:
                 eps=block.eps,
                 pdl=pdl,
             )
-            block.o.run(self.attended, hidden, workspace, pdl, None, self.squares_after_o)
+            o.run(self.attended, hidden, workspace, pdl, squares=self.squares_after_o)
             norm = Norm(block.mlp_norm, block.eps, self.squares_after_o)
-            block.gate_up.run(hidden, self.activation, workspace, pdl, norm, None)
-            block.down.run(self.activation, hidden, workspace, pdl, None, self.squares_after_down)
+            gate_up.run(hidden, self.activation, workspace, pdl, norm)
+            down.run(self.activation, hidden, workspace, pdl, squares=self.squares_after_down)
             squares = self.squares_after_down
         last, output = decoder.model.model.norm, decoder.model.get_output_embeddings()
         norm = Norm(last.weight, last.variance_epsilon, squares)
@@ -294,18 +310,18 @@ class Session:
         self._length += 1
 
     def _kept(self) -> Tensor:
-        """(products, 3) int64 on the device: inputs kept so far."""
-        return torch.stack([product.kept for block in self.decoder.blocks for product in block.products])
+        """(launches, 3) int64 on the device: inputs kept so far."""
+        return torch.stack([launch.kept for launches in self.launches for launch in launches])
 
     def _tally(self) -> dict[str, tuple[int, int, int]]:
         """Projection -> its parameters, inputs seen and inputs dropped since counting began."""
         tallies = {}
         kept = (self._kept() - self._before).tolist()
-        products = [product for block in self.decoder.blocks for product in block.products]
-        for product, counts in zip(products, kept, strict=True):
-            for layer, count in zip(product.layers, counts[: len(product.layers)], strict=True):
-                seen = self._counted * self.rows * layer.in_features
+        flat = [launch for launches in self.launches for launch in launches]
+        for launch, counts in zip(flat, kept, strict=True):
+            for layer, count in zip(launch.product.layers, counts, strict=False):
                 if layer.plan.sparsity > 0:
-                    dropped = 0 if product.config.dense else seen - count
+                    seen = self._counted * self.rows * layer.in_features
+                    dropped = 0 if launch.config.dense else seen - count
                     tallies[layer.name] = (layer.weight.numel(), seen, dropped)
         return tallies

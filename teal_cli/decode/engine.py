@@ -202,6 +202,11 @@ class TokenLoop:
         self.captures = engine.device.type == "cuda"
         """Whether steps are, or are going to be, replays of a graph."""
 
+    @staticmethod
+    def first_steps(engine: Engine) -> int:
+        """Steps at the start of a loop that compile and capture, which a timing leaves out."""
+        return 2 if engine.device.type == "cuda" else 0
+
     @torch.no_grad()
     def advance(self) -> Tensor:
         """Decode one token: (batch, 1) int64 on the device, overwritten by the next step."""

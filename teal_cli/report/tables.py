@@ -68,10 +68,15 @@ def _spread(spread: dict[str, float]) -> str:
     return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
 
 
+def _share(value: float, limit: float | None) -> str:
+    return "" if limit is None else f"{value / limit:.0%} of {limit:,.0f}"
+
+
 def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
+    limit = result["reading_gb_s"]
     table = _table(
-        f"{result['model']}, {result['dtype']}, batch 1, {result['device']}\n"
+        f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         "sparsity: target (realised)",
         "backend",
@@ -79,6 +84,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
         "tokens/s",
         "MB/token",
         "GB/s",
+        *([] if limit is None else ["of the memory limit"]),
         "speedup",
     )
     for run in result["runs"]:
@@ -86,8 +92,9 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
             run["backend"],
             _sparsity(run),
             _spread(run["tokens_per_second"]),
-            f"{run['bytes_per_token'] / 1e6:,.0f}",
-            f"{run['bandwidth_gb_s']:.1f}",
+            "" if run["bytes_per_token"] is None else f"{run['bytes_per_token'] / 1e6:,.0f}",
+            "" if run["bandwidth_gb_s"] is None else f"{run['bandwidth_gb_s']:.1f}",
+            *([] if limit is None else [_share(run["tokens_per_second"]["median"], run["limit_tokens_per_second"])]),
             f"{run['speedup']:.2f}x",
         )
     tables = [table]

@@ -4,25 +4,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, random_prompt, text_prompt
-from teal_cli.bench.kernels import KernelRun, bench_kernels
+from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
+from teal_cli.bench.products import Product, reading_gb_s
+from teal_cli.bench.tune import search
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
-from teal_cli.decode.engine import Engine
-from teal_cli.errors import UsageError
+from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import control_of, sparse_layers, sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for
+from teal_kernels.tuning import Entry, keep_entries
 
+_TUNED_SPARSITIES = (0.25, 0.4, 0.5, 0.65, 0.8)
 _RANDOM_SEQUENCES, _RANDOM_SEQ_LEN, _SINK_TOKENS = 4, 128, 4
 
 
@@ -36,6 +41,11 @@ class BenchResult:
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    batch: int
+    path: str
+    """`compact`, our kernels from end to end, or `general`, transformers' forward with sparse layers."""
+    reading_gb_s: float | None
+    """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
     seed: int
     versions: dict[str, str]
@@ -57,32 +67,45 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
         name, model, plans, prompt = _random(config, reporter)
     else:
         name, model, plans, prompt = _real(config, reporter, workspace)
+    control = control_of(model)
+    device = model.device
+    backend = use_backend(control, config.backend, device, model.dtype)
     engine = Engine(model)
-    engine.check_length(prompt.shape[1], config.new_tokens)
-    control = engine.control
-    if control is None:
-        raise UsageError("nothing to bench: the model has no sparse layers")
-    backend = use_backend(control, config.backend, engine.device, model.dtype)
+    engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
+    limit = reading_gb_s(device) if device.type == "cuda" else None
+    if config.tune:
+        _tune(config, model, reporter)
     total = (len(plans) + 1) * (config.repeats + 1) * config.new_tokens
     with reporter.progress(f"decoding {name}", total) as advance:
         runs = bench_decode(
-            engine, plans, prompt, new_tokens=config.new_tokens, repeats=config.repeats, on_tokens=advance
+            engine,
+            plans,
+            prompt,
+            new_tokens=config.new_tokens,
+            repeats=config.repeats,
+            reading_gb_s=limit,
+            on_tokens=advance,
         )
     kernels: list[KernelRun] = []
     if config.kernels:
-        shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
-        reporter.say(f"timing the products of {len(shapes)} shapes")
-        kernels = bench_kernels(
-            shapes,
-            [plan.target_sparsity for plan in plans],
-            backend=backend,
-            device=engine.device,
-            dtype=model.dtype,
-            seed=config.seed,
-        )
+        targets = [plan.target_sparsity for plan in plans]
+        dtype = model.dtype
+        if limit is not None and engine.decoder is not None:
+            products = site_products(model)
+            reporter.say(f"timing {len(products)} products")
+            kernels = bench_products(
+                products, targets, device=device, dtype=dtype, batch=config.batch, seed=config.seed, limit_gb_s=limit
+            )
+        else:
+            shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
+            reporter.say(f"timing the products of {len(shapes)} shapes")
+            kernels = bench_kernels(shapes, targets, backend=backend, device=device, dtype=dtype, seed=config.seed)
     return BenchResult(
         model=name,
-        device=device_description(engine.device),
+        device=device_description(device),
+        batch=config.batch,
+        path="compact" if engine.decoder is not None else "general",
+        reading_gb_s=limit,
         dtype=str(model.dtype).removeprefix("torch."),
         prompt_tokens=prompt.shape[1],
         new_tokens=config.new_tokens,
@@ -93,6 +116,45 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
         runs=runs,
         kernels=kernels,
     )
+
+
+_FINISHES = {
+    "attention_input": "plain",
+    "attention_output": "residual",
+    "mlp_input": "gated",
+    "mlp_intermediate": "residual",
+}
+
+
+def site_products(model: Any) -> list[tuple[int, tuple[int, ...], str]]:
+    """(inputs, outputs of each projection, what follows) of the sites of one block."""
+    parts: dict[str, list[Projection]] = {}
+    for projection in find_projections(model):
+        parts.setdefault(projection.site, []).append(projection)
+    first = list(parts.items())[: len(_FINISHES)]
+    return [
+        (group[0].in_features, tuple(p.out_features for p in group), _FINISHES[site.rpartition(".")[2]])
+        for site, group in first
+    ]
+
+
+def _tune(config: BenchConfig, model: Any, reporter: Reporter) -> None:
+    """Search the products of a model on this GPU, and keep what is found for every later command.
+
+    Raises:
+        MachineError: no GPU.
+    """
+    device = model.device
+    if device.type != "cuda":
+        raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
+    entries: list[Entry] = []
+    for inputs, parts, finish in site_products(model):
+        reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
+        product = Product(inputs, parts, finish, dtype=model.dtype, rows=config.batch, device=device, seed=config.seed)
+        entries += search(product, _TUNED_SPARSITIES)
+        del product
+    path = keep_entries(torch.cuda.get_device_name(device), entries, library_versions())
+    reporter.say(f"kept in {path}")
 
 
 def _wanted(config: BenchConfig) -> list[float]:
@@ -106,7 +168,7 @@ _Prepared = tuple[str, Any, Sequence[SparsityPlan], Tensor]
 def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> _Prepared:
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
-    prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed)
+    prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
     if source.is_teal_checkpoint:
         plan = source.plan
         if "sparsity" in config.model_fields_set and _wanted(config) != [plan.target_sparsity]:
@@ -147,4 +209,9 @@ def _random(config: BenchConfig, reporter: Reporter) -> _Prepared:
     )
     plans = [make_plan(calibration, value, config.allocation) for value in _wanted(config)]
     sparsify_(model, make_plan(calibration, 0.0, config.allocation))
-    return f"{alias.name} (random weights)", model, plans, random_prompt(vocabulary, config.prompt_tokens, config.seed)
+    return (
+        f"{alias.name} (random weights)",
+        model,
+        plans,
+        random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch),
+    )

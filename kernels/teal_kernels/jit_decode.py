@@ -1,0 +1,267 @@
+"""The kernels of `teal_kernels.triton_decode`. Triton's language, so not type-checked."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from teal_kernels.jit_gemv import rms_scale
+
+
+@triton.jit
+def embed_kernel(
+    token_ptr,
+    embedding_ptr,
+    position_ptr,
+    hidden_ptr,
+    squares_ptr,
+    hidden_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Look a token up; the first program also moves the position on."""
+    row = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if row == 0:
+        tl.store(position_ptr, tl.load(position_ptr) + 1)
+    token = tl.load(token_ptr + row)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden_size
+    hidden = tl.load(embedding_ptr + token * hidden_size + columns, mask=inside, other=0.0)
+    tl.store(hidden_ptr + row * hidden_size + columns, hidden, mask=inside)
+    tl.store(squares_ptr + row, tl.sum(hidden.to(tl.float32) * hidden.to(tl.float32), axis=0))
+
+
+@triton.jit
+def _rotated(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr):
+    """(heads, PADDED) float32 of one or more heads, normalised where asked and rotated to their position.
+
+    `x_ptr` is a (heads, 1) block of pointers to the heads.
+    """
+    d = tl.arange(0, PADDED)
+    inside = (d < DIM)[None, :]
+    other_half = (d + DIM // 2) % DIM
+    dtype = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + d[None, :], mask=inside, other=0.0)
+    partner = tl.load(x_ptr + other_half[None, :], mask=inside, other=0.0)
+    if NORM:
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)[:, None]
+        weight = tl.load(norm_ptr + d, mask=d < DIM, other=0.0)[None, :]
+        x = (wide * scale).to(dtype) * weight
+        weight = tl.load(norm_ptr + other_half)[None, :]
+        partner = (partner.to(tl.float32) * scale).to(dtype) * weight
+    cos = tl.load(cos_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+    sign = tl.where(d < DIM // 2, -1.0, 1.0)[None, :]
+    return x.to(tl.float32) * cos + partner.to(tl.float32) * sign * sin
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    out_ptr,
+    partial_ptr,
+    stats_ptr,
+    arrivals_ptr,
+    kv_heads,
+    positions,
+    window,
+    scale,
+    eps,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One key/value head and one stretch of the cache a program; the last to arrive merges the stretches."""
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2)
+    # Everything up to the wait was written before the kernel that this one follows: it depends on
+    # the position and on older tokens, not on this token's projections.
+    position = tl.load(position_ptr)  # of the new token
+    lowest = 0
+    if window > 0:
+        lowest = tl.maximum(position + 1 - window, 0)
+    length = position + 1 - lowest
+    stretch = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK, SHORTEST)
+    used = tl.cdiv(length, stretch)
+    if split >= used:
+        return
+    start = lowest + split * stretch
+    stop = tl.minimum(start + stretch, position)
+
+    dtype = qkv_ptr.dtype.element_ty
+    group = tl.arange(0, PADDED_GROUP)
+    in_group = group < GROUP
+    d = tl.arange(0, PADDED)
+    line = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
+    cos_ptr += position * DIM
+    sin_ptr += position * DIM
+    heads = head * GROUP + tl.where(in_group, group, 0)
+    cache = (row * kv_heads + head).to(tl.int64) * positions * DIM
+    t = start + tl.arange(0, BLOCK)
+    at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
+    written = (t < stop)[:, None] & (d < DIM)[None, :]
+    next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
+    next_v = tl.load(values_ptr + at, mask=written, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    q = _rotated(line + heads[:, None] * DIM, q_norm_ptr, cos_ptr, sin_ptr, eps, DIM, PADDED, NORM).to(dtype)
+
+    maximum = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((PADDED_GROUP,), tl.float32)
+    acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32)
+    if split == used - 1:  # the new token's own key and value
+        one = tl.arange(0, 1)
+        k_line = line + (GROUP * kv_heads + head + one)[:, None] * DIM
+        k_new = _rotated(k_line, k_norm_ptr, cos_ptr, sin_ptr, eps, DIM, PADDED, NORM).to(dtype)
+        v_new = tl.load(line + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=d < DIM, other=0.0)
+        new = cache + position.to(tl.int64) * DIM + d
+        tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=d < DIM)
+        tl.store(values_ptr + new, v_new, mask=d < DIM)
+        maximum = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
+        weight_sum += 1.0
+        acc += v_new.to(tl.float32)[None, :]
+    for first in range(start, stop, BLOCK):
+        k = next_k
+        v = next_v
+        inside = first + tl.arange(0, BLOCK) < stop
+        t = first + BLOCK + tl.arange(0, BLOCK)
+        at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
+        written = (t < stop)[:, None] & (d < DIM)[None, :]
+        next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
+        next_v = tl.load(values_ptr + at, mask=written, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(inside[None, :], score, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(score, axis=1))
+        share = tl.exp(score - higher[:, None])
+        shrink = tl.exp(maximum - higher)
+        weight_sum = weight_sum * shrink + tl.sum(share, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(share.to(dtype), v, input_precision="ieee")
+        maximum = higher
+
+    out = out_ptr + (row * kv_heads + head) * GROUP * DIM
+    slot = row * kv_heads + head
+    if used == 1:
+        whole = out + group[:, None] * DIM + d[None, :]
+        tl.store(whole, (acc / weight_sum[:, None]).to(dtype), mask=in_group[:, None] & (d < DIM)[None, :])
+        return
+    mine = (slot * SPLITS + split) * GROUP + group
+    tl.store(stats_ptr + 2 * mine, maximum, mask=in_group)
+    tl.store(stats_ptr + 2 * mine + 1, weight_sum, mask=in_group)
+    tl.store(partial_ptr + mine.to(tl.int64)[:, None] * PADDED + d[None, :], acc, mask=in_group[:, None])
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel")
+    if arrived != used - 1:
+        return
+    tl.store(arrivals_ptr + slot, 0)
+    splits = tl.arange(0, SPLITS)
+    for member in tl.static_range(GROUP):
+        theirs = (slot * SPLITS + splits) * GROUP + member
+        there = splits < used
+        m = tl.load(stats_ptr + 2 * theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(stats_ptr + 2 * theirs + 1, mask=there, other=0.0, cache_modifier=".cg")
+        o = tl.load(
+            partial_ptr + theirs.to(tl.int64)[:, None] * PADDED + d[None, :],
+            mask=there[:, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        factor = tl.exp(m - tl.max(m, axis=0))
+        merged = tl.sum(o * factor[:, None], axis=0) / tl.sum(part * factor, axis=0)
+        tl.store(out + member * DIM + d, merged.to(dtype), mask=d < DIM)
+
+
+@triton.jit
+def output_kernel(
+    x_ptr,
+    norm_ptr,
+    squares_ptr,
+    weight_ptr,
+    bias_ptr,
+    logits_ptr,
+    best_ptr,
+    best_token_ptr,
+    n_in,
+    vocabulary,
+    n_squares,
+    eps,
+    ROWS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The norm and the dense output layer, whose weight is (V, H) row by row as the embedding's is."""
+    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    scales = ()
+    acc = ()
+    for row in tl.static_range(ROWS):
+        scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
+        acc = acc + (tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32),)
+    dtype = x_ptr.dtype.element_ty
+    for start in range(0, n_in, BLOCK_IN):
+        ins = start + tl.arange(0, BLOCK_IN)
+        inside = ins < n_in
+        w = tl.load(
+            weight_ptr + outs.to(tl.int64)[:, None] * n_in + ins[None, :],
+            mask=(outs < vocabulary)[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        weight = tl.load(norm_ptr + ins, mask=inside, other=0.0)
+        added = ()
+        for row in tl.static_range(ROWS):
+            x = tl.load(x_ptr + row * n_in + ins, mask=inside, other=0.0).to(tl.float32)
+            x = (x * scales[row]).to(dtype) * weight
+            added = added + (acc[row] + w.to(tl.float32) * x.to(tl.float32)[None, :],)
+        acc = added
+    for row in tl.static_range(ROWS):
+        y = tl.sum(acc[row], axis=1)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + outs, mask=outs < vocabulary, other=0.0).to(tl.float32)
+        y = y.to(dtype)
+        tl.store(logits_ptr + row * vocabulary + outs, y, mask=outs < vocabulary)
+        # Compared as rounded: among equal logits the lowest token wins, as torch.argmax has it.
+        y = tl.where(outs < vocabulary, y.to(tl.float32), float("-inf"))
+        top = tl.max(y, axis=0)
+        block = row * tl.num_programs(0) + tl.program_id(0)
+        tl.store(best_ptr + block, top)
+        # NaN equals nothing: then the last token, which at least there is.
+        tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
+
+
+@triton.jit
+def pick_kernel(best_ptr, best_token_ptr, token_ptr, n_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The greedy token of one row, from the best of each block of logits."""
+    row = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    blocks = tl.arange(0, BLOCK)
+    best = tl.load(best_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf"))
+    tokens = tl.load(best_token_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=0)
+    top = tl.max(best, axis=0)
+    last = tl.max(tokens, axis=0)
+    token = tl.min(tl.where(best == top, tokens, last), axis=0)
+    tl.store(token_ptr + row, token.to(tl.int64))

@@ -1,0 +1,280 @@
+"""The kernel of `teal_kernels.triton_gemv`, where it is explained. Triton's language, so not type-checked."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+PLAIN = tl.constexpr(0)
+RESIDUAL = tl.constexpr(1)
+GATED = tl.constexpr(2)
+
+
+@triton.jit
+def _inputs(x_ptr, norm_ptr, scale, ins, inside, NORM: tl.constexpr):
+    """One row's inputs in float32, normalised where asked, rounded where transformers rounds."""
+    x = tl.load(x_ptr + ins, mask=inside, other=0.0)
+    if NORM:
+        dtype = x_ptr.dtype.element_ty
+        x = (x.to(tl.float32) * scale).to(dtype) * tl.load(norm_ptr + ins, mask=inside, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
+    """What an RMS norm multiplies one row with, from partial sums of its squares."""
+    lines = tl.arange(0, SQUARES)
+    return tl.rsqrt(tl.sum(tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0), axis=0) / n_in + eps)
+
+
+@triton.jit
+def _keep(x, inside, threshold):
+    # "not <=" rather than ">": NaN must stay active.
+    return inside & ((tl.abs(x) <= threshold) == 0)
+
+
+@triton.jit
+def _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS: tl.constexpr, LINES: tl.constexpr):
+    """One row's outputs: the stretches' partial sums, added in a fixed order, a few lines at a time."""
+    sums = tl.zeros((LINES, outs.shape[0]), dtype=tl.float32)
+    for first in range(0, n_splits, LINES):
+        splits = first + tl.arange(0, LINES)
+        # .cg: these lines were written by other multiprocessors, this one's L1 may hold older ones.
+        sums += tl.load(
+            partial_ptr + (splits * ROWS + row).to(tl.int64)[:, None] * total + outs[None, :],
+            mask=(splits < n_splits)[:, None] & out_inside[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def fetch_ahead(pointers, width: tl.constexpr):
+    """Bring `width` bytes at each pointer into the L2 cache, without waiting; both multiples of 16."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers, tl.full(pointers.shape, width, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,
+    norm_ptr,
+    squares_ptr,
+    weight_ptr,
+    threshold_ptr,
+    bias_ptr,
+    y_ptr,
+    squares_out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    list_ptr,
+    values_ptr,
+    counts_ptr,
+    n_in,
+    stride,
+    part_0,
+    part_1,
+    part_2,
+    inputs_per_split,
+    n_splits,
+    n_squares,
+    eps,
+    ROWS: tl.constexpr,
+    LISTED: tl.constexpr,
+    NORM: tl.constexpr,
+    FINISH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LINES: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EVICT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x (ROWS, in), weights input-major (in, out), partial sums (splits, ROWS, out) float32; see `triton_gemv.gemv`."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    # Which part, which outputs. Blocks never straddle two parts: each has one threshold.
+    blocks_0 = tl.cdiv(part_0, BLOCK_OUT)
+    blocks_1 = tl.cdiv(part_1, BLOCK_OUT)
+    total = part_0 + part_1 + part_2
+    part = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
+    out_start = block * BLOCK_OUT
+    out_stop = total
+    if not EVEN:
+        blocks_before = tl.where(part == 0, 0, tl.where(part == 1, blocks_0, blocks_0 + blocks_1))
+        part_start = tl.where(part == 0, 0, tl.where(part == 1, part_0, part_0 + part_1))
+        out_start = part_start + (block - blocks_before) * BLOCK_OUT
+        out_stop = part_start + tl.where(part == 0, part_0, tl.where(part == 1, part_1, part_2))
+    outs = out_start + tl.arange(0, BLOCK_OUT)
+    out_inside = outs < out_stop
+    if EVEN:
+        out_inside = tl.full((BLOCK_OUT,), True, tl.int1)
+    first = split * inputs_per_split
+    last = tl.minimum(first + inputs_per_split, n_in)
+    threshold = 0.0
+    if LISTED:
+        threshold = tl.load(threshold_ptr + part)
+    if AHEAD > 0:
+        width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
+        fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
+        if NORM:  # a line of 128 bytes holds 64 weights of 16 bits
+            fetch_ahead(norm_ptr + tl.minimum(first + tl.arange(0, STRETCH // 64) * 64, last - 1) // 8 * 8, 16)
+    if PDL:
+        gdc_wait()
+        # After the wait, so that whoever starts early may read what the kernel before this one wrote.
+        gdc_launch_dependents()
+
+    scales = ()
+    for row in tl.static_range(ROWS):
+        if NORM:
+            scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
+        else:
+            scales = scales + (1.0,)
+    acc = ()
+    for _ in tl.static_range(ROWS):
+        acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
+    active = 0
+    base = (block * n_splits + split) * STRETCH
+    columns = weight_ptr + outs
+    tile = tl.arange(0, BLOCK_IN)
+    if LISTED:
+        ins = first + tl.arange(0, STRETCH)
+        inside = ins < last
+        read = inside & False
+        for row in tl.static_range(ROWS):
+            x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
+            keep = _keep(x, inside, threshold)
+            if ROWS > 1:
+                active += tl.sum(keep.to(tl.int32), axis=0)
+            read |= keep  # one row of weights serves every row of x
+        slot = tl.cumsum(read.to(tl.int32), axis=0) - 1
+        count = tl.sum(read.to(tl.int32), axis=0)
+        if ROWS == 1:
+            active = count
+        tl.store(list_ptr + base + slot, ins, mask=read)
+        for row in tl.static_range(ROWS):
+            if ROWS > 1:
+                x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
+                keep = _keep(x, inside, threshold)
+            tl.store(values_ptr + base * ROWS + row * STRETCH + slot, tl.where(keep, x, 0.0), mask=read)
+        tl.debug_barrier()
+        which = ()
+        for step in tl.static_range(UNROLL):
+            slots = step * BLOCK_IN + tile
+            which = which + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+        for start in range(0, count, BLOCK_IN * UNROLL):
+            weights = ()
+            for step in tl.static_range(UNROLL):
+                listed = start + step * BLOCK_IN + tile < count
+                weights = weights + (
+                    tl.load(
+                        which[step].to(tl.int64)[:, None] * stride + columns[None, :],
+                        mask=listed[:, None] & out_inside[None, :],
+                        other=0.0,
+                        eviction_policy=EVICT,
+                    ),
+                )
+            following = ()  # the next indices travel while these weights do
+            for step in tl.static_range(UNROLL):
+                slots = start + (UNROLL + step) * BLOCK_IN + tile
+                following = following + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+            which = following
+            for step in tl.static_range(UNROLL):
+                slots = start + step * BLOCK_IN + tile
+                added = ()
+                for row in tl.static_range(ROWS):
+                    value = tl.load(values_ptr + base * ROWS + row * STRETCH + slots, mask=slots < count, other=0.0)
+                    added = added + (acc[row] + value.to(tl.float32)[:, None] * weights[step].to(tl.float32),)
+                acc = added
+    else:
+        if NORM:
+            # Normalised once, not once a thread that multiplies with it.
+            offsets = tl.arange(0, STRETCH)
+            stretch_inside = first + offsets < last
+            for row in tl.static_range(ROWS):
+                normed = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], first + offsets, stretch_inside, NORM)
+                tl.store(values_ptr + base * ROWS + row * STRETCH + offsets, normed, mask=stretch_inside)
+            tl.debug_barrier()
+            x_ptr = values_ptr + base * ROWS - first
+            n_in = STRETCH
+        for start in range(first, last, BLOCK_IN * UNROLL):
+            weights = ()
+            for step in tl.static_range(UNROLL):
+                ins = start + step * BLOCK_IN + tile
+                weights = weights + (
+                    tl.load(
+                        ins.to(tl.int64)[:, None] * stride + columns[None, :],
+                        mask=(ins < last)[:, None] & out_inside[None, :],
+                        other=0.0,
+                        eviction_policy=EVICT,
+                    ),
+                )
+            for step in tl.static_range(UNROLL):
+                ins = start + step * BLOCK_IN + tile
+                added = ()
+                for row in tl.static_range(ROWS):
+                    x = tl.load(x_ptr + row * n_in + ins, mask=ins < last, other=0.0).to(tl.float32)
+                    added = added + (acc[row] + x[:, None] * weights[step].to(tl.float32),)
+                acc = added
+    if LISTED:
+        if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
+            tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
+
+    # The stretches' sums meet in memory; whoever comes last finishes.
+    dtype = y_ptr.dtype.element_ty
+    group = block
+    if FINISH == GATED:
+        group = block % blocks_0  # a gated table: the gate's blocks, then as many of up
+    meet: tl.constexpr = SPLIT or FINISH == GATED
+    if meet:
+        for row in tl.static_range(ROWS):
+            line = partial_ptr + (split * ROWS + row).to(tl.int64) * total
+            tl.store(line + outs, tl.sum(acc[row], axis=0), mask=out_inside)
+        needed = n_splits
+        if FINISH == GATED:
+            needed = 2 * n_splits
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + group, 1, sem="acq_rel")
+        if arrived != needed - 1:
+            return
+        tl.store(arrivals_ptr + group, 0)
+        if FINISH == GATED:
+            outs = group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            out_inside = outs < part_0
+    for row in tl.static_range(ROWS):
+        if meet:
+            y = _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS, LINES)
+        else:
+            y = tl.sum(acc[row], axis=0)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
+        y = y.to(dtype)
+        if FINISH == GATED:
+            up = _gathered(partial_ptr, row, outs + part_0, out_inside, total, n_splits, ROWS, LINES)
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + part_0 + outs, mask=out_inside, other=0.0).to(tl.float32)
+            gate = y.to(tl.float32)
+            y = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
+            tl.store(y_ptr + row * part_0 + outs, y, mask=out_inside)
+        else:
+            if FINISH == RESIDUAL:
+                y = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0) + y
+                square = y.to(tl.float32) * y.to(tl.float32)
+                tl.store(
+                    squares_out_ptr + row * tl.num_programs(0) + block,
+                    tl.sum(tl.where(out_inside, square, 0.0), axis=0),
+                )
+            tl.store(y_ptr + row * total + outs, y, mask=out_inside)
