@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_gemv import rms_scale
+from teal_kernels.jit_gemv import rms_scale, rounded
 
 
 @triton.jit
@@ -34,28 +34,18 @@ def embed_kernel(
 
 
 @triton.jit
-def _rotated(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, DIM: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr):
-    """(heads, PADDED) float32 of one or more heads, normalised where asked and rotated to their position.
+def _rotated(x, partner, norm, partner_norm, cos, sin, eps, DIM: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr):
+    """(heads, PADDED) of heads and of their other halves, normalised where asked and rotated.
 
-    `x_ptr` is a (heads, 1) block of pointers to the heads.
+    Rounded once, at the end, where transformers rounds each product of a 16-bit dtype.
     """
-    d = tl.arange(0, PADDED)
-    inside = (d < DIM)[None, :]
-    other_half = (d + DIM // 2) % DIM
-    dtype = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + d[None, :], mask=inside, other=0.0)
-    partner = tl.load(x_ptr + other_half[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    partner = partner.to(tl.float32)
     if NORM:
-        wide = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)[:, None]
-        weight = tl.load(norm_ptr + d, mask=d < DIM, other=0.0)[None, :]
-        x = (wide * scale).to(dtype) * weight
-        weight = tl.load(norm_ptr + other_half)[None, :]
-        partner = (partner.to(tl.float32) * scale).to(dtype) * weight
-    cos = tl.load(cos_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-    sign = tl.where(d < DIM // 2, -1.0, 1.0)[None, :]
-    return x.to(tl.float32) * cos + partner.to(tl.float32) * sign * sin
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
+        x = rounded(rounded(x * scale, dtype) * norm[None, :], dtype)
+        partner = rounded(rounded(partner * scale, dtype) * partner_norm[None, :], dtype)
+    return (x * cos[None, :] + partner * sin[None, :]).to(dtype)
 
 
 @triton.jit
@@ -70,7 +60,8 @@ def attention_kernel(
     position_ptr,
     out_ptr,
     partial_ptr,
-    stats_ptr,
+    maxima_ptr,
+    weights_ptr,
     arrivals_ptr,
     kv_heads,
     positions,
@@ -78,6 +69,7 @@ def attention_kernel(
     scale,
     eps,
     GROUP: tl.constexpr,
+    GROUP_POWER: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -109,32 +101,48 @@ def attention_kernel(
     group = tl.arange(0, PADDED_GROUP)
     in_group = group < GROUP
     d = tl.arange(0, PADDED)
-    line = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
-    cos_ptr += position * DIM
-    sin_ptr += position * DIM
-    heads = head * GROUP + tl.where(in_group, group, 0)
+    in_head = d < DIM
+    other_half = (d + DIM // 2) % DIM
+    cos = tl.load(cos_ptr + position * DIM + d, mask=in_head, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * DIM + d, mask=in_head, other=0.0).to(tl.float32)
+    sin = tl.where(d < DIM // 2, -sin, sin)
+    q_norm = cos
+    q_partner_norm = cos
+    k_norm = cos
+    k_partner_norm = cos
+    if NORM:
+        q_norm = tl.load(q_norm_ptr + d, mask=in_head, other=0.0).to(tl.float32)
+        q_partner_norm = tl.load(q_norm_ptr + other_half).to(tl.float32)
+        k_norm = tl.load(k_norm_ptr + d, mask=in_head, other=0.0).to(tl.float32)
+        k_partner_norm = tl.load(k_norm_ptr + other_half).to(tl.float32)
     cache = (row * kv_heads + head).to(tl.int64) * positions * DIM
     t = start + tl.arange(0, BLOCK)
     at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
-    written = (t < stop)[:, None] & (d < DIM)[None, :]
+    written = (t < stop)[:, None] & in_head[None, :]
     next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
     next_v = tl.load(values_ptr + at, mask=written, other=0.0)
+    line = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
+    q_heads = line + (head * GROUP + tl.where(in_group, group, 0))[:, None] * DIM
+    k_head = line + (GROUP * kv_heads + head + tl.arange(0, 1))[:, None] * DIM
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    q = _rotated(line + heads[:, None] * DIM, q_norm_ptr, cos_ptr, sin_ptr, eps, DIM, PADDED, NORM).to(dtype)
+    # All loads first: they are under way together.
+    q = tl.load(q_heads + d[None, :], mask=in_head[None, :], other=0.0)
+    q_partner = tl.load(q_heads + other_half[None, :], mask=in_head[None, :], other=0.0)
+    k_new = tl.load(k_head + d[None, :], mask=in_head[None, :], other=0.0)
+    k_partner = tl.load(k_head + other_half[None, :], mask=in_head[None, :], other=0.0)
+    v_new = tl.load(line + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=in_head, other=0.0)
+    q = _rotated(q, q_partner, q_norm, q_partner_norm, cos, sin, eps, DIM, NORM, dtype)
+    k_new = _rotated(k_new, k_partner, k_norm, k_partner_norm, cos, sin, eps, DIM, NORM, dtype)
 
     maximum = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((PADDED_GROUP,), tl.float32)
     acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32)
     if split == used - 1:  # the new token's own key and value
-        one = tl.arange(0, 1)
-        k_line = line + (GROUP * kv_heads + head + one)[:, None] * DIM
-        k_new = _rotated(k_line, k_norm_ptr, cos_ptr, sin_ptr, eps, DIM, PADDED, NORM).to(dtype)
-        v_new = tl.load(line + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=d < DIM, other=0.0)
         new = cache + position.to(tl.int64) * DIM + d
-        tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=d < DIM)
-        tl.store(values_ptr + new, v_new, mask=d < DIM)
+        tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
+        tl.store(values_ptr + new, v_new, mask=in_head)
         maximum = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
         weight_sum += 1.0
         acc += v_new.to(tl.float32)[None, :]
@@ -144,7 +152,7 @@ def attention_kernel(
         inside = first + tl.arange(0, BLOCK) < stop
         t = first + BLOCK + tl.arange(0, BLOCK)
         at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
-        written = (t < stop)[:, None] & (d < DIM)[None, :]
+        written = (t < stop)[:, None] & in_head[None, :]
         next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
         next_v = tl.load(values_ptr + at, mask=written, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -160,32 +168,36 @@ def attention_kernel(
     slot = row * kv_heads + head
     if used == 1:
         whole = out + group[:, None] * DIM + d[None, :]
-        tl.store(whole, (acc / weight_sum[:, None]).to(dtype), mask=in_group[:, None] & (d < DIM)[None, :])
+        tl.store(whole, (acc / weight_sum[:, None]).to(dtype), mask=in_group[:, None] & in_head[None, :])
         return
+    # Lines of (GROUP, PADDED) sums, one a stretch.
     mine = (slot * SPLITS + split) * GROUP + group
-    tl.store(stats_ptr + 2 * mine, maximum, mask=in_group)
-    tl.store(stats_ptr + 2 * mine + 1, weight_sum, mask=in_group)
-    tl.store(partial_ptr + mine.to(tl.int64)[:, None] * PADDED + d[None, :], acc, mask=in_group[:, None])
+    tl.store(maxima_ptr + mine, maximum, mask=in_group)
+    tl.store(weights_ptr + mine, weight_sum, mask=in_group)
+    tl.store(partial_ptr + mine[:, None] * PADDED + d[None, :], acc, mask=in_group[:, None])
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel")
     if arrived != used - 1:
         return
     tl.store(arrivals_ptr + slot, 0)
     splits = tl.arange(0, SPLITS)
-    for member in tl.static_range(GROUP):
-        theirs = (slot * SPLITS + splits) * GROUP + member
-        there = splits < used
-        m = tl.load(stats_ptr + 2 * theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(stats_ptr + 2 * theirs + 1, mask=there, other=0.0, cache_modifier=".cg")
-        o = tl.load(
-            partial_ptr + theirs.to(tl.int64)[:, None] * PADDED + d[None, :],
-            mask=there[:, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        factor = tl.exp(m - tl.max(m, axis=0))
-        merged = tl.sum(o * factor[:, None], axis=0) / tl.sum(part * factor, axis=0)
-        tl.store(out + member * DIM + d, merged.to(dtype), mask=d < DIM)
+    there = splits < used
+    member = tl.arange(0, GROUP_POWER)
+    is_member = member < GROUP
+    theirs = (slot * SPLITS + splits)[:, None] * GROUP + member[None, :]
+    known = there[:, None] & is_member[None, :]
+    # .cg: written by other multiprocessors, and this one's L1 may hold older lines.
+    maxima = tl.load(maxima_ptr + theirs, mask=known, other=float("-inf"), cache_modifier=".cg")
+    weights = tl.load(weights_ptr + theirs, mask=known, other=0.0, cache_modifier=".cg")
+    sums = tl.load(
+        partial_ptr + theirs[:, :, None] * PADDED + d[None, None, :],
+        mask=known[:, :, None] & in_head[None, None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    factor = tl.exp(maxima - tl.where(is_member, tl.max(maxima, axis=0), 0.0)[None, :])
+    merged = tl.sum(sums * factor[:, :, None], axis=0) / tl.sum(weights * factor, axis=0)[:, None]
+    tl.store(out + member[:, None] * DIM + d[None, :], merged.to(dtype), mask=is_member[:, None] & in_head[None, :])
 
 
 @triton.jit
@@ -233,8 +245,8 @@ def output_kernel(
         added = ()
         for row in tl.static_range(ROWS):
             x = tl.load(x_ptr + row * n_in + ins, mask=inside, other=0.0).to(tl.float32)
-            x = (x * scales[row]).to(dtype) * weight
-            added = added + (acc[row] + w.to(tl.float32) * x.to(tl.float32)[None, :],)
+            x = rounded(rounded(x * scales[row], dtype) * weight.to(tl.float32), dtype)
+            added = added + (acc[row] + w.to(tl.float32) * x[None, :],)
         acc = added
     for row in tl.static_range(ROWS):
         y = tl.sum(acc[row], axis=1)

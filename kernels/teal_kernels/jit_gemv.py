@@ -10,16 +10,6 @@ GATED = tl.constexpr(2)
 
 
 @triton.jit
-def _inputs(x_ptr, norm_ptr, scale, ins, inside, NORM: tl.constexpr):
-    """One row's inputs in float32, normalised where asked, rounded where transformers rounds."""
-    x = tl.load(x_ptr + ins, mask=inside, other=0.0)
-    if NORM:
-        dtype = x_ptr.dtype.element_ty
-        x = (x.to(tl.float32) * scale).to(dtype) * tl.load(norm_ptr + ins, mask=inside, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
 def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
     """What an RMS norm multiplies one row with, from partial sums of its squares."""
     lines = tl.arange(0, SQUARES)
@@ -27,25 +17,15 @@ def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
 
 
 @triton.jit
-def _keep(x, inside, threshold):
-    # "not <=" rather than ">": NaN must stay active.
-    return inside & ((tl.abs(x) <= threshold) == 0)
+def rounded(x, dtype: tl.constexpr):
+    """float32 as the dtype would hold it. (The interpreter cannot multiply in bfloat16, and a GPU need not.)"""
+    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS: tl.constexpr, LINES: tl.constexpr):
-    """One row's outputs: the stretches' partial sums, added in a fixed order, a few lines at a time."""
-    sums = tl.zeros((LINES, outs.shape[0]), dtype=tl.float32)
-    for first in range(0, n_splits, LINES):
-        splits = first + tl.arange(0, LINES)
-        # .cg: these lines were written by other multiprocessors, this one's L1 may hold older ones.
-        sums += tl.load(
-            partial_ptr + (splits * ROWS + row).to(tl.int64)[:, None] * total + outs[None, :],
-            mask=(splits < n_splits)[:, None] & out_inside[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-    return tl.sum(sums, axis=0)
+def _keep(x, inside, threshold):
+    # "not <=" rather than ">": NaN must stay active.
+    return inside & ((tl.abs(x) <= threshold) == 0)
 
 
 @triton.jit
@@ -130,19 +110,27 @@ def gemv_kernel(
         width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
         rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
         fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
-        if NORM:  # a line of 128 bytes holds 64 weights of 16 bits
-            fetch_ahead(norm_ptr + tl.minimum(first + tl.arange(0, STRETCH // 64) * 64, last - 1) // 8 * 8, 16)
+    stretch = first + tl.arange(0, STRETCH)
+    in_stretch = stretch < last
+    if NORM:
+        norm_weight = tl.load(norm_ptr + stretch, mask=in_stretch, other=0.0)
     if PDL:
         gdc_wait()
         # After the wait, so that whoever starts early may read what the kernel before this one wrote.
         gdc_launch_dependents()
 
-    scales = ()
-    for row in tl.static_range(ROWS):
-        if NORM:
-            scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
-        else:
-            scales = scales + (1.0,)
+    dtype = x_ptr.dtype.element_ty
+    if LISTED or NORM:
+        raw = ()  # all loads first: they are under way together
+        for row in tl.static_range(ROWS):
+            raw = raw + (tl.load(x_ptr + row * n_in + stretch, mask=in_stretch, other=0.0),)
+        inputs = ()
+        for row in tl.static_range(ROWS):
+            taken = raw[row]
+            if NORM:  # rounded where transformers rounds
+                scale = rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES)
+                taken = rounded(rounded(taken.to(tl.float32) * scale, dtype) * norm_weight.to(tl.float32), dtype)
+            inputs = inputs + (taken.to(tl.float32),)
     acc = ()
     for _ in tl.static_range(ROWS):
         acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
@@ -151,12 +139,9 @@ def gemv_kernel(
     columns = weight_ptr + outs
     tile = tl.arange(0, BLOCK_IN)
     if LISTED:
-        ins = first + tl.arange(0, STRETCH)
-        inside = ins < last
-        read = inside & False
+        read = in_stretch & False
         for row in tl.static_range(ROWS):
-            x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
-            keep = _keep(x, inside, threshold)
+            keep = _keep(inputs[row], in_stretch, threshold)
             if ROWS > 1:
                 active += tl.sum(keep.to(tl.int32), axis=0)
             read |= keep  # one row of weights serves every row of x
@@ -164,12 +149,11 @@ def gemv_kernel(
         count = tl.sum(read.to(tl.int32), axis=0)
         if ROWS == 1:
             active = count
-        tl.store(list_ptr + base + slot, ins, mask=read)
+        tl.store(list_ptr + base + slot, stretch, mask=read)
         for row in tl.static_range(ROWS):
-            if ROWS > 1:
-                x = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], ins, inside, NORM)
-                keep = _keep(x, inside, threshold)
-            tl.store(values_ptr + base * ROWS + row * STRETCH + slot, tl.where(keep, x, 0.0), mask=read)
+            # At an infinite threshold an infinity is dropped: it must not meet a weight.
+            kept = tl.where(_keep(inputs[row], in_stretch, threshold), inputs[row], 0.0)
+            tl.store(values_ptr + base * ROWS + row * STRETCH + slot, kept, mask=read)
         tl.debug_barrier()
         which = ()
         for step in tl.static_range(UNROLL):
@@ -202,11 +186,8 @@ def gemv_kernel(
     else:
         if NORM:
             # Normalised once, not once a thread that multiplies with it.
-            offsets = tl.arange(0, STRETCH)
-            stretch_inside = first + offsets < last
             for row in tl.static_range(ROWS):
-                normed = _inputs(x_ptr + row * n_in, norm_ptr, scales[row], first + offsets, stretch_inside, NORM)
-                tl.store(values_ptr + base * ROWS + row * STRETCH + offsets, normed, mask=stretch_inside)
+                tl.store(values_ptr + base * ROWS + row * STRETCH + stretch - first, inputs[row], mask=in_stretch)
             tl.debug_barrier()
             x_ptr = values_ptr + base * ROWS - first
             n_in = STRETCH
@@ -234,7 +215,6 @@ def gemv_kernel(
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
 
     # The stretches' sums meet in memory; whoever comes last finishes.
-    dtype = y_ptr.dtype.element_ty
     group = block
     if FINISH == GATED:
         group = block % blocks_0  # a gated table: the gate's blocks, then as many of up
@@ -255,23 +235,35 @@ def gemv_kernel(
             outs = group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
             out_inside = outs < part_0
     for row in tl.static_range(ROWS):
+        if FINISH == RESIDUAL:  # travels while the sums are gathered
+            residual = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0)
         if meet:
-            y = _gathered(partial_ptr, row, outs, out_inside, total, n_splits, ROWS, LINES)
+            # In a fixed order, a few lines at a time. .cg: they were written by other multiprocessors,
+            # and this one's L1 may hold older ones.
+            y = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+            up = y
+            for first_line in range(0, n_splits, LINES):
+                lines = first_line + tl.arange(0, LINES)
+                at = partial_ptr + (lines * ROWS + row).to(tl.int64)[:, None] * total + outs[None, :]
+                there = (lines < n_splits)[:, None] & out_inside[None, :]
+                sums = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+                if FINISH == GATED:
+                    up += tl.sum(tl.load(at + part_0, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+                y += tl.sum(sums, axis=0)
         else:
             y = tl.sum(acc[row], axis=0)
         if HAS_BIAS:
             y += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
         y = y.to(dtype)
         if FINISH == GATED:
-            up = _gathered(partial_ptr, row, outs + part_0, out_inside, total, n_splits, ROWS, LINES)
             if HAS_BIAS:
                 up += tl.load(bias_ptr + part_0 + outs, mask=out_inside, other=0.0).to(tl.float32)
             gate = y.to(tl.float32)
-            y = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
+            y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
             tl.store(y_ptr + row * part_0 + outs, y, mask=out_inside)
         else:
             if FINISH == RESIDUAL:
-                y = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0) + y
+                y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
                 square = y.to(tl.float32) * y.to(tl.float32)
                 tl.store(
                     squares_out_ptr + row * tl.num_programs(0) + block,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from teal_kernels.cpu import cpu_sparse_linear
+from teal_kernels.launching import TRITON_MISSING, interpreting
 from teal_kernels.reference import reference_linear
-from teal_kernels.triton_gemv import TRITON_MISSING, interpreting
 from teal_kernels.triton_linear import triton_sparse_linear
 
 _Implementation = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]

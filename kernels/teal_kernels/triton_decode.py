@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.triton_gemv import TRITON_MISSING, Norm, Workspace, launch_options, power_of_two
+from teal_kernels.launching import TRITON_MISSING, launch, power_of_two
+from teal_kernels.triton_gemv import Norm, Workspace
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, embed_kernel, output_kernel, pick_kernel
@@ -29,7 +30,9 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
         pdl: launch while the kernel before still runs.
     """
     size = hidden.shape[1]
-    embed_kernel[(hidden.shape[0],)](
+    launch(
+        embed_kernel,
+        (hidden.shape[0],),
         token,
         embedding,
         position,
@@ -38,8 +41,8 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
         size,
         BLOCK=power_of_two(size),
         PDL=pdl,
-        num_warps=8,
-        **launch_options(pdl),
+        warps=8,
+        pdl=pdl,
     )
 
 
@@ -95,9 +98,11 @@ def decode_attention(
     rows, kv_heads, positions, dim = keys.shape
     group = out.shape[1] // (kv_heads * dim)
     splits = attention_splits(rows * kv_heads)
-    padded = power_of_two(dim)
+    padded = max(16, power_of_two(dim))
     slots = rows * kv_heads
-    attention_kernel[(kv_heads, splits, rows)](
+    launch(
+        attention_kernel,
+        (kv_heads, splits, rows),
         qkv,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
@@ -108,7 +113,8 @@ def decode_attention(
         position,
         out,
         workspace.tensor("attention", slots * splits * group * padded, torch.float32),
-        workspace.tensor("attention_stats", slots * splits * group * 2, torch.float32),
+        workspace.tensor("attention_maxima", slots * splits * group, torch.float32),
+        workspace.tensor("attention_weights", slots * splits * group, torch.float32),
         workspace.tensor("attention_arrivals", slots, torch.int32),
         kv_heads,
         positions,
@@ -116,16 +122,17 @@ def decode_attention(
         scale,
         eps,
         GROUP=group,
+        GROUP_POWER=power_of_two(group),
         PADDED_GROUP=max(16, power_of_two(group)),  # the smallest that a matrix unit takes
         DIM=dim,
-        PADDED=max(16, padded),
+        PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=splits,
         SHORTEST=_ATTENTION_SHORTEST,
         NORM=q_norm is not None,
         PDL=pdl,
-        num_warps=_ATTENTION_WARPS,
-        **launch_options(pdl),
+        warps=_ATTENTION_WARPS,
+        pdl=pdl,
     )
 
 
@@ -165,7 +172,9 @@ def output_logits(
     """
     rows, n_in = hidden.shape
     vocabulary = weight.shape[0]
-    output_kernel[(best.logits.shape[1],)](
+    launch(
+        output_kernel,
+        (best.logits.shape[1],),
         hidden,
         norm.weight,
         norm.squares,
@@ -184,21 +193,23 @@ def output_logits(
         BLOCK_OUT=_OUTPUT_BLOCK,
         BLOCK_IN=min(512, power_of_two(n_in)),
         PDL=pdl,
-        num_warps=4,
-        **launch_options(pdl),
+        warps=4,
+        pdl=pdl,
     )
 
 
 def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
     """The greedy token of every row: (B,) int64, written."""
     rows, blocks = best.logits.shape
-    pick_kernel[(rows,)](
+    launch(
+        pick_kernel,
+        (rows,),
         best.logits,
         best.tokens,
         token,
         blocks,
         BLOCK=power_of_two(blocks),
         PDL=pdl,
-        num_warps=16,
-        **launch_options(pdl),
+        warps=16,
+        pdl=pdl,
     )

@@ -15,33 +15,16 @@ each with its own threshold.
 Importable without triton; without a GPU it runs under TRITON_INTERPRET=1.
 """
 
-import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-try:
+from teal_kernels.launching import TRITON_MISSING, interpreting, launch, power_of_two
+
+if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
-
-    TRITON_MISSING: str | None = None
-except ImportError as error:  # pragma: no cover - triton has no wheels for some systems
-    TRITON_MISSING = f"triton cannot be imported ({error})"
-
-
-def interpreting() -> bool:
-    """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def launch_options(pdl: bool) -> dict[str, bool]:
-    """Options of a launch, programmatic dependent or plain (older GPUs and the interpreter know no other)."""
-    return {"launch_pdl": True} if pdl else {}
 
 
 @dataclass(frozen=True)
@@ -74,11 +57,14 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._tensors: dict[str, Tensor] = {}
+        self._replaced: list[Tensor] = []  # a captured graph may hold their addresses
 
     def tensor(self, name: str, elements: int, dtype: torch.dtype) -> Tensor:
         """A tensor of at least that many elements, zero when it is made."""
         held = self._tensors.get(name)
         if held is None or held.numel() < elements or held.dtype != dtype:
+            if held is not None:
+                self._replaced.append(held)
             self._tensors[name] = held = torch.zeros(elements, dtype=dtype, device=self.device)
         return held
 
@@ -104,6 +90,11 @@ _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 def squares_of(parts: tuple[int, ...], config: GemvConfig) -> int:
     """Partial sums of squares that a `residual` product writes for each row."""
     return sum(-(-part // config.block_out) for part in parts)
+
+
+@lru_cache(maxsize=16)
+def _can_fetch(device: torch.device) -> bool:
+    return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def gemv(
@@ -142,6 +133,8 @@ def gemv(
         compile_only: compile what would be launched.
     """
     rows, n_in = x.shape
+    if finish == "residual" and (squares is None or squares.shape != (rows, squares_of(parts, config))):
+        raise ValueError(f"a residual product needs squares of shape {(rows, squares_of(parts, config))}")
     total = sum(parts)
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = squares_of(parts, config)
@@ -149,8 +142,15 @@ def gemv(
     stretch = power_of_two(config.inputs_per_split)
     listed = not config.dense
     lines = blocks * splits * stretch
-    run = gemv_kernel.warmup if compile_only else gemv_kernel.run
-    run(
+    gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
+    even = all(part % config.block_out == 0 for part in parts)
+    # The fetch is Hopper's, and takes whole lines of 16 bytes inside the table.
+    fetches = (
+        _can_fetch(x.device) and even and table.stride(0) * table.itemsize % 16 == 0 and table.data_ptr() % 16 == 0
+    )
+    launch(
+        gemv_kernel,
+        (blocks, splits),
         x,
         x if norm is None else norm.weight,
         thresholds if norm is None else norm.squares,
@@ -178,19 +178,18 @@ def gemv(
         NORM=norm is not None,
         FINISH=_FINISHES[finish],
         HAS_BIAS=bias is not None,
-        EVEN=all(part % config.block_out == 0 for part in parts),
+        EVEN=even,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         SPLIT=splits > 1,
-        LINES=max(1, min(power_of_two(splits), _GATHERED_REGISTERS * 32 * config.warps // config.block_out)),
+        LINES=max(1, min(power_of_two(splits), gathered * 32 * config.warps // config.block_out)),
         STRETCH=stretch,
         BLOCK_OUT=config.block_out,
         BLOCK_IN=config.block_in,
         UNROLL=config.unroll,
-        AHEAD=0 if interpreting() else config.ahead,
+        AHEAD=config.ahead if fetches else 0,
         EVICT="evict_first" if config.evict_first else "",
         PDL=pdl,
-        num_warps=config.warps,
-        grid=(blocks, splits),
-        **({} if compile_only else {"warmup": False}),
-        **launch_options(pdl),
+        warps=config.warps,
+        pdl=pdl,
+        compile_only=compile_only,
     )

@@ -1,8 +1,5 @@
 """Triton backend of `teal::sparse_linear`: one layer's product by itself, for any number of rows."""
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 
 from teal_kernels.layout import input_major
@@ -11,11 +8,6 @@ from teal_kernels.tuning import UNTUNED, choose_config
 
 # The op knows a threshold, not the sparsity that it gives, and must not wait for the device to ask.
 _ASSUMED_SPARSITY = 0.5
-
-
-@lru_cache(maxsize=16)
-def _workspace(device: torch.device) -> Workspace:
-    return Workspace(device)
 
 
 def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
@@ -28,6 +20,8 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
     y = rows.new_empty(rows.shape[0], n_out)
     table = weight.t() if weight.stride(0) == 1 else input_major(weight).t()
     thresholds = threshold.view(1)
+    # Of this call alone: shared scratch would tie streams and captured graphs together.
+    workspace = Workspace(x.device)
     for first in range(0, rows.shape[0], MAX_ROWS):
         part = rows[first : first + MAX_ROWS]
         config = choose_config(
@@ -41,5 +35,5 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
         )
         if config.dense:  # right for a known sparsity only
             config = UNTUNED
-        gemv(part, table, (n_out,), thresholds, y[first : first + MAX_ROWS], config, _workspace(x.device), bias=bias)
+        gemv(part, table, (n_out,), thresholds, y[first : first + MAX_ROWS], config, workspace, bias=bias)
     return y.view(*x.shape[:-1], n_out)

@@ -21,6 +21,10 @@ _PACKAGED = Path(__file__).with_name("tuning_tables")
 TABLE_VERSION = 1
 
 
+class TuningTableError(RuntimeError):
+    """A table is damaged."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One measured product."""
@@ -86,10 +90,15 @@ def keep_entries(device_name: str, entries: list[Entry], versions: dict[str, str
 
 def _read(path: Path) -> tuple[Entry, ...]:
     """A table's entries; none of another version."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("version") != TABLE_VERSION:
-        return ()
-    return tuple(Entry.from_dict(entry) for entry in content["entries"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != TABLE_VERSION:
+            return ()
+        return tuple(Entry.from_dict(entry) for entry in content["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TuningTableError(
+            f"the tuning table {path} cannot be read ({error!r}): delete it, or tune again"
+        ) from error
 
 
 @lru_cache(maxsize=8)
@@ -137,10 +146,15 @@ def choose_config(
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     entries = _entries(name)
-    if not entries:
+    exact = str(dtype).removeprefix("torch.")
+    nearest = min(
+        (entry for entry in entries if entry.config.dense),
+        key=lambda e: (e.distance(inputs, parts, dtype.itemsize, rows, finish), e.dtype != exact),
+        default=None,
+    )
+    if nearest is None:
         return replace(UNTUNED, dense=sparsity < _WORTHWHILE)
-    nearest = min(entry.distance(inputs, parts, dtype.itemsize, rows, finish) for entry in entries)
-    alike = [e for e in entries if e.distance(inputs, parts, dtype.itemsize, rows, finish) == nearest]
+    alike = [entry for entry in entries if entry.product == nearest.product]
     dense = min((e for e in alike if e.config.dense), key=lambda e: e.microseconds)
     sparse = sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity)
     if sparsity <= 0.0 or not sparse or _interpolated(sparse, sparsity) >= dense.microseconds:

@@ -1,14 +1,11 @@
 """A KV cache in memory that is taken once, which both transformers and our own kernels fill."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
-
-if TYPE_CHECKING:
-    from teal_cli.decode.compact import Session
 
 
 class FixedLayer(CacheLayerMixin):
@@ -62,7 +59,16 @@ class FixedLayer(CacheLayerMixin):
         """Positions there are."""
         return self.positions
 
-    get_max_cache_shape = get_max_length  # its name in transformers before 5.23
+    get_max_cache_shape = get_max_length  # its older name
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        super().reset()
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams are not decoded here: reordering would move the memory that kernels know."""
+        raise NotImplementedError("a fixed cache cannot be reordered")
 
 
 class FixedCache(Cache):
@@ -73,7 +79,6 @@ class FixedCache(Cache):
     def __init__(self, layers: int, positions: int) -> None:
         super().__init__(layers=[FixedLayer(positions) for _ in range(layers)])
         self.positions = positions
-        self.session: Session | None = None
 
     @property
     def length(self) -> int:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.decode.cache import FixedCache
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.architectures import ARCHITECTURES
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
+from teal_kernels.launching import interpreting
 from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
-from teal_kernels.triton_gemv import MAX_ROWS, Norm, Workspace, gemv, interpreting, squares_of
-from teal_kernels.tuning import choose_config
+from teal_kernels.triton_gemv import MAX_ROWS, Norm, Workspace, gemv, squares_of
+from teal_kernels.tuning import TuningTableError, choose_config
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 
 
@@ -28,7 +29,7 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     """Why a model cannot take the compact path; None where it can."""
     config = model.config
     parameter = next(model.parameters())
-    if config.model_type not in _MODEL_TYPES:
+    if config.model_type not in ARCHITECTURES:
         return f"model type {config.model_type}"
     if parameter.device.type != "cuda" and not interpreting():
         return "no GPU"
@@ -92,16 +93,10 @@ class Launch:
             finish=product.finish,
             sparsity=skipped / sum(parts),
         )
+        self.squares = torch.empty(rows, squares_of(parts, self.config), dtype=torch.float32, device=table.device)
+        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
-    def run(
-        self,
-        x: Tensor,
-        y: Tensor,
-        workspace: Workspace,
-        pdl: bool,
-        norm: Norm | None = None,
-        squares: Tensor | None = None,
-    ) -> None:
+    def run(self, x: Tensor, y: Tensor, workspace: Workspace, pdl: bool, norm: Norm | None = None) -> None:
         """Launch it."""
         gemv(
             x,
@@ -114,7 +109,7 @@ class Launch:
             bias=self.product.bias,
             norm=norm,
             finish=self.product.finish,
-            squares=squares,
+            squares=self.squares if self.product.finish == "residual" else None,
             counts=self.kept,
             pdl=pdl,
         )
@@ -157,7 +152,6 @@ class CompactDecoder:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        self.kv_heads = config.num_key_value_heads
         self.blocks = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -185,12 +179,16 @@ class CompactDecoder:
         """Begin to decode after what the cache holds.
 
         Raises:
-            ArtefactError: more rows than the kernels take.
+            UsageError: more rows than the kernels take.
+            ArtefactError: a damaged tuning table.
         """
         rows = cache.layers[0].keys.shape[0]
         if rows > MAX_ROWS:
-            raise ArtefactError(f"a batch of {rows} is more than the GPU kernels decode together ({MAX_ROWS})")
-        return Session(self, cache, rows)
+            raise UsageError(f"a batch of {rows} is more than the GPU kernels decode together ({MAX_ROWS})")
+        try:
+            return Session(self, cache, rows)
+        except TuningTableError as error:
+            raise ArtefactError(str(error)) from error
 
     @torch.no_grad()
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +217,6 @@ class Session:
             for block in decoder.blocks
         ]
         block = decoder.blocks[0]
-        _, o, _, down = self.launches[0]
 
         def buffer(columns: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(rows, columns, dtype=kind, device=device)
@@ -234,12 +231,8 @@ class Session:
         self.logits = buffer(decoder.model.get_output_embeddings().weight.shape[0])
         self.best = Best.empty(rows, self.logits.shape[1], device)
         self.squares = buffer(1, torch.float32)
-        self.squares_after_o = buffer(squares_of(block.o.parts, o.config), torch.float32)
-        self.squares_after_down = buffer(squares_of(block.down.parts, down.config), torch.float32)
         self._length = cache.length
-        self._counter: SparsityCounter | None = None
-        self._before = self.position  # set with the counter
-        self._counted = 0
+        self._count: _Count | None = None
 
     @torch.no_grad()
     def launch(self) -> Tensor:
@@ -267,11 +260,11 @@ class Session:
                 eps=block.eps,
                 pdl=pdl,
             )
-            o.run(self.attended, hidden, workspace, pdl, squares=self.squares_after_o)
-            norm = Norm(block.mlp_norm, block.eps, self.squares_after_o)
+            o.run(self.attended, hidden, workspace, pdl)
+            norm = Norm(block.mlp_norm, block.eps, o.squares)
             gate_up.run(hidden, self.activation, workspace, pdl, norm)
-            down.run(self.activation, hidden, workspace, pdl, squares=self.squares_after_down)
-            squares = self.squares_after_down
+            down.run(self.activation, hidden, workspace, pdl)
+            squares = down.squares
         last, output = decoder.model.model.norm, decoder.model.get_output_embeddings()
         norm = Norm(last.weight, last.variance_epsilon, squares)
         output_logits(hidden, norm, output.weight, output.bias, self.logits, self.best, pdl=pdl)
@@ -295,33 +288,56 @@ class Session:
         return logits
 
     def begin(self) -> None:
-        """Before a launch or replay: let the counter of the moment count it."""
+        """Before a launch or replay: make sure of its position, and let the counter of the moment count it.
+
+        Raises:
+            ArtefactError: the cache is full.
+        """
+        if self.cache.length >= self.cache.positions:
+            raise ArtefactError(f"the KV cache is full: it was made for {self.cache.positions} positions")
         counter = self.decoder.control.counter
-        if not self.enabled or counter is None:
-            self._counter = None
-        elif counter is not self._counter:
-            self._counter, self._before, self._counted = counter, self._kept(), 0
-            counter.add_source(self._tally)
-        self._counted += 1
+        if self._count is not None and counter is not self._count.counter:
+            self._count.stop()
+            self._count = None
+        if self.enabled and counter is not None and self._count is None:
+            self._count = _Count(self, counter)
+            counter.add_source(self._count.tally)
+        if self._count is not None:
+            self._count.steps += 1
 
     def end(self) -> None:
         """After a launch or replay."""
         self.cache.advance()
         self._length += 1
 
+
+class _Count:
+    """What one counter sees of a session: the steps since it came."""
+
+    def __init__(self, session: Session, counter: SparsityCounter) -> None:
+        self.counter = counter
+        self.steps = 0
+        self._rows = session.rows
+        self._launches = [launch for launches in session.launches for launch in launches]
+        self._before = self._kept()
+        self._after: Tensor | None = None
+
     def _kept(self) -> Tensor:
         """(launches, 3) int64 on the device: inputs kept so far."""
-        return torch.stack([launch.kept for launches in self.launches for launch in launches])
+        return torch.stack([launch.kept for launch in self._launches])
 
-    def _tally(self) -> dict[str, tuple[int, int, int]]:
-        """Projection -> its parameters, inputs seen and inputs dropped since counting began."""
+    def stop(self) -> None:
+        """Steps from now on are not this counter's."""
+        self._after = self._kept()
+
+    def tally(self) -> dict[str, tuple[int, int, int]]:
+        """Projection -> its parameters, inputs seen and inputs dropped."""
         tallies = {}
-        kept = (self._kept() - self._before).tolist()
-        flat = [launch for launches in self.launches for launch in launches]
-        for launch, counts in zip(flat, kept, strict=True):
+        kept = ((self._kept() if self._after is None else self._after) - self._before).tolist()
+        for launch, counts in zip(self._launches, kept, strict=True):
             for layer, count in zip(launch.product.layers, counts, strict=False):
                 if layer.plan.sparsity > 0:
-                    seen = self._counted * self.rows * layer.in_features
+                    seen = self.steps * self._rows * layer.in_features
                     dropped = 0 if launch.config.dense else seen - count
                     tallies[layer.name] = (layer.weight.numel(), seen, dropped)
         return tallies

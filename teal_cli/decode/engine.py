@@ -17,7 +17,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.compact import CompactDecoder, Session, unsupported_reason
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import ARCHITECTURES, find_projections
+from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, control_of, lay_out_, replace_projections_
 
 _READ_BEHIND = 4
@@ -45,6 +45,7 @@ class Engine:
         except LookupError:
             self.control = None
         self.decoder: CompactDecoder | None = None
+        self._session: Session | None = None
         self.general_because: str | None = None
         """Why the compact path is not taken, where a GPU could take it."""
         if compact and self.device.type != "cpu":
@@ -52,15 +53,14 @@ class Engine:
 
     def _compact_decoder(self) -> CompactDecoder | None:
         control = self.control
-        if control is None and self.model.config.model_type in ARCHITECTURES:
+        self.general_because = unsupported_reason(self.model, control or SparsityControl())
+        if self.general_because is not None:
+            return None
+        if control is None:
             names = [projection.name for projection in find_projections(self.model)]
             control = replace_projections_(self.model, names)
             lay_out_(self.model)
-        if control is None:
-            self.general_because = f"model type {self.model.config.model_type}"
-            return None
-        self.general_because = unsupported_reason(self.model, control)
-        return None if self.general_because else CompactDecoder(self.model, control)
+        return CompactDecoder(self.model, control)
 
     @property
     def max_length(self) -> int:
@@ -77,6 +77,7 @@ class Engine:
         from transformers import DynamicCache, StaticCache
 
         if self.decoder is not None:
+            self._session = None  # the memory of the last cache, before that of the next
             return self.decoder.new_cache(length)
         if self.device.type == "cpu":
             return DynamicCache(config=self.model.config)
@@ -98,9 +99,10 @@ class Engine:
         """The compact path's session on a prefilled cache; None where another path decodes."""
         if self.decoder is None or not isinstance(cache, FixedCache):
             return None
-        if cache.session is None or cache.session.stale:
-            cache.session = self.decoder.open(cache)
-        return cache.session
+        if self._session is None or self._session.cache is not cache or self._session.stale:
+            self._session = None  # before the next one takes its memory
+            self._session = self.decoder.open(cache)
+        return self._session
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
         output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -197,9 +199,11 @@ class TokenLoop:
         if self._session is not None:
             self._token = self._session.token.view(-1, 1)
             self._token.copy_(token)
+        self._made_for = engine.control.decoding if engine.control else None
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.captures = engine.device.type == "cuda"
+        # A sliding cache moves by rules in Python, which a graph would freeze.
+        self.captures = engine.device.type == "cuda" and not any(getattr(cache, "is_sliding", ()))
         """Whether steps are, or are going to be, replays of a graph."""
 
     @staticmethod
@@ -210,6 +214,7 @@ class TokenLoop:
     @torch.no_grad()
     def advance(self) -> Tensor:
         """Decode one token: (batch, 1) int64 on the device, overwritten by the next step."""
+        self._renew()
         if self._session is not None:
             self._session.begin()
         counter = self._engine.control.counter if self._engine.control else None
@@ -227,6 +232,18 @@ class TokenLoop:
         if self._session is not None:
             self._session.end()
         return self._token
+
+    def _renew(self) -> None:
+        """Drop what was prepared or captured for another plan."""
+        control = self._engine.control
+        if control is not None and control.decoding != self._made_for:
+            self._made_for, self._graph = control.decoding, None
+        if self._session is not None and self._session.stale:
+            token, self._graph = self._token.clone(), None
+            session = self._session = self._engine.open(self._cache)
+            if session is not None:
+                self._token = session.token.view(-1, 1)
+                self._token.copy_(token)
 
     def _body(self) -> None:
         session = self._session
@@ -246,8 +263,9 @@ class TokenLoop:
         try:
             with torch.cuda.graph(graph):
                 self._body()
-        except RuntimeError:
-            if self._session is not None:  # our own launches: an error here is ours
+        except RuntimeError as error:
+            # Our own launches can be captured: an error there is ours. Memory that is missing, too.
+            if self._session is not None or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             self.captures = False
             torch.cuda.synchronize(self._engine.device)

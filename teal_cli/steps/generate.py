@@ -14,7 +14,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import SparsityCounter, use_backend
+from teal_cli.sparse import SparsityCounter, control_of, sparse_layers, use_backend
 from teal_cli.workspace import Workspace, checkpoint_for
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
@@ -33,7 +33,8 @@ class Reply:
     tokens_per_second: float | None
     """Of the decode steps; None for a reply of one token."""
     realised_sparsity: float | None
-    """Counted at the first decode step and at every eighth after it; None where nothing ran sparse."""
+    """Counted at the first decode step and at every eighth after it, on a GPU at every step, those
+    launched ahead of a stop included; None where nothing ran sparse."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -59,12 +60,13 @@ class Generator:
         if config.sparsity != 0.0:
             folder = checkpoint_for(config, config.sparsity, workspace, reporter)
         self.model = load_model(folder, device=config.device, dtype=config.dtype)
+        if sparse_layers(self.model):  # before the engine, which takes the backend's path
+            use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         self.engine = Engine(self.model)
         self._replies = 0
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
-            use_backend(self.engine.control, config.backend, self.engine.device, self.model.dtype)
 
     def reply(self, messages: list[Message], write: Callable[[str], None] = lambda text: None) -> Reply:
         """Answer a conversation, handing text to `write` as it comes.

@@ -1,0 +1,51 @@
+"""Launching Triton kernels one right behind the other."""
+
+import os
+from typing import Any
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: F401
+
+    TRITON_MISSING: str | None = None
+except ImportError as error:  # pragma: no cover - triton has no wheels for some systems
+    TRITON_MISSING = f"triton cannot be imported ({error})"
+
+
+def interpreting() -> bool:
+    """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int,
+    pdl: bool,
+    compile_only: bool = False,
+    **constants: Any,
+) -> None:
+    """Launch a kernel.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: programs.
+        arguments: in the kernel's order.
+        warps: of a program.
+        pdl: programmatic dependent launch: begin while the kernel before still runs, up to the
+            kernel's own wait. For compute capability 9.0 and up.
+        compile_only: compile, and launch nothing.
+        constants: the kernel's compile-time arguments.
+    """
+    options: dict[str, Any] = {"num_warps": warps, **constants}
+    if pdl:  # older GPUs and the interpreter do not know the option
+        options["launch_pdl"] = True
+    if compile_only:
+        kernel.warmup(*arguments, grid=grid, **options)
+        return
+    kernel[grid](*arguments, **options)
