@@ -1,0 +1,318 @@
+"""Embedding, attention and output layer of a decoded token, against plain torch in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from teal_kernels import triton_decode
+from teal_kernels.triton_decode import Best, attention_splits, decode_attention, embed, output_logits, pick
+from teal_kernels.triton_gemv import Norm, Workspace
+
+# Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+CPU = torch.device("cpu")
+# Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of
+# rotated queries and keys, of the weights of the values and of the result.
+LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+EPS = 1e-6
+POSITIONS = 160
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' rotary embedding: the halves are turned against one another."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+@dataclass
+class Attention:
+    """The arguments of one launch, and its definition. Cache positions that are not written hold rubbish."""
+
+    rows: int
+    kv_heads: int
+    group: int
+    dim: int
+    position: int
+    window: int = 0
+    norm: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.position + 1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
+        self.keys = random(self.rows, self.kv_heads, POSITIONS, self.dim)
+        self.values = random(*self.keys.shape)
+        angles = torch.rand(POSITIONS, self.dim // 2, generator=generator).repeat(1, 2) * 6.3
+        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        self.q_norm = random(self.dim) if self.norm else None
+        self.k_norm = random(self.dim) if self.norm else None
+        self.scale = 0.7 * self.dim**-0.5
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
+        heads = self.kv_heads * self.group
+        sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
+            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
+        turn = self.cos[self.position].double(), self.sin[self.position].double()
+        q, k = _rotated(q, *turn), _rotated(k, *turn)
+        lowest = max(0, self.position + 1 - self.window) if self.window else 0
+        seen_keys, seen_values = (
+            torch.cat([cache[:, :, lowest : self.position].double(), new[:, :, None]], dim=2).repeat_interleave(
+                self.group, dim=1
+            )
+            for cache, new in ((self.keys, k), (self.values, v))
+        )
+        result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
+        return result.reshape(self.rows, -1), k, v
+
+    def launch(self, workspace: Workspace, keys: Tensor, values: Tensor) -> Tensor:
+        """Run the kernel on a cache that it writes to."""
+        position = torch.tensor([self.position], dtype=torch.int32)
+        out = torch.full((self.rows, self.kv_heads * self.group * self.dim), torch.nan, dtype=self.dtype)
+        decode_attention(
+            self.qkv,
+            keys,
+            values,
+            position,
+            self.cos,
+            self.sin,
+            out,
+            workspace,
+            scale=self.scale,
+            window=self.window,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=EPS,
+        )
+        assert int(position) == self.position
+        assert not workspace.tensor("attention_arrivals", 1, torch.int32).any()
+        return out
+
+    def check(self) -> None:
+        limit = LIMITS[self.dtype]
+        expected, k, v = self.expected()
+        keys, values = self.keys.clone(), self.values.clone()
+        out = self.launch(Workspace(CPU), keys, values)
+        assert float((out.double() - expected).norm() / expected.norm()) < limit
+        here = self.position
+        assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit
+        assert torch.equal(values[:, :, here].double(), v)
+        keys[:, :, here], values[:, :, here] = self.keys[:, :, here], self.values[:, :, here]
+        assert torch.equal(keys, self.keys)  # nowhere else
+        assert torch.equal(values, self.values)
+
+
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pays for programs that find nothing to do."""
+    monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 1)
+
+
+@pytest.fixture
+def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many stretches as blocks, as in a long cache."""
+    monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 16)
+    monkeypatch.setattr(triton_decode, "_ATTENTION_SHORTEST", 16)
+
+
+HEADS = [(1, 2, 2, 16), (2, 3, 3, 24), (1, 2, 1, 64), (1, 1, 8, 128)]
+
+
+@pytest.mark.parametrize(("window", "norm"), [(0, False), (9, True)], ids=["plain", "window-and-norm"])
+@pytest.mark.parametrize("position", [0, 5, 40, 150])
+@pytest.mark.parametrize(("rows", "kv_heads", "group", "dim"), HEADS)
+@pytest.mark.usefixtures("few_splits")
+def test_attention(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int, norm: bool) -> None:
+    Attention(rows, kv_heads, group, dim, position, window, norm).check()
+
+
+@pytest.mark.parametrize(("window", "norm"), [(0, True), (1, False), (6, False), (41, False), (200, True)])
+@pytest.mark.usefixtures("few_splits")
+def test_attention_windows(window: int, norm: bool) -> None:
+    Attention(2, 2, 2, 16, 40, window, norm).check()
+
+
+@pytest.mark.parametrize(("position", "window"), [(150, 0), (150, 100), (150, 9), (64, 0), (63, 0), (5, 0)])
+@pytest.mark.parametrize(("rows", "kv_heads", "group", "dim"), [(2, 1, 2, 16), (1, 2, 3, 24)])
+@pytest.mark.usefixtures("many_splits")
+def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int) -> None:
+    Attention(rows, kv_heads, group, dim, position, window).check()
+
+
+@pytest.mark.parametrize("position", [0, 70, 150])
+@pytest.mark.usefixtures("many_splits")
+def test_attention_in_float16(position: int) -> None:
+    """bfloat16 is tested on a GPU: the interpreter cannot multiply it."""
+    Attention(1, 1, 2, 64, position, dtype=torch.float16).check()
+
+
+@pytest.mark.usefixtures("many_splits")
+def test_attention_same_bits_in_a_used_workspace() -> None:
+    workspace = Workspace(CPU)
+    small, large = Attention(1, 1, 2, 16, 150), Attention(2, 2, 3, 24, 100)
+    results = {}
+    for case in (small, large, small, large):
+        out = case.launch(workspace, case.keys.clone(), case.values.clone())
+        assert torch.equal(results.setdefault(case.dim, out), out)
+
+
+@pytest.mark.usefixtures("few_splits")
+def test_attention_propagates_nan_to_its_own_heads() -> None:
+    case = Attention(2, 2, 2, 16, 20)
+    case.qkv[1, :16] = torch.nan  # the first query head of the second row
+    case.values[0, 1, 3] = torch.nan  # an old value of the first row's second key/value head
+    out = case.launch(Workspace(CPU), case.keys, case.values).view(2, 4, 16)
+    assert out.isnan().all(-1).tolist() == [[False, False, True, True], [True, False, False, False]]
+    assert out.isnan().any(-1).tolist() == out.isnan().all(-1).tolist()
+
+
+def test_attention_splits() -> None:
+    assert [attention_splits(programs) for programs in (1, 8, 16, 100, 128, 1000)] == [32, 16, 8, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "hidden_size"), [(1, 64), (3, 70), (8, 1)])
+def test_embed(rows: int, hidden_size: int, dtype: torch.dtype) -> None:
+    vocabulary = 77
+    embedding = torch.randn(vocabulary, hidden_size).to(dtype)
+    token = torch.tensor([0, vocabulary - 1, 5, 5, 1, 2, 3, 4])[:rows]
+    position = torch.tensor([4], dtype=torch.int32)
+    hidden, squares = torch.empty(rows, hidden_size, dtype=dtype), torch.empty(rows, 1)
+    embed(token, embedding, position, hidden, squares, pdl=False)
+    assert torch.equal(hidden, embedding[token])
+    torch.testing.assert_close(squares[:, 0], hidden.float().square().sum(1), rtol=1e-6, atol=1e-6)
+    assert position.tolist() == [5]
+
+
+@dataclass
+class Output:
+    """What the last norm and the output layer read."""
+
+    hidden: Tensor
+    norm: Norm
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def random(
+        cls, rows: int, hidden_size: int, vocabulary: int, *, bias: bool, dtype: torch.dtype = torch.float32
+    ) -> "Output":
+        generator = torch.Generator().manual_seed(rows)
+        hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
+        squares = torch.stack([chunk.float().square().sum(1) for chunk in hidden.split(24, dim=1)], dim=1)
+        norm = Norm(torch.randn(hidden_size, generator=generator).to(dtype), EPS, squares)
+        weight = torch.randn(vocabulary, hidden_size, generator=generator).to(dtype)
+        return cls(hidden, norm, weight, torch.randn(vocabulary, generator=generator).to(dtype) if bias else None)
+
+    def launch(self) -> tuple[Tensor, Tensor]:
+        """Logits (rows, vocabulary) and the greedy tokens (rows,)."""
+        rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
+        logits = torch.full((rows, vocabulary), torch.nan, dtype=self.hidden.dtype)
+        best = Best.empty(rows, vocabulary, CPU)
+        token = torch.full((rows,), -1)
+        output_logits(self.hidden, self.norm, self.weight, self.bias, logits, best)
+        pick(best, token)
+        return logits, token
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "vocabulary"), [(1, 70, 77), (3, 70, 77), (8, 16, 64), (2, 600, 24), (1, 16, 5)]
+)
+def test_output_logits(rows: int, hidden_size: int, vocabulary: int, bias: bool) -> None:
+    case = Output.random(rows, hidden_size, vocabulary, bias=bias)
+    logits, token = case.launch()
+    expected = rms_norm(case.hidden.double(), (hidden_size,), case.norm.weight.double(), EPS) @ case.weight.double().t()
+    if case.bias is not None:
+        expected += case.bias.double()
+    assert float((logits.double() - expected).norm() / expected.norm()) < 2e-6
+    assert torch.equal(token, logits.argmax(-1))
+
+
+def test_output_logits_in_float16() -> None:
+    case = Output.random(2, 70, 77, bias=True, dtype=torch.float16)
+    assert case.bias is not None
+    logits, token = case.launch()
+    scale = torch.rsqrt(case.hidden.float().square().mean(1, keepdim=True) + EPS)
+    normed = (case.hidden.float() * scale).half() * case.norm.weight  # rounded where transformers rounds
+    expected = normed.double() @ case.weight.double().t() + case.bias.double()
+    assert float((logits.double() - expected).norm() / expected.norm()) < 1e-3
+    assert torch.equal(token, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("tied", [(3, 4, 6), (7, 8), (0, 76), (20, 50, 76), (75, 76), (72, 73)], ids=str)
+def test_among_equal_logits_the_lowest_token_wins(tied: tuple[int, ...]) -> None:
+    """Within a block of logits, and in different ones."""
+    case = Output.random(2, 16, 77, bias=True)
+    assert case.bias is not None
+    case.weight[list(tied)] = 0.0
+    case.bias[list(tied)] = 1000.0
+    logits, token = case.launch()
+    assert (logits == 1000.0).sum(1).tolist() == [len(tied)] * 2
+    assert token.tolist() == [tied[0]] * 2
+
+
+def test_ties_are_those_of_the_rounded_logits() -> None:
+    """In float16 3000.4 and 3000.9 are both 3000, and argmax of the logits takes the first."""
+    case = Output.random(1, 16, 77, bias=True, dtype=torch.float16)
+    assert case.bias is not None
+    normed = case.hidden * 0
+    case.hidden[:], case.norm.squares[:] = normed, 0.0
+    case.hidden[0, 0] = 1.0
+    case.norm.squares[0, 0] = 16.0  # a scale of one
+    case.norm.weight[0] = 1.0
+    case.weight[:, 0], case.bias[:] = 0.0, 0.0
+    case.bias[[30, 60]] = 3000.0
+    case.weight[30, 0], case.weight[60, 0] = 0.4, 0.9
+    logits, token = case.launch()
+    assert logits[0, 30] == logits[0, 60] == 3000.0
+    assert token.tolist() == [30]
+
+
+def test_all_logits_minus_infinity() -> None:
+    case = Output.random(2, 16, 77, bias=True)
+    assert case.bias is not None
+    case.bias[:] = -torch.inf
+    logits, token = case.launch()
+    assert logits.isinf().all()
+    assert token.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 77])
+def test_nan_logits_give_a_token_that_there_is(vocabulary: int) -> None:
+    case = Output.random(2, 16, vocabulary, bias=False)
+    case.hidden[0] = torch.nan
+    case.norm.squares[0] = torch.nan
+    logits, token = case.launch()
+    assert logits[0].isnan().all()
+    assert 0 <= int(token[0]) < vocabulary
+    assert token[1] == logits[1].argmax()  # the other row is not touched
+
+
+@pytest.mark.parametrize("hit", [slice(0, 1), slice(8, 16), slice(70, 77), slice(0, 76)], ids=str)
+def test_some_nan_logits_give_a_token_that_there_is(hit: slice) -> None:
+    case = Output.random(1, 16, 77, bias=False)
+    case.weight[hit] = torch.nan
+    logits, token = case.launch()
+    assert logits[0, hit].isnan().all()
+    assert 0 <= int(token) < 77
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 37])
+def test_pick_takes_the_best_block(blocks: int) -> None:
+    logits = torch.randn(3, blocks)
+    logits[1, blocks // 2 :] = 9.0  # ties: the first of them
+    tokens = torch.arange(3 * blocks, dtype=torch.int32).view(3, blocks) * 8
+    token = torch.full((3,), -1)
+    pick(Best(logits, tokens), token)
+    assert token.tolist() == tokens.gather(1, logits.argmax(1, keepdim=True)).view(-1).tolist()

@@ -1,0 +1,391 @@
+"""The fused product against its definition in float64: every finish, with and without what goes before it."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from teal_kernels import active_inputs, masked_input
+from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Norm, Workspace, gemv, squares_of
+
+# Relative norm error: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+CUTS = {
+    "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=128, warps=1),
+    "two stretches": GemvConfig(block_out=16, block_in=4, unroll=2, inputs_per_split=32, warps=1),
+}
+INPUTS = 44
+# No size is a multiple of a block: one that went on over the border would use the next part's threshold.
+PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
+SPARSITIES = {"plain": (0.3, 0.5, 0.7), "residual": (0.5,), "gated": (0.4, 0.6)}
+FINISHES = list(PARTS)
+EPS = 1e-5
+GUARD = 64
+SENTINEL = 7.0
+
+
+@dataclass
+class Case:
+    """The arguments of one launch, and its definition."""
+
+    finish: str
+    parts: tuple[int, ...]
+    x: Tensor
+    table: Tensor
+    thresholds: Tensor
+    before: Tensor
+    """What y holds before the launch; `residual` adds to it."""
+    bias: Tensor | None
+    norm: Norm | None
+
+    @property
+    def seen(self) -> Tensor:
+        """(rows, in): what the thresholds are compared with, in x's dtype."""
+        if self.norm is None:
+            return self.x
+        scale = torch.rsqrt(self.norm.squares.sum(1, keepdim=True) / self.x.shape[1] + self.norm.eps)
+        return (self.x.float() * scale).to(self.x.dtype) * self.norm.weight
+
+    @property
+    def kept(self) -> list[int]:
+        """Inputs above each part's threshold, over all rows."""
+        return [int(active_inputs(self.seen, threshold).sum()) for threshold in self.thresholds]
+
+    def expected(self) -> Tensor:
+        """The result in float64."""
+        borders = [0, *itertools.accumulate(self.parts)]
+        columns = [
+            masked_input(self.seen, threshold).double() @ self.table[:, start:stop].double()
+            for (start, stop), threshold in zip(itertools.pairwise(borders), self.thresholds, strict=True)
+        ]
+        y = torch.cat(columns, dim=1)
+        if self.bias is not None:
+            y = y + self.bias.double()
+        if self.finish == "gated":
+            y = silu(y[:, : self.parts[0]]) * y[:, self.parts[0] :]
+        return y + self.before.double() if self.finish == "residual" else y
+
+    def launch(self, config: GemvConfig, workspace: Workspace | None = None, counts: Tensor | None = None) -> "Result":
+        """Run the kernel; what lies around its outputs must stay as it was."""
+        workspace = workspace or Workspace(self.x.device)
+        rows = self.x.shape[0]
+        y = _guarded(self.before)
+        squares = _guarded(torch.zeros(rows, squares_of(self.parts, config)))
+        gemv(
+            self.x,
+            self.table,
+            self.parts,
+            self.thresholds,
+            y,
+            config,
+            workspace,
+            bias=self.bias,
+            norm=self.norm,
+            finish=self.finish,
+            squares=squares if self.finish == "residual" else None,
+            counts=counts,
+        )
+        _assert_guard(y)
+        _assert_guard(squares)
+        assert not workspace.tensor("arrivals", 1, torch.int32).any()
+        return Result(y, squares)
+
+
+@dataclass
+class Result:
+    y: Tensor
+    squares: Tensor
+
+
+def _guarded(values: Tensor) -> Tensor:
+    """A contiguous copy with a margin of sentinels before and after it."""
+    margin = torch.full((GUARD,), SENTINEL, dtype=values.dtype)
+    buffer = torch.cat([margin, values.flatten(), margin])
+    return buffer[GUARD : GUARD + values.numel()].view(values.shape)
+
+
+def _assert_guard(values: Tensor) -> None:
+    buffer = torch.empty(0, dtype=values.dtype).set_(values.untyped_storage())
+    assert bool((buffer[:GUARD] == SENTINEL).all())
+    assert bool((buffer[-GUARD:] == SENTINEL).all())
+
+
+def _case(
+    finish: str,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    norm: bool = True,
+    listed: bool = True,
+    inputs: int = INPUTS,
+    parts: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> Case:
+    """A random launch; thresholds below zero where nothing is to be dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = parts or PARTS[finish]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    total = sum(parts)
+    x = random(rows, inputs)
+    squares = torch.stack([chunk.float().square().sum(1) for chunk in x.split(16, dim=1)], dim=1)
+    case = Case(
+        finish,
+        parts,
+        x,
+        table=random(inputs, total),
+        thresholds=torch.full((len(parts),), -1.0),
+        before=random(rows, parts[0] if finish == "gated" else total),
+        bias=random(total) if bias else None,
+        norm=Norm(random(inputs), EPS, squares) if norm else None,
+    )
+    if listed:
+        magnitudes = case.seen.abs().float()
+        case.thresholds = torch.stack([magnitudes.quantile(share) for share in SPARSITIES[finish][: len(parts)]])
+    return case
+
+
+def _error(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def _check(case: Case, config: GemvConfig) -> None:
+    result = case.launch(config)
+    assert _error(result.y, case.expected()) < LIMITS[case.x.dtype]
+    if case.finish == "residual":
+        # The squares are those of y as it is stored, block by block.
+        blocks = [chunk.float().square().sum(1) for chunk in result.y.split(config.block_out, dim=1)]
+        torch.testing.assert_close(result.squares, torch.stack(blocks, dim=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize(("rows", "cut"), [*itertools.product([1, 3], CUTS), (2, "one stretch"), (8, "two stretches")])
+def test_against_float64(rows: int, finish: str, listed: bool, cut: str) -> None:
+    case = _case(finish, rows, listed=listed)
+    _check(case, replace(CUTS[cut], dense=not listed))
+
+
+@pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
+@pytest.mark.parametrize("finish", FINISHES)
+def test_without_bias_or_norm(finish: str, listed: bool, bias: bool, norm: bool) -> None:
+    case = _case(finish, 2, listed=listed, bias=bias, norm=norm)
+    _check(case, replace(CUTS["two stretches"], dense=not listed))
+
+
+@pytest.fixture
+def bfloat16_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter adds and multiplies bfloat16 as the 16-bit words that hold it, and cuts where it rounds."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    binary_op, cast_impl = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl
+
+    def rounded(values: Any) -> Any:
+        words = torch.from_numpy(np.asarray(values)).bfloat16().view(torch.int16)
+        return TensorHandle(words.numpy().view(np.uint16), bfloat16)
+
+    def right_op(self: Any, lhs: Any, rhs: Any, op: Callable[[Any, Any], Any]) -> Any:
+        if lhs.dtype.scalar != bfloat16:
+            return binary_op(self, lhs, rhs, op)
+        # float32 holds the product of two, and enough of the sum, for one rounding to be the whole of it.
+        wide = [torch.from_numpy(side.data.view(np.int16)).view(torch.bfloat16).float().numpy() for side in (lhs, rhs)]
+        return rounded(op(*wide))
+
+    def right_cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) == (float32, bfloat16):
+            return rounded(src.data)
+        return cast_impl(self, src, dst_type)
+
+    monkeypatch.setattr(InterpreterBuilder, "binary_op", right_op)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", right_cast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("bfloat16_arithmetic")
+def test_16_bit_dtypes(rows: int, finish: str, listed: bool, dtype: torch.dtype) -> None:
+    case = _case(finish, rows, listed=listed, dtype=dtype)
+    _check(case, replace(CUTS["two stretches"], dense=not listed))
+
+
+@pytest.mark.parametrize(("inputs", "parts"), [(1, (32, 16, 16)), (8, (1, 1)), (33, (16, 1, 33)), (64, (32,))], ids=str)
+def test_even_and_tiny_sizes(inputs: int, parts: tuple[int, ...]) -> None:
+    _check(_case("plain", 1, inputs=inputs, parts=parts, norm=False), CUTS["two stretches"])
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_more_stretches_than_are_gathered_at_a_time(finish: str) -> None:
+    """A wide block leaves registers for two lines of partial sums; here are six."""
+    _check(_case(finish, 2), GemvConfig(block_out=512, block_in=4, unroll=2, inputs_per_split=8, warps=1))
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_everything_dropped(finish: str, rows: int) -> None:
+    case = _case(finish, rows)
+    case.thresholds.fill_(1e9)
+    result = case.launch(CUTS["two stretches"], counts=(counts := torch.zeros(3, dtype=torch.int64)))
+    torch.testing.assert_close(result.y, case.expected().float(), rtol=1e-6, atol=1e-6)
+    assert not counts.any()
+    bare = _case(finish, rows, bias=False)
+    bare.thresholds.fill_(1e9)
+    y = bare.launch(CUTS["two stretches"]).y
+    assert torch.equal(y, bare.before if finish == "residual" else torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_dropped(finish: str, rows: int) -> None:
+    """A threshold below zero keeps zeros too."""
+    case = _case(finish, rows, listed=False, norm=False)
+    case.x[:, ::5] = 0.0
+    counts = torch.zeros(3, dtype=torch.int64)
+    result = case.launch(CUTS["one stretch"], counts=counts)
+    assert _error(result.y, case.expected()) < LIMITS[torch.float32]
+    used = len(case.parts)
+    assert counts.tolist() == [rows * INPUTS] * used + [0] * (3 - used)
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize(("rows", "cut"), [(1, "two stretches"), (3, "one stretch")])
+def test_counts_are_added_to(finish: str, rows: int, cut: str) -> None:
+    case = _case(finish, rows)
+    counts = torch.tensor([5, 6, 7])
+    workspace = Workspace(case.x.device)
+    for _ in range(2):
+        case.launch(CUTS[cut], workspace, counts)
+    kept = [*case.kept, 0, 0][:3]
+    assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
+    assert len(set(case.kept)) == len(case.parts)  # or a count could go to the wrong part
+    case.launch(replace(CUTS[cut], dense=True), workspace, counts)  # a dense read counts nothing
+    assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
+
+
+def test_drops_exactly_the_inputs_at_or_below_the_threshold() -> None:
+    x = torch.tensor([[0.5, -0.5, 0.25, 0.75, -1.0]])
+    case = Case("plain", (5,), x, torch.eye(5), torch.tensor([0.5]), torch.zeros(1, 5), None, None)
+    assert case.launch(CUTS["one stretch"]).y.tolist() == [[0.0, 0.0, 0.0, 0.75, -1.0]]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_that_no_row_needs_are_not_used(rows: int) -> None:
+    case = _case("plain", rows)
+    clean = case.launch(CUTS["two stretches"]).y
+    start = 0
+    for part, threshold in zip(case.parts, case.thresholds, strict=True):
+        dropped = ~active_inputs(case.seen, threshold).any(0)
+        assert dropped.any()
+        case.table[dropped, start : start + part] = float("nan")
+        start += part
+    assert torch.equal(case.launch(CUTS["two stretches"]).y, clean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_not_finite_inputs_propagate(finish: str, listed: bool, value: float) -> None:
+    """As in the masked product, and into the row that holds them only."""
+    case = _case(finish, 2, listed=listed, norm=False)
+    case.x[1, 7] = value
+    y, expected = case.launch(replace(CUTS["two stretches"], dense=not listed)).y, case.expected()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[y.isinf()].double(), expected[expected.isinf()])
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert not y[1].isfinite().all()
+    assert _error(y[:1], expected[:1]) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_not_finite_inputs_propagate_through_the_norm(value: float) -> None:
+    case = _case("plain", 2)
+    case.x[1, 7] = value
+    assert case.norm is not None
+    case.norm.squares[1, 0] = value
+    y, expected = case.launch(CUTS["two stretches"]).y, case.expected()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y[1].isnan().all()
+    assert _error(y[:1], expected[:1]) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_infinite_threshold_drops_infinity_and_keeps_nan(rows: int) -> None:
+    case = _case("plain", rows, norm=False)
+    case.thresholds[1] = torch.inf
+    case.x[0, 7], case.x[0, 40] = torch.inf, -torch.inf
+    second = slice(case.parts[0], case.parts[0] + case.parts[1])
+    assert case.bias is not None
+    y = case.launch(CUTS["two stretches"]).y
+    assert torch.equal(y[0, second], case.bias[second])
+    assert not y[0, : case.parts[0]].isfinite().any()
+    case.x[0, 7] = torch.nan
+    assert case.launch(CUTS["two stretches"]).y[0].isnan().all()
+
+
+def test_one_workspace_for_all_shapes_and_dtypes() -> None:
+    """Scratch that was used, outgrown or of another dtype leaves no trace in the results."""
+    shared = Workspace(torch.device("cpu"))
+    launches = [
+        (_case("plain", 1), CUTS["two stretches"]),
+        (_case("gated", 3, dtype=torch.float16), CUTS["two stretches"]),
+        (_case("residual", 1, inputs=20, parts=(5,)), CUTS["two stretches"]),
+        (_case("gated", 2, listed=False), replace(CUTS["two stretches"], dense=True)),
+        (_case("plain", 2, dtype=torch.float16, inputs=70), CUTS["two stretches"]),
+        (_case("plain", MAX_ROWS), CUTS["one stretch"]),
+        (_case("plain", 1), CUTS["two stretches"]),
+    ]
+    for case, config in launches:
+        own, taken = case.launch(config), case.launch(config, shared)
+        assert torch.equal(own.y, taken.y)
+        assert torch.equal(own.squares, taken.squares)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
+@pytest.mark.parametrize("finish", FINISHES)
+def test_same_bits_on_every_run(finish: str, listed: bool) -> None:
+    case, config = _case(finish, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
+    workspace = Workspace(case.x.device)
+    first = case.launch(config, workspace)
+    for _ in range(2):
+        again = case.launch(config, workspace)
+        assert torch.equal(again.y, first.y)
+        assert torch.equal(again.squares, first.squares)
+
+
+def test_a_residual_product_needs_squares_of_its_cut() -> None:
+    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
+    for squares in (None, torch.zeros(1, 1), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match=r"squares of shape \(1, 2\)"):
+            gemv(
+                x,
+                table,
+                (40,),
+                torch.zeros(1),
+                y,
+                CUTS["one stretch"],
+                Workspace(x.device),
+                finish="residual",
+                squares=squares,
+            )
+
+
+def test_squares_of_counts_blocks_of_each_part() -> None:
+    config = CUTS["one stretch"]
+    assert squares_of((64,), config) == 2
+    assert squares_of((65, 1), config) == 4
+    assert squares_of((32, 32, 31), config) == 3

@@ -1,0 +1,267 @@
+"""Which cut a product gets: the nearest measured one, sparse only where that was faster."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teal_kernels import tuning
+from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig
+from teal_kernels.tuning import TABLE_VERSION, UNTUNED, Entry, TuningTableError, choose_config, keep_entries, user_table
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+PACKAGED = sorted(tuning._PACKAGED.glob("*.json"))
+H100 = "NVIDIA H100 80GB HBM3"
+LLAMA_3_8B = [
+    (4096, (4096, 1024, 1024), "plain"),
+    (4096, (4096,), "residual"),
+    (4096, (14336, 14336), "gated"),
+    (14336, (4096,), "residual"),
+]
+DENSE = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=256, warps=1, dense=True)
+SPARSE = replace(DENSE, dense=False)
+
+Write = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No user's table but the test's own, and none remembered."""
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
+    tuning._entries.cache_clear()
+    yield
+    tuning._entries.cache_clear()
+
+
+def _entry(sparsity: float, microseconds: float, config: GemvConfig | None = None, **product: Any) -> Entry:
+    """One of a 1024 x 1024 product in bfloat16, unless said otherwise."""
+    product = {"inputs": 1024, "outputs": (1024,), "dtype": "bfloat16", "rows": 1, "finish": "plain"} | product
+    config = config or (DENSE if sparsity == 0.0 else SPARSE)
+    return Entry(**product, sparsity=sparsity, microseconds=microseconds, config=config)
+
+
+@pytest.fixture
+def write() -> Write:
+    """Write a user's table; the CPU has one too, so that no GPU is needed to read it."""
+
+    def _write(*entries: Entry, device: str = "cpu", version: int = TABLE_VERSION) -> None:
+        path = user_table(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"version": version, "device": device, "entries": [asdict(entry) for entry in entries]}
+        path.write_text(json.dumps(content))
+        tuning._entries.cache_clear()
+
+    return _write
+
+
+def _choose(sparsity: float, *, device: torch.device = CPU, **product: Any) -> GemvConfig:
+    product = {"inputs": 1024, "parts": (1024,), "dtype": torch.bfloat16, "rows": 1, "finish": "plain"} | product
+    return choose_config(device, sparsity=sparsity, **product)
+
+
+@pytest.fixture
+def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+
+
+@pytest.mark.parametrize(("inputs", "parts", "finish"), LLAMA_3_8B, ids=str)
+@pytest.mark.usefixtures("on_h100")
+def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], finish: str) -> None:
+    product = {"inputs": inputs, "parts": parts, "finish": finish, "device": GPU}
+    entries = [
+        e for e in tuning._entries(H100) if (e.inputs, e.outputs, e.finish, e.rows) == (inputs, parts, finish, 1)
+    ]
+    measured = {entry.sparsity: entry.config for entry in entries if entry.dtype == "bfloat16"}
+    assert _choose(0.0, **product) == measured[0.0]
+    assert _choose(0.0, **product).dense
+    assert _choose(0.5, **product) == measured[0.5]
+    assert not _choose(0.5, **product).dense
+    assert _choose(0.52, **product) == measured[0.5]
+    assert not _choose(0.95, **product).dense
+
+
+@pytest.mark.parametrize(("inputs", "parts", "finish"), LLAMA_3_8B, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, MAX_ROWS])
+@pytest.mark.usefixtures("on_h100")
+def test_every_product_gets_a_cut(inputs: int, parts: tuple[int, ...], finish: str, rows: int) -> None:
+    """Whatever the shape, the dtype, the batch and the sparsity; at sparsity zero a dense read."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for factor in (1, 3, 64):
+            shape = {"inputs": inputs // factor, "parts": tuple(part // factor for part in parts)}
+            for sparsity in (0.0, 0.01, 0.3, 0.6, 0.99):
+                config = _choose(sparsity, **shape, dtype=dtype, rows=rows, finish=finish, device=GPU)
+                assert config.dense or sparsity > 0.0
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_packaged_tables_load(path: Path) -> None:
+    content = json.loads(path.read_text())
+    assert content["version"] == TABLE_VERSION
+    assert user_table(content["device"]).name == path.name  # or its GPU would not find it
+    entries = [Entry.from_dict(entry) for entry in content["entries"]]
+    assert [json.loads(json.dumps(asdict(entry))) for entry in entries] == content["entries"]
+    assert len({(entry.product, entry.sparsity, entry.config.dense) for entry in entries}) == len(entries)
+    for entry in entries:
+        config = entry.config
+        assert entry.microseconds > 0.0
+        assert 1 <= entry.rows <= MAX_ROWS
+        assert 1 <= len(entry.outputs) <= 3
+        assert entry.dtype in ("float32", "float16", "bfloat16")
+        assert entry.finish in ("plain", "residual", "gated")
+        assert config.dense == (entry.sparsity == 0.0)
+        sizes = [config.block_out, config.block_in, config.unroll, config.warps, config.ahead or 1]
+        assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
+    dense = {entry.product for entry in entries if entry.config.dense}
+    assert dense == {entry.product for entry in entries}  # what sparse is compared with
+
+
+def test_never_sparse_where_that_was_not_faster(write: Write) -> None:
+    """Between 0.5 (12 microseconds) and 0.8 (6) the line meets the dense read (10) at 0.6."""
+    write(_entry(0.0, 10.0), _entry(0.5, 12.0), _entry(0.8, 6.0))
+    assert [_choose(sparsity).dense for sparsity in (0.0, 0.3, 0.5, 0.59)] == [True] * 4
+    assert [_choose(sparsity).dense for sparsity in (0.61, 0.7, 0.8, 0.95)] == [False] * 4
+
+
+def test_beyond_what_was_measured_the_line_goes_on(write: Write) -> None:
+    """From 0.4 (8) and 0.6 (6) down: 10, as the dense read takes, at 0.2."""
+    write(_entry(0.0, 10.0), _entry(0.4, 8.0), _entry(0.6, 6.0))
+    assert [_choose(sparsity).dense for sparsity in (0.1, 0.19, 0.21, 0.3, 0.9)] == [True, True, False, False, False]
+    write(_entry(0.0, 10.0), _entry(0.4, 8.0), _entry(0.6, 9.5))  # upwards: 10.25 at 0.7
+    assert [_choose(sparsity).dense for sparsity in (0.62, 0.7)] == [False, True]
+
+
+def test_no_gain_is_dense(write: Write) -> None:
+    write(_entry(0.0, 10.0), _entry(0.5, 10.0))
+    assert _choose(0.5).dense
+    write(_entry(0.0, 10.0))
+    assert _choose(0.9).dense
+
+
+def test_nearest_sparsity(write: Write) -> None:
+    cuts = {sparsity: replace(SPARSE, unroll=unroll) for sparsity, unroll in ((0.3, 2), (0.5, 4), (0.8, 8))}
+    write(_entry(0.0, 10.0), *(_entry(sparsity, 9.0 - 5 * sparsity, cut) for sparsity, cut in cuts.items()))
+    for asked, nearest in ((0.1, 0.3), (0.39, 0.3), (0.41, 0.5), (0.64, 0.5), (0.66, 0.8), (0.99, 0.8)):
+        assert _choose(asked) == cuts[nearest]
+
+
+def _marked(number: int) -> GemvConfig:
+    """A dense cut that can be told from others."""
+    return replace(DENSE, inputs_per_split=1000 + number)
+
+
+def test_nearest_shape(write: Write) -> None:
+    write(
+        _entry(0.0, 10.0, _marked(0)),
+        _entry(0.0, 1.0, _marked(1), inputs=4096),
+        _entry(0.0, 1.0, _marked(2), outputs=(4096, 1024, 1024)),
+        _entry(0.0, 1.0, _marked(3), inputs=4096, outputs=(4096, 1024, 1024)),
+    )
+    assert _choose(0.0) == _marked(0)
+    assert _choose(0.0, inputs=1100, parts=(700, 200)) == _marked(0)
+    assert _choose(0.0, inputs=14336) == _marked(1)
+    assert _choose(0.0, inputs=576, parts=(8192,)) == _marked(2)
+    assert _choose(0.0, inputs=8192, parts=(8192, 1024, 1024)) == _marked(3)
+
+
+def test_nearest_rows_finish_and_size_of_dtype(write: Write) -> None:
+    write(
+        _entry(0.0, 10.0, _marked(1)),
+        _entry(0.0, 10.0, _marked(8), rows=8),
+        _entry(0.0, 10.0, _marked(2), finish="gated"),
+        _entry(0.0, 10.0, _marked(4), dtype="float32"),
+    )
+    assert _choose(0.0, rows=2) == _marked(1)
+    assert _choose(0.0, rows=3) == _marked(8)
+    assert _choose(0.0, rows=6) == _marked(8)
+    assert _choose(0.0, rows=8, inputs=4096) == _marked(8)  # rows matter more than the shape
+    assert _choose(0.0, finish="gated") == _marked(2)
+    assert _choose(0.0, finish="residual") == _marked(1)
+    assert _choose(0.0, dtype=torch.float32) == _marked(4)
+    assert _choose(0.0, dtype=torch.float16) == _marked(1)
+
+
+@pytest.mark.usefixtures("on_h100")
+def test_a_users_table_goes_before_the_packaged_one(write: Write) -> None:
+    inputs, parts, finish = LLAMA_3_8B[0]
+    product = {"inputs": inputs, "parts": parts, "finish": finish, "device": GPU}
+    other = {"inputs": 14336, "parts": (4096,), "finish": "residual", "device": GPU}
+    packaged, packaged_other = _choose(0.5, **product), _choose(0.5, **other)
+    own = replace(SPARSE, inputs_per_split=1024)
+    measured = {"inputs": inputs, "outputs": parts, "finish": finish}
+    write(_entry(0.0, 10.0, **measured), _entry(0.5, 5.0, own, **measured), device=H100)
+    assert packaged != own
+    assert _choose(0.5, **product) == own
+    assert _choose(0.0, **product) == DENSE
+    assert _choose(0.5, **other) == packaged_other  # which the user has not measured
+
+
+def test_a_table_of_another_version_is_ignored(write: Write) -> None:
+    packaged = _choose(0.0)
+    write(_entry(0.0, 10.0, _marked(0)))
+    assert _choose(0.0) == _marked(0)
+    write(_entry(0.0, 10.0, _marked(0)), version=TABLE_VERSION + 1)
+    assert _choose(0.0) == packaged
+
+
+def test_without_any_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_PACKAGED", tmp_path)
+    assert _choose(0.0) == replace(UNTUNED, dense=True)
+    assert _choose(0.1).dense
+    assert _choose(0.5) == UNTUNED
+
+
+def test_kept_entries_are_chosen_at_once() -> None:
+    keep_entries("cpu", [_entry(0.0, 10.0, _marked(0)), _entry(0.0, 10.0, _marked(1), rows=4)], {"torch": "1"})
+    assert _choose(0.0) == _marked(0)
+    path = keep_entries("cpu", [_entry(0.0, 12.0, _marked(2))], {"torch": "2"})  # slower, but newer
+    assert _choose(0.0) == _marked(2)
+    assert _choose(0.0, rows=4) == _marked(1)
+    content = json.loads(path.read_text())
+    assert path == user_table("cpu")
+    assert (content["version"], content["versions"], len(content["entries"])) == (TABLE_VERSION, {"torch": "2"}, 2)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def _both(sparsities: tuple[float, ...] = (0.25, 0.8), **product: Any) -> list[Entry]:
+    return [
+        _entry(0.0, 10.0, **product),
+        *(_entry(sparsity, 10.0 - 9.0 * sparsity, **product) for sparsity in sparsities),
+    ]
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_as_near_in_rows(write: Write, sparsity: float) -> None:
+    """Two rows lie between one and four, and both were measured at the same sparsities."""
+    write(*_both(rows=1), *_both(rows=4))
+    assert not _choose(sparsity, rows=2).dense
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_both_16_bit_dtypes_measured(write: Write, sparsity: float) -> None:
+    """As when a user tunes float16 beside the packaged bfloat16: each has its own."""
+    halves = [replace(entry, config=replace(entry.config, unroll=8)) for entry in _both(dtype="float16")]
+    write(*_both(dtype="bfloat16"), *halves)
+    assert _choose(sparsity, dtype=torch.float16) == replace(SPARSE, unroll=8)
+    assert _choose(sparsity, dtype=torch.bfloat16) == SPARSE
+
+
+def test_a_product_without_a_dense_measurement_is_passed_over(write: Write) -> None:
+    write(_entry(0.5, 1.0), _entry(0.0, 10.0, _marked(1), rows=8))
+    assert _choose(0.5) == _marked(1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "entries": [{}]}', '{"version": 1, "entries": 3}'],
+)
+def test_a_damaged_table_is_named(content: str) -> None:
+    path = user_table("cpu")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(TuningTableError, match=r"cpu\.json cannot be read"):
+        _choose(0.5)
