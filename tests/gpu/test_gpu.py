@@ -71,13 +71,15 @@ def test_engine_against_the_reference_backend(tmp_path: Path, family: str, dtype
     out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
     model = load_model(out, device="cuda", dtype=dtype)
     assert all(layer.weight.is_cuda and layer.threshold.is_cuda for layer in sparse_layers(model).values())
-    engine, control = Engine(model), control_of(model)
+    control = control_of(model)
     torch.manual_seed(0)
     prompt = torch.randint(2, VOCABULARY, (1, 20))
     logits = {}
     with torch.no_grad():
         for backend in ("reference", "triton"):
             control.backend = backend
+            engine = Engine(model)  # takes the backend's path
+            assert (engine.decoder is not None) == (backend == "triton")
             cache = engine.new_cache(40)
             engine.prefill(prompt.cuda(), cache)
             logits[backend] = torch.stack([engine.step(prompt[:, i : i + 1].cuda(), cache) for i in range(20)]).double()
