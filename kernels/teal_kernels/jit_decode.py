@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_gemv import rms_scale, rounded
+from teal_kernels.jit_gemv import look, received, rms_scale, rounded, send
 
 
 @triton.jit
@@ -60,26 +60,25 @@ def attention_kernel(
     position_ptr,
     out_ptr,
     partial_ptr,
-    maxima_ptr,
-    weights_ptr,
-    arrivals_ptr,
     kv_heads,
     positions,
     window,
     scale,
     eps,
     GROUP: tl.constexpr,
-    GROUP_POWER: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    LINES: tl.constexpr,
+    ENDS: tl.constexpr,
     SHORTEST: tl.constexpr,
+    FINISHERS: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One key/value head and one stretch of the cache a program; the last to arrive merges the stretches."""
+    """One key/value head and one stretch of the cache a program; the last stretches' programs merge all."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
@@ -170,34 +169,34 @@ def attention_kernel(
         whole = out + group[:, None] * DIM + d[None, :]
         tl.store(whole, (acc / weight_sum[:, None]).to(dtype), mask=in_group[:, None] & in_head[None, :])
         return
-    # Lines of (GROUP, PADDED) sums, one a stretch.
-    mine = (slot * SPLITS + split) * GROUP + group
-    tl.store(maxima_ptr + mine, maximum, mask=in_group)
-    tl.store(weights_ptr + mine, weight_sum, mask=in_group)
-    tl.store(partial_ptr + mine[:, None] * PADDED + d[None, :], acc, mask=in_group[:, None])
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr + slot, 1, sem="acq_rel")
-    if arrived != used - 1:
+    # For each stretch and query head a line: its sums, its maximum, its sum of weights.
+    width: tl.constexpr = PADDED + 2
+    mine = partial_ptr + ((slot * SPLITS + split) * GROUP + group) * width
+    send(mine[:, None] + d[None, :], acc, in_group[:, None] & in_head[None, :])
+    send(mine + PADDED, maximum, in_group)
+    send(mine + PADDED + 1, weight_sum, in_group)
+    # The last stretches' programs merge them, each some of the query heads.
+    finishers = tl.minimum(used, FINISHERS)
+    piece = used - 1 - split
+    if piece >= finishers:
         return
-    tl.store(arrivals_ptr + slot, 0)
-    splits = tl.arange(0, SPLITS)
+    splits = tl.arange(0, LINES)
     there = splits < used
-    member = tl.arange(0, GROUP_POWER)
-    is_member = member < GROUP
-    theirs = (slot * SPLITS + splits)[:, None] * GROUP + member[None, :]
-    known = there[:, None] & is_member[None, :]
-    # .cg: written by other multiprocessors, and this one's L1 may hold older lines.
-    maxima = tl.load(maxima_ptr + theirs, mask=known, other=float("-inf"), cache_modifier=".cg")
-    weights = tl.load(weights_ptr + theirs, mask=known, other=0.0, cache_modifier=".cg")
-    sums = tl.load(
-        partial_ptr + theirs[:, :, None] * PADDED + d[None, None, :],
-        mask=known[:, :, None] & in_head[None, None, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    factor = tl.exp(maxima - tl.where(is_member, tl.max(maxima, axis=0), 0.0)[None, :])
-    merged = tl.sum(sums * factor[:, :, None], axis=0) / tl.sum(weights * factor, axis=0)[:, None]
-    tl.store(out + member[:, None] * DIM + d[None, :], merged.to(dtype), mask=is_member[:, None] & in_head[None, :])
+    ends = tl.arange(0, ENDS) % 2  # maximum and sum of weights
+    for member in range(piece, GROUP, finishers):
+        lines = partial_ptr + ((slot * SPLITS + splits) * GROUP + member) * width
+        sums_at = lines[:, None] + d[None, :]
+        known = there[:, None] & in_head[None, :]
+        ends_at = lines[:, None] + PADDED + ends[None, :]
+        sums_bits = look(sums_at, known)
+        ends_bits = look(ends_at, there[:, None])
+        sums = received(sums_bits, sums_at, known)
+        both = received(ends_bits, ends_at, there[:, None])
+        tops = tl.max(tl.where((ends == 0)[None, :] & there[:, None], both, float("-inf")), axis=1)
+        shares = tl.max(tl.where((ends == 1)[None, :], both, 0.0), axis=1)
+        factor = tl.exp(tops - tl.max(tops, axis=0))
+        merged = tl.sum(sums * factor[:, None], axis=0) / tl.sum(shares * factor, axis=0)
+        tl.store(out + member * DIM + d, merged.to(dtype), mask=in_head)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
+EMPTY = tl.constexpr(-0x3F2153)
+"""What a place for a partial sum holds while it holds none: the bits of a NaN that no arithmetic makes."""
 
 
 @triton.jit
@@ -42,6 +44,66 @@ def fetch_ahead(pointers, width: tl.constexpr):
 
 
 @triton.jit
+def _bits_set(x):
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _packed(index, value, dtype: tl.constexpr):
+    """An entry of a list: an index below 2**15 and a value, in one word of twice the value's size."""
+    if dtype.primitive_bitwidth == 16:
+        return index << 16 | value.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+    else:
+        return index.to(tl.int64) << 32 | value.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _index(word, dtype: tl.constexpr):
+    return word >> dtype.primitive_bitwidth
+
+
+@triton.jit
+def _value(word, dtype: tl.constexpr):
+    if dtype.primitive_bitwidth == 16:
+        return word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    else:
+        return word.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def send(at, sums, inside):
+    """Put float32 sums where another program of this launch waits for them, as `received` does.
+
+    Each word is its own message, so nothing needs to be ordered: a NaN becomes the usual one, and
+    the one with all bits set means "not here yet".
+    """
+    sums = tl.where(sums == sums, sums, float("nan"))
+    tl.store(at, sums.to(tl.int32, bitcast=True), mask=inside)
+
+
+@triton.jit
+def look(at, inside):
+    """The bits at places that `send` fills; 0 outside. Volatile: the L1 cache may hold older ones."""
+    return tl.load(at, mask=inside, other=0, volatile=True)
+
+
+@triton.jit
+def received(bits, at, inside):
+    """The float32 sums sent to these places, once all have come; the places are empty for the next launch.
+
+    `bits` are from a first look, at no fewer words than the program has threads: fewer would be held
+    by several threads each, which could see different ones and take different decisions. Only
+    programs at the end of a grid wait, so that those that they wait for run or have run.
+    """
+    while tl.min(tl.where(bits == EMPTY, 0, 1)) == 0:
+        bits = look(at, inside)
+    tl.store(at, EMPTY, mask=inside)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,
     norm_ptr,
@@ -52,9 +114,7 @@ def gemv_kernel(
     y_ptr,
     squares_out_ptr,
     partial_ptr,
-    arrivals_ptr,
-    list_ptr,
-    values_ptr,
+    scratch_ptr,
     counts_ptr,
     n_in,
     stride,
@@ -74,6 +134,7 @@ def gemv_kernel(
     SQUARES: tl.constexpr,
     SPLIT: tl.constexpr,
     LINES: tl.constexpr,
+    FINISHERS: tl.constexpr,
     STRETCH: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -110,7 +171,8 @@ def gemv_kernel(
         width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
         rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
         fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
-    stretch = first + tl.arange(0, STRETCH)
+    LANES: tl.constexpr = min(32, STRETCH)
+    stretch = first + tl.arange(0, STRETCH // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     in_stretch = stretch < last
     if NORM:
         norm_weight = tl.load(norm_ptr + stretch, mask=in_stretch, other=0.0)
@@ -135,7 +197,7 @@ def gemv_kernel(
     for _ in tl.static_range(ROWS):
         acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
     active = 0
-    base = (block * n_splits + split) * STRETCH
+    scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     columns = weight_ptr + outs
     tile = tl.arange(0, BLOCK_IN)
     if LISTED:
@@ -143,29 +205,35 @@ def gemv_kernel(
         for row in tl.static_range(ROWS):
             keep = _keep(inputs[row], in_stretch, threshold)
             if ROWS > 1:
-                active += tl.sum(keep.to(tl.int32), axis=0)
+                active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
             read |= keep  # one row of weights serves every row of x
-        slot = tl.cumsum(read.to(tl.int32), axis=0) - 1
-        count = tl.sum(read.to(tl.int32), axis=0)
+        # An input's place in the list: what the lines above keep, and the lanes before it.
+        lane = tl.arange(0, LANES)[None, :]
+        marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
+        kept = _bits_set(marks)
+        count = tl.sum(kept, axis=0)
         if ROWS == 1:
             active = count
-        tl.store(list_ptr + base + slot, stretch, mask=read)
+        before = marks[:, None] & ((1 << lane.to(tl.uint32)) - 1)
+        slot = (tl.cumsum(kept, axis=0) - kept)[:, None] + _bits_set(before)
         for row in tl.static_range(ROWS):
-            # At an infinite threshold an infinity is dropped: it must not meet a weight.
-            kept = tl.where(_keep(inputs[row], in_stretch, threshold), inputs[row], 0.0)
-            tl.store(values_ptr + base * ROWS + row * STRETCH + slot, kept, mask=read)
+            value = inputs[row]
+            if ROWS > 1:  # at an infinite threshold an infinity is dropped: it must not meet a weight
+                value = tl.where(_keep(value, in_stretch, threshold), value, 0.0)
+            tl.store(scratch + row * STRETCH + slot, _packed(stretch - first, value, dtype), mask=read)
         tl.debug_barrier()
+        columns += first.to(tl.int64) * stride
         which = ()
         for step in tl.static_range(UNROLL):
             slots = step * BLOCK_IN + tile
-            which = which + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+            which = which + (tl.load(scratch + slots, mask=slots < count, other=0),)
         for start in range(0, count, BLOCK_IN * UNROLL):
             weights = ()
             for step in tl.static_range(UNROLL):
                 listed = start + step * BLOCK_IN + tile < count
                 weights = weights + (
                     tl.load(
-                        which[step].to(tl.int64)[:, None] * stride + columns[None, :],
+                        _index(which[step], dtype).to(tl.int64)[:, None] * stride + columns[None, :],
                         mask=listed[:, None] & out_inside[None, :],
                         other=0.0,
                         eviction_policy=EVICT,
@@ -174,22 +242,24 @@ def gemv_kernel(
             following = ()  # the next indices travel while these weights do
             for step in tl.static_range(UNROLL):
                 slots = start + (UNROLL + step) * BLOCK_IN + tile
-                following = following + (tl.load(list_ptr + base + slots, mask=slots < count, other=0),)
+                following = following + (tl.load(scratch + slots, mask=slots < count, other=0),)
             which = following
             for step in tl.static_range(UNROLL):
                 slots = start + step * BLOCK_IN + tile
                 added = ()
                 for row in tl.static_range(ROWS):
-                    value = tl.load(values_ptr + base * ROWS + row * STRETCH + slots, mask=slots < count, other=0.0)
-                    added = added + (acc[row] + value.to(tl.float32)[:, None] * weights[step].to(tl.float32),)
+                    # Read again for the value: with that in hand the compiler would let each tile's
+                    # sum go before the next tile's load, to save registers, and nothing be under way.
+                    word = tl.load(scratch + row * STRETCH + slots, mask=slots < count, other=0)
+                    added = added + (acc[row] + _value(word, dtype)[:, None] * weights[step].to(tl.float32),)
                 acc = added
     else:
         if NORM:
             # Normalised once, not once a thread that multiplies with it.
             for row in tl.static_range(ROWS):
-                tl.store(values_ptr + base * ROWS + row * STRETCH + stretch - first, inputs[row], mask=in_stretch)
+                tl.store(scratch + row * STRETCH + stretch - first, inputs[row], mask=in_stretch)
             tl.debug_barrier()
-            x_ptr = values_ptr + base * ROWS - first
+            x_ptr = scratch - first
             n_in = STRETCH
         for start in range(first, last, BLOCK_IN * UNROLL):
             weights = ()
@@ -214,59 +284,58 @@ def gemv_kernel(
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
 
-    # The stretches' sums meet in memory; whoever comes last finishes.
-    group = block
-    if FINISH == GATED:
-        group = block % blocks_0  # a gated table: the gate's blocks, then as many of up
+    # The stretches' sums meet in memory. The last programs of a block finish a slice of it each,
+    # with a gated table those of its second half.
     meet: tl.constexpr = SPLIT or FINISH == GATED
+    piece = 0
     if meet:
         for row in tl.static_range(ROWS):
-            line = partial_ptr + (split * ROWS + row).to(tl.int64) * total
-            tl.store(line + outs, tl.sum(acc[row], axis=0), mask=out_inside)
-        needed = n_splits
+            mine = partial_ptr + (split * ROWS + row).to(tl.int64) * total
+            send(mine + outs, tl.sum(acc[row], axis=0), out_inside)
+        piece = split - (n_splits - FINISHERS)
         if FINISH == GATED:
-            needed = 2 * n_splits
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + group, 1, sem="acq_rel")
-        if arrived != needed - 1:
+            piece = tl.where(block >= blocks_0, piece, -1)
+        if piece < 0:
             return
-        tl.store(arrivals_ptr + group, 0)
-        if FINISH == GATED:
-            outs = group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-            out_inside = outs < part_0
+        outs = out_start + piece * (BLOCK_OUT // FINISHERS) + tl.arange(0, BLOCK_OUT // FINISHERS)
+        out_inside = outs < out_stop
+        if EVEN:
+            out_inside = tl.full((BLOCK_OUT // FINISHERS,), True, tl.int1)
+    at = outs
+    if FINISH == GATED:
+        at = outs - part_0
     for row in tl.static_range(ROWS):
         if FINISH == RESIDUAL:  # travels while the sums are gathered
             residual = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0)
-        if meet:
-            # In a fixed order, a few lines at a time. .cg: they were written by other multiprocessors,
-            # and this one's L1 may hold older ones.
-            y = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+        if meet:  # in a fixed order, a few lines at a time
+            y = tl.zeros((BLOCK_OUT // FINISHERS,), dtype=tl.float32)
             up = y
             for first_line in range(0, n_splits, LINES):
                 lines = first_line + tl.arange(0, LINES)
-                at = partial_ptr + (lines * ROWS + row).to(tl.int64)[:, None] * total + outs[None, :]
                 there = (lines < n_splits)[:, None] & out_inside[None, :]
-                sums = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+                line = partial_ptr + (lines * ROWS + row).to(tl.int64)[:, None] * total
+                bits = look(line + at[None, :], there)
                 if FINISH == GATED:
-                    up += tl.sum(tl.load(at + part_0, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
-                y += tl.sum(sums, axis=0)
+                    up_bits = look(line + outs[None, :], there)
+                    up += tl.sum(received(up_bits, line + outs[None, :], there), axis=0)
+                y += tl.sum(received(bits, line + at[None, :], there), axis=0)
         else:
             y = tl.sum(acc[row], axis=0)
         if HAS_BIAS:
-            y += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
+            y += tl.load(bias_ptr + at, mask=out_inside, other=0.0).to(tl.float32)
         y = y.to(dtype)
         if FINISH == GATED:
             if HAS_BIAS:
-                up += tl.load(bias_ptr + part_0 + outs, mask=out_inside, other=0.0).to(tl.float32)
+                up += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
             gate = y.to(tl.float32)
             y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
-            tl.store(y_ptr + row * part_0 + outs, y, mask=out_inside)
+            tl.store(y_ptr + row * part_0 + at, y, mask=out_inside)
         else:
             if FINISH == RESIDUAL:
                 y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
                 square = y.to(tl.float32) * y.to(tl.float32)
                 tl.store(
-                    squares_out_ptr + row * tl.num_programs(0) + block,
+                    squares_out_ptr + (row * tl.num_programs(0) + block) * FINISHERS + piece,
                     tl.sum(tl.where(out_inside, square, 0.0), axis=0),
                 )
             tl.store(y_ptr + row * total + outs, y, mask=out_inside)

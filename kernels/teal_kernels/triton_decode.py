@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import Norm, Workspace
+from teal_kernels.triton_gemv import EMPTY, Norm, Workspace, resident
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, embed_kernel, output_kernel, pick_kernel
@@ -100,6 +100,8 @@ def decode_attention(
     splits = attention_splits(rows * kv_heads)
     padded = max(16, power_of_two(dim))
     slots = rows * kv_heads
+    threads = 32 * _ATTENTION_WARPS
+    lines = max(splits, threads // padded)  # what is waited for: no fewer words than threads, see `received`
     launch(
         attention_kernel,
         (kv_heads, splits, rows),
@@ -112,23 +114,22 @@ def decode_attention(
         values,
         position,
         out,
-        workspace.tensor("attention", slots * splits * group * padded, torch.float32),
-        workspace.tensor("attention_maxima", slots * splits * group, torch.float32),
-        workspace.tensor("attention_weights", slots * splits * group, torch.float32),
-        workspace.tensor("attention_arrivals", slots, torch.int32),
+        workspace.tensor("attention", slots * splits * group * (padded + 2), torch.int32, EMPTY),
         kv_heads,
         positions,
         window,
         scale,
         eps,
         GROUP=group,
-        GROUP_POWER=power_of_two(group),
         PADDED_GROUP=max(16, power_of_two(group)),  # the smallest that a matrix unit takes
         DIM=dim,
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=splits,
+        LINES=lines,
+        ENDS=max(2, threads // lines),
         SHORTEST=_ATTENTION_SHORTEST,
+        FINISHERS=splits if resident(keys.device, _ATTENTION_WARPS) >= slots * splits else 1,
         NORM=q_norm is not None,
         PDL=pdl,
         warps=_ATTENTION_WARPS,

@@ -95,7 +95,7 @@ class Product:
         )
 
     def _squares(self, config: GemvConfig) -> Tensor:
-        columns = squares_of(self.parts, config)
+        columns = squares_of(self.device, self.inputs, self.parts, config)
         return self.workspace.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
             self.rows, columns
         )

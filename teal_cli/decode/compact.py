@@ -93,7 +93,9 @@ class Launch:
             finish=product.finish,
             sparsity=skipped / sum(parts),
         )
-        self.squares = torch.empty(rows, squares_of(parts, self.config), dtype=torch.float32, device=table.device)
+        self.squares = torch.empty(
+            rows, squares_of(table.device, table.shape[0], parts, self.config), dtype=torch.float32, device=table.device
+        )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
     def run(self, x: Tensor, y: Tensor, workspace: Workspace, pdl: bool, norm: Norm | None = None) -> None:

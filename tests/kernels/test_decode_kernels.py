@@ -9,7 +9,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from teal_kernels import triton_decode
 from teal_kernels.triton_decode import Best, attention_splits, decode_attention, embed, output_logits, pick
-from teal_kernels.triton_gemv import Norm, Workspace
+from teal_kernels.triton_gemv import EMPTY, Norm, Workspace
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -95,7 +95,7 @@ class Attention:
             eps=EPS,
         )
         assert int(position) == self.position
-        assert not workspace.tensor("attention_arrivals", 1, torch.int32).any()
+        assert bool((workspace.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
         return out
 
     def check(self) -> None:

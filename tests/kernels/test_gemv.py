@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from teal_kernels import active_inputs, masked_input
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Norm, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import EMPTY, MAX_ROWS, GemvConfig, Norm, Workspace, gemv, squares_of
 
 # Relative norm error: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -76,7 +76,7 @@ class Case:
         workspace = workspace or Workspace(self.x.device)
         rows = self.x.shape[0]
         y = _guarded(self.before)
-        squares = _guarded(torch.zeros(rows, squares_of(self.parts, config)))
+        squares = _guarded(torch.zeros(rows, squares_of(self.x.device, self.x.shape[1], self.parts, config)))
         gemv(
             self.x,
             self.table,
@@ -93,7 +93,7 @@ class Case:
         )
         _assert_guard(y)
         _assert_guard(squares)
-        assert not workspace.tensor("arrivals", 1, torch.int32).any()
+        assert bool((workspace.tensor("partial", 1, torch.int32, EMPTY) == EMPTY).all())
         return Result(y, squares)
 
 
@@ -385,7 +385,12 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
 
 
 def test_squares_of_counts_blocks_of_each_part() -> None:
-    config = CUTS["one stretch"]
-    assert squares_of((64,), config) == 2
-    assert squares_of((65, 1), config) == 4
-    assert squares_of((32, 32, 31), config) == 3
+    for parts, blocks in (((64,), 2), ((65, 1), 4), ((32, 32, 31), 3)):
+        assert squares_of(torch.device("cpu"), 128, parts, CUTS["one stretch"]) == blocks
+
+
+def test_a_list_holds_indices_of_15_bits() -> None:
+    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
+    config = replace(CUTS["one stretch"], inputs_per_split=1 << 16)
+    with pytest.raises(ValueError, match="32768"):
+        gemv(x, table, (40,), torch.zeros(1), y, config, Workspace(x.device))
