@@ -54,9 +54,10 @@ def _bits_set(x):
 def _packed(index, value, dtype: tl.constexpr):
     """An entry of a list: an index below 2**15 and a value, in one word of twice the value's size."""
     if dtype.primitive_bitwidth == 16:
-        return index << 16 | value.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+        word = index << 16 | value.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
     else:
-        return index.to(tl.int64) << 32 | value.to(tl.uint32, bitcast=True).to(tl.int64)
+        word = index.to(tl.int64) << 32 | value.to(tl.uint32, bitcast=True).to(tl.int64)
+    return word
 
 
 @triton.jit
@@ -67,9 +68,10 @@ def _index(word, dtype: tl.constexpr):
 @triton.jit
 def _value(word, dtype: tl.constexpr):
     if dtype.primitive_bitwidth == 16:
-        return word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        value = word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
     else:
-        return word.to(tl.uint32).to(tl.float32, bitcast=True)
+        value = word.to(tl.uint32).to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -171,8 +173,8 @@ def gemv_kernel(
         width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
         rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
         fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
-    LANES: tl.constexpr = min(32, STRETCH)
-    stretch = first + tl.arange(0, STRETCH // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes: tl.constexpr = min(32, STRETCH)
+    stretch = first + tl.arange(0, STRETCH // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
     in_stretch = stretch < last
     if NORM:
         norm_weight = tl.load(norm_ptr + stretch, mask=in_stretch, other=0.0)
@@ -208,7 +210,7 @@ def gemv_kernel(
                 active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
             read |= keep  # one row of weights serves every row of x
         # An input's place in the list: what the lines above keep, and the lanes before it.
-        lane = tl.arange(0, LANES)[None, :]
+        lane = tl.arange(0, lanes)[None, :]
         marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
         kept = _bits_set(marks)
         count = tl.sum(kept, axis=0)
