@@ -82,6 +82,11 @@ def _translated(error: BaseException) -> TealError | None:
     # safetensors reports the operating system's error only as text.
     if "No space left on device" in str(error):
         return MachineError("the disk is full: free some space and run the same command again")
+    if "Failed to find C compiler" in str(error):
+        return MachineError("triton needs a C compiler to launch kernels: install gcc, or use --backend reference")
+    if type(error).__module__.startswith("triton.") and type(error).__name__ in ("OutOfResources", "PTXASError"):
+        reason = str(error).strip().splitlines()[0]
+        return MachineError(f"this GPU cannot run a kernel ({reason}): tune for it, or use --backend reference")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return ArtefactError(f"{error.filename}: {error.strerror}")
     return None

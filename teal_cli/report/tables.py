@@ -75,10 +75,11 @@ def _share(value: float, limit: float | None) -> str:
 def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
     limit = result["reading_gb_s"]
+    because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
     table = _table(
         f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
-        "sparsity: target (realised)",
+        f"sparsity: target (realised){because}",
         "backend",
         "sparsity",
         "tokens/s",

@@ -44,6 +44,8 @@ class BenchResult:
     batch: int
     path: str
     """`compact`, our kernels from end to end, or `general`, transformers' forward with sparse layers."""
+    general_because: str | None
+    """Why not `compact`, on a GPU."""
     reading_gb_s: float | None
     """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
@@ -57,16 +59,35 @@ class BenchResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model to time."""
+
+    name: str
+    model: Any
+    plans: Sequence[SparsityPlan]
+    prompt: Tensor
+    """(batch, tokens) int64."""
+
+
 def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> BenchResult:
     """Time decoding of a real model, or of an alias's shape with random weights.
 
     Raises:
         TealError: anything wrong with model, calibration or machine.
     """
-    if config.random_weights:
-        name, model, plans, prompt = _random(config, reporter)
-    else:
-        name, model, plans, prompt = _real(config, reporter, workspace)
+    return measure(config, prepare(config, reporter, workspace), reporter)
+
+
+def prepare(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> Prepared:
+    """Load or build the model, and make its plans."""
+    return _random(config, reporter) if config.random_weights else _real(config, reporter, workspace)
+
+
+def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> BenchResult:
+    """Time a prepared model; its prompt says how long a context and how large a batch."""
+    name, model, plans, prompt = prepared.name, prepared.model, prepared.plans, prepared.prompt
+    batch = prompt.shape[0]
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
@@ -94,7 +115,7 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
             products = site_products(model)
             reporter.say(f"timing {len(products)} products")
             kernels = bench_products(
-                products, targets, device=device, dtype=dtype, batch=config.batch, seed=config.seed, limit_gb_s=limit
+                products, targets, device=device, dtype=dtype, batch=batch, seed=config.seed, limit_gb_s=limit
             )
         else:
             shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
@@ -103,8 +124,9 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
     return BenchResult(
         model=name,
         device=device_description(device),
-        batch=config.batch,
+        batch=batch,
         path="compact" if engine.decoder is not None else "general",
+        general_because=engine.general_because,
         reading_gb_s=limit,
         dtype=str(model.dtype).removeprefix("torch."),
         prompt_tokens=prompt.shape[1],
@@ -162,10 +184,7 @@ def _wanted(config: BenchConfig) -> list[float]:
     return sorted({value for value in config.sparsity if value > 0})
 
 
-_Prepared = tuple[str, Any, Sequence[SparsityPlan], Tensor]
-
-
-def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> _Prepared:
+def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> Prepared:
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
@@ -175,15 +194,16 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
             raise UsageError(
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
-        return source.name, load_model(source.folder, device=config.device, dtype=config.dtype), [plan], prompt
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        return Prepared(source.name, model, [plan], prompt)
     calibration = calibration_for(config, workspace, reporter)
     plans = [make_plan(calibration, value, config.allocation) for value in _wanted(config)]
     model = load_model(source.folder, device=config.device, dtype=config.dtype)
     sparsify_(model, make_plan(calibration, 0.0, config.allocation))
-    return source.name, model, plans, prompt
+    return Prepared(source.name, model, plans, prompt)
 
 
-def _random(config: BenchConfig, reporter: Reporter) -> _Prepared:
+def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     """Random weights, with thresholds measured on them, so that the sparsity is realised."""
     alias = require_alias(config.model)
     reporter.say(f"building {alias.name} with random weights")
@@ -209,9 +229,5 @@ def _random(config: BenchConfig, reporter: Reporter) -> _Prepared:
     )
     plans = [make_plan(calibration, value, config.allocation) for value in _wanted(config)]
     sparsify_(model, make_plan(calibration, 0.0, config.allocation))
-    return (
-        f"{alias.name} (random weights)",
-        model,
-        plans,
-        random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch),
-    )
+    prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
+    return Prepared(f"{alias.name} (random weights)", model, plans, prompt)

@@ -63,6 +63,8 @@ class Generator:
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         self.engine = Engine(self.model)
+        if self.engine.general_because is not None:
+            reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
         self._replies = 0
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:

@@ -202,6 +202,25 @@ def test_backend_that_cannot_run(calibrated, capsys, monkeypatch) -> None:
     _fails(capsys, 4, "needs a GPU", "generate", "--model", calibrated, "--prompt", "x", "--backend", "triton")
 
 
+def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0", "--max-new-tokens", "4")
+    for error, message in (
+        (OutOfResources(300_000, 232_448, "shared memory"), "cannot run a kernel (out of resource: shared memory"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "install gcc"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("teal_cli.decode.engine.Engine.prefill", lambda *a, e=error: (_ for _ in ()).throw(e))
+            _fails(capsys, 4, message, *flags)
+
+
+def test_tuning_without_what_it_needs(calibrated, capsys) -> None:
+    flags = ("bench", "--model", calibrated, "--sparsity", "0.5", "--prompt-tokens", "8", "--new-tokens", "2")
+    _fails(capsys, 2, "give kernels (flag --kernels) too", *flags, "--tune")
+    _fails(capsys, 4, "there is no GPU here", *flags, "--tune", "--kernels", "--device", "cpu")
+
+
 def test_out_of_memory(tiny, capsys, monkeypatch) -> None:
     flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0", "--max-new-tokens", "4")
     with monkeypatch.context() as patch:

@@ -178,6 +178,17 @@ def test_bench(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shapes == {(64, 64), (32, 64), (100, 64), (64, 100)}
 
 
+def test_bench_of_a_batch(calibrated: Path) -> None:
+    flags = ["--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--batch", "3", "--json", "b.json"]
+    assert _teal("bench", "--model", calibrated, "--sparsity", "0.5", *flags) == 0
+    result = _json(Path("b.json"))
+    assert (result["batch"], result["path"], result["general_because"]) == (3, "general", None)
+    # Rows share what they read, so bytes a token are not said.
+    assert [run["bytes_per_token"] for run in result["runs"]] == [None, None]
+    assert result["runs"][1]["realised_sparsity"] == pytest.approx(0.5, abs=0.15)
+    assert _teal("bench", "--model", calibrated, "--batch", "9") == 2
+
+
 def test_bench_with_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("configs/models")
     folder.mkdir(parents=True)
