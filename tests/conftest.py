@@ -54,6 +54,19 @@ def _quicken_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     _quicken_interpreter()
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/gpu needs a real GPU and triton's compiler."""
+    reason = "" if torch.cuda.is_available() else "no GPU here"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        reason = reason or "the interpreter is on: use make test-gpu"
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "gpu"):
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 VOCABULARY = 300
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

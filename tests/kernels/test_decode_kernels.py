@@ -1,115 +1,17 @@
 """Embedding, attention and output layer of a decoded token, against plain torch in float64."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from kernel_cases import EPS, Attention, Output
+from torch.nn.functional import rms_norm
 
 from teal_kernels import triton_decode
-from teal_kernels.triton_decode import Best, attention_splits, decode_attention, embed, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, Norm, Workspace
+from teal_kernels.triton_decode import Best, attention_splits, embed, pick
+from teal_kernels.triton_gemv import Workspace
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CPU = torch.device("cpu")
-# Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of
-# rotated queries and keys, of the weights of the values and of the result.
-LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-EPS = 1e-6
-POSITIONS = 160
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """transformers' rotary embedding: the halves are turned against one another."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin
-
-
-@dataclass
-class Attention:
-    """The arguments of one launch, and its definition. Cache positions that are not written hold rubbish."""
-
-    rows: int
-    kv_heads: int
-    group: int
-    dim: int
-    position: int
-    window: int = 0
-    norm: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.position + 1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(self.dtype)
-
-        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
-        self.keys = random(self.rows, self.kv_heads, POSITIONS, self.dim)
-        self.values = random(*self.keys.shape)
-        angles = torch.rand(POSITIONS, self.dim // 2, generator=generator).repeat(1, 2) * 6.3
-        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        self.q_norm = random(self.dim) if self.norm else None
-        self.k_norm = random(self.dim) if self.norm else None
-        self.scale = 0.7 * self.dim**-0.5
-
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
-        heads = self.kv_heads * self.group
-        sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
-            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
-        turn = self.cos[self.position].double(), self.sin[self.position].double()
-        q, k = _rotated(q, *turn), _rotated(k, *turn)
-        lowest = max(0, self.position + 1 - self.window) if self.window else 0
-        seen_keys, seen_values = (
-            torch.cat([cache[:, :, lowest : self.position].double(), new[:, :, None]], dim=2).repeat_interleave(
-                self.group, dim=1
-            )
-            for cache, new in ((self.keys, k), (self.values, v))
-        )
-        result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
-        return result.reshape(self.rows, -1), k, v
-
-    def launch(self, workspace: Workspace, keys: Tensor, values: Tensor) -> Tensor:
-        """Run the kernel on a cache that it writes to."""
-        position = torch.tensor([self.position], dtype=torch.int32)
-        out = torch.full((self.rows, self.kv_heads * self.group * self.dim), torch.nan, dtype=self.dtype)
-        decode_attention(
-            self.qkv,
-            keys,
-            values,
-            position,
-            self.cos,
-            self.sin,
-            out,
-            workspace,
-            scale=self.scale,
-            window=self.window,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=EPS,
-        )
-        assert int(position) == self.position
-        assert bool((workspace.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
-        return out
-
-    def check(self) -> None:
-        limit = LIMITS[self.dtype]
-        expected, k, v = self.expected()
-        keys, values = self.keys.clone(), self.values.clone()
-        out = self.launch(Workspace(CPU), keys, values)
-        assert float((out.double() - expected).norm() / expected.norm()) < limit
-        here = self.position
-        assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit
-        assert torch.equal(values[:, :, here].double(), v)
-        keys[:, :, here], values[:, :, here] = self.keys[:, :, here], self.values[:, :, here]
-        assert torch.equal(keys, self.keys)  # nowhere else
-        assert torch.equal(values, self.values)
 
 
 @pytest.fixture
@@ -192,37 +94,6 @@ def test_embed(rows: int, hidden_size: int, dtype: torch.dtype) -> None:
     assert torch.equal(hidden, embedding[token])
     torch.testing.assert_close(squares[:, 0], hidden.float().square().sum(1), rtol=1e-6, atol=1e-6)
     assert position.tolist() == [5]
-
-
-@dataclass
-class Output:
-    """What the last norm and the output layer read."""
-
-    hidden: Tensor
-    norm: Norm
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def random(
-        cls, rows: int, hidden_size: int, vocabulary: int, *, bias: bool, dtype: torch.dtype = torch.float32
-    ) -> "Output":
-        generator = torch.Generator().manual_seed(rows)
-        hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
-        squares = torch.stack([chunk.float().square().sum(1) for chunk in hidden.split(24, dim=1)], dim=1)
-        norm = Norm(torch.randn(hidden_size, generator=generator).to(dtype), EPS, squares)
-        weight = torch.randn(vocabulary, hidden_size, generator=generator).to(dtype)
-        return cls(hidden, norm, weight, torch.randn(vocabulary, generator=generator).to(dtype) if bias else None)
-
-    def launch(self) -> tuple[Tensor, Tensor]:
-        """Logits (rows, vocabulary) and the greedy tokens (rows,)."""
-        rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        logits = torch.full((rows, vocabulary), torch.nan, dtype=self.hidden.dtype)
-        best = Best.empty(rows, vocabulary, CPU)
-        token = torch.full((rows,), -1)
-        output_logits(self.hidden, self.norm, self.weight, self.bias, logits, best)
-        pick(best, token)
-        return logits, token
 
 
 @pytest.mark.parametrize("bias", [False, True])

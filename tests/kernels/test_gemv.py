@@ -2,165 +2,27 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import silu
+from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
-from teal_kernels import active_inputs, masked_input
-from teal_kernels.triton_gemv import EMPTY, MAX_ROWS, GemvConfig, Norm, Workspace, gemv, squares_of
+from teal_kernels import active_inputs
+from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Workspace, gemv, squares_of
 
-# Relative norm error: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
-LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 CUTS = {
     "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=128, warps=1),
     "two stretches": GemvConfig(block_out=16, block_in=4, unroll=2, inputs_per_split=32, warps=1),
 }
-INPUTS = 44
-# No size is a multiple of a block: one that went on over the border would use the next part's threshold.
-PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
-SPARSITIES = {"plain": (0.3, 0.5, 0.7), "residual": (0.5,), "gated": (0.4, 0.6)}
 FINISHES = list(PARTS)
-EPS = 1e-5
-GUARD = 64
-SENTINEL = 7.0
-
-
-@dataclass
-class Case:
-    """The arguments of one launch, and its definition."""
-
-    finish: str
-    parts: tuple[int, ...]
-    x: Tensor
-    table: Tensor
-    thresholds: Tensor
-    before: Tensor
-    """What y holds before the launch; `residual` adds to it."""
-    bias: Tensor | None
-    norm: Norm | None
-
-    @property
-    def seen(self) -> Tensor:
-        """(rows, in): what the thresholds are compared with, in x's dtype."""
-        if self.norm is None:
-            return self.x
-        scale = torch.rsqrt(self.norm.squares.sum(1, keepdim=True) / self.x.shape[1] + self.norm.eps)
-        return (self.x.float() * scale).to(self.x.dtype) * self.norm.weight
-
-    @property
-    def kept(self) -> list[int]:
-        """Inputs above each part's threshold, over all rows."""
-        return [int(active_inputs(self.seen, threshold).sum()) for threshold in self.thresholds]
-
-    def expected(self) -> Tensor:
-        """The result in float64."""
-        borders = [0, *itertools.accumulate(self.parts)]
-        columns = [
-            masked_input(self.seen, threshold).double() @ self.table[:, start:stop].double()
-            for (start, stop), threshold in zip(itertools.pairwise(borders), self.thresholds, strict=True)
-        ]
-        y = torch.cat(columns, dim=1)
-        if self.bias is not None:
-            y = y + self.bias.double()
-        if self.finish == "gated":
-            y = silu(y[:, : self.parts[0]]) * y[:, self.parts[0] :]
-        return y + self.before.double() if self.finish == "residual" else y
-
-    def launch(self, config: GemvConfig, workspace: Workspace | None = None, counts: Tensor | None = None) -> "Result":
-        """Run the kernel; what lies around its outputs must stay as it was."""
-        workspace = workspace or Workspace(self.x.device)
-        rows = self.x.shape[0]
-        y = _guarded(self.before)
-        squares = _guarded(torch.zeros(rows, squares_of(self.x.device, self.x.shape[1], self.parts, config)))
-        gemv(
-            self.x,
-            self.table,
-            self.parts,
-            self.thresholds,
-            y,
-            config,
-            workspace,
-            bias=self.bias,
-            norm=self.norm,
-            finish=self.finish,
-            squares=squares if self.finish == "residual" else None,
-            counts=counts,
-        )
-        _assert_guard(y)
-        _assert_guard(squares)
-        assert bool((workspace.tensor("partial", 1, torch.int32, EMPTY) == EMPTY).all())
-        return Result(y, squares)
-
-
-@dataclass
-class Result:
-    y: Tensor
-    squares: Tensor
-
-
-def _guarded(values: Tensor) -> Tensor:
-    """A contiguous copy with a margin of sentinels before and after it."""
-    margin = torch.full((GUARD,), SENTINEL, dtype=values.dtype)
-    buffer = torch.cat([margin, values.flatten(), margin])
-    return buffer[GUARD : GUARD + values.numel()].view(values.shape)
-
-
-def _assert_guard(values: Tensor) -> None:
-    buffer = torch.empty(0, dtype=values.dtype).set_(values.untyped_storage())
-    assert bool((buffer[:GUARD] == SENTINEL).all())
-    assert bool((buffer[-GUARD:] == SENTINEL).all())
-
-
-def _case(
-    finish: str,
-    rows: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = True,
-    norm: bool = True,
-    listed: bool = True,
-    inputs: int = INPUTS,
-    parts: tuple[int, ...] | None = None,
-    seed: int = 0,
-) -> Case:
-    """A random launch; thresholds below zero where nothing is to be dropped."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = parts or PARTS[finish]
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    total = sum(parts)
-    x = random(rows, inputs)
-    squares = torch.stack([chunk.float().square().sum(1) for chunk in x.split(16, dim=1)], dim=1)
-    case = Case(
-        finish,
-        parts,
-        x,
-        table=random(inputs, total),
-        thresholds=torch.full((len(parts),), -1.0),
-        before=random(rows, parts[0] if finish == "gated" else total),
-        bias=random(total) if bias else None,
-        norm=Norm(random(inputs), EPS, squares) if norm else None,
-    )
-    if listed:
-        magnitudes = case.seen.abs().float()
-        case.thresholds = torch.stack([magnitudes.quantile(share) for share in SPARSITIES[finish][: len(parts)]])
-    return case
-
-
-def _error(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm())
 
 
 def _check(case: Case, config: GemvConfig) -> None:
     result = case.launch(config)
-    assert _error(result.y, case.expected()) < LIMITS[case.x.dtype]
+    assert relative_error(result.y, case.expected()) < LIMITS[case.x.dtype]
     if case.finish == "residual":
         # The squares are those of y as it is stored, block by block.
         blocks = [chunk.float().square().sum(1) for chunk in result.y.split(config.block_out, dim=1)]
@@ -171,7 +33,7 @@ def _check(case: Case, config: GemvConfig) -> None:
 @pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize(("rows", "cut"), [*itertools.product([1, 3], CUTS), (2, "one stretch"), (8, "two stretches")])
 def test_against_float64(rows: int, finish: str, listed: bool, cut: str) -> None:
-    case = _case(finish, rows, listed=listed)
+    case = random_case(finish, rows, listed=listed)
     _check(case, replace(CUTS[cut], dense=not listed))
 
 
@@ -179,7 +41,7 @@ def test_against_float64(rows: int, finish: str, listed: bool, cut: str) -> None
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
 @pytest.mark.parametrize("finish", FINISHES)
 def test_without_bias_or_norm(finish: str, listed: bool, bias: bool, norm: bool) -> None:
-    case = _case(finish, 2, listed=listed, bias=bias, norm=norm)
+    case = random_case(finish, 2, listed=listed, bias=bias, norm=norm)
     _check(case, replace(CUTS["two stretches"], dense=not listed))
 
 
@@ -217,30 +79,30 @@ def bfloat16_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.usefixtures("bfloat16_arithmetic")
 def test_16_bit_dtypes(rows: int, finish: str, listed: bool, dtype: torch.dtype) -> None:
-    case = _case(finish, rows, listed=listed, dtype=dtype)
+    case = random_case(finish, rows, listed=listed, dtype=dtype)
     _check(case, replace(CUTS["two stretches"], dense=not listed))
 
 
 @pytest.mark.parametrize(("inputs", "parts"), [(1, (32, 16, 16)), (8, (1, 1)), (33, (16, 1, 33)), (64, (32,))], ids=str)
 def test_even_and_tiny_sizes(inputs: int, parts: tuple[int, ...]) -> None:
-    _check(_case("plain", 1, inputs=inputs, parts=parts, norm=False), CUTS["two stretches"])
+    _check(random_case("plain", 1, inputs=inputs, parts=parts, norm=False), CUTS["two stretches"])
 
 
 @pytest.mark.parametrize("finish", FINISHES)
 def test_more_stretches_than_are_gathered_at_a_time(finish: str) -> None:
     """A wide block leaves registers for two lines of partial sums; here are six."""
-    _check(_case(finish, 2), GemvConfig(block_out=512, block_in=4, unroll=2, inputs_per_split=8, warps=1))
+    _check(random_case(finish, 2), GemvConfig(block_out=512, block_in=4, unroll=2, inputs_per_split=8, warps=1))
 
 
 @pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_everything_dropped(finish: str, rows: int) -> None:
-    case = _case(finish, rows)
+    case = random_case(finish, rows)
     case.thresholds.fill_(1e9)
     result = case.launch(CUTS["two stretches"], counts=(counts := torch.zeros(3, dtype=torch.int64)))
     torch.testing.assert_close(result.y, case.expected().float(), rtol=1e-6, atol=1e-6)
     assert not counts.any()
-    bare = _case(finish, rows, bias=False)
+    bare = random_case(finish, rows, bias=False)
     bare.thresholds.fill_(1e9)
     y = bare.launch(CUTS["two stretches"]).y
     assert torch.equal(y, bare.before if finish == "residual" else torch.zeros_like(y))
@@ -250,11 +112,11 @@ def test_everything_dropped(finish: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_nothing_dropped(finish: str, rows: int) -> None:
     """A threshold below zero keeps zeros too."""
-    case = _case(finish, rows, listed=False, norm=False)
+    case = random_case(finish, rows, listed=False, norm=False)
     case.x[:, ::5] = 0.0
     counts = torch.zeros(3, dtype=torch.int64)
     result = case.launch(CUTS["one stretch"], counts=counts)
-    assert _error(result.y, case.expected()) < LIMITS[torch.float32]
+    assert relative_error(result.y, case.expected()) < LIMITS[torch.float32]
     used = len(case.parts)
     assert counts.tolist() == [rows * INPUTS] * used + [0] * (3 - used)
 
@@ -262,7 +124,7 @@ def test_nothing_dropped(finish: str, rows: int) -> None:
 @pytest.mark.parametrize("finish", FINISHES)
 @pytest.mark.parametrize(("rows", "cut"), [(1, "two stretches"), (3, "one stretch")])
 def test_counts_are_added_to(finish: str, rows: int, cut: str) -> None:
-    case = _case(finish, rows)
+    case = random_case(finish, rows)
     counts = torch.tensor([5, 6, 7])
     workspace = Workspace(case.x.device)
     for _ in range(2):
@@ -282,7 +144,7 @@ def test_drops_exactly_the_inputs_at_or_below_the_threshold() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_weights_that_no_row_needs_are_not_used(rows: int) -> None:
-    case = _case("plain", rows)
+    case = random_case("plain", rows)
     clean = case.launch(CUTS["two stretches"]).y
     start = 0
     for part, threshold in zip(case.parts, case.thresholds, strict=True):
@@ -299,33 +161,33 @@ def test_weights_that_no_row_needs_are_not_used(rows: int) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_not_finite_inputs_propagate(finish: str, listed: bool, value: float) -> None:
     """As in the masked product, and into the row that holds them only."""
-    case = _case(finish, 2, listed=listed, norm=False)
+    case = random_case(finish, 2, listed=listed, norm=False)
     case.x[1, 7] = value
     y, expected = case.launch(replace(CUTS["two stretches"], dense=not listed)).y, case.expected()
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[y.isinf()].double(), expected[expected.isinf()])
     assert torch.equal(y.isinf(), expected.isinf())
     assert not y[1].isfinite().all()
-    assert _error(y[:1], expected[:1]) < LIMITS[torch.float32]
+    assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_not_finite_inputs_propagate_through_the_norm(value: float) -> None:
-    case = _case("plain", 2)
+    case = random_case("plain", 2)
     case.x[1, 7] = value
     assert case.norm is not None
     case.norm.squares[1, 0] = value
     y, expected = case.launch(CUTS["two stretches"]).y, case.expected()
     assert torch.equal(y.isnan(), expected.isnan())
     assert y[1].isnan().all()
-    assert _error(y[:1], expected[:1]) < LIMITS[torch.float32]
+    assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_an_infinite_threshold_drops_infinity_and_keeps_nan(rows: int) -> None:
-    case = _case("plain", rows, norm=False)
+    case = random_case("plain", rows, norm=False)
     case.thresholds[1] = torch.inf
     case.x[0, 7], case.x[0, 40] = torch.inf, -torch.inf
     second = slice(case.parts[0], case.parts[0] + case.parts[1])
@@ -341,13 +203,13 @@ def test_one_workspace_for_all_shapes_and_dtypes() -> None:
     """Scratch that was used, outgrown or of another dtype leaves no trace in the results."""
     shared = Workspace(torch.device("cpu"))
     launches = [
-        (_case("plain", 1), CUTS["two stretches"]),
-        (_case("gated", 3, dtype=torch.float16), CUTS["two stretches"]),
-        (_case("residual", 1, inputs=20, parts=(5,)), CUTS["two stretches"]),
-        (_case("gated", 2, listed=False), replace(CUTS["two stretches"], dense=True)),
-        (_case("plain", 2, dtype=torch.float16, inputs=70), CUTS["two stretches"]),
-        (_case("plain", MAX_ROWS), CUTS["one stretch"]),
-        (_case("plain", 1), CUTS["two stretches"]),
+        (random_case("plain", 1), CUTS["two stretches"]),
+        (random_case("gated", 3, dtype=torch.float16), CUTS["two stretches"]),
+        (random_case("residual", 1, inputs=20, parts=(5,)), CUTS["two stretches"]),
+        (random_case("gated", 2, listed=False), replace(CUTS["two stretches"], dense=True)),
+        (random_case("plain", 2, dtype=torch.float16, inputs=70), CUTS["two stretches"]),
+        (random_case("plain", MAX_ROWS), CUTS["one stretch"]),
+        (random_case("plain", 1), CUTS["two stretches"]),
     ]
     for case, config in launches:
         own, taken = case.launch(config), case.launch(config, shared)
@@ -358,7 +220,7 @@ def test_one_workspace_for_all_shapes_and_dtypes() -> None:
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
 @pytest.mark.parametrize("finish", FINISHES)
 def test_same_bits_on_every_run(finish: str, listed: bool) -> None:
-    case, config = _case(finish, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
+    case, config = random_case(finish, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
     workspace = Workspace(case.x.device)
     first = case.launch(config, workspace)
     for _ in range(2):

@@ -1,0 +1,54 @@
+"""Every kernel once or twice, small, for compute-sanitizer:
+
+    TEAL_TEST_GPU=1 PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+
+and again with `--tool racecheck`. The sanitizer slows kernels down a hundredfold, so this is not a
+test of results.
+"""
+
+from dataclasses import replace
+
+import torch
+from kernel_cases import PARTS, Attention, Output, random_case
+
+from teal_kernels.triton_decode import embed
+from teal_kernels.triton_gemv import GemvConfig, Workspace
+
+CUTS = (
+    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1, ahead=8),
+    GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
+)
+EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}
+
+
+def main() -> None:
+    """Launch them."""
+    for rows in (1, 3):
+        for finish in PARTS:
+            for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 200)):
+                case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
+                workspace = Workspace(case.x.device)
+                for cut in CUTS:
+                    for dense in (False, True):
+                        case.launch(replace(cut, dense=dense), workspace)
+        for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
+            case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
+            workspace = Workspace(case.qkv.device)
+            for _ in range(2):
+                case.launch(workspace, case.keys, case.values)
+        output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
+        _, token = output.launch()
+        embed(
+            token,
+            output.weight,
+            torch.zeros(1, dtype=torch.int32, device="cuda"),
+            torch.empty_like(output.hidden),
+            torch.empty(rows, 1, device="cuda"),
+            pdl=False,
+        )
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Whole models on a real GPU: the compact path against transformers' forward, memory, the real SmolLM2."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, export_tiny, save_tiny
+
+from teal_cli.bench.decode import random_prompt
+from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.cli import run
+from teal_cli.config import EvalConfig, GenerateConfig
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.models.aliases import require_alias
+from teal_cli.models.architectures import find_projections
+from teal_cli.models.loading import build_random_model, load_model
+from teal_cli.report.console import QUIET
+from teal_cli.sparse import control_of, sparse_layers, sparsify_
+from teal_cli.steps.evaluate import evaluate
+from teal_cli.steps.generate import Generator
+
+GREEDY = SamplingConfig()
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compact_path_against_the_reference(tmp_path: Path, family: str, dtype: str, rows: int) -> None:
+    out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
+    model = load_model(out, device="cuda", dtype=dtype)
+    assert all(layer.weight.is_cuda and layer.threshold.is_cuda for layer in sparse_layers(model).values())
+    control = control_of(model)
+    ids = torch.randint(2, VOCABULARY, (rows, 40), generator=torch.Generator().manual_seed(0)).cuda()
+    logits, realised = {}, {}
+    for backend in ("reference", "triton"):
+        control.backend = backend
+        engine = Engine(model)  # takes the backend's path
+        assert (engine.decoder is not None) == (backend == "triton")
+        cache = engine.new_cache(40)
+        engine.prefill(ids[:, :20], cache)
+        with control.counting() as counter:
+            steps = [engine.step(ids[:, i : i + 1], cache) for i in range(20, 40)]
+        logits[backend], realised[backend] = torch.stack(steps).double(), counter.model_wide()
+    error = (logits["triton"] - logits["reference"]).norm() / logits["reference"].norm()
+    assert float(error) < (1e-4 if dtype == "float32" else 0.05)
+    assert realised["triton"] == pytest.approx(realised["reference"], abs=1e-9 if dtype == "float32" else 0.02)
+
+
+def test_graph_replays_equal_single_steps(tmp_path: Path, family: str) -> None:
+    """The generator's tokens, which come from replays of a graph, against steps one by one."""
+    out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
+    engine = Engine(load_model(out, device="cuda", dtype="float32"))
+    prompt = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
+    cache = engine.new_cache(60)
+    token = engine.prefill(prompt.cuda(), cache).argmax(-1, keepdim=True)
+    expected = [int(token)]
+    for _ in range(31):
+        token = engine.step(token, cache).argmax(-1, keepdim=True)
+        expected.append(int(token))
+    assert list(engine.generate(prompt, max_new_tokens=32, sampling=GREEDY)) == expected
+
+
+def test_sampling_is_repeatable_and_counted(tmp_path: Path) -> None:
+    out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse")
+    model = load_model(out, device="cuda", dtype="bfloat16")
+    engine = Engine(model)
+    prompt = torch.randint(2, VOCABULARY, (1, 20))
+    sampling = SamplingConfig(temperature=1.0, top_k=50, seed=3)
+    with control_of(model).counting() as counter:
+        replies = [list(engine.generate(prompt, max_new_tokens=24, sampling=sampling)) for _ in range(2)]
+    assert replies[0] == replies[1]
+    assert len(set(replies[0])) > 3
+    assert counter.model_wide() == pytest.approx(0.5, abs=0.15)
+
+
+def _dense_plan(model: torch.nn.Module) -> SparsityPlan:
+    return SparsityPlan("uniform", 0.0, {p.name: ProjectionPlan(0.0, 0.0) for p in find_projections(model)})
+
+
+def test_weights_are_on_the_gpu_once() -> None:
+    """Peak memory: the weights, the cache and 5 %."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = build_random_model(require_alias("llama-3.2-1b"), device="cuda", dtype="bfloat16", seed=0)
+    sparsify_(model, _dense_plan(model))
+    weights = sum(p.nbytes for p in model.parameters())
+    engine = Engine(model)
+    prompt = random_prompt(int(model.config.vocab_size), 512, 0)
+    assert len(list(engine.generate(prompt, max_new_tokens=32, sampling=GREEDY))) == 32
+    shape = model.config
+    cache = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * (512 + 32)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 1.05 * weights + cache, f"{peak / GIB:.2f} GiB for {weights / GIB:.2f} GiB of weights"
+
+
+def test_prefill_is_as_fast_as_transformers() -> None:
+    """Measured within 5 % in `benchmarks/`; here with room for a busy machine."""
+    models = [
+        build_random_model(require_alias("llama-3.2-1b"), device="cuda", dtype="bfloat16", seed=0) for _ in range(2)
+    ]
+    sparsify_(models[0], _dense_plan(models[0]))
+    engine = Engine(models[0])
+    ids = random_prompt(int(models[0].config.vocab_size), 1024, 0).cuda()
+
+    def ours() -> None:
+        engine.prefill(ids, engine.new_cache(1100))
+
+    def theirs() -> None:
+        models[1](input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    with torch.no_grad():
+        times = [(_seconds(ours), _seconds(theirs)) for _ in range(12)][2:]
+    ratio = statistics.median(a for a, _ in times) / statistics.median(b for _, b in times)
+    assert ratio < 1.15
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def test_smollm2_says_what_the_reference_says(smollm2_run: Path) -> None:
+    replies = {}
+    for backend in ("reference", "triton"):
+        config = GenerateConfig(
+            model="smollm2-135m",
+            runs=smollm2_run,
+            sparsity=0.4,
+            dtype="float32",
+            device="cuda",
+            backend=backend,
+            max_new_tokens=32,
+            prompt="Tell me about the sea.",
+        )
+        reply = Generator(config, QUIET).reply([{"role": "user", "content": "Tell me about the sea."}])
+        replies[backend] = reply
+        assert reply.tokens == 32
+    assert replies["triton"].text == replies["reference"].text
+    assert replies["triton"].realised_sparsity == pytest.approx(0.4, abs=0.1)
+
+
+def test_smollm2_perplexity_is_the_cpus(smollm2_run: Path) -> None:
+    perplexity = {}
+    for device in ("cpu", "cuda"):
+        config = EvalConfig(
+            model="smollm2-135m", runs=smollm2_run, sparsity=0.5, tokens=4096, dtype="float32", device=device
+        )
+        result = evaluate(config, QUIET).to_json()
+        perplexity[device] = result["dense"]["perplexity"], result["sparse"]["perplexity"]
+    for cpu, gpu in zip(perplexity["cpu"], perplexity["cuda"], strict=True):
+        assert gpu == pytest.approx(cpu, rel=0.005)
+
+
+def test_bench_with_random_weights(tmp_path: Path) -> None:
+    arguments = ["bench", "--model", "llama-3.2-1b", "--random-weights", "--sparsity", "0.5", "--new-tokens", "8"]
+    assert run([*arguments, "--repeats", "2", "--kernels", "--json", "b.json"]) == 0

@@ -1,0 +1,154 @@
+"""The kernels on a real GPU: against float64, and the same bits on every run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import LIMITS, PARTS, Attention, Case, Output, random_case, relative_error
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from teal_kernels.triton_gemv import GemvConfig, Workspace
+from teal_kernels.tuning import choose_config
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Inputs, outputs of each projection, what follows: the products of real models.
+PRODUCTS = {
+    "llama-3-8b q/k/v": (4096, (4096, 1024, 1024), "plain"),
+    "llama-3-8b o": (4096, (4096,), "residual"),
+    "llama-3-8b gate+up": (4096, (14336, 14336), "gated"),
+    "llama-3-8b down": (14336, (4096,), "residual"),
+    "llama-3.2-1b q/k/v": (2048, (2048, 512, 512), "plain"),
+    "smollm2-135m q/k/v": (576, (576, 192, 192), "plain"),
+    "smollm2-135m gate+up": (576, (1536, 1536), "gated"),
+    "qwen2.5-0.5b down": (4864, (896,), "residual"),
+    "no multiple of anything": (1234, (517, 130, 66), "plain"),
+}
+CUTS = {
+    "one program a finish": GemvConfig(block_out=16, block_in=4, unroll=2, inputs_per_split=32, warps=1),
+    "four programs a finish": GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
+    "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=4),
+}
+PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _model_case(name: str, rows: int, dtype: torch.dtype, sparsity: float) -> tuple[Case, GemvConfig]:
+    """A product of a real model, cut as decoding would."""
+    inputs, parts, finish = PRODUCTS[name]
+    case = random_case(
+        finish,
+        rows,
+        dtype=dtype,
+        norm=finish != "residual",
+        bias=False,
+        listed=sparsity > 0,
+        inputs=inputs,
+        parts=parts,
+        sparsity=sparsity,
+        device="cuda",
+    )
+    config = choose_config(
+        case.x.device, inputs=inputs, parts=parts, dtype=dtype, rows=rows, finish=finish, sparsity=sparsity
+    )
+    return case, config
+
+
+def _check(case: Case, config: GemvConfig) -> None:
+    counts = torch.zeros(3, dtype=torch.int64, device="cuda")
+    result = case.launch(config, counts=counts, pdl=PDL)
+    # Sums of n terms: rounding grows with their number, to far below the 16-bit dtypes' own.
+    limit = LIMITS[case.x.dtype] * (1 if case.x.dtype != torch.float32 else 2)
+    assert relative_error(result.y, case.expected()) < limit
+    used = len(case.parts)
+    assert counts.tolist()[:used] == ([0] * used if config.dense else case.kept)
+    if case.finish == "residual":
+        squares = result.y.float().square().sum(1)
+        torch.testing.assert_close(result.squares.sum(1), squares, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("finish", PARTS)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_every_finish_and_dtype(finish: str, cut: str, dtype: torch.dtype, rows: int) -> None:
+    for listed in (True, False):
+        case = random_case(finish, rows, dtype=dtype, listed=listed, device="cuda")
+        _check(case, replace(CUTS[cut], dense=not listed))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_models(name: str, rows: int) -> None:
+    for sparsity in (0.0, 0.4, 0.5, 0.65, 0.9, 1.0):
+        _check(*_model_case(name, rows, torch.bfloat16, sparsity))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["llama-3-8b q/k/v", "llama-3-8b o", "llama-3-8b gate+up", "llama-3-8b down"])
+def test_products_have_the_same_bits_on_100_runs(name: str, rows: int) -> None:
+    case, config = _model_case(name, rows, torch.bfloat16, 0.5)
+    _same_bits(lambda workspace: case.launch(config, workspace, pdl=PDL).y, case.x.device)
+
+
+def _same_bits(launch: Callable[[Workspace], Tensor], device: torch.device) -> None:
+    workspace = Workspace(device)
+    first = launch(workspace)
+    assert not first.isnan().any()
+    for _ in range(100):
+        assert torch.equal(launch(workspace), first)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("finish", PARTS)
+def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
+    """A NaN is also what an absent partial sum looks like: it must neither hang nor get lost."""
+    for cut in CUTS.values():
+        case = random_case(finish, 2, norm=False, device="cuda")
+        case.x[1, 7] = value
+        y, expected = case.launch(cut, pdl=PDL).y, case.expected()
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isinf(), expected.isinf())
+        assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
+
+
+# Rows, key/value heads, query heads of each, head size.
+HEADS = {
+    "llama-3-8b": (1, 8, 4, 128),
+    "llama-2-7b": (1, 32, 1, 128),
+    "llama-3.2-1b": (3, 8, 4, 64),
+    "qwen2.5-0.5b": (1, 2, 7, 64),
+    "smollm2-135m": (8, 3, 3, 64),
+    "odd": (2, 3, 5, 24),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention(heads: str, dtype: torch.dtype) -> None:
+    for position in (0, 1, 63, 64, 100, 700, 2000):
+        Attention(*HEADS[heads], position, dtype=dtype, positions=2048, device="cuda").check(pdl=PDL)
+
+
+@pytest.mark.parametrize(("window", "norm"), [(9, True), (500, False), (0, True)])
+def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
+    for position in (5, 100, 2000):
+        case = Attention(1, 8, 4, 128, position, window, norm, torch.bfloat16, positions=2048, device="cuda")
+        case.check(pdl=PDL)
+
+
+@pytest.mark.parametrize("position", [40, 300, 2000])
+def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
+    case = Attention(1, 8, 4, 128, position, dtype=torch.bfloat16, positions=2048, device="cuda")
+    _same_bits(lambda workspace: case.launch(workspace, case.keys, case.values, pdl=PDL), case.qkv.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 576, 49152), (8, 70, 77)])
+def test_output_layer(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> None:
+    case = Output.random(rows, hidden_size, vocabulary, bias=rows > 1, dtype=dtype, device="cuda")
+    logits, token = case.launch()
+    normed = rms_norm(case.hidden.double(), (hidden_size,), case.norm.weight.double(), case.norm.eps)
+    expected = normed @ case.weight.double().t() + (0.0 if case.bias is None else case.bias.double())
+    assert relative_error(logits, expected) < 2 * LIMITS[dtype]
+    assert torch.equal(token, logits.argmax(-1))

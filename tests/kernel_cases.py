@@ -1,0 +1,304 @@
+"""Random launches of the kernels and their definitions in float64, for the interpreter and for a GPU."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from teal_kernels import active_inputs, masked_input
+from teal_kernels.triton_decode import Best, decode_attention, output_logits, pick
+from teal_kernels.triton_gemv import EMPTY, GemvConfig, Norm, Workspace, gemv, squares_of
+
+# Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+# Of attention: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
+# queries and keys, of the weights of the values and of the result.
+ATTENTION_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+EPS = 1e-5
+INPUTS = 44
+# No size is a multiple of a block: one that went on over the border would use the next part's threshold.
+PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
+SPARSITIES = {"plain": (0.3, 0.5, 0.7), "residual": (0.5,), "gated": (0.4, 0.6)}
+GUARD = 64
+SENTINEL = 7.0
+POSITIONS = 160
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Of norms."""
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+@dataclass
+class Case:
+    """The arguments of one launch, and its definition."""
+
+    finish: str
+    parts: tuple[int, ...]
+    x: Tensor
+    table: Tensor
+    thresholds: Tensor
+    before: Tensor
+    """What y holds before the launch; `residual` adds to it."""
+    bias: Tensor | None
+    norm: Norm | None
+
+    @property
+    def seen(self) -> Tensor:
+        """(rows, in): what the thresholds are compared with, in x's dtype."""
+        if self.norm is None:
+            return self.x
+        scale = torch.rsqrt(self.norm.squares.sum(1, keepdim=True) / self.x.shape[1] + self.norm.eps)
+        return (self.x.float() * scale).to(self.x.dtype) * self.norm.weight
+
+    @property
+    def kept(self) -> list[int]:
+        """Inputs above each part's threshold, over all rows."""
+        return [int(active_inputs(self.seen, threshold).sum()) for threshold in self.thresholds]
+
+    def expected(self) -> Tensor:
+        """The result in float64."""
+        borders = [0, *itertools.accumulate(self.parts)]
+        columns = [
+            masked_input(self.seen, threshold).double() @ self.table[:, start:stop].double()
+            for (start, stop), threshold in zip(itertools.pairwise(borders), self.thresholds, strict=True)
+        ]
+        y = torch.cat(columns, dim=1)
+        if self.bias is not None:
+            y = y + self.bias.double()
+        if self.finish == "gated":
+            y = silu(y[:, : self.parts[0]]) * y[:, self.parts[0] :]
+        return y + self.before.double() if self.finish == "residual" else y
+
+    def launch(
+        self, config: GemvConfig, workspace: Workspace | None = None, counts: Tensor | None = None, *, pdl: bool = False
+    ) -> "Result":
+        """Run the kernel; what lies around its outputs must stay as it was."""
+        workspace = workspace or Workspace(self.x.device)
+        rows = self.x.shape[0]
+        y = _guarded(self.before)
+        squares = _guarded(
+            torch.zeros(rows, squares_of(self.x.device, self.x.shape[1], self.parts, config), device=self.x.device)
+        )
+        gemv(
+            self.x,
+            self.table,
+            self.parts,
+            self.thresholds,
+            y,
+            config,
+            workspace,
+            bias=self.bias,
+            norm=self.norm,
+            finish=self.finish,
+            squares=squares if self.finish == "residual" else None,
+            counts=counts,
+            pdl=pdl,
+        )
+        _assert_guard(y)
+        _assert_guard(squares)
+        assert bool((workspace.tensor("partial", 1, torch.int32, EMPTY) == EMPTY).all())
+        return Result(y, squares)
+
+
+@dataclass
+class Result:
+    y: Tensor
+    squares: Tensor
+
+
+def _guarded(values: Tensor) -> Tensor:
+    """A contiguous copy with a margin of sentinels before and after it."""
+    margin = torch.full((GUARD,), SENTINEL, dtype=values.dtype, device=values.device)
+    buffer = torch.cat([margin, values.flatten(), margin])
+    return buffer[GUARD : GUARD + values.numel()].view(values.shape)
+
+
+def _assert_guard(values: Tensor) -> None:
+    buffer = torch.empty(0, dtype=values.dtype, device=values.device).set_(values.untyped_storage())
+    assert bool((buffer[:GUARD] == SENTINEL).all())
+    assert bool((buffer[-GUARD:] == SENTINEL).all())
+
+
+def random_case(
+    finish: str,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    norm: bool = True,
+    listed: bool = True,
+    inputs: int = INPUTS,
+    parts: tuple[int, ...] | None = None,
+    seed: int = 0,
+    sparsity: float | None = None,
+    device: str = "cpu",
+) -> Case:
+    """A random launch; thresholds below zero where nothing is to be dropped.
+
+    Each part has a sparsity of its own, or all have the one that is given.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = parts or PARTS[finish]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    total = sum(parts)
+    x = random(rows, inputs)
+    squares = torch.stack([chunk.float().square().sum(1) for chunk in x.split(16, dim=1)], dim=1)
+    case = Case(
+        finish,
+        parts,
+        x,
+        table=random(inputs, total),
+        thresholds=torch.full((len(parts),), -1.0, device=device),
+        before=random(rows, parts[0] if finish == "gated" else total),
+        bias=random(total) if bias else None,
+        norm=Norm(random(inputs), EPS, squares) if norm else None,
+    )
+    if listed:
+        magnitudes = case.seen.abs().float()
+        shares = SPARSITIES[finish][: len(parts)] if sparsity is None else (sparsity,) * len(parts)
+        case.thresholds = torch.stack([magnitudes.quantile(share) for share in shares])
+    return case
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' rotary embedding: the halves are turned against one another."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+@dataclass
+class Attention:
+    """The arguments of one launch, and its definition. Cache positions that are not written hold rubbish."""
+
+    rows: int
+    kv_heads: int
+    group: int
+    dim: int
+    position: int
+    window: int = 0
+    norm: bool = False
+    dtype: torch.dtype = torch.float32
+    positions: int = POSITIONS
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.position + 1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+
+        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
+        self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
+        self.values = random(*self.keys.shape)
+        angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
+        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        self.q_norm = random(self.dim) if self.norm else None
+        self.k_norm = random(self.dim) if self.norm else None
+        self.scale = 0.7 * self.dim**-0.5
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
+        heads = self.kv_heads * self.group
+        sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
+            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
+        turn = self.cos[self.position].double(), self.sin[self.position].double()
+        q, k = _rotated(q, *turn), _rotated(k, *turn)
+        lowest = max(0, self.position + 1 - self.window) if self.window else 0
+        seen_keys, seen_values = (
+            torch.cat([cache[:, :, lowest : self.position].double(), new[:, :, None]], dim=2).repeat_interleave(
+                self.group, dim=1
+            )
+            for cache, new in ((self.keys, k), (self.values, v))
+        )
+        result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
+        return result.reshape(self.rows, -1), k, v
+
+    def launch(self, workspace: Workspace, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
+        """Run the kernel on a cache that it writes to."""
+        position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
+        shape = (self.rows, self.kv_heads * self.group * self.dim)
+        out = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        decode_attention(
+            self.qkv,
+            keys,
+            values,
+            position,
+            self.cos,
+            self.sin,
+            out,
+            workspace,
+            scale=self.scale,
+            window=self.window,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=EPS,
+            pdl=pdl,
+        )
+        assert int(position) == self.position
+        assert bool((workspace.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
+        return out
+
+    def check(self, *, pdl: bool = False) -> None:
+        """One launch against float64; nothing but the new position of the cache is written."""
+        limit = ATTENTION_LIMITS[self.dtype]
+        expected, k, v = self.expected()
+        keys, values = self.keys.clone(), self.values.clone()
+        out = self.launch(Workspace(self.qkv.device), keys, values, pdl=pdl)
+        assert float((out.double() - expected).norm() / expected.norm()) < limit
+        here = self.position
+        assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit
+        assert torch.equal(values[:, :, here].double(), v)
+        keys[:, :, here], values[:, :, here] = self.keys[:, :, here], self.values[:, :, here]
+        assert torch.equal(keys, self.keys)  # nowhere else
+        assert torch.equal(values, self.values)
+
+
+@dataclass
+class Output:
+    """What the last norm and the output layer read."""
+
+    hidden: Tensor
+    norm: Norm
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def random(
+        cls,
+        rows: int,
+        hidden_size: int,
+        vocabulary: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> "Output":
+        generator = torch.Generator().manual_seed(rows)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        hidden = random(rows, hidden_size)
+        squares = torch.stack([chunk.float().square().sum(1) for chunk in hidden.split(24, dim=1)], dim=1)
+        norm = Norm(random(hidden_size), EPS, squares)
+        weight = random(vocabulary, hidden_size)
+        return cls(hidden, norm, weight, random(vocabulary) if bias else None)
+
+    def launch(self) -> tuple[Tensor, Tensor]:
+        """Logits (rows, vocabulary) and the greedy tokens (rows,)."""
+        rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
+        logits = torch.full_like(self.hidden[:, :1], torch.nan).repeat(1, vocabulary)
+        best = Best.empty(rows, vocabulary, logits.device)
+        token = torch.full((rows,), -1, device=logits.device)
+        output_logits(self.hidden, self.norm, self.weight, self.bias, logits, best)
+        pick(best, token)
+        return logits, token
