@@ -4,11 +4,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels import launching
+
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
-EMPTY = tl.constexpr(-0x3F2153)
-"""What a place for a partial sum holds while it holds none: the bits of a NaN that no arithmetic makes."""
+EMPTY = tl.constexpr(launching.EMPTY)
 
 
 @triton.jit
@@ -78,8 +79,8 @@ def _value(word, dtype: tl.constexpr):
 def send(at, sums, inside):
     """Put float32 sums where another program of this launch waits for them, as `received` does.
 
-    Each word is its own message, so nothing needs to be ordered: a NaN becomes the usual one, and
-    the one with all bits set means "not here yet".
+    Each word is its own message, so nothing needs to be ordered. A NaN becomes the usual one: the
+    bits of one other mean "not here yet".
     """
     sums = tl.where(sums == sums, sums, float("nan"))
     tl.store(at, sums.to(tl.int32, bitcast=True), mask=inside)
@@ -97,7 +98,8 @@ def received(bits, at, inside):
 
     `bits` are from a first look, at no fewer words than the program has threads: fewer would be held
     by several threads each, which could see different ones and take different decisions. Only
-    programs at the end of a grid wait, so that those that they wait for run or have run.
+    programs at the end of a grid wait: the others they wait for run or have run, and among
+    themselves they are few enough to run at one time.
     """
     while tl.min(tl.where(bits == EMPTY, 0, 1)) == 0:
         bits = look(at, inside)

@@ -11,6 +11,10 @@ except ImportError as error:  # pragma: no cover - triton has no wheels for some
     TRITON_MISSING = f"triton cannot be imported ({error})"
 
 
+EMPTY = -0x3F2153
+"""A place for a partial sum that holds none: the bits of a NaN that no arithmetic makes."""
+
+
 def interpreting() -> bool:
     """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -40,9 +44,9 @@ def launch(
         pdl: programmatic dependent launch: begin while the kernel before still runs, up to the
             kernel's own wait. For compute capability 9.0 and up.
         compile_only: compile, and launch nothing.
-        constants: the kernel's compile-time arguments.
+        constants: the kernel's compile-time arguments but `PDL`.
     """
-    options: dict[str, Any] = {"num_warps": warps, **constants}
+    options: dict[str, Any] = {"num_warps": warps, "PDL": pdl, **constants}
     if pdl:  # older GPUs and the interpreter do not know the option
         options["launch_pdl"] = True
     if compile_only:

@@ -7,12 +7,13 @@ whole token can be one CUDA graph.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import EMPTY, Norm, Workspace, resident
+from teal_kernels.launching import EMPTY, TRITON_MISSING, interpreting, launch, power_of_two
+from teal_kernels.triton_gemv import Norm, Workspace
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, embed_kernel, output_kernel, pick_kernel
@@ -40,7 +41,6 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
         squares,
         size,
         BLOCK=power_of_two(size),
-        PDL=pdl,
         warps=8,
         pdl=pdl,
     )
@@ -53,6 +53,11 @@ _ATTENTION_SHORTEST = 64
 """Positions under which a stretch is not worth a program of its own."""
 _ATTENTION_PROGRAMS = 128
 """Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attention_splits(programs: int) -> int:
@@ -93,7 +98,8 @@ def decode_attention(
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
         k_norm: the same for keys.
         eps: of those norms.
-        pdl: launch while the kernel before still runs.
+        pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
+            read before the wait for it.
     """
     rows, kv_heads, positions, dim = keys.shape
     group = out.shape[1] // (kv_heads * dim)
@@ -129,9 +135,8 @@ def decode_attention(
         LINES=lines,
         ENDS=max(2, threads // lines),
         SHORTEST=_ATTENTION_SHORTEST,
-        FINISHERS=splits if resident(keys.device, _ATTENTION_WARPS) >= slots * splits else 1,
+        FINISHERS=1 if interpreting() else max(1, min(splits, group, _processors(keys.device) // slots)),
         NORM=q_norm is not None,
-        PDL=pdl,
         warps=_ATTENTION_WARPS,
         pdl=pdl,
     )
@@ -193,7 +198,6 @@ def output_logits(
         HAS_BIAS=bias is not None,
         BLOCK_OUT=_OUTPUT_BLOCK,
         BLOCK_IN=min(512, power_of_two(n_in)),
-        PDL=pdl,
         warps=4,
         pdl=pdl,
     )
@@ -210,7 +214,6 @@ def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
         token,
         blocks,
         BLOCK=power_of_two(blocks),
-        PDL=pdl,
         warps=16,
         pdl=pdl,
     )

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import TRITON_MISSING, interpreting, launch, power_of_two
+from teal_kernels.launching import EMPTY, TRITON_MISSING, interpreting, launch, power_of_two
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -50,10 +50,6 @@ class GemvConfig:
     """Let the weights leave the L2 cache before anything else does."""
 
 
-EMPTY = -0x3F2153
-"""A place for a partial sum that holds none, as in `jit_gemv`."""
-
-
 class Workspace:
     """Scratch memory that kernels share, one after the other on one stream.
 
@@ -65,13 +61,14 @@ class Workspace:
         self._tensors: dict[str, Tensor] = {}
         self._replaced: list[Tensor] = []  # a captured graph may hold their addresses
 
-    def tensor(self, name: str, elements: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
-        """A tensor of at least that many elements, filled when it is made."""
+    def tensor(self, name: str, elements: int, dtype: torch.dtype, fill: int | None = None) -> Tensor:
+        """A tensor of at least that many elements, filled when it is made if `fill` is given."""
         held = self._tensors.get(name)
         if held is None or held.numel() < elements or held.dtype != dtype:
             if held is not None:
                 self._replaced.append(held)
-            self._tensors[name] = held = torch.full((elements,), fill, dtype=dtype, device=self.device)
+            held = torch.empty(elements, dtype=dtype, device=self.device)
+            self._tensors[name] = held if fill is None else held.fill_(fill)
         return held
 
 
@@ -98,9 +95,10 @@ _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 
 @lru_cache(maxsize=16)
-def resident(device: torch.device, warps: int) -> int:
-    """Programs of so many warps that surely run at one time, whatever registers they need.
+def _resident(device: torch.device, warps: int) -> int:
+    """Programs of so many warps that run at one time, whatever registers they need.
 
+    Their shared memory is small, and nothing else of ours runs beside them (one stream a device).
     In the interpreter one program runs at a time.
     """
     if device.type != "cuda" or interpreting():
@@ -111,7 +109,7 @@ def resident(device: torch.device, warps: int) -> int:
 def _finishers(device: torch.device, inputs: int, parts: tuple[int, ...], config: GemvConfig) -> int:
     """Programs that share the end of one block. They wait for one another, so all must run at one time."""
     most = min(
-        resident(device, config.warps) // _blocks(parts, config),
+        _resident(device, config.warps) // _blocks(parts, config),
         -(-inputs // config.inputs_per_split),
         config.block_out // 32,
         _MOST_FINISHERS,
@@ -148,6 +146,7 @@ def gemv(
     squares: Tensor | None = None,
     counts: Tensor | None = None,
     pdl: bool = False,
+    alone: bool = True,
     compile_only: bool = False,
 ) -> None:
     """One launch: norm, threshold, product and what follows it.
@@ -165,17 +164,22 @@ def gemv(
         finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
-        pdl: launch while the kernel before still runs.
+        pdl: launch while the kernel before still runs. That one must not write table, thresholds or
+            norm weight, which are read before the wait for it.
+        alone: no other stream of this process launches products meanwhile. False finishes a block in
+            one program, which waits for none that begins after it.
         compile_only: compile what would be launched.
 
     Raises:
-        ValueError: `squares` or `config` does not fit.
+        ValueError: `parts`, `squares` or `config` does not fit.
     """
     rows, n_in = x.shape
+    if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
+        raise ValueError(f"a table of parts {parts} is not for a {finish} product")
     total = sum(parts)
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = _blocks(parts, config)
-    finishers = _finishers(x.device, n_in, parts, config)
+    finishers = _finishers(x.device, n_in, parts, config) if alone else 1
     if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
     splits = -(-n_in // config.inputs_per_split)
@@ -205,7 +209,7 @@ def gemv(
         thresholds if squares is None else squares,
         workspace.tensor("partial", splits * rows * total, torch.int32, EMPTY),
         workspace.tensor(f"inputs {word}", blocks * splits * stretch * rows if listed or norm else 1, word),
-        workspace.tensor("counts", 3, torch.int64) if counts is None else counts,
+        workspace.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         n_in,
         table.stride(0),
         part_0,
@@ -223,7 +227,7 @@ def gemv(
         EVEN=even,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         SPLIT=splits > 1,
-        LINES=max(threads // piece, min(power_of_two(splits), gathered * threads // piece)),
+        LINES=max(1, threads // piece, min(power_of_two(splits), gathered * threads // piece)),
         FINISHERS=finishers,
         STRETCH=stretch,
         BLOCK_OUT=config.block_out,
@@ -231,7 +235,6 @@ def gemv(
         UNROLL=config.unroll,
         AHEAD=config.ahead if fetches else 0,
         EVICT="evict_first" if config.evict_first else "",
-        PDL=pdl,
         warps=config.warps,
         pdl=pdl,
         compile_only=compile_only,

@@ -35,5 +35,6 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
         )
         if config.dense:  # right for a known sparsity only
             config = UNTUNED
-        gemv(part, table, (n_out,), thresholds, y[first : first + MAX_ROWS], config, workspace, bias=bias)
+        out = y[first : first + MAX_ROWS]
+        gemv(part, table, (n_out,), thresholds, out, config, workspace, bias=bias, alone=False)
     return y.view(*x.shape[:-1], n_out)

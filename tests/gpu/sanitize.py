@@ -1,9 +1,10 @@
-"""Every kernel once or twice, small, for compute-sanitizer:
+"""Every kernel a few times, small, for compute-sanitizer:
 
-    TEAL_TEST_GPU=1 PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
-and again with `--tool racecheck`. The sanitizer slows kernels down a hundredfold, so this is not a
-test of results.
+and again with `--tool racecheck`, which looks at shared memory only: that programs hand their partial
+sums over rightly is what the tests of equal bits show. The sanitizer slows kernels down a hundredfold,
+so this is not a test of results.
 """
 
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from kernel_cases import LIMITS, PARTS, Attention, Case, Output, random_case, re
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from teal_kernels.triton_gemv import GemvConfig, Workspace
+from teal_kernels.launching import EMPTY
+from teal_kernels.triton_decode import decode_attention
+from teal_kernels.triton_gemv import GemvConfig, Norm, Workspace, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -112,6 +115,73 @@ def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
         assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
 
 
+def test_launches_that_overlap() -> None:
+    """Products and attention one right behind the other on one scratch memory, as decoding launches them.
+
+    With programmatic dependent launch each begins while the one before runs. The bits must be those of
+    launches one by one.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    size, wide, heads = 1024, 2816, 8
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    workspace = Workspace(device)
+    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, ahead=8)
+    tables = [
+        {
+            "qkv": random(size, 3 * size),
+            "o": random(size, size),
+            "mlp": random(size, 2 * wide),
+            "down": random(wide, size),
+        }
+        for _ in range(6)
+    ]
+    thresholds = torch.full((3,), 0.3, device=device)
+    nothing = torch.zeros(3, device=device)
+    weight = torch.ones(size, dtype=torch.bfloat16, device=device)
+    cos = torch.ones(256, size // heads, dtype=torch.bfloat16, device=device)
+    caches = [random(2, 1, heads, 256, size // heads) for _ in tables]
+    position = torch.tensor([200], dtype=torch.int32, device=device)
+    start = random(1, size) * 30
+    hidden, qkv, attended = start.clone(), random(1, 3 * size), random(1, size)
+    activation = random(1, wide)
+    columns = [squares_of(device, table.shape[0], (size,), cut) for table in (tables[0]["o"], tables[0]["down"])]
+    squares = [torch.zeros(1, count, device=device) for count in columns]
+
+    def token(pdl: bool) -> None:
+        hidden.copy_(start)
+        for layer, (table, cache) in enumerate(zip(tables, caches, strict=True)):
+            before = hidden.float().square().sum(1, keepdim=True) if layer == 0 else squares[1]
+            norm = Norm(weight, 1e-5, before)
+            gemv(hidden, table["qkv"], (size,) * 3, thresholds, qkv, cut, workspace, norm=norm, pdl=pdl)
+            decode_attention(
+                qkv, cache[0], cache[1], position, cos, cos, attended, workspace, scale=0.1, window=0, pdl=pdl
+            )
+            finish: dict[str, Any] = {"finish": "residual", "pdl": pdl}
+            gemv(attended, table["o"], (size,), nothing, hidden, cut, workspace, squares=squares[0], **finish)
+            norm = Norm(weight, 1e-5, squares[0])
+            gated: dict[str, Any] = {"finish": "gated", "pdl": pdl, "norm": norm}
+            gemv(hidden, table["mlp"], (wide, wide), thresholds, activation, cut, workspace, **gated)
+            gemv(activation, table["down"], (size,), nothing, hidden, cut, workspace, squares=squares[1], **finish)
+
+    token(pdl=False)
+    expected = hidden.clone()
+    assert expected.isfinite().all()
+    assert not torch.equal(expected, start)
+    token(pdl=PDL)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token(pdl=PDL)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(hidden, expected)
+    for name in ("partial", "attention"):
+        assert bool((workspace.tensor(name, 1, torch.int32) == EMPTY).all())
+
+
 # Rows, key/value heads, query heads of each, head size.
 HEADS = {
     "llama-3-8b": (1, 8, 4, 128),
@@ -120,6 +190,8 @@ HEADS = {
     "qwen2.5-0.5b": (1, 2, 7, 64),
     "smollm2-135m": (8, 3, 3, 64),
     "odd": (2, 3, 5, 24),
+    "more programs than multiprocessors": (3, 8, 8, 128),
+    "wide heads": (1, 4, 2, 256),
 }
 
 

@@ -256,3 +256,16 @@ def test_a_list_holds_indices_of_15_bits() -> None:
     config = replace(CUTS["one stretch"], inputs_per_split=1 << 16)
     with pytest.raises(ValueError, match="32768"):
         gemv(x, table, (40,), torch.zeros(1), y, config, Workspace(x.device))
+
+
+@pytest.mark.parametrize(("finish", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
+def test_parts_that_do_not_fit_the_finish(finish: str, parts: tuple[int, ...]) -> None:
+    """A gated product would wait for sums that nobody sends."""
+    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
+    with pytest.raises(ValueError, match="parts"):
+        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Workspace(x.device), finish=finish)
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_blocks_wider_than_one_line_of_registers(finish: str) -> None:
+    _check(random_case(finish, 1), GemvConfig(block_out=2048, block_in=1, unroll=1, inputs_per_split=22, warps=1))
