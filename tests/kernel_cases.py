@@ -9,7 +9,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.triton_decode import Best, decode_attention, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, GemvConfig, Norm, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import EMPTY, GemvConfig, Norm, Scratch, gemv, squares_of
 
 # Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -74,10 +74,10 @@ class Case:
         return y + self.before.double() if self.finish == "residual" else y
 
     def launch(
-        self, config: GemvConfig, workspace: Workspace | None = None, counts: Tensor | None = None, *, pdl: bool = False
+        self, config: GemvConfig, scratch: Scratch | None = None, counts: Tensor | None = None, *, pdl: bool = False
     ) -> "Result":
         """Run the kernel; what lies around its outputs must stay as it was."""
-        workspace = workspace or Workspace(self.x.device)
+        scratch = scratch or Scratch(self.x.device)
         rows = self.x.shape[0]
         y = _guarded(self.before)
         squares = _guarded(
@@ -90,7 +90,7 @@ class Case:
             self.thresholds,
             y,
             config,
-            workspace,
+            scratch,
             bias=self.bias,
             norm=self.norm,
             finish=self.finish,
@@ -100,7 +100,7 @@ class Case:
         )
         _assert_guard(y)
         _assert_guard(squares)
-        assert bool((workspace.tensor("partial", 1, torch.int32, EMPTY) == EMPTY).all())
+        assert bool((scratch.tensor("partial", 1, torch.int32, EMPTY) == EMPTY).all())
         return Result(y, squares)
 
 
@@ -223,7 +223,7 @@ class Attention:
         result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
         return result.reshape(self.rows, -1), k, v
 
-    def launch(self, workspace: Workspace, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
+    def launch(self, scratch: Scratch, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
         """Run the kernel on a cache that it writes to."""
         position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
         shape = (self.rows, self.kv_heads * self.group * self.dim)
@@ -236,7 +236,7 @@ class Attention:
             self.cos,
             self.sin,
             out,
-            workspace,
+            scratch,
             scale=self.scale,
             window=self.window,
             q_norm=self.q_norm,
@@ -245,7 +245,7 @@ class Attention:
             pdl=pdl,
         )
         assert int(position) == self.position
-        assert bool((workspace.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
+        assert bool((scratch.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
         return out
 
     def check(self, *, pdl: bool = False) -> None:
@@ -253,7 +253,7 @@ class Attention:
         limit = ATTENTION_LIMITS[self.dtype]
         expected, k, v = self.expected()
         keys, values = self.keys.clone(), self.values.clone()
-        out = self.launch(Workspace(self.qkv.device), keys, values, pdl=pdl)
+        out = self.launch(Scratch(self.qkv.device), keys, values, pdl=pdl)
         assert float((out.double() - expected).norm() / expected.norm()) < limit
         here = self.position
         assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import EMPTY, TRITON_MISSING, interpreting, launch, power_of_two
-from teal_kernels.triton_gemv import Norm, Workspace
+from teal_kernels.triton_gemv import Norm, Scratch
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, embed_kernel, output_kernel, pick_kernel
@@ -73,7 +73,7 @@ def decode_attention(
     cos: Tensor,
     sin: Tensor,
     out: Tensor,
-    workspace: Workspace,
+    scratch: Scratch,
     *,
     scale: float,
     window: int = 0,
@@ -92,7 +92,7 @@ def decode_attention(
         cos: (N or more, D) of the rotary embedding, both halves.
         sin: like cos.
         out: (B, A D), written.
-        workspace: scratch.
+        scratch: scratch.
         scale: of the scores.
         window: positions that are seen, the new one included; 0 for all.
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
@@ -120,7 +120,7 @@ def decode_attention(
         values,
         position,
         out,
-        workspace.tensor("attention", slots * splits * group * (padded + 2), torch.int32, EMPTY),
+        scratch.tensor("attention", slots * splits * group * (padded + 2), torch.int32, EMPTY),
         kv_heads,
         positions,
         window,

@@ -50,7 +50,7 @@ class GemvConfig:
     """Let the weights leave the L2 cache before anything else does."""
 
 
-class Workspace:
+class Scratch:
     """Scratch memory that kernels share, one after the other on one stream.
 
     Places for partial sums are empty between launches: who takes the sums empties them.
@@ -138,7 +138,7 @@ def gemv(
     thresholds: Tensor,
     y: Tensor,
     config: GemvConfig,
-    workspace: Workspace,
+    scratch: Scratch,
     *,
     bias: Tensor | None = None,
     norm: Norm | None = None,
@@ -158,7 +158,7 @@ def gemv(
         thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
         y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
         config: how the product is cut up.
-        workspace: scratch.
+        scratch: scratch.
         bias: (out,) or None.
         norm: an RMS norm of x before all else.
         finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
@@ -207,9 +207,9 @@ def gemv(
         x if bias is None else bias,
         y,
         thresholds if squares is None else squares,
-        workspace.tensor("partial", splits * rows * total, torch.int32, EMPTY),
-        workspace.tensor(f"inputs {word}", blocks * splits * stretch * rows if listed or norm else 1, word),
-        workspace.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
+        scratch.tensor("partial", splits * rows * total, torch.int32, EMPTY),
+        scratch.tensor(f"inputs {word}", blocks * splits * stretch * rows if listed or norm else 1, word),
+        scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         n_in,
         table.stride(0),
         part_0,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from teal_kernels.layout import input_major
-from teal_kernels.triton_gemv import MAX_ROWS, Workspace, gemv
+from teal_kernels.triton_gemv import MAX_ROWS, Scratch, gemv
 from teal_kernels.tuning import UNTUNED, choose_config
 
 # The op knows a threshold, not the sparsity that it gives, and must not wait for the device to ask.
@@ -21,7 +21,7 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
     table = weight.t() if weight.stride(0) == 1 else input_major(weight).t()
     thresholds = threshold.view(1)
     # Of this call alone: shared scratch would tie streams and captured graphs together.
-    workspace = Workspace(x.device)
+    scratch = Scratch(x.device)
     for first in range(0, rows.shape[0], MAX_ROWS):
         part = rows[first : first + MAX_ROWS]
         config = choose_config(
@@ -36,5 +36,5 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
         if config.dense:  # right for a known sparsity only
             config = UNTUNED
         out = y[first : first + MAX_ROWS]
-        gemv(part, table, (n_out,), thresholds, out, config, workspace, bias=bias, alone=False)
+        gemv(part, table, (n_out,), thresholds, out, config, scratch, bias=bias, alone=False)
     return y.view(*x.shape[:-1], n_out)

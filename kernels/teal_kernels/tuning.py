@@ -8,6 +8,8 @@ before the packaged ones. Choosing reads tables only: nothing is timed while a m
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -117,6 +119,20 @@ def _entries(device_name: str) -> tuple[Entry, ...]:
     return found
 
 
+_tried: tuple[Entry, ...] = ()
+
+
+@contextmanager
+def trying(entries: Iterable[Entry]) -> Iterator[None]:
+    """For a while, choose from these entries for the products that they measured."""
+    global _tried
+    before, _tried = _tried, tuple(entries)
+    try:
+        yield
+    finally:
+        _tried = before
+
+
 UNTUNED = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=256, warps=1)
 """What any product can run with."""
 _WORTHWHILE = 0.2
@@ -145,7 +161,8 @@ def choose_config(
         sparsity: expected of each row, weighted by outputs; 0 where everything is read.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    entries = _entries(name)
+    shadowed = {entry.product for entry in _tried}
+    entries = (*_tried, *(entry for entry in _entries(name) if entry.product not in shadowed))
     exact = str(dtype).removeprefix("torch.")
     nearest = min(
         (entry for entry in entries if entry.config.dense),

@@ -59,6 +59,35 @@ def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
     return round(total - skipped)
 
 
+def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int) -> float:
+    """Seconds that `new_tokens` steps after a prompt take, without the prefill and a GPU's first steps.
+
+    Args:
+        engine: of a model with sparse layers.
+        plan: the sparsity; None runs dense.
+        prompt: (batch, tokens) int64.
+        new_tokens: decode steps.
+    """
+    control = engine.control
+    if control is None:
+        raise ValueError("decoding is timed on a model with sparse layers")
+    if plan is not None:
+        apply_plan_(engine.model, plan)
+    warm_up = TokenLoop.first_steps(engine)
+    with control.switched_off() if plan is None else nullcontext():
+        cache = engine.new_cache(prompt.shape[1] + warm_up + new_tokens)
+        sampler = Sampler(SamplingConfig(), engine.device)
+        loop = TokenLoop(engine, cache, sampler.next_token(engine.prefill(prompt.to(engine.device), cache)), sampler)
+        for _ in range(warm_up):
+            loop.advance()
+        synchronize(engine.device)
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            loop.advance()
+        synchronize(engine.device)
+        return time.perf_counter() - started
+
+
 def bench_decode(
     engine: Engine,
     plans: Sequence[SparsityPlan],
@@ -85,31 +114,11 @@ def bench_decode(
     if control is None:
         raise ValueError("bench_decode needs a model with sparse layers")
     settings: list[SparsityPlan | None] = [None, *plans]
-    warm_up = TokenLoop.first_steps(engine)
-
-    def decode(plan: SparsityPlan | None) -> float:
-        """Seconds for new_tokens steps."""
-        if plan is not None:
-            apply_plan_(engine.model, plan)
-        with control.switched_off() if plan is None else nullcontext():
-            cache = engine.new_cache(prompt.shape[1] + warm_up + new_tokens)
-            sampler = Sampler(SamplingConfig(), engine.device)
-            token = sampler.next_token(engine.prefill(prompt.to(engine.device), cache))
-            loop = TokenLoop(engine, cache, token, sampler)
-            for _ in range(warm_up):
-                loop.advance()
-            synchronize(engine.device)
-            started = time.perf_counter()
-            for _ in range(new_tokens):
-                loop.advance()
-            synchronize(engine.device)
-            return time.perf_counter() - started
-
     realised: list[dict[str, float]] = []
     model_wide: list[float] = []
     for plan in settings:
         with control.counting() as counter:
-            decode(plan)
+            decode_seconds(engine, plan, prompt, new_tokens)
         realised.append(counter.by_projection())
         model_wide.append(counter.model_wide() or 0.0)
         on_tokens(new_tokens)
@@ -117,7 +126,7 @@ def bench_decode(
     batch = prompt.shape[0]
     for _ in range(repeats):
         for index, plan in enumerate(settings):
-            speeds[index].append(batch * new_tokens / decode(plan))
+            speeds[index].append(batch * new_tokens / decode_seconds(engine, plan, prompt, new_tokens))
             on_tokens(new_tokens)
     spreads = [Spread.of(values) for values in speeds]
     runs = []

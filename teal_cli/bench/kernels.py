@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import Timer
 
-from teal_cli.bench.products import Product
+from teal_cli.bench.products import TimedProduct
 from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
 from teal_kernels.tuning import choose_config
@@ -117,7 +117,7 @@ def bench_products(
     """
     runs = []
     for inputs, parts, finish in products:
-        product = Product(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed)
+        product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed)
         shape = (sum(parts), inputs)
         cublas = product.time_cublas()
         runs.append(KernelRun(*shape, "dense", 0.0, 0.0, cublas, product.bytes / cublas.median / 1e3, limit_gb_s, 1.0))

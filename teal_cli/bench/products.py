@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs
-from teal_kernels.triton_gemv import GemvConfig, Norm, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 
 _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:
@@ -18,7 +18,7 @@ _REPLAYS = 7
 _EPS = 1e-5
 
 
-class Product:
+class TimedProduct:
     """The projections that read one hidden state, with random weights.
 
     Args:
@@ -63,7 +63,7 @@ class Product:
         self.seen = seen
         """(rows, inputs): what the threshold is compared with."""
         self.y = torch.zeros(rows, parts[0] if finish == "gated" else sum(parts), device=device, dtype=dtype)
-        self.workspace = Workspace(device)
+        self.scratch = Scratch(device)
         self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def thresholds(self, sparsity: float) -> Tensor:
@@ -86,7 +86,7 @@ class Product:
             thresholds,
             self.y,
             config,
-            self.workspace,
+            self.scratch,
             norm=self.norm,
             finish=self.finish,
             squares=squares if self.finish == "residual" else None,
@@ -96,7 +96,7 @@ class Product:
 
     def _squares(self, config: GemvConfig) -> Tensor:
         columns = squares_of(self.device, self.inputs, self.parts, config)
-        return self.workspace.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
+        return self.scratch.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
             self.rows, columns
         )
 

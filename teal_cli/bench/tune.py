@@ -1,23 +1,27 @@
 """Search for the cuts of products: `teal bench --kernels --tune`, and the packaged tables."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
-import triton
 
-from teal_cli.bench.products import Product
+from teal_cli.bench.products import TimedProduct
 from teal_kernels.triton_gemv import GemvConfig
-from teal_kernels.tuning import Entry
+from teal_kernels.tuning import Entry, trying
 
 _COMPILERS = 12
 _FINALISTS = 3
-_AHEAD = (0, 8, 16)
+_TRIED = 5
+"""Cuts of a product that are tried in the model."""
+_AHEAD = (0, 8)
 
 
-def candidates(product: Product, *, dense: bool) -> Iterator[GemvConfig]:
+def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
 
     More programs than a GPU holds at a time would run in waves, with an idle tail each.
@@ -33,7 +37,7 @@ def candidates(product: Product, *, dense: bool) -> Iterator[GemvConfig]:
             continue
         if product.rows > 2 and loads * unroll > 4:
             continue  # the sums of every row are held in registers
-        config = GemvConfig(block_out, block_in, unroll, per_split, warps, ahead=8, dense=dense)
+        config = GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         smallest = smallest or config
         if 4 * processors <= programs * warps <= 34 * processors:
@@ -43,59 +47,96 @@ def candidates(product: Product, *, dense: bool) -> Iterator[GemvConfig]:
         yield smallest  # a product too small to fill this GPU in any way
 
 
-def search(
-    product: Product, sparsities: Sequence[float], on_config: Callable[[int], None] = lambda done: None
-) -> list[Entry]:
-    """Time the candidates; the best dense one, and the best one for each sparsity.
+Finalists = dict[float, list[Entry]]
+"""The best cuts of one product, fastest first, for each sparsity; 0 is the dense read."""
 
-    All are timed at the middle sparsity, the best few at every sparsity with several amounts of
-    fetching ahead.
+
+def search(product: TimedProduct, sparsities: Sequence[float]) -> Finalists:
+    """Time the candidates of one product by itself.
+
+    All are timed at the middle sparsity, the best few at every sparsity with and without fetching ahead.
     """
-    entries = []
+    found: Finalists = {}
     middle = sorted(sparsities)[len(sparsities) // 2]
     for dense in (True, False):
-        at = [0.0] if dense else list(sparsities)
-        first = _ranked(product, list(candidates(product, dense=dense)), 0.0 if dense else middle, on_config)
+        first = _ranked(product, list(candidates(product, dense=dense)), 0.0 if dense else middle)
         finalists = [
-            replace(config, ahead=ahead, evict_first=evict)
-            for config, ahead, evict in itertools.product(first[:_FINALISTS], _AHEAD, (True, False))
+            replace(entry.config, ahead=ahead, evict_first=evict)
+            for entry, ahead, evict in itertools.product(first[:_FINALISTS], _AHEAD, (True, False))
         ]
-        _compile(product, finalists)
-        for sparsity in at:
-            thresholds = product.thresholds(sparsity)
-            best = min(finalists, key=lambda config: product.time(config, thresholds).median)
-            entries.append(
-                Entry(
-                    inputs=product.inputs,
-                    outputs=product.parts,
-                    dtype=str(product.dtype).removeprefix("torch."),
-                    rows=product.rows,
-                    finish=product.finish,
-                    sparsity=sparsity,
-                    microseconds=round(product.time(best, thresholds).median, 2),
-                    config=best,
-                )
-            )
-            on_config(len(finalists))
-    return entries
+        for sparsity in (0.0,) if dense else sparsities:
+            found[sparsity] = _ranked(product, finalists, sparsity)[:_TRIED]
+    return found
 
 
-def _ranked(
-    product: Product, configs: list[GemvConfig], sparsity: float, on_config: Callable[[int], None]
-) -> list[GemvConfig]:
+def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) -> list[Entry]:
+    """Choose among the finalists of all products by the time of a token.
+
+    Kernels that alternate rank otherwise than one that follows itself: what one leaves in the caches,
+    and where it lets the next begin, counts.
+
+    Args:
+        found: of each product.
+        token_seconds: a sparsity to the time of a token at it, by whatever cuts are chosen at the time.
+
+    Returns:
+        One entry for each product and sparsity.
+    """
+    best = [{sparsity: entries[0] for sparsity, entries in finalists.items()} for finalists in found]
+    for index, finalists in enumerate(found):
+        for sparsity, entries in finalists.items():
+            seconds = {}
+            for entry in entries:
+                best[index][sparsity] = entry
+                with trying(chosen for product in best for chosen in product.values()):
+                    seconds[entry] = token_seconds(sparsity)
+            best[index][sparsity] = min(entries, key=seconds.__getitem__)
+    return [entry for product in best for entry in product.values()]
+
+
+def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -> list[Entry]:
     """Fastest first."""
     _compile(product, configs)
     thresholds = product.thresholds(sparsity)
-    times = {}
-    for config in configs:
-        times[config] = product.time(config, thresholds).median
-        on_config(1)
-    return sorted(configs, key=times.__getitem__)
+    entries = [
+        Entry(
+            inputs=product.inputs,
+            outputs=product.parts,
+            dtype=str(product.dtype).removeprefix("torch."),
+            rows=product.rows,
+            finish=product.finish,
+            sparsity=sparsity,
+            microseconds=round(product.time(config, thresholds).median, 2),
+            config=config,
+        )
+        for config in configs
+    ]
+    return sorted(entries, key=lambda entry: entry.microseconds)
 
 
-def _compile(product: Product, configs: list[GemvConfig]) -> None:
-    """Compile on several threads; what fails here fails again, with its error, when it is timed."""
+def _compile(product: TimedProduct, configs: list[GemvConfig]) -> None:
+    """Compile in several processes, into triton's cache on disk; what fails fails again when it is timed."""
+    workers = min(_COMPILERS, os.cpu_count() or 1, len(configs) // 8)
+    if workers < 2:
+        return
+    arguments = (product.inputs, product.parts, product.finish, product.dtype, product.rows, product.device)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile_some, *arguments, configs[start::workers]) for start in range(workers)]
+        for job in jobs:
+            job.result()
+
+
+def _compile_some(
+    inputs: int,
+    parts: tuple[int, ...],
+    finish: str,
+    dtype: torch.dtype,
+    rows: int,
+    device: torch.device,
+    configs: list[GemvConfig],
+) -> None:
+    product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=rows, device=device, rotated_bytes=1)
     thresholds = product.thresholds(0.0)
-    with ThreadPoolExecutor(_COMPILERS) as pool, triton.AsyncCompileMode(pool):
-        for config in configs:
+    for config in configs:
+        with suppress(Exception):
             product.launch(0, thresholds, config, compile_only=True)

@@ -19,7 +19,7 @@ from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import interpreting
 from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
-from teal_kernels.triton_gemv import MAX_ROWS, Norm, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import MAX_ROWS, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import TuningTableError, choose_config
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
@@ -98,7 +98,7 @@ class Launch:
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
-    def run(self, x: Tensor, y: Tensor, workspace: Workspace, pdl: bool, norm: Norm | None = None) -> None:
+    def run(self, x: Tensor, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None) -> None:
         """Launch it."""
         gemv(
             x,
@@ -107,7 +107,7 @@ class Launch:
             self.thresholds,
             y,
             self.config,
-            workspace,
+            scratch,
             bias=self.product.bias,
             norm=norm,
             finish=self.product.finish,
@@ -213,7 +213,7 @@ class Session:
         self._made_for = decoder.control.decoding
         self.enabled = decoder.control.decodes_sparse
         config, device, dtype = decoder.model.config, decoder.device, decoder.dtype
-        self.workspace = Workspace(device)  # of its own: a captured graph holds its addresses
+        self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.launches = [
             tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
             for block in decoder.blocks
@@ -239,13 +239,13 @@ class Session:
     @torch.no_grad()
     def launch(self) -> Tensor:
         """One token for every row: `token` in, (rows, vocabulary) logits out; nothing waits."""
-        decoder, workspace, pdl = self.decoder, self.workspace, self.decoder.pdl
+        decoder, scratch, pdl = self.decoder, self.scratch, self.decoder.pdl
         hidden = self.hidden
         embed(self.token, decoder.model.get_input_embeddings().weight, self.position, hidden, self.squares, pdl=pdl)
         squares = self.squares
         for block, launches, layer in zip(decoder.blocks, self.launches, self.cache.layers, strict=True):
             qkv, o, gate_up, down = launches
-            qkv.run(hidden, self.qkv, workspace, pdl, Norm(block.attention_norm, block.eps, squares))
+            qkv.run(hidden, self.qkv, scratch, pdl, Norm(block.attention_norm, block.eps, squares))
             decode_attention(
                 self.qkv,
                 layer.keys,
@@ -254,7 +254,7 @@ class Session:
                 self.cos,
                 self.sin,
                 self.attended,
-                workspace,
+                scratch,
                 scale=block.scale,
                 window=block.window,
                 q_norm=block.q_norm,
@@ -262,10 +262,10 @@ class Session:
                 eps=block.eps,
                 pdl=pdl,
             )
-            o.run(self.attended, hidden, workspace, pdl)
+            o.run(self.attended, hidden, scratch, pdl)
             norm = Norm(block.mlp_norm, block.eps, o.squares)
-            gate_up.run(hidden, self.activation, workspace, pdl, norm)
-            down.run(self.activation, hidden, workspace, pdl)
+            gate_up.run(hidden, self.activation, scratch, pdl, norm)
+            down.run(self.activation, hidden, scratch, pdl)
             squares = down.squares
         last, output = decoder.model.model.norm, decoder.model.get_output_embeddings()
         norm = Norm(last.weight, last.variance_epsilon, squares)

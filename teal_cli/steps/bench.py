@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from teal_cli.allocation import make_plan
-from teal_cli.bench.decode import DecodeRun, bench_decode, random_prompt, text_prompt
+from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
-from teal_cli.bench.products import Product, reading_gb_s
-from teal_cli.bench.tune import search
+from teal_cli.bench.products import TimedProduct, reading_gb_s
+from teal_cli.bench.tune import Finalists, search, settle
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -25,9 +25,10 @@ from teal_cli.report.console import Reporter
 from teal_cli.sparse import control_of, sparse_layers, sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for
-from teal_kernels.tuning import Entry, keep_entries
+from teal_kernels.tuning import keep_entries
 
-_TUNED_SPARSITIES = (0.25, 0.4, 0.5, 0.65, 0.8)
+_TUNED_TOKENS = 32
+"""Decoded to time one cut."""
 _RANDOM_SEQUENCES, _RANDOM_SEQ_LEN, _SINK_TOKENS = 4, 128, 4
 
 
@@ -95,7 +96,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     if config.tune:
-        _tune(config, model, reporter)
+        _tune(config, engine, prepared, reporter)
     total = (len(plans) + 1) * (config.repeats + 1) * config.new_tokens
     with reporter.progress(f"decoding {name}", total) as advance:
         runs = bench_decode(
@@ -160,21 +161,37 @@ def site_products(model: Any) -> list[tuple[int, tuple[int, ...], str]]:
     ]
 
 
-def _tune(config: BenchConfig, model: Any, reporter: Reporter) -> None:
+def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Reporter) -> None:
     """Search the products of a model on this GPU, and keep what is found for every later command.
 
     Raises:
         MachineError: no GPU.
     """
-    device = model.device
+    device, batch = engine.device, prepared.prompt.shape[0]
     if device.type != "cuda":
         raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
-    entries: list[Entry] = []
-    for inputs, parts, finish in site_products(model):
+    plans: dict[float, SparsityPlan | None] = {0.0: None, **{plan.target_sparsity: plan for plan in prepared.plans}}
+    sparsities = [sparsity for sparsity in plans if sparsity > 0]
+    if not sparsities:
+        raise UsageError("tuning needs a sparsity above 0 (flag --sparsity)")
+    found: list[Finalists] = []
+    for inputs, parts, finish in site_products(prepared.model):
         reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
-        product = Product(inputs, parts, finish, dtype=model.dtype, rows=config.batch, device=device, seed=config.seed)
-        entries += search(product, _TUNED_SPARSITIES)
+        product = TimedProduct(
+            inputs, parts, finish, dtype=prepared.model.dtype, rows=batch, device=device, seed=config.seed
+        )
+        found.append(search(product, sparsities))
         del product
+        torch.cuda.empty_cache()
+
+    def token_seconds(sparsity: float) -> float:
+        return min(decode_seconds(engine, plans[sparsity], prepared.prompt, _TUNED_TOKENS) for _ in range(2))
+
+    if engine.decoder is None:
+        entries = [finalists[sparsity][0] for finalists in found for sparsity in finalists]
+    else:
+        reporter.say("trying the best in the model")
+        entries = settle(found, token_seconds)
     path = keep_entries(torch.cuda.get_device_name(device), entries, library_versions())
     reporter.say(f"kept in {path}")
 

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import PARTS, Attention, Output, random_case
 
 from teal_kernels.triton_decode import embed
-from teal_kernels.triton_gemv import GemvConfig, Workspace
+from teal_kernels.triton_gemv import GemvConfig, Scratch
 
 CUTS = (
     GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1, ahead=8),
@@ -28,15 +28,15 @@ def main() -> None:
         for finish in PARTS:
             for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 200)):
                 case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
-                workspace = Workspace(case.x.device)
+                scratch = Scratch(case.x.device)
                 for cut in CUTS:
                     for dense in (False, True):
-                        case.launch(replace(cut, dense=dense), workspace)
+                        case.launch(replace(cut, dense=dense), scratch)
         for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
             case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
-            workspace = Workspace(case.qkv.device)
+            scratch = Scratch(case.qkv.device)
             for _ in range(2):
-                case.launch(workspace, case.keys, case.values)
+                case.launch(scratch, case.keys, case.values)
         output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
         _, token = output.launch()
         embed(

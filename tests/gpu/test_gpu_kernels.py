@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm
 
 from teal_kernels.launching import EMPTY
 from teal_kernels.triton_decode import decode_attention
-from teal_kernels.triton_gemv import GemvConfig, Norm, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -91,15 +91,15 @@ def test_products_of_models(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", ["llama-3-8b q/k/v", "llama-3-8b o", "llama-3-8b gate+up", "llama-3-8b down"])
 def test_products_have_the_same_bits_on_100_runs(name: str, rows: int) -> None:
     case, config = _model_case(name, rows, torch.bfloat16, 0.5)
-    _same_bits(lambda workspace: case.launch(config, workspace, pdl=PDL).y, case.x.device)
+    _same_bits(lambda scratch: case.launch(config, scratch, pdl=PDL).y, case.x.device)
 
 
-def _same_bits(launch: Callable[[Workspace], Tensor], device: torch.device) -> None:
-    workspace = Workspace(device)
-    first = launch(workspace)
+def _same_bits(launch: Callable[[Scratch], Tensor], device: torch.device) -> None:
+    scratch = Scratch(device)
+    first = launch(scratch)
     assert not first.isnan().any()
     for _ in range(100):
-        assert torch.equal(launch(workspace), first)
+        assert torch.equal(launch(scratch), first)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -128,7 +128,7 @@ def test_launches_that_overlap() -> None:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
 
     device = torch.device("cuda", torch.cuda.current_device())
-    workspace = Workspace(device)
+    scratch = Scratch(device)
     cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, ahead=8)
     tables = [
         {
@@ -156,16 +156,16 @@ def test_launches_that_overlap() -> None:
         for layer, (table, cache) in enumerate(zip(tables, caches, strict=True)):
             before = hidden.float().square().sum(1, keepdim=True) if layer == 0 else squares[1]
             norm = Norm(weight, 1e-5, before)
-            gemv(hidden, table["qkv"], (size,) * 3, thresholds, qkv, cut, workspace, norm=norm, pdl=pdl)
+            gemv(hidden, table["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
             decode_attention(
-                qkv, cache[0], cache[1], position, cos, cos, attended, workspace, scale=0.1, window=0, pdl=pdl
+                qkv, cache[0], cache[1], position, cos, cos, attended, scratch, scale=0.1, window=0, pdl=pdl
             )
             finish: dict[str, Any] = {"finish": "residual", "pdl": pdl}
-            gemv(attended, table["o"], (size,), nothing, hidden, cut, workspace, squares=squares[0], **finish)
+            gemv(attended, table["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **finish)
             norm = Norm(weight, 1e-5, squares[0])
             gated: dict[str, Any] = {"finish": "gated", "pdl": pdl, "norm": norm}
-            gemv(hidden, table["mlp"], (wide, wide), thresholds, activation, cut, workspace, **gated)
-            gemv(activation, table["down"], (size,), nothing, hidden, cut, workspace, squares=squares[1], **finish)
+            gemv(hidden, table["mlp"], (wide, wide), thresholds, activation, cut, scratch, **gated)
+            gemv(activation, table["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **finish)
 
     token(pdl=False)
     expected = hidden.clone()
@@ -179,7 +179,7 @@ def test_launches_that_overlap() -> None:
         graph.replay()
         assert torch.equal(hidden, expected)
     for name in ("partial", "attention"):
-        assert bool((workspace.tensor(name, 1, torch.int32) == EMPTY).all())
+        assert bool((scratch.tensor(name, 1, torch.int32) == EMPTY).all())
 
 
 # Rows, key/value heads, query heads of each, head size.
@@ -212,7 +212,7 @@ def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
 @pytest.mark.parametrize("position", [40, 300, 2000])
 def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
     case = Attention(1, 8, 4, 128, position, dtype=torch.bfloat16, positions=2048, device="cuda")
-    _same_bits(lambda workspace: case.launch(workspace, case.keys, case.values, pdl=PDL), case.qkv.device)
+    _same_bits(lambda scratch: case.launch(scratch, case.keys, case.values, pdl=PDL), case.qkv.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

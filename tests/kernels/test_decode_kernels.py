@@ -7,7 +7,7 @@ from torch.nn.functional import rms_norm
 
 from teal_kernels import triton_decode
 from teal_kernels.triton_decode import Best, attention_splits, embed, pick
-from teal_kernels.triton_gemv import Workspace
+from teal_kernels.triton_gemv import Scratch
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -60,11 +60,11 @@ def test_attention_in_float16(position: int) -> None:
 
 @pytest.mark.usefixtures("many_splits")
 def test_attention_same_bits_in_a_used_workspace() -> None:
-    workspace = Workspace(CPU)
+    scratch = Scratch(CPU)
     small, large = Attention(1, 1, 2, 16, 150), Attention(2, 2, 3, 24, 100)
     results = {}
     for case in (small, large, small, large):
-        out = case.launch(workspace, case.keys.clone(), case.values.clone())
+        out = case.launch(scratch, case.keys.clone(), case.values.clone())
         assert torch.equal(results.setdefault(case.dim, out), out)
 
 
@@ -73,7 +73,7 @@ def test_attention_propagates_nan_to_its_own_heads() -> None:
     case = Attention(2, 2, 2, 16, 20)
     case.qkv[1, :16] = torch.nan  # the first query head of the second row
     case.values[0, 1, 3] = torch.nan  # an old value of the first row's second key/value head
-    out = case.launch(Workspace(CPU), case.keys, case.values).view(2, 4, 16)
+    out = case.launch(Scratch(CPU), case.keys, case.values).view(2, 4, 16)
     assert out.isnan().all(-1).tolist() == [[False, False, True, True], [True, False, False, False]]
     assert out.isnan().any(-1).tolist() == out.isnan().all(-1).tolist()
 

@@ -11,7 +11,7 @@ import torch
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
 from teal_kernels import active_inputs
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Workspace, gemv, squares_of
+from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
 
 CUTS = {
     "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=128, warps=1),
@@ -126,13 +126,13 @@ def test_nothing_dropped(finish: str, rows: int) -> None:
 def test_counts_are_added_to(finish: str, rows: int, cut: str) -> None:
     case = random_case(finish, rows)
     counts = torch.tensor([5, 6, 7])
-    workspace = Workspace(case.x.device)
+    scratch = Scratch(case.x.device)
     for _ in range(2):
-        case.launch(CUTS[cut], workspace, counts)
+        case.launch(CUTS[cut], scratch, counts)
     kept = [*case.kept, 0, 0][:3]
     assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
     assert len(set(case.kept)) == len(case.parts)  # or a count could go to the wrong part
-    case.launch(replace(CUTS[cut], dense=True), workspace, counts)  # a dense read counts nothing
+    case.launch(replace(CUTS[cut], dense=True), scratch, counts)  # a dense read counts nothing
     assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
 
 
@@ -201,7 +201,7 @@ def test_an_infinite_threshold_drops_infinity_and_keeps_nan(rows: int) -> None:
 
 def test_one_workspace_for_all_shapes_and_dtypes() -> None:
     """Scratch that was used, outgrown or of another dtype leaves no trace in the results."""
-    shared = Workspace(torch.device("cpu"))
+    shared = Scratch(torch.device("cpu"))
     launches = [
         (random_case("plain", 1), CUTS["two stretches"]),
         (random_case("gated", 3, dtype=torch.float16), CUTS["two stretches"]),
@@ -221,10 +221,10 @@ def test_one_workspace_for_all_shapes_and_dtypes() -> None:
 @pytest.mark.parametrize("finish", FINISHES)
 def test_same_bits_on_every_run(finish: str, listed: bool) -> None:
     case, config = random_case(finish, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
-    workspace = Workspace(case.x.device)
-    first = case.launch(config, workspace)
+    scratch = Scratch(case.x.device)
+    first = case.launch(config, scratch)
     for _ in range(2):
-        again = case.launch(config, workspace)
+        again = case.launch(config, scratch)
         assert torch.equal(again.y, first.y)
         assert torch.equal(again.squares, first.squares)
 
@@ -240,7 +240,7 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
                 torch.zeros(1),
                 y,
                 CUTS["one stretch"],
-                Workspace(x.device),
+                Scratch(x.device),
                 finish="residual",
                 squares=squares,
             )
@@ -255,7 +255,7 @@ def test_a_list_holds_indices_of_15_bits() -> None:
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
     config = replace(CUTS["one stretch"], inputs_per_split=1 << 16)
     with pytest.raises(ValueError, match="32768"):
-        gemv(x, table, (40,), torch.zeros(1), y, config, Workspace(x.device))
+        gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
 
 
 @pytest.mark.parametrize(("finish", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
@@ -263,7 +263,7 @@ def test_parts_that_do_not_fit_the_finish(finish: str, parts: tuple[int, ...]) -
     """A gated product would wait for sums that nobody sends."""
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
     with pytest.raises(ValueError, match="parts"):
-        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Workspace(x.device), finish=finish)
+        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Scratch(x.device), finish=finish)
 
 
 @pytest.mark.parametrize("finish", FINISHES)

@@ -1,0 +1,62 @@
+"""Choosing cuts by the time of a token, whatever they are worth by themselves."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from teal_cli.bench.tune import settle
+from teal_kernels import tuning
+from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
+
+CPU = torch.device("cpu")
+CUT = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1)
+FIRST, SECOND = (256, (512,), "residual"), (512, (256, 256), "gated")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
+    tuning._entries.cache_clear()
+    yield
+    tuning._entries.cache_clear()
+
+
+def _entry(product: tuple[int, tuple[int, ...], str], sparsity: float, warps: int) -> Entry:
+    inputs, outputs, finish = product
+    config = replace(CUT, warps=warps, dense=sparsity == 0.0)
+    return Entry(inputs, outputs, "float32", 1, finish, sparsity, 10.0 - 5.0 * sparsity, config)
+
+
+def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvConfig:
+    inputs, parts, finish = product
+    return choose_config(CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, finish=finish, sparsity=sparsity)
+
+
+def test_the_model_has_the_last_word() -> None:
+    found = [{s: [_entry(product, s, warps) for warps in (1, 2, 4)] for s in (0.0, 0.5)} for product in (FIRST, SECOND)]
+    liked = {(FIRST, 0.0): 4, (FIRST, 0.5): 2, (SECOND, 0.0): 1, (SECOND, 0.5): 4}
+    asked = []
+
+    def token_seconds(sparsity: float) -> float:
+        """The cuts of the moment, as a session would choose them; each that is liked saves a second."""
+        asked.append(sparsity)
+        return 2.0 - sum(_chosen(p, sparsity).warps == liked[p, sparsity] for p in (FIRST, SECOND))
+
+    entries = settle(found, token_seconds)
+    got = {((e.inputs, e.outputs, e.finish), e.sparsity): e.config.warps for e in entries}
+    assert got == liked
+    assert sorted(asked) == [0.0] * 6 + [0.5] * 6
+
+
+def test_trying_goes_before_every_table_and_ends() -> None:
+    keep_entries("cpu", [_entry(FIRST, 0.0, 1), _entry(FIRST, 0.5, 1), _entry(SECOND, 0.0, 1)], {})
+    with trying([_entry(FIRST, 0.0, 4), _entry(FIRST, 0.5, 2)]):
+        assert (_chosen(FIRST, 0.0).warps, _chosen(FIRST, 0.5).warps) == (4, 2)
+        assert _chosen(SECOND, 0.0).warps == 1  # not tried: the table's
+    with pytest.raises(KeyError), trying([_entry(FIRST, 0.0, 4)]):
+        raise KeyError
+    assert (_chosen(FIRST, 0.0).warps, _chosen(FIRST, 0.5).warps) == (1, 1)
