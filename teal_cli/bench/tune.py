@@ -24,27 +24,27 @@ _AHEAD = (0, 8)
 def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
 
-    More programs than a GPU holds at a time would run in waves, with an idle tail each.
+    More programs than a GPU holds at a time would run in waves, with an idle tail each. A product too
+    small to fill it is cut as finely as can be.
     """
     lane = 16 // product.dtype.itemsize
     processors = torch.cuda.get_device_properties(product.device).multi_processor_count
-    smallest = None
+    outputs = sum(product.parts)
+    small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
+    fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
     for block_out, warps, (loads, unroll), per_split in itertools.product(
-        (64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 8), (2, 2), (2, 4)), (128, 256, 512, 1024)
+        (32, 64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 8), (2, 2), (2, 4)), (64, 128, 256, 512, 1024)
     ):
         block_in = loads * lane * 32 * warps // block_out
         if block_in < 1 or per_split < 2 * block_in * unroll or (warps == 4 and block_out < 256):
             continue
         if product.rows > 2 and loads * unroll > 4:
             continue  # the sums of every row are held in registers
-        config = GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+        if not small and (block_out < 64 or per_split < 128):
+            continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
-        smallest = smallest or config
-        if 4 * processors <= programs * warps <= 34 * processors:
-            smallest = config
-            yield config
-    if smallest is not None and 4 * processors > sum(product.parts) // 64 * -(-product.inputs // 128):
-        yield smallest  # a product too small to fill this GPU in any way
+        if fewest <= programs * warps <= 34 * processors:
+            yield GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
 
 
 Finalists = dict[float, list[Entry]]
@@ -56,17 +56,20 @@ def search(product: TimedProduct, sparsities: Sequence[float]) -> Finalists:
 
     All are timed at the middle sparsity, the best few at every sparsity with and without fetching ahead.
     """
-    found: Finalists = {}
     middle = sorted(sparsities)[len(sparsities) // 2]
-    for dense in (True, False):
-        first = _ranked(product, list(candidates(product, dense=dense)), 0.0 if dense else middle)
-        finalists = [
+    first = {dense: list(candidates(product, dense=dense)) for dense in (True, False)}
+    _compile(product, [*first[True], *first[False]])
+    finalists = {}
+    for dense, configs in first.items():
+        best = _ranked(product, configs, 0.0 if dense else middle)[:_FINALISTS]
+        finalists[dense] = [
             replace(entry.config, ahead=ahead, evict_first=evict)
-            for entry, ahead, evict in itertools.product(first[:_FINALISTS], _AHEAD, (True, False))
+            for entry, ahead, evict in itertools.product(best, _AHEAD, (True, False))
         ]
-        for sparsity in (0.0,) if dense else sparsities:
-            found[sparsity] = _ranked(product, finalists, sparsity)[:_TRIED]
-    return found
+    _compile(product, [*finalists[True], *finalists[False]])
+    return {
+        sparsity: _ranked(product, finalists[sparsity == 0.0], sparsity)[:_TRIED] for sparsity in (0.0, *sparsities)
+    }
 
 
 def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) -> list[Entry]:
@@ -96,7 +99,6 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
 
 def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -> list[Entry]:
     """Fastest first."""
-    _compile(product, configs)
     thresholds = product.thresholds(sparsity)
     entries = [
         Entry(

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from teal_cli.bench.tune import settle
+from teal_cli.bench.tune import candidates, settle
 from teal_kernels import tuning
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
@@ -34,6 +36,27 @@ def _entry(product: tuple[int, tuple[int, ...], str], sparsity: float, warps: in
 def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvConfig:
     inputs, parts, finish = product
     return choose_config(CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, finish=finish, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [(4096, (4096, 1024, 1024)), (14336, (4096,)), (2048, (2048,)), (576, (576, 192, 192)), (64, (64,))],
+    ids=str,
+)
+def test_there_is_something_to_time_for_every_shape(
+    inputs: int, parts: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    product: Any = SimpleNamespace(inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU)
+    for dense in (True, False):
+        found = list(candidates(product, dense=dense))
+        assert 3 <= len(found) == len(set(found))
+        assert all(config.dense == dense for config in found)
+        for config in found:
+            loaded = config.block_in * config.block_out * torch.bfloat16.itemsize
+            assert loaded % (16 * 32 * config.warps) == 0  # whole loads of 16 bytes a thread
 
 
 def test_the_model_has_the_last_word() -> None:
