@@ -6,13 +6,12 @@ python benchmarks/calibration_overhead.py --out benchmarks/results
 import argparse
 import shlex
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from teal_cli.bench.timing import Spread, synchronize
+from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
@@ -42,18 +41,15 @@ def main() -> None:
     )
     projections = find_projections(model)
 
-    def seconds(counted: bool) -> float:
-        started = time.perf_counter()
-        if counted:
-            collect(model, projections, blocks.split(1), sink_tokens=4)
-        else:
-            for block in blocks.split(1):
-                model(input_ids=block.to(model.device), use_cache=False, logits_to_keep=1)
-        synchronize(model.device)
-        return time.perf_counter() - started
+    def counted() -> None:
+        collect(model, projections, blocks.split(1), sink_tokens=4)
 
-    seconds(True)
-    pairs = [(seconds(False), seconds(True)) for _ in range(options.repeats)]
+    def plain() -> None:
+        for block in blocks.split(1):
+            model(input_ids=block.to(model.device), use_cache=False, logits_to_keep=1)
+
+    counted()
+    pairs = [(seconds_of(plain, model.device), seconds_of(counted, model.device)) for _ in range(options.repeats)]
     result = {
         "command": shlex.join(["python", "benchmarks/calibration_overhead.py", *sys.argv[1:]]),
         "model": options.model,

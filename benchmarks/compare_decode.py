@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
-from teal_cli.bench.timing import Spread, synchronize
+from teal_cli.bench.timing import Spread, seconds_of, synchronize
 from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import SparseConfig
@@ -35,10 +35,9 @@ def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens:
     """Tokens a second of `generate`, greedy, without the first token."""
 
     def seconds(count: int) -> float:
-        started = time.perf_counter()
-        model.generate(prompt, do_sample=False, min_new_tokens=count, max_new_tokens=count)
-        synchronize(prompt.device)
-        return time.perf_counter() - started
+        return seconds_of(
+            lambda: model.generate(prompt, do_sample=False, min_new_tokens=count, max_new_tokens=count), prompt.device
+        )
 
     return new_tokens / (seconds(new_tokens + 1) - seconds(1))
 

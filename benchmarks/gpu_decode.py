@@ -13,25 +13,23 @@ import json
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from teal_cli.bench.decode import random_prompt
-from teal_cli.bench.timing import Spread
+from teal_cli.bench.decode import decode_seconds, random_prompt
+from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
-from teal_cli.decode.engine import Engine, TokenLoop
-from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.loading import build_random_model
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import apply_plan_, control_of
 from teal_cli.steps.bench import Prepared, measure, prepare
 from teal_cli.versions import device_description, library_versions
 
@@ -58,15 +56,6 @@ def config_for(model: str, sparsity: list[float], *, repeats: int, kernels: bool
     )
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """On the GPU."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 @torch.no_grad()
 def prefill(prepared: Prepared, tokens: int, repeats: int) -> dict[str, Any]:
     """Our prefill beside transformers' on the same weights row by row, in turn."""
@@ -80,7 +69,7 @@ def prefill(prepared: Prepared, tokens: int, repeats: int) -> dict[str, Any]:
     def theirs() -> None:
         plain(input_ids=ids, use_cache=True, logits_to_keep=1)
 
-    pairs = [(seconds(ours) * 1e3, seconds(theirs) * 1e3) for _ in range(repeats + 3)][3:]
+    pairs = [(seconds_of(ours, ids.device) * 1e3, seconds_of(theirs, ids.device) * 1e3) for _ in range(repeats + 3)][3:]
     return {
         "tokens": tokens,
         "milliseconds": asdict(Spread.of([a for a, _ in pairs])),
@@ -140,30 +129,20 @@ class GptFast:
                 position.add_(1)
 
         decode(8)
-        return NEW_TOKENS / seconds(lambda: decode(NEW_TOKENS))
-
-
-def our_speed(prepared: Prepared, sparse: bool) -> float:
-    """Tokens a second of the compact path, under the plan that is applied."""
-    engine = Engine(prepared.model)
-    control = control_of(prepared.model)
-    control.enabled = sparse
-    cache = engine.new_cache(PROMPT + NEW_TOKENS + 8)
-    sampler = Sampler(SamplingConfig(), engine.device)
-    loop = TokenLoop(engine, cache, sampler.next_token(engine.prefill(prepared.prompt.cuda(), cache)), sampler)
-    for _ in range(TokenLoop.first_steps(engine)):
-        loop.advance()
-    taken = seconds(lambda: [loop.advance() for _ in range(NEW_TOKENS)])
-    control.enabled = True
-    return NEW_TOKENS / taken
+        return NEW_TOKENS / seconds_of(lambda: decode(NEW_TOKENS), token.device)
 
 
 def beside_gpt_fast(prepared: Prepared, clone: Path, repeats: int) -> dict[str, Any]:
     """gpt-fast, ours dense and ours at 50 %, in turn."""
-    apply_plan_(prepared.model, next(plan for plan in prepared.plans if plan.target_sparsity == 0.5))
+    engine = Engine(prepared.model)
+    half = next(plan for plan in prepared.plans if plan.target_sparsity == 0.5)
+
+    def ours(plan: SparsityPlan | None) -> float:
+        return NEW_TOKENS / decode_seconds(engine, plan, prepared.prompt, NEW_TOKENS)
+
     theirs = GptFast(clone)
     theirs.speed()
-    rows = [(theirs.speed(), our_speed(prepared, False), our_speed(prepared, True)) for _ in range(repeats)]
+    rows = [(theirs.speed(), ours(None), ours(half)) for _ in range(repeats)]
     names = ("gpt_fast", "ours_dense", "ours_50")
     return {name: asdict(Spread.of(list(column))) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import find_projections
+from teal_kernels import tuning
 
 
 def _quicken_interpreter() -> None:
@@ -198,6 +200,15 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No user's tuning table but the test's own, and none remembered."""
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
+    tuning._entries.cache_clear()
+    yield
+    tuning._entries.cache_clear()
 
 
 def export_tiny(folder: Path, out: Path, sparsity: float = 0.5) -> tuple[Path, Calibration]:

@@ -1,7 +1,10 @@
 """Launching Triton kernels one right behind the other."""
 
 import os
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: F401
@@ -18,6 +21,23 @@ EMPTY = -0x3F2153
 def interpreting() -> bool:
     """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=16)
+def hopper_or_later(device: torch.device) -> bool:
+    """Whether kernels can begin before the one ahead has ended, and fetch lines of memory without waiting."""
+    return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident(device: torch.device, each: int) -> int:
+    """Programs that run at one time where a multiprocessor has room for `each`; in the interpreter, one."""
+    return 1 if device.type != "cuda" or interpreting() else multiprocessors(device) * each
 
 
 def power_of_two(number: int) -> int:

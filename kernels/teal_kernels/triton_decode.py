@@ -7,12 +7,11 @@ whole token can be one CUDA graph.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, interpreting, launch, power_of_two
+from teal_kernels.launching import EMPTY, TRITON_MISSING, launch, power_of_two, resident
 from teal_kernels.triton_gemv import Norm, Scratch
 
 if TRITON_MISSING is None:
@@ -55,11 +54,6 @@ _ATTENTION_PROGRAMS = 128
 """Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def attention_splits(programs: int) -> int:
     """Stretches into which the cache is cut, for `programs` rows times key/value heads."""
     return max(1, min(32, power_of_two(_ATTENTION_PROGRAMS // programs)))
@@ -92,7 +86,7 @@ def decode_attention(
         cos: (N or more, D) of the rotary embedding, both halves.
         sin: like cos.
         out: (B, A D), written.
-        scratch: scratch.
+        scratch: memory between programs.
         scale: of the scores.
         window: positions that are seen, the new one included; 0 for all.
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
@@ -135,7 +129,7 @@ def decode_attention(
         LINES=lines,
         ENDS=max(2, threads // lines),
         SHORTEST=_ATTENTION_SHORTEST,
-        FINISHERS=1 if interpreting() else max(1, min(splits, group, _processors(keys.device) // slots)),
+        FINISHERS=max(1, min(splits, group, resident(keys.device, 1) // slots)),
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

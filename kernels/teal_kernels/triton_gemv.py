@@ -18,12 +18,11 @@ Importable without triton; without a GPU it runs under TRITON_INTERPRET=1.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, interpreting, launch, power_of_two
+from teal_kernels.launching import EMPTY, TRITON_MISSING, hopper_or_later, launch, power_of_two, resident
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -94,22 +93,14 @@ _MOST_FINISHERS = 4
 _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 
-@lru_cache(maxsize=16)
-def _resident(device: torch.device, warps: int) -> int:
-    """Programs of so many warps that run at one time, whatever registers they need.
-
-    Their shared memory is small, and nothing else of ours runs beside them (one stream a device).
-    In the interpreter one program runs at a time.
-    """
-    if device.type != "cuda" or interpreting():
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // warps)
-
-
 def _finishers(device: torch.device, inputs: int, parts: tuple[int, ...], config: GemvConfig) -> int:
-    """Programs that share the end of one block. They wait for one another, so all must run at one time."""
+    """Programs that share the end of one block. They wait for one another, so all must run at one time.
+
+    Eight warps fit a multiprocessor whatever registers they need; shared memory is small, and nothing
+    else of ours runs beside them (one stream a device).
+    """
     most = min(
-        _resident(device, config.warps) // _blocks(parts, config),
+        resident(device, max(1, 8 // config.warps)) // _blocks(parts, config),
         -(-inputs // config.inputs_per_split),
         config.block_out // 32,
         _MOST_FINISHERS,
@@ -124,11 +115,6 @@ def _blocks(parts: tuple[int, ...], config: GemvConfig) -> int:
 def squares_of(device: torch.device, inputs: int, parts: tuple[int, ...], config: GemvConfig) -> int:
     """Partial sums of squares that a `residual` product writes for each row."""
     return _blocks(parts, config) * _finishers(device, inputs, parts, config)
-
-
-@lru_cache(maxsize=16)
-def _can_fetch(device: torch.device) -> bool:
-    return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def gemv(
@@ -158,7 +144,7 @@ def gemv(
         thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
         y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
         config: how the product is cut up.
-        scratch: scratch.
+        scratch: memory between programs, and the lists.
         bias: (out,) or None.
         norm: an RMS norm of x before all else.
         finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
@@ -194,7 +180,7 @@ def gemv(
     even = all(part % config.block_out == 0 for part in parts)
     # The fetch is Hopper's, and takes whole lines of 16 bytes inside the table.
     fetches = (
-        _can_fetch(x.device) and even and table.stride(0) * table.itemsize % 16 == 0 and table.data_ptr() % 16 == 0
+        hopper_or_later(x.device) and even and table.stride(0) * table.itemsize % 16 == 0 and table.data_ptr() % 16 == 0
     )
     launch(
         gemv_kernel,

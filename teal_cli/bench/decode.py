@@ -1,6 +1,5 @@
 """Tokens per second of decoding, dense and sparse, in one process, in turn."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal_cli.bench.timing import Spread, synchronize
+from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
@@ -80,12 +79,7 @@ def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, ne
         loop = TokenLoop(engine, cache, sampler.next_token(engine.prefill(prompt.to(engine.device), cache)), sampler)
         for _ in range(warm_up):
             loop.advance()
-        synchronize(engine.device)
-        started = time.perf_counter()
-        for _ in range(new_tokens):
-            loop.advance()
-        synchronize(engine.device)
-        return time.perf_counter() - started
+        return seconds_of(lambda: [loop.advance() for _ in range(new_tokens)], engine.device)
 
 
 def bench_decode(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs
+from teal_kernels.launching import hopper_or_later
 from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 
 _ROTATED_BYTES = 4_000_000_000
@@ -64,7 +65,7 @@ class TimedProduct:
         """(rows, inputs): what the threshold is compared with."""
         self.y = torch.zeros(rows, parts[0] if finish == "gated" else sum(parts), device=device, dtype=dtype)
         self.scratch = Scratch(device)
-        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self.pdl = hopper_or_later(device)
 
     def thresholds(self, sparsity: float) -> Tensor:
         """(parts,) float32 that drop this share of the inputs, -1 for none."""
@@ -78,7 +79,6 @@ class TimedProduct:
 
     def launch(self, index: int, thresholds: Tensor, config: GemvConfig, *, compile_only: bool = False) -> None:
         """One product with the index-th copy of the weights."""
-        squares = torch.empty(0) if self.finish != "residual" else self._squares(config)
         gemv(
             self.x,
             self.tables[index % len(self.tables)],
@@ -89,7 +89,7 @@ class TimedProduct:
             self.scratch,
             norm=self.norm,
             finish=self.finish,
-            squares=squares if self.finish == "residual" else None,
+            squares=self._squares(config) if self.finish == "residual" else None,
             pdl=self.pdl,
             compile_only=compile_only,
         )

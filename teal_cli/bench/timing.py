@@ -1,7 +1,8 @@
 """Repeated measurements as median, minimum and maximum."""
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,3 +26,12 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queue, before a host clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """What some work takes, from an empty queue of the device to an empty queue."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started

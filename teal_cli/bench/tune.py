@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
-import torch
-
 from teal_cli.bench.products import TimedProduct
+from teal_kernels.launching import multiprocessors
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, trying
 
@@ -28,7 +28,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     small to fill it is cut as finely as can be.
     """
     lane = 16 // product.dtype.itemsize
-    processors = torch.cuda.get_device_properties(product.device).multi_processor_count
+    processors = multiprocessors(product.device)
     outputs = sum(product.parts)
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
     fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
@@ -121,23 +121,24 @@ def _compile(product: TimedProduct, configs: list[GemvConfig]) -> None:
     workers = min(_COMPILERS, os.cpu_count() or 1, len(configs) // 8)
     if workers < 2:
         return
-    arguments = (product.inputs, product.parts, product.finish, product.dtype, product.rows, product.device)
+    small = partial(
+        TimedProduct,
+        product.inputs,
+        product.parts,
+        product.finish,
+        dtype=product.dtype,
+        rows=product.rows,
+        device=product.device,
+        rotated_bytes=1,
+    )
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_some, *arguments, configs[start::workers]) for start in range(workers)]
+        jobs = [pool.submit(_compile_some, small, configs[start::workers]) for start in range(workers)]
         for job in jobs:
             job.result()
 
 
-def _compile_some(
-    inputs: int,
-    parts: tuple[int, ...],
-    finish: str,
-    dtype: torch.dtype,
-    rows: int,
-    device: torch.device,
-    configs: list[GemvConfig],
-) -> None:
-    product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=rows, device=device, rotated_bytes=1)
+def _compile_some(build: Callable[[], TimedProduct], configs: list[GemvConfig]) -> None:
+    product = build()
     thresholds = product.thresholds(0.0)
     for config in configs:
         with suppress(Exception):

@@ -17,12 +17,19 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import ARCHITECTURES
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
-from teal_kernels.launching import interpreting
+from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
 from teal_kernels.triton_gemv import MAX_ROWS, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import TuningTableError, choose_config
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+FINISHES = {
+    "attention_input": "plain",
+    "attention_output": "residual",
+    "mlp_input": "gated",
+    "mlp_intermediate": "residual",
+}
+"""What follows the product of each site, as `gemv` takes it."""
 
 
 def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
@@ -153,16 +160,16 @@ class CompactDecoder:
         config = model.config
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
-        self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self.pdl = hopper_or_later(self.device)
         self.blocks = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.blocks.append(
                 _Block(
-                    qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], "plain"),
-                    o=Product([attention.o_proj], "residual"),
-                    gate_up=Product([mlp.gate_proj, mlp.up_proj], "gated"),
-                    down=Product([mlp.down_proj], "residual"),
+                    qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], FINISHES["attention_input"]),
+                    o=Product([attention.o_proj], FINISHES["attention_output"]),
+                    gate_up=Product([mlp.gate_proj, mlp.up_proj], FINISHES["mlp_input"]),
+                    down=Product([mlp.down_proj], FINISHES["mlp_intermediate"]),
                     attention_norm=layer.input_layernorm.weight,
                     mlp_norm=layer.post_attention_layernorm.weight,
                     eps=layer.input_layernorm.variance_epsilon,

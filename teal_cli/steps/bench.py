@@ -16,6 +16,7 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
+from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
@@ -141,22 +142,14 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     )
 
 
-_FINISHES = {
-    "attention_input": "plain",
-    "attention_output": "residual",
-    "mlp_input": "gated",
-    "mlp_intermediate": "residual",
-}
-
-
 def site_products(model: Any) -> list[tuple[int, tuple[int, ...], str]]:
     """(inputs, outputs of each projection, what follows) of the sites of one block."""
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
         parts.setdefault(projection.site, []).append(projection)
-    first = list(parts.items())[: len(_FINISHES)]
+    first = list(parts.items())[: len(FINISHES)]
     return [
-        (group[0].in_features, tuple(p.out_features for p in group), _FINISHES[site.rpartition(".")[2]])
+        (group[0].in_features, tuple(p.out_features for p in group), FINISHES[site.rpartition(".")[2]])
         for site, group in first
     ]
 

@@ -1,30 +1,21 @@
 """Choosing cuts by the time of a token, whatever they are worth by themselves."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
-from teal_kernels import tuning
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
 
+pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
 CUT = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1)
 FIRST, SECOND = (256, (512,), "residual"), (512, (256, 256), "gated")
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
-    tuning._entries.cache_clear()
-    yield
-    tuning._entries.cache_clear()
 
 
 def _entry(product: tuple[int, tuple[int, ...], str], sparsity: float, warps: int) -> Entry:
@@ -47,8 +38,7 @@ def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvC
 def test_there_is_something_to_time_for_every_shape(
     inputs: int, parts: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
     product: Any = SimpleNamespace(inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU)
     for dense in (True, False):
         found = list(candidates(product, dense=dense))

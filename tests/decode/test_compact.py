@@ -1,8 +1,6 @@
 """The compact decode path in Triton's interpreter, against transformers' forward with the reference backend."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, apply_plan_, sparse_layers, sparsify_
-from teal_kernels import triton_decode, tuning
+from teal_kernels import triton_decode
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig
 from teal_kernels.tuning import Entry, keep_entries
 
@@ -30,17 +28,14 @@ STEPS = 8
 
 
 @pytest.fixture(autouse=True)
-def _cuts_for_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _cuts_for_the_interpreter(own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, which is what the interpreter pays for; two stretches of inputs and two blocks of outputs stay."""
-    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
     cuts = {0.0: GemvConfig(64, 64, 1, 64, 1, dense=True), 0.5: GemvConfig(64, 64, 1, 64, 1)}
     entries = [Entry(64, (64,), "float32", 1, "plain", s, 10.0 - 10.0 * s, cut) for s, cut in cuts.items()]
     keep_entries("cpu", entries, {})
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 2)
     monkeypatch.setattr(triton_decode, "_ATTENTION_BLOCK", 128)
     monkeypatch.setattr(triton_decode, "_OUTPUT_BLOCK", 256)
-    yield
-    tuning._entries.cache_clear()
 
 
 def _plan(model: nn.Module, factor: float = 1.0) -> SparsityPlan:

@@ -1,8 +1,6 @@
 """Whole models on a real GPU: the compact path against transformers' forward, memory, the real SmolLM2."""
 
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from conftest import VOCABULARY, export_tiny, save_tiny
 
 from teal_cli.bench.decode import random_prompt
+from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig, GenerateConfig
@@ -114,17 +113,9 @@ def test_prefill_is_as_fast_as_transformers() -> None:
         models[1](input_ids=ids, use_cache=True, logits_to_keep=1)
 
     with torch.no_grad():
-        times = [(_seconds(ours), _seconds(theirs)) for _ in range(12)][2:]
+        times = [(seconds_of(ours, ids.device), seconds_of(theirs, ids.device)) for _ in range(12)][2:]
     ratio = statistics.median(a for a, _ in times) / statistics.median(b for _, b in times)
     assert ratio < 1.15
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def test_smollm2_says_what_the_reference_says(smollm2_run: Path) -> None:

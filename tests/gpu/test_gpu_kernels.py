@@ -10,7 +10,7 @@ from kernel_cases import LIMITS, PARTS, Attention, Case, Output, random_case, re
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from teal_kernels.launching import EMPTY
+from teal_kernels.launching import EMPTY, hopper_or_later
 from teal_kernels.triton_decode import decode_attention
 from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
@@ -33,7 +33,7 @@ CUTS = {
     "four programs a finish": GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
     "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=4),
 }
-PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+PDL = torch.cuda.is_available() and hopper_or_later(torch.device("cuda"))
 
 
 def _model_case(name: str, rows: int, dtype: torch.dtype, sparsity: float) -> tuple[Case, GemvConfig]:

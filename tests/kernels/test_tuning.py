@@ -1,7 +1,7 @@
 """Which cut a product gets: the nearest measured one, sparse only where that was faster."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from teal_kernels import tuning
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig
 from teal_kernels.tuning import TABLE_VERSION, UNTUNED, Entry, TuningTableError, choose_config, keep_entries, user_table
 
+pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 PACKAGED = sorted(tuning._PACKAGED.glob("*.json"))
@@ -27,15 +28,6 @@ DENSE = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=256, war
 SPARSE = replace(DENSE, dense=False)
 
 Write = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No user's table but the test's own, and none remembered."""
-    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
-    tuning._entries.cache_clear()
-    yield
-    tuning._entries.cache_clear()
 
 
 def _entry(sparsity: float, microseconds: float, config: GemvConfig | None = None, **product: Any) -> Entry:
