@@ -121,14 +121,15 @@ def attention_kernel(
     next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
     next_v = tl.load(values_ptr + at, mask=written, other=0.0)
     line = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
-    q_heads = line + (head * GROUP + tl.where(in_group, group, 0))[:, None] * DIM
+    q_heads = line + (head * GROUP + group)[:, None] * DIM
+    q_inside = in_group[:, None] & in_head[None, :]
     k_head = line + (GROUP * kv_heads + head + tl.arange(0, 1))[:, None] * DIM
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     # All loads first: they are under way together.
-    q = tl.load(q_heads + d[None, :], mask=in_head[None, :], other=0.0)
-    q_partner = tl.load(q_heads + other_half[None, :], mask=in_head[None, :], other=0.0)
+    q = tl.load(q_heads + d[None, :], mask=q_inside, other=0.0)
+    q_partner = tl.load(q_heads + other_half[None, :], mask=q_inside, other=0.0)
     k_new = tl.load(k_head + d[None, :], mask=in_head[None, :], other=0.0)
     k_partner = tl.load(k_head + other_half[None, :], mask=in_head[None, :], other=0.0)
     v_new = tl.load(line + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=in_head, other=0.0)
@@ -142,9 +143,6 @@ def attention_kernel(
         new = cache + position.to(tl.int64) * DIM + d
         tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
         tl.store(values_ptr + new, v_new, mask=in_head)
-        maximum = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
-        weight_sum += 1.0
-        acc += v_new.to(tl.float32)[None, :]
     for first in range(start, stop, BLOCK):
         k = next_k
         v = next_v
@@ -163,40 +161,48 @@ def attention_kernel(
         acc = acc * shrink[:, None] + tl.dot(share.to(dtype), v, input_precision="ieee")
         maximum = higher
 
-    out = out_ptr + (row * kv_heads + head) * GROUP * DIM
-    slot = row * kv_heads + head
-    if used == 1:
-        whole = out + group[:, None] * DIM + d[None, :]
-        tl.store(whole, (acc / weight_sum[:, None]).to(dtype), mask=in_group[:, None] & in_head[None, :])
-        return
     # For each stretch and query head a line: its sums, its maximum, its sum of weights.
+    slot = row * kv_heads + head
     width: tl.constexpr = PADDED + 2
     mine = partial_ptr + ((slot * SPLITS + split) * GROUP + group) * width
     send(mine[:, None] + d[None, :], acc, in_group[:, None] & in_head[None, :])
     send(mine + PADDED, maximum, in_group)
     send(mine + PADDED + 1, weight_sum, in_group)
-    # The last stretches' programs merge them, each some of the query heads.
+    # The last stretches' programs merge them with the new token, each some of the query heads.
     finishers = tl.minimum(used, FINISHERS)
     piece = used - 1 - split
     if piece >= finishers:
         return
-    splits = tl.arange(0, LINES)
-    there = splits < used
     ends = tl.arange(0, ENDS) % 2  # maximum and sum of weights
     for member in range(piece, GROUP, finishers):
-        lines = partial_ptr + ((slot * SPLITS + splits) * GROUP + member) * width
-        sums_at = lines[:, None] + d[None, :]
-        known = there[:, None] & in_head[None, :]
-        ends_at = lines[:, None] + PADDED + ends[None, :]
-        sums_bits = look(sums_at, known)
-        ends_bits = look(ends_at, there[:, None])
-        sums = received(sums_bits, sums_at, known)
-        both = received(ends_bits, ends_at, there[:, None])
-        tops = tl.max(tl.where((ends == 0)[None, :] & there[:, None], both, float("-inf")), axis=1)
-        shares = tl.max(tl.where((ends == 1)[None, :], both, 0.0), axis=1)
-        factor = tl.exp(tops - tl.max(tops, axis=0))
-        merged = tl.sum(sums * factor[:, None], axis=0) / tl.sum(shares * factor, axis=0)
-        tl.store(out + member * DIM + d, merged.to(dtype), mask=in_head)
+        q_head = line + (head * GROUP + member + tl.arange(0, 1))[:, None] * DIM
+        own_q = tl.load(q_head + d[None, :], mask=in_head[None, :], other=0.0)
+        own_partner = tl.load(q_head + other_half[None, :], mask=in_head[None, :], other=0.0)
+        own_q = _rotated(own_q, own_partner, q_norm, q_partner_norm, cos, sin, eps, DIM, NORM, dtype)
+        top = tl.sum(tl.sum(own_q.to(tl.float32) * k_new.to(tl.float32), axis=1), axis=0) * scale
+        total = 1.0
+        merged = v_new.to(tl.float32)
+        for first_line in range(0, used, LINES):
+            splits = first_line + tl.arange(0, LINES)
+            there = splits < used
+            lines = partial_ptr + ((slot * SPLITS + splits) * GROUP + member) * width
+            sums_at = lines[:, None] + d[None, :]
+            known = there[:, None] & in_head[None, :]
+            ends_at = lines[:, None] + PADDED + ends[None, :]
+            sums_bits = look(sums_at, known)
+            ends_bits = look(ends_at, there[:, None])
+            sums = received(sums_bits, sums_at, known)
+            both = received(ends_bits, ends_at, there[:, None])
+            tops = tl.max(tl.where((ends == 0)[None, :] & there[:, None], both, float("-inf")), axis=1)
+            shares = tl.max(tl.where((ends == 1)[None, :], both, 0.0), axis=1)
+            higher = tl.maximum(top, tl.max(tops, axis=0))
+            factor = tl.exp(tops - higher)
+            shrink = tl.exp(top - higher)
+            merged = merged * shrink + tl.sum(sums * factor[:, None], axis=0)
+            total = total * shrink + tl.sum(shares * factor, axis=0)
+            top = higher
+        out = out_ptr + ((row * kv_heads + head) * GROUP + member) * DIM + d
+        tl.store(out, (merged / total).to(dtype), mask=in_head)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
 from teal_kernels import launching
 
@@ -10,6 +10,7 @@ PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
 EMPTY = tl.constexpr(launching.EMPTY)
+INTERPRETING = tl.constexpr(launching.interpreting())
 
 
 @triton.jit
@@ -32,23 +33,15 @@ def _keep(x, inside, threshold):
 
 
 @triton.jit
-def fetch_ahead(pointers, width: tl.constexpr):
-    """Bring `width` bytes at each pointer into the L2 cache, without waiting; both multiples of 16."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pointers, tl.full(pointers.shape, width, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _bits_set(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+    x = x.to(tl.uint32)
+    if INTERPRETING:  # it knows no functions of CUDA's library
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        count = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+    else:
+        count = libdevice.popc(x.to(tl.int32, bitcast=True))
+    return count.to(tl.int32)
 
 
 @triton.jit
@@ -63,7 +56,7 @@ def _packed(index, value, dtype: tl.constexpr):
 
 @triton.jit
 def _index(word, dtype: tl.constexpr):
-    return word >> dtype.primitive_bitwidth
+    return (word >> dtype.primitive_bitwidth).to(tl.int32)
 
 
 @triton.jit
@@ -135,6 +128,7 @@ def gemv_kernel(
     FINISH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     SQUARES: tl.constexpr,
     SPLIT: tl.constexpr,
     LINES: tl.constexpr,
@@ -143,7 +137,6 @@ def gemv_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
     EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -171,13 +164,15 @@ def gemv_kernel(
     threshold = 0.0
     if LISTED:
         threshold = tl.load(threshold_ptr + part)
-    if AHEAD > 0:
-        width: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        rows_ahead = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
-        fetch_ahead(weight_ptr + out_start + rows_ahead.to(tl.int64) * stride, width)
     lanes: tl.constexpr = min(32, STRETCH)
-    stretch = first + tl.arange(0, STRETCH // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+    lane = tl.arange(0, lanes)[None, :]
+    place = tl.arange(0, STRETCH // lanes)[:, None] * lanes + lane
+    if LISTED:  # Words of a list are stored one by one. Loaded so too, no value moves to another thread.
+        place = tl.max_contiguous(place, [1, 1])
+    stretch = first + place
     in_stretch = stretch < last
+    if FULL:
+        in_stretch = tl.full((STRETCH // lanes, lanes), True, tl.int1)
     if NORM:
         norm_weight = tl.load(norm_ptr + stretch, mask=in_stretch, other=0.0)
     if PDL:
@@ -202,7 +197,7 @@ def gemv_kernel(
         acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
     active = 0
     scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
-    columns = weight_ptr + outs
+    columns = weight_ptr + first.to(tl.int64) * stride + outs
     tile = tl.arange(0, BLOCK_IN)
     if LISTED:
         read = in_stretch & False
@@ -211,22 +206,20 @@ def gemv_kernel(
             if ROWS > 1:
                 active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
             read |= keep  # one row of weights serves every row of x
-        # An input's place in the list: what the lines above keep, and the lanes before it.
-        lane = tl.arange(0, lanes)[None, :]
+        # An input's slot in the list: what the lines above keep, and the lanes up to its own.
         marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
         kept = _bits_set(marks)
         count = tl.sum(kept, axis=0)
         if ROWS == 1:
             active = count
-        before = marks[:, None] & ((1 << lane.to(tl.uint32)) - 1)
-        slot = (tl.cumsum(kept, axis=0) - kept)[:, None] + _bits_set(before)
+        up_to = marks[:, None] << (31 - lane).to(tl.uint32)
+        slot = (tl.cumsum(kept, axis=0) - kept - 1)[:, None] + _bits_set(up_to)
         for row in tl.static_range(ROWS):
             value = inputs[row]
             if ROWS > 1:  # at an infinite threshold an infinity is dropped: it must not meet a weight
                 value = tl.where(_keep(value, in_stretch, threshold), value, 0.0)
-            tl.store(scratch + row * STRETCH + slot, _packed(stretch - first, value, dtype), mask=read)
+            tl.store(scratch + row * STRETCH + slot, _packed(place, value, dtype), mask=read)
         tl.debug_barrier()
-        columns += first.to(tl.int64) * stride
         which = ()
         for step in tl.static_range(UNROLL):
             slots = step * BLOCK_IN + tile
@@ -237,7 +230,7 @@ def gemv_kernel(
                 listed = start + step * BLOCK_IN + tile < count
                 weights = weights + (
                     tl.load(
-                        _index(which[step], dtype).to(tl.int64)[:, None] * stride + columns[None, :],
+                        columns[None, :] + (_index(which[step], dtype) * stride)[:, None],
                         mask=listed[:, None] & out_inside[None, :],
                         other=0.0,
                         eviction_policy=EVICT,
@@ -261,7 +254,7 @@ def gemv_kernel(
         if NORM:
             # Normalised once, not once a thread that multiplies with it.
             for row in tl.static_range(ROWS):
-                tl.store(scratch + row * STRETCH + stretch - first, inputs[row], mask=in_stretch)
+                tl.store(scratch + row * STRETCH + place, inputs[row], mask=in_stretch)
             tl.debug_barrier()
             x_ptr = scratch - first
             n_in = STRETCH
@@ -271,7 +264,7 @@ def gemv_kernel(
                 ins = start + step * BLOCK_IN + tile
                 weights = weights + (
                     tl.load(
-                        ins.to(tl.int64)[:, None] * stride + columns[None, :],
+                        columns[None, :] + ((ins - first) * stride)[:, None],
                         mask=(ins < last)[:, None] & out_inside[None, :],
                         other=0.0,
                         eviction_policy=EVICT,

@@ -25,7 +25,7 @@ def interpreting() -> bool:
 
 @lru_cache(maxsize=16)
 def hopper_or_later(device: torch.device) -> bool:
-    """Whether kernels can begin before the one ahead has ended, and fetch lines of memory without waiting."""
+    """Whether a kernel can begin before the one in front of it has ended."""
     return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -48,6 +48,8 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
 _ATTENTION_BLOCK = 64
 """Cache positions that a program takes at a time."""
 _ATTENTION_WARPS = 4
+_ATTENTION_LINES = 4
+"""Stretches that are merged at a time (power of two): a short context has no more."""
 _ATTENTION_SHORTEST = 64
 """Positions under which a stretch is not worth a program of its own."""
 _ATTENTION_PROGRAMS = 128
@@ -101,7 +103,7 @@ def decode_attention(
     padded = max(16, power_of_two(dim))
     slots = rows * kv_heads
     threads = 32 * _ATTENTION_WARPS
-    lines = max(splits, threads // padded)  # what is waited for: no fewer words than threads, see `received`
+    lines = max(_ATTENTION_LINES, threads // padded)  # what is waited for: no fewer words than threads, see `received`
     launch(
         attention_kernel,
         (kv_heads, splits, rows),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, hopper_or_later, launch, power_of_two, resident
+from teal_kernels.launching import EMPTY, TRITON_MISSING, launch, power_of_two, resident
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -41,8 +41,6 @@ class GemvConfig:
     inputs_per_split: int
     """Inputs of a program; with a list at most `MAX_LISTED`."""
     warps: int
-    ahead: int = 0
-    """Rows of each stretch that are fetched into the L2 cache before the inputs are known (power of two)."""
     dense: bool = False
     """Read every row, and do not list."""
     evict_first: bool = True
@@ -86,6 +84,8 @@ class Norm:
 _GATHERED_REGISTERS = 32
 MAX_LISTED = 1 << 15
 """Inputs that one program can list: an index has 15 bits."""
+_MOST_ELEMENTS = (1 << 31) - 1
+"""Between a program's first row and its last: offsets have 32 bits."""
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each has its sums in registers."""
 _MOST_FINISHERS = 4
@@ -173,15 +173,13 @@ def gemv(
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
+    if min(config.inputs_per_split, n_in) * table.stride(0) > _MOST_ELEMENTS:
+        raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     # A list's words hold an index beside the value.
     word = x.dtype if config.dense else {2: torch.int32, 4: torch.int64}[x.itemsize]
     threads, piece = 32 * config.warps, config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
-    # The fetch is Hopper's, and takes whole lines of 16 bytes inside the table.
-    fetches = (
-        hopper_or_later(x.device) and even and table.stride(0) * table.itemsize % 16 == 0 and table.data_ptr() % 16 == 0
-    )
     launch(
         gemv_kernel,
         (blocks, splits),
@@ -211,6 +209,7 @@ def gemv(
         FINISH=_FINISHES[finish],
         HAS_BIAS=bias is not None,
         EVEN=even,
+        FULL=stretch == config.inputs_per_split and n_in % stretch == 0,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         SPLIT=splits > 1,
         LINES=max(1, threads // piece, min(power_of_two(splits), gathered * threads // piece)),
@@ -219,7 +218,6 @@ def gemv(
         BLOCK_OUT=config.block_out,
         BLOCK_IN=config.block_in,
         UNROLL=config.unroll,
-        AHEAD=config.ahead if fetches else 0,
         EVICT="evict_first" if config.evict_first else "",
         warps=config.warps,
         pdl=pdl,

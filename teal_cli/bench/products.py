@@ -16,6 +16,8 @@ _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:
 weights that are evicted first leave the L2 full of older ones, and at 400 MB a tenth of the reads hit."""
 _REPLAYS = 7
+_SECONDS = 0.01
+"""Timed for at least so long: a GPU that was idle takes milliseconds to reach its clock."""
 _EPS = 1e-5
 
 
@@ -117,8 +119,8 @@ class TimedProduct:
             for index in range(launches):
                 launch(index)
         graph.replay()
-        times = []
-        for _ in range(_REPLAYS):
+        times: list[float] = []
+        while len(times) < _REPLAYS or sum(times) * launches < _SECONDS * 1e6:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,6 @@ _COMPILERS = 12
 _FINALISTS = 3
 _TRIED = 5
 """Cuts of a product that are tried in the model."""
-_AHEAD = (0, 8)
 
 
 def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
@@ -33,7 +32,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
     fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
     for block_out, warps, (loads, unroll), per_split in itertools.product(
-        (32, 64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 8), (2, 2), (2, 4)), (64, 128, 256, 512, 1024)
+        (32, 64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6)), (64, 128, 256, 512, 1024)
     ):
         block_in = loads * lane * 32 * warps // block_out
         if block_in < 1 or per_split < 2 * block_in * unroll or (warps == 4 and block_out < 256):
@@ -51,22 +50,27 @@ Finalists = dict[float, list[Entry]]
 """The best cuts of one product, fastest first, for each sparsity; 0 is the dense read."""
 
 
-def search(product: TimedProduct, sparsities: Sequence[float]) -> Finalists:
+def compilers() -> Executor:
+    """Processes that compile candidates into triton's cache on disk; they start when there is work."""
+    return ProcessPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), mp_context=get_context("spawn"))
+
+
+def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -> Finalists:
     """Time the candidates of one product by itself.
 
-    All are timed at the middle sparsity, the best few at every sparsity with and without fetching ahead.
+    All are timed at the middle sparsity, the best few at every sparsity, with weights that leave the L2
+    cache first and without.
     """
     middle = sorted(sparsities)[len(sparsities) // 2]
     first = {dense: list(candidates(product, dense=dense)) for dense in (True, False)}
-    _compile(product, [*first[True], *first[False]])
+    _compile(product, [*first[True], *first[False]], pool)
     finalists = {}
     for dense, configs in first.items():
         best = _ranked(product, configs, 0.0 if dense else middle)[:_FINALISTS]
         finalists[dense] = [
-            replace(entry.config, ahead=ahead, evict_first=evict)
-            for entry, ahead, evict in itertools.product(best, _AHEAD, (True, False))
+            replace(entry.config, evict_first=evict) for entry, evict in itertools.product(best, (True, False))
         ]
-    _compile(product, [*finalists[True], *finalists[False]])
+    _compile(product, [*finalists[True], *finalists[False]], pool)
     return {
         sparsity: _ranked(product, finalists[sparsity == 0.0], sparsity)[:_TRIED] for sparsity in (0.0, *sparsities)
     }
@@ -116,11 +120,8 @@ def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -
     return sorted(entries, key=lambda entry: entry.microseconds)
 
 
-def _compile(product: TimedProduct, configs: list[GemvConfig]) -> None:
-    """Compile in several processes, into triton's cache on disk; what fails fails again when it is timed."""
-    workers = min(_COMPILERS, os.cpu_count() or 1, len(configs) // 8)
-    if workers < 2:
-        return
+def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -> None:
+    """Compile in other processes; what fails fails again when it is timed."""
     small = partial(
         TimedProduct,
         product.inputs,
@@ -131,10 +132,9 @@ def _compile(product: TimedProduct, configs: list[GemvConfig]) -> None:
         device=product.device,
         rotated_bytes=1,
     )
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_some, small, configs[start::workers]) for start in range(workers)]
-        for job in jobs:
-            job.result()
+    jobs = [pool.submit(_compile_some, small, configs[start::_COMPILERS]) for start in range(_COMPILERS)]
+    for job in jobs:
+        job.result()
 
 
 def _compile_some(build: Callable[[], TimedProduct], configs: list[GemvConfig]) -> None:

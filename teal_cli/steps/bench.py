@@ -11,7 +11,7 @@ from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
 from teal_cli.bench.products import TimedProduct, reading_gb_s
-from teal_cli.bench.tune import Finalists, search, settle
+from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -28,7 +28,7 @@ from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for
 from teal_kernels.tuning import keep_entries
 
-_TUNED_TOKENS = 32
+_TUNED_TOKENS = 64
 """Decoded to time one cut."""
 _RANDOM_SEQUENCES, _RANDOM_SEQ_LEN, _SINK_TOKENS = 4, 128, 4
 
@@ -168,17 +168,18 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     if not sparsities:
         raise UsageError("tuning needs a sparsity above 0 (flag --sparsity)")
     found: list[Finalists] = []
-    for inputs, parts, finish in site_products(prepared.model):
-        reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
-        product = TimedProduct(
-            inputs, parts, finish, dtype=prepared.model.dtype, rows=batch, device=device, seed=config.seed
-        )
-        found.append(search(product, sparsities))
-        del product
-        torch.cuda.empty_cache()
+    with compilers() as pool:
+        for inputs, parts, finish in site_products(prepared.model):
+            reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
+            product = TimedProduct(
+                inputs, parts, finish, dtype=prepared.model.dtype, rows=batch, device=device, seed=config.seed
+            )
+            found.append(search(product, sparsities, pool))
+            del product
+            torch.cuda.empty_cache()
 
     def token_seconds(sparsity: float) -> float:
-        return min(decode_seconds(engine, plans[sparsity], prepared.prompt, _TUNED_TOKENS) for _ in range(2))
+        return decode_seconds(engine, plans[sparsity], prepared.prompt, _TUNED_TOKENS)
 
     if engine.decoder is None:
         entries = [finalists[sparsity][0] for finalists in found for sparsity in finalists]

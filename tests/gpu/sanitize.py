@@ -16,7 +16,7 @@ from teal_kernels.triton_decode import embed
 from teal_kernels.triton_gemv import GemvConfig, Scratch
 
 CUTS = (
-    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1, ahead=8),
+    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1),
     GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
 )
 EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}

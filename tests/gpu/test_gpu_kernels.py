@@ -129,7 +129,7 @@ def test_launches_that_overlap() -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = Scratch(device)
-    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, ahead=8)
+    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1)
     tables = [
         {
             "qkv": random(size, 3 * size),

@@ -258,6 +258,13 @@ def test_a_list_holds_indices_of_15_bits() -> None:
         gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
 
 
+def test_a_program_reads_what_32_bits_can_count() -> None:
+    table = torch.empty_strided((8, 40), (1 << 29, 1), device="meta")
+    config = replace(CUTS["one stretch"], inputs_per_split=8, dense=True)
+    with pytest.raises(ValueError, match="2147483647 elements"):
+        gemv(torch.ones(1, 8), table, (40,), torch.zeros(1), torch.zeros(1, 40), config, Scratch(torch.device("cpu")))
+
+
 @pytest.mark.parametrize(("finish", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
 def test_parts_that_do_not_fit_the_finish(finish: str, parts: tuple[int, ...]) -> None:
     """A gated product would wait for sums that nobody sends."""
