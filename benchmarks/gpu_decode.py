@@ -196,6 +196,7 @@ def main() -> None:
         run(half_config, replace(prepared, plans=half, prompt=random_prompt(vocabulary, PROMPT, 0, batch)))
     result["peak_memory_bytes"] = peak_memory(prepared)
     reporter.say(json.dumps(result["peak_memory_bytes"]))
+    keep()
     if arguments.gpt_fast:
         result["beside_gpt_fast"] = beside_gpt_fast(prepared, arguments.gpt_fast, repeats)
         reporter.say(json.dumps(result["beside_gpt_fast"]))

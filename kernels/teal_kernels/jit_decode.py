@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_gemv import look, received, rms_scale, rounded, send
+from teal_kernels.jit_gemv import look, matmul, received, rms_scale, rounded, send
 
 
 @triton.jit
@@ -152,13 +152,13 @@ def attention_kernel(
         written = (t < stop)[:, None] & in_head[None, :]
         next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
         next_v = tl.load(values_ptr + at, mask=written, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = matmul(q, tl.trans(k), tl.zeros((PADDED_GROUP, BLOCK), tl.float32)) * scale
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(maximum, tl.max(score, axis=1))
         share = tl.exp(score - higher[:, None])
         shrink = tl.exp(maximum - higher)
         weight_sum = weight_sum * shrink + tl.sum(share, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(share.to(dtype), v, input_precision="ieee")
+        acc = matmul(share.to(dtype), v, acc * shrink[:, None])
         maximum = higher
 
     # For each stretch and query head a line: its sums, its maximum, its sum of weights.

@@ -11,6 +11,7 @@ RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
 EMPTY = tl.constexpr(launching.EMPTY)
 INTERPRETING = tl.constexpr(launching.interpreting())
+LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
 
 
 @triton.jit
@@ -69,6 +70,15 @@ def _value(word, dtype: tl.constexpr):
 
 
 @triton.jit
+def matmul(a, b, acc):
+    """acc + a @ b, float32. (The interpreter cannot multiply in bfloat16.)"""
+    if INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def send(at, sums, inside):
     """Put float32 sums where another program of this launch waits for them, as `received` does.
 
@@ -123,6 +133,7 @@ def gemv_kernel(
     n_squares,
     eps,
     ROWS: tl.constexpr,
+    BATCH: tl.constexpr,
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
     FINISH: tl.constexpr,
@@ -192,9 +203,11 @@ def gemv_kernel(
                 scale = rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES)
                 taken = rounded(rounded(taken.to(tl.float32) * scale, dtype) * norm_weight.to(tl.float32), dtype)
             inputs = inputs + (taken.to(tl.float32),)
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros((BLOCK_IN, BLOCK_OUT), dtype=tl.float32),)
+    # One row is multiplied element by element, and its tile added up at the end: 16 instructions for
+    # 16 bytes of weights. More rows are what matrix units are for.
+    rows = tl.arange(0, LEAST_TILE)
+    in_rows = rows < ROWS
+    acc = tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, BLOCK_OUT), dtype=tl.float32)
     active = 0
     scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     columns = weight_ptr + first.to(tl.int64) * stride + outs
@@ -243,13 +256,15 @@ def gemv_kernel(
             which = following
             for step in tl.static_range(UNROLL):
                 slots = start + step * BLOCK_IN + tile
-                added = ()
-                for row in tl.static_range(ROWS):
-                    # Read again for the value: with that in hand the compiler would let each tile's
-                    # sum go before the next tile's load, to save registers, and nothing be under way.
-                    word = tl.load(scratch + row * STRETCH + slots, mask=slots < count, other=0)
-                    added = added + (acc[row] + _value(word, dtype)[:, None] * weights[step].to(tl.float32),)
-                acc = added
+                # Read again for the value: with that in hand the compiler would let each tile's
+                # sum go before the next tile's load, to save registers, and nothing be under way.
+                if ROWS == 1:
+                    word = tl.load(scratch + slots, mask=slots < count, other=0)
+                    acc += _value(word, dtype)[:, None] * weights[step].to(tl.float32)
+                else:
+                    there = in_rows[:, None] & (slots < count)[None, :]
+                    words = tl.load(scratch + rows[:, None] * STRETCH + slots[None, :], mask=there, other=0)
+                    acc = matmul(_value(words, dtype).to(dtype), weights[step], acc)
     else:
         if NORM:
             # Normalised once, not once a thread that multiplies with it.
@@ -272,67 +287,81 @@ def gemv_kernel(
                 )
             for step in tl.static_range(UNROLL):
                 ins = start + step * BLOCK_IN + tile
-                added = ()
-                for row in tl.static_range(ROWS):
-                    x = tl.load(x_ptr + row * n_in + ins, mask=ins < last, other=0.0).to(tl.float32)
-                    added = added + (acc[row] + x[:, None] * weights[step].to(tl.float32),)
-                acc = added
+                if ROWS == 1:
+                    x = tl.load(x_ptr + ins, mask=ins < last, other=0.0).to(tl.float32)
+                    acc += x[:, None] * weights[step].to(tl.float32)
+                else:
+                    there = in_rows[:, None] & (ins < last)[None, :]
+                    xs = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
+                    acc = matmul(xs, weights[step], acc)
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
 
     # The stretches' sums meet in memory. The last programs of a block finish a slice of it each,
-    # with a gated table those of its second half.
-    meet: tl.constexpr = SPLIT or FINISH == GATED
+    # for all rows side by side; with a gated table those of its second half do.
+    meet: tl.constexpr = SPLIT or FINISH == GATED or ROWS > 1
     piece = 0
+    width: tl.constexpr = BLOCK_OUT // FINISHERS
     if meet:
-        for row in tl.static_range(ROWS):
-            mine = partial_ptr + (split * ROWS + row).to(tl.int64) * total
-            send(mine + outs, tl.sum(acc[row], axis=0), out_inside)
+        if ROWS == 1:
+            send(partial_ptr + split.to(tl.int64) * total + outs, tl.sum(acc, axis=0), out_inside)
+        else:
+            mine = partial_ptr + (split * ROWS + rows).to(tl.int64)[:, None] * total
+            send(mine + outs[None, :], acc, in_rows[:, None] & out_inside[None, :])
         piece = split - (n_splits - FINISHERS)
         if FINISH == GATED:
             piece = tl.where(block >= blocks_0, piece, -1)
         if piece < 0:
             return
-        outs = out_start + piece * (BLOCK_OUT // FINISHERS) + tl.arange(0, BLOCK_OUT // FINISHERS)
-        out_inside = outs < out_stop
-        if EVEN:
-            out_inside = tl.full((BLOCK_OUT // FINISHERS,), True, tl.int1)
+    columns_here = tl.arange(0, BATCH * width)
+    row = 0
+    outs = out_start + piece * width + columns_here
+    inside = outs < out_stop
+    if EVEN:
+        inside = tl.full((BATCH * width,), True, tl.int1)
+    if ROWS > 1:
+        row = columns_here // width
+        outs = out_start + piece * width + columns_here % width
+        inside = (outs < out_stop) & (row < ROWS)
     at = outs
     if FINISH == GATED:
         at = outs - part_0
-    for row in tl.static_range(ROWS):
-        if FINISH == RESIDUAL:  # travels while the sums are gathered
-            residual = tl.load(y_ptr + row * total + outs, mask=out_inside, other=0.0)
-        if meet:  # in a fixed order, a few lines at a time
-            y = tl.zeros((BLOCK_OUT // FINISHERS,), dtype=tl.float32)
-            up = y
-            for first_line in range(0, n_splits, LINES):
-                lines = first_line + tl.arange(0, LINES)
-                there = (lines < n_splits)[:, None] & out_inside[None, :]
-                line = partial_ptr + (lines * ROWS + row).to(tl.int64)[:, None] * total
-                bits = look(line + at[None, :], there)
-                if FINISH == GATED:
-                    up_bits = look(line + outs[None, :], there)
-                    up += tl.sum(received(up_bits, line + outs[None, :], there), axis=0)
-                y += tl.sum(received(bits, line + at[None, :], there), axis=0)
-        else:
-            y = tl.sum(acc[row], axis=0)
+    if FINISH == RESIDUAL:  # travels while the sums are gathered
+        residual = tl.load(y_ptr + row * total + outs, mask=inside, other=0.0)
+    if meet:  # in a fixed order, a few lines at a time
+        y = tl.zeros((BATCH * width,), dtype=tl.float32)
+        up = y
+        for first_line in range(0, n_splits, LINES):
+            lines = first_line + tl.arange(0, LINES)
+            there = (lines < n_splits)[:, None] & inside[None, :]
+            line = partial_ptr + (lines * ROWS).to(tl.int64)[:, None] * total
+            gate_at = line + (row * total + at)[None, :]
+            bits = look(gate_at, there)
+            if FINISH == GATED:
+                up_at = line + (row * total + outs)[None, :]
+                up_bits = look(up_at, there)
+                up += tl.sum(received(up_bits, up_at, there), axis=0)
+            y += tl.sum(received(bits, gate_at, there), axis=0)
+    else:
+        y = tl.sum(acc, axis=0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = y.to(dtype)
+    if FINISH == GATED:
         if HAS_BIAS:
-            y += tl.load(bias_ptr + at, mask=out_inside, other=0.0).to(tl.float32)
-        y = y.to(dtype)
-        if FINISH == GATED:
-            if HAS_BIAS:
-                up += tl.load(bias_ptr + outs, mask=out_inside, other=0.0).to(tl.float32)
-            gate = y.to(tl.float32)
-            y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
-            tl.store(y_ptr + row * part_0 + at, y, mask=out_inside)
-        else:
-            if FINISH == RESIDUAL:
-                y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
-                square = y.to(tl.float32) * y.to(tl.float32)
-                tl.store(
-                    squares_out_ptr + (row * tl.num_programs(0) + block) * FINISHERS + piece,
-                    tl.sum(tl.where(out_inside, square, 0.0), axis=0),
-                )
-            tl.store(y_ptr + row * total + outs, y, mask=out_inside)
+            up += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)
+        gate = y.to(tl.float32)
+        y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
+        tl.store(y_ptr + row * part_0 + at, y, mask=inside)
+    else:
+        if FINISH == RESIDUAL:
+            y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
+            square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
+            each = tl.arange(0, BATCH)
+            tl.store(
+                squares_out_ptr + (each * tl.num_programs(0) + block) * FINISHERS + piece,
+                tl.sum(tl.reshape(square, (BATCH, width)), axis=1),
+                mask=each < ROWS,
+            )
+        tl.store(y_ptr + row * total + outs, y, mask=inside)

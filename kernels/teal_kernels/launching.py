@@ -18,6 +18,10 @@ EMPTY = -0x3F2153
 """A place for a partial sum that holds none: the bits of a NaN that no arithmetic makes."""
 
 
+LEAST_TILE = 16
+"""The shortest side of a tile that a matrix unit takes."""
+
+
 def interpreting() -> bool:
     """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, launch, power_of_two, resident
+from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident
 from teal_kernels.triton_gemv import Norm, Scratch
 
 if TRITON_MISSING is None:
@@ -100,7 +100,7 @@ def decode_attention(
     rows, kv_heads, positions, dim = keys.shape
     group = out.shape[1] // (kv_heads * dim)
     splits = attention_splits(rows * kv_heads)
-    padded = max(16, power_of_two(dim))
+    padded = max(LEAST_TILE, power_of_two(dim))
     slots = rows * kv_heads
     threads = 32 * _ATTENTION_WARPS
     lines = max(_ATTENTION_LINES, threads // padded)  # what is waited for: no fewer words than threads, see `received`
@@ -123,7 +123,7 @@ def decode_attention(
         scale,
         eps,
         GROUP=group,
-        PADDED_GROUP=max(16, power_of_two(group)),  # the smallest that a matrix unit takes
+        PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
         DIM=dim,
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,

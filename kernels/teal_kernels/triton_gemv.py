@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, launch, power_of_two, resident
+from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -35,7 +35,7 @@ class GemvConfig:
     block_out: int
     """Outputs of a program (power of two)."""
     block_in: int
-    """Rows of weights in a tile (power of two)."""
+    """Rows of weights in a tile (power of two); of a batch at least 16, with as much less in flight."""
     unroll: int
     """Tiles in flight at a time."""
     inputs_per_split: int
@@ -87,7 +87,7 @@ MAX_LISTED = 1 << 15
 _MOST_ELEMENTS = (1 << 31) - 1
 """Between a program's first row and its last: offsets have 32 bits."""
 MAX_ROWS = 8
-"""Rows of a batch that one launch takes: each has its sums in registers."""
+"""Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
 """Of one block. More were no faster on an H100."""
 _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
@@ -175,9 +175,13 @@ def gemv(
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
     if min(config.inputs_per_split, n_in) * table.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
+    block_in, unroll = config.block_in, config.unroll
+    if rows > 1 and block_in < LEAST_TILE:
+        block_in, unroll = LEAST_TILE, max(1, unroll * block_in // LEAST_TILE)
     # A list's words hold an index beside the value.
     word = x.dtype if config.dense else {2: torch.int32, 4: torch.int64}[x.itemsize]
-    threads, piece = 32 * config.warps, config.block_out // finishers
+    batch = power_of_two(rows)
+    threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
     launch(
@@ -204,6 +208,7 @@ def gemv(
         1 if norm is None else norm.squares.shape[1],
         0.0 if norm is None else norm.eps,
         ROWS=rows,
+        BATCH=batch,
         LISTED=listed,
         NORM=norm is not None,
         FINISH=_FINISHES[finish],
@@ -212,12 +217,12 @@ def gemv(
         FULL=stretch == config.inputs_per_split and n_in % stretch == 0,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         SPLIT=splits > 1,
-        LINES=max(1, threads // piece, min(power_of_two(splits), gathered * threads // piece)),
+        LINES=max(1, threads // columns, min(power_of_two(splits), gathered * threads // columns)),
         FINISHERS=finishers,
         STRETCH=stretch,
         BLOCK_OUT=config.block_out,
-        BLOCK_IN=config.block_in,
-        UNROLL=config.unroll,
+        BLOCK_IN=block_in,
+        UNROLL=unroll,
         EVICT="evict_first" if config.evict_first else "",
         warps=config.warps,
         pdl=pdl,

@@ -156,7 +156,7 @@ def choose_config(
         inputs: of the product.
         parts: outputs of each projection.
         dtype: of the weights.
-        rows: of the batch.
+        rows: of the batch. Between batches that were measured, what they do not read counts.
         finish: what follows the product, as `gemv` takes it.
         sparsity: expected of each row, weighted by outputs; 0 where everything is read.
     """
@@ -169,8 +169,10 @@ def choose_config(
         key=lambda e: (e.distance(inputs, parts, dtype.itemsize, rows, finish), e.dtype != exact),
         default=None,
     )
+    # A weight is read if any row of the batch needs it. Rows drop inputs of their own, or more alike.
     if nearest is None:
-        return replace(UNTUNED, dense=sparsity < _WORTHWHILE)
+        return replace(UNTUNED, dense=sparsity**rows < _WORTHWHILE)
+    sparsity = sparsity ** (rows / nearest.rows)
     alike = [entry for entry in entries if entry.product == nearest.product]
     dense = min((e for e in alike if e.config.dense), key=lambda e: e.microseconds)
     sparse = sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity)

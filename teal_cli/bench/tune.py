@@ -10,7 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 
 from teal_cli.bench.products import TimedProduct
-from teal_kernels.launching import multiprocessors
+from teal_kernels.launching import LEAST_TILE, multiprocessors
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, trying
 
@@ -26,24 +26,40 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     More programs than a GPU holds at a time would run in waves, with an idle tail each. A product too
     small to fill it is cut as finely as can be.
     """
-    lane = 16 // product.dtype.itemsize
     processors = multiprocessors(product.device)
     outputs = sum(product.parts)
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
     fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
-    for block_out, warps, (loads, unroll), per_split in itertools.product(
-        (32, 64, 128, 256, 512), (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6)), (64, 128, 256, 512, 1024)
-    ):
-        block_in = loads * lane * 32 * warps // block_out
-        if block_in < 1 or per_split < 2 * block_in * unroll or (warps == 4 and block_out < 256):
-            continue
-        if product.rows > 2 and loads * unroll > 4:
-            continue  # the sums of every row are held in registers
-        if not small and (block_out < 64 or per_split < 128):
+    tiles = _tiles(16 // product.dtype.itemsize) if product.rows == 1 else _batch_tiles(16 // product.dtype.itemsize)
+    for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, (64, 128, 256, 512, 1024)):
+        if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
             continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
             yield GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+
+
+_BLOCKS = (32, 64, 128, 256, 512)
+
+
+def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
+    """(block_out, block_in, unroll, warps) of one row, from one or two loads of `lane` elements a thread."""
+    for block_out, warps, (loads, unroll) in itertools.product(
+        _BLOCKS, (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6))
+    ):
+        block_in = loads * lane * 32 * warps // block_out
+        if block_in >= 1 and (warps < 4 or block_out >= 256):
+            yield block_out, block_in, unroll, warps
+
+
+def _batch_tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
+    """The same for several rows, whose tiles matrix units take."""
+    for block_out, warps, block_in, unroll in itertools.product(
+        _BLOCKS[:-1], (2, 4, 8), (LEAST_TILE, 2 * LEAST_TILE, 4 * LEAST_TILE), (1, 2, 4)
+    ):
+        loads = block_out * block_in // (lane * 32 * warps)
+        if loads >= 1 and loads * unroll <= 8:
+            yield block_out, block_in, unroll, warps
 
 
 Finalists = dict[float, list[Entry]]

@@ -143,6 +143,16 @@ def test_nearest_sparsity(write: Write) -> None:
         assert _choose(asked) == cuts[nearest]
 
 
+def test_a_batch_reads_what_any_row_needs(write: Write) -> None:
+    """Measured for one row, skipping pays from 0.2 on: two rows leave that much unread at 0.45, eight at 0.82."""
+    write(_entry(0.0, 10.0), _entry(0.4, 8.0), _entry(0.6, 6.0))
+    for rows, low, high in ((1, 0.19, 0.21), (2, 0.44, 0.46), (8, 0.81, 0.83)):
+        assert [_choose(sparsity, rows=rows).dense for sparsity in (low, high)] == [True, False]
+    write(_entry(0.0, 10.0, rows=4), _entry(0.4, 8.0, rows=4), _entry(0.6, 6.0, rows=4))
+    assert not _choose(0.21, rows=4).dense
+    assert [_choose(sparsity, rows=8).dense for sparsity in (0.44, 0.46)] == [True, False]
+
+
 def _marked(number: int) -> GemvConfig:
     """A dense cut that can be told from others."""
     return replace(DENSE, inputs_per_split=1000 + number)
