@@ -28,7 +28,7 @@ from teal_cli.errors import UsageError, nearest
 from teal_cli.resources import CONFIGS
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-AllocationName = Literal["uniform"]
+AllocationName = Literal["uniform", "fisher"]
 
 
 def _split_commas(value: object) -> object:
@@ -92,6 +92,9 @@ class CalibrateConfig(SharedConfig):
     tokens: int = Field(32768, ge=1, description="tokens to read")
     seq_len: int = Field(1024, ge=8, description="tokens a sequence")
 
+    sensitivity_tokens: int = Field(
+        8192, ge=0, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
+    )
     sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
     batch_size: int = Field(1, ge=1, description="sequences a forward pass")
     out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")

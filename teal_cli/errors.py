@@ -45,7 +45,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine's or the GPU's memory was not enough."""
     if isinstance(error, MemoryError):
         return True
     # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain one.
@@ -72,7 +73,7 @@ def artefact_error(error: Exception, message: str) -> TealError:
 def _translated(error: BaseException) -> TealError | None:
     if isinstance(error, TealError):
         return error
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return MachineError(
             "out of memory: use a smaller model, --dtype bfloat16, or a shorter --seq-len or --max-new-tokens"
         )

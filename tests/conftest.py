@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from teal_cli.allocation import make_plan
 from teal_cli.calibration.collect import collect
+from teal_cli.calibration.sensitivity import measure
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
@@ -170,8 +171,11 @@ def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64) -> Ca
         dtype="float32",
         device="cpu",
         seconds=1.0,
+        sensitivity_tokens=blocks.numel(),
     )
-    return Calibration(info, projections, collect(model, projections, blocks.split(1), sink_tokens=4))
+    histograms = collect(model, projections, blocks.split(1), sink_tokens=4)
+    sensitivities = measure(model, "model.layers", projections, blocks.split(1), sink_tokens=4)
+    return Calibration(info, projections, histograms, sensitivities)
 
 
 @pytest.fixture(params=sorted(TINY_CONFIGS))
@@ -237,6 +241,7 @@ def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from teal_cli.steps.calibrate import calibrate
 
     runs = tmp_path_factory.mktemp("runs")
-    calibrate(CalibrateConfig(model="smollm2-135m", runs=runs, tokens=8192, dtype="float32"), QUIET)
+    config = CalibrateConfig(model="smollm2-135m", runs=runs, tokens=8192, sensitivity_tokens=3072, dtype="float32")
+    calibrate(config, QUIET)
     assert calibration_file.exists(runs / "smollm2-135m")
     return runs

@@ -56,7 +56,7 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("export", {"sparsity": "-0.1"}, "at least 0"),
         ("export", {"sparsity": "nan"}, "at least 0"),
         ("export", {"weights": "symlink"}, "'link' or 'copy'"),
-        ("export", {"allocation": "fisher"}, "'uniform'"),
+        ("export", {"allocation": "fischer"}, "'uniform'"),
         ("bench", {"sparsity": "0.5,1.5"}, "below 1"),
         ("bench", {"random_weights": True, "calibration": "runs/x"}, "--random-weights.*leave out calibration"),
         ("generate", {"top_k": "5"}, "--top-k.*need a temperature above 0"),

@@ -1,12 +1,13 @@
 """Spreading a model-wide sparsity over the projections.
 
 An allocation is a function from a calibration and a target to the sparsity of each projection. It
-is pure: it neither loads a model nor reads a file. New ones (greedy, fisher) are an entry in
+is pure: it neither loads a model nor reads a file. New ones are an entry in
 ALLOCATIONS and a name in `config.AllocationName`.
 """
 
 from collections.abc import Callable
 
+from teal_cli.allocation.fisher import fisher
 from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
@@ -15,7 +16,7 @@ from teal_cli.errors import UsageError, nearest
 Allocation = Callable[[Calibration, float], dict[str, float]]
 """(calibration, model-wide target) -> projection name -> sparsity in [0, 1)."""
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform}
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "fisher": fisher}
 
 
 def make_plan(calibration: Calibration, target: float, allocation: str) -> SparsityPlan:
@@ -27,7 +28,7 @@ def make_plan(calibration: Calibration, target: float, allocation: str) -> Spars
         allocation: a name in ALLOCATIONS.
 
     Raises:
-        UsageError: unknown allocation, or a target outside [0, 1).
+        UsageError: unknown allocation, a target outside [0, 1), or one that the allocation cannot give.
         ArtefactError: a histogram that cannot give the threshold.
     """
     if not 0.0 <= target < 1.0:

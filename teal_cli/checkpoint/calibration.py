@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teal_cli.calibration import histogram
+from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.models.architectures import Projection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
 _META = "calibration.json"
+_SENSITIVITY = "sensitivity/"
+"""In front of a projection's name, as the key of its tensor."""
 
 
 @dataclass
@@ -35,17 +37,22 @@ class CalibrationInfo:
     dtype: str
     device: str
     seconds: float
+    sensitivity_tokens: int = 0
+    """Tokens, the first of those read, that went through a backward pass too."""
+    sensitivity_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Calibration:
-    """Histograms of every site, and who reads them."""
+    """Histograms of every site, who reads them, and what dropping inputs costs them."""
 
     info: CalibrationInfo
     projections: list[Projection]
     histograms: dict[str, Tensor]
-    """Site name -> (BINS,) int64."""
+    """Site name -> (histogram.BINS,) int64."""
+    sensitivities: dict[str, Tensor] = field(default_factory=dict)
+    """Projection name -> (sensitivity.BINS,) float64; empty where none were measured."""
 
     def threshold(self, projection: Projection, sparsity: float) -> float:
         """The threshold at which a projection drops this fraction of its inputs.
@@ -75,11 +82,16 @@ class Calibration:
             | {
                 "tokens": self.info.tokens + other.info.tokens,
                 "seconds": self.info.seconds + other.info.seconds,
+                "sensitivity_tokens": self.info.sensitivity_tokens + other.info.sensitivity_tokens,
+                "sensitivity_seconds": self.info.sensitivity_seconds + other.info.sensitivity_seconds,
                 "dataset": self.info.dataset if same_text else f"{self.info.dataset} + {other.info.dataset}",
             }
         )
         histograms = {site: counts + other.histograms[site] for site, counts in self.histograms.items()}
-        return Calibration(info, self.projections, histograms)
+        sensitivities = dict(self.sensitivities)
+        for name, squares in other.sensitivities.items():
+            sensitivities[name] = sensitivities[name] + squares if name in sensitivities else squares
+        return Calibration(info, self.projections, histograms, sensitivities)
 
 
 def exists(run: Path) -> bool:
@@ -90,6 +102,8 @@ def exists(run: Path) -> bool:
 def save(calibration: Calibration, run: Path) -> None:
     """Write RUN/calibration.safetensors, then RUN/calibration.json with its digest."""
     tensors = {site: counts.to(torch.int64).contiguous() for site, counts in calibration.histograms.items()}
+    for name, squares in calibration.sensitivities.items():
+        tensors[_SENSITIVITY + name] = squares.to(torch.float64).contiguous()
     with atomic_path(run / _TENSORS) as temporary:
         save_file(tensors, temporary)
     meta: dict[str, Any] = {
@@ -125,9 +139,18 @@ def load(run: Path) -> Calibration:
         fields = CalibrationInfo.__dataclass_fields__
         info = CalibrationInfo(**{key: meta[key] for key in fields})
         projections = [Projection(**entry) for entry in meta["projections"]]
-        histograms = load_file(tensors)
+        histograms, sensitivities = {}, {}
+        for key, tensor in load_file(tensors).items():
+            if key.startswith(_SENSITIVITY):
+                sensitivities[key.removeprefix(_SENSITIVITY)] = tensor
+            else:
+                histograms[key] = tensor
         if not projections or {projection.site for projection in projections} != set(histograms):
             raise ValueError("its projections do not match its histograms")
         if any(counts.shape != (histogram.BINS,) for counts in histograms.values()):
             raise ValueError("a histogram has the wrong size")
-    return Calibration(info, projections, histograms)
+        if sensitivities and {projection.name for projection in projections} != set(sensitivities):
+            raise ValueError("its projections do not match its sensitivities")
+        if any(squares.shape != (sensitivity.BINS,) for squares in sensitivities.values()):
+            raise ValueError("a sensitivity has the wrong size")
+    return Calibration(info, projections, histograms, sensitivities)

@@ -2,14 +2,19 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from teal_cli.calibration import sensitivity
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
-from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.errors import is_out_of_memory
+from teal_cli.models.architectures import Projection, architecture_of, find_projections
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
@@ -49,6 +54,9 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         histograms = collect(
             model, projections, blocks.split(config.batch_size), sink_tokens=config.sink_tokens, on_batch=advance
         )
+    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    sensitivities = _sensitivities(config, model, projections, blocks, reporter)
     info = CalibrationInfo(
         model=source.name,
         weights=fingerprint(source.folder),
@@ -59,12 +67,42 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
+        sensitivity_tokens=_sequences(config, blocks).numel() if sensitivities else 0,
+        sensitivity_seconds=time.perf_counter() - started if sensitivities else 0.0,
         versions=library_versions(),
     )
-    result = Calibration(info, projections, histograms)
+    result = Calibration(info, projections, histograms, sensitivities)
     calibration_file.save(result, run_folder(config, workspace))
     return result
+
+
+def _sequences(config: CalibrateConfig, blocks: Tensor) -> Tensor:
+    """Those of (sequences, seq_len) that a backward pass reads too."""
+    return blocks[: -(-config.sensitivity_tokens // config.seq_len)]
+
+
+def _sensitivities(
+    config: CalibrateConfig, model: Any, projections: list[Projection], blocks: Tensor, reporter: Reporter
+) -> dict[str, Tensor]:
+    """Sensitivities from the first sequences; none where memory does not allow a backward pass."""
+    sequences = _sequences(config, blocks)
+    if len(sequences) == 0:
+        return {}
+    path = architecture_of(model.config.model_type).blocks
+    try:
+        with reporter.progress("measuring sensitivities", sequences.numel()) as advance:
+            return sensitivity.measure(
+                model, path, projections, sequences.split(1), sink_tokens=config.sink_tokens, on_batch=advance
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reporter.say(
+            "no sensitivities: out of memory in the backward pass (a smaller seq_len needs less, flag --seq-len); "
+            "allocation uniform works without them"
+        )
+        return {}
 
 
 def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:

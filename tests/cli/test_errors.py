@@ -138,7 +138,7 @@ def test_damaged_calibration_meta(calibrated, capsys) -> None:
     meta.write_text(meta.read_text()[:100])
     _fails(capsys, 3, "not valid JSON", "export", "--model", calibrated)
     meta.write_text(json.dumps(content | {"format_version": 99}))
-    _fails(capsys, 3, "format version 99, this teal reads 1", "export", "--model", calibrated)
+    _fails(capsys, 3, "format version 99, this teal reads 2", "export", "--model", calibrated)
     meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
     _fails(capsys, 3, "do not match its histograms", "export", "--model", calibrated)
     del content["seed"]

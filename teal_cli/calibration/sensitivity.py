@@ -1,0 +1,182 @@
+"""What dropping the inputs of a projection costs, to first order: one forward and one backward pass.
+
+Let x be the input of a projection at a token and u the gradient of the loss with respect to it, as
+far as it goes through this projection (W^T g). Dropping the inputs D changes the loss by
+-sum over D of u_i x_i, to first order. Its square, summed over tokens, is the projection's cost of
+the threshold that drops D. All thresholds are had at once: u x is added up by bins of |x|, and the
+sums run on from bin to bin. The squares of a text add up over tokens, so costs of two texts add up
+too. This is an empirical Fisher information of masks (derived in docs/method.md).
+
+Gradients of activations only. One block at a time is run again with gradients, so memory holds the
+hidden states between blocks and what one block keeps.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teal_cli.calibration import histogram
+from teal_cli.models.architectures import Projection
+
+_FINE_BITS = 5
+"""2**5 bins of the histogram are one bin here: eight to a doubling of |x|."""
+BINS = ((histogram.BINS - 2) >> _FINE_BITS) + 2
+
+
+def _bin_of(x: Tensor) -> Tensor:
+    """The bin of every element of (tokens, in): int64."""
+    fine = histogram.bin_of(x).view(x.shape)
+    return ((fine - 1) >> _FINE_BITS).add_(1).clamp_(0, BINS - 1).long()
+
+
+def edges() -> list[int]:
+    """The bin of a histogram at which each bin here ends."""
+    return [min(index << _FINE_BITS, histogram.BINS - 1) for index in range(BINS - 1)] + [histogram.BINS - 1]
+
+
+def squared_changes(x: Tensor, gradient: Tensor) -> Tensor:
+    """Squared first-order loss changes by threshold, summed over tokens.
+
+    Args:
+        x: (tokens, in), the input of a projection.
+        gradient: (tokens, in), of the loss with respect to it.
+
+    Returns:
+        (BINS,) float64: entry b for dropping every |x| in bins up to b.
+    """
+    parts = x.float() * gradient.float()
+    sums = torch.zeros(len(x), BINS, device=x.device).scatter_add_(1, _bin_of(x), parts)
+    return sums.cumsum_(1).double().square_().sum(0)
+
+
+@contextmanager
+def _hooked(handles: Iterable[Any]) -> Any:
+    """Hooks that are removed at the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Any:
+    """Parameters that take no gradient, for a while."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _hidden(output: Any) -> Tensor:
+    """A block's hidden states, whatever else it returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+class _Passes:
+    """The two passes of one batch through a model."""
+
+    def __init__(self, model: Any, blocks: nn.ModuleList, ids: Tensor) -> None:
+        self.model, self.blocks, self.ids = model, blocks, ids
+
+    def forward(self) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Tensor]:
+        """What every block was called with, and the loss's gradient at the last block's output."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        last: list[Tensor] = []
+
+        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+
+        def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            # No parameter takes a gradient, so the graph begins here, behind all blocks.
+            last.append(_hidden(output).detach().requires_grad_())
+            return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+
+        handles = [block.register_forward_pre_hook(called, with_kwargs=True) for block in self.blocks]
+        with _hooked([*handles, self.blocks[-1].register_forward_hook(cut)]):
+            logits = self.model(input_ids=self.ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), self.ids[:, 1:].flatten(), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, last)
+        return calls, gradient
+
+    def backward(
+        self,
+        block: nn.Module,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        gradient: Tensor,
+        projections: dict[str, nn.Module],
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Through one block: the gradient at its input, and each projection's input with its gradient."""
+        args, kwargs = call
+        inputs: dict[str, Tensor] = {}
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+            def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+                # A name of its own: of a state that several projections read, only this one's share.
+                inputs[name] = given[0].view_as(given[0])
+                return (inputs[name], *given[1:])
+
+            return hook
+
+        if args:
+            start = args[0].detach().requires_grad_()
+            args = (start, *args[1:])
+        else:
+            start = kwargs["hidden_states"].detach().requires_grad_()
+            kwargs = kwargs | {"hidden_states": start}
+        handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()]
+        with _hooked(handles):
+            output = _hidden(block(*args, **kwargs))
+        before, *gradients = torch.autograd.grad(output, [start, *inputs.values()], gradient)
+        return before, {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
+
+
+@torch.enable_grad()
+def measure(
+    model: Any,
+    blocks: str,
+    projections: list[Projection],
+    batches: Iterable[Tensor],
+    *,
+    sink_tokens: int,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Tensor]:
+    """The costs of every projection's thresholds.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        blocks: path of its decoder blocks.
+        projections: from `find_projections`.
+        batches: (batch, tokens) int64 each, unpadded.
+        sink_tokens: leading positions of each sequence not counted.
+        on_batch: called with the number of tokens after each batch.
+
+    Returns:
+        projection name -> (BINS,) float64 on the CPU, sums over tokens; see `squared_changes`.
+    """
+    stack: Any = model.get_submodule(blocks)
+    readers = [
+        {p.name: model.get_submodule(p.name) for p in projections if p.name.startswith(f"{blocks}.{index}.")}
+        for index in range(len(stack))
+    ]
+    device = next(model.parameters()).device
+    found = {p.name: torch.zeros(BINS, dtype=torch.float64) for p in projections}
+    with _frozen(model):
+        for batch in batches:
+            passes = _Passes(model, stack, batch.to(device))
+            calls, gradient = passes.forward()
+            for block, modules in zip(reversed(stack), reversed(readers), strict=True):
+                gradient, states = passes.backward(block, calls.pop(), gradient, modules)
+                for name, (x, at_x) in states.items():
+                    counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
+                    found[name] += counted.cpu()
+            on_batch(batch.numel())
+    return found
