@@ -80,9 +80,7 @@ class Case:
         scratch = scratch or Scratch(self.x.device)
         rows = self.x.shape[0]
         y = _guarded(self.before)
-        squares = _guarded(
-            torch.zeros(rows, squares_of(self.x.device, self.x.shape[1], self.parts, config), device=self.x.device)
-        )
+        squares = _guarded(torch.zeros(rows, squares_of(self.table, self.parts, config, rows), device=self.x.device))
         gemv(
             self.x,
             self.table,

@@ -39,6 +39,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a GPU's multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
 def resident(device: torch.device, each: int) -> int:
     """Programs that run at one time where a multiprocessor has room for `each`; in the interpreter, one."""
     return 1 if device.type != "cuda" or interpreting() else multiprocessors(device) * each

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident
+from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident, shared_memory
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -93,15 +93,37 @@ _MOST_FINISHERS = 4
 _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 
-def _finishers(device: torch.device, inputs: int, parts: tuple[int, ...], config: GemvConfig) -> int:
-    """Programs that share the end of one block. They wait for one another, so all must run at one time.
+def _tile(config: GemvConfig, rows: int) -> tuple[int, int]:
+    """Rows of weights in a tile, and tiles in flight, as this batch runs them."""
+    if rows == 1 or config.block_in >= LEAST_TILE:
+        return config.block_in, config.unroll
+    return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
-    Eight warps fit a multiprocessor whatever registers they need; shared memory is small, and nothing
-    else of ours runs beside them (one stream a device).
+
+def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int) -> int:
+    """Programs that a multiprocessor holds at the least.
+
+    Eight warps fit whatever registers they need. Matrix units take their tiles from shared memory,
+    where up to three sets of them lie at a time; without those, shared memory is small.
     """
+    fitting = max(1, 8 // config.warps)
+    if rows > 1 and device.type == "cuda":
+        block_in, unroll = _tile(config, rows)
+        needed = 3 * unroll * block_in * (config.block_out + LEAST_TILE) * itemsize + 4096
+        fitting = max(1, min(fitting, shared_memory(device) // needed))
+    return fitting
+
+
+def _finishers(table: Tensor, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
+    """Programs that share the end of one block.
+
+    They wait for one another, so all must run at one time; nothing else of ours runs beside them
+    (one stream a device).
+    """
+    fitting = _fitting(table.device, config, rows, table.itemsize)
     most = min(
-        resident(device, max(1, 8 // config.warps)) // _blocks(parts, config),
-        -(-inputs // config.inputs_per_split),
+        resident(table.device, fitting) // _blocks(parts, config),
+        -(-table.shape[0] // config.inputs_per_split),
         config.block_out // 32,
         _MOST_FINISHERS,
     )
@@ -112,9 +134,9 @@ def _blocks(parts: tuple[int, ...], config: GemvConfig) -> int:
     return sum(-(-part // config.block_out) for part in parts)
 
 
-def squares_of(device: torch.device, inputs: int, parts: tuple[int, ...], config: GemvConfig) -> int:
-    """Partial sums of squares that a `residual` product writes for each row."""
-    return _blocks(parts, config) * _finishers(device, inputs, parts, config)
+def squares_of(table: Tensor, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
+    """Partial sums of squares that a `residual` product of a batch of `rows` writes for each row."""
+    return _blocks(parts, config) * _finishers(table, parts, config, rows)
 
 
 def gemv(
@@ -157,27 +179,28 @@ def gemv(
         compile_only: compile what would be launched.
 
     Raises:
-        ValueError: `parts`, `squares` or `config` does not fit.
+        ValueError: too many rows, or `parts`, `squares` or `config` does not fit.
     """
     rows, n_in = x.shape
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that one launch takes")
     if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
         raise ValueError(f"a table of parts {parts} is not for a {finish} product")
     total = sum(parts)
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = _blocks(parts, config)
-    finishers = _finishers(x.device, n_in, parts, config) if alone else 1
+    finishers = _finishers(table, parts, config, rows) if alone else 1
     if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
     splits = -(-n_in // config.inputs_per_split)
-    stretch = power_of_two(config.inputs_per_split)
+    # Of a batch, no fewer places than threads: triton 3.6 cannot compile that for more than three rows.
+    stretch = power_of_two(max(config.inputs_per_split, 32 * config.warps if rows > 1 else 1))
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
     if min(config.inputs_per_split, n_in) * table.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
-    block_in, unroll = config.block_in, config.unroll
-    if rows > 1 and block_in < LEAST_TILE:
-        block_in, unroll = LEAST_TILE, max(1, unroll * block_in // LEAST_TILE)
+    block_in, unroll = _tile(config, rows)
     # A list's words hold an index beside the value.
     word = x.dtype if config.dense else {2: torch.int32, 4: torch.int64}[x.itemsize]
     batch = power_of_two(rows)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from teal_kernels.triton_gemv import GemvConfig
 
 _PACKAGED = Path(__file__).with_name("tuning_tables")
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
 
 class TuningTableError(RuntimeError):
@@ -74,7 +74,10 @@ def keep_entries(device_name: str, entries: list[Entry], versions: dict[str, str
         The table's file.
     """
     path = user_table(device_name)
-    held: tuple[Entry, ...] = _read(path) if path.is_file() else ()
+    held: tuple[Entry, ...] = ()
+    if path.is_file():
+        with suppress(TuningTableError):  # what cannot be read is replaced
+            held = _read(path)
     new = {entry.product for entry in entries}
     content = {
         "version": TABLE_VERSION,

@@ -97,7 +97,7 @@ class TimedProduct:
         )
 
     def _squares(self, config: GemvConfig) -> Tensor:
-        columns = squares_of(self.device, self.inputs, self.parts, config)
+        columns = squares_of(self.tables[0], self.parts, config, self.rows)
         return self.scratch.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
             self.rows, columns
         )

@@ -4,17 +4,23 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 
+import torch
+from torch import Tensor
+
 from teal_cli.bench.products import TimedProduct
 from teal_kernels.launching import LEAST_TILE, multiprocessors
 from teal_kernels.triton_gemv import GemvConfig
-from teal_kernels.tuning import Entry, trying
+from teal_kernels.tuning import UNTUNED, Entry, trying
 
 _COMPILERS = 12
+_FREE_FOR_ONE = 4 << 30
+"""Bytes free on the GPU for each process that compiles."""
 _FINALISTS = 3
 _TRIED = 5
 """Cuts of a product that are tried in the model."""
@@ -30,13 +36,17 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     outputs = sum(product.parts)
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
     fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
+    found = False
     tiles = _tiles(16 // product.dtype.itemsize) if product.rows == 1 else _batch_tiles(16 // product.dtype.itemsize)
     for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, (64, 128, 256, 512, 1024)):
         if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
             continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
+            found = True
             yield GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+    if not found:  # a product larger than such a GPU was thought to hold
+        yield replace(UNTUNED, dense=dense)
 
 
 _BLOCKS = (32, 64, 128, 256, 512)
@@ -66,9 +76,14 @@ Finalists = dict[float, list[Entry]]
 """The best cuts of one product, fastest first, for each sparsity; 0 is the dense read."""
 
 
-def compilers() -> Executor:
-    """Processes that compile candidates into triton's cache on disk; they start when there is work."""
-    return ProcessPoolExecutor(min(_COMPILERS, os.cpu_count() or 1), mp_context=get_context("spawn"))
+def compilers(device: torch.device) -> Executor:
+    """Processes that compile candidates into triton's cache on disk; they start when there is work.
+
+    Each holds some memory of the GPU, so where little is free there are few.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    workers = min(_COMPILERS, os.cpu_count() or 1, free // _FREE_FOR_ONE)
+    return ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"))
 
 
 def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -> Finalists:
@@ -132,8 +147,20 @@ def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -
             config=config,
         )
         for config in configs
+        if _launches(product, config, thresholds)
     ]
     return sorted(entries, key=lambda entry: entry.microseconds)
+
+
+def _launches(product: TimedProduct, config: GemvConfig, thresholds: Tensor) -> bool:
+    """Whether a cut can be compiled and has room on this GPU."""
+    try:
+        product.launch(0, thresholds, config)
+    except Exception as error:
+        if type(error).__module__.startswith("triton") or "PassManager" in str(error):
+            return False
+        raise
+    return True
 
 
 def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -> None:
@@ -150,12 +177,16 @@ def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -
     )
     jobs = [pool.submit(_compile_some, small, configs[start::_COMPILERS]) for start in range(_COMPILERS)]
     for job in jobs:
-        job.result()
+        with suppress(BrokenProcessPool):
+            job.result()
 
 
 def _compile_some(build: Callable[[], TimedProduct], configs: list[GemvConfig]) -> None:
-    product = build()
-    thresholds = product.thresholds(0.0)
-    for config in configs:
-        with suppress(Exception):
-            product.launch(0, thresholds, config, compile_only=True)
+    with suppress(Exception):
+        product = build()
+        thresholds = product.thresholds(0.0)
+        for config in configs:
+            with suppress(Exception):
+                product.launch(0, thresholds, config, compile_only=True)
+        del product
+        torch.cuda.empty_cache()

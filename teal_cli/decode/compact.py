@@ -101,7 +101,7 @@ class Launch:
             sparsity=skipped / sum(parts),
         )
         self.squares = torch.empty(
-            rows, squares_of(table.device, table.shape[0], parts, self.config), dtype=torch.float32, device=table.device
+            rows, squares_of(table, parts, self.config, rows), dtype=torch.float32, device=table.device
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 

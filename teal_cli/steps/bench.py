@@ -168,7 +168,7 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     if not sparsities:
         raise UsageError("tuning needs a sparsity above 0 (flag --sparsity)")
     found: list[Finalists] = []
-    with compilers() as pool:
+    with compilers(device) as pool:
         for inputs, parts, finish in site_products(prepared.model):
             reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
             product = TimedProduct(

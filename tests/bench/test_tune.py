@@ -49,6 +49,30 @@ def test_there_is_something_to_time_for_every_shape(
             assert loaded % (16 * 32 * config.warps) == 0  # whole loads of 16 bytes a thread
 
 
+@pytest.mark.parametrize("processors", [1, 16, 48])
+def test_a_product_too_large_for_a_gpu_is_timed_all_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: processors)
+    product: Any = SimpleNamespace(inputs=5120, parts=(27648, 27648), rows=4, dtype=torch.bfloat16, device=CPU)
+    assert all(config.dense for config in candidates(product, dense=True))
+    assert list(candidates(product, dense=True))
+
+
+def test_a_cut_that_cannot_be_launched_is_passed_over() -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def launch(index: int, thresholds: Any, config: GemvConfig) -> None:
+        if config.warps == 2:
+            raise errors.OutOfResources(135168, 101376, "shared memory")
+        if config.warps == 4:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    product: Any = SimpleNamespace(launch=launch)
+    assert tune._launches(product, CUT, torch.zeros(1))
+    assert not tune._launches(product, replace(CUT, warps=2), torch.zeros(1))
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune._launches(product, replace(CUT, warps=4), torch.zeros(1))
+
+
 def test_the_model_has_the_last_word() -> None:
     found = [{s: [_entry(product, s, warps) for warps in (1, 2, 4)] for s in (0.0, 0.5)} for product in (FIRST, SECOND)]
     liked = {(FIRST, 0.0): 4, (FIRST, 0.5): 2, (SECOND, 0.0): 1, (SECOND, 0.5): 4}

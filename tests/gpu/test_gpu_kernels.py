@@ -148,7 +148,7 @@ def test_launches_that_overlap() -> None:
     start = random(1, size) * 30
     hidden, qkv, attended = start.clone(), random(1, 3 * size), random(1, size)
     activation = random(1, wide)
-    columns = [squares_of(device, table.shape[0], (size,), cut) for table in (tables[0]["o"], tables[0]["down"])]
+    columns = [squares_of(table, (size,), cut, 1) for table in (tables[0]["o"], tables[0]["down"])]
     squares = [torch.zeros(1, count, device=device) for count in columns]
 
     def token(pdl: bool) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
-from teal_kernels import active_inputs
+from teal_kernels import active_inputs, triton_gemv
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
 
 CUTS = {
@@ -248,7 +249,7 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
 
 def test_squares_of_counts_blocks_of_each_part() -> None:
     for parts, blocks in (((64,), 2), ((65, 1), 4), ((32, 32, 31), 3)):
-        assert squares_of(torch.device("cpu"), 128, parts, CUTS["one stretch"]) == blocks
+        assert squares_of(torch.empty(128, sum(parts)), parts, CUTS["one stretch"], rows=1) == blocks
 
 
 def test_a_list_holds_indices_of_15_bits() -> None:
@@ -256,6 +257,22 @@ def test_a_list_holds_indices_of_15_bits() -> None:
     config = replace(CUTS["one stretch"], inputs_per_split=1 << 16)
     with pytest.raises(ValueError, match="32768"):
         gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
+
+
+def test_no_more_rows_than_are_finished() -> None:
+    x, table, y = torch.ones(MAX_ROWS + 1, 8), torch.ones(8, 40), torch.zeros(MAX_ROWS + 1, 40)
+    with pytest.raises(ValueError, match="9 rows"):
+        gemv(x, table, (40,), torch.zeros(1), y, CUTS["one stretch"], Scratch(x.device))
+
+
+def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX A6000: 84 multiprocessors of 100 KiB. Of 112 blocks of two tiles each in float32, two programs fit."""
+    monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
+    monkeypatch.setattr(triton_gemv, "resident", lambda device, each: 84 * each)
+    table: Any = SimpleNamespace(device=torch.device("cuda"), itemsize=4, shape=(4096, 28672))
+    cut = GemvConfig(block_out=256, block_in=1, unroll=16, inputs_per_split=256, warps=1, dense=True)
+    alone, batch = (squares_of(table, (14336, 14336), cut, rows) // 112 for rows in (1, 2))
+    assert (alone, batch) == (4, 1)
 
 
 def test_a_program_reads_what_32_bits_can_count() -> None:

@@ -261,7 +261,7 @@ def test_a_product_without_a_dense_measurement_is_passed_over(write: Write) -> N
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "entries": [{}]}', '{"version": 1, "entries": 3}'],
+    ["", "{", "[]", "{}", '{"version": 2}', '{"version": 2, "entries": [{}]}', '{"version": 2, "entries": 3}'],
 )
 def test_a_damaged_table_is_named(content: str) -> None:
     path = user_table("cpu")
@@ -269,3 +269,5 @@ def test_a_damaged_table_is_named(content: str) -> None:
     path.write_text(content)
     with pytest.raises(TuningTableError, match=r"cpu\.json cannot be read"):
         _choose(0.5)
+    keep_entries("cpu", [_entry(0.0, 10.0, _marked(1))], {})  # to tune again mends it
+    assert _choose(0.5) == _marked(1)
