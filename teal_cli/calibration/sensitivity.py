@@ -11,13 +11,14 @@ Gradients of activations only. One block at a time is run again with gradients, 
 hidden states between blocks and what one block keeps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from teal_cli.calibration import histogram
 from teal_cli.models.architectures import Projection
@@ -54,7 +55,7 @@ def squared_changes(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(handles: Iterable[Any]) -> Any:
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that are removed at the end."""
     with ExitStack() as stack:
         for handle in handles:
@@ -63,7 +64,7 @@ def _hooked(handles: Iterable[Any]) -> Any:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Any:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Parameters that take no gradient, for a while."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -81,62 +82,57 @@ def _hidden(output: Any) -> Tensor:
     return hidden
 
 
-class _Passes:
-    """The two passes of one batch through a model."""
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block."""
 
-    def __init__(self, model: Any, blocks: nn.ModuleList, ids: Tensor) -> None:
-        self.model, self.blocks, self.ids = model, blocks, ids
 
-    def forward(self) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Tensor]:
-        """What every block was called with, and the loss's gradient at the last block's output."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        last: list[Tensor] = []
+def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call], Tensor]:
+    """What every block was called with, and the loss's gradient at the last block's output."""
+    calls: list[_Call] = []
+    last: list[Tensor] = []
 
-        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((args, kwargs))
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
 
-        def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            # No parameter takes a gradient, so the graph begins here, behind all blocks.
-            last.append(_hidden(output).detach().requires_grad_())
-            return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+    def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # No parameter takes a gradient, so the graph begins here, behind all blocks.
+        last.append(_hidden(output).detach().requires_grad_())
+        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
 
-        handles = [block.register_forward_pre_hook(called, with_kwargs=True) for block in self.blocks]
-        with _hooked([*handles, self.blocks[-1].register_forward_hook(cut)]):
-            logits = self.model(input_ids=self.ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), self.ids[:, 1:].flatten(), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, last)
-        return calls, gradient
+    handles = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
+    with _hooked([*handles, blocks[-1].register_forward_hook(cut)]):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, last)
+    return calls, gradient
 
-    def backward(
-        self,
-        block: nn.Module,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
-        gradient: Tensor,
-        projections: dict[str, nn.Module],
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Through one block: the gradient at its input, and each projection's input with its gradient."""
-        args, kwargs = call
-        inputs: dict[str, Tensor] = {}
 
-        def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-            def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-                # A name of its own: of a state that several projections read, only this one's share.
-                inputs[name] = given[0].view_as(given[0])
-                return (inputs[name], *given[1:])
+def _backward(
+    block: nn.Module, call: _Call, gradient: Tensor, projections: dict[str, nn.Module]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Through one block: the gradient at its input, and each projection's input with its gradient."""
+    args, kwargs = call
+    inputs: dict[str, Tensor] = {}
 
-            return hook
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            # A name of its own: of a state that several projections read, only this one's share.
+            inputs[name] = given[0].view_as(given[0])
+            return (inputs[name], *given[1:])
 
-        if args:
-            start = args[0].detach().requires_grad_()
-            args = (start, *args[1:])
-        else:
-            start = kwargs["hidden_states"].detach().requires_grad_()
-            kwargs = kwargs | {"hidden_states": start}
-        handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()]
-        with _hooked(handles):
-            output = _hidden(block(*args, **kwargs))
-        before, *gradients = torch.autograd.grad(output, [start, *inputs.values()], gradient)
-        return before, {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
+        return hook
+
+    if args:
+        start = args[0].detach().requires_grad_()
+        args = (start, *args[1:])
+    else:
+        start = kwargs["hidden_states"].detach().requires_grad_()
+        kwargs = kwargs | {"hidden_states": start}
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()]
+    with _hooked(handles):
+        output = _hidden(block(*args, **kwargs))
+    before, *gradients = torch.autograd.grad(output, [start, *inputs.values()], gradient)
+    return before, {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
 
 
 @torch.enable_grad()
@@ -168,15 +164,15 @@ def measure(
         for index in range(len(stack))
     ]
     device = next(model.parameters()).device
-    found = {p.name: torch.zeros(BINS, dtype=torch.float64) for p in projections}
+    # Added up on the device: a copy to the host for each projection would wait for it.
+    found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
     with _frozen(model):
         for batch in batches:
-            passes = _Passes(model, stack, batch.to(device))
-            calls, gradient = passes.forward()
+            calls, gradient = _forward(model, stack, batch.to(device))
             for block, modules in zip(reversed(stack), reversed(readers), strict=True):
-                gradient, states = passes.backward(block, calls.pop(), gradient, modules)
+                gradient, states = _backward(block, calls.pop(), gradient, modules)
                 for name, (x, at_x) in states.items():
                     counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
-                    found[name] += counted.cpu()
+                    found[name] += counted.to(device)
             on_batch(batch.numel())
-    return found
+    return {name: squares.cpu() for name, squares in found.items()}

@@ -56,7 +56,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    sensitivities = _sensitivities(config, model, projections, blocks, reporter)
+    sequences = blocks[: -(-config.sensitivity_tokens // config.seq_len)]
+    sensitivities = _sensitivities(config, model, projections, sequences, reporter)
     info = CalibrationInfo(
         model=source.name,
         weights=fingerprint(source.folder),
@@ -68,7 +69,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         seconds=seconds,
-        sensitivity_tokens=_sequences(config, blocks).numel() if sensitivities else 0,
+        sensitivity_tokens=sequences.numel() if sensitivities else 0,
         sensitivity_seconds=time.perf_counter() - started if sensitivities else 0.0,
         versions=library_versions(),
     )
@@ -77,16 +78,10 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     return result
 
 
-def _sequences(config: CalibrateConfig, blocks: Tensor) -> Tensor:
-    """Those of (sequences, seq_len) that a backward pass reads too."""
-    return blocks[: -(-config.sensitivity_tokens // config.seq_len)]
-
-
 def _sensitivities(
-    config: CalibrateConfig, model: Any, projections: list[Projection], blocks: Tensor, reporter: Reporter
+    config: CalibrateConfig, model: Any, projections: list[Projection], sequences: Tensor, reporter: Reporter
 ) -> dict[str, Tensor]:
-    """Sensitivities from the first sequences; none where memory does not allow a backward pass."""
-    sequences = _sequences(config, blocks)
+    """Sensitivities from some sequences; none where memory does not allow a backward pass."""
     if len(sequences) == 0:
         return {}
     path = architecture_of(model.config.model_type).blocks
