@@ -28,7 +28,7 @@ from teal_cli.errors import UsageError, nearest
 from teal_cli.resources import CONFIGS
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-AllocationName = Literal["uniform", "fisher"]
+ALLOCATION_NAMES = ("uniform", "greedy", "fisher")
 
 
 def _split_commas(value: object) -> object:
@@ -64,6 +64,51 @@ def _check_file_name(path: Path | None) -> Path | None:
     return path
 
 
+def _check_file(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise ValueError("there is no such file")
+    return path
+
+
+def is_allocation_file(allocation: str) -> bool:
+    """Whether an allocation is a file rather than a name."""
+    return allocation.endswith((".yaml", ".yml", ".json"))
+
+
+def _check_allocation(name: str) -> str:
+    if is_allocation_file(name):
+        if not Path(name).is_file():
+            raise ValueError(f"allocation file {name} does not exist")
+    elif name not in ALLOCATION_NAMES:
+        raise ValueError(f"neither an allocation nor a .yaml or .json file{nearest(name, ALLOCATION_NAMES)}")
+    return name
+
+
+AllocationName = Annotated[str, AfterValidator(_check_allocation)]
+AllocationList = Annotated[list[AllocationName], BeforeValidator(_split_commas), Field(min_length=1)]
+PositionList = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas), Field(min_length=1)]
+
+
+def _split_limits(value: object) -> object:
+    """A flag gives "*.down_proj=0:0.8,*.0.*=0:0.3"; YAML gives a mapping of patterns to pairs."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
+    return {pattern.strip(): tuple(bounds.split(":")) for pattern, _, bounds in pairs}
+
+
+def _check_limits(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
+    for pattern, (least, most) in limits.items():
+        if not 0.0 <= least <= most <= MOST_SPARSITY:
+            raise ValueError(f"{pattern}: {least}:{most} is not least:most, both between 0 and {MOST_SPARSITY}")
+    return limits
+
+
+MOST_SPARSITY = 0.99
+"""No projection is taken above this by an allocation that weighs costs: beyond, a handful of inputs decide."""
+Limits = Annotated[dict[str, tuple[float, float]], BeforeValidator(_split_limits), AfterValidator(_check_limits)]
+
+
 class SharedConfig(BaseModel):
     """Options that every verb has."""
 
@@ -95,6 +140,13 @@ class CalibrateConfig(SharedConfig):
     sensitivity_tokens: int = Field(
         8192, ge=0, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
     )
+    greedy_tokens: int = Field(
+        0, ge=0, description="of those, tokens to walk the paths of allocation greedy on; 0 for none"
+    )
+    greedy_inputs: Literal["dense", "sparse"] = Field(
+        "dense", description="what each block reads then: the dense network's hidden states, or the sparse one's"
+    )
+    greedy_sparsity: Sparsity = Field(0.5, description="how sparse the blocks before are, where they are")
     sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
     batch_size: int = Field(1, ge=1, description="sequences a forward pass")
     out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
@@ -129,7 +181,25 @@ class SparseConfig(SharedConfig):
         return self._calibrate.model_copy(update=shared)
 
     calibration: Path | None = Field(None, description="RUN folder of a calibration (default RUNS/<model>)")
-    allocation: AllocationName = Field("uniform", description="how the sparsity is spread over the projections")
+    allocation: AllocationName = Field(
+        "fisher", description="how the sparsity is spread: uniform, greedy, fisher, or a .yaml or .json file"
+    )
+    limits: Limits = Field(
+        default_factory=dict,
+        description="fisher: least and greatest sparsity of projections, as PATTERN=LEAST:MOST,..",
+    )
+    cost: Annotated[Path | None, AfterValidator(_check_file)] = Field(
+        None, description="fisher: result of teal bench --kernels --json; buys time by it in place of bytes"
+    )
+    propagate: bool = Field(True, description="set thresholds by what the sparse network sees, with one more pass")
+
+    @model_validator(mode="after")
+    def _limits_and_cost_are_of_fisher(self) -> Self:
+        if (self.limits or self.cost) and "fisher" not in self.allocation:
+            raise ValueError(
+                "limits (flag --limits) and cost (flag --cost) are for allocation fisher (flag --allocation)"
+            )
+        return self
 
 
 class ExportConfig(SparseConfig):
@@ -200,21 +270,32 @@ class BenchConfig(SparseConfig):
 class EvalConfig(SparseConfig):
     """`teal eval`."""
 
-    sparsity: Sparsity | None = Field(None, description="target in [0, 1) (default 0.5, or the folder's own)")
+    sparsity: SparsityList | None = Field(
+        None, description="targets in [0, 1), comma-separated (default 0.5, or the folder's own)"
+    )
+    allocation: AllocationList = Field(  # type: ignore[assignment]
+        ["fisher"], description="as for export; several, comma-separated, are each taken at every sparsity"
+    )
     text: Path | None = Field(None, description="a .txt or .jsonl file, in place of --dataset")
     dataset: str = Field("sotu", description="as for calibrate; the half that calibration does not read")
     tokens: int = Field(16384, ge=1, description="tokens to read")
     seq_len: int = Field(1024, ge=8, description="tokens a sequence")
-    dense_prefix: int | None = Field(None, ge=1, description="first positions that run dense (default: half)")
+    dense_prefix: PositionList | None = Field(
+        None, description="first positions that run dense (default: half); several, comma-separated, one after another"
+    )
+    generate: bool = Field(False, description="also let dense and sparse write, and compare what they write")
+    prompts: int = Field(8, ge=1, description="for generate: prompts, from the text")
+    prompt_tokens: int = Field(64, ge=1, description="for generate: length of a prompt")
+    new_tokens: int = Field(64, ge=2, description="for generate: tokens to write after it")
     tasks: NameList = Field(default_factory=list, description="lm-evaluation-harness tasks, comma-separated")
     task_path: Path | None = Field(None, description="folder of task YAML files; only these tasks are known then")
     task_limit: int | None = Field(None, ge=1, description="examples a task")
     backend: Backend = Field("auto", description="sparse kernels for the tasks; a name runs or fails")
 
     @property
-    def prefix(self) -> int:
+    def prefixes(self) -> list[int]:
         """Dense positions at the start of each sequence."""
-        return self.seq_len // 2 if self.dense_prefix is None else self.dense_prefix
+        return [self.seq_len // 2] if self.dense_prefix is None else self.dense_prefix
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> Self:
@@ -223,9 +304,14 @@ class EvalConfig(SparseConfig):
                 f"tokens ({self.tokens}, flag --tokens) is less than one sequence of seq_len ({self.seq_len}, "
                 "flag --seq-len)"
             )
-        if self.prefix > self.seq_len - 2:
+        if max(self.prefixes) > self.seq_len - 2:
             raise ValueError(
-                f"dense_prefix ({self.prefix}, flag --dense-prefix) leaves no sparse position in seq_len "
+                f"dense_prefix ({max(self.prefixes)}, flag --dense-prefix) leaves no sparse position in seq_len "
+                f"({self.seq_len}, flag --seq-len)"
+            )
+        if self.generate and self.prompt_tokens >= self.seq_len:
+            raise ValueError(
+                f"prompt_tokens ({self.prompt_tokens}, flag --prompt-tokens) must be less than seq_len "
                 f"({self.seq_len}, flag --seq-len)"
             )
         if self.text is not None and "dataset" in self.model_fields_set:
@@ -308,8 +394,12 @@ def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str
     return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
     """A YAML mapping from a file.
+
+    Args:
+        path: YAML, or JSON, which is YAML too.
+        what: names the file in errors.
 
     Raises:
         UsageError: missing file, broken YAML, or not a mapping.
@@ -317,15 +407,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"config file {path} does not exist") from error
+        raise UsageError(f"{what} {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {path} cannot be read: {error}") from error
+        raise UsageError(f"{what} {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"config file {path}: the top must be a mapping of keys to values")
+        raise UsageError(f"{what} {path}: the top must be a mapping of keys to values")
     return content
 
 

@@ -2,17 +2,17 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from teal_cli.allocation import make_plan
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
+from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.source import ModelSource, find_model
+from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
-
-DEFAULT_SPARSITY = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,26 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
     return found
 
 
-def checkpoint_for(config: SparseConfig, sparsity: float | None, workspace: Workspace, reporter: Reporter) -> Path:
+def checkpoint_for(
+    config: SparseConfig,
+    sparsity: float | None,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    allocation: str | None = None,
+    model: Any = None,
+) -> Path:
     """The TEAL checkpoint to load: the model itself if it is one, else the export at this sparsity.
 
     A missing or outdated export is made, and said.
 
     Args:
         config: names calibration and allocation.
-        sparsity: the target, or None for the checkpoint's own or 0.5.
+        sparsity: the target, or None for the checkpoint's own, the allocation file's own, or 0.5.
         workspace: the model's.
         reporter: where to say what is made.
+        allocation: another than the configuration's only one.
+        model: the dense model with sparse layers, where it is loaded already; takes on other thresholds.
 
     Raises:
         UsageError: the model is a TEAL checkpoint of another sparsity.
@@ -90,21 +100,27 @@ def checkpoint_for(config: SparseConfig, sparsity: float | None, workspace: Work
                 f"{source.folder} has its thresholds: calibration (flag --calibration) needs the dense model"
             )
         return source.folder
-    target = DEFAULT_SPARSITY if sparsity is None else sparsity
     calibration = calibration_for(config, workspace, reporter)
-    folder = workspace.export_folder(config.allocation, target)
-    if not _up_to_date(folder, calibration):
-        reporter.say(f"no export of {source.name} at sparsity {target:g} in {folder}: exporting it")
-        plan = make_plan(calibration, target, config.allocation)
-        write_checkpoint(source.folder, plan, calibration, folder, "link")
+    plan = allocate(config, calibration, sparsity, allocation or allocations(config, calibration, reporter)[0])
+    folder = workspace.export_folder(plan.allocation, plan.target_sparsity)
+    if not _up_to_date(folder, calibration, plan, config.propagate):
+        reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
+        plan, propagated = hold(config, plan, calibration, source, reporter, model)
+        write_checkpoint(source.folder, plan, calibration, folder, "link", propagated=propagated)
     return folder
 
 
-def _up_to_date(folder: Path, calibration: Calibration) -> bool:
-    """Whether an export was made from this very calibration."""
+def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, propagate: bool) -> bool:
+    """Whether an export was made from this very calibration, with these sparsities, and such thresholds."""
     if not (folder / "config.json").is_file():
         return False
     try:
-        return bool(read_summary(folder).get("calibration") == asdict(calibration.info))
-    except ArtefactError:
+        summary = read_summary(folder)
+        made = {entry["name"]: entry["sparsity"] for entry in summary["projections"]}
+        wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
+        propagate = propagate and any(wanted.values())
+        return (
+            summary["calibration"] == asdict(calibration.info) and made == wanted and summary["propagated"] == propagate
+        )
+    except (ArtefactError, KeyError, TypeError):
         return False

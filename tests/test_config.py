@@ -56,7 +56,14 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("export", {"sparsity": "-0.1"}, "at least 0"),
         ("export", {"sparsity": "nan"}, "at least 0"),
         ("export", {"weights": "symlink"}, "'link' or 'copy'"),
-        ("export", {"allocation": "fischer"}, "'uniform'"),
+        ("export", {"allocation": "fischer"}, "did you mean 'fisher'"),
+        ("export", {"allocation": "mine.yaml"}, "allocation file mine.yaml does not exist"),
+        ("eval", {"allocation": "fisher,gready"}, "did you mean 'greedy'"),
+        ("export", {"allocation": "uniform", "limits": "*=0:0.5"}, "--limits.*for allocation fisher"),
+        ("export", {"limits": "*=0.6:0.5"}, "is not least:most"),
+        ("export", {"limits": "*"}, r"limits \(flag --limits\)"),
+        ("export", {"cost": "nowhere.json"}, "no such file"),
+        ("eval", {"generate": True, "prompt_tokens": "1024"}, "--prompt-tokens.*less than seq_len"),
         ("bench", {"sparsity": "0.5,1.5"}, "below 1"),
         ("bench", {"random_weights": True, "calibration": "runs/x"}, "--random-weights.*leave out calibration"),
         ("generate", {"top_k": "5"}, "--top-k.*need a temperature above 0"),
@@ -112,8 +119,8 @@ def test_missing_config_file() -> None:
 
 
 def test_eval_prefix_defaults_to_half() -> None:
-    assert EvalConfig(seq_len=1024).prefix == 512
-    assert EvalConfig(seq_len=1024, dense_prefix=4).prefix == 4
+    assert EvalConfig(seq_len=1024).prefixes == [512]
+    assert EvalConfig(seq_len=1024, dense_prefix="4,512").prefixes == [4, 512]
 
 
 def test_recipe_checks_every_stage_before_the_first(tmp_path: Path) -> None:
@@ -138,9 +145,10 @@ def test_recipe_json_quiet_and_out(tmp_path: Path) -> None:
 
 def test_recipe_measures_what_it_exports(tmp_path: Path) -> None:
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "generate": {"prompt": "x"}}), {}).stages
-    assert stages["eval"].sparsity == stages["generate"].sparsity == 0.4
+    assert stages["eval"].sparsity == [stages["generate"].sparsity] == [0.4]
+    assert stages["eval"].allocation == [stages["export"].allocation] == ["fisher"]
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "eval": {"sparsity": 0.2}}), {}).stages
-    assert stages["eval"].sparsity == 0.2
+    assert stages["eval"].sparsity == [0.2]
 
 
 def test_stop_tokens_may_be_blanks(tmp_path: Path) -> None:

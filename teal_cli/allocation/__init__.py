@@ -1,41 +1,69 @@
 """Spreading a model-wide sparsity over the projections.
 
 An allocation is a function from a calibration and a target to the sparsity of each projection. It
-is pure: it neither loads a model nor reads a file. New ones are an entry in
-ALLOCATIONS and a name in `config.AllocationName`.
+is pure: it neither loads a model nor reads a file. New ones are an entry in ALLOCATIONS and a name
+in `config.ALLOCATION_NAMES`. A file with every projection's sparsity is an allocation too.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from teal_cli.allocation.files import by_pattern, read_allocation
 from teal_cli.allocation.fisher import fisher
+from teal_cli.allocation.greedy import greedy
+from teal_cli.allocation.saving import time_saved
 from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.config import Limits, is_allocation_file
 from teal_cli.errors import UsageError, nearest
 
 Allocation = Callable[[Calibration, float], dict[str, float]]
 """(calibration, model-wide target) -> projection name -> sparsity in [0, 1)."""
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "fisher": fisher}
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "greedy": greedy, "fisher": fisher}
 
 
-def make_plan(calibration: Calibration, target: float, allocation: str) -> SparsityPlan:
+def make_plan(
+    calibration: Calibration,
+    target: float | None,
+    allocation: str,
+    *,
+    limits: Limits | None = None,
+    cost: Path | None = None,
+) -> SparsityPlan:
     """Sparsity and threshold of every projection.
 
     Args:
         calibration: histograms of the model.
-        target: model-wide sparsity, in [0, 1); each projection weighs by its parameters.
-        allocation: a name in ALLOCATIONS.
+        target: model-wide sparsity, in [0, 1); each projection weighs by its parameters. With `cost`,
+            as fast as this sparsity on every projection would be. None with a file, which says itself.
+        allocation: a name in ALLOCATIONS, or an allocation file.
+        limits: pattern of projection names -> least and greatest sparsity; for fisher.
+        cost: a result of `teal bench --kernels --json`, to buy time in place of bytes; for fisher.
 
     Raises:
         UsageError: unknown allocation, a target outside [0, 1), or one that the allocation cannot give.
-        ArtefactError: a histogram that cannot give the threshold.
+        ArtefactError: a histogram that cannot give the threshold, or a table without the model's products.
     """
-    if not 0.0 <= target < 1.0:
+    names = [projection.name for projection in calibration.projections]
+    if is_allocation_file(allocation):
+        path = Path(allocation)
+        sparsity = read_allocation(path, names)
+        target, allocation = _agreed(_model_wide(calibration, sparsity), target, path), path.name
+    elif target is None or not 0.0 <= target < 1.0:
         raise UsageError(f"sparsity must be at least 0 and below 1, got {target}")
-    if allocation not in ALLOCATIONS:
+    elif allocation not in ALLOCATIONS:
         raise UsageError(f"unknown allocation {allocation!r}{nearest(allocation, ALLOCATIONS)}")
-    sparsity = ALLOCATIONS[allocation](calibration, target)
+    elif allocation == "fisher":
+        sparsity = fisher(
+            calibration,
+            target,
+            limits=by_pattern(limits or {}, names, "limits (flag --limits)"),
+            savings=None if cost is None else time_saved(cost, calibration.projections),
+        )
+    else:
+        sparsity = ALLOCATIONS[allocation](calibration, target)
     return SparsityPlan(
         allocation=allocation,
         target_sparsity=target,
@@ -47,3 +75,18 @@ def make_plan(calibration: Calibration, target: float, allocation: str) -> Spars
             for projection in calibration.projections
         },
     )
+
+
+def _model_wide(calibration: Calibration, sparsity: dict[str, float]) -> float:
+    weights = {projection.name: projection.parameters for projection in calibration.projections}
+    return sum(sparsity[name] * weight for name, weight in weights.items()) / sum(weights.values())
+
+
+def _agreed(own: float, target: float | None, path: Path) -> float:
+    """A file's own sparsity, unless another was asked for."""
+    if target is not None and abs(target - own) > 5e-4:
+        raise UsageError(
+            f"allocation file {path} drops {own:.3f} of the model, not {target:g}: leave out sparsity "
+            "(flag --sparsity), or edit the file"
+        )
+    return round(own, 4)

@@ -12,15 +12,15 @@ hidden states between blocks and what one block keeps.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from teal_cli.calibration import histogram
+from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.architectures import Projection
 
 _FINE_BITS = 5
@@ -55,15 +55,6 @@ def squared_changes(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are removed at the end."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Parameters that take no gradient, for a while."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -76,31 +67,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _hidden(output: Any) -> Tensor:
-    """A block's hidden states, whatever else it returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a block."""
-
-
-def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call], Tensor]:
+def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[BlockCall], Tensor]:
     """What every block was called with, and the loss's gradient at the last block's output."""
-    calls: list[_Call] = []
     last: list[Tensor] = []
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
 
     def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # No parameter takes a gradient, so the graph begins here, behind all blocks.
-        last.append(_hidden(output).detach().requires_grad_())
+        last.append(hidden_of(output).detach().requires_grad_())
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
 
-    handles = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
-    with _hooked([*handles, blocks[-1].register_forward_hook(cut)]):
+    with recorded(blocks) as calls, hooked([blocks[-1].register_forward_hook(cut)]):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     (gradient,) = torch.autograd.grad(loss, last)
@@ -108,10 +84,9 @@ def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call
 
 
 def _backward(
-    block: nn.Module, call: _Call, gradient: Tensor, projections: dict[str, nn.Module]
+    block: nn.Module, call: BlockCall, gradient: Tensor, projections: dict[str, nn.Module]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Through one block: the gradient at its input, and each projection's input with its gradient."""
-    args, kwargs = call
     inputs: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -122,15 +97,9 @@ def _backward(
 
         return hook
 
-    if args:
-        start = args[0].detach().requires_grad_()
-        args = (start, *args[1:])
-    else:
-        start = kwargs["hidden_states"].detach().requires_grad_()
-        kwargs = kwargs | {"hidden_states": start}
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()]
-    with _hooked(handles):
-        output = _hidden(block(*args, **kwargs))
+    start = call.hidden.detach().requires_grad_()
+    with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()):
+        output = call.on(block, start)
     before, *gradients = torch.autograd.grad(output, [start, *inputs.values()], gradient)
     return before, {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
 

@@ -1,6 +1,7 @@
 """The calibration artefact: RUN/calibration.safetensors and RUN/calibration.json."""
 
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
 _META = "calibration.json"
 _SENSITIVITY = "sensitivity/"
-"""In front of a projection's name, as the key of its tensor."""
+_PATH = "greedy/"
+"""In front of a projection's or a block's name, as the key of its tensor."""
+_TEXT = "text"
+KEPT_TOKENS = 8192
+"""Tokens that later passes over the calibration's text read."""
 
 
 @dataclass
@@ -40,6 +45,15 @@ class CalibrationInfo:
     sensitivity_tokens: int = 0
     """Tokens, the first of those read, that went through a backward pass too."""
     sensitivity_seconds: float = 0.0
+    greedy_tokens: int = 0
+    """Tokens, the first of those read, on which the greedy paths were walked."""
+    greedy_inputs: str = "dense"
+    """What each block read on them: `dense` or `sparse` hidden states."""
+    greedy_seconds: float = 0.0
+    greedy_forwards: int = 0
+    """Runs of a block, in whole or in part."""
+    greedy_naive_forwards: int = 0
+    """Runs of a block that trying every projection at every plain step would take."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,6 +67,10 @@ class Calibration:
     """Site name -> (histogram.BINS,) int64."""
     sensitivities: dict[str, Tensor] = field(default_factory=dict)
     """Projection name -> (sensitivity.BINS,) float64; empty where none were measured."""
+    paths: dict[str, Tensor] = field(default_factory=dict)
+    """Block -> (points, projections) float32, sparsities; empty where greedy did not walk."""
+    text: Tensor | None = None
+    """(sequences, tokens) int64, up to KEPT_TOKENS, of text that cannot be read again: what the model wrote itself."""
 
     def threshold(self, projection: Projection, sparsity: float) -> float:
         """The threshold at which a projection drops this fraction of its inputs.
@@ -66,7 +84,7 @@ class Calibration:
             raise ArtefactError(f"{projection.site}: {error}") from error
 
     def merged(self, other: "Calibration") -> "Calibration":
-        """This and another calibration of the same weights as one, exactly.
+        """This and another calibration of the same weights as one, exactly; greedy paths cannot be added up, and go.
 
         Raises:
             ArtefactError: other weights, projections, dtype or sink tokens.
@@ -85,13 +103,14 @@ class Calibration:
                 "sensitivity_tokens": self.info.sensitivity_tokens + other.info.sensitivity_tokens,
                 "sensitivity_seconds": self.info.sensitivity_seconds + other.info.sensitivity_seconds,
                 "dataset": self.info.dataset if same_text else f"{self.info.dataset} + {other.info.dataset}",
+                **{f.name: f.default for f in fields(CalibrationInfo) if f.name.startswith("greedy_")},
             }
         )
         histograms = {site: counts + other.histograms[site] for site, counts in self.histograms.items()}
         sensitivities = dict(self.sensitivities)
         for name, squares in other.sensitivities.items():
             sensitivities[name] = sensitivities[name] + squares if name in sensitivities else squares
-        return Calibration(info, self.projections, histograms, sensitivities)
+        return Calibration(info, self.projections, histograms, sensitivities, text=self.text)
 
 
 def exists(run: Path) -> bool:
@@ -104,6 +123,10 @@ def save(calibration: Calibration, run: Path) -> None:
     tensors = {site: counts.to(torch.int64).contiguous() for site, counts in calibration.histograms.items()}
     for name, squares in calibration.sensitivities.items():
         tensors[_SENSITIVITY + name] = squares.to(torch.float64).contiguous()
+    for block, path in calibration.paths.items():
+        tensors[_PATH + block] = path.to(torch.float32).contiguous()
+    if calibration.text is not None:
+        tensors[_TEXT] = calibration.text.to(torch.int64).contiguous()
     with atomic_path(run / _TENSORS) as temporary:
         save_file(tensors, temporary)
     meta: dict[str, Any] = {
@@ -136,13 +159,16 @@ def load(run: Path) -> Calibration:
     if file_digest(tensors) != meta.get("tensors_sha256"):
         raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
     with reading("calibration", path, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        fields = CalibrationInfo.__dataclass_fields__
-        info = CalibrationInfo(**{key: meta[key] for key in fields})
+        info = CalibrationInfo(**{field.name: meta[field.name] for field in fields(CalibrationInfo)})
         projections = [Projection(**entry) for entry in meta["projections"]]
-        histograms, sensitivities = {}, {}
-        for key, tensor in load_file(tensors).items():
+        histograms, sensitivities, paths = {}, {}, {}
+        found = load_file(tensors)
+        text = found.pop(_TEXT, None)
+        for key, tensor in found.items():
             if key.startswith(_SENSITIVITY):
                 sensitivities[key.removeprefix(_SENSITIVITY)] = tensor
+            elif key.startswith(_PATH):
+                paths[key.removeprefix(_PATH)] = tensor
             else:
                 histograms[key] = tensor
         if not projections or {projection.site for projection in projections} != set(histograms):
@@ -153,4 +179,7 @@ def load(run: Path) -> Calibration:
             raise ValueError("its projections do not match its sensitivities")
         if any(squares.shape != (sensitivity.BINS,) for squares in sensitivities.values()):
             raise ValueError("a sensitivity has the wrong size")
-    return Calibration(info, projections, histograms, sensitivities)
+        blocks = Counter(projection.site.rpartition(".")[0] for projection in projections)
+        if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
+            raise ValueError("its projections do not match its greedy paths")
+    return Calibration(info, projections, histograms, sensitivities, paths, text)

@@ -15,6 +15,7 @@ from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
 
 _SUMMARY = "teal.json"
+_ALLOCATION = "allocation.yaml"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ExportSummary:
     projections: int
     weights: str
     """link or copy: how the weight files came here."""
+    propagated: bool
+    """Whether the thresholds are the sparse network's own."""
 
 
 def check_calibration_fits(calibration: Calibration, dense: Path) -> str:
@@ -57,7 +60,13 @@ def check_weights(folder: Path) -> None:
 
 
 def write_checkpoint(
-    dense: Path, plan: SparsityPlan, calibration: Calibration, out: Path, weights: Literal["link", "copy"]
+    dense: Path,
+    plan: SparsityPlan,
+    calibration: Calibration,
+    out: Path,
+    weights: Literal["link", "copy"],
+    *,
+    propagated: bool = False,
 ) -> ExportSummary:
     """Write an ordinary transformers folder whose config carries the plan.
 
@@ -70,6 +79,7 @@ def write_checkpoint(
         calibration: what the plan was made from; must be of the same weights.
         out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
+        propagated: whether the thresholds are the sparse network's own (`sparse.propagate_`).
 
     Raises:
         ArtefactError: the calibration is of another model, `dense` is a quantised model, or `out`
@@ -90,9 +100,10 @@ def write_checkpoint(
             shutil.copyfile(file, temporary / file.name)
         config["quantization_config"] = plan.to_dict()
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        summary = _summary(plan, calibration, digest)
+        summary = {**_summary(plan, calibration, digest), "propagated": propagated}
         (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights)
+        (temporary / _ALLOCATION).write_text(plan.allocation_yaml(), encoding="utf-8")
+    return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights, propagated)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from teal_cli.errors import ArtefactError
 
 FORMAT_VERSION = 1
@@ -38,6 +40,16 @@ class SparsityPlan:
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of a TEAL checkpoint."""
         return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **asdict(self), "sha256": self.digest()}
+
+    def allocation_yaml(self) -> str:
+        """The sparsities alone, as a file for --allocation."""
+        content = {
+            "allocation": self.allocation,
+            "target_sparsity": self.target_sparsity,
+            "projections": {name: round(entry.sparsity, 6) for name, entry in self.projections.items()},
+        }
+        head = "# The share of inputs that each projection drops. Edit a copy and hand it back: --allocation FILE\n"
+        return head + yaml.safe_dump(content, sort_keys=False)
 
     def digest(self) -> str:
         """sha256 of the plan, by which a reader notices a change."""

@@ -9,12 +9,13 @@ from teal_cli.config import EvalConfig
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(EvalConfig, "eval", flags, config_file)
-    from teal_cli.report.tables import eval_table
+    from teal_cli.report.tables import eval_tables
     from teal_cli.steps.evaluate import evaluate
 
     result = evaluate(config, reporter).to_json()
     write_result(config, result)
-    reporter.show(eval_table(result))
+    for table in eval_tables(result):
+        reporter.show(table)
 
 
 command = with_options(EvalConfig, _run)

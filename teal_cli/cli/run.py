@@ -24,14 +24,15 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     reporter = Reporter(loaded.quiet)
     quieten_libraries()
     from teal_cli.checkpoint.files import write_json
-    from teal_cli.report.tables import bench_tables, eval_table, run_table
+    from teal_cli.report.tables import bench_tables, eval_tables, run_table
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)
     if loaded.json_file is not None:
         write_json(loaded.json_file, results)
     if "eval" in results:
-        reporter.show(eval_table(results["eval"]))
+        for table in eval_tables(results["eval"]):
+            reporter.show(table)
     for table in bench_tables(results["bench"]) if "bench" in results else []:
         reporter.show(table)
     if "eval" in results or "bench" in results:

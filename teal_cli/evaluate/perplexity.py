@@ -7,7 +7,7 @@ the two together).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.sparse import SparsityControl
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.sparse import SparsityCounter, control_of, set_thresholds_
 
 
 @dataclass(frozen=True)
@@ -63,57 +64,75 @@ def _exponential(values: list[float]) -> tuple[float, float | None]:
     return math.exp(mean), None if error is None else math.exp(mean) * error
 
 
+class _Score:
+    """What is added up for one plan and dense prefix."""
+
+    def __init__(self) -> None:
+        self.counter = SparsityCounter()
+        self.dense_losses: list[float] = []
+        self.sparse_losses: list[float] = []
+        self.kl = self.agreements = 0.0
+        self.tokens = 0
+
+    def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
+        """One sequence: log probabilities (positions, vocabulary) of both, and what came (positions,)."""
+        self.dense_losses.append(float(F.nll_loss(dense, targets)))
+        self.sparse_losses.append(float(F.nll_loss(sparse, targets)))
+        self.kl += float(F.kl_div(sparse, dense, log_target=True, reduction="sum"))
+        self.agreements += float((dense.argmax(-1) == sparse.argmax(-1)).sum())
+        self.tokens += len(targets)
+
+    def result(self) -> Comparison:
+        ratio, error = _exponential([s - d for s, d in zip(self.sparse_losses, self.dense_losses, strict=True)])
+        return Comparison(
+            tokens=self.tokens,
+            sequences=len(self.dense_losses),
+            dense=Perplexity(*_exponential(self.dense_losses)),
+            sparse=Perplexity(*_exponential(self.sparse_losses)),
+            ratio=ratio,
+            ratio_stderr=error,
+            kl=self.kl / self.tokens,
+            top1_agreement=self.agreements / self.tokens,
+            realised_sparsity=self.counter.model_wide() or 0.0,
+            realised_by_projection=self.counter.by_projection(),
+        )
+
+
 @torch.no_grad()
 def compare(
     model: Any,
-    control: SparsityControl,
+    plans: Sequence[SparsityPlan],
     sequences: Iterable[Tensor],
     *,
-    dense_prefix: int,
+    dense_prefixes: Sequence[int],
     on_sequence: Callable[[int], None] = lambda tokens: None,
-) -> Comparison:
-    """Run each sequence dense and sparse and compare.
+) -> list[list[Comparison]]:
+    """Run each sequence dense, and sparse by every plan, and compare; the dense pass serves all.
 
     Args:
-        model: a causal language model with sparse layers.
-        control: its control.
-        sequences: (tokens,) int64 each, longer than dense_prefix + 1.
-        dense_prefix: positions that run dense.
+        model: a causal language model with sparse layers; takes on the thresholds of the last plan.
+        plans: what to compare.
+        sequences: (tokens,) int64 each, longer than any dense prefix + 1.
+        dense_prefixes: positions that run dense; each is an evaluation of its own.
         on_sequence: called with the number of tokens after each sequence.
+
+    Returns:
+        For each plan, for each dense prefix, the comparison.
     """
-    dense_losses: list[float] = []
-    sparse_losses: list[float] = []
-    kl_sum = agreements = 0.0
-    tokens = 0
-    with control.counting() as counter:
-        for sequence in sequences:
-            ids = sequence.unsqueeze(0).to(model.device)
-            targets = ids[0, dense_prefix + 1 :]
-            keep = len(sequence) - dense_prefix
-            with control.dense():
-                dense = _log_probabilities(model, ids, keep)
-            with control.masked(dense_prefix):
-                sparse = _log_probabilities(model, ids, keep)
-            dense_losses.append(float(F.nll_loss(dense, targets)))
-            sparse_losses.append(float(F.nll_loss(sparse, targets)))
-            kl_sum += float(F.kl_div(sparse, dense, log_target=True, reduction="sum"))
-            agreements += float((dense.argmax(-1) == sparse.argmax(-1)).sum())
-            tokens += len(targets)
-            on_sequence(len(sequence))
-    realised = counter.model_wide()
-    ratio, ratio_error = _exponential([s - d for s, d in zip(sparse_losses, dense_losses, strict=True)])
-    return Comparison(
-        tokens=tokens,
-        sequences=len(dense_losses),
-        dense=Perplexity(*_exponential(dense_losses)),
-        sparse=Perplexity(*_exponential(sparse_losses)),
-        ratio=ratio,
-        ratio_stderr=ratio_error,
-        kl=kl_sum / tokens,
-        top1_agreement=agreements / tokens,
-        realised_sparsity=0.0 if realised is None else realised,
-        realised_by_projection=counter.by_projection(),
-    )
+    control = control_of(model)
+    scores = [[_Score() for _ in dense_prefixes] for _ in plans]
+    for sequence in sequences:
+        ids = sequence.unsqueeze(0).to(model.device)
+        with control.dense():
+            all_dense = _log_probabilities(model, ids, len(sequence) - min(dense_prefixes))
+        for plan, of_plan in zip(plans, scores, strict=True):
+            set_thresholds_(model, plan)
+            for prefix, score in zip(dense_prefixes, of_plan, strict=True):
+                with control.masked(prefix), control.counting(score.counter):
+                    sparse = _log_probabilities(model, ids, len(sequence) - prefix)
+                score.add(all_dense[-len(sparse) :], sparse, ids[0, prefix + 1 :])
+        on_sequence(len(sequence))
+    return [[score.result() for score in of_plan] for of_plan in scores]
 
 
 def _log_probabilities(model: Any, ids: Tensor, keep: int) -> Tensor:

@@ -17,30 +17,52 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
     return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}"
+
+
 def calibration_table(result: dict[str, Any]) -> Table:
     """What `teal calibrate` measured."""
     table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
-    for label, value in (
+    rows = [
         ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
         ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
         ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
-    ):
+    ]
+    if result["sensitivity_tokens"]:
+        rows.append(
+            ("sensitivities", f"{result['sensitivity_tokens']:,} tokens, {result['sensitivity_seconds']:.1f} s")
+        )
+    if result["greedy_tokens"]:
+        took = f"{result['greedy_tokens']:,} tokens, {result['greedy_seconds']:.1f} s, "
+        runs = f"{result['greedy_forwards']:,} runs of a block ({result['greedy_naive_forwards']:,} naively)"
+        rows.append(("greedy paths", took + runs))
+    for label, value in rows:
         table.add_row(label, value)
     return table
 
 
-def eval_table(result: dict[str, Any]) -> Table:
-    """Dense against sparse quality."""
+def eval_tables(result: dict[str, Any]) -> list[Table]:
+    """Dense against sparse quality: one run in full, or several side by side; then what was written."""
+    runs = result["runs"]
+    title = f"{result['model']} on {result['dataset']}\n"
+    positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
+    if len(runs) == 1:
+        title += f"{result['tokens']:,} {positions}, the first {result['dense_prefix']} dense"
+        return [_one_run(title, result), *_written(runs)]
+    return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
+
+
+def _one_run(title: str, result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["sparse"]
-    table = _table(
-        f"{result['model']} on {result['dataset']}\n{result['tokens']:,} decoded positions in {result['sequences']} "
-        f"sequences of {result['seq_len']:,}, the first {result['dense_prefix']} dense",
-        "",
-        "dense",
-        "sparse",
-    )
+    table = _table(title, "", "dense", "sparse")
     table.add_row("target sparsity", "0", f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})")
     table.add_row("realised sparsity", "0", f"{sparse['realised_sparsity']:.3f}")
+    table.add_row(
+        "MB of weights a token",
+        _megabytes(result["dense_bytes_per_token"]),
+        _megabytes(sparse["bytes_per_token"]),
+    )
     table.add_row(
         "perplexity",
         _with_error(dense["perplexity"], dense["stderr"], 2),
@@ -51,12 +73,106 @@ def eval_table(result: dict[str, Any]) -> Table:
     )
     table.add_row("KL to dense, nats a token", "0", f"{sparse['kl']:.3f}")
     table.add_row("same first choice as dense", "1", f"{sparse['top1_agreement']:.3f}")
-    for task, scores in result["tasks"].items():
-        for metric, value in scores["dense"].items():
-            if "stderr" not in metric and metric in scores["sparse"]:
-                name = metric.removesuffix(",none")
-                table.add_row(f"{task}: {name}", f"{value:.4g}", f"{scores['sparse'][metric]:.4g}")
+    for task, metric, dense_score, sparse_score in _metrics(result["tasks"]):
+        table.add_row(f"{task}: {metric}", f"{dense_score:.4g}", f"{sparse_score:.4g}")
     return table
+
+
+def _several_runs(title: str, result: dict[str, Any]) -> Table:
+    table = _table(
+        title,
+        "allocation",
+        "target",
+        "realised",
+        "dense prefix",
+        "perplexity",
+        "over dense",
+        "KL",
+        "same choice",
+        "MB/token",
+    )
+    prefixes = list(dict.fromkeys(run["dense_prefix"] for run in result["runs"]))
+    for prefix in prefixes:
+        dense = next(run["dense"] for run in result["runs"] if run["dense_prefix"] == prefix)
+        size = _megabytes(result["dense_bytes_per_token"])
+        perplexity = _with_error(dense["perplexity"], dense["stderr"], 2)
+        table.add_row("dense", "0", "0", str(prefix), perplexity, "1", "0", "1", size)
+        for run in result["runs"]:
+            if run["dense_prefix"] != prefix:
+                continue
+            sparse = run["sparse"]
+            table.add_row(
+                sparse["allocation"],
+                f"{sparse['target_sparsity']:.2f}",
+                f"{sparse['realised_sparsity']:.3f}",
+                str(prefix),
+                _with_error(sparse["perplexity"], sparse["stderr"], 2),
+                _with_error(run["perplexity_ratio"], run["perplexity_ratio_stderr"], 3),
+                f"{sparse['kl']:.3f}",
+                f"{sparse['top1_agreement']:.3f}",
+                _megabytes(sparse["bytes_per_token"]),
+            )
+        table.add_section()
+    return table
+
+
+def _plans(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run for each plan, whatever the dense prefix."""
+    return list({(run["sparse"]["allocation"], run["sparse"]["target_sparsity"]): run for run in runs}.values())
+
+
+def _name(run: dict[str, Any]) -> str:
+    return f"{run['sparse']['allocation']}, {run['sparse']['target_sparsity']:.2f}"
+
+
+def _written(runs: list[dict[str, Any]]) -> list[Table]:
+    """How continuations agree, where they were written."""
+    first = runs[0]["generation"]
+    if first is None:
+        return []
+    table = _table(
+        f"Greedy continuations, {first['new_tokens']} tokens after each of {first['prompts']} prompts of "
+        f"{first['prompt_tokens']}",
+        "",
+        "realised",
+        "identical",
+        "tokens until they part",
+        "same choice along dense",
+        "perplexity by dense",
+    )
+    table.add_row("dense", "0", "1", "", "1", f"{first['dense_text_perplexity']:.2f}")
+    for run in _plans(runs):
+        found = run["generation"]
+        table.add_row(
+            _name(run),
+            f"{found['realised_sparsity']:.3f}",
+            f"{found['identical']:.2f}",
+            f"{found['tokens_until_difference']:.1f}",
+            f"{found['top1_agreement']:.3f}",
+            f"{found['sparse_text_perplexity']:.2f}",
+        )
+    return [table]
+
+
+def _metrics(tasks: dict[str, Any]) -> list[tuple[str, str, float, float]]:
+    """(task, metric, dense, sparse) of harness tasks, without their errors."""
+    return [
+        (task, metric.removesuffix(",none"), value, scores["sparse"][metric])
+        for task, scores in tasks.items()
+        for metric, value in scores["dense"].items()
+        if "stderr" not in metric and metric in scores["sparse"]
+    ]
+
+
+def _scored(runs: list[dict[str, Any]]) -> list[Table]:
+    """Harness tasks of several plans."""
+    if not runs[0]["tasks"]:
+        return []
+    table = _table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
+    table.add_row("dense", *[f"{dense:.4g}" for _, _, dense, _ in _metrics(runs[0]["tasks"])])
+    for run in _plans(runs):
+        table.add_row(_name(run), *[f"{sparse:.4g}" for _, _, _, sparse in _metrics(run["tasks"])])
+    return [table]
 
 
 def _sparsity(entry: dict[str, Any]) -> str:
@@ -131,13 +247,16 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
     def row(sparsity: float) -> list[str]:
         return rows.setdefault(sparsity, [f"{sparsity:.2f}", "", "", "", "", ""])
 
-    if quality:
-        dense, sparse = quality["dense"], quality["sparse"]
+    own = (quality["sparse"]["allocation"], quality["dense_prefix"]) if quality else None
+    for run in quality["runs"] if quality else []:
+        dense, sparse = run["dense"], run["sparse"]
+        if (sparse["allocation"], run["dense_prefix"]) != own:
+            continue  # what was also tried stands in the table of eval
         rows[0.0][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
         target = row(sparse["target_sparsity"])
         target[1] = f"{sparse['realised_sparsity']:.3f}"
         target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
-        target[3] = f"{quality['perplexity_ratio']:.3f}"
+        target[3] = f"{run['perplexity_ratio']:.3f}"
     for run in speed["runs"] if speed else []:
         target = row(run["sparsity"])
         target[1] = target[1] or f"{run['realised_sparsity']:.3f}"

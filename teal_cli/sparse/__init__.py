@@ -2,7 +2,15 @@
 
 from teal_cli.sparse.control import SparsityControl, SparsityCounter, control_of, use_backend
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.replace import apply_plan_, lay_out_, replace_projections_, sparse_layers, sparsify_
+from teal_cli.sparse.propagate import propagate_
+from teal_cli.sparse.replace import (
+    apply_plan_,
+    lay_out_,
+    replace_projections_,
+    set_thresholds_,
+    sparse_layers,
+    sparsify_,
+)
 
 __all__ = [
     "SparseLinear",
@@ -11,7 +19,9 @@ __all__ = [
     "apply_plan_",
     "control_of",
     "lay_out_",
+    "propagate_",
     "replace_projections_",
+    "set_thresholds_",
     "sparse_layers",
     "sparsify_",
     "use_backend",

@@ -124,9 +124,9 @@ class SparsityControl:
             self.mode, self.dense_prefix = before
 
     @contextmanager
-    def counting(self) -> Iterator[SparsityCounter]:
-        """Count dropped inputs inside the block."""
-        before, self.counter = self.counter, SparsityCounter()
+    def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
+        """Count dropped inputs inside the block, in a new counter or on in one that is there."""
+        before, self.counter = self.counter, counter or SparsityCounter()
         try:
             yield self.counter
         finally:

@@ -56,8 +56,10 @@ def lay_out_(model: nn.Module) -> None:
         site.lay_out_()
 
 
-def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
-    """Set the thresholds of a model whose projections were replaced, and lay its weights out.
+def set_thresholds_(model: nn.Module, plan: SparsityPlan) -> None:
+    """Set the thresholds of a model whose projections were replaced, and leave its weights where they lie.
+
+    Enough for passes over many tokens; for decoding, `apply_plan_`.
 
     Raises:
         ArtefactError: the plan's projections are not the model's.
@@ -69,6 +71,15 @@ def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
     for name, layer in layers.items():
         layer.plan_(plan.projections[name])
         layer.control.plans_applied += 1
+
+
+def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
+    """Set the thresholds of a model whose projections were replaced, and lay its weights out.
+
+    Raises:
+        ArtefactError: the plan's projections are not the model's.
+    """
+    set_thresholds_(model, plan)
     lay_out_(model)
 
 

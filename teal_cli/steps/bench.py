@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
 from teal_cli.bench.products import TimedProduct, reading_gb_s
@@ -15,17 +14,19 @@ from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import BenchConfig
+from teal_cli.config import BenchConfig, is_allocation_file
 from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
+from teal_cli.models.source import ModelSource
+from teal_cli.planning import allocate, allocations
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import control_of, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for
+from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
 from teal_kernels.tuning import keep_entries
 
 _TUNED_TOKENS = 64
@@ -208,9 +209,15 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
         return Prepared(source.name, model, [plan], prompt)
     calibration = calibration_for(config, workspace, reporter)
-    plans = [make_plan(calibration, value, config.allocation) for value in _wanted(config)]
+    (allocation,) = allocations(config, calibration, reporter)
+    targets = [None] if is_allocation_file(allocation) else _wanted(config)
+    first = allocate(config, calibration, 0.0, "uniform")  # for the model, until it has a plan
     model = load_model(source.folder, device=config.device, dtype=config.dtype)
-    sparsify_(model, make_plan(calibration, 0.0, config.allocation))
+    sparsify_(model, first)
+    plans = []
+    for target in targets:
+        folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
+        plans.append(ModelSource(source.name, folder).plan)
     return Prepared(source.name, model, plans, prompt)
 
 
@@ -221,7 +228,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])
     projections = find_projections(model)
-    text = [random_prompt(vocabulary, _RANDOM_SEQ_LEN, config.seed + 1 + index) for index in range(_RANDOM_SEQUENCES)]
+    text = random_prompt(vocabulary, _RANDOM_SEQ_LEN, config.seed + 1, _RANDOM_SEQUENCES)
     calibration = Calibration(
         CalibrationInfo(
             model=alias.name,
@@ -236,9 +243,13 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
             seconds=0.0,
         ),
         projections,
-        collect(model, projections, text, sink_tokens=_SINK_TOKENS),
+        collect(model, projections, text.split(1), sink_tokens=_SINK_TOKENS),
     )
-    plans = [make_plan(calibration, value, config.allocation) for value in _wanted(config)]
-    sparsify_(model, make_plan(calibration, 0.0, config.allocation))
+    # There is nothing to be sensitive to in random weights: uniform, unless another was asked for.
+    allocation = config.allocation if "allocation" in config.model_fields_set else "uniform"
+    plans = [allocate(config, calibration, value, allocation) for value in _wanted(config)]
+    sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
+    if config.propagate:
+        plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
     return Prepared(f"{alias.name} (random weights)", model, plans, prompt)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.calibration import sensitivity
+from teal_cli.calibration.block_error import GreedyPaths, measure_paths
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
+from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
@@ -56,8 +57,12 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    sequences = blocks[: -(-config.sensitivity_tokens // config.seq_len)]
+    sequences = _first(blocks, config.sensitivity_tokens)
     sensitivities = _sensitivities(config, model, projections, sequences, reporter)
+    sensitivity_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    walked = _first(blocks, config.greedy_tokens)
+    greedy = _paths(config, model, projections, histograms, walked, reporter)
     info = CalibrationInfo(
         model=source.name,
         weights=fingerprint(source.folder),
@@ -70,12 +75,49 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         device=model.device.type,
         seconds=seconds,
         sensitivity_tokens=sequences.numel() if sensitivities else 0,
-        sensitivity_seconds=time.perf_counter() - started if sensitivities else 0.0,
+        sensitivity_seconds=sensitivity_seconds if sensitivities else 0.0,
+        greedy_tokens=walked.numel(),
+        greedy_inputs=config.greedy_inputs,
+        greedy_seconds=time.perf_counter() - started if greedy.paths else 0.0,
+        greedy_forwards=greedy.forwards,
+        greedy_naive_forwards=greedy.naive_forwards,
         versions=library_versions(),
     )
-    result = Calibration(info, projections, histograms, sensitivities)
+    text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
+    result = Calibration(info, projections, histograms, sensitivities, greedy.paths, text)
     calibration_file.save(result, run_folder(config, workspace))
     return result
+
+
+def _first(blocks: Tensor, tokens: int) -> Tensor:
+    """As many sequences as hold so many tokens, but no more than there are."""
+    return blocks[: -(-tokens // blocks.shape[1])]
+
+
+def _paths(
+    config: CalibrateConfig,
+    model: Any,
+    projections: list[Projection],
+    histograms: dict[str, Tensor],
+    sequences: Tensor,
+    reporter: Reporter,
+) -> GreedyPaths:
+    """What allocation greedy needs, from some sequences."""
+    if len(sequences) == 0:
+        return GreedyPaths()
+    path = architecture_of(model.config.model_type).blocks
+    with reporter.progress("walking greedy paths", len(model.get_submodule(path))) as advance:
+        return measure_paths(
+            model,
+            path,
+            projections,
+            histograms,
+            sequences,
+            sink_tokens=config.sink_tokens,
+            inputs=config.greedy_inputs,
+            sparsity=config.greedy_sparsity,
+            on_block=advance,
+        )
 
 
 def _sensitivities(

@@ -1,56 +1,53 @@
 """Evaluate: a sparse model on text that it was not calibrated on, beside its dense self."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.export import read_summary
-from teal_cli.config import EvalConfig
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.config import EvalConfig, is_allocation_file
 from teal_cli.data import Half, token_blocks
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.evaluate.generation import Agreement, agree
 from teal_cli.evaluate.perplexity import Comparison, compare
 from teal_cli.evaluate.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
+from teal_cli.planning import allocate, allocations
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import control_of, use_backend
+from teal_cli.sparse import apply_plan_, control_of, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, checkpoint_for
+from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Harness task -> dense or sparse -> metric -> value."""
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Quality at one sparsity."""
+class EvalRun:
+    """Quality of one plan after one dense prefix."""
 
-    model: str
-    dataset: str
-    half: Half
-    """Which half of the dataset was read; `all` where calibration read another dataset."""
-    seq_len: int
-    dense_prefix: int
     allocation: str
     target_sparsity: float
+    dense_prefix: int
     comparison: Comparison
-    tasks: dict[str, dict[str, dict[str, float]]]
-    device: str
-    dtype: str
-    seed: int
-    versions: dict[str, str]
+    bytes_per_token: int
+    """Weight bytes that a decoded token reads, at the realised sparsity."""
+    generation: Agreement | None
+    tasks: Scores
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of `teal eval --json` (docs/formats.md)."""
+        """An entry of `runs`."""
         found = self.comparison
         return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "half": self.half,
+            "dense_prefix": self.dense_prefix,
             "tokens": found.tokens,
             "sequences": found.sequences,
-            "seq_len": self.seq_len,
-            "dense_prefix": self.dense_prefix,
             "dense": asdict(found.dense),
             "sparse": {
                 **asdict(found.sparse),
@@ -59,11 +56,45 @@ class EvalResult:
                 "realised_sparsity": found.realised_sparsity,
                 "kl": found.kl,
                 "top1_agreement": found.top1_agreement,
+                "bytes_per_token": self.bytes_per_token,
             },
             "perplexity_ratio": found.ratio,
             "perplexity_ratio_stderr": found.ratio_stderr,
-            "realised_by_projection": found.realised_by_projection,
+            "generation": None if self.generation is None else asdict(self.generation),
             "tasks": self.tasks,
+            "realised_by_projection": found.realised_by_projection,
+        }
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Quality at one or several sparsities, allocations and dense prefixes."""
+
+    model: str
+    dataset: str
+    half: Half
+    """Which half of the dataset was read; `all` where calibration read another dataset."""
+    seq_len: int
+    dense_bytes_per_token: int
+    runs: list[EvalRun]
+    """By allocation, then sparsity, then dense prefix, as asked for."""
+    device: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `teal eval --json` (docs/formats.md): the first run also stands at the top."""
+        runs = [run.to_json() for run in self.runs]
+        first = {key: value for key, value in runs[0].items() if key != "realised_by_projection"}
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "half": self.half,
+            "seq_len": self.seq_len,
+            "dense_bytes_per_token": self.dense_bytes_per_token,
+            **first,
+            "runs": runs,
             "device": self.device,
             "dtype": self.dtype,
             "seed": self.seed,
@@ -72,7 +103,7 @@ class EvalResult:
 
 
 def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult:
-    """Perplexity, drift and realised sparsity on held-out text; harness tasks where asked.
+    """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
 
     Raises:
         TealError: anything wrong with model, text or machine.
@@ -82,9 +113,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
     tokenizer = load_tokenizer(workspace.source.folder)
-    folder = checkpoint_for(config, config.sparsity, workspace, reporter)
-    plan = ModelSource(workspace.source.name, folder).plan
-    half = _half(dataset, folder)
+    half = _half(dataset, _calibrated_on(config, workspace, reporter))
 
     def text(model: Any = None) -> Tensor:
         return token_blocks(
@@ -99,36 +128,53 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
 
     # Text comes before the model: a missing file should not cost a load.
     blocks = None if dataset == "self" else text()
-    model = load_model(folder, device=config.device, dtype=config.dtype)
+    model, plans = _model_and_plans(config, workspace, reporter)
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:
         with control.switched_off():
             blocks = text(model)
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
-        comparison = compare(model, control, blocks, dense_prefix=config.prefix, on_sequence=advance)
-    tasks = {}
+        compared = compare(model, plans, blocks, dense_prefixes=config.prefixes, on_sequence=advance)
+    written: list[Agreement] | list[None] = [None] * len(plans)
+    if config.generate:
+        prompts = blocks[: config.prompts, : config.prompt_tokens]
+        total = (len(plans) + 1) * len(prompts) * config.new_tokens
+        with reporter.progress("writing", total) as advance:
+            written = agree(model, plans, prompts, new_tokens=config.new_tokens, on_tokens=advance)
+    tasks: list[Scores] = [{} for _ in plans]
     if config.tasks:
         reporter.say(f"tasks: {', '.join(config.tasks)}, dense and sparse")
-        tasks = run_tasks(
-            model,
-            tokenizer,
-            control,
-            config.tasks,
-            task_path=config.task_path,
-            limit=config.task_limit,
-            seed=config.seed,
-        )
+        for scores, plan in zip(tasks, plans, strict=True):
+            apply_plan_(model, plan)
+            scores |= run_tasks(
+                model,
+                tokenizer,
+                control,
+                config.tasks,
+                task_path=config.task_path,
+                limit=config.task_limit,
+                seed=config.seed,
+            )
     return EvalResult(
         model=workspace.source.name,
         dataset=dataset,
         half=half,
         seq_len=config.seq_len,
-        dense_prefix=config.prefix,
-        allocation=plan.allocation,
-        target_sparsity=plan.target_sparsity,
-        comparison=comparison,
-        tasks=tasks,
+        dense_bytes_per_token=weight_bytes_per_token(model, {}),
+        runs=[
+            EvalRun(
+                allocation=plan.allocation,
+                target_sparsity=plan.target_sparsity,
+                dense_prefix=prefix,
+                comparison=found,
+                bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection),
+                generation=generation,
+                tasks=scores,
+            )
+            for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)
+            for prefix, found in zip(config.prefixes, of_plan, strict=True)
+        ],
         device=device_description(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         seed=config.seed,
@@ -136,10 +182,50 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     )
 
 
-def _half(dataset: str, folder: Path) -> Half:
-    """Held-out text: the other half of what calibration read, or all of another dataset."""
+def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> tuple[Any, list[SparsityPlan]]:
+    """The model, loaded once, and the plan of every allocation at every sparsity, exported where need be."""
+    source = workspace.source
+    if source.is_teal_checkpoint:
+        if len(config.sparsity or []) > 1:
+            raise UsageError(f"{source.folder} has one sparsity: name the dense model to compare several")
+        folder = checkpoint_for(config, config.sparsity[0] if config.sparsity else None, workspace, reporter)
+        return load_model(folder, device=config.device, dtype=config.dtype), [source.plan]
+    calibration = calibration_for(config, workspace, reporter)
+    wanted = [
+        (allocation, sparsity)
+        for allocation in allocations(config, calibration, reporter)
+        for sparsity in _targets(config, allocation)
+    ]
+    # Whatever an allocation refuses, it refuses before the model is loaded.
+    first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
+    model = load_model(source.folder, device=config.device, dtype=config.dtype)
+    sparsify_(model, first)
+    plans = []
+    for allocation, sparsity in wanted:
+        folder = checkpoint_for(config, sparsity, workspace, reporter, allocation=allocation, model=model)
+        plans.append(ModelSource(source.name, folder).plan)
+    return model, plans
+
+
+def _targets(config: EvalConfig, allocation: str) -> Sequence[float | None]:
+    """The sparsities of one allocation; a file has its own, which must agree with a single one that was asked for."""
+    if is_allocation_file(allocation) and (config.sparsity is None or len(config.allocation) > 1):
+        return [None]
+    return config.sparsity or [None]
+
+
+def _calibrated_on(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> str:
+    """The dataset that the thresholds come from; empty where the folder does not say."""
+    if not workspace.source.is_teal_checkpoint:
+        return calibration_for(config, workspace, reporter).info.dataset
     try:
-        calibrated_on = str(read_summary(folder).get("calibration", {}).get("dataset", ""))
-    except ArtefactError:  # saved again by transformers, which keeps no teal.json: be careful
+        return str(read_summary(workspace.source.folder).get("calibration", {}).get("dataset", ""))
+    except ArtefactError:  # saved again by transformers, which keeps no teal.json
+        return ""
+
+
+def _half(dataset: str, calibrated_on: str) -> Half:
+    """Held-out text: the other half of what calibration read, or all of another dataset."""
+    if not calibrated_on:  # nobody knows: be careful
         return "evaluation"
     return "evaluation" if dataset_identity(dataset) in (calibrated_on, *calibrated_on.split(" + ")) else "all"

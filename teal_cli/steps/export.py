@@ -1,8 +1,8 @@
 """Export: a calibration and a target in, a TEAL checkpoint out."""
 
-from teal_cli.allocation import make_plan
 from teal_cli.checkpoint.export import ExportSummary, write_checkpoint
 from teal_cli.config import ExportConfig
+from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
 from teal_cli.workspace import Workspace, calibration_for
 
@@ -16,6 +16,8 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("export")
     calibration = calibration_for(config, workspace, reporter)
-    plan = make_plan(calibration, config.sparsity, config.allocation)
-    folder = config.out or workspace.export_folder(config.allocation, config.sparsity)
-    return write_checkpoint(workspace.source.folder, plan, calibration, folder, config.weights)
+    (allocation,) = allocations(config, calibration, reporter)
+    plan = allocate(config, calibration, config.sparsity, allocation)
+    plan, propagated = hold(config, plan, calibration, workspace.source, reporter)
+    folder = config.out or workspace.export_folder(plan.allocation, plan.target_sparsity)
+    return write_checkpoint(workspace.source.folder, plan, calibration, folder, config.weights, propagated=propagated)

@@ -38,7 +38,7 @@ def calibrated(dense: Path, corpus: Path) -> Path:
 def test_the_chain(calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--json", "e.json") == 0
     exported = Path(_json(Path("e.json"))["folder"])
-    assert exported == Path("runs/tiny/uniform-0.40")
+    assert exported == Path("runs/tiny/fisher-0.40")
     capsys.readouterr()
     assert (
         _teal("eval", "--model", exported, "--text", corpus, "--tokens", 256, "--seq-len", 64, "--json", "v.json") == 0
@@ -64,7 +64,7 @@ def test_missing_stages_are_said_and_made(dense: Path, corpus: Path, capsys: pyt
     said = capsys.readouterr().err
     assert "no calibration of tiny" in said
     assert "no export of tiny at sparsity 0.5" in said
-    assert Path("runs/tiny/uniform-0.50/teal.json").is_file()
+    assert Path("runs/tiny/fisher-0.50/teal.json").is_file()
     assert _teal("generate", "--config", "c.yaml", "--prompt", "the stars", "--max-new-tokens", 4) == 0
     assert "no calibration" not in capsys.readouterr().err
 
@@ -73,12 +73,12 @@ def test_a_new_calibration_makes_exports_anew(
     calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _teal("export", "--model", calibrated) == 0
-    before = _json(Path("runs/tiny/uniform-0.50/teal.json"))
+    before = _json(Path("runs/tiny/fisher-0.50/teal.json"))
     assert _teal("calibrate", "--model", calibrated, "--dataset", corpus, "--tokens", 256, "--seq-len", 64) == 0
     capsys.readouterr()
     assert _teal("generate", "--model", calibrated, "--prompt", "stars", "--max-new-tokens", 2) == 0
     assert "exporting it" in capsys.readouterr().err
-    assert _json(Path("runs/tiny/uniform-0.50/teal.json")) != before
+    assert _json(Path("runs/tiny/fisher-0.50/teal.json")) != before
 
 
 def test_generate(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_generate(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert _teal("generate", *flags, "--prompt", "the stars", "--sparsity", 0) == 0
     assert "dense" in capsys.readouterr().err
     dense = _json(Path("g.json"))
-    exported = "runs/tiny/uniform-0.50"
+    exported = "runs/tiny/fisher-0.50"
     assert (
         _teal(
             "generate", "--model", exported, "--prompt", "a", "--sparsity", 0, "--max-new-tokens", 3, "--json", "g.json"

@@ -23,7 +23,8 @@ def test_numbers_against_decoding_token_by_token(tmp_path: Path) -> None:
     control = control_of(model)
     torch.manual_seed(4)
     sequences, prefix = torch.randint(2, VOCABULARY, (3, 40)), 12
-    found = compare(model, control, sequences, dense_prefix=prefix)
+    plan = model.config.quantization_config.plan
+    ((found,),) = compare(model, [plan], sequences, dense_prefixes=[prefix])
 
     losses: dict[str, list[float]] = {"dense": [], "sparse": []}
     divergence, agreements = 0.0, 0
@@ -57,7 +58,8 @@ def test_numbers_against_decoding_token_by_token(tmp_path: Path) -> None:
 def test_a_single_sequence_has_no_error(tmp_path: Path) -> None:
     out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse")
     model = load_model(out, device="cpu", dtype="auto")
-    found = compare(model, control_of(model), torch.randint(2, VOCABULARY, (1, 40)), dense_prefix=12)
+    plan = model.config.quantization_config.plan
+    ((found,),) = compare(model, [plan], torch.randint(2, VOCABULARY, (1, 40)), dense_prefixes=[12])
     assert found.dense.stderr is None
     assert found.ratio_stderr is None
 
@@ -89,7 +91,8 @@ def test_held_out_half_where_calibration_read_the_same_file(tmp_path: Path, corp
     calibrate(CalibrateConfig(model=str(folder), dataset=str(corpus), tokens=256, seq_len=64), QUIET)
     result = evaluate(EvalConfig(model=str(folder), dataset=str(corpus), tokens=256, seq_len=64), QUIET)
     assert result.half == "evaluation"
-    assert result.target_sparsity == 0.5
+    assert result.runs[0].target_sparsity == 0.5
+    assert result.runs[0].allocation == "fisher"
 
 
 TASK = """
@@ -119,7 +122,7 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
     data.write_text(line * 6)
     (tasks / "stars.yaml").write_text(TASK.format(data=data))
     config = EvalConfig(model=str(out), text=corpus, tokens=256, seq_len=64, tasks=["stars"], task_path=tasks)
-    scores = evaluate(config, QUIET).tasks["stars"]
+    scores = evaluate(config, QUIET).runs[0].tasks["stars"]
     assert set(scores) == {"dense", "sparse"}
     assert 0 <= scores["dense"]["acc,none"] <= 1
 

@@ -69,11 +69,12 @@ def test_greedy_at_sparsity_zero_equals_generate(smollm2: Path, smollm2_run: Pat
 
 @pytest.mark.parametrize(("sparsity", "low", "high"), [(0.4, 1.08, 1.22), (0.5, 1.30, 1.60)])
 def test_uniform_quality_on_held_out_text(smollm2_run: Path, sparsity: float, low: float, high: float) -> None:
-    config = EvalConfig(runs=smollm2_run, sparsity=sparsity, tokens=6144, seq_len=1024, dense_prefix=512)
-    found = evaluate(config, QUIET)
-    assert found.half == "evaluation"
-    assert low < found.comparison.ratio < high
-    assert found.comparison.realised_sparsity == pytest.approx(sparsity, abs=0.02)
+    config = EvalConfig(runs=smollm2_run, allocation="uniform", sparsity=sparsity, tokens=6144, seq_len=1024, dense_prefix=512)
+    result = evaluate(config, QUIET)
+    assert result.half == "evaluation"
+    found = result.runs[0].comparison
+    assert low < found.ratio < high
+    assert found.realised_sparsity == pytest.approx(sparsity, abs=0.02)
 
 
 def test_fisher_keeps_more_quality_than_uniform(smollm2_run: Path) -> None:
@@ -81,7 +82,7 @@ def test_fisher_keeps_more_quality_than_uniform(smollm2_run: Path) -> None:
     config = EvalConfig(
         runs=smollm2_run, sparsity=0.5, allocation="fisher", tokens=6144, seq_len=1024, dense_prefix=512
     )
-    found = evaluate(config, QUIET).comparison
+    found = evaluate(config, QUIET).runs[0].comparison
     assert 1.05 < found.ratio < 1.28
     assert found.realised_sparsity == pytest.approx(0.5, abs=0.02)
 

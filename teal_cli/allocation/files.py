@@ -1,0 +1,53 @@
+"""Allocations as files: YAML (or JSON) that people read, edit and hand back with --allocation FILE."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from teal_cli.config import read_yaml
+from teal_cli.errors import UsageError, nearest
+
+
+def by_pattern(patterns: Mapping[str, Any], names: Iterable[str], origin: str) -> dict[str, Any]:
+    """Projection name -> value of the last pattern that it matches; shell-style patterns (`*`, `?`, `[]`).
+
+    Raises:
+        UsageError: a pattern that matches no projection.
+    """
+    names = list(names)
+    found = {}
+    for pattern, value in patterns.items():
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            hint = nearest(pattern, names)
+            if "did you mean" not in hint:  # the whole list would be hundreds of names
+                hint = f"; they are called like {names[0]!r}"
+            raise UsageError(f"{origin}: {pattern!r} matches no projection of this model{hint}")
+        found.update(dict.fromkeys(matching, value))
+    return found
+
+
+def read_allocation(path: Path, names: Iterable[str]) -> dict[str, float]:
+    """The sparsity of every projection, from the mapping `projections` of a file.
+
+    Args:
+        path: YAML or JSON; its keys are names or shell-style patterns, the last that matches wins.
+        names: the model's projections.
+
+    Raises:
+        UsageError: not such a file, a sparsity outside [0, 1), or a projection without one.
+    """
+    patterns = read_yaml(path, "allocation file").get("projections")
+    if not isinstance(patterns, dict) or not patterns:
+        raise UsageError(f"allocation file {path} must hold a mapping 'projections' of names to sparsities")
+    for pattern, value in patterns.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (isinstance(pattern, str) and number and 0.0 <= value < 1.0):
+            raise UsageError(f"allocation file {path}: {pattern}: {value!r} is not a sparsity, at least 0 and below 1")
+    names = list(names)
+    found = by_pattern(patterns, names, f"allocation file {path}")
+    left = [name for name in names if name not in found]
+    if left:
+        raise UsageError(f"allocation file {path} says nothing of {len(left)} projections, {left[0]} first")
+    return {name: float(found[name]) for name in names}

@@ -1,0 +1,102 @@
+"""From a calibration to the thresholds of one export: allocate, then make the thresholds hold."""
+
+import gc
+from typing import Any
+
+from torch import Tensor
+
+from teal_cli.allocation import make_plan
+from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.config import SparseConfig, is_allocation_file
+from teal_cli.data import token_blocks
+from teal_cli.errors import ArtefactError
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.source import ModelSource
+from teal_cli.report.console import Reporter
+from teal_cli.sparse import propagate_, sparsify_
+
+DEFAULT_SPARSITY = 0.5
+
+
+def allocations(config: SparseConfig, calibration: Calibration, reporter: Reporter) -> list[str]:
+    """The allocations that were asked for; where none was and there are no sensitivities, uniform.
+
+    One for every verb but `teal eval`, which takes several.
+    """
+    wanted = config.allocation if isinstance(config.allocation, list) else [config.allocation]
+    if "allocation" not in config.model_fields_set and not calibration.sensitivities:
+        reporter.say("this calibration has no sensitivities: allocation uniform in place of fisher")
+        return ["uniform"]
+    return wanted
+
+
+def allocate(config: SparseConfig, calibration: Calibration, target: float | None, allocation: str) -> SparsityPlan:
+    """A plan with the thresholds that the dense network's hidden states give.
+
+    Raises:
+        TealError: what `make_plan` raises.
+    """
+    if target is None and not is_allocation_file(allocation):
+        target = DEFAULT_SPARSITY
+    # Limits and costs are fisher's; the other allocations of one command go without.
+    return make_plan(calibration, target, allocation, limits=config.limits, cost=config.cost)
+
+
+def hold(
+    config: SparseConfig,
+    plan: SparsityPlan,
+    calibration: Calibration,
+    source: ModelSource,
+    reporter: Reporter,
+    model: Any = None,
+) -> tuple[SparsityPlan, bool]:
+    """The plan with thresholds that hold in the sparse network, and whether they were to be had.
+
+    Args:
+        config: whether to, and where.
+        plan: from `allocate`.
+        calibration: names the text.
+        source: the dense model.
+        reporter: told what takes a while, and why it could not be done.
+        model: with sparse layers, to save loading it; takes on other thresholds.
+
+    Raises:
+        ArtefactError: propagation was asked for by name, and the text of the calibration cannot be had.
+    """
+    if not config.propagate or not any(entry.sparsity for entry in plan.projections.values()):
+        return plan, False
+    try:
+        text = _text(calibration, source)
+    except ArtefactError as error:
+        if "propagate" in config.model_fields_set:
+            raise
+        reporter.say(
+            f"thresholds are the dense network's, those of the sparse one need the calibration's text: {error}"
+        )
+        return plan, False
+    loaded = model is None
+    if loaded:
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        sparsify_(model, plan)
+    reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
+    held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)
+    if loaded:
+        del model
+        gc.collect()  # hooks and sites refer to one another; a GPU has no room for a second copy
+    return held, True
+
+
+def _text(calibration: Calibration, source: ModelSource) -> Tensor:
+    """The first sequences that the calibration read: (sequences, tokens) int64."""
+    if calibration.text is not None:
+        return calibration.text
+    info = calibration.info
+    return token_blocks(
+        info.dataset.split(" + ")[0],
+        load_tokenizer(source.folder),
+        tokens=max(min(KEPT_TOKENS, info.tokens), info.seq_len),
+        seq_len=info.seq_len,
+        seed=info.seed,
+        half="calibration",
+    )

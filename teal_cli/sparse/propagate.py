@@ -1,0 +1,75 @@
+"""Thresholds that hold in the sparse network: quantiles of what it sees, not of what the dense one saw.
+
+Dropping inputs shifts the hidden states behind them, more so the deeper the network: plain thresholds
+for 65 % realised 70 % on SmolLM2-135M.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teal_cli.calibration import histogram
+from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.errors import ArtefactError
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.replace import set_thresholds_, sparse_layers
+
+
+@torch.no_grad()
+def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefix: int) -> SparsityPlan:
+    """The plan's sparsities, with the thresholds that give them in the sparse network.
+
+    One forward pass. Every site counts the hidden states that reach it through the sites before, sets
+    the thresholds of its projections by them, and drops by these. Text runs as in `teal eval`: a
+    prefix dense, the rest sparse and counted.
+
+    Args:
+        model: a causal language model with sparse layers; takes on the new thresholds.
+        plan: projections and their sparsities.
+        sequences: (sequences, tokens) int64, run together as one batch.
+        dense_prefix: leading positions that run dense and are not counted, as a prompt.
+
+    Raises:
+        ArtefactError: the plan is not the model's, or hidden states that give no threshold.
+    """
+    set_thresholds_(model, plan)
+    layers = sparse_layers(model)
+    sites: defaultdict[int, list[SparseLinear]] = defaultdict(list)
+    for layer in layers.values():
+        sites[id(layer.site)].append(layer)
+
+    def settle(layer: SparseLinear, x: Tensor) -> None:
+        counts = histogram.count(x[:, dense_prefix:]).cpu()
+        for reader in sites.pop(id(layer.site), []):  # the first to be called settles all of its site
+            sparsity = plan.projections[reader.name].sparsity
+            try:
+                threshold = histogram.threshold_for(counts, sparsity)
+            except ValueError as error:
+                raise ArtefactError(f"{reader.name}: {error}") from error
+            reader.plan_(ProjectionPlan(sparsity, threshold))
+
+    control = next(iter(layers.values())).control
+    with _called_before(layers.values(), settle), control.masked(dense_prefix):
+        model(input_ids=sequences.to(model.device), use_cache=False, logits_to_keep=1)
+    held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].plan for name in plan.projections})
+    set_thresholds_(model, held)
+    return held
+
+
+@contextmanager
+def _called_before(layers: Any, action: Callable[[SparseLinear, Tensor], None]) -> Iterator[None]:
+    """`action` with each layer and its input, before the layer runs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        action(module, args[0])  # type: ignore[arg-type]
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
