@@ -1,112 +1,34 @@
-"""Configuration: one typed model a verb, filled from defaults, then YAML, then flags.
+"""Configuration: one typed model a verb, filled from defaults, then YAML, then flags (`config_files`).
 
 A field here is at once a YAML key, a command-line flag (underscores become dashes) and a documented
 option: `cli.options` makes the flags from these models, so the three cannot disagree. Everything is
 checked before any model is loaded.
-
-A YAML file may hold keys of several verbs. A key at its top goes to every verb that has it; a key
-under a verb's name goes to that verb alone and beats the top.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Literal, Self
 
-import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     model_validator,
 )
 
-from teal_cli.errors import UsageError, nearest
-from teal_cli.resources import CONFIGS
-
-Backend = Literal["auto", "reference", "cpu", "triton"]
-ALLOCATION_NAMES = ("uniform", "greedy", "fisher")
-
-
-def _split_commas(value: object) -> object:
-    """A flag gives one string for a list: "0.4,0.5"; YAML gives a list, or one bare value."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
-
-
-def _check_sparsity(value: float) -> float:
-    # Written so that NaN fails too.
-    if not 0.0 <= value < 1.0:
-        raise ValueError("sparsity is the fraction of inputs dropped, at least 0 and below 1")
-    return value
-
-
-Sparsity = Annotated[float, AfterValidator(_check_sparsity)]
-SparsityList = Annotated[list[Sparsity], BeforeValidator(_split_commas), Field(min_length=1)]
-NameList = Annotated[list[str], BeforeValidator(_split_commas)]
-
-
-def _split_tokens(value: object) -> object:
-    """As `_split_commas`, but blanks are kept: a stop token may be one. A comma must come from a YAML list."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-TokenList = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_split_tokens)]
-
-
-def _check_file_name(path: Path | None) -> Path | None:
-    if path is not None and path.is_dir():
-        raise ValueError("this is a folder, give a file")
-    return path
-
-
-def _check_file(path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise ValueError("there is no such file")
-    return path
-
-
-def is_allocation_file(allocation: str) -> bool:
-    """Whether an allocation is a file rather than a name."""
-    return allocation.endswith((".yaml", ".yml", ".json"))
-
-
-def _check_allocation(name: str) -> str:
-    if is_allocation_file(name):
-        if not Path(name).is_file():
-            raise ValueError(f"allocation file {name} does not exist")
-    elif name not in ALLOCATION_NAMES:
-        raise ValueError(f"neither an allocation nor a .yaml or .json file{nearest(name, ALLOCATION_NAMES)}")
-    return name
-
-
-AllocationName = Annotated[str, AfterValidator(_check_allocation)]
-AllocationList = Annotated[list[AllocationName], BeforeValidator(_split_commas), Field(min_length=1)]
-PositionList = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_split_commas), Field(min_length=1)]
-
-
-def _split_limits(value: object) -> object:
-    """A flag gives "*.down_proj=0:0.8,*.0.*=0:0.3"; YAML gives a mapping of patterns to pairs."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
-    return {pattern.strip(): tuple(bounds.split(":")) for pattern, _, bounds in pairs}
-
-
-def _check_limits(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
-    for pattern, (least, most) in limits.items():
-        if not 0.0 <= least <= most <= MOST_SPARSITY:
-            raise ValueError(f"{pattern}: {least}:{most} is not least:most, both between 0 and {MOST_SPARSITY}")
-    return limits
-
-
-MOST_SPARSITY = 0.99
-"""No projection is taken above this by an allocation that weighs costs: beyond, a handful of inputs decide."""
-Limits = Annotated[dict[str, tuple[float, float]], BeforeValidator(_split_limits), AfterValidator(_check_limits)]
+from teal_cli.config_values import (
+    AllocationList,
+    AllocationName,
+    Backend,
+    InputFile,
+    Limits,
+    NameList,
+    OutputFile,
+    PositionList,
+    Sparsity,
+    SparsityList,
+    TokenList,
+)
 
 
 class SharedConfig(BaseModel):
@@ -122,9 +44,7 @@ class SharedConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random")
     runs: Path = Field(Path("runs"), description="folder of results; a model's go to RUNS/<model>")
     # Named json on the outside; a field called json would hide BaseModel.json.
-    json_file: Annotated[Path | None, AfterValidator(_check_file_name)] = Field(
-        None, alias="json", description="also write the result here, as JSON"
-    )
+    json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
     quiet: bool = Field(False, description="no progress, no tables")
 
 
@@ -181,28 +101,43 @@ class SparseConfig(SharedConfig):
         return self._calibrate.model_copy(update=shared)
 
     calibration: Path | None = Field(None, description="RUN folder of a calibration (default RUNS/<model>)")
-    allocation: AllocationName = Field(
-        "fisher", description="how the sparsity is spread: uniform, greedy, fisher, or a .yaml or .json file"
-    )
     limits: Limits = Field(
         default_factory=dict,
         description="fisher: least and greatest sparsity of projections, as PATTERN=LEAST:MOST,..",
     )
-    cost: Annotated[Path | None, AfterValidator(_check_file)] = Field(
+    cost: InputFile | None = Field(
         None, description="fisher: result of teal bench --kernels --json; buys time by it in place of bytes"
     )
     propagate: bool = Field(True, description="set thresholds by what the sparse network sees, with one more pass")
 
+    @property
+    def allocations(self) -> list[str]:
+        """How the sparsity is spread: one way, or several to compare."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
     def _limits_and_cost_are_of_fisher(self) -> Self:
-        if (self.limits or self.cost) and "fisher" not in self.allocation:
+        if (self.limits or self.cost) and "fisher" not in self.allocations:
             raise ValueError(
                 "limits (flag --limits) and cost (flag --cost) are for allocation fisher (flag --allocation)"
             )
         return self
 
 
-class ExportConfig(SparseConfig):
+class OneAllocation(SparseConfig):
+    """Which sparsity, spread one way."""
+
+    allocation: AllocationName = Field(
+        "fisher", description="how the sparsity is spread: uniform, greedy, fisher, or a .yaml or .json file"
+    )
+
+    @property
+    def allocations(self) -> list[str]:
+        """The one."""
+        return [self.allocation]
+
+
+class ExportConfig(OneAllocation):
     """`teal export`."""
 
     sparsity: Sparsity = Field(0.5, description="model-wide target, in [0, 1)")
@@ -210,7 +145,7 @@ class ExportConfig(SparseConfig):
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")
 
 
-class GenerateConfig(SparseConfig):
+class GenerateConfig(OneAllocation):
     """`teal generate`."""
 
     prompt: str | None = Field(None, description="the prompt; - reads stdin; none on a terminal: interactive")
@@ -236,7 +171,7 @@ class GenerateConfig(SparseConfig):
         return self
 
 
-class BenchConfig(SparseConfig):
+class BenchConfig(OneAllocation):
     """`teal bench`."""
 
     sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
@@ -273,7 +208,7 @@ class EvalConfig(SparseConfig):
     sparsity: SparsityList | None = Field(
         None, description="targets in [0, 1), comma-separated (default 0.5, or the folder's own)"
     )
-    allocation: AllocationList = Field(  # type: ignore[assignment]
+    allocation: AllocationList = Field(
         ["fisher"], description="as for export; several, comma-separated, are each taken at every sparsity"
     )
     text: Path | None = Field(None, description="a .txt or .jsonl file, in place of --dataset")
@@ -291,6 +226,11 @@ class EvalConfig(SparseConfig):
     task_path: Path | None = Field(None, description="folder of task YAML files; only these tasks are known then")
     task_limit: int | None = Field(None, ge=1, description="examples a task")
     backend: Backend = Field("auto", description="sparse kernels for the tasks; a name runs or fails")
+
+    @property
+    def allocations(self) -> list[str]:
+        """All that were named."""
+        return self.allocation
 
     @property
     def prefixes(self) -> list[int]:
@@ -345,151 +285,3 @@ class RunConfig(BaseModel):
     stages: dict[str, SharedConfig]
     json_file: Path | None = None
     quiet: bool = False
-
-
-def flag_name(key: str) -> str:
-    """The flag of a key: max_new_tokens -> --max-new-tokens."""
-    return "--" + key.replace("_", "-")
-
-
-def keys_of(model: type[BaseModel]) -> dict[str, str]:
-    """Outside name (YAML key) of each field -> the field's name."""
-    return {field.alias or name: name for name, field in model.model_fields.items()}
-
-
-C = TypeVar("C", bound=SharedConfig)
-
-
-def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] | None = None) -> C:
-    """Check values against a verb's model.
-
-    Args:
-        model: the verb's configuration.
-        values: outside key -> value.
-        blamed: key -> the file that it came from.
-
-    Raises:
-        UsageError: one line naming key, flag and the nearest valid name.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise UsageError(_explain(error, model, blamed or {})) from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str, str]) -> str:
-    parts = []
-    files: set[str] = set()
-    for problem in error.errors():
-        key = str(problem["loc"][0]) if problem["loc"] else ""
-        files |= {blamed[key]} if key in blamed else set() if key else set(blamed.values())
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r} (flag {flag_name(key)}){nearest(key, keys_of(model))}")
-        elif key:
-            message = message[0].lower() + message[1:]
-            parts.append(f"{key} (flag {flag_name(key)}): {message}, got {problem['input']!r}")
-        else:
-            parts.append(message)
-    return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
-
-
-def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """A YAML mapping from a file.
-
-    Args:
-        path: YAML, or JSON, which is YAML too.
-        what: names the file in errors.
-
-    Raises:
-        UsageError: missing file, broken YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{what} {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"{what} {path}: the top must be a mapping of keys to values")
-    return content
-
-
-def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What a YAML file says to one verb; every key of the file is checked against some verb."""
-    known = set().union(*(keys_of(model) for model in VERB_CONFIGS.values())) | {"stages"}
-    for key, value in content.items():
-        if key in VERB_CONFIGS:
-            if not isinstance(value, dict):
-                raise UsageError(f"{origin}: {key!r} must hold a mapping of {key} options")
-        elif key not in known:
-            raise UsageError(
-                f"{origin}: unknown key {key!r} (flag {flag_name(key)}){nearest(key, known | set(VERB_CONFIGS))}"
-            )
-    for section, model in VERB_CONFIGS.items():
-        for key in content.get(section, {}):
-            if key not in keys_of(model):
-                raise UsageError(
-                    f"{origin}: unknown key {key!r} in {section} (flag {flag_name(str(key))})"
-                    f"{nearest(str(key), keys_of(model))}"
-                )
-    own = keys_of(VERB_CONFIGS[verb])
-    shared = {key: value for key, value in content.items() if key in own and key not in VERB_CONFIGS}
-    return shared | dict(content.get(verb, {}))
-
-
-def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> SharedConfig:
-    """The configuration of one verb: flags over the YAML file over the default recipe over defaults.
-
-    Args:
-        verb: a name in VERB_CONFIGS.
-        flags: outside key -> value, only those that were given.
-        config_file: the user's YAML, or None.
-    """
-    model = VERB_CONFIGS[verb]
-    values = _values_for(verb, read_yaml(CONFIGS / "default.yaml"), "default.yaml")
-    content = {} if config_file is None else read_yaml(config_file)
-    own = _values_for(verb, content, str(config_file))
-    blamed = {key: str(config_file) for key in own if key not in flags}
-    config = build(model, values | own | dict(flags), blamed)
-    if isinstance(config, SparseConfig):
-        config._calibrate = build(CalibrateConfig, _values_for("calibrate", content, str(config_file)))
-    return config
-
-
-def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
-    """Every stage of a recipe, checked before the first one starts.
-
-    Raises:
-        UsageError: anything wrong in the file, or stages that name different models.
-    """
-    content = read_yaml(path)
-    # At the top, these two speak of the whole run; under a stage's name, of that stage.
-    own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
-    whole = build(SharedConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
-    wanted = content.get("stages", list(STAGES))
-    if not isinstance(wanted, list) or not wanted:
-        raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UsageError(f"{path}: unknown stage {stage!r}{nearest(str(stage), STAGES)}")
-    ordered = [stage for stage in STAGES if stage in wanted]
-    defaults = read_yaml(CONFIGS / "default.yaml")
-    stages: dict[str, SharedConfig] = {}
-    for stage in ordered:
-        model = VERB_CONFIGS[stage]
-        values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
-        if stage in ("eval", "generate") and "export" in stages:  # measure what was exported
-            values = stages["export"].model_dump(include={"sparsity", "allocation"}) | values
-        own_flags = {key: flags[key] for key in flags if key in keys_of(model) and key not in ("json", "quiet")}
-        stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
-        if getattr(stages[stage], "out", None) is not None:
-            raise UsageError(f"{path} ({stage}): a recipe keeps everything under RUNS/<model>: leave out 'out'")
-    for key in ("model", "runs", "device", "dtype"):
-        if len({getattr(config, key) for config in stages.values()}) > 1:
-            raise UsageError(f"{path}: the stages of one recipe must agree on {key!r}")
-    return RunConfig(stages=stages, json_file=whole.json_file, quiet=whole.quiet)

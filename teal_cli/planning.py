@@ -8,7 +8,8 @@ from torch import Tensor
 from teal_cli.allocation import make_plan
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import SparseConfig, is_allocation_file
+from teal_cli.config import SparseConfig
+from teal_cli.config_values import is_allocation_file
 from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
 from teal_cli.models.loading import load_model, load_tokenizer
@@ -20,15 +21,11 @@ DEFAULT_SPARSITY = 0.5
 
 
 def allocations(config: SparseConfig, calibration: Calibration, reporter: Reporter) -> list[str]:
-    """The allocations that were asked for; where none was and there are no sensitivities, uniform.
-
-    One for every verb but `teal eval`, which takes several.
-    """
-    wanted = config.allocation if isinstance(config.allocation, list) else [config.allocation]
+    """The allocations that were asked for; where none was and there are no sensitivities, uniform."""
     if "allocation" not in config.model_fields_set and not calibration.sensitivities:
         reporter.say("this calibration has no sensitivities: allocation uniform in place of fisher")
         return ["uniform"]
-    return wanted
+    return config.allocations
 
 
 def allocate(config: SparseConfig, calibration: Calibration, target: float | None, allocation: str) -> SparsityPlan:

@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from teal_cli.config import (
-    STAGES,
-    VERB_CONFIGS,
-    EvalConfig,
-    GenerateConfig,
-    flag_name,
-    keys_of,
-    load_recipe,
-    load_verb,
-)
+from teal_cli.config import STAGES, VERB_CONFIGS, EvalConfig, GenerateConfig
+from teal_cli.config_files import flag_name, keys_of, load_recipe, load_verb
 from teal_cli.errors import UsageError
 from teal_cli.models.aliases import alias_names, find_alias
 from teal_cli.resources import CONFIGS

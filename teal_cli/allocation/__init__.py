@@ -2,7 +2,7 @@
 
 An allocation is a function from a calibration and a target to the sparsity of each projection. It
 is pure: it neither loads a model nor reads a file. New ones are an entry in ALLOCATIONS and a name
-in `config.ALLOCATION_NAMES`. A file with every projection's sparsity is an allocation too.
+in `config_values.ALLOCATION_NAMES`. A file with every projection's sparsity is an allocation too.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from teal_cli.allocation.saving import time_saved
 from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
-from teal_cli.config import Limits, is_allocation_file
+from teal_cli.config_values import Limits, is_allocation_file
 from teal_cli.errors import UsageError, nearest
 
 Allocation = Callable[[Calibration, float], dict[str, float]]

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from teal_cli.config import read_yaml
+from teal_cli.config_files import read_yaml
 from teal_cli.errors import UsageError, nearest
 
 

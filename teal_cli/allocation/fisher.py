@@ -15,7 +15,7 @@ from torch import Tensor
 from teal_cli.allocation.saving import Saving, weights_saved
 from teal_cli.calibration import sensitivity
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.config import MOST_SPARSITY
+from teal_cli.config_values import MOST_SPARSITY
 from teal_cli.errors import UsageError
 
 

@@ -10,7 +10,8 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from teal_cli.config import SharedConfig, flag_name
+from teal_cli.config import SharedConfig
+from teal_cli.config_files import flag_name
 
 Flags = dict[str, Any]
 """Outside key -> value, of the flags that were given."""

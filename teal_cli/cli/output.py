@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from teal_cli.cli.options import Flags
-from teal_cli.config import SharedConfig, load_verb
+from teal_cli.config import SharedConfig
+from teal_cli.config_files import load_verb
 from teal_cli.report.console import Reporter
 
 C = TypeVar("C", bound=SharedConfig)

@@ -8,7 +8,8 @@ import typer
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import quieten_libraries
-from teal_cli.config import SharedConfig, load_recipe
+from teal_cli.config import SharedConfig
+from teal_cli.config_files import load_recipe
 from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
 

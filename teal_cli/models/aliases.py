@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from teal_cli.config import read_yaml
+from teal_cli.config_files import read_yaml
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.resources import CONFIGS
 

@@ -14,7 +14,8 @@ from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import BenchConfig, is_allocation_file
+from teal_cli.config import BenchConfig
+from teal_cli.config_values import is_allocation_file
 from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.errors import MachineError, UsageError

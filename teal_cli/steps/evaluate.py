@@ -9,7 +9,8 @@ from torch import Tensor
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import EvalConfig, is_allocation_file
+from teal_cli.config import EvalConfig
+from teal_cli.config_values import is_allocation_file
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluate.generation import Agreement, agree
@@ -209,7 +210,7 @@ def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporte
 
 def _targets(config: EvalConfig, allocation: str) -> Sequence[float | None]:
     """The sparsities of one allocation; a file has its own, which must agree with a single one that was asked for."""
-    if is_allocation_file(allocation) and (config.sparsity is None or len(config.allocation) > 1):
+    if is_allocation_file(allocation) and (config.sparsity is None or len(config.allocations) > 1):
         return [None]
     return config.sparsity or [None]
 

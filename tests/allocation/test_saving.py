@@ -27,7 +27,7 @@ def _kernels(shapes: dict[tuple[int, int], dict[float, float]]) -> list[dict[str
 
 
 def _table(path: Path, calibration: Calibration, times: dict[float, float], faster: str = "") -> Path:
-    """A table in which time is linear in weights, but for projections called `faster`, which save eight times as much."""
+    """A table in which time goes with weights, but projections called `faster` save eight times as much."""
     shapes = {}
     for p in calibration.projections:
         scale = p.parameters * (8.0 if faster and p.name.endswith(faster) else 1.0)

@@ -1,5 +1,6 @@
 """What sparse and dense write: the numbers against plain decoding."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def test_numbers_against_plain_decoding(tmp_path: Path) -> None:
         cache = DynamicCache(config=model.config)
         with control.dense():
             model(input_ids=prompt[None], past_key_values=cache)
-        for given, wanted in zip(theirs, theirs[1:], strict=False):
-            hits += int(model(input_ids=torch.tensor([[given]]), past_key_values=cache).logits[0, -1].argmax()) == wanted
+        for given, wanted in itertools.pairwise(theirs):
+            logits = model(input_ids=torch.tensor([[given]]), past_key_values=cache).logits[0, -1]
+            hits += int(logits.argmax()) == wanted
         with control.switched_off():
             ids = torch.cat([prompt, torch.tensor(ours)])[None]
             logprobs = model(input_ids=ids).logits[0, 11:-1].log_softmax(-1)

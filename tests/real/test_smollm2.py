@@ -69,7 +69,9 @@ def test_greedy_at_sparsity_zero_equals_generate(smollm2: Path, smollm2_run: Pat
 
 @pytest.mark.parametrize(("sparsity", "low", "high"), [(0.4, 1.08, 1.22), (0.5, 1.30, 1.60)])
 def test_uniform_quality_on_held_out_text(smollm2_run: Path, sparsity: float, low: float, high: float) -> None:
-    config = EvalConfig(runs=smollm2_run, allocation="uniform", sparsity=sparsity, tokens=6144, seq_len=1024, dense_prefix=512)
+    config = EvalConfig(
+        runs=smollm2_run, allocation="uniform", sparsity=sparsity, tokens=6144, seq_len=1024, dense_prefix=512
+    )
     result = evaluate(config, QUIET)
     assert result.half == "evaluation"
     found = result.runs[0].comparison

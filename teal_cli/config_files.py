@@ -1,0 +1,165 @@
+"""From flags and YAML files to checked configurations (`teal_cli.config`).
+
+A YAML file may hold keys of several verbs. A key at its top goes to every verb that has it; a key
+under a verb's name goes to that verb alone and beats the top. A flag beats the file, the file the
+packaged default.yaml, that the defaults of the fields.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from teal_cli.config import STAGES, VERB_CONFIGS, CalibrateConfig, RunConfig, SharedConfig, SparseConfig
+from teal_cli.errors import UsageError, nearest
+from teal_cli.resources import CONFIGS
+
+
+def flag_name(key: str) -> str:
+    """The flag of a key: max_new_tokens -> --max-new-tokens."""
+    return "--" + key.replace("_", "-")
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, str]:
+    """Outside name (YAML key) of each field -> the field's name."""
+    return {field.alias or name: name for name, field in model.model_fields.items()}
+
+
+C = TypeVar("C", bound=SharedConfig)
+
+
+def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] | None = None) -> C:
+    """Check values against a verb's model.
+
+    Args:
+        model: the verb's configuration.
+        values: outside key -> value.
+        blamed: key -> the file that it came from.
+
+    Raises:
+        UsageError: one line naming key, flag and the nearest valid name.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError(_explain(error, model, blamed or {})) from error
+
+
+def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str, str]) -> str:
+    parts = []
+    files: set[str] = set()
+    for problem in error.errors():
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        files |= {blamed[key]} if key in blamed else set() if key else set(blamed.values())
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {key!r} (flag {flag_name(key)}){nearest(key, keys_of(model))}")
+        elif key:
+            message = message[0].lower() + message[1:]
+            parts.append(f"{key} (flag {flag_name(key)}): {message}, got {problem['input']!r}")
+        else:
+            parts.append(message)
+    return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
+
+
+def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Args:
+        path: YAML, or JSON, which is YAML too.
+        what: names the file in errors.
+
+    Raises:
+        UsageError: missing file, broken YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{what} {path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{what} {path}: the top must be a mapping of keys to values")
+    return content
+
+
+def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """What a YAML file says to one verb; every key of the file is checked against some verb."""
+    known = set().union(*(keys_of(model) for model in VERB_CONFIGS.values())) | {"stages"}
+    for key, value in content.items():
+        if key in VERB_CONFIGS:
+            if not isinstance(value, dict):
+                raise UsageError(f"{origin}: {key!r} must hold a mapping of {key} options")
+        elif key not in known:
+            raise UsageError(
+                f"{origin}: unknown key {key!r} (flag {flag_name(key)}){nearest(key, known | set(VERB_CONFIGS))}"
+            )
+    for section, model in VERB_CONFIGS.items():
+        for key in content.get(section, {}):
+            if key not in keys_of(model):
+                raise UsageError(
+                    f"{origin}: unknown key {key!r} in {section} (flag {flag_name(str(key))})"
+                    f"{nearest(str(key), keys_of(model))}"
+                )
+    own = keys_of(VERB_CONFIGS[verb])
+    shared = {key: value for key, value in content.items() if key in own and key not in VERB_CONFIGS}
+    return shared | dict(content.get(verb, {}))
+
+
+def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> SharedConfig:
+    """The configuration of one verb: flags over the YAML file over the default recipe over defaults.
+
+    Args:
+        verb: a name in VERB_CONFIGS.
+        flags: outside key -> value, only those that were given.
+        config_file: the user's YAML, or None.
+    """
+    model = VERB_CONFIGS[verb]
+    values = _values_for(verb, read_yaml(CONFIGS / "default.yaml"), "default.yaml")
+    content = {} if config_file is None else read_yaml(config_file)
+    own = _values_for(verb, content, str(config_file))
+    blamed = {key: str(config_file) for key in own if key not in flags}
+    config = build(model, values | own | dict(flags), blamed)
+    if isinstance(config, SparseConfig):
+        config._calibrate = build(CalibrateConfig, _values_for("calibrate", content, str(config_file)))
+    return config
+
+
+def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
+    """Every stage of a recipe, checked before the first one starts.
+
+    Raises:
+        UsageError: anything wrong in the file, or stages that name different models.
+    """
+    content = read_yaml(path)
+    # At the top, these two speak of the whole run; under a stage's name, of that stage.
+    own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
+    whole = build(SharedConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
+    wanted = content.get("stages", list(STAGES))
+    if not isinstance(wanted, list) or not wanted:
+        raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UsageError(f"{path}: unknown stage {stage!r}{nearest(str(stage), STAGES)}")
+    ordered = [stage for stage in STAGES if stage in wanted]
+    defaults = read_yaml(CONFIGS / "default.yaml")
+    stages: dict[str, SharedConfig] = {}
+    for stage in ordered:
+        model = VERB_CONFIGS[stage]
+        values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
+        if stage in ("eval", "generate") and "export" in stages:  # measure what was exported
+            values = stages["export"].model_dump(include={"sparsity", "allocation"}) | values
+        own_flags = {key: flags[key] for key in flags if key in keys_of(model) and key not in ("json", "quiet")}
+        stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
+        if getattr(stages[stage], "out", None) is not None:
+            raise UsageError(f"{path} ({stage}): a recipe keeps everything under RUNS/<model>: leave out 'out'")
+    for key in ("model", "runs", "device", "dtype"):
+        if len({getattr(config, key) for config in stages.values()}) > 1:
+            raise UsageError(f"{path}: the stages of one recipe must agree on {key!r}")
+    return RunConfig(stages=stages, json_file=whole.json_file, quiet=whole.quiet)
