@@ -76,7 +76,7 @@ def hold(
     if loaded:
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
         sparsify_(model, plan)
-    reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
+        reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
     held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)
     if loaded:
         del model

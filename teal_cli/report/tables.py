@@ -84,7 +84,7 @@ def _several_runs(title: str, result: dict[str, Any]) -> Table:
         "allocation",
         "target",
         "realised",
-        "dense prefix",
+        "dense first",
         "perplexity",
         "over dense",
         "KL",

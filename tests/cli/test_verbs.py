@@ -309,3 +309,67 @@ def test_a_teal_checkpoint_keeps_its_sparsity(tmp_path: Path, capsys: pytest.Cap
     assert _teal("export", "--model", out) == 2
     flags = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
     assert _teal("bench", "--model", out, *flags) == 0
+
+
+def test_eval_of_several_plans(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", dense, "--dataset", corpus, "--seq-len", 64)
+    assert _teal("calibrate", *flags, "--tokens", 512, "--greedy-tokens", 128) == 0
+    assert "greedy paths" in capsys.readouterr().out
+    assert _teal("export", "--model", dense, "--sparsity", 0.3, "--allocation", "greedy", "--out", "g") == 0
+    mine = Path("mine.yaml")
+    mine.write_text(Path("g/allocation.yaml").read_text())
+    several = ("--sparsity", "0.4,0.6", "--allocation", f"uniform,greedy,fisher,{mine}", "--dense-prefix", "4,32")
+    wanted = ("--generate", "--prompts", 2, "--prompt-tokens", 8, "--new-tokens", 6, "--json", "v.json")
+    assert _teal("eval", *flags, "--tokens", 256, *several, *wanted) == 0
+    captured = capsys.readouterr()
+    assert "Greedy continuations" in captured.out
+    result = _json(Path("v.json"))
+    plans = [(run["sparse"]["allocation"], run["sparse"]["target_sparsity"]) for run in result["runs"][::2]]
+    assert plans[:6] == [(name, s) for name in ("uniform", "greedy", "fisher") for s in (0.4, 0.6)]
+    assert plans[6] == ("mine.yaml", pytest.approx(0.3, abs=1e-3))
+    assert [run["dense_prefix"] for run in result["runs"]] == [4, 32] * 7
+    assert [run["tokens"] for run in result["runs"][:2]] == [4 * 59, 4 * 31]
+    for entry in result["runs"]:
+        assert entry["sparse"]["realised_sparsity"] == pytest.approx(entry["sparse"]["target_sparsity"], abs=0.05)
+        assert entry["sparse"]["bytes_per_token"] < result["dense_bytes_per_token"]
+        assert entry["generation"]["prompts"] == 2
+    assert result["sparse"] == result["runs"][0]["sparse"]
+    # Alone, each plan gives what it gave among the others.
+    again = ("--sparsity", 0.6, "--allocation", "greedy", "--dense-prefix", 32, "--json", "w.json")
+    assert _teal("eval", *flags, "--tokens", 256, *again) == 0
+    assert _json(Path("w.json"))["perplexity_ratio"] == pytest.approx(result["runs"][7]["perplexity_ratio"], rel=1e-6)
+
+
+def test_thresholds_without_the_calibrations_text(
+    calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Thresholds are the dense network's then, which is said; asked for by name, it is an error."""
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--out", "with") == 0
+    corpus.rename(corpus.with_suffix(".gone"))
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--out", "without") == 0
+    assert "thresholds are the dense network's" in capsys.readouterr().err
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--no-propagate", "--out", "plain") == 0
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--propagate", "--out", "never") == 3
+    assert not Path("never").exists()
+    made = {name: _json(Path(name) / "teal.json") for name in ("with", "without", "plain")}
+    assert [made[name]["propagated"] for name in ("with", "without", "plain")] == [True, False, False]
+    thresholds = {name: [p["threshold"] for p in summary["projections"]] for name, summary in made.items()}
+    assert thresholds["without"] == thresholds["plain"] != thresholds["with"]
+
+
+def test_without_sensitivities_uniform_stands_in(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", dense, "--dataset", corpus, "--tokens", 512, "--seq-len", 64, "--sensitivity-tokens", 0)
+    assert _teal("calibrate", *flags) == 0
+    assert _teal("export", "--model", dense, "--json", "e.json") == 0
+    assert "allocation uniform in place of fisher" in capsys.readouterr().err
+    assert _json(Path("e.json"))["allocation"] == "uniform"
+    assert _teal("export", "--model", dense, "--allocation", "fisher") == 2
+    assert "--sensitivity-tokens" in capsys.readouterr().err
+
+
+def test_thresholds_of_text_that_the_model_wrote(dense: Path) -> None:
+    """It is kept with the calibration, since it cannot be read again."""
+    flags = ("--model", dense, "--dataset", "self", "--tokens", 128, "--seq-len", 64)
+    assert _teal("calibrate", *flags) == 0
+    assert _teal("export", "--model", dense, "--propagate", "--json", "e.json") == 0
+    assert _json(Path("e.json"))["propagated"] is True

