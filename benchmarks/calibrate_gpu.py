@@ -1,6 +1,6 @@
 """What sensitivities and allocation cost on a GPU: time and peak memory, random weights.
 
-    python benchmarks/calibrate_gpu.py --model llama-3-8b --json calibrate-gpu.json
+python benchmarks/calibrate_gpu.py --model llama-3-8b --json calibrate-gpu.json
 """
 
 import argparse

@@ -54,6 +54,8 @@ class Variant:
     """The lowest scores of each token, rather than those below a threshold."""
     mean: bool = False
     """Dropped inputs become their mean."""
+    affine: bool = False
+    """Each output is scaled and shifted to what the dense one is on average (least squares)."""
     low_rank: float = 0.0
     """Dropped inputs go through a matrix of low rank that reads this share of the layer's bytes."""
     rotated: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ VARIANTS = [
     Variant("WINA: times the norm of the weights", score=lambda layer, x: x.abs() * layer.weight.norm(dim=0)),
     Variant("per-token top-k", per_token=True),
     Variant("mean of dropped inputs", mean=True),
+    Variant("outputs scaled and shifted", affine=True),
     Variant("low rank for dropped inputs (R-Sparse)", low_rank=0.05),
     Variant("rotated MLP input (LaRoSA)", rotated=("mlp_input",)),
     Variant("output layer at 25 %", outside=0.25),
@@ -80,6 +83,7 @@ class Settled:
     thresholds: dict[str, float] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     low_rank: dict[str, Tensor] = field(default_factory=dict)
+    lines: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seen: float = 0.0
     read: float = 0.0
 
@@ -189,6 +193,11 @@ class Trial:
                 z = z + ~kept * settled.means[name]
             z = z if axes is None else z @ axes.T
             y = F.linear(torch.cat([before, z], dim=1), layer.weight, layer.bias)
+            if variant.affine:
+                if settling:
+                    settled.lines[name] = _line(y[:, PREFIX:], F.linear(x[:, PREFIX:], layer.weight, layer.bias))
+                scale, shift = settled.lines[name]
+                y[:, PREFIX:] = y[:, PREFIX:] * scale + shift
             if variant.low_rank:
                 y[:, PREFIX:] += F.linear(lost, settled.low_rank[name])
             return y
@@ -208,6 +217,14 @@ class Trial:
 def _quantile(score: Tensor, sparsity: float) -> float:
     """The score at and below which this share lies."""
     return float(score.flatten().kthvalue(max(1, round(sparsity * score.numel())))[0])
+
+
+def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel that bring x nearest to y."""
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    middle = x.mean(0)
+    scale = ((x - middle) * y).mean(0) / (x - middle).square().mean(0).clamp(min=1e-12)
+    return scale, y.mean(0) - scale * middle
 
 
 def _low_rank(weight: Tensor, lost: Tensor, share: float) -> Tensor:

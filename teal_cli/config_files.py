@@ -28,6 +28,8 @@ def keys_of(model: type[BaseModel]) -> dict[str, str]:
 
 
 C = TypeVar("C", bound=SharedConfig)
+_OF_AN_EXPORT = {"sparsity", "calibration", "allocation", "limits", "cost", "propagate"}
+"""Keys that say which export a later stage measures."""
 
 
 def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] | None = None) -> C:
@@ -153,8 +155,9 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     for stage in ordered:
         model = VERB_CONFIGS[stage]
         values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
-        if stage in ("eval", "generate") and "export" in stages:  # measure what was exported
-            values = stages["export"].model_dump(include={"sparsity", "allocation"}) | values
+        if stage != "export" and "export" in stages:  # measure what was exported; bench has sparsities of its own
+            inherited = _OF_AN_EXPORT - ({"sparsity"} if stage == "bench" else set())
+            values = stages["export"].model_dump(include=inherited, exclude_unset=True) | values
         own_flags = {key: flags[key] for key in flags if key in keys_of(model) and key not in ("json", "quiet")}
         stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
         if getattr(stages[stage], "out", None) is not None:

@@ -95,10 +95,7 @@ def checkpoint_for(
         own = source.plan.target_sparsity
         if sparsity is not None and sparsity != own:
             raise UsageError(f"{source.folder} was exported at sparsity {own}, not {sparsity}: name the dense model")
-        if config.calibration is not None:
-            raise UsageError(
-                f"{source.folder} has its thresholds: calibration (flag --calibration) needs the dense model"
-            )
+        require_own_plan(config, source)
         return source.folder
     calibration = calibration_for(config, workspace, reporter)
     plan = allocate(config, calibration, sparsity, allocation or allocations(config, calibration, reporter)[0])
@@ -108,6 +105,17 @@ def checkpoint_for(
         plan, propagated = hold(config, plan, calibration, source, reporter, model)
         write_checkpoint(source.folder, plan, calibration, folder, "link", propagated=propagated)
     return folder
+
+
+def require_own_plan(config: SparseConfig, source: ModelSource) -> None:
+    """Refuse options that would make other thresholds than those that a TEAL checkpoint has.
+
+    Raises:
+        UsageError: one was given.
+    """
+    for key in ("calibration", "allocation", "limits", "cost"):
+        if key in config.model_fields_set and getattr(config, key):
+            raise UsageError(f"{source.folder} has its thresholds: {key} (flag --{key}) needs the dense model")
 
 
 def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, propagate: bool) -> bool:

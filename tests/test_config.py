@@ -139,6 +139,10 @@ def test_recipe_measures_what_it_exports(tmp_path: Path) -> None:
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "generate": {"prompt": "x"}}), {}).stages
     assert stages["eval"].sparsity == [stages["generate"].sparsity] == [0.4]
     assert stages["eval"].allocation == [stages["export"].allocation] == ["fisher"]
+    export = {"limits": {"*.0.*": [0, 0.3]}, "propagate": False}
+    stages = load_recipe(_file(tmp_path, {"export": export, "generate": {"prompt": "x"}}), {}).stages
+    assert stages["eval"].limits == stages["generate"].limits == stages["bench"].limits == {"*.0.*": (0.0, 0.3)}
+    assert (stages["eval"].propagate, stages["generate"].propagate) == (False, False)
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "eval": {"sparsity": 0.2}}), {}).stages
     assert stages["eval"].sparsity == [0.2]
 

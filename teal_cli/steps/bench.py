@@ -27,7 +27,7 @@ from teal_cli.planning import allocate, allocations
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
+from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan
 from teal_kernels.tuning import keep_entries
 
 _TUNED_TOKENS = 64
@@ -202,6 +202,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     source = workspace.source
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
     if source.is_teal_checkpoint:
+        require_own_plan(config, source)
         plan = source.plan
         if "sparsity" in config.model_fields_set and _wanted(config) != [plan.target_sparsity]:
             raise UsageError(
