@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import find_projections
-from teal_kernels import tuning
+from teal_kernels import masked_input, tuning
 
 
 def _quicken_interpreter() -> None:
@@ -181,6 +181,35 @@ def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64) -> Ca
 @pytest.fixture(params=sorted(TINY_CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+class MaskedReference:
+    """Hooks that turn a dense model into the definition of the sparse one, for decode steps.
+
+    Two correct float32 products differ by about 1e-7, so an input that near to its threshold may fall on
+    either side, and from then on they part: `decided` says whether that may have happened.
+    """
+
+    def __init__(self, dense: torch.nn.Module, thresholds: Mapping[str, torch.Tensor]) -> None:
+        self._nearest = torch.tensor(torch.inf)
+        self._handles = [
+            dense.get_submodule(name).register_forward_pre_hook(lambda module, args, t=t: (self._masked(args[0], t),))
+            for name, t in thresholds.items()
+        ]
+
+    def _masked(self, x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        self._nearest = torch.minimum(self._nearest, (x.abs() / threshold - 1.0).abs().min().float())
+        return masked_input(x, threshold)
+
+    @property
+    def decided(self) -> bool:
+        """Whether no input so far was so near to its threshold that rounding decides in float32."""
+        return float(self._nearest) > 3e-6
+
+    def remove(self) -> None:
+        """Make the model dense again."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @pytest.fixture

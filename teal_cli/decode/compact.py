@@ -345,8 +345,7 @@ class _Count:
         kept = ((self._kept() if self._after is None else self._after) - self._before).tolist()
         for launch, counts in zip(self._launches, kept, strict=True):
             for layer, count in zip(launch.product.layers, counts, strict=False):
-                if layer.plan.sparsity > 0:
-                    seen = self.steps * self._rows * layer.in_features
-                    dropped = 0 if launch.config.dense else seen - count
-                    tallies[layer.name] = (layer.weight.numel(), seen, dropped)
+                seen = self.steps * self._rows * layer.in_features
+                dropped = 0 if launch.config.dense else seen - count
+                tallies[layer.name] = (layer.weight.numel(), seen, dropped)
         return tallies

@@ -33,19 +33,19 @@ class SparsityCounter:
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
 
-    def add(self, name: str, parameters: int, active: Tensor) -> None:
-        """Count one call: `active` is a bool tensor over the inputs that this call could drop."""
+    def add(self, name: str, parameters: int, seen: int, dropped: Tensor | int) -> None:
+        """Count one call of a projection: the inputs that it could have dropped, and those that it did."""
         tally = self._tallies.setdefault(name, _Tally())
         self._weights[name] = parameters
-        tally.seen += active.numel()
-        tally.dropped = tally.dropped + (active.numel() - active.count_nonzero())
+        tally.seen += seen
+        tally.dropped = tally.dropped + dropped
 
     def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
         """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
         self._sources.append(read)
 
     def by_projection(self) -> dict[str, float]:
-        """Realised sparsity of each projection that ran sparse."""
+        """Realised sparsity of each projection that was called while sparsity was on; 0 where it drops nothing."""
         seen = {name: tally.seen for name, tally in self._tallies.items()}
         dropped = {name: int(tally.dropped) for name, tally in self._tallies.items()}
         for read in self._sources:
@@ -56,7 +56,7 @@ class SparsityCounter:
         return {name: dropped[name] / count for name, count in seen.items() if count}
 
     def model_wide(self) -> float | None:
-        """Realised sparsity weighted by parameters; None if nothing ran sparse."""
+        """Realised sparsity weighted by parameters; None if sparsity was never on."""
         realised = self.by_projection()
         total = sum(self._weights[name] for name in realised)
         if not total:

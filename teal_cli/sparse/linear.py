@@ -86,21 +86,24 @@ class SparseLinear(nn.Linear):
         """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
         control = self.control
         tokens = x.shape[-2] if x.dim() > 1 else 1
-        if (
-            self.plan.sparsity == 0.0
-            or not control.enabled
-            or control.mode == "dense"
-            or (control.mode == "auto" and tokens > 1)
-        ):
+        if not control.enabled or control.mode == "dense" or (control.mode == "auto" and tokens > 1):
             return self._dense(x)
-        if control.mode == "masked":
+        masked = control.mode == "masked"
+        prefix = control.dense_prefix if masked else 0
+        counter = control.counter if control.counter is not None and control.counter.active else None
+        if self.plan.sparsity == 0.0:
+            if counter is not None:  # a projection that is left dense counts in the model's sparsity
+                counter.add(self.name, self.weight.numel(), x.numel() // tokens * max(tokens - prefix, 0), 0)
+            return self._dense(x)
+        if counter is not None or masked:
             active = active_inputs(x, self.threshold)
-            active[..., : control.dense_prefix, :] = True
-            if control.counter is not None:
-                control.counter.add(self.name, self.weight.numel(), active[..., control.dense_prefix :, :])
-            return F.linear(x * active, self.weight, self.bias)
-        if control.counter is not None and control.counter.active:
-            control.counter.add(self.name, self.weight.numel(), active_inputs(x, self.threshold))
+            if counter is not None:
+                counted = active[..., prefix:, :] if prefix else active
+                dropped = counted.numel() - counted.count_nonzero()
+                counter.add(self.name, self.weight.numel(), counted.numel(), dropped)
+            if masked:
+                active[..., :prefix, :] = True
+                return F.linear(x * active, self.weight, self.bias)
         return self.site.product(self.number, x, control.backend)
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -278,6 +278,8 @@ def test_ctrl_c_in_a_real_process(tiny, corpus) -> None:
     """SIGINT while calibrating: exit 130, one line, nothing half written."""
     code = (
         "import os, signal, sys, teal_cli.steps.calibrate as step\n"
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from teal_cli.cli import main\n"
         "original = step.collect\n"
         "def collect(*a, **k):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*a, **k)\n"

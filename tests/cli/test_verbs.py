@@ -308,8 +308,8 @@ def test_a_teal_checkpoint_keeps_its_sparsity(tmp_path: Path, capsys: pytest.Cap
     assert _teal("calibrate", "--model", out) == 2
     assert _teal("export", "--model", out) == 2
     capsys.readouterr()
-    for verb in ("eval", "bench", "generate"):
-        assert _teal(verb, "--model", out, "--allocation", "uniform") == 2
+    for verb in (["eval"], ["bench"], ["generate", "--prompt", "stars"]):
+        assert _teal(*verb, "--model", out, "--allocation", "uniform") == 2
         assert "allocation (flag --allocation) needs the dense model" in capsys.readouterr().err
     flags = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
     assert _teal("bench", "--model", out, *flags) == 0

@@ -145,7 +145,7 @@ def test_dense_equals_dense_eager() -> None:
 
 
 def test_a_projection_without_sparsity_keeps_everything() -> None:
-    """Its threshold is not looked at, and it is not counted."""
+    """Its threshold is not looked at, and it counts as dense."""
     model = build_model("llama")
     plan = _plan(model)
     for name in plan.projections:
@@ -155,13 +155,10 @@ def test_a_projection_without_sparsity_keeps_everything() -> None:
     caches = pair.caches(1)
     with pair.control.counting() as counter:
         pair.step(_tokens(1, 1), caches)
-    assert {name.rpartition(".")[2] for name in counter.by_projection()} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "gate_proj",
-        "up_proj",
-    }
+    realised = counter.by_projection()
+    assert set(realised) == set(plan.projections)
+    for name, share in realised.items():
+        assert (share == 0.0) == name.endswith(("o_proj", "down_proj"))
 
 
 @pytest.fixture
