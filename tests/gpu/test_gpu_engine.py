@@ -2,6 +2,7 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig, GenerateConfig
+from teal_cli.decode import compact
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.models.aliases import require_alias
@@ -21,6 +23,8 @@ from teal_cli.report.console import QUIET
 from teal_cli.sparse import control_of, sparse_layers, sparsify_
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.steps.generate import Generator
+from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.tuning import choose_config
 
 GREEDY = SamplingConfig()
 GIB = 1 << 30
@@ -40,10 +44,21 @@ def _decoded(model: torch.nn.Module, rows: int, backend: str) -> tuple[torch.Ten
     return torch.stack(steps).double(), counter.model_wide()
 
 
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch skips as one row would, however little is left out: the reference masks always."""
+
+    def choose(device: torch.device, *, rows: int, **product: Any) -> GemvConfig:
+        return choose_config(device, rows=1, **product)
+
+    monkeypatch.setattr(compact, "choose_config", choose)
+
+
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
     return float((logits - truth).norm() / truth.norm())
 
 
+@pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compact_path_against_the_reference(tmp_path: Path, family: str, rows: int) -> None:
     out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
@@ -55,6 +70,7 @@ def test_compact_path_against_the_reference(tmp_path: Path, family: str, rows: i
     assert realised == pytest.approx(expected_sparsity, abs=1e-9)
 
 
+@pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is(tmp_path: Path, family: str, rows: int) -> None:
     """An input near its threshold is kept by one rounding and dropped by another, so the two are not compared."""
