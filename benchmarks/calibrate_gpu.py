@@ -75,6 +75,8 @@ def main() -> None:
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         seconds=steps["histograms"]["seconds"] or 0.0,
+        sensitivity_tokens=text.numel(),
+        sensitivity_seconds=steps["sensitivities"]["seconds"] or 0.0,
     )
     calibration = Calibration(info, projections, histograms, sensitivities)
     plan = timed("allocation fisher", lambda: make_plan(calibration, options.sparsity, "fisher"))

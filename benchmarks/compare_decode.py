@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
-from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
 from teal_cli.bench.timing import Spread, seconds_of, synchronize
 from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
-from teal_cli.config import SparseConfig
+from teal_cli.config import BenchConfig
 from teal_cli.decode.engine import Engine
 from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.planning import allocate, hold
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sparsity", default="0.4,0.5,0.65")
+    parser.add_argument("--allocation", default="uniform,fisher")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
@@ -83,15 +84,19 @@ def main() -> None:
     options = parser.parse_args()
     quieten_libraries()
 
-    config = SparseConfig(model=options.model, device=options.device, dtype=options.dtype)
+    config = BenchConfig(model=options.model, device=options.device, dtype=options.dtype)
+    targets = [float(value) for value in options.sparsity.split(",")]
     reporter = Reporter()
     workspace = Workspace.of(config, reporter)
     calibration = calibration_for(config, workspace, reporter)
     folder = workspace.source.folder
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device).eval()
     model = load_model(folder, device=options.device, dtype=options.dtype)
-    plans = [make_plan(calibration, float(value), "uniform") for value in options.sparsity.split(",")]
+    plans = [
+        allocate(config, calibration, target, name) for name in options.allocation.split(",") for target in targets
+    ]
     control = sparsify_(model, plans[0])
+    plans = [hold(config, plan, calibration, workspace.source, reporter, model)[0] for plan in plans]
     engine = Engine(model)
     use_backend(control, "auto", engine.device, model.dtype)
     prompt = text_prompt(load_tokenizer(folder), options.prompt_tokens, seed=0).to(options.device)
@@ -113,6 +118,7 @@ def main() -> None:
     for index, first in enumerate(rounds[0]):
         speed = Spread.of([runs[index].tokens_per_second.median for runs in rounds])
         entry = asdict(first) | {
+            "allocation": plans[index - 1].allocation if index else None,
             "tokens_per_second": asdict(speed),
             "bandwidth_gb_s": first.bytes_per_token * speed.median / 1e9,
             "speedup": speed.median / dense.median,
@@ -125,6 +131,7 @@ def main() -> None:
         results.append(
             {
                 "backend": name,
+                "allocation": None,
                 "sparsity": 0.0,
                 "realised_sparsity": 0.0,
                 "tokens_per_second": asdict(other),
@@ -148,7 +155,10 @@ def main() -> None:
     write_json(options.out / f"decode-{options.model}-{options.device}.json", result)
     print(
         json.dumps(
-            [{k: r[k] for k in ("backend", "realised_sparsity", "tokens_per_second", "speedup")} for r in results],
+            [
+                {k: r[k] for k in ("backend", "allocation", "realised_sparsity", "tokens_per_second", "speedup")}
+                for r in results
+            ],
             indent=1,
         )
     )

@@ -3,8 +3,8 @@
     python benchmarks/gpu_decode.py --out benchmarks/results [--gpt-fast CLONE]
 
 Random weights of the models' shapes, thresholds calibrated on them. First the main model dense and
-sparse, product by product too; then longer contexts, batches, other models, prefill beside
-transformers', peak memory and, given a clone of gpt-fast, its model in turn with ours.
+sparse, product by product too; then longer contexts, batches, peak memory, other models, prefill
+beside transformers' and, given a clone of gpt-fast, its model in turn with ours.
 """
 
 import argparse
@@ -197,18 +197,18 @@ def main() -> None:
     result["peak_memory_bytes"] = peak_memory(prepared)
     reporter.say(json.dumps(result["peak_memory_bytes"]))
     keep()
-    if arguments.gpt_fast:
-        result["beside_gpt_fast"] = beside_gpt_fast(prepared, arguments.gpt_fast, repeats)
-        reporter.say(json.dumps(result["beside_gpt_fast"]))
-        keep()
-    result["prefill"] = prefill(prepared, 2048, 2 * repeats)
-    reporter.say(json.dumps(result["prefill"]))
-    keep()
-    del prepared
     for name in OTHER_MODELS:
         torch.cuda.empty_cache()
         config = config_for(name, [0.5], repeats=repeats)
         run(config, prepare(config, reporter))
+    torch.cuda.empty_cache()
+    result["prefill"] = prefill(prepared, 2048, 2 * repeats)
+    reporter.say(json.dumps(result["prefill"]))
+    keep()
+    if arguments.gpt_fast:
+        result["beside_gpt_fast"] = beside_gpt_fast(prepared, arguments.gpt_fast, repeats)
+        reporter.say(json.dumps(result["beside_gpt_fast"]))
+        keep()
 
 
 if __name__ == "__main__":
