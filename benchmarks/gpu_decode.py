@@ -3,8 +3,8 @@
     python benchmarks/gpu_decode.py --out benchmarks/results [--gpt-fast CLONE]
 
 Random weights of the models' shapes, thresholds calibrated on them. First the main model dense and
-sparse, product by product too; then longer contexts, batches, peak memory, other models, prefill
-beside transformers' and, given a clone of gpt-fast, its model in turn with ours.
+sparse, product by product too; then longer contexts, peak memory, other models, prefill beside
+transformers' and, given a clone of gpt-fast, its model in turn with ours.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from teal_cli.versions import device_description, library_versions
 MODEL = "llama-3-8b"
 SPARSITIES = [0.25, 0.4, 0.5, 0.65, 0.8]
 CONTEXTS = (2048, 8000)
-BATCHES = (2, 4, 8)
 OTHER_MODELS = ("llama-2-7b", "mistral-7b", "llama-3.2-1b", "llama-3.2-3b")
 PROMPT, NEW_TOKENS = 128, 128
 
@@ -192,8 +191,6 @@ def main() -> None:
     half_config = config_for(MODEL, [0.5], repeats=repeats)
     for tokens in CONTEXTS:
         run(half_config, replace(prepared, plans=half, prompt=random_prompt(vocabulary, tokens, 0)))
-    for batch in BATCHES:
-        run(half_config, replace(prepared, plans=half, prompt=random_prompt(vocabulary, PROMPT, 0, batch)))
     result["peak_memory_bytes"] = peak_memory(prepared)
     reporter.say(json.dumps(result["peak_memory_bytes"]))
     keep()

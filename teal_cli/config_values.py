@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from teal_cli.errors import nearest
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-ALLOCATION_NAMES = ("uniform", "greedy", "fisher")
+ALLOCATION_NAMES = ("uniform", "greedy", "fisher", "fisher-site")
 
 
 def _split_commas(value: object) -> object:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from teal_cli.allocation.files import by_pattern, read_allocation
-from teal_cli.allocation.fisher import fisher
+from teal_cli.allocation.fisher import fisher, fisher_site
 from teal_cli.allocation.greedy import greedy
 from teal_cli.allocation.saving import time_saved
 from teal_cli.allocation.uniform import uniform
@@ -21,7 +21,12 @@ from teal_cli.errors import UsageError, nearest
 Allocation = Callable[[Calibration, float], dict[str, float]]
 """(calibration, model-wide target) -> projection name -> sparsity in [0, 1)."""
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "greedy": greedy, "fisher": fisher}
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": uniform,
+    "greedy": greedy,
+    "fisher": fisher,
+    "fisher-site": fisher_site,
+}
 
 
 def make_plan(

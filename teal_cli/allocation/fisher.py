@@ -8,6 +8,7 @@ first: of every curve's lower convex hull, by cost for what is saved, until enou
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from teal_cli.calibration import sensitivity
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.config_values import MOST_SPARSITY
 from teal_cli.errors import UsageError
+from teal_cli.models.architectures import Projection
 
 
 class _Piece(NamedTuple):
@@ -119,3 +121,24 @@ def fisher(
         within = " within the limits (flag --limits)" if limits else f": it takes no projection above {MOST_SPARSITY}"
         raise UsageError(f"allocation fisher does not reach sparsity {target:g}{within}")
     return {name: savings[name].sparsity_for(value) for name, value in saved.items()}
+
+
+def fisher_site(calibration: Calibration, target: float) -> dict[str, float]:
+    """`fisher` with one sparsity a site, at the sum of its projections' costs.
+
+    What reads one hidden state then drops the same inputs, which the CPU backend needs to compute it as
+    one product. It costs quality: the parts of a site are not equally sensitive.
+
+    Raises:
+        UsageError: as `fisher`.
+    """
+    sites: dict[str, Projection] = {}
+    costs: dict[str, Tensor] = {}
+    for projection in calibration.projections:
+        site, outputs = projection.site, projection.out_features
+        before = sites.get(site)
+        sites[site] = replace(projection, name=site, out_features=outputs + (before.out_features if before else 0))
+        if calibration.sensitivities:
+            costs[site] = calibration.sensitivities[projection.name] + costs.get(site, 0.0)
+    found = fisher(replace(calibration, projections=list(sites.values()), sensitivities=costs), target)
+    return {projection.name: found[projection.site] for projection in calibration.projections}

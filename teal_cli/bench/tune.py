@@ -111,7 +111,8 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
     """Choose among the finalists of all products by the time of a token.
 
     Kernels that alternate rank otherwise than one that follows itself: what one leaves in the caches,
-    and where it lets the next begin, counts.
+    and where it lets the next begin, counts. Where the token is no faster than the dense one, no
+    product is said to be: skipping in some products and not in others can lose what it gains.
 
     Args:
         found: of each product.
@@ -129,7 +130,15 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
                 with trying(chosen for product in best for chosen in product.values()):
                     seconds[entry] = token_seconds(sparsity)
             best[index][sparsity] = min(entries, key=seconds.__getitem__)
-    return [entry for product in best for entry in product.values()]
+    with trying(entry for product in best for entry in product.values()):
+        seconds_at = {sparsity: token_seconds(sparsity) for sparsity in best[0]}
+    return [
+        entry
+        if seconds_at[sparsity] < seconds_at[0.0] or entry.config.dense
+        else replace(entry, microseconds=max(entry.microseconds, product[0.0].microseconds))
+        for product in best
+        for sparsity, entry in product.items()
+    ]
 
 
 def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -> list[Entry]:

@@ -3,13 +3,14 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import calibrate_tiny, save_tiny
 
 from teal_cli.allocation import make_plan
-from teal_cli.allocation.fisher import curve, fisher, hull
+from teal_cli.allocation.fisher import curve, fisher, fisher_site, hull
 from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
@@ -73,6 +74,24 @@ def test_the_target_is_met_and_nothing_is_cheaper(calibration: Calibration, targ
             assert _cost(calibration, moved) >= cost * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("target", [0.0, 0.4, 0.65])
+def test_one_sparsity_a_site(calibration: Calibration, target: float) -> None:
+    """No spread of one sparsity a site is cheaper, and one a projection is never dearer."""
+    sparsity = fisher_site(calibration, target)
+    assert _model_wide(calibration, sparsity) == pytest.approx(target, abs=1e-9)
+    sites: dict[str, set[float]] = {}
+    for p in calibration.projections:
+        sites.setdefault(p.site, set()).add(sparsity[p.name])
+    assert all(len(values) == 1 for values in sites.values())
+    assert len(set(sparsity.values())) > 3 or target == 0.0
+    uniform = dict.fromkeys(sparsity, target)
+    assert _cost(calibration, fisher(calibration, target)) <= _cost(calibration, sparsity) * (1 + 1e-9)
+    assert _cost(calibration, sparsity) < _cost(calibration, uniform) or target == 0.0
+    plan = make_plan(calibration, target, "fisher-site")
+    assert plan.allocation == "fisher-site"
+    assert {name: entry.sparsity for name, entry in plan.projections.items()} == sparsity
+
+
 def test_costs_decide(calibration: Calibration) -> None:
     cheap, dear = (p.name for p in calibration.projections[:2])
     calibration.sensitivities[cheap] = calibration.sensitivities[cheap] * 1e-6
@@ -91,10 +110,11 @@ def test_the_plan_has_the_thresholds_of_the_histograms(calibration: Calibration)
         assert share == pytest.approx(entry.sparsity, abs=0.01)
 
 
-def test_without_sensitivities(calibration: Calibration) -> None:
+@pytest.mark.parametrize("spread", [fisher, fisher_site])
+def test_without_sensitivities(calibration: Calibration, spread: Any) -> None:
     calibration.sensitivities.clear()
     with pytest.raises(UsageError, match="--sensitivity-tokens"):
-        fisher(calibration, 0.5)
+        spread(calibration, 0.5)
 
 
 def test_beyond_reach(calibration: Calibration) -> None:

@@ -86,7 +86,16 @@ def test_the_model_has_the_last_word() -> None:
     entries = settle(found, token_seconds)
     got = {((e.inputs, e.outputs, e.finish), e.sparsity): e.config.warps for e in entries}
     assert got == liked
-    assert sorted(asked) == [0.0] * 6 + [0.5] * 6
+    assert sorted(asked) == [0.0] * 7 + [0.5] * 7
+
+
+@pytest.mark.parametrize(("of_the_sparse_token", "skips"), [(0.9, True), (1.1, False)])
+def test_skipping_that_does_not_pay_in_the_model_is_not_done(of_the_sparse_token: float, skips: bool) -> None:
+    found = [{sparsity: [_entry(product, sparsity, 1)] for sparsity in (0.0, 0.5)} for product in (FIRST, SECOND)]
+    entries = settle(found, lambda sparsity: of_the_sparse_token if sparsity else 1.0)
+    with trying(entries):
+        assert [not _chosen(product, 0.5).dense for product in (FIRST, SECOND)] == [skips] * 2
+    assert [entry.microseconds for entry in entries if entry.sparsity] == [7.5 if skips else 10.0] * 2
 
 
 def test_trying_goes_before_every_table_and_ends() -> None:

@@ -129,6 +129,16 @@ def test_beyond_what_was_measured_the_line_goes_on(write: Write) -> None:
     assert [_choose(sparsity).dense for sparsity in (0.62, 0.7)] == [False, True]
 
 
+def test_every_further_row_must_gain_more(write: Write) -> None:
+    """Two rows at the root of a half leave a half unread, as one row does: 9.7 microseconds and 4 % more."""
+    write(_entry(0.0, 10.0), _entry(0.5, 9.7))
+    assert not _choose(0.5).dense
+    assert _choose(0.5**0.5, rows=2).dense
+    write(_entry(0.0, 10.0), _entry(0.5, 9.5))
+    assert not _choose(0.5**0.5, rows=2).dense
+    assert _choose(0.5**0.25, rows=4).dense
+
+
 def test_no_gain_is_dense(write: Write) -> None:
     write(_entry(0.0, 10.0), _entry(0.5, 10.0))
     assert _choose(0.5).dense
@@ -144,13 +154,18 @@ def test_nearest_sparsity(write: Write) -> None:
 
 
 def test_a_batch_reads_what_any_row_needs(write: Write) -> None:
-    """Measured for one row, skipping pays from 0.2 on: two rows leave that much unread at 0.45, eight at 0.82."""
+    """The line of one row, 12 - 10 s, is taken at what all rows leave unread, and lengthened for further rows.
+
+    It meets the dense read (10) at 0.2; for two rows (4 % more) at 0.239, the square of 0.488; for eight
+    (28 %) at 0.419, the eighth power of 0.897.
+    """
     write(_entry(0.0, 10.0), _entry(0.4, 8.0), _entry(0.6, 6.0))
-    for rows, low, high in ((1, 0.19, 0.21), (2, 0.44, 0.46), (8, 0.81, 0.83)):
+    for rows, low, high in ((1, 0.19, 0.21), (2, 0.48, 0.50), (8, 0.89, 0.90)):
         assert [_choose(sparsity, rows=rows).dense for sparsity in (low, high)] == [True, False]
     write(_entry(0.0, 10.0, rows=4), _entry(0.4, 8.0, rows=4), _entry(0.6, 6.0, rows=4))
     assert not _choose(0.21, rows=4).dense
-    assert [_choose(sparsity, rows=8).dense for sparsity in (0.44, 0.46)] == [True, False]
+    # Four rows further: 16 %, at 0.338, the square of 0.581.
+    assert [_choose(sparsity, rows=8).dense for sparsity in (0.57, 0.59)] == [True, False]
 
 
 def _marked(number: int) -> GemvConfig:
@@ -238,7 +253,7 @@ def _both(sparsities: tuple[float, ...] = (0.25, 0.8), **product: Any) -> list[E
     ]
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_as_near_in_rows(write: Write, sparsity: float) -> None:
     """Two rows lie between one and four, and both were measured at the same sparsities."""
     write(*_both(rows=1), *_both(rows=4))
