@@ -128,7 +128,8 @@ class OneAllocation(SparseConfig):
     """Which sparsity, spread one way."""
 
     allocation: AllocationName = Field(
-        "fisher", description="how the sparsity is spread: uniform, greedy, fisher, fisher-site, or a .yaml or .json file"
+        "fisher",
+        description="how the sparsity is spread: uniform, greedy, fisher, fisher-site, or a .yaml or .json file",
     )
 
     @property

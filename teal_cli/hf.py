@@ -2,7 +2,7 @@
 
     import teal_cli.hf
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/uniform-0.50")
+    model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/fisher-0.50")
 
 Importing it imports transformers, which is why `import teal_cli` does not. Without this import
 transformers warns of an unknown quantisation type and loads the dense model.
