@@ -154,10 +154,10 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool 
     return folder
 
 
-def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64) -> Calibration:
+def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64, output_layer: bool = False) -> Calibration:
     """A calibration of a tiny model on random tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    projections = find_projections(model)
+    projections = find_projections(model, output_layer=output_layer)
     torch.manual_seed(5)
     blocks = torch.randint(2, VOCABULARY, (sequences, seq_len))
     info = CalibrationInfo(

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from teal_cli.calibration import histogram
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Projection
+from teal_cli.models.architectures import OUTPUT_SITE, Projection
 
 
 class HiddenStateCollector:
@@ -112,10 +112,11 @@ def collect(
         site name -> (BINS,) int64 counts, on the CPU.
     """
     device = next(model.parameters()).device
+    counts_output = any(projection.site == OUTPUT_SITE for projection in projections)
     with HiddenStateCollector(model, projections, sink_tokens) as collector:
         for batch in batches:
             collector.attend(None)
-            # One position of logits: calibration needs the blocks, not the vocabulary.
-            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=1)
+            # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
+            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=0 if counts_output else 1)
             on_batch(batch.numel())
     return collector.finish()

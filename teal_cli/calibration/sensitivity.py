@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
-from teal_cli.models.architectures import Projection
+from teal_cli.models.architectures import OUTPUT_SITE, Projection
 
 _FINE_BITS = 5
 """2**5 bins of the histogram are one bin here: eight to a doubling of |x|."""
@@ -67,8 +67,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[BlockCall], Tensor]:
-    """What every block was called with, and the loss's gradient at the last block's output."""
+def _forward(
+    model: Any, blocks: nn.ModuleList, ids: Tensor, output: nn.Module | None
+) -> tuple[list[BlockCall], Tensor, tuple[Tensor, Tensor] | None]:
+    """What every block was called with, the loss's gradient at the last block's output, and the output layer's.
+
+    The last is its input with the gradient there, or None where no layer is given.
+    """
     last: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -76,11 +81,15 @@ def _forward(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[Block
         last.append(hidden_of(output).detach().requires_grad_())
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
 
-    with recorded(blocks) as calls, hooked([blocks[-1].register_forward_hook(cut)]):
+    read: list[Tensor] = []
+    handles = [blocks[-1].register_forward_hook(cut)]
+    if output is not None:
+        handles.append(output.register_forward_pre_hook(lambda module, args: read.append(args[0])))
+    with recorded(blocks) as calls, hooked(handles):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, last)
-    return calls, gradient
+    gradient, *at_output = torch.autograd.grad(loss, [*last, *read])
+    return calls, gradient, (read[0].detach(), at_output[0]) if read else None
 
 
 def _backward(
@@ -132,16 +141,24 @@ def measure(
         {p.name: model.get_submodule(p.name) for p in projections if p.name.startswith(f"{blocks}.{index}.")}
         for index in range(len(stack))
     ]
+    outputs = [p.name for p in projections if p.site == OUTPUT_SITE]
     device = next(model.parameters()).device
     # Added up on the device: a copy to the host for each projection would wait for it.
     found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
+
+    def add(name: str, x: Tensor, at_x: Tensor) -> None:
+        counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
+        found[name] += counted.to(device)
+
     with _frozen(model):
         for batch in batches:
-            calls, gradient = _forward(model, stack, batch.to(device))
+            output = model.get_output_embeddings() if outputs else None
+            calls, gradient, at_output = _forward(model, stack, batch.to(device), output)
+            if at_output is not None:
+                add(outputs[0], *at_output)
             for block, modules in zip(reversed(stack), reversed(readers), strict=True):
                 gradient, states = _backward(block, calls.pop(), gradient, modules)
-                for name, (x, at_x) in states.items():
-                    counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
-                    found[name] += counted.to(device)
+                for name, state in states.items():
+                    add(name, *state)
             on_batch(batch.numel())
     return {name: squares.cpu() for name, squares in found.items()}

@@ -51,6 +51,8 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
         return f"rope type {rope}"
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
+    if control.skips_output:
+        return "an output layer that drops inputs"
     if not all(layer.site.side_by_side for layer in model.modules() if isinstance(layer, SparseLinear)):
         return "projections that are not side by side"
     return None

@@ -78,8 +78,16 @@ def architecture_of(model_type: str) -> Architecture:
         ) from None
 
 
-def find_projections(model: nn.Module) -> list[Projection]:
+OUTPUT_SITE = "output_input"
+"""The hidden state that the output layer reads."""
+
+
+def find_projections(model: nn.Module, *, output_layer: bool = False) -> list[Projection]:
     """Every projection of a transformers model, in the order in which a token meets them.
+
+    Args:
+        model: a causal language model.
+        output_layer: count the layer of the logits among them.
 
     Raises:
         ArtefactError: unsupported model type, or a module that the table promises and the model lacks.
@@ -100,4 +108,10 @@ def find_projections(model: nn.Module) -> list[Projection]:
                 found.append(
                     Projection(f"{prefix}.{path}", f"{prefix}.{site.name}", module.in_features, module.out_features)
                 )
+    if output_layer:
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        name = next((name for name, module in model.named_modules() if module is output), None)
+        if name is None or not isinstance(output, nn.Linear):
+            raise ArtefactError("this model's output layer is not a linear layer: leave --output-layer out")
+        found.append(Projection(name, OUTPUT_SITE, output.in_features, output.out_features))
     return found

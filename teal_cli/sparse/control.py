@@ -79,6 +79,11 @@ class SparsityControl:
     enabled: bool = True
     backend: str = "auto"
     dense_prefix: int = 0
+    skips_output: bool = False
+    """Whether the output layer is sparse too. It may be given the last positions only, so the layers before it
+    leave word of how many there are."""
+    positions: int = field(default=1, repr=False)
+    """Of the pass under way, where `skips_output`."""
     counter: SparsityCounter | None = field(default=None, repr=False)
     plans_applied: int = field(default=0, repr=False)
     """Goes up whenever thresholds change."""

@@ -45,6 +45,8 @@ class SparseLinear(nn.Linear):
         self.site = site
         self.number = site.add(self)
         self.plan = ProjectionPlan(sparsity=0.0, threshold=0.0)
+        self.is_output = False
+        """Whether this is the layer of the logits."""
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
 
     @classmethod
@@ -86,15 +88,22 @@ class SparseLinear(nn.Linear):
         """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
         control = self.control
         tokens = x.shape[-2] if x.dim() > 1 else 1
-        if not control.enabled or control.mode == "dense" or (control.mode == "auto" and tokens > 1):
-            return self._dense(x)
+        before = 0  # positions of this pass that are not in x
+        if control.skips_output:
+            if self.is_output:
+                before = control.positions - tokens
+            else:
+                control.positions = tokens
+        several = before + tokens > 1
+        if not control.enabled or control.mode == "dense" or (control.mode == "auto" and several):
+            return self._dense(x, several)
         masked = control.mode == "masked"
-        prefix = control.dense_prefix if masked else 0
+        prefix = max(control.dense_prefix - before, 0) if masked else 0
         counter = control.counter if control.counter is not None and control.counter.active else None
         if self.plan.sparsity == 0.0:
             if counter is not None:  # a projection that is left dense counts in the model's sparsity
                 counter.add(self.name, self.weight.numel(), x.numel() // tokens * max(tokens - prefix, 0), 0)
-            return self._dense(x)
+            return self._dense(x, several)
         if counter is not None or masked:
             active = active_inputs(x, self.threshold)
             if counter is not None:
@@ -106,11 +115,10 @@ class SparseLinear(nn.Linear):
                 return F.linear(x * active, self.weight, self.bias)
         return self.site.product(self.number, x, control.backend)
 
-    def _dense(self, x: Tensor) -> Tensor:
-        """The plain product, with the plain layer's bits when it is a prefill on the CPU."""
+    def _dense(self, x: Tensor, several: bool) -> Tensor:
+        """The plain product, with the plain layer's bits when it is a prefill (of several tokens) on the CPU."""
         weight = self.weight
-        prefill = self.control.mode == "dense" or (x.dim() > 1 and x.shape[-2] > 1)
-        if x.device.type == "cpu" and prefill and not weight.is_contiguous():
+        if x.device.type == "cpu" and (several or self.control.mode == "dense") and not weight.is_contiguous():
             rows = x.numel() // x.shape[-1]
             exact = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and rows >= _LAYOUT_EXACT_ROWS)
             if not exact:

@@ -54,7 +54,11 @@ def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefi
 
     control = next(iter(layers.values())).control
     with _called_before(layers.values(), settle), control.masked(dense_prefix):
-        model(input_ids=sequences.to(model.device), use_cache=False, logits_to_keep=1)
+        # Without the output layer: no logits of all positions have to be held.
+        last = model.base_model(input_ids=sequences.to(model.device), use_cache=False).last_hidden_state
+    output = model.get_output_embeddings()
+    if isinstance(output, SparseLinear):
+        settle(output, last)
     held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].plan for name in plan.projections})
     set_thresholds_(model, held)
     return held

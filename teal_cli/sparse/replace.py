@@ -26,6 +26,7 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
     """
     control = SparsityControl()
     site_names = {projection.name: projection.site for projection in find_projections(model)}
+    output = model.get_output_embeddings()  # type: ignore[operator]
     sites: defaultdict[str, Site] = defaultdict(Site)
     for name in names:
         try:
@@ -37,6 +38,8 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
         parent, _, child = name.rpartition(".")
         site = sites[site_names.get(name, name)]
         layer = SparseLinear.from_linear(linear, name=name, control=control, site=site)
+        if linear is output:
+            layer.is_output = control.skips_output = True
         setattr(model.get_submodule(parent), child, layer)
     return control
 

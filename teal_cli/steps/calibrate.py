@@ -49,7 +49,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     )
     if model is None:
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
-    projections = find_projections(model)
+    projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
         histograms = collect(

@@ -45,7 +45,7 @@ def test_edges_are_those_of_the_histogram() -> None:
 def test_against_autograd_through_the_whole_model(family: str) -> None:
     """A factor of 1 on what would be dropped at each token: its derivative is the first-order change."""
     model = build_model(family)
-    projections, ids = find_projections(model), _blocks()
+    projections, ids = find_projections(model, output_layer=True), _blocks()
     found = sensitivity.measure(model, "model.layers", projections, ids.split(1), sink_tokens=SINKS)
     assert set(found) == {projection.name for projection in projections}
     for index in (300, 318, sensitivity.BINS - 1):
