@@ -73,10 +73,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sparsity", default="0.4,0.5,0.65")
-    parser.add_argument("--allocation", default="uniform,fisher")
+    parser.add_argument("--allocation", default="fisher,fisher-site")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--compile", action="store_true", help="also transformers with a static cache and torch.compile"
     )
