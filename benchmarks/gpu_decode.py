@@ -1,4 +1,4 @@
-"""Every GPU figure that the README and docs quote, measured in one go.
+"""The GPU figures of one sequence that the README and docs quote, measured in one go.
 
     python benchmarks/gpu_decode.py --out benchmarks/results [--gpt-fast CLONE]
 

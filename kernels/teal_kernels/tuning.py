@@ -39,6 +39,7 @@ class Entry:
     sparsity: float
     """Realised by every row; 0 for a dense read."""
     microseconds: float
+    """Of a launch by itself; at least the dense read's where skipping did not pay in the model."""
     config: GemvConfig
 
     @classmethod

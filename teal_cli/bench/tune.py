@@ -122,6 +122,7 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
         One entry for each product and sparsity.
     """
     best = [{sparsity: entries[0] for sparsity, entries in finalists.items()} for finalists in found]
+    settled: dict[float, float] = {}  # seconds of a token with what is chosen so far
     for index, finalists in enumerate(found):
         for sparsity, entries in finalists.items():
             seconds = {}
@@ -129,12 +130,12 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
                 best[index][sparsity] = entry
                 with trying(chosen for product in best for chosen in product.values()):
                     seconds[entry] = token_seconds(sparsity)
-            best[index][sparsity] = min(entries, key=seconds.__getitem__)
-    with trying(entry for product in best for entry in product.values()):
-        seconds_at = {sparsity: token_seconds(sparsity) for sparsity in best[0]}
+            fastest = min(entries, key=seconds.__getitem__)
+            best[index][sparsity] = fastest
+            settled[sparsity] = seconds[fastest]
     return [
         entry
-        if seconds_at[sparsity] < seconds_at[0.0] or entry.config.dense
+        if settled[sparsity] < settled[0.0] or entry.config.dense
         else replace(entry, microseconds=max(entry.microseconds, product[0.0].microseconds))
         for product in best
         for sparsity, entry in product.items()

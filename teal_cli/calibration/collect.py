@@ -112,11 +112,11 @@ def collect(
         site name -> (BINS,) int64 counts, on the CPU.
     """
     device = next(model.parameters()).device
-    counts_output = any(projection.site == OUTPUT_SITE for projection in projections)
+    # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
+    logits = 0 if any(projection.site == OUTPUT_SITE for projection in projections) else 1
     with HiddenStateCollector(model, projections, sink_tokens) as collector:
         for batch in batches:
             collector.attend(None)
-            # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
-            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=0 if counts_output else 1)
+            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=logits)
             on_batch(batch.numel())
     return collector.finish()

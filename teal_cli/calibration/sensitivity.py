@@ -68,28 +68,32 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(
-    model: Any, blocks: nn.ModuleList, ids: Tensor, output: nn.Module | None
-) -> tuple[list[BlockCall], Tensor, tuple[Tensor, Tensor] | None]:
-    """What every block was called with, the loss's gradient at the last block's output, and the output layer's.
+    model: Any, blocks: nn.ModuleList, ids: Tensor, behind: dict[str, nn.Module]
+) -> tuple[list[BlockCall], Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """What every block was called with, the loss's gradient at the last block's output, and projections behind it.
 
-    The last is its input with the gradient there, or None where no layer is given.
+    Of those, each one's input with its gradient, as `_backward` gives them.
     """
     last: list[Tensor] = []
+    inputs: dict[str, Tensor] = {}
 
     def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # No parameter takes a gradient, so the graph begins here, behind all blocks.
         last.append(hidden_of(output).detach().requires_grad_())
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
 
-    read: list[Tensor] = []
-    handles = [blocks[-1].register_forward_hook(cut)]
-    if output is not None:
-        handles.append(output.register_forward_pre_hook(lambda module, args: read.append(args[0])))
-    with recorded(blocks) as calls, hooked(handles):
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in behind.items()]
+    with recorded(blocks) as calls, hooked([blocks[-1].register_forward_hook(cut), *handles]):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    gradient, *at_output = torch.autograd.grad(loss, [*last, *read])
-    return calls, gradient, (read[0].detach(), at_output[0]) if read else None
+    gradient, *gradients = torch.autograd.grad(loss, [*last, *inputs.values()])
+    return calls, gradient, _states(inputs, gradients)
 
 
 def _backward(
@@ -110,7 +114,11 @@ def _backward(
     with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in projections.items()):
         output = call.on(block, start)
     before, *gradients = torch.autograd.grad(output, [start, *inputs.values()], gradient)
-    return before, {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
+    return before, _states(inputs, gradients)
+
+
+def _states(inputs: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (x.detach(), found) for (name, x), found in zip(inputs.items(), gradients, strict=True)}
 
 
 @torch.enable_grad()
@@ -141,24 +149,22 @@ def measure(
         {p.name: model.get_submodule(p.name) for p in projections if p.name.startswith(f"{blocks}.{index}.")}
         for index in range(len(stack))
     ]
-    outputs = [p.name for p in projections if p.site == OUTPUT_SITE]
+    behind = {p.name: model.get_submodule(p.name) for p in projections if p.site == OUTPUT_SITE}
     device = next(model.parameters()).device
     # Added up on the device: a copy to the host for each projection would wait for it.
     found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
 
-    def add(name: str, x: Tensor, at_x: Tensor) -> None:
-        counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
-        found[name] += counted.to(device)
+    def add(states: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (x, at_x) in states.items():
+            counted = squared_changes(x[:, sink_tokens:].flatten(0, 1), at_x[:, sink_tokens:].flatten(0, 1))
+            found[name] += counted.to(device)
 
     with _frozen(model):
         for batch in batches:
-            output = model.get_output_embeddings() if outputs else None
-            calls, gradient, at_output = _forward(model, stack, batch.to(device), output)
-            if at_output is not None:
-                add(outputs[0], *at_output)
+            calls, gradient, states = _forward(model, stack, batch.to(device), behind)
+            add(states)
             for block, modules in zip(reversed(stack), reversed(readers), strict=True):
                 gradient, states = _backward(block, calls.pop(), gradient, modules)
-                for name, state in states.items():
-                    add(name, *state)
+                add(states)
             on_batch(batch.numel())
     return {name: squares.cpu() for name, squares in found.items()}

@@ -86,7 +86,7 @@ def test_the_model_has_the_last_word() -> None:
     entries = settle(found, token_seconds)
     got = {((e.inputs, e.outputs, e.finish), e.sparsity): e.config.warps for e in entries}
     assert got == liked
-    assert sorted(asked) == [0.0] * 7 + [0.5] * 7
+    assert sorted(asked) == [0.0] * 6 + [0.5] * 6
 
 
 @pytest.mark.parametrize(("of_the_sparse_token", "skips"), [(0.9, True), (1.1, False)])

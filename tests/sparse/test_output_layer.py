@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, MaskedReference, calibrate_tiny, save_tiny
+from conftest import VOCABULARY, MaskedReference, calibrate_tiny, export_tiny, save_tiny
+from kernel_cases import relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -13,7 +14,6 @@ import teal_cli.hf
 from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.cli import run
 from teal_cli.decode.compact import unsupported_reason
 from teal_cli.decode.engine import Engine
@@ -41,14 +41,8 @@ def calibration(dense: Path) -> Calibration:
 
 
 @pytest.fixture
-def exported(dense: Path, calibration: Calibration, tmp_path: Path) -> Path:
-    out = tmp_path / "sparse"
-    write_checkpoint(dense, make_plan(calibration, 0.5, "uniform"), calibration, out, "copy", propagated=False)
-    return out
-
-
-def _error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+def exported(dense: Path, tmp_path: Path) -> Path:
+    return export_tiny(dense, tmp_path / "sparse", output_layer=True)[0]
 
 
 def test_it_is_one_more_projection(dense: Path, calibration: Calibration) -> None:
@@ -74,7 +68,7 @@ def test_decode_equals_eager_masked_maths(dense: Path, exported: Path, rows: int
     one = {"logits_to_keep": 1}
     expected = plain(input_ids=ids[:, :PROMPT], past_key_values=caches[0], **one).logits
     got = sparse(input_ids=ids[:, :PROMPT], past_key_values=caches[1], **one).logits
-    assert _error(got, expected) < 1e-5  # dense
+    assert relative_error(got, expected) < 1e-5  # dense
     reference = MaskedReference(plain, {name: layer.threshold for name, layer in sparse_layers(sparse).items()})
     compared = 0
     for position in range(PROMPT, LENGTH):
@@ -83,7 +77,7 @@ def test_decode_equals_eager_masked_maths(dense: Path, exported: Path, rows: int
         got = sparse(input_ids=token, past_key_values=caches[1]).logits
         if not reference.decided:
             break
-        assert _error(got, expected) < 1e-4
+        assert relative_error(got, expected) < 1e-4
         compared += 1
     assert compared >= 3
 
@@ -116,7 +110,7 @@ def test_engine_prefills_dense_and_counts(dense: Path, exported: Path) -> None:
     engine, ids = Engine(model), _tokens()
     for prompt in (ids[:, :PROMPT], ids[:, :1]):
         expected = plain(input_ids=prompt).logits[:, -1]
-        assert _error(engine.prefill(prompt, engine.new_cache(LENGTH)), expected) < 1e-5
+        assert relative_error(engine.prefill(prompt, engine.new_cache(LENGTH)), expected) < 1e-5
     cache = engine.new_cache(LENGTH)
     with control.counting() as counter:
         engine.prefill(ids[:, :PROMPT], cache)
