@@ -111,11 +111,164 @@ def received(bits, at, inside):
 
 
 @triton.jit
+def _unpacked(words, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
+
+    For one row a code u is put below the leading bit of a float32: 1 + u / 2**BITS, which takes two
+    instructions where a conversion takes three (`_corrected` takes it back). For several rows u itself.
+    """
+    if BITS >= 16:
+        value = words
+        if ROWS == 1:
+            value = words.to(tl.float32)
+    else:
+        code = (words >> (k * BITS)) & ((1 << BITS) - 1)
+        if ROWS == 1:
+            value = (code << (23 - BITS) | 0x3F800000).to(tl.float32, bitcast=True)
+        else:
+            value = code.to(tl.float32).to(dtype)
+    return value
+
+
+@triton.jit
+def _corrected(factor, zero, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Scale and zero point of codes, for the values of `_unpacked`."""
+    if ROWS == 1:
+        factor = factor * (1 << BITS)
+        zero = 1.0 + zero / (1 << BITS)
+    return factor, zero
+
+
+@triton.jit
+def _sum_listed(
+    columns,
+    inside,
+    scratch,
+    begin,
+    stop,
+    stride,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Entries `begin` to `stop` of the list times their rows of weights: for each weight of a word a tile of sums."""
+    # One row is multiplied element by element, and its tile added up at the end: 16 instructions for
+    # 16 bytes of weights. More rows are what matrix units are for.
+    rows = tl.arange(0, LEAST_TILE)
+    in_rows = rows < ROWS
+    tile = tl.arange(0, BLOCK_IN)
+    acc = ()
+    for _ in tl.static_range(PACK):
+        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    which = ()
+    for step in tl.static_range(UNROLL):
+        slots = begin + step * BLOCK_IN + tile
+        which = which + (tl.load(scratch + slots, mask=slots < stop, other=0),)
+    for start in range(begin, stop, BLOCK_IN * UNROLL):
+        weights = ()
+        for step in tl.static_range(UNROLL):
+            listed = start + step * BLOCK_IN + tile < stop
+            weights = weights + (
+                tl.load(
+                    columns[None, :] + (_index(which[step], dtype) * stride)[:, None],
+                    mask=listed[:, None] & inside[None, :],
+                    other=0,
+                    eviction_policy=EVICT,
+                ),
+            )
+        following = ()  # the next indices travel while these weights do
+        for step in tl.static_range(UNROLL):
+            slots = start + (UNROLL + step) * BLOCK_IN + tile
+            following = following + (tl.load(scratch + slots, mask=slots < stop, other=0),)
+        which = following
+        for step in tl.static_range(UNROLL):
+            slots = start + step * BLOCK_IN + tile
+            # Read again for the value: with that in hand the compiler would let each tile's
+            # sum go before the next tile's load, to save registers, and nothing be under way.
+            added = ()
+            if ROWS == 1:
+                word = tl.load(scratch + slots, mask=slots < stop, other=0)
+                value = _value(word, dtype)[:, None]
+                for k in tl.static_range(PACK):
+                    added = added + (acc[k] + value * _unpacked(weights[step], k, dtype, BITS, ROWS),)
+            else:
+                there = in_rows[:, None] & (slots < stop)[None, :]
+                listed_words = tl.load(scratch + rows[:, None] * STRETCH + slots[None, :], mask=there, other=0)
+                values = _value(listed_words, dtype).to(dtype)
+                for k in tl.static_range(PACK):
+                    added = added + (matmul(values, _unpacked(weights[step], k, dtype, BITS, ROWS), acc[k]),)
+            acc = added
+    return acc
+
+
+@triton.jit
+def _sum_all(
+    columns,
+    inside,
+    x_ptr,
+    n_in,
+    first,
+    begin,
+    stop,
+    stride,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Inputs `begin` to `stop` times their rows of weights, of which `columns` are those of input `first`."""
+    rows = tl.arange(0, LEAST_TILE)
+    in_rows = rows < ROWS
+    tile = tl.arange(0, BLOCK_IN)
+    acc = ()
+    for _ in tl.static_range(PACK):
+        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    for start in range(begin, stop, BLOCK_IN * UNROLL):
+        weights = ()
+        for step in tl.static_range(UNROLL):
+            ins = start + step * BLOCK_IN + tile
+            weights = weights + (
+                tl.load(
+                    columns[None, :] + ((ins - first) * stride)[:, None],
+                    mask=(ins < stop)[:, None] & inside[None, :],
+                    other=0,
+                    eviction_policy=EVICT,
+                ),
+            )
+        for step in tl.static_range(UNROLL):
+            ins = start + step * BLOCK_IN + tile
+            added = ()
+            if ROWS == 1:
+                x = tl.load(x_ptr + ins, mask=ins < stop, other=0.0).to(tl.float32)[:, None]
+                for k in tl.static_range(PACK):
+                    added = added + (acc[k] + x * _unpacked(weights[step], k, dtype, BITS, ROWS),)
+            else:
+                there = in_rows[:, None] & (ins < stop)[None, :]
+                xs = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
+                for k in tl.static_range(PACK):
+                    added = added + (matmul(xs, _unpacked(weights[step], k, dtype, BITS, ROWS), acc[k]),)
+            acc = added
+    return acc
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,
     norm_ptr,
     squares_ptr,
     weight_ptr,
+    scale_ptr,
+    zero_ptr,
     threshold_ptr,
     bias_ptr,
     y_ptr,
@@ -130,8 +283,12 @@ def gemv_kernel(
     part_2,
     inputs_per_split,
     n_splits,
+    group,
     n_squares,
     eps,
+    BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SEVERAL_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     LISTED: tl.constexpr,
@@ -151,7 +308,13 @@ def gemv_kernel(
     EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x (ROWS, in), weights input-major (in, out), partial sums (splits, ROWS, out) float32; see `triton_gemv.gemv`."""
+    """x (ROWS, in), weights input-major (in, out), partial sums (splits, ROWS, blocks) float32; see `triton_gemv.gemv`.
+
+    Quantised weights (BITS below 16) are PACK to a 32-bit word. A program works through a block of
+    WORDS words; of its sums first come those of the lowest weight of every word, and so on.
+    """
+    PACK: tl.constexpr = 32 // BITS if BITS < 16 else 1
+    WORDS: tl.constexpr = BLOCK_OUT // PACK
     block = tl.program_id(0)
     split = tl.program_id(1)
     # Which part, which outputs. Blocks never straddle two parts: each has one threshold.
@@ -161,15 +324,19 @@ def gemv_kernel(
     part = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
     out_start = block * BLOCK_OUT
     out_stop = total
+    word_start = block * WORDS
     if not EVEN:
         blocks_before = tl.where(part == 0, 0, tl.where(part == 1, blocks_0, blocks_0 + blocks_1))
         part_start = tl.where(part == 0, 0, tl.where(part == 1, part_0, part_0 + part_1))
         out_start = part_start + (block - blocks_before) * BLOCK_OUT
         out_stop = part_start + tl.where(part == 0, part_0, tl.where(part == 1, part_1, part_2))
-    outs = out_start + tl.arange(0, BLOCK_OUT)
-    out_inside = outs < out_stop
+        words_0 = tl.cdiv(part_0, PACK)
+        words_before = tl.where(part == 0, 0, tl.where(part == 1, words_0, words_0 + tl.cdiv(part_1, PACK)))
+        word_start = words_before + (block - blocks_before) * WORDS
+    words = tl.arange(0, WORDS)
+    inside = out_start + words * PACK < out_stop
     if EVEN:
-        out_inside = tl.full((BLOCK_OUT,), True, tl.int1)
+        inside = tl.full((WORDS,), True, tl.int1)
     first = split * inputs_per_split
     last = tl.minimum(first + inputs_per_split, n_in)
     threshold = 0.0
@@ -192,7 +359,7 @@ def gemv_kernel(
         gdc_launch_dependents()
 
     dtype = x_ptr.dtype.element_ty
-    if LISTED or NORM:
+    if LISTED or NORM or BITS < 16:
         raw = ()  # all loads first: they are under way together
         for row in tl.static_range(ROWS):
             raw = raw + (tl.load(x_ptr + row * n_in + stretch, mask=in_stretch, other=0.0),)
@@ -203,22 +370,19 @@ def gemv_kernel(
                 scale = rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES)
                 taken = rounded(rounded(taken.to(tl.float32) * scale, dtype) * norm_weight.to(tl.float32), dtype)
             inputs = inputs + (taken.to(tl.float32),)
-    # One row is multiplied element by element, and its tile added up at the end: 16 instructions for
-    # 16 bytes of weights. More rows are what matrix units are for.
-    rows = tl.arange(0, LEAST_TILE)
-    in_rows = rows < ROWS
-    acc = tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, BLOCK_OUT), dtype=tl.float32)
     active = 0
     scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
-    columns = weight_ptr + first.to(tl.int64) * stride + outs
-    tile = tl.arange(0, BLOCK_IN)
+    columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
     if LISTED:
         read = in_stretch & False
+        line_sums = ()
         for row in tl.static_range(ROWS):
             keep = _keep(inputs[row], in_stretch, threshold)
             if ROWS > 1:
                 active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
             read |= keep  # one row of weights serves every row of x
+            if BITS < 16:
+                line_sums = line_sums + (tl.sum(tl.where(keep, inputs[row], 0.0), axis=1),)
         # An input's slot in the list: what the lines above keep, and the lanes up to its own.
         marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
         kept = _bits_set(marks)
@@ -233,39 +397,11 @@ def gemv_kernel(
                 value = tl.where(_keep(value, in_stretch, threshold), value, 0.0)
             tl.store(scratch + row * STRETCH + slot, _packed(place, value, dtype), mask=read)
         tl.debug_barrier()
-        which = ()
-        for step in tl.static_range(UNROLL):
-            slots = step * BLOCK_IN + tile
-            which = which + (tl.load(scratch + slots, mask=slots < count, other=0),)
-        for start in range(0, count, BLOCK_IN * UNROLL):
-            weights = ()
-            for step in tl.static_range(UNROLL):
-                listed = start + step * BLOCK_IN + tile < count
-                weights = weights + (
-                    tl.load(
-                        columns[None, :] + (_index(which[step], dtype) * stride)[:, None],
-                        mask=listed[:, None] & out_inside[None, :],
-                        other=0.0,
-                        eviction_policy=EVICT,
-                    ),
-                )
-            following = ()  # the next indices travel while these weights do
-            for step in tl.static_range(UNROLL):
-                slots = start + (UNROLL + step) * BLOCK_IN + tile
-                following = following + (tl.load(scratch + slots, mask=slots < count, other=0),)
-            which = following
-            for step in tl.static_range(UNROLL):
-                slots = start + step * BLOCK_IN + tile
-                # Read again for the value: with that in hand the compiler would let each tile's
-                # sum go before the next tile's load, to save registers, and nothing be under way.
-                if ROWS == 1:
-                    word = tl.load(scratch + slots, mask=slots < count, other=0)
-                    acc += _value(word, dtype)[:, None] * weights[step].to(tl.float32)
-                else:
-                    there = in_rows[:, None] & (slots < count)[None, :]
-                    words = tl.load(scratch + rows[:, None] * STRETCH + slots[None, :], mask=there, other=0)
-                    acc = matmul(_value(words, dtype).to(dtype), weights[step], acc)
     else:
+        line_sums = ()
+        if BITS < 16:
+            for row in tl.static_range(ROWS):
+                line_sums = line_sums + (tl.sum(inputs[row], axis=1),)
         if NORM:
             # Normalised once, not once a thread that multiplies with it.
             for row in tl.static_range(ROWS):
@@ -273,42 +409,85 @@ def gemv_kernel(
             tl.debug_barrier()
             x_ptr = scratch - first
             n_in = STRETCH
-        for start in range(first, last, BLOCK_IN * UNROLL):
-            weights = ()
-            for step in tl.static_range(UNROLL):
-                ins = start + step * BLOCK_IN + tile
-                weights = weights + (
-                    tl.load(
-                        columns[None, :] + ((ins - first) * stride)[:, None],
-                        mask=(ins < last)[:, None] & out_inside[None, :],
-                        other=0.0,
-                        eviction_policy=EVICT,
-                    ),
+    if BITS >= 16:
+        if LISTED:
+            acc = _sum_listed(
+                columns, inside, scratch, 0, count, stride, dtype, BITS, PACK, WORDS, ROWS, STRETCH, BLOCK_IN, UNROLL, EVICT
+            )
+        else:
+            acc = _sum_all(
+                columns, inside, x_ptr, n_in, first, first, last, stride, dtype, BITS, PACK, WORDS, ROWS, BLOCK_IN, UNROLL, EVICT
+            )
+    else:
+        # sum of x (code - zero) scale = scale (sum of x code - zero sum of x), group by group of inputs.
+        acc = ()
+        for _ in tl.static_range(PACK):
+            acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+        line_starts = tl.arange(0, STRETCH // lanes) * lanes
+        for start in range(first, last, group if SEVERAL_GROUPS else STRETCH):
+            stop = last
+            if SEVERAL_GROUPS:
+                stop = tl.minimum(start + group, last)
+            of_group = (line_starts >= start - first) & (line_starts < stop - first)
+            if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
+                x_sum = tl.sum(tl.where(of_group, line_sums[0], 0.0), axis=0) / BLOCK_IN
+            else:
+                x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
+                for row in tl.static_range(ROWS):
+                    row_sum = tl.sum(tl.where(of_group, line_sums[row], 0.0), axis=0)
+                    x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], row_sum, x_sum)
+            factors = ()
+            zeros = ()
+            line = (start // group).to(tl.int64) * total + out_start + words * PACK
+            for k in tl.static_range(PACK):
+                outs_inside = out_start + words * PACK + k < out_stop
+                factors = factors + (tl.load(scale_ptr + line + k, mask=outs_inside, other=0.0).to(tl.float32),)
+                zero = tl.full((WORDS,), 1 << (BITS - 1), tl.float32)
+                if ZEROS:
+                    zero = tl.load(zero_ptr + line + k, mask=outs_inside, other=0).to(tl.float32)
+                zeros = zeros + (zero,)
+            if LISTED:
+                begin_slot = 0
+                stop_slot = count
+                if SEVERAL_GROUPS:
+                    begin_slot = tl.sum(tl.where(line_starts < start - first, kept, 0), axis=0)
+                    stop_slot = begin_slot + tl.sum(tl.where(of_group, kept, 0), axis=0)
+                sums = _sum_listed(
+                    columns, inside, scratch, begin_slot, stop_slot, stride,
+                    dtype, BITS, PACK, WORDS, ROWS, STRETCH, BLOCK_IN, UNROLL, EVICT,
                 )
-            for step in tl.static_range(UNROLL):
-                ins = start + step * BLOCK_IN + tile
-                if ROWS == 1:
-                    x = tl.load(x_ptr + ins, mask=ins < last, other=0.0).to(tl.float32)
-                    acc += x[:, None] * weights[step].to(tl.float32)
-                else:
-                    there = in_rows[:, None] & (ins < last)[None, :]
-                    xs = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
-                    acc = matmul(xs, weights[step], acc)
+            else:
+                sums = _sum_all(
+                    columns, inside, x_ptr, n_in, first, start, stop, stride,
+                    dtype, BITS, PACK, WORDS, ROWS, BLOCK_IN, UNROLL, EVICT,
+                )
+            scaled = ()
+            for k in tl.static_range(PACK):
+                factor, zero = _corrected(factors[k], zeros[k], BITS, ROWS)
+                scaled = scaled + (acc[k] + factor[None, :] * (sums[k] - zero[None, :] * x_sum),)
+            acc = scaled
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")
 
     # The stretches' sums meet in memory. The last programs of a block finish a slice of it each,
     # for all rows side by side; with a gated table those of its second half do.
-    meet: tl.constexpr = SPLIT or FINISH == GATED or ROWS > 1
+    meet: tl.constexpr = SPLIT or FINISH == GATED or ROWS > 1 or PACK > 1
     piece = 0
     width: tl.constexpr = BLOCK_OUT // FINISHERS
+    line_length = tl.num_programs(0) * BLOCK_OUT
     if meet:
-        if ROWS == 1:
-            send(partial_ptr + split.to(tl.int64) * total + outs, tl.sum(acc, axis=0), out_inside)
-        else:
-            mine = partial_ptr + (split * ROWS + rows).to(tl.int64)[:, None] * total
-            send(mine + outs[None, :], acc, in_rows[:, None] & out_inside[None, :])
+        rows = tl.arange(0, LEAST_TILE)
+        for k in tl.static_range(PACK):
+            places = block * BLOCK_OUT + k * WORDS + words
+            inside = out_start + words * PACK + k < out_stop
+            if EVEN:
+                inside = tl.full((WORDS,), True, tl.int1)
+            if ROWS == 1:
+                send(partial_ptr + split.to(tl.int64) * line_length + places, tl.sum(acc[k], axis=0), inside)
+            else:
+                mine = partial_ptr + (split * ROWS + rows).to(tl.int64)[:, None] * line_length
+                send(mine + places[None, :], acc[k], (rows < ROWS)[:, None] & inside[None, :])
         piece = split - (n_splits - FINISHERS)
         if FINISH == GATED:
             piece = tl.where(block >= blocks_0, piece, -1)
@@ -316,17 +495,20 @@ def gemv_kernel(
             return
     columns_here = tl.arange(0, BATCH * width)
     row = 0
-    outs = out_start + piece * width + columns_here
+    place = piece * width + columns_here % width
+    outs = out_start + place % WORDS * PACK + place // WORDS
     inside = outs < out_stop
     if EVEN:
         inside = tl.full((BATCH * width,), True, tl.int1)
     if ROWS > 1:
         row = columns_here // width
-        outs = out_start + piece * width + columns_here % width
         inside = (outs < out_stop) & (row < ROWS)
     at = outs
+    line_place = block * BLOCK_OUT + place
+    gate_place = line_place
     if FINISH == GATED:
         at = outs - part_0
+        gate_place = line_place - blocks_0 * BLOCK_OUT
     if FINISH == RESIDUAL:  # travels while the sums are gathered
         residual = tl.load(y_ptr + row * total + outs, mask=inside, other=0.0)
     if meet:  # in a fixed order, a few lines at a time
@@ -335,16 +517,16 @@ def gemv_kernel(
         for first_line in range(0, n_splits, LINES):
             lines = first_line + tl.arange(0, LINES)
             there = (lines < n_splits)[:, None] & inside[None, :]
-            line = partial_ptr + (lines * ROWS).to(tl.int64)[:, None] * total
-            gate_at = line + (row * total + at)[None, :]
+            line = partial_ptr + (lines * ROWS).to(tl.int64)[:, None] * line_length
+            gate_at = line + (row * line_length + gate_place)[None, :]
             bits = look(gate_at, there)
             if FINISH == GATED:
-                up_at = line + (row * total + outs)[None, :]
+                up_at = line + (row * line_length + line_place)[None, :]
                 up_bits = look(up_at, there)
                 up += tl.sum(received(up_bits, up_at, there), axis=0)
             y += tl.sum(received(bits, gate_at, there), axis=0)
     else:
-        y = tl.sum(acc, axis=0)
+        y = tl.sum(acc[0], axis=0)
     if HAS_BIAS:
         y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = y.to(dtype)

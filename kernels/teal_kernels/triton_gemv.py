@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident, shared_memory
+from teal_kernels.packing import Packed
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -114,13 +115,15 @@ def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int)
     return fitting
 
 
-def _finishers(table: Tensor, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
+def _finishers(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
     """Programs that share the end of one block.
 
     They wait for one another, so all must run at one time; nothing else of ours runs beside them
     (one stream a device).
     """
-    fitting = _fitting(table.device, config, rows, table.itemsize)
+    # Packed codes are multiplied as 16-bit numbers.
+    itemsize = 2 if isinstance(table, Packed) else table.itemsize
+    fitting = _fitting(table.device, config, rows, itemsize)
     most = min(
         resident(table.device, fitting) // _blocks(parts, config),
         -(-table.shape[0] // config.inputs_per_split),
@@ -134,14 +137,14 @@ def _blocks(parts: tuple[int, ...], config: GemvConfig) -> int:
     return sum(-(-part // config.block_out) for part in parts)
 
 
-def squares_of(table: Tensor, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
+def squares_of(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
     """Partial sums of squares that a `residual` product of a batch of `rows` writes for each row."""
     return _blocks(parts, config) * _finishers(table, parts, config, rows)
 
 
 def gemv(
     x: Tensor,
-    table: Tensor,
+    table: Tensor | Packed,
     parts: tuple[int, ...],
     thresholds: Tensor,
     y: Tensor,
@@ -161,7 +164,7 @@ def gemv(
 
     Args:
         x: (rows, in), contiguous, rows from 1 to 8.
-        table: (in, out), each row contiguous; the dtype of x.
+        table: (in, out), each row contiguous; the dtype of x. Or quantised.
         parts: outputs of each projection in the table, at most three.
         thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
         y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
@@ -187,6 +190,16 @@ def gemv(
     if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
         raise ValueError(f"a table of parts {parts} is not for a {finish} product")
     total = sum(parts)
+    weights = table.words if isinstance(table, Packed) else table
+    bits, group = (table.bits, table.group) if isinstance(table, Packed) else (16, n_in)
+    if isinstance(table, Packed) and (table.parts != parts or config.block_out * bits < 32):
+        raise ValueError(f"parts {parts} in blocks of {config.block_out} do not fit a table of parts {table.parts}")
+    per_split = min(config.inputs_per_split, n_in)
+    several = per_split > group
+    if group < n_in and (per_split % group if several else group % per_split):
+        raise ValueError(f"{config.inputs_per_split} inputs a program and groups of {group}: one must divide the other")
+    if several and group % 32:
+        raise ValueError(f"a program cannot take several groups of {group} inputs: that is no multiple of 32")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = _blocks(parts, config)
     finishers = _finishers(table, parts, config, rows) if alone else 1
@@ -198,7 +211,7 @@ def gemv(
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
-    if min(config.inputs_per_split, n_in) * table.stride(0) > _MOST_ELEMENTS:
+    if per_split * weights.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     block_in, unroll = _tile(config, rows)
     # A list's words hold an index beside the value.
@@ -213,23 +226,29 @@ def gemv(
         x,
         x if norm is None else norm.weight,
         thresholds if norm is None else norm.squares,
-        table,
+        weights,
+        table.scales if isinstance(table, Packed) else x,
+        x if not isinstance(table, Packed) or table.zeros is None else table.zeros,
         thresholds,
         x if bias is None else bias,
         y,
         thresholds if squares is None else squares,
-        scratch.tensor("partial", splits * rows * total, torch.int32, EMPTY),
+        scratch.tensor("partial", splits * rows * blocks * config.block_out, torch.int32, EMPTY),
         scratch.tensor(f"inputs {word}", blocks * splits * stretch * rows if listed or norm else 1, word),
         scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         n_in,
-        table.stride(0),
+        weights.stride(0),
         part_0,
         part_1,
         part_2,
         config.inputs_per_split,
         splits,
+        group,
         1 if norm is None else norm.squares.shape[1],
         0.0 if norm is None else norm.eps,
+        BITS=bits,
+        ZEROS=isinstance(table, Packed) and table.zeros is not None,
+        SEVERAL_GROUPS=several,
         ROWS=rows,
         BATCH=batch,
         LISTED=listed,

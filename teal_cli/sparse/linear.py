@@ -61,17 +61,22 @@ class SparseLinear(nn.Linear):
         layer.train(linear.training)
         return layer
 
+    @property
+    def storage(self) -> Tensor:
+        """What the weights are held in."""
+        return self.weight
+
     def plan_(self, plan: ProjectionPlan) -> None:
         """Set sparsity and threshold, on the device of the weight."""
         self.plan = plan
-        self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.weight.device)
+        self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.storage.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        before = self.weight.data_ptr()
+        before = self.storage.data_ptr()
         super()._apply(fn, recurse)
-        if self.weight.data_ptr() != before:
+        if self.storage.data_ptr() != before:
             self.site.forget_layout()
-        if not self.weight.is_meta:
+        if not self.storage.is_meta:
             self.plan_(self.plan)  # a cast of the model must not round the threshold
         return self
 
@@ -102,14 +107,14 @@ class SparseLinear(nn.Linear):
         counter = control.counter if control.counter is not None and control.counter.active else None
         if self.plan.sparsity == 0.0:
             if counter is not None:  # a projection that is left dense counts in the model's sparsity
-                counter.add(self.name, self.weight.numel(), x.numel() // tokens * max(tokens - prefix, 0), 0)
+                counter.add(self.name, self.in_features * self.out_features, x.numel() // tokens * max(tokens - prefix, 0), 0)
             return self._dense(x, several)
         if counter is not None or masked:
             active = active_inputs(x, self.threshold)
             if counter is not None:
                 counted = active[..., prefix:, :] if prefix else active
                 dropped = counted.numel() - counted.count_nonzero()
-                counter.add(self.name, self.weight.numel(), counted.numel(), dropped)
+                counter.add(self.name, self.in_features * self.out_features, counted.numel(), dropped)
             if masked:
                 active[..., :prefix, :] = True
                 return F.linear(x * active, self.weight, self.bias)

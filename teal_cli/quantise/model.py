@@ -1,0 +1,70 @@
+"""Quantising a model: in place, for measuring, and packed, for decoding."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from teal_cli.models.architectures import find_projections
+from teal_cli.quantise.scheme import INT8, Scheme
+from teal_cli.quantise.values import quantise
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.quantized import QuantizedLinear
+from teal_kernels.packing import Packed, dequantised
+
+
+@torch.no_grad()
+def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict[str, Packed]:
+    """Give a dense model the weights that its quantised self has; the model stays an ordinary one.
+
+    Calibration, sensitivities and evaluation then measure the quantised network.
+
+    Args:
+        model: a causal language model.
+        scheme: of the projections.
+        output_layer: quantise the output layer too, to 8 bits. Of tied embeddings it gets weights of its own.
+
+    Returns:
+        Module path -> the codes, scales and zero points that `pack_` puts in place.
+    """
+    packs = {}
+    schemes = {projection.name: scheme for projection in find_projections(model)}
+    if output_layer:
+        schemes[find_projections(model, output_layer=True)[-1].name] = INT8
+    for name, of_this in schemes.items():
+        layer = model.get_submodule(name)
+        packed = quantise(layer.weight, of_this)
+        packs[name] = packed
+        values = dequantised(packed, layer.weight.dtype).t()
+        if of_this is INT8 and layer.weight is model.get_input_embeddings().weight:
+            layer.weight = nn.Parameter(values.contiguous(), requires_grad=False)
+        else:
+            layer.weight.copy_(values)
+    return packs
+
+
+def pack_(model: Any, packs: dict[str, Packed]) -> None:
+    """Replace sparse layers by quantised ones, with the plan and the site that they have.
+
+    Args:
+        model: with sparse layers for everything in `packs`.
+        packs: from `quantise_`.
+    """
+    for name, packed in packs.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLinear)
+        group = 0 if packed.scales.shape[0] == 1 else packed.group
+        scheme = Scheme(packed.bits, group)
+        site = layer.site
+        quantized = QuantizedLinear(
+            layer, scheme, name=name, control=layer.control, site=site, packed=packed
+        )
+        site.layers.pop()  # it added itself at the end; it takes the other's place
+        site.layers[layer.number] = quantized
+        quantized.number = layer.number
+        quantized.is_output = layer.is_output
+        quantized.plan_(layer.plan)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized)
+    for site in {id(model.get_submodule(name).site): model.get_submodule(name).site for name in packs}.values():
+        site.lay_out_()

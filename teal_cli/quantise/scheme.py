@@ -1,0 +1,51 @@
+"""How weights are quantised: the value of `--quantize`."""
+
+import re
+from dataclasses import dataclass
+
+_FORM = re.compile(r"int8|int4(?::(\d+))?")
+DEFAULT_GROUP = 128
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits, and how many inputs share a scale."""
+
+    bits: int
+    group: int
+    """Inputs of one output that share a scale and a zero point; 0 for all of them."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Read `int8`, `int4` or `int4:GROUP`.
+
+        Raises:
+            ValueError: anything else.
+        """
+        found = _FORM.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is not int8, int4 or int4:GROUP")
+        if text == "int8":
+            return cls(8, 0)
+        group = int(found[1] or DEFAULT_GROUP)
+        if group < 32 or group & (group - 1):
+            raise ValueError(f"groups of {group} inputs: a power of two from 32 on is needed")
+        return cls(4, group)
+
+    @property
+    def name(self) -> str:
+        """As a folder is called."""
+        return "int8" if self.bits == 8 else f"int4-{self.group}"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether groups have zero points: with 4 bits they use 15 steps where a sign would use 7 of 8."""
+        return self.bits == 4
+
+    def group_of(self, inputs: int) -> int:
+        """Inputs a group, of a projection with so many."""
+        return inputs if self.group == 0 else min(self.group, inputs)
+
+
+INT8 = Scheme(8, 0)
+"""Of output layers."""

@@ -1,0 +1,92 @@
+"""The sparse linear layer whose weights are quantised."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teal_cli.quantise.scheme import Scheme
+from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.site import Site
+from teal_kernels.packing import Packed, dequantised
+
+
+class QuantizedLinear(SparseLinear):
+    """A `SparseLinear` that holds codes, scales and zero points in place of `weight`.
+
+    `qweight` (in, words) int32, `scales` (groups, out) and `zeros` (groups, out) uint8 are what
+    `teal_kernels.packing.Packed` describes. `weight` is made of them whenever it is read, for
+    passes over many tokens.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        scheme: Scheme,
+        *,
+        name: str,
+        control: SparsityControl,
+        site: Site,
+        packed: Packed | None = None,
+    ) -> None:
+        n_in, n_out = linear.in_features, linear.out_features
+        super().__init__(
+            n_in, n_out, linear.bias is not None, name=name, control=control, site=site, device="meta"
+        )
+        del self._parameters["weight"]
+        self.bias = linear.bias
+        self.scheme = scheme
+        self.compute_dtype = linear.weight.dtype
+        device = linear.weight.device
+        if packed is None:  # to be filled from a checkpoint
+            groups = -(-n_in // scheme.group_of(n_in))
+            packed = Packed(
+                torch.zeros(n_in, -(-n_out * scheme.bits // 32), dtype=torch.int32, device=device),
+                torch.zeros(groups, n_out, dtype=torch.float16 if scheme.group else torch.float32, device=device),
+                torch.zeros(groups, n_out, dtype=torch.uint8, device=device) if scheme.has_zeros else None,
+                scheme.bits,
+                scheme.group_of(n_in),
+                (n_out,),
+            )
+        self.register_buffer("qweight", packed.words)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("zeros", packed.zeros)
+        self.train(linear.training)
+
+    @property
+    def packed(self) -> Packed:
+        """Codes, scales and zero points together."""
+        group = self.scheme.group_of(self.in_features)
+        return Packed(self.qweight, self.scales, self.zeros, self.scheme.bits, group, (self.out_features,))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(out, in) in the model's dtype: a new tensor at every read."""
+        return dequantised(self.packed, self.compute_dtype).t()
+
+    @property
+    def storage(self) -> Tensor:
+        """What the weights are held in."""
+        return self.qweight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        scales = self.scales
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:  # a cast of the model must not round them
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name in ("qweight", "scales", "zeros"):
+            if f"{prefix}{name}" in destination:
+                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
+
+    def _dense(self, x: Tensor, several: bool) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
