@@ -30,20 +30,20 @@ def cpu_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold:
     if not table.is_contiguous():  # a weight that nobody laid out input-major
         table = table.contiguous()
     n_in, n_out = table.shape
-    cut = _cut(float(threshold), x.dtype)
+    cut = cut_of(float(threshold), x.dtype)
     if x.numel() == n_in:
-        y = _weighted_sum(table, *_select(x.reshape(n_in), cut))
+        y = _weighted_sum(table, *select_active(x.reshape(n_in), cut))
     elif x.numel() == 0:
         return x.new_empty((*x.shape[:-1], n_out))
     else:
-        y = torch.stack([_weighted_sum(table, *_select(row, cut)) for row in x.reshape(-1, n_in)])
+        y = torch.stack([_weighted_sum(table, *select_active(row, cut)) for row in x.reshape(-1, n_in)])
     if bias is not None:
         y = y + bias
     return y.view(*x.shape[:-1], n_out)
 
 
 @lru_cache(maxsize=4096)
-def _cut(threshold: float, dtype: torch.dtype) -> float:
+def cut_of(threshold: float, dtype: torch.dtype) -> float:
     """The threshold as hardshrink must get it.
 
     hardshrink compares in the dtype of x. Rounding the threshold down to that dtype first leaves
@@ -57,7 +57,7 @@ def _cut(threshold: float, dtype: torch.dtype) -> float:
     return float(rounded)
 
 
-def _select(x: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+def select_active(x: Tensor, cut: float) -> tuple[Tensor, Tensor]:
     """(in,) -> indices (active,) int64 and values (active,) of the inputs that are kept.
 
     hardshrink keeps NaN, and NaN is not zero, so it propagates.
@@ -68,7 +68,7 @@ def _select(x: Tensor, cut: float) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def _offsets(count: int, threads: int) -> Tensor:
+def offsets_of(count: int, threads: int) -> Tensor:
     """Where each bag begins among `count` active inputs: (bags,) int64."""
     bags = min(count, _BAGS_PER_THREAD * threads)
     return torch.arange(0, count, -(-count // bags))
@@ -79,7 +79,7 @@ def _weighted_sum(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
     count = index.shape[0]
     if count == 0:
         return table.new_zeros(table.shape[1])
-    offsets = _offsets(count, torch.get_num_threads())
+    offsets = offsets_of(count, torch.get_num_threads())
     partial = torch.embedding_bag(table, index, offsets, False, _SUM, False, values, False)[0]
     # Partial sums of 16-bit weights are added in float32: one rounding at the end, not one a bag.
     return partial.sum(0) if table.itemsize >= 4 else partial.sum(0, dtype=torch.float32).to(table.dtype)

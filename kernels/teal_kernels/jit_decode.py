@@ -15,6 +15,8 @@ def embed_kernel(
     hidden_ptr,
     squares_ptr,
     hidden_size,
+    token_stride,
+    stride,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -28,7 +30,7 @@ def embed_kernel(
     token = tl.load(token_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
-    hidden = tl.load(embedding_ptr + token * hidden_size + columns, mask=inside, other=0.0)
+    hidden = tl.load(embedding_ptr + token * token_stride + columns.to(tl.int64) * stride, mask=inside, other=0.0)
     tl.store(hidden_ptr + row * hidden_size + columns, hidden, mask=inside)
     tl.store(squares_ptr + row, tl.sum(hidden.to(tl.float32) * hidden.to(tl.float32), axis=0))
 
@@ -266,6 +268,21 @@ def output_kernel(
         tl.store(best_ptr + block, top)
         # NaN equals nothing: then the last token, which at least there is.
         tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
+
+
+@triton.jit
+def best_kernel(logits_ptr, best_ptr, best_token_ptr, vocabulary, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The best of a block of logits, as `output_kernel` finds it where it computes them."""
+    row = tl.program_id(1)
+    outs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    y = tl.load(logits_ptr + row * vocabulary + outs, mask=outs < vocabulary, other=float("-inf")).to(tl.float32)
+    top = tl.max(y, axis=0)
+    block = row * tl.num_programs(0) + tl.program_id(0)
+    tl.store(best_ptr + block, top)
+    tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
 
 
 @triton.jit

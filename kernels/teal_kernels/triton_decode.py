@@ -15,7 +15,7 @@ from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, po
 from teal_kernels.triton_gemv import Norm, Scratch
 
 if TRITON_MISSING is None:
-    from teal_kernels.jit_decode import attention_kernel, embed_kernel, output_kernel, pick_kernel
+    from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
 
 
 def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, squares: Tensor, *, pdl: bool) -> None:
@@ -23,7 +23,7 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
 
     Args:
         token: (B,) int64.
-        embedding: (V, H).
+        embedding: (V, H), in any layout.
         position: (1,) int32, the last written position; becomes the new token's.
         hidden: (B, H), written.
         squares: (B, 1) float32, written: the sum of squares of each row of `hidden`.
@@ -39,6 +39,7 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
         hidden,
         squares,
         size,
+        *embedding.stride(),
         BLOCK=power_of_two(size),
         warps=8,
         pdl=pdl,
@@ -148,9 +149,9 @@ class Best:
     """(B, blocks) int32."""
 
     @classmethod
-    def empty(cls, rows: int, vocabulary: int, device: torch.device) -> "Best":
-        """Uninitialised."""
-        shape = (rows, -(-vocabulary // _OUTPUT_BLOCK))
+    def empty(cls, rows: int, vocabulary: int, device: torch.device, *, block: int = 0) -> "Best":
+        """Uninitialised, for blocks of so many logits; by default those of `output_logits`."""
+        shape = (rows, -(-vocabulary // (block or _OUTPUT_BLOCK)))
         return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
 
 
@@ -194,6 +195,26 @@ def output_logits(
         HAS_BIAS=bias is not None,
         BLOCK_OUT=_OUTPUT_BLOCK,
         BLOCK_IN=min(512, power_of_two(n_in)),
+        warps=4,
+        pdl=pdl,
+    )
+
+
+LOGITS_BLOCK = 512
+"""Logits of a program of `find_best`."""
+
+
+def find_best(logits: Tensor, best: Best, *, pdl: bool = False) -> None:
+    """The best of each block of logits that another product has written: `Best` of blocks of `LOGITS_BLOCK`."""
+    rows, vocabulary = logits.shape
+    launch(
+        best_kernel,
+        (best.logits.shape[1], rows),
+        logits,
+        best.logits,
+        best.tokens,
+        vocabulary,
+        BLOCK=LOGITS_BLOCK,
         warps=4,
         pdl=pdl,
     )

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig
 
 _PACKAGED = Path(__file__).with_name("tuning_tables")
@@ -34,6 +36,7 @@ class Entry:
     inputs: int
     outputs: tuple[int, ...]
     dtype: str
+    """Of the weights; int8 or int4 where they are quantised."""
     rows: int
     finish: str
     sparsity: float
@@ -55,11 +58,19 @@ class Entry:
         """What was measured, whatever the sparsity."""
         return self.inputs, self.outputs, self.dtype, self.rows, self.finish
 
-    def distance(self, inputs: int, outputs: tuple[int, ...], itemsize: int, rows: int, finish: str) -> float:
+    def distance(self, inputs: int, outputs: tuple[int, ...], bits: int, rows: int, finish: str) -> float:
         """How unlike another product is: 0 for the same."""
         size = abs(math.log2(self.inputs / inputs)) + abs(math.log2(sum(self.outputs) / sum(outputs)))
-        ours = 4 if self.dtype == "float32" else 2
-        return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 4.0 * (ours != itemsize)
+        unlike = abs(math.log2(_BITS[self.dtype] / bits))
+        return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 4.0 * unlike
+
+
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+
+
+def kind_of(table: Tensor | Packed) -> str:
+    """What a table calls the weights: their dtype, or int8 or int4."""
+    return f"int{table.bits}" if isinstance(table, Packed) else str(table.dtype).removeprefix("torch.")
 
 
 def user_table(device_name: str) -> Path:
@@ -151,7 +162,7 @@ def choose_config(
     *,
     inputs: int,
     parts: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     rows: int,
     finish: str,
     sparsity: float,
@@ -162,18 +173,18 @@ def choose_config(
         device: where it runs.
         inputs: of the product.
         parts: outputs of each projection.
-        dtype: of the weights.
+        dtype: of the weights, or int8 or int4.
         rows: of the batch. Between batches that were measured, what they do not read counts.
         finish: what follows the product, as `gemv` takes it.
         sparsity: expected of each row, weighted by outputs; 0 where everything is read.
     """
+    kind = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     shadowed = {entry.product for entry in _tried}
     entries = (*_tried, *(entry for entry in _entries(name) if entry.product not in shadowed))
-    exact = str(dtype).removeprefix("torch.")
     nearest = min(
         (entry for entry in entries if entry.config.dense),
-        key=lambda e: (e.distance(inputs, parts, dtype.itemsize, rows, finish), e.dtype != exact),
+        key=lambda e: (e.distance(inputs, parts, _BITS[kind], rows, finish), e.dtype != kind),
         default=None,
     )
     # A weight is read if any row of the batch needs it. Rows drop inputs of their own, or more alike.

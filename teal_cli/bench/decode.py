@@ -14,6 +14,7 @@ from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.sparse import apply_plan_, sparse_layers
+from teal_cli.sparse.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
     """
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     output = model.get_output_embeddings()  # type: ignore[operator]
-    tied = output is not None and output.weight is embedding
+    tied = output is not None and not isinstance(output, QuantizedLinear) and output.weight is embedding
     total = sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
     if not tied:
         total += embedding.shape[1] * embedding.element_size()
     layers = sparse_layers(model)
-    skipped = sum(layers[name].weight.nbytes * share for name, share in realised.items())
+    total += sum(layer.packed.nbytes for layer in layers.values() if isinstance(layer, QuantizedLinear))
+    skipped = sum(layers[name].storage.nbytes * share for name, share in realised.items())
     return round(total - skipped)
 
 

@@ -18,9 +18,11 @@ from teal_cli.models.architectures import ARCHITECTURES
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
-from teal_kernels.triton_decode import Best, decode_attention, embed, output_logits, pick
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, decode_attention, embed, find_best, output_logits, pick
 from teal_kernels.triton_gemv import MAX_ROWS, Norm, Scratch, gemv, squares_of
-from teal_kernels.tuning import TuningTableError, choose_config
+from teal_kernels.tuning import TuningTableError, choose_config, kind_of
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 FINISHES = {
@@ -51,8 +53,6 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
         return f"rope type {rope}"
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
-    if control.skips_output:
-        return "an output layer that drops inputs"
     if not all(layer.site.side_by_side for layer in model.modules() if isinstance(layer, SparseLinear)):
         return "projections that are not side by side"
     return None
@@ -68,8 +68,11 @@ class Product:
         self.parts = tuple(layer.out_features for layer in self.layers)
         self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in self.layers):
+            dtype = next(layer.bias.dtype for layer in self.layers if layer.bias is not None)
             biases = [
-                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                torch.zeros(layer.out_features, dtype=dtype, device=self.table.device)
+                if layer.bias is None
+                else layer.bias.detach()
                 for layer in self.layers
             ]
             self.bias = torch.cat(biases)
@@ -97,11 +100,13 @@ class Launch:
             table.device,
             inputs=table.shape[0],
             parts=parts,
-            dtype=table.dtype,
+            dtype=kind_of(table),
             rows=rows,
             finish=product.finish,
             sparsity=skipped / sum(parts),
         )
+        if isinstance(table, Packed):
+            self.config = fitting(self.config, table)
         self.squares = torch.empty(
             rows, squares_of(table, parts, self.config, rows), dtype=torch.float32, device=table.device
         )
@@ -164,6 +169,9 @@ class CompactDecoder:
         self.dtype: torch.dtype = model.dtype
         self.pdl = hopper_or_later(self.device)
         self.blocks = []
+        output = model.get_output_embeddings()
+        self.output = Product([output], "plain") if isinstance(output, SparseLinear) else None
+        """Of an output layer that drops inputs, or is quantised."""
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.blocks.append(
@@ -227,6 +235,7 @@ class Session:
             tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
             for block in decoder.blocks
         ]
+        self.output = Launch(decoder.output, self.enabled, rows) if decoder.output is not None else None
         block = decoder.blocks[0]
 
         def buffer(columns: int, kind: torch.dtype = dtype) -> Tensor:
@@ -239,8 +248,9 @@ class Session:
         self.qkv = buffer(sum(block.qkv.parts))
         self.attended = buffer(block.o.table.shape[0])
         self.activation = buffer(block.gate_up.parts[0])
-        self.logits = buffer(decoder.model.get_output_embeddings().weight.shape[0])
-        self.best = Best.empty(rows, self.logits.shape[1], device)
+        self.logits = buffer(decoder.model.get_output_embeddings().out_features)
+        block_of_logits = LOGITS_BLOCK if self.output is not None else 0
+        self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
         self.squares = buffer(1, torch.float32)
         self._length = cache.length
         self._count: _Count | None = None
@@ -278,6 +288,10 @@ class Session:
             squares = down.squares
         last, output = decoder.model.model.norm, decoder.model.get_output_embeddings()
         norm = Norm(last.weight, last.variance_epsilon, squares)
+        if self.output is not None:
+            self.output.run(hidden, self.logits, scratch, pdl, norm)
+            find_best(self.logits, self.best, pdl=pdl)
+            return self.logits
         output_logits(hidden, norm, output.weight, output.bias, self.logits, self.best, pdl=pdl)
         return self.logits
 
@@ -330,6 +344,8 @@ class _Count:
         self.steps = 0
         self._rows = session.rows
         self._launches = [launch for launches in session.launches for launch in launches]
+        if session.output is not None:
+            self._launches.append(session.output)
         self._before = self._kept()
         self._after: Tensor | None = None
 
@@ -349,5 +365,5 @@ class _Count:
             for layer, count in zip(launch.product.layers, counts, strict=False):
                 seen = self.steps * self._rows * layer.in_features
                 dropped = 0 if launch.config.dense else seen - count
-                tallies[layer.name] = (layer.weight.numel(), seen, dropped)
+                tallies[layer.name] = (layer.in_features * layer.out_features, seen, dropped)
         return tallies

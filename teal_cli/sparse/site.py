@@ -6,15 +6,22 @@ pass over memory. Each layer's `weight` is a view of the table, so the weights a
 SmolLM2-135M at 50 % this took decoding from 1.20 to 1.39 times dense (two Zen cores, float32).
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from teal_kernels import input_major, is_input_major, sparse_linear
+from teal_kernels import input_major, is_input_major, resolve_backend, sparse_linear
+from teal_kernels.packed_linear import byte_table, cpu_packed_linear, reference_packed_linear, triton_packed_linear
+from teal_kernels.packing import Packed, side_by_side
+from teal_kernels.tuning import UNTUNED
 
 if TYPE_CHECKING:
     from teal_cli.sparse.linear import SparseLinear
+
+
+_ALL = -1
 
 
 class Site:
@@ -29,6 +36,8 @@ class Site:
     def __init__(self) -> None:
         self.layers: list[SparseLinear] = []
         self._table: Tensor | None = None  # (in, total out)
+        self._packed: Packed | None = None  # in its place, of quantised weights
+        self._bytes: dict[int, Tensor] = {}  # what the CPU reads of them, by layer
         self._alike = False  # the plans agree: one product serves all layers
         self._parts: list[tuple[int, int]] = []
         self._addresses: list[int] = []
@@ -44,11 +53,22 @@ class Site:
     @property
     def side_by_side(self) -> bool:
         """Whether `table` holds the weights of all layers."""
+        if self.is_quantised:
+            return self._packed is not None
         return self._table is not None or (len(self.layers) == 1 and is_input_major(self.layers[0].weight))
 
     @property
-    def table(self) -> Tensor:
+    def is_quantised(self) -> bool:
+        """Whether the layers are `QuantizedLinear`, all of them."""
+        from teal_cli.sparse.quantized import QuantizedLinear
+
+        return all(isinstance(layer, QuantizedLinear) for layer in self.layers)
+
+    @property
+    def table(self) -> Tensor | Packed:
         """(in, outputs of all layers): the weights, where `side_by_side`."""
+        if self._packed is not None:
+            return self._packed
         return self.layers[0].weight.t() if self._table is None else self._table
 
     @torch.no_grad()
@@ -59,6 +79,9 @@ class Site:
         has to move.
         """
         self._forget_product()
+        if self.is_quantised:
+            self._lay_out_packed_()
+            return
         weights = [layer.weight for layer in self.layers]
         self._alike = len({layer.plan for layer in self.layers}) == 1
         one_table = len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1
@@ -75,14 +98,34 @@ class Site:
             self._table = table
             self._addresses = [weight.data_ptr() for weight in weights]
 
+    def _lay_out_packed_(self) -> None:
+        """One table of codes; each layer holds its part of it."""
+        self._bytes.clear()
+        self._alike = len({layer.plan for layer in self.layers}) == 1
+        if self._packed is not None:
+            return
+        table = side_by_side([layer.packed for layer in self.layers])  # type: ignore[attr-defined]
+        word = out = 0
+        for layer in self.layers:
+            words, outs = layer.storage.shape[1], layer.out_features
+            layer.qweight = table.words[:, word : word + words]
+            layer.scales = table.scales[:, out : out + outs]
+            if table.zeros is not None:
+                layer.zeros = table.zeros[:, out : out + outs]
+            word, out = word + words, out + outs
+        stops = torch.tensor(table.parts).cumsum(0).tolist()
+        self._parts = list(zip([0, *stops[:-1]], stops, strict=True))
+        self._packed = table
+
     def forget_layout(self) -> None:
         """The weights were moved or cast and are no longer views of the table: drop it."""
-        self._table = None
+        self._table = self._packed = None
+        self._bytes.clear()
         self._forget_product()
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles carry no table: their weights are tensors of their own."""
-        return self.__dict__ | {"_table": None, "_x": None, "_y": None}
+        return self.__dict__ | {"_table": None, "_packed": None, "_bytes": {}, "_x": None, "_y": None}
 
     def _forget_product(self) -> None:
         self._x = self._y = None
@@ -90,6 +133,8 @@ class Site:
     def product(self, number: int, x: Tensor, backend: str) -> Tensor:
         """The sparse product of one layer: (..., in) -> (..., out)."""
         layer = self.layers[number]
+        if self.is_quantised:
+            return self._packed_product(number, x, backend)
         if self._table is None or not self._alike:
             return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
         compiling = torch.compiler.is_compiling()  # compiled code knows no addresses
@@ -104,6 +149,34 @@ class Site:
                 self._forget_product()
         start, stop = self._parts[number]
         part = y[..., start:stop]
+        return part if layer.bias is None else part + layer.bias
+
+    def _packed_product(self, number: int, x: Tensor, backend: str) -> Tensor:
+        """Of quantised weights: on the CPU one product for all layers where the plans agree."""
+        layer = self.layers[number]
+        name = resolve_backend(backend, x.device, x.dtype)
+        packed: Packed = layer.packed  # type: ignore[attr-defined]
+        if name == "reference":
+            return reference_packed_linear(x, packed, layer.bias, layer.threshold)
+        if name == "triton":
+            # The compact path chooses cuts; here each layer is by itself.
+            return triton_packed_linear(x, packed, layer.bias, layer.threshold, replace(UNTUNED, block_in=8))
+        table = self._packed
+        if table is None or not self._alike or x.is_inference():
+            if number not in self._bytes:
+                self._bytes[number] = byte_table(packed)
+            return cpu_packed_linear(
+                x, self._bytes[number], packed.scales, packed.group, layer.bias, layer.threshold
+            )
+        if self._y is None or x is not self._x or x._version != self._version:
+            if _ALL not in self._bytes:
+                self._bytes[_ALL] = byte_table(table)
+            self._y = cpu_packed_linear(x, self._bytes[_ALL], table.scales, table.group, None, layer.threshold)
+            self._x, self._version = x, x._version
+        start, stop = self._parts[number]
+        part = self._y[..., start:stop]
+        if number == len(self.layers) - 1:
+            self._forget_product()
         return part if layer.bias is None else part + layer.bias
 
     def _shared(self, x: Tensor, table: Tensor, threshold: Tensor, backend: str) -> Tensor:
