@@ -25,10 +25,13 @@ from teal_cli.config_values import (
     NameList,
     OutputFile,
     PositionList,
+    Quantization,
     Sparsity,
     SparsityList,
     TokenList,
 )
+
+from teal_cli.quantise.scheme import Scheme
 
 
 class SharedConfig(BaseModel):
@@ -48,7 +51,29 @@ class SharedConfig(BaseModel):
     quiet: bool = Field(False, description="no progress, no tables")
 
 
-class CalibrateConfig(SharedConfig):
+class ModelConfig(SharedConfig):
+    """Options of every verb that runs a model."""
+
+    quantize: Quantization | None = Field(
+        None, description="weights of 8 or 4 bits: int8, int4 or int4:GROUP (inputs that share a scale; 128)"
+    )
+    quantize_output: bool = Field(False, description="with quantize: the output layer too, to 8 bits")
+
+    @property
+    def quantization(self) -> str:
+        """How the model is quantised, in one word; empty where it is not."""
+        if self.quantize is None:
+            return ""
+        return Scheme.parse(self.quantize).name + ("-output" if self.quantize_output else "")
+
+    @model_validator(mode="after")
+    def _output_layer_is_of_quantize(self) -> Self:
+        if self.quantize_output and self.quantize is None:
+            raise ValueError("quantize_output (flag --quantize-output) needs quantize (flag --quantize)")
+        return self
+
+
+class CalibrateConfig(ModelConfig):
     """`teal calibrate`."""
 
     dataset: str = Field(
@@ -90,7 +115,7 @@ class CalibrateConfig(SharedConfig):
         return self
 
 
-class SparseConfig(SharedConfig):
+class SparseConfig(ModelConfig):
     """Which sparsity, from which calibration."""
 
     _calibrate: CalibrateConfig = PrivateAttr(default_factory=CalibrateConfig)
@@ -98,7 +123,7 @@ class SparseConfig(SharedConfig):
     @property
     def calibrate(self) -> CalibrateConfig:
         """How to calibrate if there is no calibration yet: as the YAML says, with this verb's shared options."""
-        shared = {key: getattr(self, key) for key in SharedConfig.model_fields if key != "json_file"}
+        shared = {key: getattr(self, key) for key in ModelConfig.model_fields if key != "json_file"}
         return self._calibrate.model_copy(update=shared)
 
     calibration: Path | None = Field(None, description="RUN folder of a calibration (default RUNS/<model>)")

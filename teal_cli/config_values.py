@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from teal_cli.errors import nearest
+from teal_cli.quantise.scheme import Scheme
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 ALLOCATION_NAMES = ("uniform", "greedy", "fisher", "fisher-site")
@@ -51,6 +52,12 @@ def _check_input(path: Path) -> Path:
     return path
 
 
+def _check_quantization(text: str) -> str:
+    Scheme.parse(text)
+    return text
+
+
+Quantization = Annotated[str, AfterValidator(_check_quantization)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]
 InputFile = Annotated[Path, AfterValidator(_check_input)]
 

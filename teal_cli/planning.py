@@ -12,8 +12,9 @@ from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_tokenizer
 from teal_cli.models.source import ModelSource
+from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import propagate_, sparsify_
 
@@ -74,7 +75,7 @@ def hold(
         return plan, False
     loaded = model is None
     if loaded:
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model, _ = load_dense(source.folder, config)
         sparsify_(model, plan)
         reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
     held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)

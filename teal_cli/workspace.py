@@ -8,7 +8,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import SharedConfig, SparseConfig
+from teal_cli.config import ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
@@ -21,16 +21,24 @@ class Workspace:
 
     source: ModelSource
     runs: Path
+    quantization: str = ""
+    """How the model is quantised (`ModelConfig.quantization`)."""
 
     @classmethod
     def of(cls, config: SharedConfig, reporter: Reporter) -> "Workspace":
         """Find (or convert, or download) the model that a configuration names."""
-        return cls(find_model(config.model, reporter.say), config.runs)
+        quantization = config.quantization if isinstance(config, ModelConfig) else ""
+        found = cls(find_model(config.model, reporter.say), config.runs, quantization)
+        if quantization and found.source.is_teal_checkpoint:
+            raise UsageError(
+                f"{found.source.folder} is exported already: quantize (flag --quantize) needs the dense model"
+            )
+        return found
 
     @property
     def run(self) -> Path:
-        """RUNS/<model>."""
-        return self.runs / self.source.name
+        """RUNS/<model>, or RUNS/<model>-<quantization>."""
+        return self.runs / "-".join(filter(None, (self.source.name, self.quantization)))
 
     def export_folder(self, allocation: str, sparsity: float) -> Path:
         """Where `teal export` writes by default. The number is written so that targets cannot collide."""
@@ -63,6 +71,11 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
         calibrate(config.calibrate.model_copy(update={"out": None}), reporter, workspace)
     found = calibration_file.load(run)
     check_calibration_fits(found, workspace.source.folder)
+    if found.info.quantization != config.quantization:
+        raise ArtefactError(
+            f"the calibration in {run} is of {found.info.quantization or 'unquantised'} weights, not of "
+            f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
+        )
     return found
 
 

@@ -412,11 +412,40 @@ def gemv_kernel(
     if BITS >= 16:
         if LISTED:
             acc = _sum_listed(
-                columns, inside, scratch, 0, count, stride, dtype, BITS, PACK, WORDS, ROWS, STRETCH, BLOCK_IN, UNROLL, EVICT
+                columns,
+                inside,
+                scratch,
+                0,
+                count,
+                stride,
+                dtype,
+                BITS,
+                PACK,
+                WORDS,
+                ROWS,
+                STRETCH,
+                BLOCK_IN,
+                UNROLL,
+                EVICT,
             )
         else:
             acc = _sum_all(
-                columns, inside, x_ptr, n_in, first, first, last, stride, dtype, BITS, PACK, WORDS, ROWS, BLOCK_IN, UNROLL, EVICT
+                columns,
+                inside,
+                x_ptr,
+                n_in,
+                first,
+                first,
+                last,
+                stride,
+                dtype,
+                BITS,
+                PACK,
+                WORDS,
+                ROWS,
+                BLOCK_IN,
+                UNROLL,
+                EVICT,
             )
     else:
         # sum of x (code - zero) scale = scale (sum of x code - zero sum of x), group by group of inputs.
@@ -453,13 +482,40 @@ def gemv_kernel(
                     begin_slot = tl.sum(tl.where(line_starts < start - first, kept, 0), axis=0)
                     stop_slot = begin_slot + tl.sum(tl.where(of_group, kept, 0), axis=0)
                 sums = _sum_listed(
-                    columns, inside, scratch, begin_slot, stop_slot, stride,
-                    dtype, BITS, PACK, WORDS, ROWS, STRETCH, BLOCK_IN, UNROLL, EVICT,
+                    columns,
+                    inside,
+                    scratch,
+                    begin_slot,
+                    stop_slot,
+                    stride,
+                    dtype,
+                    BITS,
+                    PACK,
+                    WORDS,
+                    ROWS,
+                    STRETCH,
+                    BLOCK_IN,
+                    UNROLL,
+                    EVICT,
                 )
             else:
                 sums = _sum_all(
-                    columns, inside, x_ptr, n_in, first, start, stop, stride,
-                    dtype, BITS, PACK, WORDS, ROWS, BLOCK_IN, UNROLL, EVICT,
+                    columns,
+                    inside,
+                    x_ptr,
+                    n_in,
+                    first,
+                    start,
+                    stop,
+                    stride,
+                    dtype,
+                    BITS,
+                    PACK,
+                    WORDS,
+                    ROWS,
+                    BLOCK_IN,
+                    UNROLL,
+                    EVICT,
                 )
             scaled = ()
             for k in tl.static_range(PACK):

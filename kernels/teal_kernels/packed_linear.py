@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_kernels.cpu import cut_of, offsets_of, select_active
+from teal_kernels.launching import LEAST_TILE
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv
@@ -75,14 +76,15 @@ def _starts(groups: int, group: int) -> Tensor:
     return torch.arange(groups) * group
 
 
-def fitting(config: GemvConfig, packed: Packed) -> GemvConfig:
-    """The cut, with so many inputs a program as the groups of these weights allow."""
+def fitting(config: GemvConfig, packed: Packed, rows: int) -> GemvConfig:
+    """The cut, as the groups of these weights and a batch of so many rows allow it."""
     splits, group, n_in = config.inputs_per_split, packed.group, packed.words.shape[0]
     if group < n_in and splits > group and (splits % group or group % 32):
-        return replace(config, inputs_per_split=group)
-    if splits < group < n_in and group % splits:
-        return replace(config, inputs_per_split=min(group, 32))
-    return config
+        splits = group
+    elif splits < group < n_in and group % splits:
+        splits = min(group, 32)
+    least = 32 // packed.bits * (LEAST_TILE if rows > 1 else 1)  # matrix units take tiles of words
+    return replace(config, inputs_per_split=splits, block_out=max(config.block_out, least))
 
 
 def reference_packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, threshold: Tensor) -> Tensor:
@@ -103,5 +105,15 @@ def triton_packed_linear(
     scratch = Scratch(x.device)
     for first in range(0, rows.shape[0], MAX_ROWS):
         part, out = rows[first : first + MAX_ROWS], y[first : first + MAX_ROWS]
-        gemv(part, packed, packed.parts, threshold.view(1), out, fitting(config, packed), scratch, bias=bias, alone=False)
+        gemv(
+            part,
+            packed,
+            packed.parts,
+            threshold.view(1),
+            out,
+            fitting(config, packed, part.shape[0]),
+            scratch,
+            bias=bias,
+            alone=False,
+        )
     return y.view(*x.shape[:-1], n_out)

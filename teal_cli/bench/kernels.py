@@ -1,6 +1,7 @@
 """The sparse product of each projection shape, against the dense product, weights out of cache."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ from torch.utils.benchmark import Timer
 
 from teal_cli.bench.products import TimedProduct
 from teal_cli.bench.timing import Spread
+from teal_cli.quantise.scheme import Scheme
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
-from teal_kernels.tuning import choose_config
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed
+from teal_kernels.tuning import choose_config, kind_of
 
 _ROTATED_BYTES = 512 << 20
 """Copies of the weight are used in turn until this much was touched: more than any cache here holds."""
@@ -103,6 +107,7 @@ def bench_products(
     batch: int,
     seed: int,
     limit_gb_s: float,
+    scheme: Scheme | None = None,
 ) -> list[KernelRun]:
     """Time the launches of decoding on a GPU, with the norm and the activation that they take up.
 
@@ -114,18 +119,39 @@ def bench_products(
         batch: rows.
         seed: of weights and inputs.
         limit_gb_s: what the memory gives at most.
+        scheme: how the weights are quantised, if they are.
     """
     runs = []
     for inputs, parts, finish in products:
-        product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed)
+        product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed, scheme=scheme)
+        fixed = product.tables[0].fixed_bytes if isinstance(product.tables[0], Packed) else 0
         shape = (sum(parts), inputs)
         cublas = product.time_cublas()
-        runs.append(KernelRun(*shape, "dense", 0.0, 0.0, cublas, product.bytes / cublas.median / 1e3, limit_gb_s, 1.0))
+        runs.append(
+            KernelRun(
+                *shape,
+                "dense",
+                0.0,
+                0.0,
+                cublas,
+                math.prod(shape) * dtype.itemsize / cublas.median / 1e3,
+                limit_gb_s,
+                1.0,
+            )
+        )
         for sparsity in (0.0, *sparsities):
             thresholds = product.thresholds(sparsity)
             config = choose_config(
-                device, inputs=inputs, parts=parts, dtype=dtype, rows=batch, finish=finish, sparsity=sparsity
+                device,
+                inputs=inputs,
+                parts=parts,
+                dtype=kind_of(product.tables[0]),
+                rows=batch,
+                finish=finish,
+                sparsity=sparsity,
             )
+            if isinstance(product.tables[0], Packed):
+                config = fitting(config, product.tables[0], batch)
             spread = product.time(config, thresholds)
             read, realised = product.read_share(thresholds)
             read = 1.0 if config.dense else read
@@ -136,7 +162,7 @@ def bench_products(
                     sparsity,
                     0.0 if config.dense else realised,
                     spread,
-                    product.bytes * read / spread.median / 1e3,
+                    (fixed + (product.bytes - fixed) * read) / spread.median / 1e3,
                     limit_gb_s,
                     cublas.median / spread.median,
                 )

@@ -1,5 +1,6 @@
 """One product on the GPU, timed as decoding meets it: weights out of cache, inside a CUDA graph."""
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.bench.timing import Spread
+from teal_cli.quantise.scheme import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 
 _ROTATED_BYTES = 4_000_000_000
@@ -32,6 +35,7 @@ class TimedProduct:
         rows: tokens decoded together; each row drops inputs of its own.
         device: a GPU.
         seed: of weights and inputs.
+        scheme: how the weights are quantised, if they are.
         rotated_bytes: how much is read before a copy of the weights is read again.
     """
 
@@ -45,17 +49,23 @@ class TimedProduct:
         rows: int,
         device: torch.device,
         seed: int = 0,
+        scheme: Scheme | None = None,
         rotated_bytes: int = _ROTATED_BYTES,
     ) -> None:
         self.inputs, self.parts, self.finish, self.rows = inputs, parts, finish, rows
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.scheme = device, dtype, scheme
         generator = torch.Generator(device).manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-        self.bytes = inputs * sum(parts) * dtype.itemsize
-        self.tables = [random(inputs, sum(parts)) for _ in range(max(2, -(-rotated_bytes // self.bytes)))]
+        self.tables: list[Tensor | Packed] = []
+        while not self.tables or len(self.tables) < max(2, -(-rotated_bytes // self.bytes)):
+            if scheme is None:
+                self.tables.append(random(inputs, sum(parts)))
+            else:
+                self.tables.append(_random_codes(inputs, parts, scheme, generator))
+            self.bytes = self.tables[0].nbytes
         self.x = random(rows, inputs)
         self.norm: Norm | None = None
         seen = self.x
@@ -108,7 +118,9 @@ class TimedProduct:
 
     def time_cublas(self) -> Spread:
         """Microseconds of `torch.nn.functional.linear` alone, on row-major weights."""
-        weights = [table.t().contiguous() for table in self.tables]
+        shape = (sum(self.parts), self.inputs)
+        copies = max(2, -(-_ROTATED_BYTES // (math.prod(shape) * self.dtype.itemsize)))
+        weights = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(copies)]
         return self._time(lambda index: F.linear(self.seen, weights[index % len(weights)]))
 
     def _time(self, launch: Callable[[int], object]) -> Spread:
@@ -128,6 +140,23 @@ class TimedProduct:
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3 / launches)
         return Spread.of(times)
+
+
+def _random_codes(inputs: int, parts: tuple[int, ...], scheme: Scheme, generator: torch.Generator) -> Packed:
+    """Quantised weights as they come: any bits, scales around those of normal weights."""
+    device = generator.device
+    words = sum(-(-part * scheme.bits // 32) for part in parts)
+    groups, total = -(-inputs // scheme.group_of(inputs)), sum(parts)
+    scales = torch.rand(groups, total, generator=generator, device=device) / (1 << scheme.bits - 2)
+    zeros = torch.randint(0, 1 << scheme.bits, (groups, total), generator=generator, device=device, dtype=torch.uint8)
+    return Packed(
+        torch.randint(-(1 << 31), 1 << 31, (inputs, words), generator=generator, device=device).to(torch.int32),
+        scales.half() if scheme.group else scales,
+        zeros if scheme.has_zeros else None,
+        scheme.bits,
+        scheme.group_of(inputs),
+        parts,
+    )
 
 
 def reading_gb_s(device: torch.device) -> float:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
 from teal_kernels.launching import LEAST_TILE, multiprocessors
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig
-from teal_kernels.tuning import UNTUNED, Entry, trying
+from teal_kernels.tuning import UNTUNED, Entry, kind_of, trying
 
 _COMPILERS = 12
 _FREE_FOR_ONE = 4 << 30
@@ -37,14 +39,18 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
     fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
     found = False
-    tiles = _tiles(16 // product.dtype.itemsize) if product.rows == 1 else _batch_tiles(16 // product.dtype.itemsize)
+    table = product.tables[0]
+    bits = table.bits if isinstance(table, Packed) else 8 * product.dtype.itemsize
+    tiles = _tiles(128 // bits) if product.rows == 1 else _batch_tiles(128 // bits)
     for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, (64, 128, 256, 512, 1024)):
         if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
             continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
-            found = True
-            yield GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+            config = GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+            if not isinstance(table, Packed) or fitting(config, table, product.rows) == config:
+                found = True
+                yield config
     if not found:  # a product larger than such a GPU was thought to hold
         yield replace(UNTUNED, dense=dense)
 
@@ -149,7 +155,7 @@ def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -
         Entry(
             inputs=product.inputs,
             outputs=product.parts,
-            dtype=str(product.dtype).removeprefix("torch."),
+            dtype=kind_of(product.tables[0]),
             rows=product.rows,
             finish=product.finish,
             sparsity=sparsity,
@@ -183,6 +189,7 @@ def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -
         dtype=product.dtype,
         rows=product.rows,
         device=product.device,
+        scheme=product.scheme,
         rotated_bytes=1,
     )
     jobs = [pool.submit(_compile_some, small, configs[start::_COMPILERS]) for start in range(_COMPILERS)]

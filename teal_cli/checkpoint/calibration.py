@@ -55,6 +55,8 @@ class CalibrationInfo:
     greedy_naive_forwards: int = 0
     """Runs of a block that trying every projection at every plain step would take."""
     versions: dict[str, str] = field(default_factory=dict)
+    quantization: str = ""
+    """How the weights were quantised while this was measured; empty where they were not."""
 
 
 @dataclass

@@ -106,7 +106,7 @@ class Launch:
             sparsity=skipped / sum(parts),
         )
         if isinstance(table, Packed):
-            self.config = fitting(self.config, table)
+            self.config = fitting(self.config, table, rows)
         self.squares = torch.empty(
             rows, squares_of(table, parts, self.config, rows), dtype=torch.float32, device=table.device
         )
@@ -344,7 +344,7 @@ class _Count:
         self.steps = 0
         self._rows = session.rows
         self._launches = [launch for launches in session.launches for launch in launches]
-        if session.output is not None:
+        if session.output is not None and session.output.product.layers[0].is_planned:
             self._launches.append(session.output)
         self._before = self._kept()
         self._after: Tensor | None = None

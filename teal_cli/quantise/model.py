@@ -8,8 +8,10 @@ from torch import nn
 from teal_cli.models.architectures import find_projections
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
+from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
 
 
@@ -47,22 +49,25 @@ def pack_(model: Any, packs: dict[str, Packed]) -> None:
     """Replace sparse layers by quantised ones, with the plan and the site that they have.
 
     Args:
-        model: with sparse layers for everything in `packs`.
+        model: with sparse layers for everything in `packs` but perhaps the output layer.
         packs: from `quantise_`.
     """
+    if not packs:
+        return
+    control = control_of(model)
     for name, packed in packs.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, SparseLinear)
+        if not isinstance(layer, SparseLinear):  # the output layer, where plans do not name it
+            layer = SparseLinear.from_linear(layer, name=name, control=control, site=Site())
+            layer.is_planned = False
         group = 0 if packed.scales.shape[0] == 1 else packed.group
         scheme = Scheme(packed.bits, group)
         site = layer.site
-        quantized = QuantizedLinear(
-            layer, scheme, name=name, control=layer.control, site=site, packed=packed
-        )
+        quantized = QuantizedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
         site.layers.pop()  # it added itself at the end; it takes the other's place
         site.layers[layer.number] = quantized
         quantized.number = layer.number
-        quantized.is_output = layer.is_output
+        quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
         quantized.plan_(layer.plan)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized)

@@ -38,6 +38,11 @@ class Scheme:
         return "int8" if self.bits == 8 else f"int4-{self.group}"
 
     @property
+    def text(self) -> str:
+        """What `parse` reads."""
+        return "int8" if self.bits == 8 else f"int4:{self.group}"
+
+    @property
     def has_zeros(self) -> bool:
         """Whether groups have zero points: with 4 bits they use 15 steps where a sign would use 7 of 8."""
         return self.bits == 4

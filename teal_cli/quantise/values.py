@@ -68,5 +68,3 @@ def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the dtype in which they are stored; one where a group holds zeros alone."""
     stored = scale.to(dtype)
     return torch.where(stored > 0, stored, torch.ones((), dtype=dtype, device=scale.device))
-
-

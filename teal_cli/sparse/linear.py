@@ -45,6 +45,8 @@ class SparseLinear(nn.Linear):
         self.site = site
         self.number = site.add(self)
         self.plan = ProjectionPlan(sparsity=0.0, threshold=0.0)
+        self.is_planned = True
+        """Whether plans name this layer. Only a quantised output layer may be without; then nothing is dropped."""
         self.is_output = False
         """Whether this is the layer of the logits."""
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
@@ -106,8 +108,12 @@ class SparseLinear(nn.Linear):
         prefix = max(control.dense_prefix - before, 0) if masked else 0
         counter = control.counter if control.counter is not None and control.counter.active else None
         if self.plan.sparsity == 0.0:
-            if counter is not None:  # a projection that is left dense counts in the model's sparsity
-                counter.add(self.name, self.in_features * self.out_features, x.numel() // tokens * max(tokens - prefix, 0), 0)
+            if (
+                counter is not None and self.is_planned
+            ):  # a projection that is left dense counts in the model's sparsity
+                counter.add(
+                    self.name, self.in_features * self.out_features, x.numel() // tokens * max(tokens - prefix, 0), 0
+                )
             return self._dense(x, several)
         if counter is not None or masked:
             active = active_inputs(x, self.threshold)

@@ -5,11 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teal_cli.checkpoint.plan import ProjectionPlan
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
+
+
+_FEW_ROWS = 2
+"""Rows for which the codes are multiplied as they are, dense too."""
 
 
 class QuantizedLinear(SparseLinear):
@@ -35,9 +40,7 @@ class QuantizedLinear(SparseLinear):
         packed: Packed | None = None,
     ) -> None:
         n_in, n_out = linear.in_features, linear.out_features
-        super().__init__(
-            n_in, n_out, linear.bias is not None, name=name, control=control, site=site, device="meta"
-        )
+        super().__init__(n_in, n_out, linear.bias is not None, name=name, control=control, site=site, device="meta")
         del self._parameters["weight"]
         self.bias = linear.bias
         self.scheme = scheme
@@ -56,6 +59,7 @@ class QuantizedLinear(SparseLinear):
         self.register_buffer("qweight", packed.words)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
+        self._nothing_dropped = torch.tensor(-1.0)
         self.train(linear.training)
 
     @property
@@ -74,6 +78,11 @@ class QuantizedLinear(SparseLinear):
         """What the weights are held in."""
         return self.qweight
 
+    def plan_(self, plan: ProjectionPlan) -> None:
+        """As for any sparse layer."""
+        super().plan_(plan)
+        self._nothing_dropped = torch.full_like(self.threshold, -1.0)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         scales = self.scales
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
@@ -89,4 +98,6 @@ class QuantizedLinear(SparseLinear):
                 destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
 
     def _dense(self, x: Tensor, several: bool) -> Tensor:
+        if x.numel() <= _FEW_ROWS * self.in_features:
+            return self.site.packed_product(self.number, x, self.control.backend, self._nothing_dropped)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

@@ -67,7 +67,7 @@ def set_thresholds_(model: nn.Module, plan: SparsityPlan) -> None:
     Raises:
         ArtefactError: the plan's projections are not the model's.
     """
-    layers = sparse_layers(model)
+    layers = {name: layer for name, layer in sparse_layers(model).items() if layer.is_planned}
     if set(layers) != set(plan.projections):
         odd = sorted(set(layers) ^ set(plan.projections))[0]
         raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")

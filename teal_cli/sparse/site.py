@@ -134,7 +134,7 @@ class Site:
         """The sparse product of one layer: (..., in) -> (..., out)."""
         layer = self.layers[number]
         if self.is_quantised:
-            return self._packed_product(number, x, backend)
+            return self.packed_product(number, x, backend, layer.threshold)
         if self._table is None or not self._alike:
             return sparse_linear(x, layer.weight, layer.bias, layer.threshold, backend)
         compiling = torch.compiler.is_compiling()  # compiled code knows no addresses
@@ -151,27 +151,25 @@ class Site:
         part = y[..., start:stop]
         return part if layer.bias is None else part + layer.bias
 
-    def _packed_product(self, number: int, x: Tensor, backend: str) -> Tensor:
+    def packed_product(self, number: int, x: Tensor, backend: str, threshold: Tensor) -> Tensor:
         """Of quantised weights: on the CPU one product for all layers where the plans agree."""
         layer = self.layers[number]
         name = resolve_backend(backend, x.device, x.dtype)
         packed: Packed = layer.packed  # type: ignore[attr-defined]
         if name == "reference":
-            return reference_packed_linear(x, packed, layer.bias, layer.threshold)
+            return reference_packed_linear(x, packed, layer.bias, threshold)
         if name == "triton":
             # The compact path chooses cuts; here each layer is by itself.
-            return triton_packed_linear(x, packed, layer.bias, layer.threshold, replace(UNTUNED, block_in=8))
+            return triton_packed_linear(x, packed, layer.bias, threshold, replace(UNTUNED, block_in=8))
         table = self._packed
         if table is None or not self._alike or x.is_inference():
             if number not in self._bytes:
                 self._bytes[number] = byte_table(packed)
-            return cpu_packed_linear(
-                x, self._bytes[number], packed.scales, packed.group, layer.bias, layer.threshold
-            )
+            return cpu_packed_linear(x, self._bytes[number], packed.scales, packed.group, layer.bias, threshold)
         if self._y is None or x is not self._x or x._version != self._version:
             if _ALL not in self._bytes:
                 self._bytes[_ALL] = byte_table(table)
-            self._y = cpu_packed_linear(x, self._bytes[_ALL], table.scales, table.group, None, layer.threshold)
+            self._y = cpu_packed_linear(x, self._bytes[_ALL], table.scales, table.group, None, threshold)
             self._x, self._version = x, x._version
         start, stop = self._parts[number]
         part = self._y[..., start:stop]

@@ -24,6 +24,9 @@ from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
+from teal_cli.quantise.loading import load_dense, quantised_
+from teal_cli.quantise.model import pack_
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.versions import device_description, library_versions
@@ -53,6 +56,8 @@ class BenchResult:
     reading_gb_s: float | None
     """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
+    quantization: str
+    """As `ModelConfig.quantization`: empty, int8, int4-128, with -output where the output layer is too."""
     seed: int
     versions: dict[str, str]
     runs: list[DecodeRun]
@@ -115,11 +120,19 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     if config.kernels:
         targets = [plan.target_sparsity for plan in plans]
         dtype = model.dtype
+        scheme = Scheme.parse(config.quantize) if config.quantize else None
         if limit is not None and engine.decoder is not None:
             products = site_products(model)
             reporter.say(f"timing {len(products)} products")
             kernels = bench_products(
-                products, targets, device=device, dtype=dtype, batch=batch, seed=config.seed, limit_gb_s=limit
+                products,
+                targets,
+                device=device,
+                dtype=dtype,
+                batch=batch,
+                seed=config.seed,
+                limit_gb_s=limit,
+                scheme=scheme,
             )
         else:
             shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
@@ -137,6 +150,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         new_tokens=config.new_tokens,
         repeats=config.repeats,
         random_weights=config.random_weights,
+        quantization=config.quantization,
         seed=config.seed,
         versions=library_versions(),
         runs=runs,
@@ -174,7 +188,14 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
         for inputs, parts, finish in site_products(prepared.model):
             reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
             product = TimedProduct(
-                inputs, parts, finish, dtype=prepared.model.dtype, rows=batch, device=device, seed=config.seed
+                inputs,
+                parts,
+                finish,
+                dtype=prepared.model.dtype,
+                rows=batch,
+                device=device,
+                seed=config.seed,
+                scheme=Scheme.parse(config.quantize) if config.quantize else None,
             )
             found.append(search(product, sparsities, pool))
             del product
@@ -214,12 +235,13 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
     first = allocate(config, calibration, 0.0, "uniform")  # for the model, until it has a plan
-    model = load_model(source.folder, device=config.device, dtype=config.dtype)
+    model, packs = load_dense(source.folder, config)
     sparsify_(model, first)
     plans = []
     for target in targets:
         folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
+    pack_(model, packs)
     return Prepared(source.name, model, plans, prompt)
 
 
@@ -229,6 +251,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])
+    packs = quantised_(model, config)
     projections = find_projections(model)
     text = random_prompt(vocabulary, _RANDOM_SEQ_LEN, config.seed + 1, _RANDOM_SEQUENCES)
     calibration = Calibration(
@@ -253,5 +276,6 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
     if config.propagate:
         plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
+    pack_(model, packs)
     prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
     return Prepared(f"{alias.name} (random weights)", model, plans, prompt)

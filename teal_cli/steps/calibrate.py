@@ -16,7 +16,8 @@ from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
 from teal_cli.errors import is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_of, find_projections
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_tokenizer
+from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
@@ -36,7 +37,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model, _ = load_dense(source.folder, config)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -48,7 +49,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model, _ = load_dense(source.folder, config)
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -82,6 +83,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         greedy_forwards=greedy.forwards,
         greedy_naive_forwards=greedy.naive_forwards,
         versions=library_versions(),
+        quantization=config.quantization,
     )
     text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
     result = Calibration(info, projections, histograms, sensitivities, greedy.paths, text)

@@ -199,7 +199,7 @@ def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporte
     ]
     # Whatever an allocation refuses, it refuses before the model is loaded.
     first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
-    model = load_model(source.folder, device=config.device, dtype=config.dtype)
+    model, packs = load_dense(source.folder, config)
     sparsify_(model, first)
     plans = []
     for allocation, sparsity in wanted:
