@@ -30,7 +30,6 @@ from teal_cli.config_values import (
     SparsityList,
     TokenList,
 )
-
 from teal_cli.quantise.scheme import Scheme
 
 

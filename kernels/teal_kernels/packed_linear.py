@@ -68,7 +68,8 @@ def _row(x: Tensor, table: Tensor, scales: Tensor, group: int, cut: float) -> Te
     sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
         table, index, offsets, False, 0, False, values.float()
     )
-    return sums.sum(0) * scales[0] if groups == 1 else (sums * scales).sum(0)
+    y: Tensor = sums.sum(0) * scales[0] if groups == 1 else (sums * scales).sum(0)
+    return y
 
 
 @lru_cache(maxsize=64)

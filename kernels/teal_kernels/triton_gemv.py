@@ -189,7 +189,6 @@ def gemv(
         raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that one launch takes")
     if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
         raise ValueError(f"a table of parts {parts} is not for a {finish} product")
-    total = sum(parts)
     weights = table.words if isinstance(table, Packed) else table
     bits, group = (table.bits, table.group) if isinstance(table, Packed) else (16, n_in)
     if isinstance(table, Packed) and (table.parts != parts or config.block_out * bits < 32):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import Timer
 
-from teal_cli.bench.products import TimedProduct
+from teal_cli.bench.products import ProductShape
 from teal_cli.bench.timing import Spread
-from teal_cli.quantise.scheme import Scheme
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
@@ -99,7 +98,7 @@ def bench_kernels(
 
 
 def bench_products(
-    products: Sequence[tuple[int, tuple[int, ...], str]],
+    products: Sequence[ProductShape],
     sparsities: Sequence[float],
     *,
     device: torch.device,
@@ -107,23 +106,22 @@ def bench_products(
     batch: int,
     seed: int,
     limit_gb_s: float,
-    scheme: Scheme | None = None,
 ) -> list[KernelRun]:
     """Time the launches of decoding on a GPU, with the norm and the activation that they take up.
 
     Args:
-        products: (inputs, outputs of each projection, finish) of each site.
+        products: of a model.
         sparsities: targets; every row's inputs have their own quantile for a threshold.
         device: a GPU.
         dtype: of the weights.
         batch: rows.
         seed: of weights and inputs.
         limit_gb_s: what the memory gives at most.
-        scheme: how the weights are quantised, if they are.
     """
     runs = []
-    for inputs, parts, finish in products:
-        product = TimedProduct(inputs, parts, finish, dtype=dtype, rows=batch, device=device, seed=seed, scheme=scheme)
+    for wanted in products:
+        product = wanted.timed(dtype=dtype, rows=batch, device=device, seed=seed)
+        inputs, parts, finish = wanted.inputs, wanted.parts, wanted.finish
         fixed = product.tables[0].fixed_bytes if isinstance(product.tables[0], Packed) else 0
         shape = (sum(parts), inputs)
         cublas = product.time_cublas()

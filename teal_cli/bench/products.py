@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,32 @@ _REPLAYS = 7
 _SECONDS = 0.01
 """Timed for at least so long: a GPU that was idle takes milliseconds to reach its clock."""
 _EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """What a product is, without its weights."""
+
+    inputs: int
+    parts: tuple[int, ...]
+    """Outputs of each projection."""
+    finish: str
+    """What follows, as `gemv` takes it."""
+    scheme: Scheme | None = None
+    """How the weights are quantised, if they are."""
+
+    def timed(self, *, dtype: torch.dtype, rows: int, device: torch.device, seed: int) -> "TimedProduct":
+        """The product with random weights."""
+        return TimedProduct(
+            self.inputs,
+            self.parts,
+            self.finish,
+            dtype=dtype,
+            rows=rows,
+            device=device,
+            seed=seed,
+            scheme=self.scheme,
+        )
 
 
 class TimedProduct:
@@ -60,6 +87,8 @@ class TimedProduct:
             return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
         self.tables: list[Tensor | Packed] = []
+        self.bytes = 0
+        """Of one copy of the weights, with their scales."""
         while not self.tables or len(self.tables) < max(2, -(-rotated_bytes // self.bytes)):
             if scheme is None:
                 self.tables.append(random(inputs, sum(parts)))

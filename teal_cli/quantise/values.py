@@ -31,23 +31,19 @@ def quantise(weight: Tensor, scheme: Scheme) -> Packed:
     table = table.reshape(groups, group, n_out)
     low, high = table.amin(1), table.amax(1)
     most = (1 << scheme.bits) - 1
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    least = torch.full((groups, n_out), torch.inf, device=weight.device)
+    scale, zero, codes = (torch.empty(0, device=weight.device),) * 3
+    least: Tensor | None = None
     for share in _RANGES:
-        scale, zero = _range(low * share, high * share, scheme, most)
-        codes = (table / scale[:, None].float() + zero[:, None]).round_().clamp_(0, most)
-        error = ((codes - zero[:, None]) * scale[:, None].float() - table).square_().sum(1)
-        if best is None:
-            best = scale, zero, codes
+        tried, tried_zero = _range(low * share, high * share, scheme, most)
+        tried_codes = (table / tried[:, None].float() + tried_zero[:, None]).round_().clamp_(0, most)
+        error = ((tried_codes - tried_zero[:, None]) * tried[:, None].float() - table).square_().sum(1)
+        if least is None:
+            scale, zero, codes, least = tried, tried_zero, tried_codes, error
+            continue
         better = error < least
         least = torch.where(better, error, least)
-        best = (
-            torch.where(better, scale, best[0]),
-            torch.where(better, zero, best[1]),
-            torch.where(better[:, None], codes, best[2]),
-        )
-    assert best is not None
-    scale, zero, codes = best
+        scale, zero = torch.where(better, tried, scale), torch.where(better, tried_zero, zero)
+        codes = torch.where(better[:, None], tried_codes, codes)
     flat = codes.reshape(groups * group, n_out)[:n_in].to(torch.uint8)
     zeros = zero.to(torch.uint8) if scheme.has_zeros else None
     return pack(flat, scale, zeros, bits=scheme.bits, group=group)

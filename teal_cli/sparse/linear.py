@@ -10,6 +10,7 @@ from teal_cli.checkpoint.plan import ProjectionPlan
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.site import Site
 from teal_kernels import active_inputs
+from teal_kernels.packing import Packed
 
 # Below this many rows MKL's float32 product rounds differently for the two weight layouts; from it
 # on the results were equal bit for bit (2 to 256 rows, 12 shapes from 37x65 to 4096x14336, AVX-512).
@@ -62,6 +63,15 @@ class SparseLinear(nn.Linear):
         layer.bias = linear.bias
         layer.train(linear.training)
         return layer
+
+    @property
+    def packed(self) -> Packed | None:
+        """Codes in place of weights, where this layer is quantised."""
+        return None
+
+    def hold_(self, words: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+        """Of a quantised layer: hold these codes, parts of a table, in place of its own."""
+        raise TypeError(f"{self.name} is not quantised")
 
     @property
     def storage(self) -> Tensor:

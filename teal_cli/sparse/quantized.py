@@ -12,7 +12,6 @@ from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
 
-
 _FEW_ROWS = 2
 """Rows for which the codes are multiplied as they are, dense too."""
 
@@ -67,6 +66,10 @@ class QuantizedLinear(SparseLinear):
         """Codes, scales and zero points together."""
         group = self.scheme.group_of(self.in_features)
         return Packed(self.qweight, self.scales, self.zeros, self.scheme.bits, group, (self.out_features,))
+
+    def hold_(self, words: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+        """Hold these codes, parts of a table, in place of its own."""
+        self.qweight, self.scales, self.zeros = words, scales, zeros
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -59,10 +59,8 @@ class Site:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the layers are `QuantizedLinear`, all of them."""
-        from teal_cli.sparse.quantized import QuantizedLinear
-
-        return all(isinstance(layer, QuantizedLinear) for layer in self.layers)
+        """Whether the layers hold codes, all of them."""
+        return all(layer.packed is not None for layer in self.layers)
 
     @property
     def table(self) -> Tensor | Packed:
@@ -104,14 +102,12 @@ class Site:
         self._alike = len({layer.plan for layer in self.layers}) == 1
         if self._packed is not None:
             return
-        table = side_by_side([layer.packed for layer in self.layers])  # type: ignore[attr-defined]
+        table = side_by_side([layer.packed for layer in self.layers if layer.packed is not None])
         word = out = 0
         for layer in self.layers:
             words, outs = layer.storage.shape[1], layer.out_features
-            layer.qweight = table.words[:, word : word + words]
-            layer.scales = table.scales[:, out : out + outs]
-            if table.zeros is not None:
-                layer.zeros = table.zeros[:, out : out + outs]
+            zeros = None if table.zeros is None else table.zeros[:, out : out + outs]
+            layer.hold_(table.words[:, word : word + words], table.scales[:, out : out + outs], zeros)
             word, out = word + words, out + outs
         stops = torch.tensor(table.parts).cumsum(0).tolist()
         self._parts = list(zip([0, *stops[:-1]], stops, strict=True))
@@ -155,7 +151,9 @@ class Site:
         """Of quantised weights: on the CPU one product for all layers where the plans agree."""
         layer = self.layers[number]
         name = resolve_backend(backend, x.device, x.dtype)
-        packed: Packed = layer.packed  # type: ignore[attr-defined]
+        packed = layer.packed
+        if packed is None:
+            raise TypeError(f"{layer.name} is not quantised")
         if name == "reference":
             return reference_packed_linear(x, packed, layer.bias, threshold)
         if name == "triton":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
-from teal_cli.bench.products import TimedProduct, reading_gb_s
+from teal_cli.bench.products import ProductShape, reading_gb_s
 from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
@@ -26,9 +26,9 @@ from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense, quantised_
 from teal_cli.quantise.model import pack_
-from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan
 from teal_kernels.tuning import keep_entries
@@ -120,7 +120,6 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     if config.kernels:
         targets = [plan.target_sparsity for plan in plans]
         dtype = model.dtype
-        scheme = Scheme.parse(config.quantize) if config.quantize else None
         if limit is not None and engine.decoder is not None:
             products = site_products(model)
             reporter.say(f"timing {len(products)} products")
@@ -132,7 +131,6 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
                 batch=batch,
                 seed=config.seed,
                 limit_gb_s=limit,
-                scheme=scheme,
             )
         else:
             shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
@@ -158,16 +156,21 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     )
 
 
-def site_products(model: Any) -> list[tuple[int, tuple[int, ...], str]]:
-    """(inputs, outputs of each projection, what follows) of the sites of one block."""
+def site_products(model: Any) -> list[ProductShape]:
+    """The products of one block, and of an output layer that drops inputs or is quantised."""
+    layers = sparse_layers(model)
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
         parts.setdefault(projection.site, []).append(projection)
-    first = list(parts.items())[: len(FINISHES)]
-    return [
-        (group[0].in_features, tuple(p.out_features for p in group), FINISHES[site.rpartition(".")[2]])
-        for site, group in first
-    ]
+    groups = [(group, FINISHES[site.rpartition(".")[2]]) for site, group in list(parts.items())[: len(FINISHES)]]
+    if isinstance(model.get_output_embeddings(), SparseLinear):
+        groups.append((find_projections(model, output_layer=True)[-1:], "plain"))
+    shapes = []
+    for group, finish in groups:
+        layer = layers.get(group[0].name)
+        scheme = layer.scheme if isinstance(layer, QuantizedLinear) else None
+        shapes.append(ProductShape(group[0].in_features, tuple(p.out_features for p in group), finish, scheme))
+    return shapes
 
 
 def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Reporter) -> None:
@@ -185,18 +188,9 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
         raise UsageError("tuning needs a sparsity above 0 (flag --sparsity)")
     found: list[Finalists] = []
     with compilers(device) as pool:
-        for inputs, parts, finish in site_products(prepared.model):
-            reporter.say(f"searching {inputs} x {'+'.join(map(str, parts))}")
-            product = TimedProduct(
-                inputs,
-                parts,
-                finish,
-                dtype=prepared.model.dtype,
-                rows=batch,
-                device=device,
-                seed=config.seed,
-                scheme=Scheme.parse(config.quantize) if config.quantize else None,
-            )
+        for shape in site_products(prepared.model):
+            reporter.say(f"searching {shape.inputs} x {'+'.join(map(str, shape.parts))}")
+            product = shape.timed(dtype=prepared.model.dtype, rows=batch, device=device, seed=config.seed)
             found.append(search(product, sparsities, pool))
             del product
             torch.cuda.empty_cache()

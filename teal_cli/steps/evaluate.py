@@ -19,6 +19,7 @@ from teal_cli.evaluate.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
+from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import apply_plan_, control_of, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
@@ -199,7 +200,7 @@ def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporte
     ]
     # Whatever an allocation refuses, it refuses before the model is loaded.
     first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
-    model, packs = load_dense(source.folder, config)
+    model, _ = load_dense(source.folder, config)
     sparsify_(model, first)
     plans = []
     for allocation, sparsity in wanted:
