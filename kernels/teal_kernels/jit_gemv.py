@@ -552,7 +552,9 @@ def gemv_kernel(
     columns_here = tl.arange(0, BATCH * width)
     row = 0
     place = piece * width + columns_here % width
-    outs = out_start + place % WORDS * PACK + place // WORDS
+    outs = out_start + place
+    if PACK > 1:  # not place % WORDS * PACK + place // WORDS: with that, triton 3.6 computes wrong addresses
+        outs = out_start + place * PACK % BLOCK_OUT + place * PACK // BLOCK_OUT
     inside = outs < out_stop
     if EVEN:
         inside = tl.full((BATCH * width,), True, tl.int1)
