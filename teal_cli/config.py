@@ -65,6 +65,14 @@ class ModelConfig(SharedConfig):
             return ""
         return Scheme.parse(self.quantize).name + ("-output" if self.quantize_output else "")
 
+    @property
+    def stored_quantization(self) -> dict[str, str | None] | None:
+        """As a checkpoint says it: how projections are quantised, and the name of a quantised output layer."""
+        if self.quantize is None:
+            return None
+        output = "lm_head" if self.quantize_output else None
+        return {"projections": Scheme.parse(self.quantize).text, "output": output}
+
     @model_validator(mode="after")
     def _output_layer_is_of_quantize(self) -> Self:
         if self.quantize_output and self.quantize is None:

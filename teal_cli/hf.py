@@ -15,7 +15,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan
+from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan, quantization_config
+from teal_cli.errors import ArtefactError
+from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.sparse import apply_plan_, replace_projections_
 
 
@@ -30,10 +32,12 @@ class TealConfig(QuantizationConfigMixin):
         content.pop("quant_method", None)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # its enum is closed
         self.plan = SparsityPlan.from_dict(content)
+        self.quantization: dict[str, Any] | None = content.get("quantization")
+        """`projections`: how they are quantised, `output`: the name of a quantised output layer or None."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes into config.json."""
-        return self.plan.to_dict()
+        return quantization_config(self.plan, self.quantization)
 
     def __repr__(self) -> str:
         return (
@@ -50,7 +54,15 @@ class TealQuantizer(HfQuantizer):
     quantization_config: TealConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        replace_projections_(model, self.quantization_config.plan.projections)
+        names = self.quantization_config.plan.projections
+        replace_projections_(model, names)
+        quantization = self.quantization_config.quantization
+        if quantization is not None:
+            try:
+                schemes = schemes_of(names, quantization["projections"], quantization["output"])
+            except (KeyError, ValueError, TypeError) as error:
+                raise ArtefactError(f"this TEAL checkpoint is quantised in a way unknown here ({error})") from error
+            make_room_(model, schemes)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

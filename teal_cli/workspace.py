@@ -116,7 +116,15 @@ def checkpoint_for(
     if not _up_to_date(folder, calibration, plan, config.propagate):
         reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
         plan, propagated = hold(config, plan, calibration, source, reporter, model)
-        write_checkpoint(source.folder, plan, calibration, folder, "link", propagated=propagated)
+        write_checkpoint(
+            source.folder,
+            plan,
+            calibration,
+            folder,
+            "link",
+            propagated=propagated,
+            quantization=config.stored_quantization,
+        )
     return folder
 
 

@@ -193,10 +193,11 @@ def gemv(
     bits, group = (table.bits, table.group) if isinstance(table, Packed) else (16, n_in)
     if isinstance(table, Packed) and (table.parts != parts or config.block_out * bits < 32):
         raise ValueError(f"parts {parts} in blocks of {config.block_out} do not fit a table of parts {table.parts}")
-    per_split = min(config.inputs_per_split, n_in)
+    per_split = config.inputs_per_split
     several = per_split > group
     if group < n_in and (per_split % group if several else group % per_split):
         raise ValueError(f"{config.inputs_per_split} inputs a program and groups of {group}: one must divide the other")
+    several = several and group < n_in
     if several and group % 32:
         raise ValueError(f"a program cannot take several groups of {group} inputs: that is no multiple of 32")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
@@ -210,7 +211,7 @@ def gemv(
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
-    if per_split * weights.stride(0) > _MOST_ELEMENTS:
+    if min(per_split, n_in) * weights.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     block_in, unroll = _tile(config, rows)
     # A list's words hold an index beside the value.

@@ -195,11 +195,18 @@ def choose_config(
     dense = min((e for e in alike if e.config.dense), key=lambda e: e.microseconds)
     sparse = sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity)
     if sparsity <= 0.0 or not sparse:
-        return dense.config
+        return _rescaled(dense, _BITS[kind])
     longer = 1.0 + _FURTHER_ROW * max(0, rows - nearest.rows)
     if _interpolated(sparse, sparsity) * longer >= dense.microseconds:
-        return dense.config
-    return min(sparse, key=lambda e: abs(e.sparsity - sparsity)).config
+        return _rescaled(dense, _BITS[kind])
+    return _rescaled(min(sparse, key=lambda e: abs(e.sparsity - sparsity)), _BITS[kind])
+
+
+def _rescaled(entry: Entry, bits: int) -> GemvConfig:
+    """The cut of an entry for weights of so many bits: as many bytes of them in a tile."""
+    if bits >= 16 or _BITS[entry.dtype] == bits:
+        return entry.config
+    return replace(entry.config, block_in=max(1, entry.config.block_in * min(16, _BITS[entry.dtype]) // bits))
 
 
 def _interpolated(entries: list[Entry], sparsity: float) -> float:

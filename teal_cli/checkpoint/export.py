@@ -10,9 +10,11 @@ from typing import Any, Literal
 from teal_cli import __version__
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.files import atomic_folder, read_json
-from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
+from teal_cli.quantise.files import write_quantised
+from teal_cli.quantise.model import schemes_of
 
 _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
@@ -67,6 +69,7 @@ def write_checkpoint(
     weights: Literal["link", "copy"],
     *,
     propagated: bool = False,
+    quantization: dict[str, Any] | None = None,
 ) -> ExportSummary:
     """Write an ordinary transformers folder whose config carries the plan.
 
@@ -80,6 +83,8 @@ def write_checkpoint(
         out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
         propagated: whether the thresholds are the sparse network's own (`sparse.propagate_`).
+        quantization: how to quantise the weights (`teal_cli.hf.TealConfig.quantization`); they are written
+            anew then.
 
     Raises:
         ArtefactError: the calibration is of another model, `dense` is a quantised model, or `out`
@@ -94,11 +99,20 @@ def write_checkpoint(
         raise ArtefactError(f"{out} exists and is not a TEAL checkpoint: it is not replaced; give another --out")
     shards = weight_files(dense)
     with atomic_folder(out) as temporary:
-        for shard in shards:
-            _place(shard, temporary / shard.name, weights)
+        if quantization is None:
+            for shard in shards:
+                _place(shard, temporary / shard.name, weights)
+        else:
+            write_quantised(
+                shards, schemes_of(plan.projections, quantization["projections"], quantization["output"]), temporary
+            )
+            digest = fingerprint(temporary)
+            if quantization["output"] is not None:
+                config["tie_word_embeddings"] = False
         for file in _companions(dense):
-            shutil.copyfile(file, temporary / file.name)
-        config["quantization_config"] = plan.to_dict()
+            if quantization is None or file.name != "model.safetensors.index.json":
+                shutil.copyfile(file, temporary / file.name)
+        config["quantization_config"] = quantization_config(plan, quantization)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         summary = {**_summary(plan, calibration, digest), "propagated": propagated}
         (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

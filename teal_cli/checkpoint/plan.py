@@ -11,6 +11,8 @@ import yaml
 from teal_cli.errors import ArtefactError
 
 FORMAT_VERSION = 1
+QUANTISED_VERSION = 2
+"""Of a checkpoint whose weights are quantised."""
 QUANT_METHOD = "teal"
 """The name under which transformers knows the format."""
 
@@ -63,7 +65,7 @@ class SparsityPlan:
             ArtefactError: another version, missing keys, or values that cannot be.
         """
         version = content.get("version")
-        if version != FORMAT_VERSION:
+        if version != (QUANTISED_VERSION if "quantization" in content else FORMAT_VERSION):
             raise ArtefactError(
                 f"this TEAL checkpoint has format version {version!r}, this teal reads {FORMAT_VERSION}: "
                 "export it again"
@@ -99,3 +101,10 @@ class SparsityPlan:
                 raise ArtefactError(f"{name}: sparsity {entry.sparsity} is not in [0, 1): export it again")
             if not (math.isfinite(entry.threshold) and entry.threshold >= 0.0):
                 raise ArtefactError(f"{name}: threshold {entry.threshold} is not a number >= 0: export it again")
+
+
+def quantization_config(plan: SparsityPlan, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint, whose weights may be quantised."""
+    if quantization is None:
+        return plan.to_dict()
+    return {**plan.to_dict(), "version": QUANTISED_VERSION, "quantization": quantization}

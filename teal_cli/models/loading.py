@@ -16,6 +16,7 @@ from teal_cli.models.aliases import Alias
 
 # What transformers raises for a folder that it cannot make sense of.
 _UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)
+_ITEMSIZES = {"I32": 4, "U8": 1}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,8 +87,10 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     target = pick_device(device)
     config = read_json(folder / "config.json", "model configuration")
     chosen = pick_dtype(dtype, config.get("dtype") or config.get("torch_dtype"), target)
-    elements = sum(math.prod(entry["shape"]) for file in weight_files(folder) for entry in tensor_header(file).values())
-    check_memory(elements * chosen.itemsize, target, str(folder))
+    entries = [entry for file in weight_files(folder) for entry in tensor_header(file).values()]
+    # Codes keep their dtype, whatever the model's.
+    size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
+    check_memory(size, target, str(folder))
     is_sparse = carries_plan(config)
     if is_sparse:
         check_weights(folder)

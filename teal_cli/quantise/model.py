@@ -1,5 +1,6 @@
 """Quantising a model: in place, for measuring, and packed, for decoding."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict
     return packs
 
 
+def schemes_of(names: Iterable[str], quantize: str, output: str | None) -> dict[str, Scheme]:
+    """Module path -> scheme: as asked for, and 8 bits for the output layer where it has a name."""
+    schemes = dict.fromkeys(names, Scheme.parse(quantize))
+    return schemes if output is None else schemes | {output: INT8}
+
+
 def pack_(model: Any, packs: dict[str, Packed]) -> None:
     """Replace sparse layers by quantised ones, with the plan and the site that they have.
 
@@ -54,22 +61,35 @@ def pack_(model: Any, packs: dict[str, Packed]) -> None:
     """
     if not packs:
         return
-    control = control_of(model)
     for name, packed in packs.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, SparseLinear):  # the output layer, where plans do not name it
-            layer = SparseLinear.from_linear(layer, name=name, control=control, site=Site())
-            layer.is_planned = False
-        group = 0 if packed.scales.shape[0] == 1 else packed.group
-        scheme = Scheme(packed.bits, group)
-        site = layer.site
-        quantized = QuantizedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
-        site.layers.pop()  # it added itself at the end; it takes the other's place
-        site.layers[layer.number] = quantized
-        quantized.number = layer.number
-        quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
-        quantized.plan_(layer.plan)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized)
+        _replace(model, name, Scheme(packed.bits, 0 if packed.scales.shape[0] == 1 else packed.group), packed)
     for site in {id(model.get_submodule(name).site): model.get_submodule(name).site for name in packs}.values():
         site.lay_out_()
+
+
+def make_room_(model: Any, schemes: dict[str, Scheme]) -> None:
+    """Replace sparse layers by quantised ones that a checkpoint will fill.
+
+    Args:
+        model: as for `pack_`, on any device, meta too.
+        schemes: by module path.
+    """
+    for name, scheme in schemes.items():
+        _replace(model, name, scheme, None)
+
+
+def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> None:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, SparseLinear):  # the output layer, where plans do not name it
+        layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), site=Site())
+        layer.is_planned = False
+    site = layer.site
+    quantized = QuantizedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
+    site.layers.pop()  # it added itself at the end; it takes the other's place
+    site.layers[layer.number] = quantized
+    quantized.number = layer.number
+    quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
+    if not quantized.storage.is_meta:
+        quantized.plan_(layer.plan)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, quantized)

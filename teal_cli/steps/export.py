@@ -20,4 +20,12 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     plan = allocate(config, calibration, config.sparsity, allocation)
     plan, propagated = hold(config, plan, calibration, workspace.source, reporter)
     folder = config.out or workspace.export_folder(plan.allocation, plan.target_sparsity)
-    return write_checkpoint(workspace.source.folder, plan, calibration, folder, config.weights, propagated=propagated)
+    return write_checkpoint(
+        workspace.source.folder,
+        plan,
+        calibration,
+        folder,
+        config.weights,
+        propagated=propagated,
+        quantization=config.stored_quantization,
+    )

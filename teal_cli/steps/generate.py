@@ -59,6 +59,8 @@ class Generator:
         folder = workspace.source.folder
         if config.sparsity != 0.0:
             folder = checkpoint_for(config, config.sparsity, workspace, reporter)
+        elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
+            folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
         self.model = load_model(folder, device=config.device, dtype=config.dtype)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)

@@ -14,6 +14,7 @@ from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
 
 pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
+TABLE = torch.empty(0, dtype=torch.bfloat16)
 CUT = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1)
 FIRST, SECOND = (256, (512,), "residual"), (512, (256, 256), "gated")
 
@@ -39,7 +40,9 @@ def test_there_is_something_to_time_for_every_shape(
     inputs: int, parts: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
-    product: Any = SimpleNamespace(inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU)
+    product: Any = SimpleNamespace(
+        inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
+    )
     for dense in (True, False):
         found = list(candidates(product, dense=dense))
         assert 3 <= len(found) == len(set(found))
@@ -52,7 +55,9 @@ def test_there_is_something_to_time_for_every_shape(
 @pytest.mark.parametrize("processors", [1, 16, 48])
 def test_a_product_too_large_for_a_gpu_is_timed_all_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: processors)
-    product: Any = SimpleNamespace(inputs=5120, parts=(27648, 27648), rows=4, dtype=torch.bfloat16, device=CPU)
+    product: Any = SimpleNamespace(
+        inputs=5120, parts=(27648, 27648), rows=4, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
+    )
     assert all(config.dense for config in candidates(product, dense=True))
     assert list(candidates(product, dense=True))
 

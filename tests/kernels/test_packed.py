@@ -1,0 +1,153 @@
+"""Products of quantised weights against their definition in float64."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from teal_kernels import masked_input
+from teal_kernels.packed_linear import (
+    byte_table,
+    cpu_packed_linear,
+    fitting,
+    reference_packed_linear,
+    triton_packed_linear,
+)
+from teal_kernels.packing import Packed, codes_of, dequantised, pack, side_by_side
+from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv, squares_of
+from teal_kernels.tuning import UNTUNED
+
+INPUTS = 200
+# No size is a multiple of a word or of a block.
+PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
+WEIGHTS = [(8, INPUTS, False), (8, 64, True), (4, 64, True), (4, 32, True), (4, 64, False)]
+CUTS = {
+    "one group": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1),
+    "several groups": GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1),
+}
+
+
+def _random(parts: tuple[int, ...], bits: int, group: int, zeros: bool, seed: int = 0) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+
+    groups = -(-INPUTS // group)
+    return side_by_side(
+        [
+            pack(
+                codes(INPUTS, part),
+                torch.rand(groups, part, generator=generator) + 0.1,
+                codes(groups, part) if zeros else None,
+                bits=bits,
+                group=group,
+            )
+            for part in parts
+        ]
+    )
+
+
+@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
+@pytest.mark.parametrize("parts", [(19, 9, 5), (32,)], ids=str)
+def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = [torch.randint(0, 1 << bits, (INPUTS, part), generator=generator, dtype=torch.uint8) for part in parts]
+    scales = torch.rand(-(-INPUTS // group), sum(parts), generator=generator)
+    packed = side_by_side(
+        [
+            pack(code, scale, None, bits=bits, group=group)
+            for code, scale in zip(codes, scales.split(parts, dim=1), strict=True)
+        ]
+    )
+    assert torch.equal(codes_of(packed), torch.cat(codes, dim=1))
+    assert packed.words.shape == (INPUTS, sum(-(-part * bits // 32) for part in parts))
+    row = INPUTS - 1  # the last group is short
+    expected = (torch.cat(codes, dim=1)[row].double() - (1 << bits - 1)) * scales[row // group]
+    torch.testing.assert_close(dequantised(packed, torch.float64)[row], expected)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("finish", PARTS)
+@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
+def test_kernel_against_float64(
+    bits: int, group: int, zeros: bool, finish: str, cut: str, rows: int, dense: bool
+) -> None:
+    parts = PARTS[finish]
+    packed = _random(parts, bits, group, zeros)
+    config = fitting(GemvConfig(**{**vars(CUTS[cut]), "dense": dense}), packed, rows)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(rows, INPUTS, generator=generator)
+    thresholds = torch.tensor([-1.0] * 3 if dense else [0.5, 0.8, 0.2])[: len(parts)]
+    before = torch.randn(rows, parts[0] if finish == "gated" else sum(parts), generator=generator)
+    y = before.clone()
+    squares = torch.zeros(rows, squares_of(packed, parts, config, rows))
+    gemv(
+        x,
+        packed,
+        parts,
+        thresholds,
+        y,
+        config,
+        Scratch(x.device),
+        finish=finish,
+        squares=squares if finish == "residual" else None,
+    )
+    weights = dequantised(packed, torch.float64).split(parts, dim=1)
+    expected = torch.cat(
+        [masked_input(x, t).double() @ weight for t, weight in zip(thresholds, weights, strict=True)], dim=1
+    )
+    if finish == "gated":
+        expected = silu(expected[:, : parts[0]]) * expected[:, parts[0] :]
+    if finish == "residual":
+        expected = expected + before
+        torch.testing.assert_close(squares.sum(1), y.square().sum(1))
+    # Codes are added up with their offset: more is cancelled than in a product of plain weights.
+    assert float((y - expected).norm() / expected.norm()) < 5e-6
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("threshold", [-1.0, 0.7, 100.0])
+@pytest.mark.parametrize(("bits", "group", "zeros"), [weights for weights in WEIGHTS if weights != (8, 64, True)])
+def test_layer_products_agree(bits: int, group: int, zeros: bool, threshold: float, rows: int) -> None:
+    packed = _random((21,), bits, group, zeros)
+    x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(3))
+    bias, limit = torch.randn(21, generator=torch.Generator().manual_seed(4)), torch.tensor(threshold)
+    expected = reference_packed_linear(x.double(), packed, bias.double(), limit.double())
+    on_cpu = cpu_packed_linear(x, byte_table(packed), packed.scales, group, bias, limit)
+    on_gpu = triton_packed_linear(x, packed, bias, limit, UNTUNED)
+    for y in (on_cpu, on_gpu):
+        assert y.shape == expected.shape
+        assert float((y - expected).norm()) <= 5e-6 * float(expected.norm())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed = _random((16,), 4, 64, True)
+    x, y = torch.zeros(1, INPUTS), torch.zeros(1, 16)
+    for config in (GemvConfig(32, 4, 2, 96, 1), GemvConfig(32, 4, 2, 48, 1)):
+        with pytest.raises(ValueError, match="one must divide the other"):
+            gemv(x, packed, (16,), torch.zeros(1), y, config, Scratch(x.device))
+        fitted = fitting(config, packed, 1)
+        gemv(x, packed, (16,), torch.zeros(1), y, fitted, Scratch(x.device))
+    with pytest.raises(ValueError, match="do not fit"):
+        pack(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(3, 8), None, bits=4, group=4)
+    with pytest.raises(ValueError, match="different ways"):
+        side_by_side([packed, _random((16,), 8, 64, True)])
+    with pytest.raises(ValueError, match="a byte a weight"):
+        byte_table(_random((16,), 8, 64, True))
+
+
+def test_parts_borders_hold_their_own_thresholds() -> None:
+    """Outputs beside a border of two parts, where a block or a word that went on would take the other's threshold."""
+    packed = _random((19, 9, 5), 4, 64, True)
+    x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(5))
+    thresholds = torch.tensor([-1.0, 100.0, -1.0])
+    y = torch.full((1, 33), 7.0)
+    gemv(x, packed, packed.parts, thresholds, y, CUTS["one group"], Scratch(x.device))
+    starts = list(itertools.accumulate(packed.parts))
+    assert torch.equal(y[:, starts[0] : starts[1]], torch.zeros(1, 9))
+    assert bool((y[:, : starts[0]] != 0).all() and (y[:, starts[1] :] != 0).all())

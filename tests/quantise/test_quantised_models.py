@@ -1,0 +1,185 @@
+"""Quantised models: in place, packed, in a checkpoint, and through the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, build_model, save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import teal_cli.hf
+from teal_cli.bench.decode import weight_bytes_per_token
+from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.cli import run
+from teal_cli.decode.compact import CompactDecoder, unsupported_reason
+from teal_cli.decode.engine import Engine
+from teal_cli.models.architectures import find_projections
+from teal_cli.models.loading import load_model
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.values import quantise
+from teal_cli.sparse import sparsify_
+from teal_cli.sparse.quantized import QuantizedLinear
+from teal_kernels.packing import dequantised
+
+assert teal_cli.hf
+CASES = [("int8", True), ("int4:32", False), ("int4:32", True), ("int4", True)]
+
+
+def _tokens(length: int) -> Tensor:
+    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("text", "parsed"), [("int8", (8, 0)), ("int4", (4, 128)), ("int4:64", (4, 64))])
+def test_schemes(text: str, parsed: tuple[int, int]) -> None:
+    scheme = Scheme.parse(text)
+    assert (scheme.bits, scheme.group) == parsed
+    assert Scheme.parse(scheme.text) == scheme
+
+
+@pytest.mark.parametrize("text", ["int3", "int4:", "int4:48", "int4:16", "int8:64", ""])
+def test_what_is_no_scheme(text: str) -> None:
+    with pytest.raises(ValueError, match=r"int|group"):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4:32"])
+def test_error_is_no_more_than_of_plain_rounding(name: str) -> None:
+    scheme = Scheme.parse(name)
+    weight = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0.0  # an output of zeros stays one
+    packed = quantise(weight, scheme)
+    values = dequantised(packed, torch.float32).t()
+    group = scheme.group_of(200)
+    rounded = torch.zeros_like(weight)
+    for start in range(0, 200, group):
+        part = weight[:, start : start + group]
+        if scheme.bits == 8:
+            step = part.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            rounded[:, start : start + group] = (part / step).round() * step
+        else:
+            low, high = part.amin(1, keepdim=True).clamp(max=0), part.amax(1, keepdim=True).clamp(min=0)
+            step = ((high - low) / 15).clamp(min=1e-9)
+            zero = (-low / step).round()
+            rounded[:, start : start + group] = ((part / step + zero).round().clamp(0, 15) - zero) * step
+    assert torch.equal(values[3], torch.zeros(200))
+    assert float((values - weight).norm()) <= 1.001 * float((rounded - weight).norm())
+    assert float((values - weight).norm()) < (0.01 if scheme.bits == 8 else 0.12) * float(weight.norm())
+
+
+def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
+    """A model with the quantised weights in place of its own, the same packed, and the control of that."""
+    models = [build_model(family).requires_grad_(False) for _ in range(2)]
+    packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
+    names = [projection.name for projection in find_projections(models[0])]
+    plan = SparsityPlan("uniform", 0.4, {name: ProjectionPlan(0.4, 0.3) for name in names})
+    controls = [sparsify_(model, plan) for model in models]
+    pack_(models[1], packs[1])
+    return models[0], models[1], controls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3"])
+@pytest.mark.parametrize(("scheme", "output"), CASES)
+def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool) -> None:
+    plain, packed, (control, packed_control) = _packed(family, scheme, output)
+    ids = _tokens(12)
+    with control.masked(0), packed_control.masked(0):
+        expected = plain(ids).logits
+        torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with control.dense(), packed_control.dense():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    for backend in ("cpu", "reference", "triton"):
+        packed_control.backend = backend
+        cache = DynamicCache(config=packed.config)
+        steps = [packed(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(4)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, :4], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize(("scheme", "output"), CASES)
+def test_compact_path(scheme: str, output: bool) -> None:
+    plain, packed, (_, control) = _packed("llama-bias", scheme, output)
+    assert unsupported_reason(packed, control) is None
+    engine, reference = Engine(packed), Engine(plain)
+    engine.decoder = CompactDecoder(packed, control)
+    ids = _tokens(8)
+    caches = engine.new_cache(12), reference.new_cache(12)
+    logits = engine.prefill(ids, caches[0])
+    torch.testing.assert_close(logits, reference.prefill(ids, caches[1]), rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        token = logits.argmax(-1, keepdim=True)
+        with control.counting() as counter:
+            logits = engine.step(token, caches[0])
+        torch.testing.assert_close(logits, reference.step(token, caches[1]), rtol=1e-4, atol=1e-4)
+        assert set(counter.by_projection()) == {projection.name for projection in find_projections(plain)}
+        session = engine.open(caches[0])
+        assert session is not None
+        session.pick()
+        assert session.token.tolist() == logits.argmax(-1).tolist()
+
+
+def test_bytes_of_a_token() -> None:
+    plain, packed, _ = _packed("llama", "int8", True)
+    whole, quantised = weight_bytes_per_token(plain, {}), weight_bytes_per_token(packed, {})
+    assert 0.24 * whole < quantised < 0.30 * whole
+    name = "model.layers.0.mlp.down_proj"
+    layer = packed.get_submodule(name)
+    assert quantised - weight_bytes_per_token(packed, {name: 0.5}) == layer.qweight.nbytes // 2
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias"], ids=["untied", "tied"])
+@pytest.mark.parametrize("output", [False, True])
+def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = save_tiny(tmp_path / "tiny", family)
+    shared = ["--model", str(dense), "--quantize", "int4:32", *(["--quantize-output"] if output else [])]
+    calibrate = ["--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]
+    assert run(["calibrate", *shared, *calibrate]) == 0
+    assert run(["export", *shared, "--sparsity", "0.4", "--json", "e.json"]) == 0
+    folder = Path(json.loads(Path("e.json").read_text())["folder"])
+    assert folder == Path(f"runs/tiny-int4-32{'-output' if output else ''}/fisher-0.40")
+    size = (folder / "model.safetensors").stat().st_size
+    assert size < (0.75 if not output else 0.62) * (dense / "model.safetensors").stat().st_size
+    model = load_model(folder, device="cpu", dtype="float32")
+    assert isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
+    assert isinstance(model.lm_head, QuantizedLinear) == output
+    # What transformers loads is the network that was calibrated: the quantised one.
+    plain = AutoModelForCausalLM.from_pretrained(dense)
+    quantise_(plain, Scheme.parse("int4:32"), output_layer=output)
+    ids = _tokens(20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", device="cpu", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    capsys.readouterr()
+    text = ["--text", str(corpus), "--tokens", "256", "--seq-len", "64"]
+    assert run(["eval", *shared, "--sparsity", "0.4", *text, "--json", "v.json"]) == 0
+    assert run(["eval", "--model", str(folder), *text, "--json", "w.json"]) == 0
+    both = [json.loads(Path(name).read_text())["sparse"]["perplexity"] for name in ("v.json", "w.json")]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    assert run(["generate", *shared, "--prompt", "the quick", "--max-new-tokens", "4", "--no-chat"]) == 0
+    assert run(["generate", *shared, "--sparsity", "0", "--prompt", "the", "--max-new-tokens", "4", "--no-chat"]) == 0
+    bench = ["--sparsity", "0.4", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--json", "b.json"]
+    assert run(["bench", *shared, *bench]) == 0
+    assert json.loads(Path("b.json").read_text())["quantization"] == f"int4-32{'-output' if output else ''}"
+
+
+def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = save_tiny(tmp_path / "tiny")
+    assert run(["calibrate", "--model", str(dense), "--quantize", "int5"]) == 2
+    assert "int5" in capsys.readouterr().err
+    assert run(["bench", "--model", str(dense), "--quantize-output"]) == 2
+    assert "--quantize" in capsys.readouterr().err
+    calibrate = ["--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]
+    assert run(["calibrate", "--model", str(dense), *calibrate]) == 0
+    assert run(["export", "--model", str(dense), "--quantize", "int8", "--calibration", "runs/tiny"]) == 3
+    assert "calibrate" in capsys.readouterr().err
+    assert run(["export", "--model", str(dense)]) == 0
+    assert run(["bench", "--model", "runs/tiny/fisher-0.50", "--quantize", "int8"]) == 2
+    assert "dense model" in capsys.readouterr().err
