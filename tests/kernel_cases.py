@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
+from teal_kernels.packing import Packed, pack, side_by_side
 from teal_kernels.triton_decode import Best, decode_attention, output_logits, pick
 from teal_kernels.triton_gemv import EMPTY, GemvConfig, Norm, Scratch, gemv, squares_of
 
@@ -301,3 +302,27 @@ class Output:
         output_logits(self.hidden, self.norm, self.weight, self.bias, logits, best)
         pick(best, token)
         return logits, token
+
+
+def random_packed(
+    inputs: int, parts: tuple[int, ...], bits: int, group: int, *, zeros: bool, seed: int = 0, device: str = "cpu"
+) -> Packed:
+    """Quantised weights of projections side by side: any codes, scales between 0.1 and 1.1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8).to(device)
+
+    groups = -(-inputs // group)
+    return side_by_side(
+        [
+            pack(
+                codes(inputs, part),
+                (torch.rand(groups, part, generator=generator) + 0.1).to(device),
+                codes(groups, part) if zeros else None,
+                bits=bits,
+                group=group,
+            )
+            for part in parts
+        ]
+    )

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_cases import random_packed
 from torch.nn.functional import silu
 
 from teal_kernels import masked_input
@@ -15,7 +15,7 @@ from teal_kernels.packed_linear import (
     reference_packed_linear,
     triton_packed_linear,
 )
-from teal_kernels.packing import Packed, codes_of, dequantised, pack, side_by_side
+from teal_kernels.packing import codes_of, dequantised, pack, side_by_side
 from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv, squares_of
 from teal_kernels.tuning import UNTUNED
 
@@ -27,27 +27,6 @@ CUTS = {
     "one group": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1),
     "several groups": GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1),
 }
-
-
-def _random(parts: tuple[int, ...], bits: int, group: int, zeros: bool, seed: int = 0) -> Packed:
-    generator = torch.Generator().manual_seed(seed)
-
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
-
-    groups = -(-INPUTS // group)
-    return side_by_side(
-        [
-            pack(
-                codes(INPUTS, part),
-                torch.rand(groups, part, generator=generator) + 0.1,
-                codes(groups, part) if zeros else None,
-                bits=bits,
-                group=group,
-            )
-            for part in parts
-        ]
-    )
 
 
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
@@ -78,7 +57,7 @@ def test_kernel_against_float64(
     bits: int, group: int, zeros: bool, finish: str, cut: str, rows: int, dense: bool
 ) -> None:
     parts = PARTS[finish]
-    packed = _random(parts, bits, group, zeros)
+    packed = random_packed(INPUTS, parts, bits, group, zeros=zeros)
     config = fitting(GemvConfig(**{**vars(CUTS[cut]), "dense": dense}), packed, rows)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, INPUTS, generator=generator)
@@ -114,7 +93,7 @@ def test_kernel_against_float64(
 @pytest.mark.parametrize("threshold", [-1.0, 0.7, 100.0])
 @pytest.mark.parametrize(("bits", "group", "zeros"), [weights for weights in WEIGHTS if weights != (8, 64, True)])
 def test_layer_products_agree(bits: int, group: int, zeros: bool, threshold: float, rows: int) -> None:
-    packed = _random((21,), bits, group, zeros)
+    packed = random_packed(INPUTS, (21,), bits, group, zeros=zeros)
     x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(3))
     bias, limit = torch.randn(21, generator=torch.Generator().manual_seed(4)), torch.tensor(threshold)
     expected = reference_packed_linear(x.double(), packed, bias.double(), limit.double())
@@ -126,7 +105,7 @@ def test_layer_products_agree(bits: int, group: int, zeros: bool, threshold: flo
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    packed = _random((16,), 4, 64, True)
+    packed = random_packed(INPUTS, (16,), 4, 64, zeros=True)
     x, y = torch.zeros(1, INPUTS), torch.zeros(1, 16)
     for config in (GemvConfig(32, 4, 2, 96, 1), GemvConfig(32, 4, 2, 48, 1)):
         with pytest.raises(ValueError, match="one must divide the other"):
@@ -136,14 +115,14 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         pack(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(3, 8), None, bits=4, group=4)
     with pytest.raises(ValueError, match="different ways"):
-        side_by_side([packed, _random((16,), 8, 64, True)])
+        side_by_side([packed, random_packed(INPUTS, (16,), 8, 64, zeros=True)])
     with pytest.raises(ValueError, match="a byte a weight"):
-        byte_table(_random((16,), 8, 64, True))
+        byte_table(random_packed(INPUTS, (16,), 8, 64, zeros=True))
 
 
 def test_parts_borders_hold_their_own_thresholds() -> None:
     """Outputs beside a border of two parts, where a block or a word that went on would take the other's threshold."""
-    packed = _random((19, 9, 5), 4, 64, True)
+    packed = random_packed(INPUTS, (19, 9, 5), 4, 64, zeros=True)
     x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(5))
     thresholds = torch.tensor([-1.0, 100.0, -1.0])
     y = torch.full((1, 33), 7.0)

@@ -1,0 +1,66 @@
+"""Products of quantised weights on a real GPU: against float64, and the same bits on every run."""
+
+import pytest
+import torch
+from kernel_cases import LIMITS, random_packed, relative_error
+from torch import Tensor
+
+from teal_kernels import masked_input
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed, dequantised
+from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.tuning import choose_config, kind_of
+
+SHAPES = [(4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192)), (200, (152, 72, 40))]
+WEIGHTS = [(8, 0, False), (4, 128, True), (4, 32, True)]
+
+
+def _run(x: Tensor, packed: Packed, thresholds: Tensor, config: GemvConfig) -> Tensor:
+    y = torch.empty(x.shape[0], sum(packed.parts), dtype=x.dtype, device=x.device)
+    gemv(x, packed, packed.parts, thresholds, y, config, Scratch(x.device))
+    return y
+
+
+def _config(packed: Packed, rows: int, sparsity: float) -> GemvConfig:
+    config = choose_config(
+        packed.device,
+        inputs=packed.shape[0],
+        parts=packed.parts,
+        dtype=kind_of(packed),
+        rows=rows,
+        finish="plain",
+        sparsity=sparsity,
+    )
+    return fitting(config, packed, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
+@pytest.mark.parametrize(("inputs", "parts"), SHAPES, ids=str)
+def test_against_float64(
+    inputs: int,
+    parts: tuple[int, ...],
+    bits: int,
+    group: int,
+    zeros: bool,
+    rows: int,
+    sparsity: float,
+    dtype: torch.dtype,
+) -> None:
+    packed = random_packed(inputs, parts, bits, group or inputs, zeros=zeros, device="cuda")
+    x = torch.randn(rows, inputs, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(0)) / 64
+    config = _config(packed, rows, sparsity)
+    limit = x.abs().float().quantile(sparsity) if sparsity and not config.dense else torch.tensor(-1.0, device="cuda")
+    y = _run(x, packed, limit.repeat(len(parts)), config)
+    assert relative_error(y, masked_input(x, limit).double() @ dequantised(packed, torch.float64)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
+def test_same_bits_on_every_run(bits: int, group: int, zeros: bool) -> None:
+    packed = random_packed(4096, (4096, 1024, 1024), bits, group or 4096, zeros=zeros, device="cuda")
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    thresholds, config = torch.full((3,), 0.67, device="cuda"), _config(packed, 1, 0.5)
+    first = _run(x, packed, thresholds, config)
+    assert all(torch.equal(_run(x, packed, thresholds, config), first) for _ in range(100))
