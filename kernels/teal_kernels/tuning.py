@@ -61,7 +61,7 @@ class Entry:
     def distance(self, inputs: int, outputs: tuple[int, ...], bits: int, rows: int, finish: str) -> float:
         """How unlike another product is: 0 for the same."""
         size = abs(math.log2(self.inputs / inputs)) + abs(math.log2(sum(self.outputs) / sum(outputs)))
-        unlike = abs(math.log2(_BITS[self.dtype] / bits))
+        unlike = abs(math.log2(_BITS[self.dtype] / bits)) + 4.0 * ((_BITS[self.dtype] < 16) != (bits < 16))
         return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 4.0 * unlike
 
 

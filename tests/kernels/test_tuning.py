@@ -103,7 +103,7 @@ def test_packaged_tables_load(path: Path) -> None:
         assert entry.microseconds > 0.0
         assert 1 <= entry.rows <= MAX_ROWS
         assert 1 <= len(entry.outputs) <= 3
-        assert entry.dtype in ("float32", "float16", "bfloat16")
+        assert entry.dtype in ("float32", "float16", "bfloat16", "int8", "int4")
         assert entry.finish in ("plain", "residual", "gated")
         assert config.dense == (entry.sparsity == 0.0)
         assert config.unroll > 0
@@ -286,3 +286,13 @@ def test_a_damaged_table_is_named(content: str) -> None:
         _choose(0.5)
     keep_entries("cpu", [_entry(0.0, 10.0, _marked(1))], {})  # to tune again mends it
     assert _choose(0.5) == _marked(1)
+
+
+def test_quantised_products_have_entries_of_their_own(own_tables: None) -> None:
+    write = [_entry(0.0, 10.0, _marked(1), dtype="bfloat16"), _entry(0.0, 10.0, _marked(2), dtype="int8")]
+    keep_entries("cpu", write, {})
+    assert _choose(0.0, dtype=torch.bfloat16) == _marked(1)
+    assert _choose(0.0, dtype="int8") == _marked(2)
+    # Where none was measured, the nearest: with as many bytes in a tile.
+    chosen = _choose(0.0, dtype="int4")
+    assert chosen == replace(_marked(2), block_in=2 * _marked(2).block_in)
