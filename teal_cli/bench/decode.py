@@ -1,8 +1,9 @@
 """Tokens per second of decoding, dense and sparse, in one process, in turn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.sparse import apply_plan_, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
+from teal_kernels.packing import Packed
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class DecodeRun:
     """Median speed over the dense run's."""
 
 
-def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
+def weight_bytes_per_token(
+    model: nn.Module, realised: dict[str, float], packs: Mapping[str, Packed] = MappingProxyType({})
+) -> int:
     """Bytes of weights that one decoded token reads.
 
     Every parameter once, except the rows of dropped inputs and an input embedding that is not also
@@ -47,6 +51,7 @@ def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
     Args:
         model: a transformers causal language model.
         realised: projection name -> realised sparsity; missing ones are dense.
+        packs: layers whose weights stand for quantised ones (`quantise.model.quantise_`).
     """
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     output = model.get_output_embeddings()  # type: ignore[operator]
@@ -56,7 +61,14 @@ def weight_bytes_per_token(model: nn.Module, realised: dict[str, float]) -> int:
         total += embedding.shape[1] * embedding.element_size()
     layers = sparse_layers(model)
     total += sum(layer.packed.nbytes for layer in layers.values() if isinstance(layer, QuantizedLinear))
-    skipped = sum(layers[name].storage.nbytes * share for name, share in realised.items())
+    for name, packed in packs.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            total += packed.nbytes - layer.weight.nbytes
+    skipped = sum(
+        (packs[name].words if name in packs else layers[name].storage).nbytes * share
+        for name, share in realised.items()
+    )
     return round(total - skipped)
 
 

@@ -25,6 +25,7 @@ from teal_cli.sparse import apply_plan_, control_of, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
+from teal_kernels.packing import Packed
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Harness task -> dense or sparse -> metric -> value."""
@@ -130,7 +131,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
 
     # Text comes before the model: a missing file should not cost a load.
     blocks = None if dataset == "self" else text()
-    model, plans = _model_and_plans(config, workspace, reporter)
+    model, plans, packs = _model_and_plans(config, workspace, reporter)
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:
@@ -163,14 +164,14 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         dataset=dataset,
         half=half,
         seq_len=config.seq_len,
-        dense_bytes_per_token=weight_bytes_per_token(model, {}),
+        dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
         runs=[
             EvalRun(
                 allocation=plan.allocation,
                 target_sparsity=plan.target_sparsity,
                 dense_prefix=prefix,
                 comparison=found,
-                bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection),
+                bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection, packs),
                 generation=generation,
                 tasks=scores,
             )
@@ -184,14 +185,19 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     )
 
 
-def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> tuple[Any, list[SparsityPlan]]:
-    """The model, loaded once, and the plan of every allocation at every sparsity, exported where need be."""
+def _model_and_plans(
+    config: EvalConfig, workspace: Workspace, reporter: Reporter
+) -> tuple[Any, list[SparsityPlan], dict[str, Packed]]:
+    """The model, loaded once, and the plan of every allocation at every sparsity, exported where need be.
+
+    And what its weights stand for, where they are quantised.
+    """
     source = workspace.source
     if source.is_teal_checkpoint:
         if len(config.sparsity or []) > 1:
             raise UsageError(f"{source.folder} has one sparsity: name the dense model to compare several")
         folder = checkpoint_for(config, config.sparsity[0] if config.sparsity else None, workspace, reporter)
-        return load_model(folder, device=config.device, dtype=config.dtype), [source.plan]
+        return load_model(folder, device=config.device, dtype=config.dtype), [source.plan], {}
     calibration = calibration_for(config, workspace, reporter)
     wanted = [
         (allocation, sparsity)
@@ -200,13 +206,13 @@ def _model_and_plans(config: EvalConfig, workspace: Workspace, reporter: Reporte
     ]
     # Whatever an allocation refuses, it refuses before the model is loaded.
     first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
-    model, _ = load_dense(source.folder, config)
+    model, packs = load_dense(source.folder, config)
     sparsify_(model, first)
     plans = []
     for allocation, sparsity in wanted:
         folder = checkpoint_for(config, sparsity, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
-    return model, plans
+    return model, plans, packs
 
 
 def _targets(config: EvalConfig, allocation: str) -> Sequence[float | None]:

@@ -161,8 +161,10 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     text = ["--text", str(corpus), "--tokens", "256", "--seq-len", "64"]
     assert run(["eval", *shared, "--sparsity", "0.4", *text, "--json", "v.json"]) == 0
     assert run(["eval", "--model", str(folder), *text, "--json", "w.json"]) == 0
-    both = [json.loads(Path(name).read_text())["sparse"]["perplexity"] for name in ("v.json", "w.json")]
-    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    in_place, packed = (json.loads(Path(name).read_text()) for name in ("v.json", "w.json"))
+    assert in_place["sparse"]["perplexity"] == pytest.approx(packed["sparse"]["perplexity"], rel=1e-3)
+    assert in_place["dense_bytes_per_token"] == packed["dense_bytes_per_token"]
+    assert in_place["sparse"]["bytes_per_token"] == pytest.approx(packed["sparse"]["bytes_per_token"], rel=1e-3)
     assert run(["generate", *shared, "--prompt", "the quick", "--max-new-tokens", "4", "--no-chat"]) == 0
     assert run(["generate", *shared, "--sparsity", "0", "--prompt", "the", "--max-new-tokens", "4", "--no-chat"]) == 0
     bench = ["--sparsity", "0.4", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--json", "b.json"]
