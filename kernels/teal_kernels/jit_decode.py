@@ -208,6 +208,16 @@ def attention_kernel(
 
 
 @triton.jit
+def _keep_best(y, outs, row, vocabulary, best_ptr, best_token_ptr):
+    """Write the best of a program's logits (float32, -inf outside the vocabulary) and its token."""
+    top = tl.max(y, axis=0)
+    block = row * tl.num_programs(0) + tl.program_id(0)
+    tl.store(best_ptr + block, top)
+    # NaN equals nothing: then the last token, which at least there is.
+    tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
+
+
+@triton.jit
 def output_kernel(
     x_ptr,
     norm_ptr,
@@ -263,11 +273,7 @@ def output_kernel(
         tl.store(logits_ptr + row * vocabulary + outs, y, mask=outs < vocabulary)
         # Compared as rounded: among equal logits the lowest token wins, as torch.argmax has it.
         y = tl.where(outs < vocabulary, y.to(tl.float32), float("-inf"))
-        top = tl.max(y, axis=0)
-        block = row * tl.num_programs(0) + tl.program_id(0)
-        tl.store(best_ptr + block, top)
-        # NaN equals nothing: then the last token, which at least there is.
-        tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
+        _keep_best(y, outs, row, vocabulary, best_ptr, best_token_ptr)
 
 
 @triton.jit
@@ -279,10 +285,7 @@ def best_kernel(logits_ptr, best_ptr, best_token_ptr, vocabulary, BLOCK: tl.cons
         gdc_wait()
         gdc_launch_dependents()
     y = tl.load(logits_ptr + row * vocabulary + outs, mask=outs < vocabulary, other=float("-inf")).to(tl.float32)
-    top = tl.max(y, axis=0)
-    block = row * tl.num_programs(0) + tl.program_id(0)
-    tl.store(best_ptr + block, top)
-    tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
+    _keep_best(y, outs, row, vocabulary, best_ptr, best_token_ptr)
 
 
 @triton.jit

@@ -140,6 +140,29 @@ def _corrected(factor, zero, BITS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """For each weight of a word a tile of zeros, float32."""
+    acc = ()
+    for _ in tl.static_range(PACK):
+        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    return acc
+
+
+@triton.jit
+def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
+    """The sums, and values times a tile of weights.
+
+    One row is multiplied element by element, and its tile added up at the end: 16 instructions for 16
+    bytes of weights. More rows are what matrix units are for.
+    """
+    added = ()
+    for k in tl.static_range(PACK):
+        weights = _unpacked(words, k, dtype, BITS, ROWS)
+        added = added + (acc[k] + values * weights if ROWS == 1 else matmul(values, weights, acc[k]),)
+    return added
+
+
+@triton.jit
 def _sum_listed(
     columns,
     inside,
@@ -158,14 +181,10 @@ def _sum_listed(
     EVICT: tl.constexpr,
 ):
     """Entries `begin` to `stop` of the list times their rows of weights: for each weight of a word a tile of sums."""
-    # One row is multiplied element by element, and its tile added up at the end: 16 instructions for
-    # 16 bytes of weights. More rows are what matrix units are for.
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
-    acc = ()
-    for _ in tl.static_range(PACK):
-        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    acc = _no_sums(PACK, WORDS, ROWS, BLOCK_IN)
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tile
@@ -191,19 +210,13 @@ def _sum_listed(
             slots = start + step * BLOCK_IN + tile
             # Read again for the value: with that in hand the compiler would let each tile's
             # sum go before the next tile's load, to save registers, and nothing be under way.
-            added = ()
             if ROWS == 1:
-                word = tl.load(scratch + slots, mask=slots < stop, other=0)
-                value = _value(word, dtype)[:, None]
-                for k in tl.static_range(PACK):
-                    added = added + (acc[k] + value * _unpacked(weights[step], k, dtype, BITS, ROWS),)
+                values = _value(tl.load(scratch + slots, mask=slots < stop, other=0), dtype)[:, None]
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
                 listed_words = tl.load(scratch + rows[:, None] * STRETCH + slots[None, :], mask=there, other=0)
                 values = _value(listed_words, dtype).to(dtype)
-                for k in tl.static_range(PACK):
-                    added = added + (matmul(values, _unpacked(weights[step], k, dtype, BITS, ROWS), acc[k]),)
-            acc = added
+            acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
     return acc
 
 
@@ -230,9 +243,7 @@ def _sum_all(
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
-    acc = ()
-    for _ in tl.static_range(PACK):
-        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    acc = _no_sums(PACK, WORDS, ROWS, BLOCK_IN)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         weights = ()
         for step in tl.static_range(UNROLL):
@@ -247,17 +258,12 @@ def _sum_all(
             )
         for step in tl.static_range(UNROLL):
             ins = start + step * BLOCK_IN + tile
-            added = ()
             if ROWS == 1:
-                x = tl.load(x_ptr + ins, mask=ins < stop, other=0.0).to(tl.float32)[:, None]
-                for k in tl.static_range(PACK):
-                    added = added + (acc[k] + x * _unpacked(weights[step], k, dtype, BITS, ROWS),)
+                values = tl.load(x_ptr + ins, mask=ins < stop, other=0.0).to(tl.float32)[:, None]
             else:
                 there = in_rows[:, None] & (ins < stop)[None, :]
-                xs = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
-                for k in tl.static_range(PACK):
-                    added = added + (matmul(xs, _unpacked(weights[step], k, dtype, BITS, ROWS), acc[k]),)
-            acc = added
+                values = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
+            acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
     return acc
 
 
@@ -449,9 +455,7 @@ def gemv_kernel(
             )
     else:
         # sum of x (code - zero) scale = scale (sum of x code - zero sum of x), group by group of inputs.
-        acc = ()
-        for _ in tl.static_range(PACK):
-            acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+        acc = _no_sums(PACK, WORDS, ROWS, BLOCK_IN)
         line_starts = tl.arange(0, STRETCH // lanes) * lanes
         for start in range(first, last, group if SEVERAL_GROUPS else STRETCH):
             stop = last

@@ -12,6 +12,7 @@ from teal_cli.quantise.values import quantise
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.replace import lay_out_
 from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
 
@@ -63,8 +64,7 @@ def pack_(model: Any, packs: dict[str, Packed]) -> None:
         return
     for name, packed in packs.items():
         _replace(model, name, Scheme(packed.bits, 0 if packed.scales.shape[0] == 1 else packed.group), packed)
-    for site in {id(model.get_submodule(name).site): model.get_submodule(name).site for name in packs}.values():
-        site.lay_out_()
+    lay_out_(model)
 
 
 def make_room_(model: Any, schemes: dict[str, Scheme]) -> None:
