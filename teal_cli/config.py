@@ -295,6 +295,15 @@ class EvalConfig(SparseConfig):
         return self
 
 
+class ImportConfig(SharedConfig):
+    """`teal import`."""
+
+    sparsity: SparsityList = Field(
+        [0.5], description="targets to write the lookup's allocation file for, comma-separated"
+    )
+    out: Path | None = Field(None, description="RUN folder to write (default RUNS/<model>)")
+
+
 class InfoConfig(SharedConfig):
     """`teal info`."""
 
@@ -305,6 +314,7 @@ VERB_CONFIGS: dict[str, type[SharedConfig]] = {
     "eval": EvalConfig,
     "bench": BenchConfig,
     "generate": GenerateConfig,
+    "import": ImportConfig,
     "info": InfoConfig,
 }
 STAGES = ("calibrate", "export", "eval", "bench", "generate")

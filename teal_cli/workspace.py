@@ -1,11 +1,11 @@
 """RUNS/<model>: where a model's artefacts lie, and what is done when one is missing."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ModelConfig, SharedConfig, SparseConfig
@@ -149,7 +149,9 @@ def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, prop
         wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
         propagate = propagate and any(wanted.values())
         return (
-            summary["calibration"] == asdict(calibration.info) and made == wanted and summary["propagated"] == propagate
+            CalibrationInfo(**summary["calibration"]) == calibration.info
+            and made == wanted
+            and summary["propagated"] == propagate
         )
     except (ArtefactError, KeyError, TypeError):
         return False

@@ -1,7 +1,7 @@
 """The calibration artefact: RUN/calibration.safetensors and RUN/calibration.json."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class CalibrationInfo:
     versions: dict[str, str] = field(default_factory=dict)
     quantization: str = ""
     """How the weights were quantised while this was measured; empty where they were not."""
+    imported: str = ""
+    """Whose files this was read from (`teal import`); empty where it was measured."""
 
 
 @dataclass
@@ -161,7 +163,9 @@ def load(run: Path) -> Calibration:
     if file_digest(tensors) != meta.get("tensors_sha256"):
         raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
     with reading("calibration", path, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        info = CalibrationInfo(**{field.name: meta[field.name] for field in fields(CalibrationInfo)})
+        # What came after the format's first files has a default.
+        wanted = [entry for entry in fields(CalibrationInfo) if entry.default is MISSING or entry.name in meta]
+        info = CalibrationInfo(**{entry.name: meta[entry.name] for entry in wanted})
         projections = [Projection(**entry) for entry in meta["projections"]]
         histograms, sensitivities, paths = {}, {}, {}
         found = load_file(tensors)

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 import typer
 
@@ -20,6 +21,7 @@ VERBS = {
     "bench": "Time decoding, dense against sparse.",
     "eval": "Compare sparse with dense on held-out text.",
     "run": "Run the whole chain of a YAML recipe; resumes where it stopped.",
+    "import": "Read the histograms and greedy lookups of the method's reference code.",
     "info": "Say what this machine and its libraries can do, and list model aliases.",
 }
 
@@ -32,7 +34,8 @@ def _placeholder() -> None:
 
 
 def _command(verb: str) -> Callable[..., None]:
-    command: Callable[..., None] = import_module(f"teal_cli.cli.{verb}").command
+    module = f"{verb}_" if iskeyword(verb) else verb
+    command: Callable[..., None] = import_module(f"teal_cli.cli.{module}").command
     return command
 
 

@@ -130,6 +130,22 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     return model.eval()
 
 
+def outline(folder: Path) -> Any:
+    """A folder's model without its weights: every module, on the meta device.
+
+    Raises:
+        ArtefactError: a configuration that transformers cannot make sense of.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except _UNREADABLE as error:
+        raise artefact_error(error, f"{folder} cannot be understood") from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 

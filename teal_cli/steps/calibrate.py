@@ -12,7 +12,7 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint
-from teal_cli.config import CalibrateConfig
+from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.data import token_blocks
 from teal_cli.errors import is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_of, find_projections
@@ -144,7 +144,7 @@ def _sensitivities(
         return {}
 
 
-def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
+def run_folder(config: CalibrateConfig | ImportConfig, workspace: Workspace) -> Path:
     """Where this calibration is written."""
     return config.out or workspace.run
 
