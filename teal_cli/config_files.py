@@ -133,6 +133,14 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
     return config
 
 
+def load_as(model: type[C], verb: str, flags: Mapping[str, Any], config_file: Path | None = None) -> C:
+    """As `load_verb`, for a verb whose configuration the caller knows."""
+    config = load_verb(verb, flags, config_file)
+    if not isinstance(config, model):
+        raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
+    return config
+
+
 def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     """Every stage of a recipe, checked before the first one starts.
 

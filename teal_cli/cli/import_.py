@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import ImportConfig
 
 _FOLDER = inspect.Parameter(
@@ -32,7 +32,8 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     reporter.show(calibration_table(result))
     for file in files:
         reporter.say(f"the lookup's allocation: --allocation {file}")
-    reporter.say(f"written to {run_folder(config, workspace)}; next: teal export --model {config.model} --sparsity 0.5")
+    onward = next_command("export", config, calibration=config.out, sparsity=config.sparsity[0])
+    reporter.say(f"written to {run_folder(config, workspace)}; next: {onward}")
 
 
 command = with_options(ImportConfig, _run, arguments=(_FOLDER,))
