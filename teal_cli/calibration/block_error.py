@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, recorded
 from teal_cli.models.architectures import Projection
+from teal_cli.models.offload import computing_device
 from teal_kernels import active_inputs
 
 STEP = 0.05
@@ -262,7 +263,7 @@ def measure_paths(
         on_block: called with 1 after each block.
     """
     stack: Any = model.get_submodule(blocks)
-    device = next(model.parameters()).device
+    device = computing_device(model)
     with recorded(stack) as calls:
         model(input_ids=sequences.to(device), use_cache=False, logits_to_keep=1)
     found = GreedyPaths()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.architectures import OUTPUT_SITE, Projection
+from teal_cli.models.offload import computing_device
 
 _FINE_BITS = 5
 """2**5 bins of the histogram are one bin here: eight to a doubling of |x|."""
@@ -150,7 +151,7 @@ def measure(
         for index in range(len(stack))
     ]
     behind = {p.name: model.get_submodule(p.name) for p in projections if p.site == OUTPUT_SITE}
-    device = next(model.parameters()).device
+    device = computing_device(model)
     # Added up on the device: a copy to the host for each projection would wait for it.
     found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
 from teal_cli.errors import ArtefactError, reading
-from teal_cli.models.architectures import Projection
+from teal_cli.models.architectures import OUTPUT_SITE, Projection
 
 FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
@@ -185,7 +185,7 @@ def load(run: Path) -> Calibration:
             raise ValueError("its projections do not match its sensitivities")
         if any(squares.shape != (sensitivity.BINS,) for squares in sensitivities.values()):
             raise ValueError("a sensitivity has the wrong size")
-        blocks = Counter(projection.site.rpartition(".")[0] for projection in projections)
+        blocks = Counter(p.site.rpartition(".")[0] for p in projections if p.site != OUTPUT_SITE)
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
     return Calibration(info, projections, histograms, sensitivities, paths, text)

@@ -68,7 +68,7 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     if free is not None and needed > free:
         raise MachineError(
             f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
-            "use a smaller model or --dtype bfloat16"
+            "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
         )
 
 
@@ -115,23 +115,21 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
 
 def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> Any:
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     target = pick_device(device)
-    shape = dict(alias.shape)
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
-    with torch.device("meta"):
-        elements = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    elements = sum(parameter.numel() for parameter in empty.parameters())
     check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
     torch.manual_seed(seed)
     with target:
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen)
     return model.eval()
 
 
-def outline(folder: Path) -> Any:
-    """A folder's model without its weights: every module, on the meta device.
+def outline(model: Path | Alias) -> Any:
+    """The model of a folder or of an alias's shape without weights: every module, on the meta device.
 
     Raises:
         ArtefactError: a configuration that transformers cannot make sense of.
@@ -139,11 +137,15 @@ def outline(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if isinstance(model, Alias):
+            config = AutoConfig.for_model(**model.shape)
+        else:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except _UNREADABLE as error:
-        raise artefact_error(error, f"{folder} cannot be understood") from error
+        name = model.name if isinstance(model, Alias) else model
+        raise artefact_error(error, f"{name} cannot be understood") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,14 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.config import ModelConfig
-from teal_cli.models.loading import load_model
+from teal_cli.models.loading import load_model, pick_device
+from teal_cli.models.offload import offload_
 from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_kernels.packing import Packed
 
 
-def load_dense(folder: Path, config: ModelConfig) -> tuple[Any, dict[str, Packed]]:
+def load_dense(folder: Path, config: ModelConfig, *, offload: bool = False) -> tuple[Any, dict[str, Packed]]:
     """A dense model, its weights quantised and dequantised where the configuration asks for it.
+
+    Args:
+        folder: the model's.
+        config: device, dtype, quantisation.
+        offload: leave the weights in main memory, and compute on the device.
 
     Returns:
         The model, and by module path what `pack_` puts in place of those weights; empty where nothing is quantised.
@@ -19,8 +25,11 @@ def load_dense(folder: Path, config: ModelConfig) -> tuple[Any, dict[str, Packed
     Raises:
         TealError: what `load_model` raises.
     """
-    model = load_model(folder, device=config.device, dtype=config.dtype)
-    return model, quantised_(model, config)
+    model = load_model(folder, device="cpu" if offload else config.device, dtype=config.dtype)
+    packs = quantised_(model, config)
+    if offload:
+        offload_(model, pick_device(config.device))
+    return model, packs
 
 
 def quantised_(model: Any, config: ModelConfig) -> dict[str, Packed]:

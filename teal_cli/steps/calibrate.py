@@ -17,6 +17,7 @@ from teal_cli.data import token_blocks
 from teal_cli.errors import is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_of, find_projections
 from teal_cli.models.loading import load_tokenizer
+from teal_cli.models.offload import computing_device
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
@@ -49,7 +50,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model, _ = load_dense(source.folder, config)
+        model = load_dense(source.folder, config, offload=config.offload)[0]  # the packed weights are not needed
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -73,7 +74,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         sink_tokens=config.sink_tokens,
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+        device=computing_device(model).type,
         seconds=seconds,
         sensitivity_tokens=sequences.numel() if sensitivities else 0,
         sensitivity_seconds=sensitivity_seconds if sensitivities else 0.0,
