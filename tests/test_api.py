@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny
+from transformers.utils import logging
 
 import teal_cli
 from teal_cli.cli import run
@@ -57,6 +58,8 @@ def test_the_chain_is_that_of_the_command_line(calibrated: Path, corpus: Path) -
 
 
 def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logging.enable_progress_bar()  # as it is where no command line has run
+    capsys.readouterr()
     model = teal_cli.load(calibrated, sparsity=0.5, max_new_tokens=6)
     assert model.sparsity == 0.5
     assert len(sparse_layers(model.model)) == 14
@@ -74,6 +77,7 @@ def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -
     sampled = {model.generate("the stars", temperature=2.0, seed=seed) for seed in (10, 20, 30)}
     assert len(sampled) > 1
     assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_dense_and_what_is_missing_is_made(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,14 +42,15 @@ def completer_for(key: str, kind: Any) -> Completer | None:
         kind: plain type of its field.
     """
     if get_origin(kind) is Literal:
-        return _among(lambda: get_args(kind), is_list=False)
+        return among(lambda: get_args(kind))
     offered = _OFFERED.get(key)
-    return None if offered is None else _among(offered, is_list=get_origin(kind) is list)
+    return None if offered is None else among(offered, is_list=get_origin(kind) is list)
 
 
-def _among(offered: Callable[[], Iterable[str]], *, is_list: bool) -> Completer:
+def among(offered: Callable[[], Iterable[str]], *, is_list: bool = False) -> Completer:
+    """Of what is offered, what begins as typed; of a list with commas, its last part."""
+
     def complete(incomplete: str) -> list[str]:
-        # Of "uniform,gr" only the last part is still open.
         head, comma, open_part = incomplete.rpartition(",") if is_list else ("", "", incomplete)
         return [f"{head}{comma}{value}" for value in offered() if value.startswith(open_part)]
 

@@ -1,6 +1,8 @@
 """Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,20 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
         )
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of transformers, whose are not ours to show: the reporter is who talks to the user."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     """A transformers causal language model in eval mode; a TEAL checkpoint comes with sparse layers.
 
@@ -95,9 +111,10 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     if is_sparse:
         check_weights(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, local_files_only=True, output_loading_info=True
-        )
+        with _without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=chosen, local_files_only=True, output_loading_info=True
+            )
         model, report = loaded
     except _UNREADABLE as error:
         raise artefact_error(error, f"{folder} cannot be loaded") from error
