@@ -1,5 +1,6 @@
 """The five functions of the Python API, on a tiny model; the examples of docs/python-api.md."""
 
+import json
 import re
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_chain_is_that_of_the_command_line(calibrated: Path, corpus: Path) -
     flags = ["eval", "--model", summary.folder, "--text", str(corpus), "--tokens", "256", "--seq-len", "64"]
     assert run([*flags, "--json", "e.json"]) == 0
     written = result.to_json()
-    read = __import__("json").loads(Path("e.json").read_text())
+    read = json.loads(Path("e.json").read_text())
     assert {key: read[key] for key in written} == written
 
 
