@@ -41,9 +41,8 @@ class Workspace:
         return self.runs / "-".join(filter(None, (self.source.name, self.quantization)))
 
     def export_folder(self, allocation: str, sparsity: float) -> Path:
-        """Where `teal export` writes by default. The number is written so that targets cannot collide."""
-        digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
-        return self.run / f"{allocation}-{digits}"
+        """Where `teal export` writes by default."""
+        return self.run / f"{allocation}-{digits_of(sparsity)}"
 
     def require_dense(self, verb: str) -> None:
         """Refuse a TEAL checkpoint where the dense model is needed.
@@ -55,6 +54,11 @@ class Workspace:
             raise UsageError(
                 f"{self.source.folder} is a TEAL checkpoint: teal {verb} needs the dense model it came from"
             )
+
+
+def digits_of(sparsity: float) -> str:
+    """A target as file names have it: two decimals, or as many as it takes for targets not to collide."""
+    return f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
 
 
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:

@@ -6,6 +6,7 @@ large share of all values (padding that was counted) hides every threshold insid
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,12 @@ from teal_cli.calibration import histogram
 
 _EVEN = 0.01
 """How much the width of a bin may differ from the others: centres are float32 (0.1 % in the published files)."""
+
+
+@cache
+def _upper_edges() -> NDArray[np.float64]:
+    """Of our bins but the last, which has none."""
+    return np.array([histogram.upper_edge(index) for index in range(histogram.BINS - 1)])
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class SignedHistogram:
     def of_magnitudes(self) -> Tensor:
         """As `calibration.histogram` counts |x|: (histogram.BINS,) int64, with the same total."""
         cumulative = np.concatenate([[0.0], np.cumsum(self.counts)])
-        tops = np.array([histogram.upper_edge(index) for index in range(histogram.BINS - 1)])
+        tops = _upper_edges()
         # |x| <= t is -t <= x <= t, whatever the two sides of zero look like.
         below = np.interp(tops, self.edges, cumulative) - np.interp(-tops, self.edges, cumulative)
         rounded = np.rint(np.concatenate([[0.0], below, [self.total]]))

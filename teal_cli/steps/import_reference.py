@@ -18,7 +18,7 @@ from teal_cli.models.loading import outline
 from teal_cli.report.console import Reporter
 from teal_cli.steps.calibrate import run_folder
 from teal_cli.versions import library_versions
-from teal_cli.workspace import Workspace
+from teal_cli.workspace import Workspace, digits_of
 
 _CROWDED = 0.01
 """Share of a site's values in one bin that is worth a word: more than any threshold should be off by."""
@@ -76,7 +76,7 @@ def import_reference(
     calibration_file.save(result, run)
     files = []
     for plan in plans:
-        files.append(run / f"lookup-{plan.target_sparsity:.2f}.yaml")
+        files.append(run / f"lookup-{digits_of(plan.target_sparsity)}.yaml")
         with atomic_path(files[-1]) as temporary:
             temporary.write_text(plan.allocation_yaml(), encoding="utf-8")
     _warn(signed, workspace.source.name, reporter)

@@ -96,7 +96,8 @@ def test_the_calibration_is_that_of_the_files(tiny: Path, tmp_path: Path, capsys
 
 def test_the_chain_goes_on_from_it(tiny: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     _published(tmp_path / "teal")
-    assert _teal("import", tmp_path / "teal", "--model", tiny, "--sparsity", "0.3,0.5") == 0
+    assert _teal("import", tmp_path / "teal", "--model", tiny, "--sparsity", "0.3,0.5,0.125") == 0
+    assert Path("runs/tiny/lookup-0.125.yaml").is_file()
     capsys.readouterr()
     assert _teal("export", "--model", tiny, "--sparsity", 0.3) == 0
     said = capsys.readouterr().err
