@@ -48,9 +48,8 @@ def _machine(result: dict[str, Any]) -> Table:
     else:
         rows["compute capability"] = gpu["compute_capability"]
         rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda']}"
-        rows["kernels"] = (
-            "cut as measured on this GPU" if gpu["tuned"] else "cut as measured on another GPU: `teal bench --tune`"
-        )
+        whose = "this GPU" if gpu["tuned"] else "another GPU: `teal bench --kernels --tune`"
+        rows["kernels"] = f"cut as measured on {whose}"
         rows["main memory available"] = _gib(result["main_memory_available_bytes"])
     if gpu is not None and result["c_compiler"] is None:
         rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"
