@@ -172,7 +172,7 @@ def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "qwen2.5-0.5b"
     seventy = load_recipe(Path("llama-3-70b"), {}).stages
     assert list(seventy) == ["calibrate", "export", "generate"]
-    assert (seventy["calibrate"].offload, seventy["generate"].quantization) == (True, "int4-64")
+    assert (seventy["calibrate"].offload, seventy["generate"].quantization) == (True, "int8")
     Path("laptop").write_text("model: mine\ngenerate: {prompt: x}\n")
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "mine"
     with pytest.raises(UsageError, match="recipe desktop does not exist"):
