@@ -10,6 +10,7 @@ from teal_cli.checkpoint.export import check_calibration_fits, read_summary, wri
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.architectures import architecture_in
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
@@ -44,6 +45,11 @@ class Workspace:
         """Where `teal export` writes by default. The number is written so that targets cannot collide."""
         digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
         return self.run / f"{allocation}-{digits}"
+
+    def row(self, config: ModelConfig) -> dict[str, Any] | None:
+        """The model's row in the architecture file of a configuration, for a checkpoint to carry."""
+        found = architecture_in(config.architecture, str(self.source.config.get("model_type")))
+        return None if found is None else found.row()
 
     def require_dense(self, verb: str) -> None:
         """Refuse a TEAL checkpoint where the dense model is needed.
@@ -124,6 +130,7 @@ def checkpoint_for(
             "link",
             propagated=propagated,
             quantization=config.stored_quantization,
+            architecture=workspace.row(config),
         )
     return folder
 

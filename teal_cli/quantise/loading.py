@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.files import read_json
 from teal_cli.config import ModelConfig
+from teal_cli.models.architectures import architecture_in
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.scheme import Scheme
@@ -19,7 +21,9 @@ def load_dense(folder: Path, config: ModelConfig) -> tuple[Any, dict[str, Packed
     Raises:
         TealError: what `load_model` raises.
     """
-    model = load_model(folder, device=config.device, dtype=config.dtype)
+    model_type = str(read_json(folder / "config.json", "model configuration").get("model_type"))
+    architecture = architecture_in(config.architecture, model_type)
+    model = load_model(folder, device=config.device, dtype=config.dtype, architecture=architecture)
     return model, quantised_(model, config)
 
 

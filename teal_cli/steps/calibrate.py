@@ -14,8 +14,9 @@ from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, Calibratio
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
-from teal_cli.errors import is_out_of_memory
-from teal_cli.models.architectures import Projection, architecture_of, find_projections
+from teal_cli.errors import UsageError, is_out_of_memory
+from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
+from teal_cli.models.discovery import propose
 from teal_cli.models.loading import load_tokenizer
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
@@ -33,7 +34,14 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     workspace.require_dense("calibrate")
     source = workspace.source
     # Whatever can fail cheaply fails before the model is loaded.
-    architecture_of(str(source.config.get("model_type")))
+    model_type = str(source.config.get("model_type"))
+    architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
+    if architecture is None:
+        raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
+    if architecture.kind != "causal" and config.dataset == "self":
+        raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
+    sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
@@ -54,12 +62,12 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
         histograms = collect(
-            model, projections, blocks.split(config.batch_size), sink_tokens=config.sink_tokens, on_batch=advance
+            model, projections, blocks.split(config.batch_size), sink_tokens=sink_tokens, on_batch=advance
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     sequences = _first(blocks, config.sensitivity_tokens)
-    sensitivities = _sensitivities(config, model, projections, sequences, reporter)
+    sensitivities = _sensitivities(model, projections, sequences, sink_tokens, reporter)
     sensitivity_seconds = time.perf_counter() - started
     started = time.perf_counter()
     walked = _first(blocks, config.greedy_tokens)
@@ -70,7 +78,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         dataset=dataset_identity(config.dataset),
         tokens=blocks.numel(),
         seq_len=config.seq_len,
-        sink_tokens=config.sink_tokens,
+        sink_tokens=sink_tokens,
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
@@ -107,11 +115,10 @@ def _paths(
     """What allocation greedy needs, from some sequences."""
     if len(sequences) == 0:
         return GreedyPaths()
-    path = architecture_of(model.config.model_type).blocks
-    with reporter.progress("walking greedy paths", len(model.get_submodule(path))) as advance:
+    blocks = sum(len(model.get_submodule(path)) for path in architecture_for(model).blocks)
+    with reporter.progress("walking greedy paths", blocks) as advance:
         return measure_paths(
             model,
-            path,
             projections,
             histograms,
             sequences,
@@ -123,16 +130,15 @@ def _paths(
 
 
 def _sensitivities(
-    config: CalibrateConfig, model: Any, projections: list[Projection], sequences: Tensor, reporter: Reporter
+    model: Any, projections: list[Projection], sequences: Tensor, sink_tokens: int, reporter: Reporter
 ) -> dict[str, Tensor]:
     """Sensitivities from some sequences; none where memory does not allow a backward pass."""
     if len(sequences) == 0:
         return {}
-    path = architecture_of(model.config.model_type).blocks
     try:
         with reporter.progress("measuring sensitivities", sequences.numel()) as advance:
             return sensitivity.measure(
-                model, path, projections, sequences.split(1), sink_tokens=config.sink_tokens, on_batch=advance
+                model, projections, sequences.split(1), sink_tokens=sink_tokens, on_batch=advance
             )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -27,7 +27,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
 def _walk(calibration: Calibration, **options: object) -> GreedyPaths:
     model = build_model("llama")
     projections, histograms = calibration.projections, calibration.histograms
-    return measure_paths(model, "model.layers", projections, histograms, TEXT, sink_tokens=4, **options)
+    return measure_paths(model, projections, histograms, TEXT, sink_tokens=4, **options)
 
 
 @pytest.fixture(scope="module")
