@@ -1,4 +1,4 @@
-"""Which linear layers of which model types are made sparse: a table, not code (configs/architectures.yaml).
+"""Which linear layers of which model types are made sparse: a table, not code (architectures.yaml).
 
 A *site* is one hidden state; the *projections* that read it share one histogram. Adding a family
 whose blocks look like one of these is a row there and a line in tests (docs/add-a-model-family.md).
@@ -17,7 +17,6 @@ from torch import nn
 from teal_cli.config_files import read_yaml
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.layers import is_stacked, linear_shape
-from teal_cli.resources import CONFIGS
 
 Kind = Literal["causal", "encoder", "seq2seq"]
 _Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -69,7 +68,7 @@ def read_table(path: Path) -> dict[str, Architecture]:
 @cache
 def table() -> Mapping[str, Architecture]:
     """The packaged table: transformers' `config.model_type` -> architecture."""
-    return read_table(CONFIGS / "architectures.yaml")
+    return read_table(Path(__file__).with_suffix(".yaml"))
 
 
 def architecture_of(model_type: str) -> Architecture:

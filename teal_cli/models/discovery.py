@@ -2,7 +2,7 @@
 
 The blocks are the longest list of like modules. Which layers read one hidden state is seen in a
 short forward pass: they are called with the same tensor. What is found is a row of
-configs/architectures.yaml; it is written down and never taken without being confirmed.
+teal_cli/models/architectures.yaml; it is written down and never taken without being confirmed.
 """
 
 from collections import defaultdict
@@ -55,7 +55,7 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
     head = (
         f"# What teal found in {source.name}, whose type it does not know. Check it: the linear layers of a site must\n"
         "# read the same hidden state; layers under dense drop no inputs. The keys are explained at the head of\n"
-        "# configs/architectures.yaml and in docs/add-a-model-family.md.\n"
+        "# teal_cli/models/architectures.yaml and in docs/add-a-model-family.md.\n"
     )
     with atomic_path(path) as temporary:
         body = yaml.safe_dump({model_type: found.row()}, sort_keys=False, width=120)
