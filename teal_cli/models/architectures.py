@@ -31,6 +31,7 @@ class Architecture(BaseModel):
     blocks: Annotated[_Paths, Field(min_length=1)]
     sites: Annotated[dict[Annotated[str, Field(pattern=r"^\w+$")], _Paths], Field(min_length=1)]
     optional: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     flattened: bool = False
     compact: bool = False

@@ -82,8 +82,13 @@ def auto_class(kind: Kind) -> Any:
     return getattr(transformers, f"AutoModel{name}")
 
 
-def _kind(config: dict[str, Any], architecture: Architecture | None) -> Kind:
-    """What kind of model a folder holds."""
+def kind_of(config: dict[str, Any], architecture: Architecture | None) -> Kind:
+    """What kind of model a folder holds.
+
+    Args:
+        config: its config.json.
+        architecture: where it is not that of the table or of the checkpoint.
+    """
     if architecture is not None:
         return architecture.kind
     own = (config.get("quantization_config") or {}).get("architecture") or {}
@@ -115,7 +120,7 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     # Codes keep their dtype, whatever the model's.
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
     check_memory(size, target, str(folder))
-    kind = _kind(config, architecture)
+    kind = kind_of(config, architecture)
     is_sparse = carries_plan(config)
     if is_sparse:
         check_weights(folder)

@@ -6,10 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teal_cli.errors import ArtefactError
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import quantise
 
 _EMBEDDING = "model.embed_tokens.weight"
+_OUTPUT = "lm_head"
 
 
 def write_quantised(shards: list[Path], schemes: dict[str, Scheme], folder: Path) -> None:
@@ -19,6 +21,9 @@ def write_quantised(shards: list[Path], schemes: dict[str, Scheme], folder: Path
         shards: the dense weight files.
         schemes: by module path. An output layer tied to the embedding gets weights of its own.
         folder: where to.
+
+    Raises:
+        ArtefactError: weights that the files hold under other names than the model.
     """
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -32,6 +37,10 @@ def write_quantised(shards: list[Path], schemes: dict[str, Scheme], folder: Path
                     tensors[key] = tensor
     for name, scheme in schemes.items():
         if f"{name}.qweight" not in tensors:  # tied
+            if name != _OUTPUT or _EMBEDDING not in tensors:
+                raise ArtefactError(
+                    f"the weight files have no {name}.weight: checkpoints of this family cannot be quantised"
+                )
             tensors |= _quantised(name, tensors[_EMBEDDING], scheme)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

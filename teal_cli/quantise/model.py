@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
@@ -30,6 +31,9 @@ def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict
 
     Returns:
         Module path -> the codes, scales and zero points that `pack_` puts in place.
+
+    Raises:
+        ArtefactError: a projection that is Conv1D, or stacked experts.
     """
     packs = {}
     schemes = {projection.name: scheme for projection in find_projections(model)}
@@ -37,6 +41,8 @@ def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict
         schemes[find_projections(model, output_layer=True)[-1].name] = INT8
     for name, of_this in schemes.items():
         layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ArtefactError(f"{name} is a {type(layer).__name__}: only linear layers of their own can be quantised")
         packed = quantise(layer.weight, of_this)
         packs[name] = packed
         values = dequantised(packed, layer.weight.dtype).t()

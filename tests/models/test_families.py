@@ -4,6 +4,7 @@ A new family is a row of teal_cli/models/architectures.yaml and a line of FAMILI
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ from teal_cli.calibration import histogram, sensitivity
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.config import CalibrateConfig, ExportConfig
+from teal_cli.checkpoint.export import write_checkpoint
+from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig
+from teal_cli.data import token_blocks
+from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.seq2seq import engine_for
+from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_of, find_projections, table
-from teal_cli.models.loading import auto_class
+from teal_cli.models.loading import auto_class, load_model
 from teal_cli.models.passes import halves, run_text
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import QUIET
+from teal_cli.report.tables import eval_tables
 from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_
 from teal_cli.steps.calibrate import calibrate
+from teal_cli.steps.evaluate import evaluate
 from teal_cli.steps.export import export
+from teal_cli.steps.generate import Generator
 
 assert teal_cli.hf
 SPARSITY = 0.5
@@ -285,3 +296,83 @@ def test_weights_are_held_once(made: Made) -> None:
     dense, sparse = made.dense(), made.sparse()
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in sparse.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in dense.parameters())
+
+
+def test_evaluation(made: Made) -> None:
+    result = evaluate(
+        EvalConfig(model=str(made.checkpoint), text=made.text, tokens=128, seq_len=32, dense_prefix=[8]), QUIET
+    ).to_json()
+    assert eval_tables(result)
+    (run,) = result["runs"]
+    if made.kind == "encoder":
+        assert 0.0 < run["least_cosine"] <= run["cosine"] < 1.0
+        assert 0.0 < run["relative_error"] < 2.0
+        assert run["realised_sparsity"] == pytest.approx(SPARSITY, abs=0.1)
+        return
+    assert run["dense_prefix"] == (8 if made.kind == "causal" else 0)
+    assert run["tokens"] == 4 * (23 if made.kind == "causal" else 16)
+    assert run["sparse"]["realised_sparsity"] == pytest.approx(SPARSITY, abs=0.1)
+    assert run["sparse"]["kl"] > 0.0
+    with torch.no_grad():
+        dense = made.dense()
+        blocks = token_blocks(str(made.text), build_tokenizer(), tokens=128, seq_len=32, seed=0, half="evaluation")
+        losses = []
+        for ids in blocks.split(1):
+            if made.kind == "seq2seq":
+                losses.append(float(dense(input_ids=ids[:, :16], labels=ids[:, 16:]).loss))
+            else:
+                logits = dense(input_ids=ids).logits[0]
+                losses.append(float(F.cross_entropy(logits[8:-1].float(), ids[0, 9:])))
+    assert run["dense"]["perplexity"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)
+    assert run["sparse"]["bytes_per_token"] < result["dense_bytes_per_token"]
+    assert result["dense_bytes_per_token"] <= sum(p.nbytes for p in dense.parameters())
+
+
+def test_greedy_at_sparsity_zero_equals_generate(made: Made) -> None:
+    dense, prompt = made.dense(), _tokens(1, 12)
+    if made.kind == "encoder":
+        with pytest.raises(UsageError, match="is an encoder and writes no text"):
+            Generator(GenerateConfig(model=str(made.checkpoint)), QUIET)
+        return
+    dense.generation_config.eos_token_id = None
+    written = dense.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()
+    engine = engine_for(load_model(made.checkpoint, device="cpu", dtype="auto"))
+    assert engine.control is not None
+    with engine.control.switched_off():
+        got = list(engine.generate(prompt, max_new_tokens=20, sampling=SamplingConfig()))
+    assert got == written[1 if made.kind == "seq2seq" else 12 :]
+    with engine.control.counting() as counter:
+        list(engine.generate(prompt, max_new_tokens=20, sampling=SamplingConfig()))
+    assert 0.3 < (counter.model_wide() or 0.0) < 0.7
+
+
+OTHER_NAMES = {"gemma3"}
+"""Families whose files name weights otherwise than the model does."""
+CANNOT_QUANTISE = {"gpt2", "mixtral", "qwen3_moe"}
+
+
+def test_quantised(made: Made, tmp_path: Path) -> None:
+    """Packed weights decode as the quantised network does, or the reason why not is told."""
+    plan, prompt = made.sparse().config.quantization_config.plan, _tokens(1, 12)
+    plain = load_model(made.folder, device="cpu", dtype="auto")
+    if made.family in CANNOT_QUANTISE:
+        with pytest.raises(ArtefactError, match="only linear layers of their own can be quantised"):
+            quantise_(plain, Scheme.parse("int8"))
+        return
+    packs = quantise_(plain, Scheme.parse("int8"))
+    packed = load_model(made.folder, device="cpu", dtype="auto")
+    for model in (plain, packed):
+        sparsify_(model, plan)
+    pack_(packed, packs)
+    with torch.no_grad(), control_of(plain).masked(4), control_of(packed).masked(4):
+        torch.testing.assert_close(_output(packed, prompt), _output(plain, prompt), rtol=1e-3, atol=1e-3)
+    out = tmp_path / "quantised"
+    quantization = {"projections": "int8", "output": None}
+    if made.family in OTHER_NAMES:
+        with pytest.raises(ArtefactError, match="checkpoints of this family cannot be quantised"):
+            write_checkpoint(made.folder, plan, made.calibration, out, "link", quantization=quantization)
+        return
+    write_checkpoint(made.folder, plan, made.calibration, out, "link", quantization=quantization)
+    again = load_model(out, device="cpu", dtype="auto")
+    with torch.no_grad(), control_of(again).masked(4), control_of(packed).masked(4):
+        torch.testing.assert_close(_output(again, prompt), _output(packed, prompt), rtol=1e-4, atol=1e-4)
