@@ -9,8 +9,13 @@ too. This is an empirical Fisher information of masks (derived in docs/method.md
 
 Gradients of activations only. Of a decoder one block at a time is run again with gradients, so
 memory holds the hidden states between blocks and what one block keeps; encoders and encoder-decoders
-go through in one piece. An encoder has no loss: there it is a random projection of the mean of its
-last hidden states, whose squared change is, on average, that of the mean itself.
+go through in one piece.
+
+An encoder has no loss. What it is used for is the direction of the mean of its last hidden states; a
+random projection of that (signs, new ones for every sequence) stands for the loss: its squared change
+is, on average, that of the direction. And an encoder drops inputs at all positions at once, so the
+changes of a sequence are added up before they are squared: taken by themselves they would seem to
+cancel out.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,19 +48,21 @@ def edges() -> list[int]:
     return [min(index << _FINE_BITS, histogram.BINS - 1) for index in range(BINS - 1)] + [histogram.BINS - 1]
 
 
-def squared_changes(x: Tensor, gradient: Tensor) -> Tensor:
+def squared_changes(x: Tensor, gradient: Tensor, *, together: bool = False) -> Tensor:
     """Squared first-order loss changes by threshold, summed over tokens.
 
     Args:
         x: (tokens, in), the input of a projection.
         gradient: (tokens, in), of the loss with respect to it.
+        together: all tokens drop at once: the square is that of their sum.
 
     Returns:
         (BINS,) float64: entry b for dropping every |x| in bins up to b.
     """
     parts = x.float() * gradient.float()
     sums = torch.zeros(len(x), BINS, device=x.device).scatter_add_(1, _bin_of(x), parts)
-    return sums.cumsum_(1).double().square_().sum(0)
+    sums = sums.cumsum_(1).double()
+    return sums.sum(0).square_() if together else sums.square_().sum(0)
 
 
 class _State(NamedTuple):
@@ -155,7 +162,7 @@ def _by_block(model: Any, path: str, projections: list[Projection], ids: Tensor)
 
 
 def _in_one_piece(
-    model: Any, architecture: Architecture, projections: list[Projection], ids: Tensor
+    model: Any, architecture: Architecture, projections: list[Projection], ids: Tensor, generator: torch.Generator
 ) -> Iterator[dict[str, _State]]:
     """The states of all projections of an encoder or encoder-decoder."""
     inputs = _Inputs({p.name: model.get_submodule(p.name) for p in projections})
@@ -164,9 +171,9 @@ def _in_one_piece(
     if architecture.kind == "seq2seq":
         loss = _cross_entropy(output.logits, halves(model, ids).target)
     else:
-        mean = output.last_hidden_state.float().mean(1)
-        signs = torch.randint(0, 2, mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) * 2 - 1
-        loss = (mean * signs).sum()
+        direction = F.normalize(output.last_hidden_state.float().mean(1), dim=-1)
+        signs = torch.randint(0, 2, direction.shape, generator=generator).to(direction) * 2 - 1
+        loss = (direction * signs).sum()
     yield inputs.states(list(torch.autograd.grad(loss, list(inputs.x.values()))))
 
 
@@ -195,16 +202,25 @@ def measure(
     device = next(model.parameters()).device
     # Added up on the device: a copy to the host for each projection would wait for it.
     found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
+    generator = torch.Generator().manual_seed(0)
+
+    def squares(state: _State, shape: torch.Size) -> Tensor:
+        if architecture.kind == "encoder":
+            pairs = zip(state.x, state.gradient, strict=True)  # sequence by sequence
+            changes = [squared_changes(x, at_x, together=True) for x, at_x in pairs]
+            return torch.stack(changes).sum(0)
+        x, at_x = (rows_from(sink_tokens, part, state.rest, shape) for part in (state.x, state.gradient))
+        return squared_changes(x, at_x)
+
     with _frozen(model):
         for batch in batches:
             ids = batch.to(device)
             if architecture.kind == "causal":
                 passes = _by_block(model, architecture.blocks[0], projections, ids)
             else:
-                passes = _in_one_piece(model, architecture, projections, ids)
+                passes = _in_one_piece(model, architecture, projections, ids, generator)
             for states in passes:
                 for name, state in states.items():
-                    rows = [rows_from(sink_tokens, part, state.rest, batch.shape) for part in state[:2]]
-                    found[name] += squared_changes(*rows).to(device)
+                    found[name] += squares(state, batch.shape).to(device)
             on_batch(batch.numel())
     return {name: squares.cpu() for name, squares in found.items()}
