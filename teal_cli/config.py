@@ -56,6 +56,9 @@ class ModelConfig(SharedConfig):
     quantize: Quantization | None = Field(
         None, description="weights of 8 or 4 bits: int8, int4 or int4:GROUP (inputs that share a scale; 128)"
     )
+    architecture: InputFile | None = Field(
+        None, description="layers of model types that teal does not know, as YAML (docs/add-a-model-family.md)"
+    )
     quantize_output: bool = Field(False, description="with quantize: the output layer too, to 8 bits")
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import ARCHITECTURES
+from teal_cli.models.architectures import architecture_for
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
@@ -38,7 +38,11 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     """Why a model cannot take the compact path; None where it can."""
     config = model.config
     parameter = next(model.parameters())
-    if config.model_type not in ARCHITECTURES:
+    try:
+        known = architecture_for(model).compact
+    except ArtefactError:
+        known = False
+    if not known:
         return f"model type {config.model_type}"
     if parameter.device.type != "cuda" and not interpreting():
         return "no GPU"

@@ -45,12 +45,33 @@ def calibration_table(result: dict[str, Any]) -> Table:
 def eval_tables(result: dict[str, Any]) -> list[Table]:
     """Dense against sparse quality: one run in full, or several side by side; then what was written."""
     runs = result["runs"]
+    if result.get("kind") == "encoder":
+        return [_encoder(result)]
     title = f"{result['model']} on {result['dataset']}\n"
     positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
     if len(runs) == 1:
         title += f"{result['tokens']:,} {positions}, the first {result['dense_prefix']} dense"
         return [_one_run(title, result), *_written(runs)]
     return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
+
+
+def _encoder(result: dict[str, Any]) -> Table:
+    first = result["runs"][0]
+    title = (
+        f"{result['model']} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
+    )
+    columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
+    table = _table(title, *columns)
+    for run in result["runs"]:
+        table.add_row(
+            run["allocation"],
+            f"{run['target_sparsity']:.2f}",
+            f"{run['realised_sparsity']:.3f}",
+            _with_error(run["cosine"], run["cosine_stderr"], 4),
+            f"{run['least_cosine']:.4f}",
+            f"{run['relative_error']:.3f}",
+        )
+    return table
 
 
 def _one_run(title: str, result: dict[str, Any]) -> Table:
@@ -241,6 +262,8 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
+    if quality and quality.get("kind") == "encoder":  # its measures stand in the table of eval
+        quality = None
     table = _table("Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup")
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 

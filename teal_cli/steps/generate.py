@@ -10,8 +10,8 @@ import torch
 
 from teal_cli.config import GenerateConfig
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, text_streamer, wants_chat
-from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.seq2seq import engine_for
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparsityCounter, control_of, sparse_layers, use_backend
@@ -52,6 +52,7 @@ class Generator:
 
     def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
         workspace = workspace or Workspace.of(config, reporter)
+        workspace.require_decoder(config, "generate")
         self.config = config
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)
@@ -61,10 +62,12 @@ class Generator:
             folder = checkpoint_for(config, config.sparsity, workspace, reporter)
         elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
             folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
-        self.model = load_model(folder, device=config.device, dtype=config.dtype)
+        self.model = load_model(
+            folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config)
+        )
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        self.engine = Engine(self.model)
+        self.engine = engine_for(self.model)
         if self.engine.general_because is not None:
             reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
         self._replies = 0
