@@ -1,0 +1,149 @@
+"""Gate first: the `up` product of a gated MLP, computed for the live neurons only.
+
+In a model that was trained to be sparse most neurons of an MLP are exactly zero once the gate's
+activation is known (ReLU; FATReLU, arXiv 2402.13516; dReLU, arXiv 2406.05955; squared ReLU). So the
+gate product is computed densely, and of `up_proj`, whose rows are the neurons, only the rows of the
+live ones are read. What is left out is multiplied with zero: the result is that of the dense
+product, except that an infinity or a NaN which meets such a zero does not show.
+
+Here is the definition in plain torch, the CPU's version, and the choice; `triton_gate_first` is the GPU's.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_kernels.ops import resolve_backend
+from teal_kernels.triton_gate_first import triton_gate_first
+
+Kind = Literal["relu", "fatrelu", "relu2", "drelu"]
+
+# Rows of a chunk are copied and multiplied while they lie in the cache of a core. 4096 x 11008, 89 % dead,
+# two Zen 4 cores with 1 MiB of L2 each: float32 1.9 ms with chunks of 256 KiB, 1.3 with 1 MiB, 1.25 with 2,
+# 1.5 with 4, 2.2 in one piece; bfloat16 2.0, 1.3, 1.25, and 1.7 in one piece.
+_CHUNK_BYTES = 1 << 21
+
+
+@dataclass(frozen=True)
+class GateActivation:
+    """How the gate decides, and what it is multiplied with.
+
+    relu: max(g, 0); fatrelu: g where g >= threshold, else 0; relu2: max(g, 0) squared; drelu: max(g, 0),
+    times max(up, 0) in place of up. The threshold is rounded to the dtype of the gate.
+    """
+
+    kind: Kind
+    threshold: float = 0.0
+
+    def live(self, gate: Tensor) -> Tensor:
+        """Which neurons are not zero, bool of gate's shape. NaN is live: it must show."""
+        if self.kind == "fatrelu":
+            return (gate < rounded_threshold(self.threshold, gate.dtype)).logical_not_()
+        return (gate <= 0).logical_not_()
+
+    def of_gate(self, gate: Tensor) -> Tensor:
+        """The activation itself, in gate's dtype."""
+        if self.kind == "fatrelu":
+            return torch.where(self.live(gate), gate, torch.zeros((), dtype=gate.dtype, device=gate.device))
+        positive = F.relu(gate)
+        return positive.square() if self.kind == "relu2" else positive
+
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What `down_proj` reads: the activated gate times up, as the dense model has it."""
+        return self.of_gate(gate) * (F.relu(up) if self.kind == "drelu" else up)
+
+
+@lru_cache(maxsize=64)
+def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
+    """The threshold as a value of the dtype: torch's own comparisons round it on a CPU and not on a GPU."""
+    return float(torch.tensor(threshold, dtype=dtype))
+
+
+def reference_gate_first(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, activation: GateActivation
+) -> Tensor:
+    """The meaning of `gate_first`, at dense cost; arguments and result are the same."""
+    hidden = activation.hidden(gate, F.linear(x, weight, bias))
+    return torch.where(activation.live(gate), hidden, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def cpu_gate_first(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, activation: GateActivation) -> Tensor:
+    """On the CPU: the rows of the neurons that live for any token are gathered, a chunk at a time, and multiplied.
+
+    Deterministic for a given thread count.
+    """
+    n_out, n_in = weight.shape
+    inputs, gates = x.reshape(-1, n_in), gate.reshape(-1, n_out)
+    live = activation.live(gates)
+    index = (live if live.shape[0] == 1 else live.any(0, keepdim=True)).view(-1).nonzero().view(-1)
+    hidden = gates.new_zeros(gates.shape)
+    if index.shape[0]:
+        rows = max(1, _CHUNK_BYTES // (n_in * weight.itemsize))
+        up = torch.cat([F.linear(inputs, weight.index_select(0, chunk)) for chunk in index.split(rows)], dim=1)
+        if bias is not None:
+            up = up + bias.index_select(0, index)
+        product = activation.hidden(gates.index_select(1, index), up)
+        if gates.shape[0] > 1:  # dead for this token, live for another: up may be infinite
+            product = torch.where(live.index_select(1, index), product, product.new_zeros(()))
+        hidden.index_copy_(1, index, product)
+    return hidden.view(gate.shape)
+
+
+def _gate_first(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, threshold: float, backend: str
+) -> Tensor:
+    activation = GateActivation(kind, threshold)
+    name = resolve_backend(backend, x.device, x.dtype)
+    if name == "cpu":
+        return cpu_gate_first(x, gate, weight, bias, activation)
+    if name == "triton":
+        rounded = rounded_threshold(threshold, gate.dtype)
+        return triton_gate_first(x, gate, weight, bias, kind=kind, threshold=rounded)
+    return reference_gate_first(x, gate, weight, bias, activation)
+
+
+_library = torch.library.Library("teal", "FRAGMENT")
+_library.define(
+    "gate_first(Tensor x, Tensor gate, Tensor weight, Tensor? bias, str kind, float threshold, str backend) -> Tensor"
+)
+_library.impl("gate_first", _gate_first, "CPU")
+_library.impl("gate_first", _gate_first, "CUDA")
+
+
+@torch.library.register_fake("teal::gate_first", lib=_library)
+def _(
+    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, threshold: float, backend: str
+) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def gate_first(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: GateActivation,
+    backend: str = "auto",
+) -> Tensor:
+    """The hidden state of a gated MLP from its gate product, without reading the rows of dead neurons.
+
+    Args:
+        x: (..., in), what gate_proj and up_proj read; each leading index is one token.
+        gate: (..., out), the gate product, before its activation.
+        weight: (out, in) of up_proj, row-major, the dtype of x.
+        bias: (out,) of up_proj, or None.
+        activation: how the gate decides.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (..., out), the dtype of x: activation(gate) times up, zero where the gate is dead.
+
+    Raises:
+        BackendUnavailableError: a backend asked for by name cannot run here.
+    """
+    y: Tensor = torch.ops.teal.gate_first.default(x, gate, weight, bias, activation.kind, activation.threshold, backend)
+    return y
