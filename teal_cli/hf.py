@@ -4,6 +4,7 @@
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/fisher-0.50")
 
+It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`).
 Importing it imports transformers, which is why `import teal_cli` does not. Without this import
 transformers warns of an unknown quantisation type and loads the dense model.
 """
@@ -17,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
+from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.sparse import apply_plan_, replace_projections_
 
@@ -68,6 +70,7 @@ class TealQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
         apply_plan_(model, self.quantization_config.plan)
+        set_activation_thresholds_(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -145,5 +145,7 @@ def gate_first(
     Raises:
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():  # as in `ops`
+        return _gate_first(x, gate, weight, bias, activation.kind, activation.threshold, backend)
     y: Tensor = torch.ops.teal.gate_first.default(x, gate, weight, bias, activation.kind, activation.threshold, backend)
     return y

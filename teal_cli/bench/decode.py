@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.sparse import apply_plan_, sparse_layers
+from teal_cli.sparse import SparseLinear, apply_plan_, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import Packed
 
@@ -65,11 +65,16 @@ def weight_bytes_per_token(
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             total += packed.nbytes - layer.weight.nbytes
-    skipped = sum(
-        (packs[name].words if name in packs else layers[name].storage).nbytes * share
-        for name, share in realised.items()
-    )
+    skipped = sum(_storage(model, name, packs).nbytes * share for name, share in realised.items())
     return round(total - skipped)
+
+
+def _storage(model: nn.Module, name: str, packs: Mapping[str, Packed]) -> Tensor:
+    """What the weights of a layer are held in."""
+    if name in packs:
+        return packs[name].words
+    layer = model.get_submodule(name)
+    return layer.storage if isinstance(layer, SparseLinear) else cast(nn.Linear, layer).weight
 
 
 def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int) -> float:

@@ -42,6 +42,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "sparsellama": _LLAMA,
+    "bamboo": _LLAMA,
 }
 """transformers' `config.model_type` -> architecture."""
 

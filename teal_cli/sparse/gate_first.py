@@ -1,0 +1,78 @@
+"""The gated MLP that decodes gate first: rows of `up` and columns of `down` only for neurons that live."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from teal_cli.sparse.control import SparsityControl, SparsityCounter
+from teal_kernels.gate_first import GateActivation, gate_first
+
+
+class GateFirstMLP(nn.Module):
+    """Takes the place of down(activation(gate(x)) * up(x)), with the same layers under the same names.
+
+    While one token a row is decoded, the gate product decides which neurons live, and `up` is
+    computed for these alone; `down` is a `SparseLinear` of threshold 0, which skips the zeros. A
+    prefill is dense, with the bits of the dense MLP. Nothing waits for the device.
+
+    Args:
+        mlp: the module to replace.
+        names: of its gate, up and down layers among its children.
+        activation: how the gate decides.
+        path: of the module in the model, for counting.
+        control: the model's.
+    """
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        names: tuple[str, str, str],
+        activation: GateActivation,
+        *,
+        path: str,
+        control: SparsityControl,
+    ) -> None:
+        super().__init__()
+        for name, child in mlp.named_children():  # keys of the state dict stay what they are
+            self.add_module(name, child)
+        self.train(mlp.training)
+        self.names = names
+        self.activation = activation
+        self.path = path
+        self.control = control
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"gate first, {self.activation}"
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up and down."""
+        gate, up, down = (cast(nn.Linear, self.get_submodule(name)) for name in self.names)
+        return gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., tokens, in) -> (..., tokens, in); which tokens run sparse is `SparsityControl`'s say."""
+        gate_layer, up_layer, down_layer = self.layers
+        control = self.control
+        gate = gate_layer(x)
+        several = x.dim() > 1 and x.shape[-2] > 1
+        dense = not control.enabled or control.mode == "dense" or (control.mode == "auto" and several)
+        masked = control.mode == "masked"
+        if not dense and control.counter is not None and control.counter.active:
+            self._count(control.counter, gate, control.dense_prefix if masked else 0)
+        if dense or masked:  # zeros are zeros, whoever computes them
+            hidden = self.activation.hidden(gate, up_layer(x))
+        else:
+            hidden = gate_first(x, gate, up_layer.weight, up_layer.bias, self.activation, control.backend)
+        out: Tensor = down_layer(hidden)
+        return out
+
+    def _count(self, counter: SparsityCounter, gate: Tensor, prefix: int) -> None:
+        """Count dead neurons as what `up` drops: its outputs, not its inputs. The gate drops nothing."""
+        counted = gate[..., prefix:, :] if prefix else gate
+        gate_layer, up_layer, _ = self.layers
+        live = self.activation.live(counted)
+        gate_name, up_name = (f"{self.path}.{name}" for name in self.names[:2])
+        counter.add(gate_name, gate_layer.weight.numel(), counted.numel(), 0)
+        counter.add(up_name, up_layer.weight.numel(), live.numel(), live.numel() - live.count_nonzero())
