@@ -22,10 +22,10 @@ from teal_kernels.triton_gate_first import triton_gate_first
 
 Kind = Literal["relu", "fatrelu", "relu2", "drelu"]
 
-# Rows of a chunk are copied and multiplied while they lie in the cache of a core. 4096 x 11008, 89 % dead,
-# two Zen 4 cores with 1 MiB of L2 each: float32 1.9 ms with chunks of 256 KiB, 1.3 with 1 MiB, 1.25 with 2,
-# 1.5 with 4, 2.2 in one piece; bfloat16 2.0, 1.3, 1.25, and 1.7 in one piece.
-_CHUNK_BYTES = 1 << 21
+# Rows of a chunk are copied and multiplied while they lie in the caches. 4096 x 11008 in float32, 89 % dead, two
+# quiet Zen 4 cores: 1.27 ms with chunks of 1 MiB, 1.25 with 2, 1.47 with 4, 2.19 in one piece. Where others use the
+# cores too, every call waits for a thread that does not run: 272, 152, 74 and 32 ms with 1, 2, 4 and 16 MiB.
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
