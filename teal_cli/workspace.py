@@ -8,11 +8,13 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import ModelConfig, SharedConfig, SparseConfig
+from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.loading import load_model
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
+from teal_cli.sparse import make_intrinsic_
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Workspace:
         """Where `teal export` writes by default. The number is written so that targets cannot collide."""
         digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
         return self.run / f"{allocation}-{digits}"
+
+    def load_intrinsic(self, config: DecodingConfig, verb: str) -> tuple[Any, SparsityPlan]:
+        """The dense model, made to skip the zeros of its activation, and the plan that says so.
+
+        Raises:
+            TealError: a TEAL checkpoint, an activation that makes no zeros, or what `load_model` raises.
+        """
+        self.require_dense(f"{verb} --mode intrinsic")
+        model = load_model(self.source.folder, device=config.device, dtype=config.dtype)
+        return model, make_intrinsic_(model)
 
     def require_dense(self, verb: str) -> None:
         """Refuse a TEAL checkpoint where the dense model is needed.

@@ -14,7 +14,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.sparse import SparseLinear, apply_plan_, sparse_layers
+from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import Packed
 
@@ -27,6 +27,8 @@ class DecodeRun:
     """`dense`, or the sparse backend that ran."""
     sparsity: float
     realised_sparsity: float
+    neuron_sparsity: float | None
+    """Of it, the share of MLP neurons that were zero, where the sparsity is the model's own."""
     tokens_per_second: Spread
     """Of the whole batch."""
     bytes_per_token: int | None
@@ -150,6 +152,9 @@ def bench_decode(
                 backend="dense" if plan is None else control.backend,
                 sparsity=0.0 if plan is None else plan.target_sparsity,
                 realised_sparsity=model_wide[index],
+                neuron_sparsity=neuron_sparsity(engine.model, realised[index])
+                if plan is not None and plan.allocation == INTRINSIC
+                else None,
                 tokens_per_second=spreads[index],
                 bytes_per_token=size,
                 bandwidth_gb_s=size * spreads[index].median / 1e9 if size else None,
