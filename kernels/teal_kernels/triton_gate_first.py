@@ -32,7 +32,7 @@ class GateFirstConfig:
 
     neurons: int = 16
     """Of a program (power of two)."""
-    block_out: int = 4
+    block_out: int = 2
     """Live neurons at a time (power of two)."""
     block_in: int = 1024
     """Inputs of a tile (power of two); fewer for several tokens, whose sums need the registers."""

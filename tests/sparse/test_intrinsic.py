@@ -1,5 +1,6 @@
 """Models that are sparse by training: loaded without remote code, decoded gate first, exact."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,14 @@ import torch
 from conftest import VOCABULARY, build_model, export_tiny
 from intrinsic_models import KINDS, save_kind
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCausalLM
 
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import ARCHITECTURES, Architecture, Site, find_projections
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -157,6 +158,45 @@ def test_an_mlp_that_computes_something_else_is_not_replaced(tmp_path: Path, mon
     assert isinstance(down, SparseLinear)
     assert down.plan.sparsity > 0
     assert down.plan.threshold == 0.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_without_a_gate_the_zeros_before_the_second_layer_are_skipped(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT's blocks have the layers of their MLP themselves; the table says which."""
+    sites = (
+        Site("attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Site("attention_output", ("self_attn.out_proj",)),
+        Site("mlp_input", ("fc1",)),
+        Site("mlp_intermediate", ("fc2",)),
+    )
+    monkeypatch.setitem(ARCHITECTURES, "opt", Architecture("model.decoder.layers", sites))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, max_position_embeddings=64, **sizes)
+    dense = OPTForCausalLM(config).eval()
+    for parameter in dense.parameters():
+        parameter.normal_(0, 0.2)
+    sparse = copy.deepcopy(dense)
+    plan = make_intrinsic_(sparse)
+    assert sum(entry.sparsity > 0 for entry in plan.projections.values()) == 2
+    control = control_of(sparse)
+    use_backend(control, backend, sparse.device, sparse.dtype)
+    ids = _tokens(1, 8)
+    caches = [DynamicCache(config=config) for _ in range(2)]
+    with control.counting() as counter:
+        for position in range(8):
+            token = ids[:, position : position + 1]
+            expected, got = (
+                model(token, past_key_values=cache).logits.double()
+                for model, cache in zip((dense, sparse), caches, strict=True)
+            )
+            assert float((got - expected).norm() / expected.norm()) < 2e-6
+    dead = neuron_sparsity(sparse, counter.by_projection())
+    assert dead is not None
+    assert 0.3 < dead < 0.7
 
 
 def test_an_activation_without_zeros_is_refused(tmp_path: Path) -> None:
