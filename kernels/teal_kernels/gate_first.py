@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_kernels.ops import resolve_backend
-from teal_kernels.triton_gate_first import triton_gate_first
+from teal_kernels.triton_gate_first import GateLayer, triton_gate_first
 
 Kind = Literal["relu", "fatrelu", "relu2", "drelu"]
 
@@ -106,19 +106,42 @@ def _gate_first(
     return reference_gate_first(x, gate, weight, bias, activation)
 
 
+def _gated_hidden(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: Kind,
+    threshold: float,
+    backend: str,
+) -> Tensor:
+    if resolve_backend(backend, x.device, x.dtype) == "triton":
+        rounded = rounded_threshold(threshold, x.dtype)
+        return triton_gate_first(x, GateLayer(gate_weight, gate_bias), weight, bias, kind=kind, threshold=rounded)
+    return _gate_first(x, F.linear(x, gate_weight, gate_bias), weight, bias, kind, threshold, backend)
+
+
 _library = torch.library.Library("teal", "FRAGMENT")
+_ACTIVATION = "str kind, float threshold, str backend"
+_library.define(f"gate_first(Tensor x, Tensor gate, Tensor weight, Tensor? bias, {_ACTIVATION}) -> Tensor")
 _library.define(
-    "gate_first(Tensor x, Tensor gate, Tensor weight, Tensor? bias, str kind, float threshold, str backend) -> Tensor"
+    "gated_hidden(Tensor x, Tensor gate_weight, Tensor? gate_bias, Tensor weight, Tensor? bias, "
+    f"{_ACTIVATION}) -> Tensor"
 )
-_library.impl("gate_first", _gate_first, "CPU")
-_library.impl("gate_first", _gate_first, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _library.impl("gate_first", _gate_first, _device)
+    _library.impl("gated_hidden", _gated_hidden, _device)
 
 
 @torch.library.register_fake("teal::gate_first", lib=_library)
-def _(
-    x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind, threshold: float, backend: str
-) -> Tensor:
+def _(x: Tensor, gate: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(gate)
+
+
+@torch.library.register_fake("teal::gated_hidden", lib=_library)
+def _(x: Tensor, gate_weight: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], gate_weight.shape[0]))
 
 
 def gate_first(
@@ -148,4 +171,36 @@ def gate_first(
     if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():  # as in `ops`
         return _gate_first(x, gate, weight, bias, activation.kind, activation.threshold, backend)
     y: Tensor = torch.ops.teal.gate_first.default(x, gate, weight, bias, activation.kind, activation.threshold, backend)
+    return y
+
+
+def gated_hidden(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: GateActivation,
+    backend: str = "auto",
+) -> Tensor:
+    """As `gate_first`, with the gate product computed on the way: on a GPU in the same launch.
+
+    Args:
+        x: (..., in), what gate_proj and up_proj read.
+        gate_weight: (out, in) of gate_proj, row-major, the dtype of x.
+        gate_bias: (out,) of gate_proj, or None.
+        weight: (out, in) of up_proj, row-major, the dtype of x.
+        bias: (out,) of up_proj, or None.
+        activation: how the gate decides.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (..., out), the dtype of x.
+
+    Raises:
+        BackendUnavailableError: a backend asked for by name cannot run here.
+    """
+    y: Tensor = torch.ops.teal.gated_hidden.default(
+        x, gate_weight, gate_bias, weight, bias, activation.kind, activation.threshold, backend
+    )
     return y

@@ -5,7 +5,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from teal_cli.sparse.control import SparsityControl, SparsityCounter
-from teal_kernels.gate_first import GateActivation, gate_first
+from teal_kernels import resolve_backend
+from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 
 
 class GateFirstMLP(nn.Module):
@@ -55,16 +56,23 @@ class GateFirstMLP(nn.Module):
         """(..., tokens, in) -> (..., tokens, in); which tokens run sparse is `SparsityControl`'s say."""
         gate_layer, up_layer, down_layer = self.layers
         control = self.control
-        gate = gate_layer(x)
         several = x.dim() > 1 and x.shape[-2] > 1
         dense = not control.enabled or control.mode == "dense" or (control.mode == "auto" and several)
         masked = control.mode == "masked"
-        if not dense and control.counter is not None and control.counter.active:
-            self._count(control.counter, gate, control.dense_prefix if masked else 0)
-        if dense or masked:  # zeros are zeros, whoever computes them
-            hidden = self.activation.hidden(gate, up_layer(x))
+        counter = None if dense or control.counter is None or not control.counter.active else control.counter
+        # A GPU computes the gates in the launch that needs them.
+        fused = not (dense or masked) and resolve_backend(control.backend, x.device, x.dtype) == "triton"
+        if not fused or counter is not None:
+            gate = gate_layer(x)
+        if counter is not None:
+            self._count(counter, gate, control.dense_prefix if masked else 0)
+        up, activation = up_layer.weight, self.activation
+        if fused:
+            hidden = gated_hidden(x, gate_layer.weight, gate_layer.bias, up, up_layer.bias, activation, "triton")
+        elif dense or masked:  # zeros are zeros, whoever computes them
+            hidden = activation.hidden(gate, up_layer(x))
         else:
-            hidden = gate_first(x, gate, up_layer.weight, up_layer.bias, self.activation, control.backend)
+            hidden = gate_first(x, gate, up, up_layer.bias, activation, control.backend)
         out: Tensor = down_layer(hidden)
         return out
 

@@ -13,7 +13,7 @@ from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.models.loading import load_model
 from teal_cli.sparse import control_of, make_intrinsic_, neuron_sparsity, use_backend
-from teal_kernels.gate_first import GateActivation, gate_first
+from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.triton_gate_first import GateFirstConfig, triton_gate_first
 
 # Relative norm error: float32 sums, and for 16 bits the roundings of up, of the activation and of the product.
@@ -59,6 +59,26 @@ def test_against_float64(dtype: torch.dtype, shape: tuple[int, int], rows: int, 
         y = gate_first(*case, activation, "triton")
         assert float((y.double() - expected).norm()) <= LIMITS[dtype] * float(expected.norm())
         assert bool((y[expected == 0] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_with_the_gate_product_in_the_same_launch(
+    dtype: torch.dtype, shape: tuple[int, int], rows: int, bias: float
+) -> None:
+    """Activations without a step, at which the rounding of a gate would decide; two fifths or four fifths dead."""
+    x, _, weight, up_bias = _case(shape, rows, dtype, 0.0)
+    gate_weight = (torch.randn(*shape, device="cuda") / shape[1] ** 0.5).to(dtype)
+    gate_bias = torch.full((shape[0],), bias, device="cuda", dtype=dtype)
+    gate = linear(x.double(), gate_weight.double(), gate_bias.double())
+    for activation in (ACTIVATIONS[0], ACTIVATIONS[2], ACTIVATIONS[3]):
+        arguments = (x, gate_weight, gate_bias, weight, up_bias, activation, "triton")
+        y = gated_hidden(*arguments)
+        expected = _expected(x, gate, weight, up_bias, activation)
+        assert float((y.double() - expected).norm() / expected.norm()) < 2 * LIMITS[dtype]
+        assert torch.equal(y, gated_hidden(*arguments))
 
 
 @pytest.mark.parametrize("rows", [1, 4])

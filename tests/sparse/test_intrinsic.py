@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCa
 
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
+from teal_cli.decode.compact import unsupported_reason
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import ARCHITECTURES, Architecture, Site, find_projections
 from teal_cli.models.loading import load_model, load_tokenizer
-from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, neuron_sparsity, use_backend
+from teal_cli.sparse import SparseLinear, SparsityControl, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP
 
 assert teal_cli.hf
@@ -102,6 +103,13 @@ def test_greedy_equals_dense(folder: Path) -> None:
     make_intrinsic_(sparse)
     got = list(Engine(sparse).generate(ids, max_new_tokens=40, sampling=SamplingConfig()))
     assert got == expected[0, 12:].tolist()
+
+
+def test_the_compact_path_is_not_taken(tmp_path: Path) -> None:
+    model = load_model(save_kind(tmp_path / "m", "relu"), device="cpu", dtype="auto")
+    assert unsupported_reason(model, SparsityControl()) == "activation relu"
+    make_intrinsic_(model)
+    assert unsupported_reason(model, SparsityControl()) == "MLPs that decode gate first"
 
 
 @torch.no_grad()
