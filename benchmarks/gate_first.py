@@ -470,7 +470,7 @@ def main() -> None:
     }
     if arguments.json:
         write_json(arguments.json, result)
-    Console(width=140).print(
+    Console(width=170).print(
         table_of(runs, f"MLP {arguments.hidden} x {arguments.neurons}, one token, {described}; median (min-max)")
     )
 
