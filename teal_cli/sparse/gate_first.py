@@ -49,7 +49,7 @@ class GateFirstMLP(nn.Module):
     @property
     def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """gate, up and down."""
-        gate, up, down = (cast(nn.Linear, self.get_submodule(name)) for name in self.names)
+        gate, up, down = (cast(nn.Linear, getattr(self, name)) for name in self.names)
         return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
