@@ -35,6 +35,8 @@ def make_intrinsic_(model: Any) -> SparsityPlan:
     """
     projections = find_projections(model)
     downs = _intermediates(projections)
+    if not downs:
+        raise ArtefactError(f"--mode intrinsic knows no MLP of model type {model.config.model_type}: leave --mode out")
     inputs: dict[str, list[Projection]] = {}
     for projection in projections:
         inputs.setdefault(projection.site, []).append(projection)

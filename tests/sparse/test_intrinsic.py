@@ -213,6 +213,12 @@ def test_an_activation_without_zeros_is_refused(tmp_path: Path) -> None:
         make_intrinsic_(model)
 
 
+def test_a_model_without_such_an_mlp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teal_cli.sparse.intrinsic.find_projections", lambda model: [])
+    with pytest.raises(ArtefactError, match="knows no MLP of model type llama"):
+        make_intrinsic_(build_model("llama"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
