@@ -182,7 +182,7 @@ def _scored(runs: list[dict[str, Any]]) -> list[Table]:
 def _sparsity(entry: dict[str, Any]) -> str:
     """Target and, in brackets, what was realised."""
     if entry.get("neuron_sparsity") is not None:
-        return f"own ({entry['realised_sparsity']:.3f}; of neurons {entry['neuron_sparsity']:.3f})"
+        return f"own ({entry['realised_sparsity']:.3f}), neurons {entry['neuron_sparsity']:.3f}"
     return f"{entry['sparsity']:.2f} ({entry['realised_sparsity']:.3f})" if entry["sparsity"] else "0"
 
 
