@@ -23,7 +23,7 @@ from teal_cli.report.console import Reporter
 from teal_cli.steps import calibrate as calibrate_step
 from teal_cli.steps import evaluate as evaluate_step
 from teal_cli.steps import export as export_step
-from teal_cli.steps.evaluate import EvalResult
+from teal_cli.steps.evaluate import EncoderResult, EvalResult
 from teal_cli.steps.generate import Generator, Reply
 
 C = TypeVar("C", bound=SharedConfig)
@@ -65,7 +65,7 @@ def export(model: str | Path, sparsity: float = 0.5, **options: Any) -> ExportSu
     return export_step.export(*_configured(ExportConfig, "export", model, {**options, "sparsity": sparsity}))
 
 
-def evaluate(model: str | Path, **options: Any) -> EvalResult:
+def evaluate(model: str | Path, **options: Any) -> EvalResult | EncoderResult:
     """Quality on held-out text, dense and sparse, as `teal eval`.
 
     Args:

@@ -16,7 +16,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     write_result(config, result)
     for table in eval_tables(result):
         reporter.show(table)
-    reporter.say(f"next: {next_command('bench', config, sparsity=_joined(config.sparsity))}")
+    if result.get("kind") != "encoder":  # which decodes nothing
+        reporter.say(f"next: {next_command('bench', config, sparsity=_joined(config.sparsity))}")
 
 
 def _joined(values: list[float] | None) -> str | None:

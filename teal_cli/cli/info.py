@@ -78,7 +78,7 @@ def _model(result: dict[str, Any]) -> Table:
     model, where = result["model"], "on the GPU" if result["device_type"] == "cuda" else "in memory"
     verdict = {True: "fits", False: "too large", None: "unknown"}
     rows: dict[str, str | None] = {
-        "model type": model["model_type"] + ("" if model["supported"] else ": not supported, no row in the table"),
+        "model type": model["model_type"] + ("" if model["supported"] else ": not in the table (teal calibrate helps)"),
         "parameters": f"{model['parameters'] / 1e9:.2f} G, {model['projection_parameters'] / 1e9:.2f} G in projections",
     }
     for entry in model["weights"]:
@@ -86,9 +86,9 @@ def _model(result: dict[str, Any]) -> Table:
         if result["device_type"] == "cuda":
             fit += f", {verdict[entry['fits_in_main_memory']]} in main memory"
         rows[entry["weights"]] = f"{_gib(entry['bytes'])}: {fit}"
-    rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
     rows["runs as"] = _advice(model)
-    if model["supported"]:
+    if model["kind"] in ("causal", "seq2seq"):
+        rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
         rows["decodes by"] = (
             "our own kernels from end to end (compact)"
             if model["path"] == "compact"

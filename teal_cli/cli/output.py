@@ -36,7 +36,10 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-_CARRIED = ("runs", "device", "dtype", "quantize", "quantize_output", "calibration", "allocation")
+_CARRIED = (
+    *("runs", "device", "dtype", "architecture", "quantize", "quantize_output"),
+    *("calibration", "allocation", "mode"),
+)
 """What the next command must repeat to go on with the same model and artefacts."""
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from teal_cli.config import InfoConfig
-from teal_cli.decode.compact import unsupported_shape
+from teal_cli.decode.compact import unsupported_on
 from teal_cli.models.aliases import Alias, alias_names, find_alias
-from teal_cli.models.architectures import ARCHITECTURES, find_projections
+from teal_cli.models.architectures import find_projections, table
 from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype
 from teal_cli.models.source import find_outline
 from teal_cli.quantise.scheme import Scheme
@@ -49,7 +50,7 @@ def machine(device_name: str) -> dict[str, Any]:
             name: backend_unavailable_reason(name, device, dtype) or "available" for name in BACKENDS if name != "auto"
         },
         "auto_backend": resolve_backend("auto", device, dtype),
-        "architectures": sorted(ARCHITECTURES),
+        "architectures": sorted(table()),
         "teal_home": str(teal_home()),
         "aliases": aliases,
     }
@@ -107,12 +108,13 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         stored = "bfloat16" if found.source is None else "float32"
     dtype = pick_dtype(config.dtype, stored, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    supported = model.config.model_type in ARCHITECTURES
-    projections = find_projections(model) if supported else []
+    row = table().get(model.config.model_type)
+    projections = find_projections(model) if row is not None else []
+    linear = all(p.copies == 1 and isinstance(model.get_submodule(p.name), nn.Linear) for p in projections)
     rest = parameters - sum(projection.parameters for projection in projections)
     of_16_bits = torch.bfloat16 if dtype == torch.float32 else dtype
     sizes = {_name(kind): parameters * kind.itemsize for kind in (torch.float32, of_16_bits)}
-    for text in _SCHEMES if supported else ():
+    for text in _SCHEMES if projections and linear else ():
         scheme = Scheme.parse(text)
         packed = sum(scheme.stored_bytes(p.in_features, p.out_features) for p in projections)
         sizes[text] = packed + rest * dtype.itemsize
@@ -129,11 +131,12 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
     wanted = [_name(dtype), _name(of_16_bits), *_SCHEMES]
     order = sorted((entry for entry in weights if entry["weights"] in wanted), key=lambda e: wanted.index(e["weights"]))
     # Triton's interpreter runs the kernels on a CPU, but the engine does not take them there.
-    because = unsupported_shape(model.config, device, dtype, "auto") or ("no GPU" if device.type == "cpu" else None)
+    because = unsupported_on(model, device, dtype, "auto") or ("no GPU" if device.type == "cpu" else None)
     return {
         "name": name,
         "model_type": model.config.model_type,
-        "supported": supported,
+        "supported": row is not None,
+        "kind": None if row is None else row.kind,
         "parameters": parameters,
         "projection_parameters": parameters - rest,
         "max_length": getattr(model.config, "max_position_embeddings", None),
@@ -152,6 +155,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _cache_values(config: Any) -> int:
     """Values that the KV cache takes for one token."""
+    config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * size)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
+import yaml
+from conftest import FAMILIES, build_model
 
 from teal_cli.cli import run
 from teal_cli.quantise.scheme import Scheme
@@ -125,12 +126,29 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the driver (470.82) and torch's CUDA 12.8 do not go together" in str(info.no_gpu_reason())
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family(family: str) -> None:
+    """From the shape alone; what cannot be quantised is not said to fit so."""
+    folder = Path("configs/models")
+    folder.mkdir(parents=True)
+    (folder / "some.yaml").write_text(yaml.safe_dump({"hub_id": "some/model", "shape": FAMILIES[family]}))
+    found = _asked("--model", "some")["model"]
+    assert found["supported"]
+    kinds = [entry["weights"] for entry in found["weights"]]
+    assert kinds[:2] == ["float32", "bfloat16"]
+    sizes = [entry["bytes"] for entry in found["weights"]]
+    assert 0 < found["projection_parameters"] < found["parameters"] == sizes[0] / 4
+    if len(kinds) > 2:
+        assert kinds[2:] == ["int8", "int4"]
+        assert sizes[3] < sizes[2] < sizes[0]
+
+
 def test_models_that_cannot_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tiny / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2}))
+    (tiny / "config.json").write_text(json.dumps({"model_type": "bloom", "n_layer": 2, "hidden_size": 64, "n_head": 2}))
     found = _asked("--model", tiny)["model"]
-    assert (found["supported"], found["general_because"]) == (False, "model type gpt2")
+    assert (found["supported"], found["general_because"]) == (False, "model type bloom")
     assert [entry["weights"] for entry in found["weights"]] == ["float32", "bfloat16"]
-    assert "not supported" in capsys.readouterr().out
+    assert "not in the table" in capsys.readouterr().out
     (tiny / "config.json").write_text('{"model_type": "nothing-known"}')
     assert run(["info", "--model", str(tiny)]) == 3
     assert "cannot be understood" in capsys.readouterr().err
