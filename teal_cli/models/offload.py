@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from teal_cli.errors import MachineError
+from teal_cli.errors import MachineError, UsageError
+from teal_cli.models.layers import Experts
 
 
 def offload_(model: Any, device: torch.device) -> None:
@@ -21,7 +22,10 @@ def offload_(model: Any, device: torch.device) -> None:
 
     Raises:
         MachineError: accelerate is not installed.
+        UsageError: a model whose experts are views of stacked weights, which accelerate would lose.
     """
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise UsageError("offload (flag --offload) does not know stacked experts: leave it out for this model")
     if find_spec("accelerate") is None:
         raise MachineError("offload (flag --offload) needs the package accelerate: pip install 'teal-cli[offload]'")
     from accelerate import cpu_offload

@@ -46,7 +46,25 @@ def test_calibrations_are_the_same(family: str, quantize: list[str], corpus: Pat
             torch.testing.assert_close(values, expected[key], rtol=0, atol=0)
 
 
-def test_what_it_is_not_for(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "t5", "bert"])
+def test_other_kinds_of_layers(family: str, corpus: Path, tmp_path: Path) -> None:
+    """Conv1D, fused projections, encoder-decoders and encoders."""
+    tiny = save_tiny(tmp_path / "tiny", family)
+    flags = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "64"]
+    for extra in ([], ["--offload"]):
+        assert run(["calibrate", "--model", str(tiny), *flags, *extra, "--out", "-".join(["run", *extra])]) == 0
+    here, away = (calibration_file.load(Path(name)) for name in ("run", "run---offload"))
+    assert all(torch.equal(counts, away.histograms[site]) for site, counts in here.histograms.items())
+    for name, squares in here.sensitivities.items():
+        torch.testing.assert_close(away.sensitivities[name], squares, rtol=1e-6, atol=0)
+
+
+def test_what_it_is_not_for(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = save_tiny(tmp_path / "experts", "mixtral")
+    assert run(["calibrate", "--model", str(experts), "--offload", "--tokens", "64", "--seq-len", "64"]) == 2
+    assert "does not know stacked experts" in capsys.readouterr().err
     assert run(["calibrate", "--model", str(tiny), "--offload", "--dataset", "self"]) == 2
     assert "reads all weights for each token of dataset self" in capsys.readouterr().err
     original = importlib.util.find_spec
