@@ -57,7 +57,7 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _folder_source(path)
+        return _folder_source(path, path.resolve().name, say)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ArtefactError(f"GGUF file {spec} does not exist")
@@ -66,17 +66,23 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     if alias is not None:
         return _alias_source(alias, say)
     if _HUB_ID.fullmatch(spec):
-        return ModelSource(spec.replace("/", "--"), _download(spec))
+        return _folder_source(_download(spec), spec.replace("/", "--"), say)
     raise ArtefactError(
         f"no model {spec!r}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
     )
 
 
-def _folder_source(folder: Path) -> ModelSource:
+def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"model folder {folder} has no config.json")
     weight_files(folder)
-    return ModelSource(folder.resolve().name, folder)
+    found = ModelSource(name, folder)
+    method = (found.config.get("quantization_config") or {}).get("quant_method")
+    if method in ("gptq", "awq"):
+        from teal_cli.quantise.published import converted_published
+
+        return ModelSource(name, converted_published(folder, say))
+    return found
 
 
 def _converted_source(file: Path, name: str, say: Callable[[str], None]) -> ModelSource:
