@@ -72,6 +72,21 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     )
 
 
+def find_outline(spec: str) -> tuple[str, Path | Alias]:
+    """The name of the model that `spec` names, and what `loading.outline` takes; of a hub model, only config.json.
+
+    Raises:
+        ArtefactError: as `find_model`.
+    """
+    alias = find_alias(spec)
+    if alias is not None and not Path(spec).is_dir():
+        return alias.name, alias
+    if _HUB_ID.fullmatch(spec) and not Path(spec).expanduser().exists():
+        return spec.replace("/", "--"), _download(spec, only_config=True)
+    source = find_model(spec)
+    return source.name, source.folder
+
+
 def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"model folder {folder} has no config.json")
@@ -105,13 +120,14 @@ def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
         ) from error
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, only_config: bool = False) -> Path:
     """The newest snapshot of a hub model, from the cache where the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["original/*"]))
+        wanted = ["config.json"] if only_config else _HUB_FILES
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except GatedRepoError as error:
         raise ArtefactError(f"{hub_id} is gated: accept its licence on the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -125,5 +141,6 @@ def _download(hub_id: str) -> Path:
         ) from error
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
-    weight_files(folder)
+    if not only_config:
+        weight_files(folder)
     return folder

@@ -24,11 +24,15 @@ def _megabytes(size: int) -> str:
 def calibration_table(result: dict[str, Any]) -> Table:
     """What `teal calibrate` measured."""
     table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
-    rows = [
-        ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
-        ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
-        ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
-    ]
+    sites = ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections")
+    if result["imported"]:
+        rows = [("imported", f"{result['imported']}, {result['tokens']:,} tokens"), sites]
+    else:
+        rows = [
+            ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
+            sites,
+            ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
+        ]
     if result["sensitivity_tokens"]:
         rows.append(
             ("sensitivities", f"{result['sensitivity_tokens']:,} tokens, {result['sensitivity_seconds']:.1f} s")

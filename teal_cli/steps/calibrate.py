@@ -12,12 +12,13 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint, weight_files
-from teal_cli.config import CalibrateConfig
+from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.data import token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model, load_tokenizer, pick_device
+from teal_cli.models.offload import computing_device, offload_
 from teal_cli.quantise.files import read_quantised, write_quantised
 from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.published import published_codes
@@ -61,11 +62,14 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
+        device = "cpu" if config.offload else config.device
+        model = load_model(source.folder, device=device, dtype=config.dtype, architecture=architecture)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)
     quantize_seconds = time.perf_counter() - started if packs else 0.0
+    if config.offload:
+        offload_(model, pick_device(config.device))
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -89,7 +93,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         sink_tokens=sink_tokens,
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+        device=computing_device(model).type,
         seconds=seconds,
         sensitivity_tokens=sequences.numel() if sensitivities else 0,
         sensitivity_seconds=sensitivity_seconds if sensitivities else 0.0,
@@ -192,7 +196,7 @@ def _sensitivities(
         return {}
 
 
-def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
+def run_folder(config: CalibrateConfig | ImportConfig, workspace: Workspace) -> Path:
     """Where this calibration is written."""
     return config.out or workspace.run
 

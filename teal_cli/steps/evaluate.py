@@ -13,10 +13,10 @@ from teal_cli.config import EvalConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.evaluate.generation import Agreement, agree
-from teal_cli.evaluate.perplexity import Comparison, compare
-from teal_cli.evaluate.similarity import Similarity, compare_states
-from teal_cli.evaluate.tasks import run_tasks
+from teal_cli.evaluation.generation import Agreement, agree
+from teal_cli.evaluation.perplexity import Comparison, compare
+from teal_cli.evaluation.similarity import Similarity, compare_states
+from teal_cli.evaluation.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
