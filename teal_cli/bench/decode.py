@@ -25,6 +25,8 @@ class DecodeRun:
 
     backend: str
     """`dense`, or the sparse backend that ran."""
+    allocation: str | None
+    """How the sparsity is spread; None for the dense run."""
     sparsity: float
     realised_sparsity: float
     tokens_per_second: Spread
@@ -143,6 +145,7 @@ def bench_decode(
         runs.append(
             DecodeRun(
                 backend="dense" if plan is None else control.backend,
+                allocation=None if plan is None else plan.allocation,
                 sparsity=0.0 if plan is None else plan.target_sparsity,
                 realised_sparsity=model_wide[index],
                 tokens_per_second=spreads[index],

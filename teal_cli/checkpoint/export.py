@@ -15,6 +15,7 @@ from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
 from teal_cli.quantise.files import write_quantised
 from teal_cli.quantise.model import schemes_of
+from teal_cli.versions import now
 
 _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
@@ -151,6 +152,7 @@ def _summary(plan: SparsityPlan, calibration: Calibration, digest: str) -> dict[
     shapes = {projection.name: projection for projection in calibration.projections}
     return {
         "teal_version": __version__,
+        "finished": now(),
         "weights": digest,
         "calibration": asdict(calibration.info),
         "allocation": plan.allocation,
