@@ -5,7 +5,8 @@ from typing import Any
 from rich.table import Table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """An empty table with a title to the left, names in its first column and figures in the others."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -55,7 +56,7 @@ def eval_tables(result: dict[str, Any]) -> list[Table]:
 
 def _one_run(title: str, result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["sparse"]
-    table = _table(title, "", "dense", "sparse")
+    table = plain_table(title, "", "dense", "sparse")
     table.add_row("target sparsity", "0", f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})")
     table.add_row("realised sparsity", "0", f"{sparse['realised_sparsity']:.3f}")
     table.add_row(
@@ -79,7 +80,7 @@ def _one_run(title: str, result: dict[str, Any]) -> Table:
 
 
 def _several_runs(title: str, result: dict[str, Any]) -> Table:
-    table = _table(
+    table = plain_table(
         title,
         "allocation",
         "target",
@@ -130,7 +131,7 @@ def _written(runs: list[dict[str, Any]]) -> list[Table]:
     first = runs[0]["generation"]
     if first is None:
         return []
-    table = _table(
+    table = plain_table(
         f"Greedy continuations, {first['new_tokens']} tokens after each of {first['prompts']} prompts of "
         f"{first['prompt_tokens']}",
         "",
@@ -168,7 +169,7 @@ def _scored(runs: list[dict[str, Any]]) -> list[Table]:
     """Harness tasks of several plans."""
     if not runs[0]["tasks"]:
         return []
-    table = _table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
+    table = plain_table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
     table.add_row("dense", *[f"{dense:.4g}" for _, _, dense, _ in _metrics(runs[0]["tasks"])])
     for run in _plans(runs):
         table.add_row(_name(run), *[f"{sparse:.4g}" for _, _, _, sparse in _metrics(run["tasks"])])
@@ -192,7 +193,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
     limit = result["reading_gb_s"]
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
-    table = _table(
+    table = plain_table(
         f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         f"sparsity: target (realised){because}",
@@ -216,7 +217,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
         )
     tables = [table]
     if result["kernels"]:
-        kernels = _table(
+        kernels = plain_table(
             "One product, weights out of cache; median (min-max)",
             "out x in",
             "backend",
@@ -241,7 +242,9 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
-    table = _table("Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup")
+    table = plain_table(
+        "Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup"
+    )
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 
     def row(sparsity: float) -> list[str]:

@@ -1,0 +1,116 @@
+"""The three lines that a report starts with: what was run, what it cost, what it bought."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from teal_cli.report.material import Material, Result
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of the three."""
+
+    label: str
+    text: str
+
+
+def summary(material: Material) -> list[Line]:
+    """What, cost and gain, of the export in focus or of what was measured in its place; each with its figures."""
+    quality = _quality(material)
+    speed = _speed(material, quality[1]["sparse"] if quality else None)
+    return [
+        Line("What", _what(material)),
+        Line("Cost", _cost(*quality) if quality else f"not measured: {how_to_measure('eval', material)}"),
+        Line("Gain", _gain(*speed) if speed else f"not measured: {how_to_measure('bench', material)}"),
+    ]
+
+
+def how_to_measure(verb: str, material: Material) -> str:
+    """The command that makes what is absent."""
+    model = f"--model {material.model}"
+    focus = material.focus
+    if verb == "calibrate":
+        return f"teal calibrate {model}"
+    if focus is not None:
+        model += f" --sparsity {focus.plan.target_sparsity:g} --allocation {focus.plan.allocation}"
+    file = (material.run or focus.folder.parent if focus else material.run) if verb != "export" else None
+    return f"teal {verb} {model}" + (f" --json {file}/{verb}.json" if file is not None else "")
+
+
+def _what(material: Material) -> str:
+    focus, calibration = material.focus, material.calibration
+    if focus is None:
+        if calibration is None:
+            return f"{material.model}; no export here"
+        info = calibration.info
+        return f"{info.model}, calibrated on {info.tokens:,} tokens of {info.dataset}; nothing exported yet"
+    made = focus.summary.get("calibration", {})
+    text = (
+        f"{material.model}, which skips {focus.plan.target_sparsity:.0%} of the inputs of its projections while it "
+        f"decodes (allocation {focus.plan.allocation})"
+    )
+    if made:
+        text += f"; thresholds from {made['tokens']:,} tokens of {made['dataset']}, measured in {made['dtype']}"
+    if focus.quantization is not None:
+        text += f"; weights quantised to {focus.quantization['projections']}"
+    return text
+
+
+def _quality(material: Material) -> tuple[Result, dict[str, Any]] | None:
+    """The eval of the export in focus; where there is none, the first eval."""
+    found = list(material.evaluated())
+    focus = material.focus
+    if focus is not None:
+        own = (focus.plan.allocation, focus.plan.target_sparsity)
+        for result, run in found:
+            if (run["sparse"]["allocation"], run["sparse"]["target_sparsity"]) == own:
+                return result, run
+    return found[0] if found else None
+
+
+def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
+    """(bench, dense run, sparse run) at the sparsity whose cost is told; where that was not timed, none."""
+    if sparse is not None:
+        target, allocation = sparse["target_sparsity"], sparse["allocation"]
+    elif material.focus is not None:
+        target, allocation = material.focus.plan.target_sparsity, material.focus.plan.allocation
+    else:
+        target = allocation = None
+    for result in material.of_kind("bench"):
+        dense, *others = result.runs
+        for run in others:
+            if target is None or (run["sparsity"] == target and run.get("allocation", allocation) == allocation):
+                return result, dense, run
+    return None
+
+
+def _cost(result: Result, run: dict[str, Any]) -> str:
+    content, dense, sparse = result.content, run["dense"], run["sparse"]
+    error = run.get("perplexity_ratio_stderr")
+    ratio = f"{run['perplexity_ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    half = "text that was not calibrated on" if content["half"] == "evaluation" else "another text than calibration's"
+    return (
+        f"perplexity {sparse['perplexity']:.2f} in place of {dense['perplexity']:.2f}, {ratio} times dense, on "
+        f"{run['tokens']:,} tokens of {content['dataset']} ({half}), with {sparse['realised_sparsity']:.1%} of the "
+        f"inputs skipped (target {sparse['target_sparsity']:.0%}); the first choice is that of the dense model at "
+        f"{sparse['top1_agreement']:.1%} of the tokens"
+    )
+
+
+def _gain(result: Result, dense: dict[str, Any], sparse: dict[str, Any]) -> str:
+    content = result.content
+    before, after = dense["tokens_per_second"], sparse["tokens_per_second"]
+    text = (
+        f"{_speed_text(after)} tokens/s in place of {_speed_text(before)}, {sparse['speedup']:.2f} times dense, on "
+        f"{content['device']} in {content['dtype']} (median of {content['repeats']}, least to most in brackets)"
+    )
+    if dense["bytes_per_token"] and sparse["bytes_per_token"]:
+        read, full = sparse["bytes_per_token"], dense["bytes_per_token"]
+        text += f"; {read / 1e6:,.0f} MB of weights read a token in place of {full / 1e6:,.0f}"
+    if after["min"] <= before["max"] and before["min"] <= after["max"]:
+        text += "; the ranges of the two overlap, so the machine was too busy to tell: time it again"
+    return text
+
+
+def _speed_text(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})"
