@@ -1,6 +1,7 @@
 """Artefacts as Rich tables: what `teal inspect` prints, and the page shows."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -57,7 +58,7 @@ def export_facts(export: dict[str, Any]) -> Table:
 def _realised(export: dict[str, Any]) -> str:
     if export["realised_sparsity"] is None:
         return "not measured (teal eval)"
-    return f"{export['realised_sparsity']:.3f} ({export['realised_from']})"
+    return f"{export['realised_sparsity']:.3f} ({Path(export['realised_from']).name})"
 
 
 def _thresholds_of(export: dict[str, Any]) -> str:
@@ -129,7 +130,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> Table:
     table = Table("result", "verb", "finished", "device", title="Results", title_justify="left")
     for result in results:
         device = ", ".join(filter(None, (result["device"], result["dtype"])))
-        table.add_row(result["file"], result["verb"], result["finished"], device)
+        table.add_row(Path(result["file"]).name, result["verb"], result["finished"], device)
     return table
 
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,30 @@ class Plot:
     draw: Callable[[Any], None]
     """Draws into an empty matplotlib Figure."""
 
+    @cached_property
+    def images(self) -> "Images":
+        """The drawing, in the colours of light pages."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        # The salt makes the ids of a drawing the same every time, and another drawing's different.
+        settings: Any = {**_STYLE, "svg.hashsalt": self.name}
+        svg, png = io.StringIO(), io.BytesIO()
+        with matplotlib.rc_context(settings):
+            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+            self.draw(figure)
+            figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            figure.savefig(png, format="png", dpi=200)
+        return Images(svg.getvalue(), png.getvalue())
+
+
+@dataclass(frozen=True)
+class Images:
+    """One drawing in two formats."""
+
+    svg: str
+    png: bytes
+
 
 def series(index: int) -> dict[str, Any]:
     """Colour, line style and marker of a line: each of the three tells it from its neighbours."""
@@ -100,33 +125,18 @@ def require_drawing() -> None:
             raise MachineError(f"teal report needs {package}, which is not here: pip install 'teal-cli[report]'")
 
 
-def _save(plot: Plot, target: Any, kind: str) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # The salt makes the ids of a drawing the same every time, and another drawing's different.
-    settings: Any = {**_STYLE, "svg.hashsalt": plot.name}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained")
-        plot.draw(figure)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {}
-        figure.savefig(target, format=kind, dpi=200, metadata=nothing)
-
-
 def write_files(plot: Plot, folder: Path) -> list[Path]:
-    """FOLDER/<name>.svg and FOLDER/<name>.png, in the colours of light pages."""
-    paths = [folder / f"{plot.name}.{kind}" for kind in ("svg", "png")]
-    for path in paths:
+    """FOLDER/<name>.svg and FOLDER/<name>.png."""
+    contents = {folder / f"{plot.name}.svg": plot.images.svg.encode(), folder / f"{plot.name}.png": plot.images.png}
+    for path, content in contents.items():
         with atomic_path(path) as temporary:
-            _save(plot, temporary, path.suffix[1:])
-    return paths
+            temporary.write_bytes(content)
+    return list(contents)
 
 
 def inline_svg(plot: Plot) -> str:
     """An <svg> element for an HTML page: no ids that clash, no links, colours by CSS variables."""
-    buffer = io.StringIO()
-    _save(plot, buffer, "svg")
-    text = buffer.getvalue()
+    text = plot.images.svg
     text = text[text.index("<svg") :]
     # The page has a style of its own; matplotlib's speaks of every element there is.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)

@@ -1,0 +1,124 @@
+"""`teal report` and `teal inspect` at the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from teal_cli.cli import run
+
+
+def _teal(*arguments: object) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def _fails(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
+    capsys.readouterr()
+    assert _teal(*arguments) == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teal: ")]
+    assert message in line
+
+
+@pytest.fixture
+def own_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(finished_run, tmp_path / "runs" / "tiny")
+
+
+def test_report(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _teal("report", own_run, "--json", "r.json") == 0
+    page = own_run / "report.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    result = json.loads(Path("r.json").read_text())
+    assert result["page"] == str(page)
+    assert all(Path(file).parent == own_run / "report" for file in result["plots"])
+    assert all(Path(file).is_file() for file in result["plots"])
+    assert set(result["summary"]) == {"what", "cost", "gain"}
+    assert _teal("report", own_run / "uniform-0.30", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert (own_run / "report-uniform-0.30.html").is_file()
+    assert (own_run / "report-uniform-0.30" / "quality-1.png").is_file()
+
+
+def test_report_elsewhere_with_further_results(own_run: Path) -> None:
+    for name in ("eval", "bench"):
+        (own_run / f"{name}.json").rename(f"{name}.json")
+    assert _teal("report", own_run, "--out", "a/b.html", "--plots", "p", "--results", "eval.json,bench.json") == 0
+    assert "times dense" in Path("a/b.html").read_text()
+    assert Path("p/speed-1.svg").is_file()
+    assert not (own_run / "report").exists()
+
+
+def test_what_no_report_can_be_made_of(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _fails(capsys, 3, "there is no folder nowhere", "report", "nowhere")
+    Path("empty").mkdir()
+    _fails(capsys, 3, "neither a run folder nor a TEAL checkpoint", "report", "empty")
+    _fails(capsys, 3, "neither a run folder nor a TEAL checkpoint", "inspect", "empty")
+    _fails(capsys, 2, "results (flag --results): there is no such file", "report", own_run, "--results", "x.json")
+    Path("x.json").write_text('{"runs": [{"speedup": 2}]}')
+    _fails(capsys, 3, "x.json is no result of teal eval, bench or generate", "report", own_run, "--results", "x.json")
+    (own_run / "eval.json").write_text("{")
+    _fails(capsys, 3, "eval.json", "report", own_run)
+    assert not (own_run / "report.html").exists()
+
+
+def test_thresholds_that_were_altered(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own_run / "fisher-0.50" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["target_sparsity"] = 0.4
+    path.write_text(json.dumps(config))
+    for verb in ("report", "inspect"):
+        _fails(capsys, 3, "were altered: export it again", verb, own_run)
+
+
+def test_without_matplotlib(own_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teal_cli.report.drawing.find_spec", lambda name: None)
+    _fails(capsys, 4, "needs matplotlib, which is not here: pip install 'teal-cli[report]'", "report", own_run)
+    assert _teal("inspect", own_run) == 0
+
+
+def test_inspect_a_run(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _teal("inspect", own_run, "--json", "i.json") == 0
+    out = capsys.readouterr().out
+    for name in ("fisher-0.50", "uniform-0.30", "eval.json", "bench.json"):
+        assert name in out
+    result = json.loads(Path("i.json").read_text())
+    assert result["kind"] == "run"
+    assert [export["name"] for export in result["exports"]] == [
+        "fisher-0.30",
+        "fisher-0.50",
+        "uniform-0.30",
+        "uniform-0.50",
+    ]
+    assert result["calibration"]["sites"] == 8
+    assert [entry["verb"] for entry in result["results"]] == ["eval", "bench", "generate"]
+    assert result["projections"] == []
+
+
+def test_inspect_a_checkpoint(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = own_run / "fisher-0.50"
+    assert _teal("inspect", folder, "--json", "i.json") == 0
+    out = capsys.readouterr().out
+    assert "of the sparse network (propagated)" in out
+    assert "target / realised" in out
+    result = json.loads(Path("i.json").read_text())
+    summary = json.loads((folder / "teal.json").read_text())
+    (export,) = result["exports"]
+    assert (result["kind"], export["allocation"], export["target_sparsity"]) == ("checkpoint", "fisher", 0.5)
+    assert export["weight_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert export["realised_sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert result["calibration"]["dataset"] == summary["calibration"]["dataset"]
+    named = {entry["name"]: entry for entry in result["projections"]}
+    for entry in summary["projections"]:
+        assert entry.items() <= named[entry["name"]].items()
+    first = named["model.layers.0.self_attn.q_proj"]
+    assert (first["layer"], first["kind"]) == (0, "q")
+    assert f"{first['threshold']:.3g}" in out
+
+
+def test_inspect_a_checkpoint_that_transformers_saved_again(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(own_run / "fisher-0.50", "again")
+    Path(folder, "teal.json").unlink()
+    assert _teal("inspect", "again") == 0
+    assert "not recorded" in capsys.readouterr().out
