@@ -48,6 +48,8 @@ def distribution_plots(calibration: Calibration, exports: Sequence[Export]) -> l
         )
         height = 2.5 + 0.22 * len(lanes)
         title = kind.replace("_", " ")
+        if len(exports) > SHOWN_EXPORTS:
+            title += f", thresholds of {SHOWN_EXPORTS} of {len(exports)} exports"
         plots.append(Plot(f"distribution-{kind.replace('_', '-')}", title, alt, height, _drawer(sites, lanes)))
     return plots
 

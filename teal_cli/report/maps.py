@@ -19,7 +19,7 @@ def sparsity_plots(export: Export, realised: Realised | None) -> list[Plot]:
     if not grid.layers:
         return []
     values = {"target": {name: entry.sparsity for name, entry in export.plan.projections.items()}}
-    if realised is not None:
+    if realised is not None and realised.by_projection:
         values["realised"] = realised.by_projection
     inside = [each[name] for each in values.values() for name in grid.names.values() if name in each]
     middle, span = (min(inside) + max(inside)) / 2, max(max(inside) - min(inside), _LEAST_SPAN)

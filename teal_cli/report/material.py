@@ -23,7 +23,7 @@ _KEYS: dict[Kind, tuple[set[str], set[str]]] = {
     "eval": (
         {"model", "dataset", "half", "seq_len", "dense_bytes_per_token", "runs", "device", "dtype", "versions"}
         | _EVAL_RUN,
-        _EVAL_RUN | {"realised_by_projection"},
+        _EVAL_RUN,
     ),
     "bench": (
         {
@@ -82,6 +82,7 @@ class Realised:
 
     model_wide: float
     by_projection: dict[str, float]
+    """Empty where the result leaves it out."""
     file: Path
 
 
@@ -119,7 +120,8 @@ class Material:
         """What the first eval of an export counted."""
         for result, run in self.evaluated():
             if result.content["model"] in (self.model, export.name) and _is_of(export, run["sparse"]):
-                return Realised(run["sparse"]["realised_sparsity"], run["realised_by_projection"], result.file)
+                counted = run.get("realised_by_projection", {})
+                return Realised(run["sparse"]["realised_sparsity"], counted, result.file)
         return None
 
 

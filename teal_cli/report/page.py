@@ -179,7 +179,8 @@ def _by_relevance(material: Material) -> list[Export]:
         return []
 
     def rank(export: Export) -> tuple[bool, float, str]:
-        return export is not focus, abs(export.plan.target_sparsity - focus.plan.target_sparsity), export.name
+        distance = abs(export.plan.target_sparsity - focus.plan.target_sparsity)
+        return export is not focus, round(distance, 6), export.name
 
     return sorted(material.exports, key=rank)
 

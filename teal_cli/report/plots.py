@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from teal_cli.config_values import ALLOCATION_NAMES
 from teal_cli.report.drawing import GRID, MUTED, Plot, label, series
 from teal_cli.report.material import Material, Result
 
@@ -18,6 +19,8 @@ class _Line:
     """Values over realised sparsity; `below` and `above` reach from each value to the ends of its bar."""
 
     label: str
+    look: int
+    """Which of `series`: one allocation looks alike in all plots."""
     sparsity: list[float]
     values: list[float]
     below: list[float]
@@ -26,6 +29,7 @@ class _Line:
 
 def quality_plots(material: Material) -> list[Plot]:
     """Perplexity over dense, a line an allocation; one plot for each text and dense prefix."""
+    looks = _looks(material)
     groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     for result, run in material.evaluated():
         content = result.content
@@ -42,7 +46,7 @@ def quality_plots(material: Material) -> list[Plot]:
                     points[run["sparse"]["realised_sparsity"]] = (run["perplexity_ratio"], error)
             ordered = sorted(points.items())
             values, errors = [value for _, (value, _) in ordered], [error for _, (_, error) in ordered]
-            lines.append(_Line(allocation, [x for x, _ in ordered], values, errors, errors))
+            lines.append(_Line(allocation, looks[allocation], [x for x, _ in ordered], values, errors, errors))
         title = f"{model} on {dataset}, {tokens:,} tokens, the first {prefix} of each sequence dense"
         plots.append(
             Plot(
@@ -58,6 +62,7 @@ def quality_plots(material: Material) -> list[Plot]:
 
 def speed_plots(material: Material) -> list[Plot]:
     """Tokens a second, a line an allocation, beside what reading the weights would allow; one plot for each set-up."""
+    looks = _looks(material)
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in material.of_kind("bench"):
         keys = ("model", "device", "dtype", "batch", "quantization", "prompt_tokens", "new_tokens")
@@ -71,7 +76,8 @@ def speed_plots(material: Material) -> list[Plot]:
             names = list(dict.fromkeys(run.get("allocation") or "" for run in result.runs[1:])) or [""]
             for name in names:
                 runs = [run for run in result.runs if run is result.runs[0] or (run.get("allocation") or "") == name]
-                lines.append(_speed_line(_unused(name or "sparse", lines), runs))
+                look = _free_look(looks.get(name, 0), lines)
+                lines.append(_speed_line(_unused(name or "sparse", lines), look, runs))
             limits |= {
                 run["realised_sparsity"]: run["limit_tokens_per_second"]
                 for run in result.runs
@@ -86,11 +92,26 @@ def speed_plots(material: Material) -> list[Plot]:
     return plots
 
 
-def _speed_line(label: str, runs: Sequence[dict[str, Any]]) -> _Line:
+def _looks(material: Material) -> dict[str, int]:
+    """Allocation -> its look."""
+    evaluated = {run["sparse"]["allocation"] for _, run in material.evaluated()}
+    timed = {run.get("allocation") for result in material.of_kind("bench") for run in result.runs} - {None}
+    others = sorted((evaluated | timed) - set(ALLOCATION_NAMES))
+    return {name: index for index, name in enumerate([*ALLOCATION_NAMES, *others])}
+
+
+def _free_look(wanted: int, lines: Sequence[_Line]) -> int:
+    """The wanted look, or the next one that no line of the plot has."""
+    used = {line.look for line in lines}
+    return next(look for look in range(wanted, wanted + len(lines) + 1) if look not in used)
+
+
+def _speed_line(name: str, look: int, runs: Sequence[dict[str, Any]]) -> _Line:
     ordered = sorted(runs, key=lambda run: float(run["realised_sparsity"]))
     spreads = [run["tokens_per_second"] for run in ordered]
     return _Line(
-        label,
+        name,
+        look,
         [run["realised_sparsity"] for run in ordered],
         [spread["median"] for spread in spreads],
         [spread["median"] - spread["min"] for spread in spreads],
@@ -124,8 +145,8 @@ def _drawer(
             xs, ys = [100 * x for x in sorted(limits)], [limits[x] for x in sorted(limits)]
             axes.plot(xs, ys, color=MUTED, linestyle=(0, (1, 1.5)), linewidth=1.4)
             ends.append((ys[-1], "memory limit", MUTED))
-        for index, line in enumerate(lines):
-            look = series(index)
+        for line in lines:
+            look = series(line.look)
             xs = [100 * x for x in line.sparsity]
             axes.errorbar(xs, line.values, yerr=[line.below, line.above], capsize=3, **look)
             ends.append((line.values[-1], label(line.label), look["color"]))

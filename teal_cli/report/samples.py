@@ -16,6 +16,11 @@ class Token:
     parts: bool = False
     """Whether dense and sparse continuations differ from here on."""
 
+    @property
+    def space(self) -> str:
+        """The blanks that the token begins with; they stay outside of a frame, so that a line can end there."""
+        return self.text[: len(self.text) - len(self.text.lstrip(" "))] if self.text.strip() else ""
+
 
 @dataclass(frozen=True)
 class Passage:

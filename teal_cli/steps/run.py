@@ -66,6 +66,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
             write_json(config.json_file, results[stage])
         state[stage] = key
         write_json(path, state)
+    reporter.say(f"all of it lies in {workspace.run}; next, for one page with plots: teal report {workspace.run}")
     return results
 
 
