@@ -94,9 +94,9 @@ def speed_plots(material: Material) -> list[Plot]:
 
 def _looks(material: Material) -> dict[str, int]:
     """Allocation -> its look."""
-    evaluated = {run["sparse"]["allocation"] for _, run in material.evaluated()}
-    timed = {run.get("allocation") for result in material.of_kind("bench") for run in result.runs} - {None}
-    others = sorted((evaluated | timed) - set(ALLOCATION_NAMES))
+    found = {str(run["sparse"]["allocation"]) for _, run in material.evaluated()}
+    found |= {str(run.get("allocation") or "") for result in material.of_kind("bench") for run in result.runs}
+    others = sorted(found - {"", *ALLOCATION_NAMES})
     return {name: index for index, name in enumerate([*ALLOCATION_NAMES, *others])}
 
 
