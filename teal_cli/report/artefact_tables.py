@@ -49,7 +49,8 @@ def export_facts(export: dict[str, Any]) -> Table:
     table.add_row("thresholds", _thresholds_of(export))
     table.add_row("quantised", _quantisation(export))
     files = "file" if export["weight_files"] == 1 else "files"
-    table.add_row("weights", f"{export['weight_bytes'] / 1e6:,.1f} MB in {export['weight_files']} {files}")
+    size = f"{export['weight_bytes'] / 1e6:,.1f} MB in {export['weight_files']} {files}"
+    table.add_row("weights", export["problem"] or size)
     table.add_row("fingerprint", (export["weights"] or "not recorded")[:16])
     table.add_row("finished", export["finished"])
     return table
@@ -102,15 +103,18 @@ def projection_tables(projections: Sequence[_Projection]) -> list[Table]:
     def sparsity(entry: _Projection) -> str:
         return _percent(entry["sparsity"]) + (f" / {_percent(entry['realised'])}" if measured else "")
 
-    title = "Sparsity, %" + (": target / realised" if measured else " (target; teal eval counts what is realised)")
-    return [
-        _by_place(title, projections, sparsity),
-        _by_place(
-            "Thresholds on |x|",
-            projections,
-            lambda entry: f"{entry['threshold']:.3g}" if entry["sparsity"] else "dense",
-        ),
-    ]
+    def threshold(entry: _Projection) -> str:
+        return f"{entry['threshold']:.3g}" if entry["sparsity"] else "dense"
+
+    what = "Sparsity, %" + (": target / realised" if measured else " (target)")
+    tables = [_by_place(what, projections, sparsity), _by_place("Thresholds on |x|", projections, threshold)]
+    outside = [entry for entry in projections if entry["layer"] is None]
+    if outside:
+        table = plain_table("Outside of the layers", "", what, "threshold")
+        for entry in outside:
+            table.add_row(entry["name"], sparsity(entry), threshold(entry))
+        tables.append(table)
+    return tables
 
 
 def _by_place(title: str, projections: Sequence[_Projection], cell: Callable[[_Projection], str]) -> Table:
@@ -120,8 +124,6 @@ def _by_place(title: str, projections: Sequence[_Projection], cell: Callable[[_P
     for layer in grid.layers:
         names = [grid.names.get((layer, kind)) for kind in grid.kinds]
         table.add_row(str(layer), *["" if name is None else cell(entries[name]) for name in names])
-    for name in grid.outside:
-        table.add_row(name, cell(entries[name]))
     return table
 
 

@@ -1,9 +1,11 @@
 """What a run folder or a checkpoint holds, as data: the result of `teal inspect`, and tables of the page."""
 
+from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import weight_files
+from teal_cli.errors import ArtefactError
 from teal_cli.report.material import Export, Material, when
 from teal_cli.report.places import grid_of, place
 from teal_cli.report.summary import summary
@@ -13,7 +15,12 @@ def describe_export(export: Export, material: Material) -> dict[str, Any]:
     """A TEAL checkpoint without its projections."""
     summary_file = export.folder / ("teal.json" if export.summary else "config.json")
     realised = material.realised(export)
-    files = weight_files(export.folder)
+    files: list[Path] = []
+    problem = None
+    try:
+        files = weight_files(export.folder)
+    except ArtefactError as error:  # a report needs no weights: it is the reader who should know
+        problem = str(error)
     return {
         "name": export.name,
         "folder": str(export.folder),
@@ -27,6 +34,7 @@ def describe_export(export: Export, material: Material) -> dict[str, Any]:
         "weights": export.summary.get("weights"),
         "weight_files": len(files),
         "weight_bytes": sum(file.stat().st_size for file in files),
+        "problem": problem,
         "mean_by_kind": _means(export),
     }
 

@@ -164,7 +164,7 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     if not folder.is_dir():
         raise ArtefactError(f"there is no folder {folder}: give a run folder, such as runs/smollm2-135m")
     own = read_export(folder) if _is_checkpoint(folder) else None
-    run: Path | None = folder if own is None else folder.resolve().parent
+    run: Path | None = folder if own is None else (folder if folder.name else folder.resolve()).parent
     if run is not None and not calibration_file.exists(run):
         if own is None and not any(_checkpoints(folder)) and not any(_results_in(folder)):
             raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")

@@ -22,12 +22,11 @@ def site_kind(site: str) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Projections of the layers, as rows and columns; and those outside of any layer."""
+    """Projections of the layers, as rows and columns."""
 
     layers: list[int]
     kinds: list[str]
     names: dict[tuple[int, str], str]
-    outside: list[str]
 
     def rows(self, values: Mapping[str, float]) -> list[list[float | None]]:
         """One row a layer, one value a kind; None where there is none."""
@@ -35,15 +34,12 @@ class Grid:
 
 
 def grid_of(projections: Iterable[str]) -> Grid:
-    """Lay projections out, kinds in the order in which they first come."""
+    """Lay those of the layers out, kinds in the order in which they first come."""
     names: dict[tuple[int, str], str] = {}
     kinds: dict[str, None] = {}
-    outside = []
     for name in projections:
         layer, kind = place(name)
-        if layer is None:
-            outside.append(name)
-            continue
-        names[layer, kind] = name
-        kinds[kind] = None
-    return Grid(sorted({layer for layer, _ in names}), list(kinds), names, outside)
+        if layer is not None:
+            names[layer, kind] = name
+            kinds[kind] = None
+    return Grid(sorted({layer for layer, _ in names}), list(kinds), names)

@@ -1,6 +1,8 @@
 """The three lines that a report starts with: what was run, what it cost, what it bought."""
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from teal_cli.report.material import Material, Result
@@ -27,14 +29,28 @@ def summary(material: Material) -> list[Line]:
 
 def how_to_measure(verb: str, material: Material) -> str:
     """The command that makes what is absent."""
-    model = f"--model {material.model}"
-    focus = material.focus
-    if verb == "calibrate":
-        return f"teal calibrate {model}"
+    focus, run = material.focus, material.run
+    words = ["teal", verb, "--model", _model_option(material), *_quantize_options(material)]
     if focus is not None:
-        model += f" --sparsity {focus.plan.target_sparsity:g} --allocation {focus.plan.allocation}"
-    file = (material.run or focus.folder.parent if focus else material.run) if verb != "export" else None
-    return f"teal {verb} {model}" + (f" --json {file}/{verb}.json" if file is not None else "")
+        words += ["--sparsity", f"{focus.plan.target_sparsity:g}", "--allocation", focus.plan.allocation]
+    if run is not None and run.parent != Path("runs"):
+        words += ["--runs", str(run.parent)]
+    if run is not None and verb in ("eval", "bench"):
+        words += ["--json", str(run / f"{verb}.json")]
+    return shlex.join(words)
+
+
+def _model_option(material: Material) -> str:
+    """What --model was: results tell, their name for it may be that of a folder."""
+    given = (result.content.get("config", {}).get("model") for result in material.results)
+    return next((str(model) for model in given if model), material.model)
+
+
+def _quantize_options(material: Material) -> list[str]:
+    quantization = "" if material.calibration is None else material.calibration.info.quantization
+    scheme = quantization.removesuffix("-output")
+    output = ["--quantize-output"] if scheme != quantization else []
+    return ["--quantize", scheme.replace("-", ":"), *output] if scheme else []
 
 
 def _what(material: Material) -> str:

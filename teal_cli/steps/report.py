@@ -34,7 +34,7 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
     content = content_of(material, drawings)
     with atomic_path(page) as temporary:
         temporary.write_text(render(content), encoding="utf-8")
-    plots = config.plots or page.with_suffix("")
+    plots = config.plots or page.with_name(page.stem if page.suffix else f"{page.name}-plots")
     files = [str(file) for plot in drawings.all() for file in write_files(plot, plots)]
     return ReportResult(str(page), files, {line.label.lower(): line.text for line in content.summary})
 

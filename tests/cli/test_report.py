@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny, write_corpus
 
 from teal_cli.cli import run
 
@@ -72,6 +73,15 @@ def test_thresholds_that_were_altered(own_run: Path, capsys: pytest.CaptureFixtu
         _fails(capsys, 3, "were altered: export it again", verb, own_run)
 
 
+def test_a_report_needs_no_weights(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_run / "fisher-0.50" / "model.safetensors").unlink()
+    assert _teal("inspect", own_run / "fisher-0.50", "--json", "i.json") == 0
+    assert "has no usable weights" in " ".join(capsys.readouterr().out.split())
+    assert "has no usable weights" in json.loads(Path("i.json").read_text())["exports"][0]["problem"]
+    assert _teal("report", own_run, "--out", "page") == 0
+    assert (Path("page-plots") / "speed-1.svg").is_file()
+
+
 def test_without_matplotlib(own_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal_cli.report.drawing.find_spec", lambda name: None)
     _fails(capsys, 4, "needs matplotlib, which is not here: pip install 'teal-cli[report]'", "report", own_run)
@@ -122,3 +132,20 @@ def test_inspect_a_checkpoint_that_transformers_saved_again(own_run: Path, capsy
     Path(folder, "teal.json").unlink()
     assert _teal("inspect", "again") == 0
     assert "not recorded" in capsys.readouterr().out
+
+
+def test_output_layer_and_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A projection outside of the layers has a table of its own; what is absent is made with --quantize."""
+    model, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
+    flags = ("--model", model, "--quantize", "int4:32", "--quiet")
+    assert _teal("calibrate", *flags, "--dataset", corpus, "--tokens", 256, "--seq-len", 64, "--output-layer") == 0
+    assert _teal("export", *flags, "--allocation", "uniform") == 0
+    run = Path("runs/tiny-int4-32")
+    capsys.readouterr()
+    assert _teal("inspect", run / "uniform-0.50") == 0
+    out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "quantised int4:32" in out
+    assert "Outside of the layers" in out
+    assert "teal bench --model tiny --quantize int4:32 --sparsity 0.5 --allocation uniform" in out
+    assert _teal("report", run) == 0
+    assert "output input" in (run / "report.html").read_text()
