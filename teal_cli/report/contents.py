@@ -103,14 +103,9 @@ def describe_results(material: Material) -> list[dict[str, Any]]:
     ]
 
 
-def describe(material: Material, *, checkpoint: bool) -> dict[str, Any]:
-    """The contract of `teal inspect --json` (docs/formats.md).
-
-    Args:
-        material: of one checkpoint, or of a run folder.
-        checkpoint: whether it is of one checkpoint, whose projections are listed then.
-    """
-    focus = material.focus if checkpoint else None
+def describe(material: Material) -> dict[str, Any]:
+    """The contract of `teal inspect --json` (docs/formats.md); of a checkpoint, with all of its projections."""
+    focus = material.focus if material.is_checkpoint else None
     return {
         "kind": "run" if focus is None else "checkpoint",
         "name": material.name,

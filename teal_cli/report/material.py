@@ -90,7 +90,8 @@ class Realised:
 class Material:
     """Everything that a report may show; whatever is absent is empty."""
 
-    name: str
+    folder: Path
+    """The run folder or checkpoint that was asked for."""
     run: Path | None
     """The run folder; None for a checkpoint that lies in none."""
     calibration: Calibration | None
@@ -98,6 +99,16 @@ class Material:
     focus: Export | None
     """The export that summaries are about."""
     results: list[Result]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.name
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is about one checkpoint, rather than a run."""
+        return self.folder != self.run
 
     @property
     def model(self) -> str:
@@ -163,15 +174,16 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     """
     if not folder.is_dir():
         raise ArtefactError(f"there is no folder {folder}: give a run folder, such as runs/smollm2-135m")
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     own = read_export(folder) if _is_checkpoint(folder) else None
-    run: Path | None = folder if own is None else (folder if folder.name else folder.resolve()).parent
-    if run is not None and not calibration_file.exists(run):
-        if own is None and not any(_checkpoints(folder)) and not any(_results_in(folder)):
-            raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
-        run = run if own is None else None
+    parent = folder.parent if own is not None else folder
+    calibration = calibration_file.load(parent) if calibration_file.exists(parent) else None
+    # A checkpoint may lie anywhere; what lies beside it there is not its run's.
+    run = parent if own is None or calibration is not None else None
     exports = [own] if own is not None else [read_export(each) for each in _checkpoints(folder)]
-    calibration = calibration_file.load(run) if run is not None and calibration_file.exists(run) else None
     results = list(_results_in(run)) if run is not None else []
+    if calibration is None and not exports and not results:
+        raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
         result = _result(file, read_json(file, "result"))
         if result is None:
@@ -179,7 +191,7 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
         if all(result.content != known.content for known in results):
             results.append(result)
     focus = own or _focus(run, exports, results)
-    return Material(folder.resolve().name, run, calibration, exports, focus, results)
+    return Material(folder, run, calibration, exports, focus, results)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -13,5 +13,4 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: neither of the two, or damaged.
     """
-    material = read_material(folder)
-    return describe(material, checkpoint=material.run != folder)
+    return describe(read_material(folder))

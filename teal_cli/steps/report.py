@@ -28,7 +28,7 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
     """
     require_drawing()
     material = read_material(folder, config.results)
-    page = config.out or _default_page(folder, material)
+    page = config.out or _default_page(material)
     drawings = drawings_of(material)
     reporter.say(f"drawing {len(drawings.all())} plots")
     content = content_of(material, drawings)
@@ -39,8 +39,8 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
     return ReportResult(str(page), files, {line.label.lower(): line.text for line in content.summary})
 
 
-def _default_page(folder: Path, material: Material) -> Path:
+def _default_page(material: Material) -> Path:
     """RUN/report.html; for one checkpoint RUN/report-NAME.html, since its own folder is a model's."""
-    if material.run == folder:
-        return folder / "report.html"
-    return (material.run or folder.resolve().parent) / f"report-{material.name}.html"
+    if material.is_checkpoint:
+        return material.folder.parent / f"report-{material.name}.html"
+    return material.folder / "report.html"

@@ -149,3 +149,17 @@ def test_output_layer_and_quantised_weights(tmp_path: Path, capsys: pytest.Captu
     assert "teal bench --model tiny --quantize int4:32 --sparsity 0.5 --allocation uniform" in out
     assert _teal("report", run) == 0
     assert "output input" in (run / "report.html").read_text()
+
+
+def test_from_inside_of_a_run(
+    own_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_run / "bench.json").unlink()
+    monkeypatch.chdir(own_run)
+    assert _teal("inspect", ".", "--json", "../i.json") == 0
+    result = json.loads(Path("../i.json").read_text())
+    assert (result["kind"], result["name"]) == ("run", "tiny")
+    assert f"--runs {own_run.parent}" in result["summary"]["gain"]
+    monkeypatch.chdir(own_run / "uniform-0.50")
+    assert _teal("report", ".", "--quiet") == 0
+    assert (own_run / "report-uniform-0.50.html").is_file()
