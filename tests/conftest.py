@@ -28,6 +28,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
+from teal_cli.cli import run as run_command
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import find_projections
 from teal_kernels import masked_input, tuning
@@ -285,8 +286,6 @@ def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN of a tiny model: calibration, two allocations exported, evaluated with samples, timed. Not to be changed."""
-    from teal_cli.cli import run
-
     home = tmp_path_factory.mktemp("finished")
     model, corpus, recipe = home / "tiny", write_corpus(home / "corpus.txt"), home / "recipe.yaml"
     save_tiny(model, chat=True)
@@ -308,5 +307,5 @@ bench: {{sparsity: [0.3, 0.5], new_tokens: 3, prompt_tokens: 8, repeats: 2}}
 generate: {{prompt: the stars, max_new_tokens: 4}}
 """
     )
-    assert run(["run", str(recipe), "--quiet"]) == 0
+    assert run_command(["run", str(recipe), "--quiet"]) == 0
     return home / "runs" / "tiny"
