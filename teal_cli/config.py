@@ -102,6 +102,9 @@ class CalibrateConfig(ModelConfig):
     sensitivity_tokens: int = Field(
         8192, ge=0, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
     )
+    quantize_tokens: int = Field(
+        16384, ge=0, description="with 4 bits: of those, tokens to choose the codes on (GPTQ); 0 for the nearest codes"
+    )
     greedy_tokens: int = Field(
         0, ge=0, description="of those, tokens to walk the paths of allocation greedy on; 0 for none"
     )

@@ -75,7 +75,7 @@ def hold(
         return plan, False
     loaded = model is None
     if loaded:
-        model, _ = load_dense(source.folder, config)
+        model, _ = load_dense(source.folder, config, calibration)
         sparsify_(model, plan)
         reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
     held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)

@@ -307,19 +307,23 @@ class Output:
 def random_packed(
     inputs: int, parts: tuple[int, ...], bits: int, group: int, *, zeros: bool, seed: int = 0, device: str = "cpu"
 ) -> Packed:
-    """Quantised weights of projections side by side: any codes, scales between 0.1 and 1.1."""
+    """Quantised weights of projections side by side: any codes and zero points, scales between 0.1 and 1.1."""
     generator = torch.Generator().manual_seed(seed)
 
     def codes(*shape: int) -> Tensor:
         return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8).to(device)
 
     groups = -(-inputs // group)
+
+    def fractions(part: int) -> Tensor:
+        return torch.rand(groups, part, generator=generator)
+
     return side_by_side(
         [
             pack(
                 codes(inputs, part),
-                (torch.rand(groups, part, generator=generator) + 0.1).to(device),
-                codes(groups, part) if zeros else None,
+                (fractions(part) + 0.1).to(device),
+                (fractions(part) * (1 << bits)).half().to(device) if zeros else None,
                 bits=bits,
                 group=group,
             )

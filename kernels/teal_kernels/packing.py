@@ -23,7 +23,7 @@ class Packed:
     scales: Tensor
     """(groups, out), floating."""
     zeros: Tensor | None
-    """(groups, out) uint8; None is 2**(bits - 1) everywhere."""
+    """(groups, out), of any dtype; None is 2**(bits - 1) everywhere."""
     bits: int
     group: int
     """Inputs that share a scale; the last group may be shorter."""
@@ -57,7 +57,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, grou
     Args:
         codes: (in, out) uint8, below 2**bits.
         scales: (groups, out) floating.
-        zeros: (groups, out) uint8, or None for 2**(bits - 1).
+        zeros: (groups, out), or None for 2**(bits - 1).
         bits: 4 or 8.
         group: inputs that share a scale.
 

@@ -177,11 +177,11 @@ def _random_codes(inputs: int, parts: tuple[int, ...], scheme: Scheme, generator
     words = sum(-(-part * scheme.bits // 32) for part in parts)
     groups, total = -(-inputs // scheme.group_of(inputs)), sum(parts)
     scales = torch.rand(groups, total, generator=generator, device=device) / (1 << scheme.bits - 2)
-    zeros = torch.randint(0, 1 << scheme.bits, (groups, total), generator=generator, device=device, dtype=torch.uint8)
+    zeros = torch.rand(groups, total, generator=generator, device=device) * (1 << scheme.bits)
     return Packed(
         torch.randint(-(1 << 31), 1 << 31, (inputs, words), generator=generator, device=device).to(torch.int32),
         scales.half() if scheme.group else scales,
-        zeros if scheme.has_zeros else None,
+        zeros.half() if scheme.has_zeros else None,
         scheme.bits,
         scheme.group_of(inputs),
         parts,

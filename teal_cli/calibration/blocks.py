@@ -35,6 +35,12 @@ class BlockCall(NamedTuple):
         found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return found
 
+    def without_hidden(self) -> "BlockCall":
+        """The same call, which holds no hidden states; `on` gives it others."""
+        if self.args:
+            return BlockCall((None, *self.args[1:]), self.kwargs)
+        return BlockCall((), {key: value for key, value in self.kwargs.items() if key != "hidden_states"})
+
     def on(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's hidden states for other inputs, all else as it was."""
         if self.args:

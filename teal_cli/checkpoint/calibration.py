@@ -23,6 +23,7 @@ _SENSITIVITY = "sensitivity/"
 _PATH = "greedy/"
 """In front of a projection's or a block's name, as the key of its tensor."""
 _TEXT = "text"
+_QUANTISED = "quantised.safetensors"
 KEPT_TOKENS = 8192
 """Tokens that later passes over the calibration's text read."""
 
@@ -58,6 +59,9 @@ class CalibrationInfo:
     versions: dict[str, str] = field(default_factory=dict)
     quantization: str = ""
     """How the weights were quantised while this was measured; empty where they were not."""
+    quantize_tokens: int = 0
+    """Tokens, the first of those read, that GPTQ chose the codes on; 0 for the nearest codes."""
+    quantize_seconds: float = 0.0
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Calibration:
     """Block -> (points, projections) float32, sparsities; empty where greedy did not walk."""
     text: Tensor | None = None
     """(sequences, tokens) int64, up to KEPT_TOKENS, of text that cannot be read again: what the model wrote itself."""
+    quantised: Path | None = None
+    """The weights that this was measured with, where they are quantised (`quantised_file`)."""
 
     def threshold(self, projection: Projection, sparsity: float) -> float:
         """The threshold at which a projection drops this fraction of its inputs.
@@ -119,6 +125,11 @@ class Calibration:
 def exists(run: Path) -> bool:
     """Whether a RUN folder holds a calibration (the JSON is written last)."""
     return (run / _META).is_file()
+
+
+def quantised_file(run: Path) -> Path:
+    """Where a calibration of quantised weights has these: a file as checkpoints have it."""
+    return run / _QUANTISED
 
 
 def save(calibration: Calibration, run: Path) -> None:
@@ -186,4 +197,5 @@ def load(run: Path) -> Calibration:
         blocks = Counter(projection.site.rpartition(".")[0] for projection in projections)
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
-    return Calibration(info, projections, histograms, sensitivities, paths, text)
+    quantised = quantised_file(run) if info.quantization else None
+    return Calibration(info, projections, histograms, sensitivities, paths, text, quantised)

@@ -13,8 +13,6 @@ from teal_cli.checkpoint.files import atomic_folder, read_json
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
-from teal_cli.quantise.files import write_quantised
-from teal_cli.quantise.model import schemes_of
 from teal_cli.versions import now
 
 _SUMMARY = "teal.json"
@@ -75,7 +73,8 @@ def write_checkpoint(
     """Write an ordinary transformers folder whose config carries the plan.
 
     The weight files hold exactly the dense keys: they are the dense files, as hard links (symbolic
-    links across file systems) or copies. The folder appears whole or not at all.
+    links across file systems) or copies. Of quantised weights they are the calibration's. The folder
+    appears whole or not at all.
 
     Args:
         dense: the dense model's folder.
@@ -84,8 +83,7 @@ def write_checkpoint(
         out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
         propagated: whether the thresholds are the sparse network's own (`sparse.propagate_`).
-        quantization: how to quantise the weights (`teal_cli.hf.TealConfig.quantization`); they are written
-            anew then.
+        quantization: how the weights are quantised (`teal_cli.hf.TealConfig.quantization`), those of the calibration.
 
     Raises:
         ArtefactError: the calibration is of another model, `dense` is a quantised model, or `out`
@@ -98,15 +96,12 @@ def write_checkpoint(
         raise ArtefactError(f"{dense} is already quantised ({method}): export from the dense model")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / _SUMMARY).is_file())):
         raise ArtefactError(f"{out} exists and is not a TEAL checkpoint: it is not replaced; give another --out")
-    shards = weight_files(dense)
     with atomic_folder(out) as temporary:
-        if quantization is None:
-            for shard in shards:
+        if quantization is None or calibration.quantised is None:
+            for shard in weight_files(dense):
                 _place(shard, temporary / shard.name, weights)
         else:
-            write_quantised(
-                shards, schemes_of(plan.projections, quantization["projections"], quantization["output"]), temporary
-            )
+            _place(calibration.quantised, temporary / "model.safetensors", weights)
             digest = fingerprint(temporary)
             if quantization["output"] is not None:
                 config["tie_word_embeddings"] = False

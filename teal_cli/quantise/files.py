@@ -1,42 +1,58 @@
-"""Writing quantised weights: dense safetensors files in, one file with codes, scales and zero points out."""
+"""Quantised weights on disk: dense safetensors files in, one file with codes, scales and zero points out."""
 
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teal_cli.checkpoint.files import atomic_path
+from teal_cli.errors import ArtefactError, reading
 from teal_cli.quantise.scheme import Scheme
-from teal_cli.quantise.values import quantise
+from teal_kernels.packing import Packed
 
-_EMBEDDING = "model.embed_tokens.weight"
+_CODES, _SCALES, _ZEROS = "qweight", "scales", "zeros"
 
 
-def write_quantised(shards: list[Path], schemes: dict[str, Scheme], folder: Path) -> None:
-    """Write `model.safetensors`: quantised layers have qweight, scales and zeros, everything else is as it was.
+def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path) -> None:
+    """Write the weights of a quantised model: qweight, scales and zeros of the layers in `packs`, all else as it was.
 
     Args:
         shards: the dense weight files.
-        schemes: by module path. An output layer tied to the embedding gets weights of its own.
-        folder: where to.
+        packs: by module path.
+        file: where to; it appears whole or not at all.
     """
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as stream:
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
-                tensor = stream.get_tensor(key)
-                name = key.removesuffix(".weight")
-                if name in schemes and key != name:
-                    tensors |= _quantised(name, tensor, schemes[name])
-                else:
-                    tensors[key] = tensor
-    for name, scheme in schemes.items():
-        if f"{name}.qweight" not in tensors:  # tied
-            tensors |= _quantised(name, tensors[_EMBEDDING], scheme)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+                if key.removesuffix(".weight") not in packs:
+                    tensors[key] = stream.get_tensor(key)
+    for name, packed in packs.items():
+        tensors[f"{name}.{_CODES}"] = packed.words.cpu().contiguous()
+        tensors[f"{name}.{_SCALES}"] = packed.scales.cpu().contiguous()
+        if packed.zeros is not None:
+            tensors[f"{name}.{_ZEROS}"] = packed.zeros.cpu().contiguous()
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def _quantised(name: str, weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    packed = quantise(weight, scheme)
-    found = {f"{name}.qweight": packed.words, f"{name}.scales": packed.scales}
-    return found if packed.zeros is None else found | {f"{name}.zeros": packed.zeros}
+def read_quantised(file: Path, schemes: dict[str, Scheme], device: torch.device) -> dict[str, Packed]:
+    """Codes, scales and zero points of the layers in `schemes`.
+
+    Raises:
+        ArtefactError: missing, damaged, or without one of them.
+    """
+    if not file.is_file():
+        raise ArtefactError(f"the quantised weights {file} are missing: run `teal calibrate` again")
+    packs = {}
+    with (
+        reading("quantised weights", file, KeyError, SafetensorError),
+        safe_open(file, framework="pt", device=str(device)) as stream,
+    ):
+        for name, scheme in schemes.items():
+            words, scales = stream.get_tensor(f"{name}.{_CODES}"), stream.get_tensor(f"{name}.{_SCALES}")
+            zeros = stream.get_tensor(f"{name}.{_ZEROS}") if scheme.has_zeros else None
+            packs[name] = Packed(words, scales, zeros, scheme.bits, scheme.group_of(len(words)), (scales.shape[1],))
+    return packs

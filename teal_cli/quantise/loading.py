@@ -3,28 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.config import ModelConfig
+from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model
-from teal_cli.quantise.model import quantise_
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.files import read_quantised
+from teal_cli.quantise.model import dequantise_, schemes_of
 from teal_kernels.packing import Packed
 
 
-def load_dense(folder: Path, config: ModelConfig) -> tuple[Any, dict[str, Packed]]:
-    """A dense model, its weights quantised and dequantised where the configuration asks for it.
+def load_dense(folder: Path, config: ModelConfig, calibration: Calibration) -> tuple[Any, dict[str, Packed]]:
+    """A dense model, with the quantised weights in place of its own where the calibration has such.
 
     Returns:
         The model, and by module path what `pack_` puts in place of those weights; empty where nothing is quantised.
 
     Raises:
-        TealError: what `load_model` raises.
+        TealError: what `load_model` and `read_quantised` raise.
     """
     model = load_model(folder, device=config.device, dtype=config.dtype)
-    return model, quantised_(model, config)
-
-
-def quantised_(model: Any, config: ModelConfig) -> dict[str, Packed]:
-    """Quantise a model that is loaded, as the configuration asks."""
-    if config.quantize is None:
-        return {}
-    return quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
+    if calibration.quantised is None or config.quantize is None:
+        return model, {}
+    output = find_projections(model, output_layer=True)[-1].name if config.quantize_output else None
+    schemes = schemes_of((projection.name for projection in find_projections(model)), config.quantize, output)
+    packs = read_quantised(calibration.quantised, schemes, model.device)
+    dequantise_(model, packs)
+    return model, packs

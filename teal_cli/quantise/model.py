@@ -1,14 +1,15 @@
 """Quantising a model: in place, for measuring, and packed, for decoding."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
+from teal_cli.quantise.walk import quantise_blocks_
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantized import QuantizedLinear
@@ -18,7 +19,14 @@ from teal_kernels.packing import Packed, dequantised
 
 
 @torch.no_grad()
-def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict[str, Packed]:
+def quantise_(
+    model: Any,
+    scheme: Scheme,
+    *,
+    output_layer: bool = False,
+    batches: tuple[Tensor, ...] = (),
+    on_block: Callable[[int], None] = lambda blocks: None,
+) -> dict[str, Packed]:
     """Give a dense model the weights that its quantised self has; the model stays an ordinary one.
 
     Calibration, sensitivities and evaluation then measure the quantised network.
@@ -27,24 +35,39 @@ def quantise_(model: Any, scheme: Scheme, *, output_layer: bool = False) -> dict
         model: a causal language model.
         scheme: of the projections.
         output_layer: quantise the output layer too, to 8 bits. Of tied embeddings it gets weights of its own.
+        batches: (sequences, tokens) int64 each, for GPTQ; without any, and for 8 bits, the nearest codes are taken.
+        on_block: told of each block that GPTQ has done.
 
     Returns:
         Module path -> the codes, scales and zero points that `pack_` puts in place.
     """
-    packs = {}
-    schemes = {projection.name: scheme for projection in find_projections(model)}
+    packs: dict[str, Packed] = {}
+    projections = find_projections(model)
+    schemes = {projection.name: scheme for projection in projections}
+    if batches and scheme.bits == 4:
+        path = architecture_of(model.config.model_type).blocks
+        packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
     if output_layer:
         schemes[find_projections(model, output_layer=True)[-1].name] = INT8
-    for name, of_this in schemes.items():
+    nearest = {
+        name: quantise(model.get_submodule(name).weight, of_this)
+        for name, of_this in schemes.items()
+        if name not in packs
+    }
+    dequantise_(model, nearest)
+    return packs | nearest
+
+
+@torch.no_grad()
+def dequantise_(model: Any, packs: dict[str, Packed]) -> None:
+    """Give a dense model the weights that codes stand for. An output layer that was tied gets its own."""
+    for name, packed in packs.items():
         layer = model.get_submodule(name)
-        packed = quantise(layer.weight, of_this)
-        packs[name] = packed
         values = dequantised(packed, layer.weight.dtype).t()
-        if of_this is INT8 and layer.weight is model.get_input_embeddings().weight:
+        if layer.weight is model.get_input_embeddings().weight:
             layer.weight = nn.Parameter(values.contiguous(), requires_grad=False)
         else:
             layer.weight.copy_(values)
-    return packs
 
 
 def schemes_of(names: Iterable[str], quantize: str, output: str | None) -> dict[str, Scheme]:

@@ -19,7 +19,7 @@ _FEW_ROWS = 2
 class QuantizedLinear(SparseLinear):
     """A `SparseLinear` that holds codes, scales and zero points in place of `weight`.
 
-    `qweight` (in, words) int32, `scales` (groups, out) and `zeros` (groups, out) uint8 are what
+    `qweight` (in, words) int32, `scales` (groups, out) and `zeros` (groups, out) float16 are what
     `teal_kernels.packing.Packed` describes. `weight` is made of them whenever it is read, for
     passes over many tokens.
     """
@@ -50,7 +50,7 @@ class QuantizedLinear(SparseLinear):
             packed = Packed(
                 torch.zeros(n_in, -(-n_out * scheme.bits // 32), dtype=torch.int32, device=device),
                 torch.zeros(groups, n_out, dtype=torch.float16 if scheme.group else torch.float32, device=device),
-                torch.zeros(groups, n_out, dtype=torch.uint8, device=device) if scheme.has_zeros else None,
+                torch.zeros(groups, n_out, dtype=torch.float16, device=device) if scheme.has_zeros else None,
                 scheme.bits,
                 scheme.group_of(n_in),
                 (n_out,),
@@ -87,11 +87,12 @@ class QuantizedLinear(SparseLinear):
         self._nothing_dropped = torch.full_like(self.threshold, -1.0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        scales = self.scales
+        kept = {"scales": self.scales, "zeros": self.zeros}
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:  # a cast of the model must not round them
-            self.scales = scales.to(self.scales.device)
+        for name, before in kept.items():  # a cast of the model must not round them
+            if before is not None and getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(getattr(self, name).device))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

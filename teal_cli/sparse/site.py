@@ -163,11 +163,11 @@ class Site:
         if table is None or not self._alike or x.is_inference():
             if number not in self._bytes:
                 self._bytes[number] = byte_table(packed)
-            return cpu_packed_linear(x, self._bytes[number], packed.scales, packed.group, layer.bias, threshold)
+            return cpu_packed_linear(x, self._bytes[number], packed, layer.bias, threshold)
         if self._y is None or x is not self._x or x._version != self._version:
             if _ALL not in self._bytes:
                 self._bytes[_ALL] = byte_table(table)
-            self._y = cpu_packed_linear(x, self._bytes[_ALL], table.scales, table.group, None, threshold)
+            self._y = cpu_packed_linear(x, self._bytes[_ALL], table, None, threshold)
             self._x, self._version = x, x._version
         start, stop = self._parts[number]
         part = self._y[..., start:stop]

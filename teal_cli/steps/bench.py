@@ -24,8 +24,9 @@ from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
-from teal_cli.quantise.loading import load_dense, quantised_
-from teal_cli.quantise.model import pack_
+from teal_cli.quantise.loading import load_dense
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.sparse.quantized import QuantizedLinear
@@ -229,7 +230,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
     first = allocate(config, calibration, 0.0, "uniform")  # for the model, until it has a plan
-    model, packs = load_dense(source.folder, config)
+    model, packs = load_dense(source.folder, config, calibration)
     sparsify_(model, first)
     plans = []
     for target in targets:
@@ -245,7 +246,9 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])
-    packs = quantised_(model, config)
+    packs = {}
+    if config.quantize is not None:
+        packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
     projections = find_projections(model)
     text = random_prompt(vocabulary, _RANDOM_SEQ_LEN, config.seed + 1, _RANDOM_SEQUENCES)
     calibration = Calibration(

@@ -11,16 +11,19 @@ from teal_cli.calibration.block_error import GreedyPaths, measure_paths
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
-from teal_cli.checkpoint.weights import fingerprint
+from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
 from teal_cli.errors import is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_of, find_projections
-from teal_cli.models.loading import load_tokenizer
-from teal_cli.quantise.loading import load_dense
+from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.quantise.files import write_quantised
+from teal_cli.quantise.model import quantise_
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
+from teal_kernels.packing import Packed
 
 
 def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace | None = None) -> Calibration:
@@ -37,7 +40,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
-        model, _ = load_dense(source.folder, config)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -49,7 +52,11 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model, _ = load_dense(source.folder, config)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+    started = time.perf_counter()
+    quantised = _first(blocks, config.quantize_tokens)
+    packs = _quantised(config, model, quantised, reporter)
+    quantize_seconds = time.perf_counter() - started if packs else 0.0
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -84,11 +91,28 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         greedy_naive_forwards=greedy.naive_forwards,
         versions=library_versions(),
         quantization=config.quantization,
+        quantize_tokens=quantised.numel() if any(packed.bits == 4 for packed in packs.values()) else 0,
+        quantize_seconds=quantize_seconds,
     )
     text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
     result = Calibration(info, projections, histograms, sensitivities, greedy.paths, text)
-    calibration_file.save(result, run_folder(config, workspace))
+    run = run_folder(config, workspace)
+    if packs:  # first: a calibration that is there has its weights
+        result.quantised = calibration_file.quantised_file(run)
+        write_quantised(weight_files(source.folder), packs, result.quantised)
+    calibration_file.save(result, run)
     return result
+
+
+def _quantised(config: CalibrateConfig, model: Any, sequences: Tensor, reporter: Reporter) -> dict[str, Packed]:
+    """Quantise the model, as the configuration asks."""
+    if config.quantize is None:
+        return {}
+    scheme = Scheme.parse(config.quantize)
+    batches = sequences.split(config.batch_size) if len(sequences) and scheme.bits == 4 else ()
+    blocks = len(model.get_submodule(architecture_of(model.config.model_type).blocks)) if batches else 0
+    with reporter.progress(f"quantising to {scheme.text}", blocks) as advance:
+        return quantise_(model, scheme, output_layer=config.quantize_output, batches=batches, on_block=advance)
 
 
 def _first(blocks: Tensor, tokens: int) -> Tensor:

@@ -214,7 +214,7 @@ def _model_and_plans(
     ]
     # Whatever an allocation refuses, it refuses before the model is loaded.
     first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
-    model, packs = load_dense(source.folder, config)
+    model, packs = load_dense(source.folder, config, calibration)
     sparsify_(model, first)
     plans = []
     for allocation, sparsity in wanted:

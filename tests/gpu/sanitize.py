@@ -10,16 +10,18 @@ so this is not a test of results.
 from dataclasses import replace
 
 import torch
-from kernel_cases import PARTS, Attention, Output, random_case
+from kernel_cases import PARTS, Attention, Output, random_case, random_packed
 
+from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import embed
-from teal_kernels.triton_gemv import GemvConfig, Scratch
+from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
 
 CUTS = (
     GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1),
     GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
 )
 EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}
+PACKED = ((8, 200, False), (4, 128, True), (4, 32, True))
 
 
 def main() -> None:
@@ -37,6 +39,14 @@ def main() -> None:
             scratch = Scratch(case.qkv.device)
             for _ in range(2):
                 case.launch(scratch, case.keys, case.values)
+        for bits, group, zeros in PACKED:
+            packed = random_packed(200, (152, 72, 40), bits, group, zeros=zeros, device="cuda")
+            x = torch.randn(rows, 200, dtype=torch.bfloat16, device="cuda")
+            y, scratch = torch.empty(rows, 264, dtype=x.dtype, device="cuda"), Scratch(x.device)
+            for cut in CUTS:
+                for dense in (False, True):
+                    config = fitting(replace(cut, dense=dense), packed, rows)
+                    gemv(x, packed, packed.parts, torch.full((3,), 0.6, device="cuda"), y, config, scratch)
         output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
         _, token = output.launch()
         embed(

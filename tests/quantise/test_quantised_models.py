@@ -20,7 +20,7 @@ from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.scheme import Scheme
-from teal_cli.quantise.values import quantise
+from teal_cli.quantise.values import gptq, quantise
 from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import dequantised
@@ -68,6 +68,40 @@ def test_error_is_no_more_than_of_plain_rounding(name: str) -> None:
     assert torch.equal(values[3], torch.zeros(200))
     assert float((values - weight).norm()) <= 1.001 * float((rounded - weight).norm())
     assert float((values - weight).norm()) < (0.01 if scheme.bits == 8 else 0.12) * float(weight.norm())
+
+
+def test_weights_on_sixteen_steps_come_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (24, 64), generator=generator).float()
+    codes[:, 0], codes[:, 1], codes[:, 32], codes[:, 33] = 0.0, 15.0, 0.0, 15.0  # every group has both ends
+    steps = (torch.rand(24, 2, generator=generator) + 0.5).half().float().repeat_interleave(32, 1)
+    weight = (codes - 6.25) * steps
+    torch.testing.assert_close(dequantised(quantise(weight, Scheme(4, 32)), torch.float32).t(), weight)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_gptq_changes_outputs_less_than_the_nearest_codes(group: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 200, generator=generator) @ (torch.randn(200, 200, generator=generator) / 14)
+    x[:, 7] *= 20.0
+    x[:, 9] = 0.0  # an input that never came
+    weights = [torch.randn(out, 200, generator=generator) for out in (24, 16)]
+    scheme = Scheme(4, group)
+    for weight, packed in zip(weights, gptq(weights, x.t() @ x, scheme), strict=True):
+        assert packed.parts == (len(weight),)
+        assert packed.scales.shape == (-(-200 // group), len(weight))
+        errors = [
+            float((x @ (dequantised(found, torch.float32) - weight.t())).norm())
+            for found in (packed, quantise(weight, scheme))
+        ]
+        assert errors[0] < 0.6 * errors[1]
+
+
+def test_gptq_of_inputs_that_never_came_takes_the_nearest_codes() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    (packed,) = gptq([weight], torch.zeros(64, 64), Scheme(4, 32))
+    error = dequantised(packed, torch.float32).t() - weight
+    assert float(error.norm()) < 0.12 * float(weight.norm())
 
 
 def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
