@@ -12,6 +12,7 @@ from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for
 from teal_cli.models.loading import load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.quantise.loading import load_dense
@@ -78,7 +79,9 @@ def hold(
         model, _ = load_dense(source.folder, config, calibration)
         sparsify_(model, plan)
         reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
-    held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)
+    # As `teal eval` runs text: encoders have no prompt that runs dense.
+    prefix = text.shape[1] // 2 if architecture_for(model).kind == "causal" else 0
+    held = propagate_(model, plan, text, dense_prefix=prefix)
     if loaded:
         del model
         gc.collect()  # hooks and sites refer to one another; a GPU has no room for a second copy

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.sparse import apply_plan_, sparse_layers
+from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
+from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import Packed
 
@@ -29,6 +30,8 @@ class DecodeRun:
     """How the sparsity is spread; None for the dense run."""
     sparsity: float
     realised_sparsity: float
+    neuron_sparsity: float | None
+    """Of it, the share of MLP neurons that were zero, where the sparsity is the model's own."""
     tokens_per_second: Spread
     """Of the whole batch."""
     bytes_per_token: int | None
@@ -47,31 +50,56 @@ def weight_bytes_per_token(
 ) -> int:
     """Bytes of weights that one decoded token reads.
 
-    Every parameter once, except the rows of dropped inputs and an input embedding that is not also
-    the output layer (one row of it is read).
+    Every parameter of the decoder once, except the rows of dropped inputs, the experts that a token is
+    not sent to, and embeddings that are not also the output layer (one row of each is read).
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers model that decodes.
         realised: projection name -> realised sparsity; missing ones are dense.
         packs: layers whose weights stand for quantised ones (`quantise.model.quantise_`).
     """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    architecture = architecture_for(model)
+    # Of an encoder-decoder the decoder, of a model that also sees images the text model.
+    decoder = model.get_submodule(architecture.blocks[-1].rpartition(".")[0])
     output = model.get_output_embeddings()  # type: ignore[operator]
-    tied = output is not None and not isinstance(output, QuantizedLinear) and output.weight is embedding
-    total = sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
-    if not tied:
-        total += embedding.shape[1] * embedding.element_size()
-    layers = sparse_layers(model)
-    total += sum(layer.packed.nbytes for layer in layers.values() if isinstance(layer, QuantizedLinear))
+    parameters = {id(p): p for module in (decoder, output) for p in module.parameters()}
+    total = float(sum(parameter.nbytes for parameter in parameters.values()))
+    of_output = None if isinstance(output, QuantizedLinear) else output.weight
+    for module in decoder.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not of_output:
+            total -= module.weight.nbytes - module.weight[:1].nbytes
+    layers = sparse_layers(model).values()
+    total += sum(layer.packed.nbytes for layer in layers if isinstance(layer, QuantizedLinear))
     for name, packed in packs.items():
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             total += packed.nbytes - layer.weight.nbytes
+    read = {p.name: _share_read(model, architecture, p) for p in find_projections(model)}
+    for name, share in read.items():
+        total -= (1.0 - share) * sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
     skipped = sum(
-        (packs[name].words if name in packs else layers[name].storage).nbytes * share
+        _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
         for name, share in realised.items()
+        if name not in read or name.startswith(architecture.blocks[-1])
     )
     return round(total - skipped)
+
+
+def _share_read(model: Any, architecture: Architecture, projection: Projection) -> float:
+    """The share of a projection that a token reads, before inputs are dropped."""
+    if projection.site.rpartition(".")[2] in architecture.once:
+        return 0.0
+    if projection.copies == 1:
+        return 1.0
+    return float(model.config.get_text_config().num_experts_per_tok / projection.copies)
+
+
+def _storage(model: nn.Module, name: str, packs: Mapping[str, Packed]) -> Tensor:
+    """What the weights of a layer are held in."""
+    if name in packs:
+        return packs[name].words
+    layer = model.get_submodule(name)
+    return layer.storage if isinstance(layer, SparseLinear) else cast(nn.Linear, layer).weight
 
 
 def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int) -> float:
@@ -148,6 +176,9 @@ def bench_decode(
                 allocation=None if plan is None else plan.allocation,
                 sparsity=0.0 if plan is None else plan.target_sparsity,
                 realised_sparsity=model_wide[index],
+                neuron_sparsity=neuron_sparsity(engine.model, realised[index])
+                if plan is not None and plan.allocation == INTRINSIC
+                else None,
                 tokens_per_second=spreads[index],
                 bytes_per_token=size,
                 bandwidth_gb_s=size * spreads[index].median / 1e9 if size else None,

@@ -15,7 +15,7 @@ def describe(device_name: str) -> dict[str, Any]:
     import torch
 
     from teal_cli.models.aliases import alias_names, find_alias
-    from teal_cli.models.architectures import ARCHITECTURES
+    from teal_cli.models.architectures import table
     from teal_cli.models.loading import available_bytes, pick_device
     from teal_cli.resources import teal_home
     from teal_cli.versions import device_description, library_versions
@@ -38,7 +38,7 @@ def describe(device_name: str) -> dict[str, Any]:
             name: backend_unavailable_reason(name, device, dtype) or "available" for name in BACKENDS if name != "auto"
         },
         "auto_backend": resolve_backend("auto", device, dtype),
-        "architectures": sorted(ARCHITECTURES),
+        "architectures": sorted(table()),
         "teal_home": str(teal_home()),
         "aliases": aliases,
     }

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import ARCHITECTURES
+from teal_cli.models.architectures import architecture_for
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
+from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.packed_linear import fitting
@@ -38,7 +39,11 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     """Why a model cannot take the compact path; None where it can."""
     config = model.config
     parameter = next(model.parameters())
-    if config.model_type not in ARCHITECTURES:
+    try:
+        known = architecture_for(model).compact
+    except ArtefactError:
+        known = False
+    if not known:
         return f"model type {config.model_type}"
     if parameter.device.type != "cuda" and not interpreting():
         return "no GPU"
@@ -46,6 +51,8 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
         return f"backend {control.backend}"
     if (reason := backend_unavailable_reason("triton", parameter.device, parameter.dtype)) is not None:
         return reason
+    if any(isinstance(module, GateFirstMLP) for module in model.modules()):
+        return "MLPs that decode gate first"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for, find_projections
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
 from teal_cli.quantise.walk import quantise_blocks_
@@ -40,12 +41,20 @@ def quantise_(
 
     Returns:
         Module path -> the codes, scales and zero points that `pack_` puts in place.
+
+    Raises:
+        ArtefactError: a projection that is Conv1D, or stacked experts.
     """
     packs: dict[str, Packed] = {}
     projections = find_projections(model)
     schemes = {projection.name: scheme for projection in projections}
-    if batches and scheme.bits == 4:
-        path = architecture_of(model.config.model_type).blocks
+    for name in schemes:
+        kind = type(model.get_submodule(name))
+        if not issubclass(kind, nn.Linear):
+            raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
+    architecture = architecture_for(model)
+    if batches and scheme.bits == 4 and architecture.kind == "causal":
+        (path,) = architecture.blocks
         packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
     if output_layer:
         schemes[find_projections(model, output_layer=True)[-1].name] = INT8

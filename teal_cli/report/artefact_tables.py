@@ -121,9 +121,8 @@ def _by_place(title: str, projections: Sequence[_Projection], cell: Callable[[_P
     entries = {entry["name"]: entry for entry in projections}
     grid = grid_of(entries)
     table = plain_table(title, "layer", *grid.kinds)
-    for layer in grid.layers:
-        names = [grid.names.get((layer, kind)) for kind in grid.kinds]
-        table.add_row(str(layer), *["" if name is None else cell(entries[name]) for name in names])
+    for label, names in zip(grid.labels, grid.names, strict=True):
+        table.add_row(label, *["" if name is None else cell(entries[name]) for name in names])
     return table
 
 

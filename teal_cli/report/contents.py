@@ -7,7 +7,7 @@ from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError
 from teal_cli.report.material import Export, Material, when
-from teal_cli.report.places import grid_of, place
+from teal_cli.report.places import grid_of, places_of, short_name
 from teal_cli.report.summary import summary
 
 
@@ -42,8 +42,9 @@ def describe_export(export: Export, material: Material) -> dict[str, Any]:
 def _means(export: Export) -> dict[str, float]:
     """Mean sparsity of the projections of each kind; those of one kind are alike in size."""
     values: dict[str, list[float]] = {}
+    places = places_of(export.plan.projections)
     for name, entry in export.plan.projections.items():
-        values.setdefault(place(name)[1], []).append(entry.sparsity)
+        values.setdefault(short_name(name, places), []).append(entry.sparsity)
     return {kind: sum(found) / len(found) for kind, found in values.items()}
 
 
@@ -51,15 +52,15 @@ def describe_projections(export: Export, material: Material) -> list[dict[str, A
     """Every projection of a checkpoint: its place, size, sparsity and threshold; sizes where teal.json tells them."""
     realised = material.realised(export)
     sizes = {entry["name"]: entry for entry in export.summary.get("projections", [])}
+    places = places_of(export.plan.projections)
     found = []
     for name, entry in export.plan.projections.items():
-        layer, kind = place(name)
         size = sizes.get(name, {})
         found.append(
             {
                 "name": name,
-                "layer": layer,
-                "kind": kind,
+                "layer": places[name].layer if name in places else None,
+                "kind": short_name(name, places),
                 "in_features": size.get("in_features"),
                 "out_features": size.get("out_features"),
                 "sparsity": entry.sparsity,
@@ -80,7 +81,7 @@ def describe_calibration(material: Material) -> dict[str, Any] | None:
     return {
         **vars(material.calibration.info),
         "finished": when(file, read_json(file, "calibration")),
-        "layers": len(grid.layers),
+        "layers": len(grid.labels),
         "sites": len(material.calibration.histograms),
         "projections": len(material.calibration.projections),
     }

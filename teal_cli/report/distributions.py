@@ -11,7 +11,7 @@ from teal_cli.calibration import histogram
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.report.drawing import GRID, INK, MUTED, Plot, label, series
 from teal_cli.report.material import Export
-from teal_cli.report.places import place, site_kind
+from teal_cli.report.places import layer_label, places_of, short_name, site_kind
 
 _STEPS = 8
 """Points of a density to each doubling of |x|."""
@@ -25,8 +25,8 @@ SHOWN_EXPORTS = 6
 class _Site:
     """One hidden state."""
 
-    name: str
-    layer: int | None
+    layer: str
+    """Empty for one outside of any layer."""
     x: list[float]
     density: list[float]
     """Share of the values to a doubling of |x|, per cent."""
@@ -37,8 +37,13 @@ class _Site:
 def distribution_plots(calibration: Calibration, exports: Sequence[Export]) -> list[Plot]:
     """One plot a kind of site: densities of all layers, three of them told apart, above the exports' thresholds."""
     kinds: dict[str, list[_Site]] = {}
-    for name in dict.fromkeys(projection.site for projection in calibration.projections):
-        kinds.setdefault(site_kind(name), []).append(_site(name, calibration.histograms[name]))
+    names = list(dict.fromkeys(projection.site for projection in calibration.projections))
+    places = places_of(names)
+    several = len({place.stack for place in places.values()}) > 1
+    for name in names:
+        place = places.get(name)
+        layer = "" if place is None else f"layer {layer_label(place.stack, place.layer, several)}"
+        kinds.setdefault(site_kind(name), []).append(_site(layer, calibration.histograms[name]))
     plots = []
     for kind, sites in kinds.items():
         lanes = _lanes(kind, calibration, exports[:SHOWN_EXPORTS])
@@ -54,7 +59,7 @@ def distribution_plots(calibration: Calibration, exports: Sequence[Export]) -> l
     return plots
 
 
-def _site(name: str, counts: Tensor) -> _Site:
+def _site(layer: str, counts: Tensor) -> _Site:
     regular = counts[1 : histogram.BINS - 1]
     total = max(int(counts.sum()), 1)
     # Bins are equally wide within a doubling, on a logarithmic axis they are not.
@@ -71,7 +76,7 @@ def _site(name: str, counts: Tensor) -> _Site:
             if ends[0] / 4 < here < ends[1] * 4:  # the axis shows no more
                 x.append(here)
                 density.append(100 * share / (edges[step + 1] - edges[step]))
-    return _Site(name, place(name)[0], x, density, ends)
+    return _Site(layer, x, density, ends)
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,14 @@ class _Lane:
 
 def _lanes(kind: str, calibration: Calibration, exports: Sequence[Export]) -> list[_Lane]:
     readers = [projection for projection in calibration.projections if site_kind(projection.site) == kind]
-    names = list(dict.fromkeys(place(projection.name)[1] for projection in readers))
+    places = places_of(projection.name for projection in calibration.projections)
+    kinds = {projection.name: short_name(projection.name, places) for projection in readers}
+    names = list(dict.fromkeys(kinds.values()))
     lanes = []
     for export in exports:
         of_name: dict[str, tuple[float, ...]] = {}
         for name in names:
-            plans = [export.plan.projections.get(p.name) for p in readers if place(p.name)[1] == name]
+            plans = [export.plan.projections.get(reader) for reader, kind in kinds.items() if kind == name]
             of_name[name] = tuple(plan.threshold for plan in plans if plan is not None and plan.sparsity > 0)
         together: dict[tuple[float, ...], list[str]] = {}
         for name, thresholds in of_name.items():
@@ -121,15 +128,13 @@ def _drawer(sites: Sequence[_Site], lanes: Sequence[_Lane]) -> Callable[[Any], N
                 density.plot(site.x, site.density, color=MUTED, linewidth=0.6, alpha=0.35)
         for number, index in enumerate(told_apart):
             look = {**series(number), "marker": ""}
-            layer = sites[index].layer
-            name = "" if layer is None else f"layer {layer}"
-            density.plot(sites[index].x, sites[index].density, label=name, **look)
+            density.plot(sites[index].x, sites[index].density, label=sites[index].layer, **look)
         density.set_xscale("log")
         density.set_xlim(min(site.ends[0] for site in sites), max(site.ends[1] for site in sites))
         density.set_ylim(bottom=0)
         density.set_ylabel("% of values\nper doubling")
         density.grid(color=GRID, linewidth=0.6)
-        if any(site.layer is not None for site in sites):
+        if any(site.layer for site in sites):
             density.legend(loc="upper left", title=f"of {len(sites)}", title_fontsize=9, alignment="left")
         lowest.set_xlabel("|x|")
 

@@ -16,12 +16,12 @@ _LEAST_SPAN = 0.2
 def sparsity_plots(export: Export, realised: Realised | None) -> list[Plot]:
     """What was asked of every projection of one export, and what was counted, on one scale."""
     grid = grid_of(export.plan.projections)
-    if not grid.layers:
+    if not grid.labels:
         return []
     values = {"target": {name: entry.sparsity for name, entry in export.plan.projections.items()}}
     if realised is not None and realised.by_projection:
         values["realised"] = realised.by_projection
-    inside = [each[name] for each in values.values() for name in grid.names.values() if name in each]
+    inside = [value for each in values.values() for row in grid.rows(each) for value in row if value is not None]
     middle, span = (min(inside) + max(inside)) / 2, max(max(inside) - min(inside), _LEAST_SPAN)
     scale = (middle - span / 2, middle + span / 2)
     return [_map(which, export, grid, each, scale) for which, each in values.items()]
@@ -38,8 +38,8 @@ def _map(which: str, export: Export, grid: Grid, values: Mapping[str, float], sc
     return Plot(
         f"sparsity-{re.sub('[^0-9A-Za-z.-]+', '-', export.name)}-{which}",
         f"{which}, {export.label}",
-        f"Heat map of the {which} sparsity of {export.label}, {len(grid.layers)} layers: {', '.join(spans)}.",
-        0.7 + 0.2 * len(grid.layers),
+        f"Heat map of the {which} sparsity of {export.label}, {len(grid.labels)} layers: {', '.join(spans)}.",
+        0.7 + 0.2 * len(grid.labels),
         _drawer(grid, rows, scale),
     )
 
@@ -58,7 +58,7 @@ def _drawer(grid: Grid, rows: Sequence[Sequence[float | None]], scale: _Scale) -
                     ink = _readable_on(mesh.cmap(mesh.norm(value)))
                     axes.text(x + 0.5, y + 0.5, f"{100 * value:.0f}", color=ink, **place)
         axes.set_xticks([x + 0.5 for x in range(len(grid.kinds))], grid.kinds)
-        axes.set_yticks([y + 0.5 for y in range(len(grid.layers))], [str(layer) for layer in grid.layers])
+        axes.set_yticks([y + 0.5 for y in range(len(grid.labels))], grid.labels)
         axes.tick_params(length=0, labelcolor=INK)
         axes.xaxis.tick_top()
         axes.invert_yaxis()

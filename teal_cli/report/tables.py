@@ -46,6 +46,8 @@ def calibration_table(result: dict[str, Any]) -> Table:
 def eval_tables(result: dict[str, Any]) -> list[Table]:
     """Dense against sparse quality: one run in full, or several side by side; then what was written."""
     runs = result["runs"]
+    if result.get("kind") == "encoder":
+        return [_encoder(result)]
     title = f"{result['model']} on {result['dataset']}\n"
     positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
     if len(runs) == 1:
@@ -54,11 +56,34 @@ def eval_tables(result: dict[str, Any]) -> list[Table]:
     return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
 
 
+def _encoder(result: dict[str, Any]) -> Table:
+    first = result["runs"][0]
+    title = (
+        f"{result['model']} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
+    )
+    columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
+    table = plain_table(title, *columns)
+    for run in result["runs"]:
+        table.add_row(
+            run["allocation"],
+            f"{run['target_sparsity']:.2f}",
+            f"{run['realised_sparsity']:.3f}",
+            _with_error(run["cosine"], run["cosine_stderr"], 4),
+            f"{run['least_cosine']:.4f}",
+            f"{run['relative_error']:.3f}",
+        )
+    return table
+
+
 def _one_run(title: str, result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["sparse"]
     table = plain_table(title, "", "dense", "sparse")
-    table.add_row("target sparsity", "0", f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})")
+    own = sparse.get("neuron_sparsity")
+    target = f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})" if own is None else "the model's own"
+    table.add_row("target sparsity", "0", target)
     table.add_row("realised sparsity", "0", f"{sparse['realised_sparsity']:.3f}")
+    if own is not None:
+        table.add_row("MLP neurons that are zero", "", f"{own:.3f}")
     table.add_row(
         "MB of weights a token",
         _megabytes(result["dense_bytes_per_token"]),
@@ -178,6 +203,8 @@ def _scored(runs: list[dict[str, Any]]) -> list[Table]:
 
 def _sparsity(entry: dict[str, Any]) -> str:
     """Target and, in brackets, what was realised."""
+    if entry.get("neuron_sparsity") is not None:
+        return f"own ({entry['realised_sparsity']:.3f}), neurons {entry['neuron_sparsity']:.3f}"
     return f"{entry['sparsity']:.2f} ({entry['realised_sparsity']:.3f})" if entry["sparsity"] else "0"
 
 
@@ -239,16 +266,22 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     return tables
 
 
+_OWN = 1.0
+"""In place of a target, where the sparsity is the model's own; behind every target."""
+
+
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
+    if quality and quality.get("kind") == "encoder":  # its measures stand in the table of eval
+        quality = None
     table = plain_table(
         "Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup"
     )
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 
     def row(sparsity: float) -> list[str]:
-        return rows.setdefault(sparsity, [f"{sparsity:.2f}", "", "", "", "", ""])
+        return rows.setdefault(sparsity, ["own" if sparsity == _OWN else f"{sparsity:.2f}", "", "", "", "", ""])
 
     own = (quality["sparse"]["allocation"], quality["dense_prefix"]) if quality else None
     for run in quality["runs"] if quality else []:
@@ -256,12 +289,12 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
         if (sparse["allocation"], run["dense_prefix"]) != own:
             continue  # what was also tried stands in the table of eval
         rows[0.0][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
-        target = row(sparse["target_sparsity"])
+        target = row(sparse["target_sparsity"] if sparse.get("neuron_sparsity") is None else _OWN)
         target[1] = f"{sparse['realised_sparsity']:.3f}"
         target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
         target[3] = f"{run['perplexity_ratio']:.3f}"
     for run in speed["runs"] if speed else []:
-        target = row(run["sparsity"])
+        target = row(run["sparsity"] if run.get("neuron_sparsity") is None else _OWN)
         target[1] = target[1] or f"{run['realised_sparsity']:.3f}"
         target[4:6] = [f"{run['tokens_per_second']['median']:.2f}", f"{run['speedup']:.2f}x"]
     for sparsity in sorted(rows):

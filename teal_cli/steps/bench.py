@@ -18,9 +18,10 @@ from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import Projection, find_projections
+from teal_cli.models.architectures import Projection, architecture_of, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
@@ -28,7 +29,7 @@ from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan
@@ -50,6 +51,8 @@ class BenchResult:
     new_tokens: int
     repeats: int
     batch: int
+    mode: str
+    """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     path: str
     """`compact`, our kernels from end to end, or `general`, transformers' forward with sparse layers."""
     general_because: str | None
@@ -101,7 +104,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = Engine(model)
+    engine = engine_for(model)
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     if config.tune:
@@ -141,6 +144,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         model=name,
         device=device_description(device),
         batch=batch,
+        mode=config.mode,
         path="compact" if engine.decoder is not None else "general",
         general_because=engine.general_because,
         reading_gb_s=limit,
@@ -158,12 +162,14 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
 
 
 def site_products(model: Any) -> list[ProductShape]:
-    """The products of one block, and of an output layer that drops inputs or is quantised."""
+    """The products of the first block, and of an output layer that drops inputs or is quantised."""
     layers = sparse_layers(model)
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
         parts.setdefault(projection.site, []).append(projection)
-    groups = [(group, FINISHES[site.rpartition(".")[2]]) for site, group in list(parts.items())[: len(FINISHES)]]
+    first = next(iter(parts)).rpartition(".")[0]
+    of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
+    groups = [(group, FINISHES.get(site, "plain")) for site, group in of_block]
     if isinstance(model.get_output_embeddings(), SparseLinear):
         groups.append((find_projections(model, output_layer=True)[-1:], "plain"))
     shapes = []
@@ -216,7 +222,11 @@ def _wanted(config: BenchConfig) -> list[float]:
 def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> Prepared:
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
+    workspace.require_decoder(config, "bench")
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
+    if config.mode == "intrinsic":
+        model, plan = workspace.load_intrinsic(config, "bench")
+        return Prepared(source.name, model, [plan], prompt)
     if source.is_teal_checkpoint:
         require_own_plan(config, source)
         plan = source.plan
@@ -243,9 +253,15 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     """Random weights, with thresholds measured on them, so that the sparsity is realised."""
     alias = require_alias(config.model)
+    if architecture_of(str(alias.shape["model_type"])).kind != "causal":
+        raise UsageError(f"random weights (flag --random-weights) are for decoders, and {alias.name} is none")
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])
+    name = f"{alias.name} (random weights)"
+    prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
+    if config.mode == "intrinsic":
+        return Prepared(name, model, [make_intrinsic_(model)], prompt)
     packs = {}
     if config.quantize is not None:
         packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
@@ -274,5 +290,4 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if config.propagate:
         plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
-    prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
-    return Prepared(f"{alias.name} (random weights)", model, plans, prompt)
+    return Prepared(name, model, plans, prompt)

@@ -14,8 +14,9 @@ from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, Calibratio
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.config import CalibrateConfig
 from teal_cli.data import token_blocks
-from teal_cli.errors import is_out_of_memory
-from teal_cli.models.architectures import Projection, architecture_of, find_projections
+from teal_cli.errors import UsageError, is_out_of_memory
+from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
+from teal_cli.models.discovery import propose
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.quantise.files import write_quantised
 from teal_cli.quantise.model import quantise_
@@ -36,11 +37,18 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     workspace.require_dense("calibrate")
     source = workspace.source
     # Whatever can fail cheaply fails before the model is loaded.
-    architecture_of(str(source.config.get("model_type")))
+    model_type = str(source.config.get("model_type"))
+    architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
+    if architecture is None:
+        raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
+    if architecture.kind != "causal" and config.dataset == "self":
+        raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
+    sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -52,7 +60,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, model, quantised, reporter)
@@ -61,12 +69,12 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
         histograms = collect(
-            model, projections, blocks.split(config.batch_size), sink_tokens=config.sink_tokens, on_batch=advance
+            model, projections, blocks.split(config.batch_size), sink_tokens=sink_tokens, on_batch=advance
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     sequences = _first(blocks, config.sensitivity_tokens)
-    sensitivities = _sensitivities(config, model, projections, sequences, reporter)
+    sensitivities = _sensitivities(model, projections, sequences, sink_tokens, reporter)
     sensitivity_seconds = time.perf_counter() - started
     started = time.perf_counter()
     walked = _first(blocks, config.greedy_tokens)
@@ -77,7 +85,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         dataset=dataset_identity(config.dataset),
         tokens=blocks.numel(),
         seq_len=config.seq_len,
-        sink_tokens=config.sink_tokens,
+        sink_tokens=sink_tokens,
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
@@ -110,9 +118,13 @@ def _quantised(config: CalibrateConfig, model: Any, sequences: Tensor, reporter:
         return {}
     scheme = Scheme.parse(config.quantize)
     batches = sequences.split(config.batch_size) if len(sequences) and scheme.bits == 4 else ()
-    blocks = len(model.get_submodule(architecture_of(model.config.model_type).blocks)) if batches else 0
+    blocks = _block_count(model) if batches else 0
     with reporter.progress(f"quantising to {scheme.text}", blocks) as advance:
         return quantise_(model, scheme, output_layer=config.quantize_output, batches=batches, on_block=advance)
+
+
+def _block_count(model: Any) -> int:
+    return sum(len(model.get_submodule(path)) for path in architecture_for(model).blocks)
 
 
 def _first(blocks: Tensor, tokens: int) -> Tensor:
@@ -131,11 +143,9 @@ def _paths(
     """What allocation greedy needs, from some sequences."""
     if len(sequences) == 0:
         return GreedyPaths()
-    path = architecture_of(model.config.model_type).blocks
-    with reporter.progress("walking greedy paths", len(model.get_submodule(path))) as advance:
+    with reporter.progress("walking greedy paths", _block_count(model)) as advance:
         return measure_paths(
             model,
-            path,
             projections,
             histograms,
             sequences,
@@ -147,16 +157,15 @@ def _paths(
 
 
 def _sensitivities(
-    config: CalibrateConfig, model: Any, projections: list[Projection], sequences: Tensor, reporter: Reporter
+    model: Any, projections: list[Projection], sequences: Tensor, sink_tokens: int, reporter: Reporter
 ) -> dict[str, Tensor]:
     """Sensitivities from some sequences; none where memory does not allow a backward pass."""
     if len(sequences) == 0:
         return {}
-    path = architecture_of(model.config.model_type).blocks
     try:
         with reporter.progress("measuring sensitivities", sequences.numel()) as advance:
             return sensitivity.measure(
-                model, path, projections, sequences.split(1), sink_tokens=config.sink_tokens, on_batch=advance
+                model, projections, sequences.split(1), sink_tokens=sink_tokens, on_batch=advance
             )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

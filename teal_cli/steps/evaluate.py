@@ -16,13 +16,14 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluate.generation import Agreement, agree
 from teal_cli.evaluate.perplexity import Comparison, compare
 from teal_cli.evaluate.samples import KEPT, Sample, sample_of
+from teal_cli.evaluate.similarity import Similarity, compare_states
 from teal_cli.evaluate.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import apply_plan_, control_of, sparsify_, use_backend
+from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
@@ -42,6 +43,8 @@ class EvalRun:
     comparison: Comparison
     bytes_per_token: int
     """Weight bytes that a decoded token reads, at the realised sparsity."""
+    neuron_sparsity: float | None
+    """Of the realised sparsity, the share of MLP neurons that were zero, in mode intrinsic."""
     generation: Agreement | None
     samples: list[Sample]
     """The first of what was written."""
@@ -60,6 +63,7 @@ class EvalRun:
                 "allocation": self.allocation,
                 "target_sparsity": self.target_sparsity,
                 "realised_sparsity": found.realised_sparsity,
+                "neuron_sparsity": self.neuron_sparsity,
                 "kl": found.kl,
                 "top1_agreement": found.top1_agreement,
                 "bytes_per_token": self.bytes_per_token,
@@ -77,6 +81,46 @@ class EvalRun:
 
 
 @dataclass(frozen=True)
+class EncoderRun:
+    """An encoder's hidden states by one plan."""
+
+    allocation: str
+    target_sparsity: float
+    similarity: Similarity
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `runs`."""
+        found = asdict(self.similarity)
+        realised = found.pop("realised_by_projection")
+        return {
+            "allocation": self.allocation,
+            "target_sparsity": self.target_sparsity,
+            **found,
+            "realised_by_projection": realised,
+        }
+
+
+@dataclass(frozen=True)
+class EncoderResult:
+    """How near an encoder stays to its dense self, at one or several sparsities and allocations."""
+
+    model: str
+    dataset: str
+    half: Half
+    seq_len: int
+    runs: list[EncoderRun]
+    """By allocation, then sparsity, as asked for."""
+    device: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `teal eval --json` for an encoder (docs/formats.md)."""
+        return {**asdict(self), "kind": "encoder", "runs": [run.to_json() for run in self.runs]}
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Quality at one or several sparsities, allocations and dense prefixes."""
 
@@ -85,6 +129,8 @@ class EvalResult:
     half: Half
     """Which half of the dataset was read; `all` where calibration read another dataset."""
     seq_len: int
+    mode: str
+    """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     dense_bytes_per_token: int
     runs: list[EvalRun]
     """By allocation, then sparsity, then dense prefix, as asked for."""
@@ -102,6 +148,7 @@ class EvalResult:
             "dataset": self.dataset,
             "half": self.half,
             "seq_len": self.seq_len,
+            "mode": self.mode,
             "dense_bytes_per_token": self.dense_bytes_per_token,
             **first,
             "runs": runs,
@@ -112,8 +159,10 @@ class EvalResult:
         }
 
 
-def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult:
+def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult | EncoderResult:
     """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
+
+    Of an encoder, how near its hidden states stay.
 
     Raises:
         TealError: anything wrong with model, text or machine.
@@ -122,6 +171,10 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     dataset = config.dataset if config.text is None else str(config.text)
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
+    kind = workspace.kind(config)
+    prefixes = config.prefixes if kind == "causal" else [0]
+    if kind != "causal":
+        _check_no_decoder(config, workspace, reporter)
     tokenizer = load_tokenizer(workspace.source.folder)
     half = _half(dataset, _calibrated_on(config, workspace, reporter))
 
@@ -144,8 +197,19 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     if blocks is None:
         with control.switched_off():
             blocks = text(model)
+    machine: dict[str, Any] = {
+        "device": device_description(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "versions": library_versions(),
+    }
+    if kind == "encoder":
+        with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
+            found = compare_states(model, plans, blocks, on_sequence=advance)
+        runs = [EncoderRun(p.allocation, p.target_sparsity, entry) for p, entry in zip(plans, found, strict=True)]
+        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, runs, **machine)
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
-        compared = compare(model, plans, blocks, dense_prefixes=config.prefixes, on_sequence=advance)
+        compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
     written: list[Agreement] | list[None] = [None] * len(plans)
     if config.generate:
         prompts = blocks[: config.prompts, : config.prompt_tokens]
@@ -171,26 +235,43 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         dataset=dataset,
         half=half,
         seq_len=config.seq_len,
+        mode=config.mode,
         dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
         runs=[
             EvalRun(
                 allocation=plan.allocation,
                 target_sparsity=plan.target_sparsity,
                 dense_prefix=prefix,
-                comparison=found,
-                bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection, packs),
+                comparison=comparison,
+                bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
+                neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
+                if config.mode == "intrinsic"
+                else None,
                 generation=generation,
                 samples=[sample_of(tokenizer, each) for each in generation.continuations[:KEPT]] if generation else [],
                 tasks=scores,
             )
             for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)
-            for prefix, found in zip(config.prefixes, of_plan, strict=True)
+            for prefix, comparison in zip(prefixes, of_plan, strict=True)
         ],
-        device=device_description(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        seed=config.seed,
-        versions=library_versions(),
+        **machine,
     )
+
+
+def _check_no_decoder(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> None:
+    """What asks for a decoder, of an encoder or encoder-decoder.
+
+    Raises:
+        UsageError: something does that has no meaning.
+    """
+    name = workspace.source.name
+    for key in ("generate", "tasks"):
+        if getattr(config, key):
+            raise UsageError(f"{key} (flag --{key}) is for decoders, and {name} is none")
+    if config.dataset == "self":
+        raise UsageError(f"{name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    if "dense_prefix" in config.model_fields_set:
+        reporter.say(f"dense_prefix has no meaning for {name}: an encoder has no prompt, all positions drop inputs")
 
 
 def _model_and_plans(
@@ -201,6 +282,9 @@ def _model_and_plans(
     And what its weights stand for, where they are quantised.
     """
     source = workspace.source
+    if config.mode == "intrinsic":
+        model, plan = workspace.load_intrinsic(config, "eval")
+        return model, [plan], {}
     if source.is_teal_checkpoint:
         if len(config.sparsity or []) > 1:
             raise UsageError(f"{source.folder} has one sparsity: name the dense model to compare several")
@@ -231,7 +315,9 @@ def _targets(config: EvalConfig, allocation: str) -> Sequence[float | None]:
 
 
 def _calibrated_on(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> str:
-    """The dataset that the thresholds come from; empty where the folder does not say."""
+    """The dataset that the thresholds come from; empty where the folder does not say, or nothing was calibrated."""
+    if config.mode == "intrinsic":
+        return ""
     if not workspace.source.is_teal_checkpoint:
         return calibration_for(config, workspace, reporter).info.dataset
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from teal_cli.report.material import read_material, when
-from teal_cli.report.places import grid_of, place
+from teal_cli.report.places import grid_of, places_of
 from teal_cli.report.summary import how_to_measure
 
 
@@ -88,11 +88,22 @@ def test_commands_that_make_what_is_absent(own_run: Path) -> None:
 
 
 def test_places() -> None:
-    assert place("model.layers.11.self_attn.q_proj") == (11, "q")
-    assert place("model.layers.2.mlp.down_proj") == (2, "down")
-    assert place("transformer.h.0.fc") == (0, "fc")
-    assert place("lm_head") == (None, "lm_head")
+    """Kinds are as short as they can be; layers of several stacks are told apart."""
     names = ["m.0.a_proj", "m.0.b_proj", "m.1.b_proj", "lm_head"]
     grid = grid_of(names)
-    assert (grid.layers, grid.kinds) == ([0, 1], ["a", "b"])
+    assert (grid.labels, grid.kinds) == (["0", "1"], ["a", "b"])
     assert grid.rows({"m.0.a_proj": 1.0, "m.1.b_proj": 2.0, "lm_head": 3.0}) == [[1.0, None], [None, 2.0]]
+    gpt2 = [f"transformer.h.11.{path}" for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    places = places_of(gpt2)
+    assert [place.kind for place in places.values()] == ["c_attn", "attn.c", "c_fc", "mlp.c"]
+    assert {place.layer for place in places.values()} == {11}
+    bert = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    kinds = [place.kind for place in places_of(f"encoder.layer.0.{path}" for path in bert).values()]
+    assert kinds == ["query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    t5 = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wo"]
+    t5 += ["decoder.block.0.layer.1.EncDecAttention.q", "decoder.block.0.layer.2.DenseReluDense.wo"]
+    grid = grid_of(t5)
+    assert (grid.labels, grid.kinds) == (["encoder 0", "decoder 0"], ["SelfAttention.q", "wo", "EncDecAttention.q"])
+    assert grid.names == [[t5[0], t5[1], None], [None, t5[3], t5[2]]]
+    experts = [f"model.layers.0.experts.{number}.w1" for number in (0, 1)]
+    assert [place.kind for place in places_of(experts).values()] == ["0.w1", "1.w1"]
