@@ -92,7 +92,7 @@ def describe_results(material: Material) -> list[dict[str, Any]]:
     return [
         {
             "file": str(result.file),
-            "verb": result.kind,
+            "verb": result.verb,
             "finished": when(result.file, result.content),
             "command": result.content.get("command"),
             "config": result.content.get("config"),

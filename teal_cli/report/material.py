@@ -14,7 +14,8 @@ from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
 
-Kind = Literal["eval", "bench", "generate"]
+Kind = Literal["eval", "encoder", "bench", "generate"]
+"""Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
 _EVAL_RUN = {
     *("dense_prefix", "tokens", "sequences", "dense", "sparse", "perplexity_ratio", "perplexity_ratio_stderr"),
     *("generation", "tasks"),
@@ -24,6 +25,13 @@ _KEYS: dict[Kind, tuple[set[str], set[str]]] = {
         {"model", "dataset", "half", "seq_len", "dense_bytes_per_token", "runs", "device", "dtype", "versions"}
         | _EVAL_RUN,
         _EVAL_RUN,
+    ),
+    "encoder": (
+        {"model", "dataset", "half", "seq_len", "kind", "runs", "device", "dtype", "versions"},
+        {
+            *("allocation", "target_sparsity", "realised_sparsity", "sequences", "tokens"),
+            *("cosine", "cosine_stderr", "least_cosine", "relative_error"),
+        },
     ),
     "bench": (
         {
@@ -37,7 +45,7 @@ _KEYS: dict[Kind, tuple[set[str], set[str]]] = {
     ),
     "generate": ({"model", "prompt", "text", "tokens", "target_sparsity", "realised_sparsity"}, set()),
 }
-"""What a result of each verb has at the top, and in each of its runs."""
+"""What a result of each kind has at the top, and in each of its runs."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class Result:
     file: Path
     kind: Kind
     content: dict[str, Any]
+
+    @property
+    def verb(self) -> str:
+        """What made it."""
+        return "eval" if self.kind == "encoder" else self.kind
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -119,26 +132,41 @@ class Material:
             return str(self.focus.summary["calibration"]["model"])
         return str(self.results[0].content["model"]) if self.results else self.name
 
-    def of_kind(self, kind: Kind) -> list[Result]:
-        """The results of one verb."""
-        return [result for result in self.results if result.kind == kind]
+    @property
+    def is_encoder(self) -> bool:
+        """Whether an encoder was evaluated, which writes nothing that could be timed or shown."""
+        return bool(self.of_kind("encoder"))
+
+    def of_kind(self, *kinds: Kind) -> list[Result]:
+        """The results of some kinds."""
+        return [result for result in self.results if result.kind in kinds]
 
     def evaluated(self) -> Iterator[tuple[Result, dict[str, Any]]]:
-        """Every run of every eval."""
+        """Every run of every eval of a decoder."""
         return ((result, run) for result in self.of_kind("eval") for run in result.runs)
+
+    def measured(self) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
+        """Every run of every eval, and the part of it that says which plan was run."""
+        return _measured(self.results)
 
     def realised(self, export: Export) -> Realised | None:
         """What the first eval of an export counted."""
-        for result, run in self.evaluated():
-            if result.content["model"] in (self.model, export.name) and _is_of(export, run["sparse"]):
-                counted = run.get("realised_by_projection", {})
-                return Realised(run["sparse"]["realised_sparsity"], counted, result.file)
+        for result, run, plan in self.measured():
+            if result.content["model"] in (self.model, export.name) and _is_of(export, plan):
+                return Realised(plan["realised_sparsity"], run.get("realised_by_projection", {}), result.file)
         return None
 
 
-def _is_of(export: Export, sparse: dict[str, Any]) -> bool:
+def _measured(results: Iterable[Result]) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
+    for result in results:
+        if result.kind in ("eval", "encoder"):
+            for run in result.runs:
+                yield result, run, run["sparse"] if result.kind == "eval" else run
+
+
+def _is_of(export: Export, plan: dict[str, Any]) -> bool:
     own = (export.plan.allocation, export.plan.target_sparsity)
-    return bool(own == (sparse["allocation"], sparse["target_sparsity"]))
+    return bool(own == (plan["allocation"], plan["target_sparsity"]))
 
 
 def when(file: Path, content: dict[str, Any]) -> str:
@@ -236,10 +264,10 @@ def _focus(run: Path | None, exports: Sequence[Export], results: Iterable[Result
         for export in exports:
             if export.name == made:
                 return export
-    measured = [run["sparse"] for result in results if result.kind == "eval" for run in result.runs]
+    measured = [plan for _, _, plan in _measured(results)]
 
     def rank(export: Export) -> tuple[float, bool, str]:
-        evaluated = any(_is_of(export, sparse) for sparse in measured)
+        evaluated = any(_is_of(export, plan) for plan in measured)
         return abs(export.plan.target_sparsity - 0.5), not evaluated, export.name
 
     return min(exports, key=rank, default=None)

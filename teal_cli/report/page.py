@@ -79,6 +79,7 @@ class Content:
     replies: list[dict[str, Any]]
     commands: dict[str, str]
     """By verb: how to make what is absent."""
+    is_encoder: bool
     written: str
     version: str
 
@@ -124,7 +125,7 @@ def content_of(material: Material, drawings: Drawings) -> Content:
         summary=summary(material),
         facts=[listed(calibration_facts(calibration))] if calibration is not None else [],
         made=[_made(result) for result in describe_results(material)],
-        quality=_measured(drawings.quality, material.of_kind("eval"), eval_tables),
+        quality=_measured(drawings.quality, material.of_kind("eval", "encoder"), eval_tables),
         speed=_measured(drawings.speed, material.of_kind("bench"), bench_tables),
         sparsity=[*overview, *(part for export, part in parts if export.name in drawings.sparsity)],
         further_sparsity=[part for export, part in parts if export.name not in drawings.sparsity],
@@ -132,6 +133,7 @@ def content_of(material: Material, drawings: Drawings) -> Content:
         passages=passages(material),
         replies=[result.content for result in material.of_kind("generate")],
         commands={verb: how_to_measure(verb, material) for verb in ("calibrate", "export", "eval", "bench")},
+        is_encoder=material.is_encoder,
         written=now().replace("T", " ").replace("+00:00", " UTC"),
         version=__version__,
     )

@@ -1,6 +1,6 @@
 """The plots of quality and speed over sparsity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,9 @@ def quality_plots(material: Material) -> list[Plot]:
                 if run["sparse"]["allocation"] == allocation:
                     error = run.get("perplexity_ratio_stderr") or 0.0
                     points[run["sparse"]["realised_sparsity"]] = (run["perplexity_ratio"], error)
-            ordered = sorted(points.items())
-            values, errors = [value for _, (value, _) in ordered], [error for _, (_, error) in ordered]
-            lines.append(_Line(allocation, looks[allocation], [x for x, _ in ordered], values, errors, errors))
-        title = f"{model} on {dataset}, {tokens:,} tokens, the first {prefix} of each sequence dense"
+            lines.append(_with_errors(allocation, looks[allocation], points))
+        title = f"{model} on {dataset}, {tokens:,} tokens"
+        title += f", the first {prefix} of each sequence dense" if prefix else ""
         plots.append(
             Plot(
                 f"quality-{number}",
@@ -57,7 +56,31 @@ def quality_plots(material: Material) -> list[Plot]:
                 _drawer(lines, "perplexity over dense", digits=2, from_zero=False),
             )
         )
+    return [*plots, *_encoder_plots(material, looks)]
+
+
+def _encoder_plots(material: Material, looks: Mapping[str, int]) -> list[Plot]:
+    """Cosine between dense and sparse hidden states, of encoders; one plot a result."""
+    plots = []
+    for number, result in enumerate(material.of_kind("encoder"), start=1):
+        lines = []
+        for allocation in dict.fromkeys(run["allocation"] for run in result.runs):
+            runs = [run for run in result.runs if run["allocation"] == allocation]
+            points = {0.0: (1.0, 0.0)}
+            points |= {run["realised_sparsity"]: (run["cosine"], run["cosine_stderr"] or 0.0) for run in runs}
+            lines.append(_with_errors(allocation, looks[allocation], points))
+        title = f"{result.content['model']} on {result.content['dataset']}, {result.runs[0]['tokens']:,} tokens"
+        alt = _alt(f"Cosine to the dense hidden states against realised sparsity, {title}.", lines, "{:.3f}")
+        draw = _drawer(lines, "cosine to dense", digits=3, from_zero=False)
+        plots.append(Plot(f"similarity-{number}", title, alt, 3.4, draw))
     return plots
+
+
+def _with_errors(name: str, look: int, points: Mapping[float, tuple[float, float]]) -> _Line:
+    """A line through (value, standard error) at each sparsity."""
+    ordered = sorted(points.items())
+    errors = [error for _, (_, error) in ordered]
+    return _Line(name, look, [x for x, _ in ordered], [value for _, (value, _) in ordered], errors, errors)
 
 
 def speed_plots(material: Material) -> list[Plot]:
@@ -94,7 +117,7 @@ def speed_plots(material: Material) -> list[Plot]:
 
 def _looks(material: Material) -> dict[str, int]:
     """Allocation -> its look."""
-    found = {str(run["sparse"]["allocation"]) for _, run in material.evaluated()}
+    found = {str(plan["allocation"]) for _, _, plan in material.measured()}
     found |= {str(run.get("allocation") or "") for result in material.of_kind("bench") for run in result.runs}
     others = sorted(found - {"", *ALLOCATION_NAMES})
     return {name: index for index, name in enumerate([*ALLOCATION_NAMES, *others])}

@@ -52,7 +52,9 @@ def passages(material: Material) -> list[Passages]:
         sparse = run["sparse"]
         key = (sparse["allocation"], sparse["target_sparsity"])
         if samples and key not in found:
-            plan = f"{sparse['allocation']}, target {sparse['target_sparsity']:.2f}"
+            plan = str(sparse["allocation"])
+            if sparse.get("neuron_sparsity") is None:
+                plan += f", target {sparse['target_sparsity']:.2f}"
             found[key] = Passages(plan, result.file.name, [_passage(sample) for sample in samples])
     focus = material.focus
     own = None if focus is None else (focus.plan.allocation, focus.plan.target_sparsity)

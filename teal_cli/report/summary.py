@@ -19,12 +19,12 @@ class Line:
 def summary(material: Material) -> list[Line]:
     """What, cost and gain, of the export in focus or of what was measured in its place; each with its figures."""
     quality = _quality(material)
-    speed = _speed(material, quality[1]["sparse"] if quality else None)
-    return [
-        Line("What", _what(material)),
-        Line("Cost", _cost(*quality) if quality else f"not measured: {how_to_measure('eval', material)}"),
-        Line("Gain", _gain(*speed) if speed else f"not measured: {how_to_measure('bench', material)}"),
-    ]
+    speed = _speed(material, quality[2] if quality else None)
+    cost = _cost(*quality) if quality else f"not measured: {how_to_measure('eval', material)}"
+    gain = _gain(*speed) if speed else f"not measured: {how_to_measure('bench', material)}"
+    if material.is_encoder:
+        gain = "an encoder reads all at once, so that skipped inputs save no time"
+    return [Line("What", _what(material)), Line("Cost", cost), Line("Gain", gain)]
 
 
 def how_to_measure(verb: str, material: Material) -> str:
@@ -56,6 +56,10 @@ def _quantize_options(material: Material) -> list[str]:
 def _what(material: Material) -> str:
     focus, calibration = material.focus, material.calibration
     if focus is None:
+        if any(result.content.get("mode") == "intrinsic" for result in material.results):
+            return (
+                f"{material.model}, of which decoding skips only the zeros that the model makes itself (mode intrinsic)"
+            )
         if calibration is None:
             return f"{material.model}; no export here"
         info = calibration.info
@@ -72,15 +76,15 @@ def _what(material: Material) -> str:
     return text
 
 
-def _quality(material: Material) -> tuple[Result, dict[str, Any]] | None:
-    """The eval of the export in focus; where there is none, the first eval."""
-    found = list(material.evaluated())
+def _quality(material: Material) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
+    """(eval, run, plan) of the export in focus; where there is none, of the first eval."""
+    found = list(material.measured())
     focus = material.focus
     if focus is not None:
         own = (focus.plan.allocation, focus.plan.target_sparsity)
-        for result, run in found:
-            if (run["sparse"]["allocation"], run["sparse"]["target_sparsity"]) == own:
-                return result, run
+        for result, run, plan in found:
+            if (plan["allocation"], plan["target_sparsity"]) == own:
+                return result, run, plan
     return found[0] if found else None
 
 
@@ -100,17 +104,26 @@ def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, d
     return None
 
 
-def _cost(result: Result, run: dict[str, Any]) -> str:
-    content, dense, sparse = result.content, run["dense"], run["sparse"]
-    error = run.get("perplexity_ratio_stderr")
-    ratio = f"{run['perplexity_ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+def _cost(result: Result, run: dict[str, Any], plan: dict[str, Any]) -> str:
+    content = result.content
     half = "text that was not calibrated on" if content["half"] == "evaluation" else "another text than calibration's"
+    skipped = f"{plan['realised_sparsity']:.1%} of the inputs skipped "
+    own = plan.get("neuron_sparsity")
+    skipped += f"(target {plan['target_sparsity']:.0%})" if own is None else f"({own:.1%} of the MLP neurons are zero)"
+    where = f"on {run['tokens']:,} tokens of {content['dataset']} ({half}), with {skipped}"
+    if result.kind == "encoder":
+        cosine = _with_error(run["cosine"], run["cosine_stderr"])
+        return f"cosine between the last hidden states, dense and sparse, {cosine}, {where}"
+    ratio = _with_error(run["perplexity_ratio"], run["perplexity_ratio_stderr"])
+    dense = run["dense"]
     return (
-        f"perplexity {sparse['perplexity']:.2f} in place of {dense['perplexity']:.2f}, {ratio} times dense, on "
-        f"{run['tokens']:,} tokens of {content['dataset']} ({half}), with {sparse['realised_sparsity']:.1%} of the "
-        f"inputs skipped (target {sparse['target_sparsity']:.0%}); the first choice is that of the dense model at "
-        f"{sparse['top1_agreement']:.1%} of the tokens"
+        f"perplexity {plan['perplexity']:.2f} in place of {dense['perplexity']:.2f}, {ratio} times dense, {where}; "
+        f"the first choice is that of the dense model at {plan['top1_agreement']:.1%} of the tokens"
     )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _gain(result: Result, dense: dict[str, Any], sparse: dict[str, Any]) -> str:
