@@ -148,8 +148,8 @@ def _draw_thresholds(axes: Any, lanes: Sequence[_Lane]) -> None:
         ordered = sorted(value for value in lane.thresholds if value > 0)
         axes.plot(ordered, [row] * len(ordered), "|", color=look["color"], markersize=8, markeredgewidth=0.8)
         axes.plot([ordered[len(ordered) // 2]], [row], look["marker"], color=look["color"], markersize=6)
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
-        axes.annotate(lane.projections, (0.99, row), color=look["color"], **place)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center", "fontsize": 8}
+        axes.annotate(lane.projections, (0.01, row), color=look["color"], **place)
         if lane.first and row:
             axes.axhline(row - 0.5, color=GRID, linewidth=0.6)
     axes.set_yticks([row for row, lane in enumerate(lanes) if lane.first])

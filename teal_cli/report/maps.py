@@ -9,6 +9,8 @@ from teal_cli.report.material import Export, Realised
 from teal_cli.report.places import Grid, grid_of
 
 _Scale = tuple[float, float]
+_LEVEL_LETTERS = 6
+"""Of a column's name; longer ones are slanted."""
 _LEAST_SPAN = 0.2
 """Of a scale, so that rounding does not look like a difference."""
 
@@ -29,6 +31,7 @@ def sparsity_plots(export: Export, realised: Realised | None) -> list[Plot]:
 
 def _map(which: str, export: Export, grid: Grid, values: Mapping[str, float], scale: _Scale) -> Plot:
     rows = grid.rows(values)
+    longest = max(len(kind) for kind in grid.kinds)
     columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
     spans = [
         f"{kind} {min(column):.0%} to {max(column):.0%}"
@@ -39,7 +42,7 @@ def _map(which: str, export: Export, grid: Grid, values: Mapping[str, float], sc
         f"sparsity-{re.sub('[^0-9A-Za-z.-]+', '-', export.name)}-{which}",
         f"{which}, {export.label}",
         f"Heat map of the {which} sparsity of {export.label}, {len(grid.labels)} layers: {', '.join(spans)}.",
-        0.7 + 0.2 * len(grid.labels),
+        0.7 + 0.2 * len(grid.labels) + (0.06 * longest if longest > _LEVEL_LETTERS else 0.0),
         _drawer(grid, rows, scale),
     )
 
@@ -57,7 +60,9 @@ def _drawer(grid: Grid, rows: Sequence[Sequence[float | None]], scale: _Scale) -
                     place = {"ha": "center", "va": "center", "fontsize": 9}
                     ink = _readable_on(mesh.cmap(mesh.norm(value)))
                     axes.text(x + 0.5, y + 0.5, f"{100 * value:.0f}", color=ink, **place)
-        axes.set_xticks([x + 0.5 for x in range(len(grid.kinds))], grid.kinds)
+        slanted = any(len(kind) > _LEVEL_LETTERS for kind in grid.kinds)
+        turned = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks([x + 0.5 for x in range(len(grid.kinds))], grid.kinds, **turned)
         axes.set_yticks([y + 0.5 for y in range(len(grid.labels))], grid.labels)
         axes.tick_params(length=0, labelcolor=INK)
         axes.xaxis.tick_top()
