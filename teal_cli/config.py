@@ -6,7 +6,7 @@ checked before any model is loaded.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from teal_cli.config_values import (
     AllocationList,
     AllocationName,
     Backend,
+    FileList,
     InputFile,
     Limits,
     Mode,
@@ -34,10 +35,22 @@ from teal_cli.config_values import (
 from teal_cli.quantise.scheme import Scheme
 
 
-class SharedConfig(BaseModel):
+class OutputConfig(BaseModel):
     """Options that every verb has."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    # Named json on the outside; a field called json would hide BaseModel.json.
+    json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
+    quiet: bool = Field(False, description="no progress, no tables")
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, by outside names, as JSON."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"json_file", "quiet"})
+
+
+class SharedConfig(OutputConfig):
+    """Options of every verb that is about a model or a machine."""
 
     model: str = Field("smollm2-135m", description="alias, folder, .gguf file or hub id (org/name)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto takes a GPU if there is one")
@@ -46,9 +59,6 @@ class SharedConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
     runs: Path = Field(Path("runs"), description="folder of results; a model's go to RUNS/<model>")
-    # Named json on the outside; a field called json would hide BaseModel.json.
-    json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
-    quiet: bool = Field(False, description="no progress, no tables")
 
 
 class ModelConfig(SharedConfig):
@@ -352,17 +362,38 @@ class InfoConfig(SharedConfig):
     """`teal info`."""
 
 
-VERB_CONFIGS: dict[str, type[SharedConfig]] = {
+class ReportConfig(OutputConfig):
+    """`teal report`."""
+
+    out: OutputFile | None = Field(None, description="the page (default RUN/report.html)")
+    plots: Path | None = Field(
+        None, description="folder of the plots as SVG and PNG files (default beside the page, without its .html)"
+    )
+    results: FileList = Field(
+        default_factory=list, description="further JSON results of eval, bench and generate, comma-separated"
+    )
+
+
+class InspectConfig(OutputConfig):
+    """`teal inspect`."""
+
+
+STAGE_CONFIGS: dict[str, type[SharedConfig]] = {
     "calibrate": CalibrateConfig,
     "export": ExportConfig,
     "eval": EvalConfig,
     "bench": BenchConfig,
     "generate": GenerateConfig,
+}
+"""What `teal run` can chain, in the order that it does."""
+STAGES = tuple(STAGE_CONFIGS)
+VERB_CONFIGS: dict[str, type[OutputConfig]] = {
+    **STAGE_CONFIGS,
     "import": ImportConfig,
     "info": InfoConfig,
+    "report": ReportConfig,
+    "inspect": InspectConfig,
 }
-STAGES = ("calibrate", "export", "eval", "bench", "generate")
-"""What `teal run` can chain, in the order that it does."""
 
 
 class RunConfig(BaseModel):

@@ -14,6 +14,7 @@ from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.models.architectures import OUTPUT_SITE, Projection
+from teal_cli.versions import now
 
 FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
@@ -146,6 +147,7 @@ def save(calibration: Calibration, run: Path) -> None:
         save_file(tensors, temporary)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
+        "finished": now(),
         **asdict(calibration.info),
         "projections": [asdict(projection) for projection in calibration.projections],
         "tensors_sha256": file_digest(run / _TENSORS),

@@ -24,6 +24,8 @@ VERBS = {
     "eval": "Compare sparse with dense on held-out text.",
     "run": "Run the whole chain of a YAML recipe; resumes where it stopped.",
     "import": "Read the histograms and greedy lookups of the method's reference code.",
+    "report": "Write one page with plots about a run: quality, speed, sparsity.",
+    "inspect": "Say what a TEAL checkpoint or a run folder holds.",
     "info": "Say what this machine and its libraries can do, and list model aliases.",
 }
 

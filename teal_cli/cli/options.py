@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from teal_cli.cli.completion import completer_for
-from teal_cli.config import SharedConfig
+from teal_cli.config import OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name
 
 Flags = dict[str, Any]
@@ -21,7 +21,7 @@ _SHARED_PANEL = "Shared options"
 
 
 def with_options(
-    model: type[SharedConfig],
+    model: type[OutputConfig],
     body: Callable[..., None],
     *,
     arguments: tuple[inspect.Parameter, ...] = (),

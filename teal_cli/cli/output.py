@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from teal_cli.cli.options import Flags
-from teal_cli.config import VERB_CONFIGS, SharedConfig
+from teal_cli.config import VERB_CONFIGS, OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name, keys_of, load_as
 from teal_cli.report.console import Reporter
+from teal_cli.versions import now
 
-C = TypeVar("C", bound=SharedConfig)
+C = TypeVar("C", bound=OutputConfig)
 
 
 def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -> tuple[C, Reporter]:
@@ -70,9 +71,10 @@ def _first(value: object) -> object:
     return value[0] if isinstance(value, list) else value
 
 
-def write_result(config: SharedConfig, result: dict[str, Any]) -> None:
+def write_result(config: OutputConfig, result: dict[str, Any]) -> None:
     """Write --json, if asked, with the command that made it."""
     if config.json_file is not None:
         from teal_cli.checkpoint.files import write_json
 
-        write_json(config.json_file, {"command": shlex.join(["teal", *sys.argv[1:]]), **result})
+        made = {"command": shlex.join(["teal", *sys.argv[1:]]), "config": config.settings(), "finished": now()}
+        write_json(config.json_file, {**made, **result})

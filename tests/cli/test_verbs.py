@@ -230,6 +230,7 @@ def test_run_ends_in_the_table_and_a_sample(dense: Path, corpus: Path, capsys: p
     assert "next: teal generate --model runs/tiny/fisher-0.50" in said
     assert "Dense against sparse" in out
     assert "> the stars" in out
+    assert "teal report runs/tiny" in said
     assert list(_json(Path("r.json"))) == ["calibrate", "export", "eval", "bench", "generate"]
 
 
