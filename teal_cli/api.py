@@ -19,11 +19,11 @@ from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateC
 from teal_cli.config_files import load_as
 from teal_cli.decode.chat import Message
 from teal_cli.errors import UsageError, nearest
+from teal_cli.evaluation.results import EncoderResult, EvalResult
 from teal_cli.report.console import Reporter
 from teal_cli.steps import calibrate as calibrate_step
 from teal_cli.steps import evaluate as evaluate_step
 from teal_cli.steps import export as export_step
-from teal_cli.steps.evaluate import EncoderResult, EvalResult
 from teal_cli.steps.generate import Generator, Reply
 
 C = TypeVar("C", bound=SharedConfig)

@@ -28,6 +28,7 @@ from teal_cli.config_values import (
     OutputFile,
     PositionList,
     Quantization,
+    QuantizationList,
     Sparsity,
     SparsityList,
     TokenList,
@@ -87,9 +88,12 @@ class ModelConfig(SharedConfig):
         output = "lm_head" if self.quantize_output else None
         return {"projections": Scheme.parse(self.quantize).text, "output": output}
 
+    def _quantizes(self) -> bool:
+        return self.quantize is not None
+
     @model_validator(mode="after")
     def _output_layer_is_of_quantize(self) -> Self:
-        if self.quantize_output and self.quantize is None:
+        if self.quantize_output and not self._quantizes():
             raise ValueError("quantize_output (flag --quantize-output) needs quantize (flag --quantize)")
         return self
 
@@ -208,7 +212,17 @@ class ExportConfig(OneAllocation):
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")
 
 
-_OF_CALIBRATED = ("sparsity", "calibration", "allocation", "limits", "cost", "propagate", "quantize", "kernels")
+_OF_CALIBRATED = (
+    "sparsity",
+    "calibration",
+    "allocation",
+    "limits",
+    "cost",
+    "propagate",
+    "quantize",
+    "also_quantize",
+    "kernels",
+)
 """Keys that mode intrinsic does not take: nothing is calibrated there."""
 
 
@@ -228,7 +242,7 @@ class DecodingConfig(SparseConfig):
                 if key in self.model_fields_set and getattr(self, key):
                     raise ValueError(
                         f"mode intrinsic (flag --mode) skips only the zeros that the model makes: leave out "
-                        f"{key} (flag --{key})"
+                        f"{key} (flag --{key.replace('_', '-')})"
                     )
         return self
 
@@ -259,7 +273,31 @@ class GenerateConfig(OneAllocation, DecodingConfig):
         return self
 
 
-class BenchConfig(OneAllocation, DecodingConfig):
+class ComparingConfig(DecodingConfig):
+    """Measuring a model, with several kinds of weights if need be."""
+
+    also_quantize: QuantizationList = Field(
+        default_factory=list, description="measure that too, with weights of these kinds: as quantize, comma-separated"
+    )
+
+    def others(self) -> list[Self]:
+        """One configuration for each of them."""
+        return [self.model_copy(update={"quantize": quantize, "also_quantize": []}) for quantize in self.also_quantize]
+
+    def _quantizes(self) -> bool:
+        return super()._quantizes() or bool(self.also_quantize)
+
+    @model_validator(mode="after")
+    def _each_has_a_calibration_of_its_own(self) -> Self:
+        for key in ("calibration", "kernels"):
+            if self.also_quantize and getattr(self, key, None):
+                raise ValueError(
+                    f"{key} (flag --{key}) is of one kind of weights: leave out also_quantize (flag --also-quantize)"
+                )
+        return self
+
+
+class BenchConfig(OneAllocation, ComparingConfig):
     """`teal bench`."""
 
     sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
@@ -290,7 +328,7 @@ class BenchConfig(OneAllocation, DecodingConfig):
         return self
 
 
-class EvalConfig(DecodingConfig):
+class EvalConfig(ComparingConfig):
     """`teal eval`."""
 
     sparsity: SparsityList | None = Field(

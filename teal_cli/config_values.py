@@ -59,6 +59,7 @@ def _check_quantization(text: str) -> str:
 
 
 Quantization = Annotated[str, AfterValidator(_check_quantization)]
+QuantizationList = Annotated[list[Quantization], BeforeValidator(_split_commas)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]
 InputFile = Annotated[Path, AfterValidator(_check_input)]
 FileList = Annotated[list[InputFile], BeforeValidator(_split_commas)]

@@ -24,6 +24,8 @@ from teal_kernels.packing import Packed
 class DecodeRun:
     """Decoding speed at one sparsity."""
 
+    quantization: str
+    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
     backend: str
     """`dense`, or the sparse backend that ran."""
     allocation: str | None
@@ -42,7 +44,7 @@ class DecodeRun:
     limit_tokens_per_second: float | None
     """What reading bytes_per_token at the memory's measured speed would allow; None on a CPU."""
     speedup: float
-    """Median speed over the dense run's."""
+    """Median speed over the first dense run's."""
 
 
 def weight_bytes_per_token(
@@ -133,6 +135,7 @@ def bench_decode(
     *,
     new_tokens: int,
     repeats: int,
+    quantization: str = "",
     reading_gb_s: float | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[DecodeRun]:
@@ -145,6 +148,7 @@ def bench_decode(
         new_tokens: decode steps a repeat; the prefill is not timed, nor are the first steps of a
             GPU's loop, which compile and capture.
         repeats: timed repeats of each, after one warm-up that also counts the realised sparsity.
+        quantization: of the model's weights, for the results to say.
         reading_gb_s: what the device's memory gives at most, if measured.
         on_tokens: called with the steps decoded after each repeat.
     """
@@ -172,6 +176,7 @@ def bench_decode(
         size = weight_bytes_per_token(engine.model, realised[index]) if batch == 1 else None
         runs.append(
             DecodeRun(
+                quantization=quantization,
                 backend="dense" if plan is None else control.backend,
                 allocation=None if plan is None else plan.allocation,
                 sparsity=0.0 if plan is None else plan.target_sparsity,

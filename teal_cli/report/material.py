@@ -213,11 +213,10 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     if calibration is None and not exports and not results:
         raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
-        result = _result(file, read_json(file, "result"))
-        if result is None:
+        found = list(_results_of(file, read_json(file, "result")))
+        if not found:
             raise ArtefactError(f"{file} is no result of teal eval, bench or generate: make one with --json")
-        if all(result.content != known.content for known in results):
-            results.append(result)
+        results += [each for each in found if all(each.content != known.content for known in results)]
     focus = own or _focus(run, exports, results)
     return Material(folder, run, calibration, exports, focus, results)
 
@@ -243,17 +242,24 @@ def _results_in(run: Path) -> Iterator[Result]:
             if file in stages:
                 raise
             continue  # somebody else's
-        result = _result(file, content)
-        if result is not None:
-            yield result
+        yield from _results_of(file, content)
 
 
-def _result(file: Path, content: dict[str, Any]) -> Result | None:
+def _results_of(file: Path, content: dict[str, Any]) -> Iterator[Result]:
+    """The result in a file: one, or where several kinds of weights were measured, one for each; none of other files."""
     for kind, (top, each) in _KEYS.items():
         runs = content.get("runs", [])
-        if top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs):
-            return Result(file, kind, content)
-    return None
+        if not (top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs)):
+            continue
+        weights = list(dict.fromkeys(run.get("quantization", "") for run in runs))
+        if len(weights) < 2:
+            yield Result(file, kind, content)
+            return
+        for quantization in weights:
+            name = "-".join(filter(None, (content["model"], quantization)))  # as its run folder is called
+            own = [run for run in runs if run["quantization"] == quantization]
+            yield Result(file, kind, {**content, "model": name, "quantization": quantization, "runs": own})
+        return
 
 
 def _focus(run: Path | None, exports: Sequence[Export], results: Iterable[Result]) -> Export | None:

@@ -1,5 +1,6 @@
 """Results as Rich tables: the one place where they become something to look at."""
 
+import itertools
 from typing import Any
 
 from rich.table import Table
@@ -108,36 +109,49 @@ def _one_run(title: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def _weights(quantization: str) -> str:
+    """What a kind of weights is called in a table."""
+    return quantization or "as they are"
+
+
 def _several_runs(title: str, result: dict[str, Any]) -> Table:
+    kinds = list(dict.fromkeys(run.get("quantization", "") for run in result["runs"]))
+    several = len(kinds) > 1
     table = plain_table(
         title,
+        *(["weights"] if several else []),
         "allocation",
         "target",
         "realised",
         "dense first",
         "perplexity",
         "over dense",
+        *(["over first dense"] if several else []),
         "KL",
         "same choice",
         "MB/token",
     )
     prefixes = list(dict.fromkeys(run["dense_prefix"] for run in result["runs"]))
-    for prefix in prefixes:
-        dense = next(run["dense"] for run in result["runs"] if run["dense_prefix"] == prefix)
-        size = _megabytes(result["dense_bytes_per_token"])
+    for prefix, kind in itertools.product(prefixes, kinds):
+        of_prefix = [run for run in result["runs"] if run["dense_prefix"] == prefix]
+        runs = [run for run in of_prefix if run.get("quantization", "") == kind]
+        dense, plain = runs[0]["dense"], of_prefix[0]["dense"]["perplexity"]
+        name = [_weights(kind)] if several else []
+        over_first = [f"{dense['perplexity'] / plain:.3f}"] if several else []
+        size = _megabytes(dense.get("bytes_per_token", result["dense_bytes_per_token"]))
         perplexity = _with_error(dense["perplexity"], dense["stderr"], 2)
-        table.add_row("dense", "0", "0", str(prefix), perplexity, "1", "0", "1", size)
-        for run in result["runs"]:
-            if run["dense_prefix"] != prefix:
-                continue
+        table.add_row(*name, "dense", "0", "0", str(prefix), perplexity, "1", *over_first, "0", "1", size)
+        for run in runs:
             sparse = run["sparse"]
             table.add_row(
+                *name,
                 sparse["allocation"],
                 f"{sparse['target_sparsity']:.2f}",
                 f"{sparse['realised_sparsity']:.3f}",
                 str(prefix),
                 _with_error(sparse["perplexity"], sparse["stderr"], 2),
                 _with_error(run["perplexity_ratio"], run["perplexity_ratio_stderr"], 3),
+                *([f"{run['over_first_dense']:.3f}"] if several else []),
                 f"{sparse['kl']:.3f}",
                 f"{sparse['top1_agreement']:.3f}",
                 _megabytes(sparse["bytes_per_token"]),
@@ -148,11 +162,12 @@ def _several_runs(title: str, result: dict[str, Any]) -> Table:
 
 def _plans(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One run for each plan, whatever the dense prefix."""
-    return list({(run["sparse"]["allocation"], run["sparse"]["target_sparsity"]): run for run in runs}.values())
+    return list({_name(run): run for run in runs}.values())
 
 
 def _name(run: dict[str, Any]) -> str:
-    return f"{run['sparse']['allocation']}, {run['sparse']['target_sparsity']:.2f}"
+    kind = run.get("quantization", "")
+    return ", ".join([*([kind] if kind else []), run["sparse"]["allocation"], f"{run['sparse']['target_sparsity']:g}"])
 
 
 def _written(runs: list[dict[str, Any]]) -> list[Table]:
@@ -224,10 +239,12 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
     limit = result["reading_gb_s"]
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
+    several = len({run.get("quantization", "") for run in result["runs"]}) > 1
     table = plain_table(
         f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         f"sparsity: target (realised){because}",
+        *(["weights"] if several else []),
         "backend",
         "sparsity",
         "tokens/s",
@@ -238,6 +255,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     )
     for run in result["runs"]:
         table.add_row(
+            *([_weights(run.get("quantization", ""))] if several else []),
             run["backend"],
             _sparsity(run),
             _spread(run["tokens_per_second"]),

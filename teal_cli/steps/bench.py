@@ -1,7 +1,8 @@
 """Bench: how fast a model decodes, dense and at several sparsities."""
 
+import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class BenchResult:
     runs: list[DecodeRun]
     kernels: list[KernelRun]
 
+    def beside(self, other: "BenchResult") -> "BenchResult":
+        """Both as one, of the same model with other weights; the first dense run is what all are compared with."""
+        dense = self.runs[0].tokens_per_second.median
+        more = [replace(run, speedup=run.tokens_per_second.median / dense) for run in other.runs]
+        return replace(self, runs=[*self.runs, *more])
+
     def to_json(self) -> dict[str, Any]:
         """The contract of `teal bench --json` (docs/formats.md)."""
         return asdict(self)
@@ -86,10 +93,16 @@ class Prepared:
 def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> BenchResult:
     """Time decoding of a real model, or of an alias's shape with random weights.
 
+    With `also_quantize`, once more for each, one after another.
+
     Raises:
         TealError: anything wrong with model, calibration or machine.
     """
-    return measure(config, prepare(config, reporter, workspace), reporter)
+    result = measure(config, prepare(config, reporter, workspace), reporter)
+    for other in config.others():
+        gc.collect()  # a GPU has no room for the model before it
+        result = result.beside(measure(other, prepare(other, reporter), reporter))
+    return result
 
 
 def prepare(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> Prepared:
@@ -117,6 +130,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
             prompt,
             new_tokens=config.new_tokens,
             repeats=config.repeats,
+            quantization=config.quantization,
             reading_gb_s=limit,
             on_tokens=advance,
         )

@@ -1,7 +1,7 @@
 """Evaluate: a sparse model on text that it was not calibrated on, beside its dense self."""
 
+import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,10 @@ from teal_cli.config_values import is_allocation_file
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.generation import Agreement, agree
-from teal_cli.evaluation.perplexity import Comparison, compare
-from teal_cli.evaluation.samples import KEPT, Sample, sample_of
-from teal_cli.evaluation.similarity import Similarity, compare_states
+from teal_cli.evaluation.perplexity import compare
+from teal_cli.evaluation.results import EncoderResult, EncoderRun, EvalResult, EvalRun, Scores
+from teal_cli.evaluation.samples import KEPT, sample_of
+from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
@@ -29,145 +30,26 @@ from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
 from teal_kernels.packing import Packed
 
-Scores = dict[str, dict[str, dict[str, float]]]
-"""Harness task -> dense or sparse -> metric -> value."""
-
-
-@dataclass(frozen=True)
-class EvalRun:
-    """Quality of one plan after one dense prefix."""
-
-    allocation: str
-    target_sparsity: float
-    dense_prefix: int
-    comparison: Comparison
-    bytes_per_token: int
-    """Weight bytes that a decoded token reads, at the realised sparsity."""
-    neuron_sparsity: float | None
-    """Of the realised sparsity, the share of MLP neurons that were zero, in mode intrinsic."""
-    generation: Agreement | None
-    samples: list[Sample]
-    """The first of what was written."""
-    tasks: Scores
-
-    def to_json(self) -> dict[str, Any]:
-        """An entry of `runs`."""
-        found = self.comparison
-        return {
-            "dense_prefix": self.dense_prefix,
-            "tokens": found.tokens,
-            "sequences": found.sequences,
-            "dense": asdict(found.dense),
-            "sparse": {
-                **asdict(found.sparse),
-                "allocation": self.allocation,
-                "target_sparsity": self.target_sparsity,
-                "realised_sparsity": found.realised_sparsity,
-                "neuron_sparsity": self.neuron_sparsity,
-                "kl": found.kl,
-                "top1_agreement": found.top1_agreement,
-                "bytes_per_token": self.bytes_per_token,
-            },
-            "perplexity_ratio": found.ratio,
-            "perplexity_ratio_stderr": found.ratio_stderr,
-            "generation": None if self.generation is None else self._written(self.generation),
-            "tasks": self.tasks,
-            "realised_by_projection": found.realised_by_projection,
-        }
-
-    def _written(self, found: Agreement) -> dict[str, Any]:
-        numbers = {key: value for key, value in vars(found).items() if key != "continuations"}
-        return {**numbers, "samples": [asdict(sample) for sample in self.samples]}
-
-
-@dataclass(frozen=True)
-class EncoderRun:
-    """An encoder's hidden states by one plan."""
-
-    allocation: str
-    target_sparsity: float
-    similarity: Similarity
-
-    def to_json(self) -> dict[str, Any]:
-        """An entry of `runs`."""
-        found = asdict(self.similarity)
-        realised = found.pop("realised_by_projection")
-        return {
-            "allocation": self.allocation,
-            "target_sparsity": self.target_sparsity,
-            **found,
-            "realised_by_projection": realised,
-        }
-
-
-@dataclass(frozen=True)
-class EncoderResult:
-    """How near an encoder stays to its dense self, at one or several sparsities and allocations."""
-
-    model: str
-    dataset: str
-    half: Half
-    seq_len: int
-    runs: list[EncoderRun]
-    """By allocation, then sparsity, as asked for."""
-    device: str
-    dtype: str
-    seed: int
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The contract of `teal eval --json` for an encoder (docs/formats.md)."""
-        return {**asdict(self), "kind": "encoder", "runs": [run.to_json() for run in self.runs]}
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Quality at one or several sparsities, allocations and dense prefixes."""
-
-    model: str
-    dataset: str
-    half: Half
-    """Which half of the dataset was read; `all` where calibration read another dataset."""
-    seq_len: int
-    mode: str
-    """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
-    dense_bytes_per_token: int
-    runs: list[EvalRun]
-    """By allocation, then sparsity, then dense prefix, as asked for."""
-    device: str
-    dtype: str
-    seed: int
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The contract of `teal eval --json` (docs/formats.md): the first run also stands at the top."""
-        runs = [run.to_json() for run in self.runs]
-        first = {key: value for key, value in runs[0].items() if key != "realised_by_projection"}
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "half": self.half,
-            "seq_len": self.seq_len,
-            "mode": self.mode,
-            "dense_bytes_per_token": self.dense_bytes_per_token,
-            **first,
-            "runs": runs,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "versions": self.versions,
-        }
-
 
 def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult | EncoderResult:
     """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
 
-    Of an encoder, how near its hidden states stay.
+    Of an encoder, how near its hidden states stay. With `also_quantize`, the same once more for each.
 
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    workspace = workspace or Workspace.of(config, reporter)
+    result = _evaluate(config, reporter, workspace or Workspace.of(config, reporter))
+    for other in config.others():
+        gc.collect()  # a GPU has no room for the model before it
+        more = _evaluate(other, reporter, Workspace.of(other, reporter))
+        if not (isinstance(result, EvalResult) and isinstance(more, EvalResult)):
+            raise UsageError("also_quantize (flag --also-quantize) is for decoders, and this model is none")
+        result = result.beside(more)
+    return result
+
+
+def _evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace) -> EvalResult | EncoderResult:
     dataset = config.dataset if config.text is None else str(config.text)
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
@@ -236,14 +118,15 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         half=half,
         seq_len=config.seq_len,
         mode=config.mode,
-        dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
         runs=[
             EvalRun(
+                quantization=config.quantization,
                 allocation=plan.allocation,
                 target_sparsity=plan.target_sparsity,
                 dense_prefix=prefix,
                 comparison=comparison,
                 bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
+                dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
                 neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
                 if config.mode == "intrinsic"
                 else None,
