@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teal_cli.calibration.blocks import hooked
 from teal_cli.checkpoint.files import atomic_path
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
 from teal_cli.models.layers import is_stacked, linear_shape
 from teal_cli.models.loading import load_model
@@ -67,10 +67,17 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
 
 
 def _kind(source: ModelSource) -> Kind:
-    """What transformers can make of a configuration."""
+    """What transformers can make of a configuration.
+
+    Raises:
+        ArtefactError: nothing.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    try:
+        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    except (ValueError, KeyError, OSError) as error:
+        raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
     if config in AutoModelForSeq2SeqLM._model_mapping:
         return "seq2seq"
     return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
