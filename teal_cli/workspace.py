@@ -8,13 +8,14 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import ModelConfig, SharedConfig, SparseConfig
+from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, Kind, architecture_in
-from teal_cli.models.loading import kind_of
+from teal_cli.models.loading import kind_of, load_model
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
+from teal_cli.sparse import make_intrinsic_
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ class Workspace:
         """
         if self.kind(config) == "encoder":
             raise UsageError(f"{self.source.name} is an encoder and writes no text: teal {verb} needs a decoder")
+
+    def load_intrinsic(self, config: DecodingConfig, verb: str) -> tuple[Any, SparsityPlan]:
+        """The dense model, made to skip the zeros of its activation, and the plan that says so.
+
+        Raises:
+            TealError: a TEAL checkpoint, an activation that makes no zeros, or what `load_model` raises.
+        """
+        self.require_dense(f"{verb} --mode intrinsic")
+        architecture = self.architecture(config)
+        model = load_model(self.source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
+        return model, make_intrinsic_(model)
 
     def require_dense(self, verb: str) -> None:
         """Refuse a TEAL checkpoint where the dense model is needed.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
-from teal_cli.sparse import apply_plan_, sparse_layers
+from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import Packed
 
@@ -28,6 +28,8 @@ class DecodeRun:
     """`dense`, or the sparse backend that ran."""
     sparsity: float
     realised_sparsity: float
+    neuron_sparsity: float | None
+    """Of it, the share of MLP neurons that were zero, where the sparsity is the model's own."""
     tokens_per_second: Spread
     """Of the whole batch."""
     bytes_per_token: int | None
@@ -64,8 +66,8 @@ def weight_bytes_per_token(
     for module in decoder.modules():
         if isinstance(module, nn.Embedding) and module.weight is not of_output:
             total -= module.weight.nbytes - module.weight[:1].nbytes
-    layers = sparse_layers(model)
-    total += sum(layer.packed.nbytes for layer in layers.values() if isinstance(layer, QuantizedLinear))
+    layers = sparse_layers(model).values()
+    total += sum(layer.packed.nbytes for layer in layers if isinstance(layer, QuantizedLinear))
     for name, packed in packs.items():
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
@@ -74,7 +76,7 @@ def weight_bytes_per_token(
     for name, share in read.items():
         total -= (1.0 - share) * sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
     skipped = sum(
-        (packs[name].words if name in packs else layers[name].storage).nbytes * share * read.get(name, 1.0)
+        _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
         for name, share in realised.items()
         if name not in read or name.startswith(architecture.blocks[-1])
     )
@@ -88,6 +90,14 @@ def _share_read(model: Any, architecture: Architecture, projection: Projection) 
     if projection.copies == 1:
         return 1.0
     return float(model.config.get_text_config().num_experts_per_tok / projection.copies)
+
+
+def _storage(model: nn.Module, name: str, packs: Mapping[str, Packed]) -> Tensor:
+    """What the weights of a layer are held in."""
+    if name in packs:
+        return packs[name].words
+    layer = model.get_submodule(name)
+    return layer.storage if isinstance(layer, SparseLinear) else cast(nn.Linear, layer).weight
 
 
 def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int) -> float:
@@ -163,6 +173,9 @@ def bench_decode(
                 backend="dense" if plan is None else control.backend,
                 sparsity=0.0 if plan is None else plan.target_sparsity,
                 realised_sparsity=model_wide[index],
+                neuron_sparsity=neuron_sparsity(engine.model, realised[index])
+                if plan is not None and plan.allocation == INTRINSIC
+                else None,
                 tokens_per_second=spreads[index],
                 bytes_per_token=size,
                 bandwidth_gb_s=size * spreads[index].median / 1e9 if size else None,

@@ -41,7 +41,9 @@ def _run(flags: Flags, config_file: Path | None) -> None:
 def converse(generator: "Generator", reporter: Reporter) -> None:
     """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets."""
     hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
-    reporter.say(f"{generator.name}, target sparsity {generator.target_sparsity:g}. {hint}.")
+    intrinsic = generator.config.mode == "intrinsic"
+    sparsity = "intrinsic sparsity" if intrinsic else f"target sparsity {generator.target_sparsity:g}"
+    reporter.say(f"{generator.name}, {sparsity}. {hint}.")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -81,6 +83,8 @@ def summary(reply: "Reply") -> str:
     parts.append(f"prefill of {reply.prompt_tokens} in {reply.prefill_seconds:.2f} s")
     realised = reply.realised_sparsity
     parts.append("dense" if realised is None else f"realised sparsity {realised:.3f}")
+    if reply.neuron_sparsity is not None:
+        parts.append(f"{reply.neuron_sparsity:.1%} of the MLP neurons zero")
     return ", ".join(parts)
 
 

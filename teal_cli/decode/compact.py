@@ -16,6 +16,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_for
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
+from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.packed_linear import fitting
@@ -50,6 +51,8 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
         return f"backend {control.backend}"
     if (reason := backend_unavailable_reason("triton", parameter.device, parameter.dtype)) is not None:
         return reason
+    if any(isinstance(module, GateFirstMLP) for module in model.modules()):
+        return "MLPs that decode gate first"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

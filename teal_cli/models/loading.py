@@ -111,10 +111,12 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
         MachineError: no such device, or out of memory.
     """
     import teal_cli.hf  # noqa: F401  (registers the format)
+    from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
     from teal_cli.sparse import lay_out_, sparse_layers
 
     target = pick_device(device)
     config = read_json(folder / "config.json", "model configuration")
+    check_activation(config, folder)
     chosen = pick_dtype(dtype, config.get("dtype") or config.get("torch_dtype"), target)
     entries = [entry for file in weight_files(folder) for entry in tensor_header(file).values()]
     # Codes keep their dtype, whatever the model's.
@@ -143,6 +145,7 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     if architecture is not None and not is_sparse:
         model.teal_architecture = architecture
     unstack_experts_(model)
+    set_activation_thresholds_(model)
     model.to(target).eval()
     lay_out_(model)
     return model
@@ -152,8 +155,11 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
+
     target = pick_device(device)
     shape = dict(alias.shape)
+    check_activation(shape, f"alias {alias.name}")
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
     with torch.device("meta"):
@@ -162,6 +168,7 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     torch.manual_seed(seed)
     with target:
         model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    set_activation_thresholds_(model)
     return model.eval()
 
 
@@ -172,6 +179,8 @@ def load_tokenizer(folder: Path) -> Any:
         ArtefactError: there is none that transformers can read.
     """
     from transformers import AutoTokenizer
+
+    import teal_cli.models.trained_sparse  # noqa: F401  (a tokenizer may be found by the model's type)
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

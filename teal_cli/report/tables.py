@@ -77,8 +77,12 @@ def _encoder(result: dict[str, Any]) -> Table:
 def _one_run(title: str, result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["sparse"]
     table = _table(title, "", "dense", "sparse")
-    table.add_row("target sparsity", "0", f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})")
+    own = sparse.get("neuron_sparsity")
+    target = f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})" if own is None else "the model's own"
+    table.add_row("target sparsity", "0", target)
     table.add_row("realised sparsity", "0", f"{sparse['realised_sparsity']:.3f}")
+    if own is not None:
+        table.add_row("MLP neurons that are zero", "", f"{own:.3f}")
     table.add_row(
         "MB of weights a token",
         _megabytes(result["dense_bytes_per_token"]),
@@ -198,6 +202,8 @@ def _scored(runs: list[dict[str, Any]]) -> list[Table]:
 
 def _sparsity(entry: dict[str, Any]) -> str:
     """Target and, in brackets, what was realised."""
+    if entry.get("neuron_sparsity") is not None:
+        return f"own ({entry['realised_sparsity']:.3f}), neurons {entry['neuron_sparsity']:.3f}"
     return f"{entry['sparsity']:.2f} ({entry['realised_sparsity']:.3f})" if entry["sparsity"] else "0"
 
 
@@ -259,6 +265,10 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     return tables
 
 
+_OWN = 1.0
+"""In place of a target, where the sparsity is the model's own; behind every target."""
+
+
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
@@ -268,7 +278,7 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 
     def row(sparsity: float) -> list[str]:
-        return rows.setdefault(sparsity, [f"{sparsity:.2f}", "", "", "", "", ""])
+        return rows.setdefault(sparsity, ["own" if sparsity == _OWN else f"{sparsity:.2f}", "", "", "", "", ""])
 
     own = (quality["sparse"]["allocation"], quality["dense_prefix"]) if quality else None
     for run in quality["runs"] if quality else []:
@@ -276,12 +286,12 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
         if (sparse["allocation"], run["dense_prefix"]) != own:
             continue  # what was also tried stands in the table of eval
         rows[0.0][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
-        target = row(sparse["target_sparsity"])
+        target = row(sparse["target_sparsity"] if sparse.get("neuron_sparsity") is None else _OWN)
         target[1] = f"{sparse['realised_sparsity']:.3f}"
         target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
         target[3] = f"{run['perplexity_ratio']:.3f}"
     for run in speed["runs"] if speed else []:
-        target = row(run["sparsity"])
+        target = row(run["sparsity"] if run.get("neuron_sparsity") is None else _OWN)
         target[1] = target[1] or f"{run['realised_sparsity']:.3f}"
         target[4:6] = [f"{run['tokens_per_second']['median']:.2f}", f"{run['speedup']:.2f}x"]
     for sparsity in sorted(rows):

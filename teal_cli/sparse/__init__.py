@@ -1,6 +1,7 @@
 """Sparse layers inside transformers models."""
 
 from teal_cli.sparse.control import SparsityControl, SparsityCounter, control_of, use_backend
+from teal_cli.sparse.intrinsic import INTRINSIC, make_intrinsic_, neuron_sparsity
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.propagate import propagate_
 from teal_cli.sparse.replace import (
@@ -13,12 +14,15 @@ from teal_cli.sparse.replace import (
 )
 
 __all__ = [
+    "INTRINSIC",
     "SparseLinear",
     "SparsityControl",
     "SparsityCounter",
     "apply_plan_",
     "control_of",
     "lay_out_",
+    "make_intrinsic_",
+    "neuron_sparsity",
     "propagate_",
     "replace_projections_",
     "set_thresholds_",

@@ -29,7 +29,7 @@ from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan
@@ -51,6 +51,8 @@ class BenchResult:
     new_tokens: int
     repeats: int
     batch: int
+    mode: str
+    """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     path: str
     """`compact`, our kernels from end to end, or `general`, transformers' forward with sparse layers."""
     general_because: str | None
@@ -142,6 +144,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         model=name,
         device=device_description(device),
         batch=batch,
+        mode=config.mode,
         path="compact" if engine.decoder is not None else "general",
         general_because=engine.general_because,
         reading_gb_s=limit,
@@ -221,6 +224,9 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     source = workspace.source
     workspace.require_decoder(config, "bench")
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
+    if config.mode == "intrinsic":
+        model, plan = workspace.load_intrinsic(config, "bench")
+        return Prepared(source.name, model, [plan], prompt)
     if source.is_teal_checkpoint:
         require_own_plan(config, source)
         plan = source.plan
@@ -252,6 +258,10 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])
+    name = f"{alias.name} (random weights)"
+    prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
+    if config.mode == "intrinsic":
+        return Prepared(name, model, [make_intrinsic_(model)], prompt)
     packs = {}
     if config.quantize is not None:
         packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
@@ -280,5 +290,4 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if config.propagate:
         plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
-    prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
-    return Prepared(f"{alias.name} (random weights)", model, plans, prompt)
+    return Prepared(name, model, plans, prompt)

@@ -22,7 +22,7 @@ from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import apply_plan_, control_of, sparsify_, use_backend
+from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
@@ -42,6 +42,8 @@ class EvalRun:
     comparison: Comparison
     bytes_per_token: int
     """Weight bytes that a decoded token reads, at the realised sparsity."""
+    neuron_sparsity: float | None
+    """Of the realised sparsity, the share of MLP neurons that were zero, in mode intrinsic."""
     generation: Agreement | None
     tasks: Scores
 
@@ -58,6 +60,7 @@ class EvalRun:
                 "allocation": self.allocation,
                 "target_sparsity": self.target_sparsity,
                 "realised_sparsity": found.realised_sparsity,
+                "neuron_sparsity": self.neuron_sparsity,
                 "kl": found.kl,
                 "top1_agreement": found.top1_agreement,
                 "bytes_per_token": self.bytes_per_token,
@@ -119,6 +122,8 @@ class EvalResult:
     half: Half
     """Which half of the dataset was read; `all` where calibration read another dataset."""
     seq_len: int
+    mode: str
+    """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     dense_bytes_per_token: int
     runs: list[EvalRun]
     """By allocation, then sparsity, then dense prefix, as asked for."""
@@ -136,6 +141,7 @@ class EvalResult:
             "dataset": self.dataset,
             "half": self.half,
             "seq_len": self.seq_len,
+            "mode": self.mode,
             "dense_bytes_per_token": self.dense_bytes_per_token,
             **first,
             "runs": runs,
@@ -222,6 +228,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
         dataset=dataset,
         half=half,
         seq_len=config.seq_len,
+        mode=config.mode,
         dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
         runs=[
             EvalRun(
@@ -230,6 +237,9 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
                 dense_prefix=prefix,
                 comparison=comparison,
                 bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
+                neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
+                if config.mode == "intrinsic"
+                else None,
                 generation=generation,
                 tasks=scores,
             )
@@ -264,6 +274,9 @@ def _model_and_plans(
     And what its weights stand for, where they are quantised.
     """
     source = workspace.source
+    if config.mode == "intrinsic":
+        model, plan = workspace.load_intrinsic(config, "eval")
+        return model, [plan], {}
     if source.is_teal_checkpoint:
         if len(config.sparsity or []) > 1:
             raise UsageError(f"{source.folder} has one sparsity: name the dense model to compare several")
@@ -294,7 +307,9 @@ def _targets(config: EvalConfig, allocation: str) -> Sequence[float | None]:
 
 
 def _calibrated_on(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> str:
-    """The dataset that the thresholds come from; empty where the folder does not say."""
+    """The dataset that the thresholds come from; empty where the folder does not say, or nothing was calibrated."""
+    if config.mode == "intrinsic":
+        return ""
     if not workspace.source.is_teal_checkpoint:
         return calibration_for(config, workspace, reporter).info.dataset
     try:

@@ -14,7 +14,7 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import SparsityCounter, control_of, sparse_layers, use_backend
+from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
 from teal_cli.workspace import Workspace, checkpoint_for
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
@@ -35,8 +35,20 @@ class Reply:
     realised_sparsity: float | None
     """Counted at the first decode step and at every eighth after it, on a GPU at every step, those
     launched ahead of a stop included; None where nothing ran sparse."""
+    neuron_sparsity: float | None
+    """Of it, the share of MLP neurons that were zero, in mode intrinsic."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
+
+
+def _load(config: GenerateConfig, workspace: Workspace, reporter: Reporter) -> Any:
+    """The model at its sparsity; exported first where need be."""
+    folder = workspace.source.folder
+    if config.sparsity != 0.0:
+        folder = checkpoint_for(config, config.sparsity, workspace, reporter)
+    elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
+        folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
+    return load_model(folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config))
 
 
 class Generator:
@@ -57,14 +69,10 @@ class Generator:
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)
         self.chat = wants_chat(self.tokenizer, config.chat)
-        folder = workspace.source.folder
-        if config.sparsity != 0.0:
-            folder = checkpoint_for(config, config.sparsity, workspace, reporter)
-        elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
-            folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
-        self.model = load_model(
-            folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config)
-        )
+        if config.mode == "intrinsic":
+            self.model, _ = workspace.load_intrinsic(config, "generate")
+        else:
+            self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         self.engine = engine_for(self.model)
@@ -114,6 +122,7 @@ class Generator:
             prefill_seconds=first - started,
             tokens_per_second=(count - 1) / (last - first) if count > 1 else None,
             realised_sparsity=counter.model_wide(),
+            neuron_sparsity=self._neuron_sparsity(counter),
             interrupted=interrupted,
         )
 
@@ -123,15 +132,19 @@ class Generator:
             "model": self.name,
             "prompt": prompt,
             "chat": self.chat,
+            "mode": self.config.mode,
             "target_sparsity": self.target_sparsity,
             **asdict(reply),
             "seed": self.config.seed,
         }
 
+    def _neuron_sparsity(self, counter: SparsityCounter) -> float | None:
+        return neuron_sparsity(self.model, counter.by_projection()) if self.config.mode == "intrinsic" else None
+
     @property
     def target_sparsity(self) -> float:
-        """What was asked of the loaded model; 0 where it is dense."""
+        """What was asked of the loaded model; 0 where it is dense, or sparse by itself."""
         control = self.engine.control
-        if control is None or not control.enabled:
+        if control is None or not control.enabled or self.config.mode == "intrinsic":
             return 0.0
         return float(self.model.config.quantization_config.plan.target_sparsity)

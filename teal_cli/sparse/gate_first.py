@@ -1,0 +1,86 @@
+"""The gated MLP that decodes gate first: rows of `up` and columns of `down` only for neurons that live."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from teal_cli.sparse.control import SparsityControl, SparsityCounter
+from teal_kernels import resolve_backend
+from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
+
+
+class GateFirstMLP(nn.Module):
+    """Takes the place of down(activation(gate(x)) * up(x)), with the same layers under the same names.
+
+    While one token a row is decoded, the gate product decides which neurons live, and `up` is
+    computed for these alone; `down` is a `SparseLinear` of threshold 0, which skips the zeros. A
+    prefill is dense, with the bits of the dense MLP. Nothing waits for the device.
+
+    Args:
+        mlp: the module to replace.
+        names: of its gate, up and down layers among its children.
+        activation: how the gate decides.
+        path: of the module in the model, for counting.
+        control: the model's.
+    """
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        names: tuple[str, str, str],
+        activation: GateActivation,
+        *,
+        path: str,
+        control: SparsityControl,
+    ) -> None:
+        super().__init__()
+        for name, child in mlp.named_children():  # keys of the state dict stay what they are
+            self.add_module(name, child)
+        self.train(mlp.training)
+        self.names = names
+        self.activation = activation
+        self.path = path
+        self.control = control
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"gate first, {self.activation}"
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up and down."""
+        gate, up, down = (cast(nn.Linear, getattr(self, name)) for name in self.names)
+        return gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., tokens, in) -> (..., tokens, in); which tokens run sparse is `SparsityControl`'s say."""
+        gate_layer, up_layer, down_layer = self.layers
+        control = self.control
+        several = x.dim() > 1 and x.shape[-2] > 1
+        dense = not control.enabled or control.mode == "dense" or (control.mode == "auto" and several)
+        masked = control.mode == "masked"
+        counter = None if dense or control.counter is None or not control.counter.active else control.counter
+        # A GPU computes the gates in the launch that needs them.
+        fused = not (dense or masked) and resolve_backend(control.backend, x.device, x.dtype) == "triton"
+        if not fused or counter is not None:
+            gate = gate_layer(x)
+        if counter is not None:
+            self._count(counter, gate, control.dense_prefix if masked else 0)
+        up, activation = up_layer.weight, self.activation
+        if fused:
+            hidden = gated_hidden(x, gate_layer.weight, gate_layer.bias, up, up_layer.bias, activation, "triton")
+        elif dense or masked:  # zeros are zeros, whoever computes them
+            hidden = activation.hidden(gate, up_layer(x))
+        else:
+            hidden = gate_first(x, gate, up, up_layer.bias, activation, control.backend)
+        out: Tensor = down_layer(hidden)
+        return out
+
+    def _count(self, counter: SparsityCounter, gate: Tensor, prefix: int) -> None:
+        """Count dead neurons as what `up` drops: its outputs, not its inputs. The gate drops nothing."""
+        counted = gate[..., prefix:, :] if prefix else gate
+        gate_layer, up_layer, _ = self.layers
+        live = self.activation.live(counted)
+        gate_name, up_name = (f"{self.path}.{name}" for name in self.names[:2])
+        counter.add(gate_name, gate_layer.weight.numel(), counted.numel(), 0)
+        counter.add(up_name, up_layer.weight.numel(), live.numel(), live.numel() - live.count_nonzero())
