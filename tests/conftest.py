@@ -125,6 +125,13 @@ _T5 = {
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 FAMILIES = {
     **TINY_CONFIGS,
+    "sparsellama": {
+        "model_type": "sparsellama",
+        **_TINY,
+        "hidden_act": "fatrelu",
+        "hidden_act_param": 0.1,
+    },
+    "bamboo": {"model_type": "bamboo", **_TINY, "hidden_act": "relu", "sliding_window": 16},
     "gemma": {"model_type": "gemma", **_TINY, "head_dim": 16},
     "gemma2": {"model_type": "gemma2", **_TINY, "head_dim": 16, "sliding_window": 16},
     "gemma3_text": {"model_type": "gemma3_text", **_TINY, "head_dim": 16, "sliding_window": 16},
