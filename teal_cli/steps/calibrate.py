@@ -18,6 +18,7 @@ from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
 from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.passes import check_positions
 from teal_cli.quantise.files import write_quantised
 from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.scheme import Scheme
@@ -61,6 +62,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     )
     if model is None:
         model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
+    check_positions(model, config.seq_len)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, model, quantised, reporter)
