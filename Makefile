@@ -32,6 +32,7 @@ endif
 
 demo: setup
 	$(BIN)/teal run configs/demo.yaml
+	$(BIN)/teal report runs/smollm2-135m
 
 test: setup
 	$(PYTEST)

@@ -23,7 +23,7 @@ from torch import Tensor
 from teal_cli.checkpoint.files import write_json
 from teal_cli.config import CalibrateConfig, ExportConfig
 from teal_cli.data import half_of, load_documents
-from teal_cli.evaluate.similarity import compare_states
+from teal_cli.evaluation.similarity import compare_states
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import find_model
 from teal_cli.planning import allocate, hold

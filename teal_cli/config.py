@@ -6,7 +6,7 @@ checked before any model is loaded.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from teal_cli.config_values import (
     AllocationList,
     AllocationName,
     Backend,
+    FileList,
     InputFile,
     Limits,
     Mode,
@@ -34,10 +35,22 @@ from teal_cli.config_values import (
 from teal_cli.quantise.scheme import Scheme
 
 
-class SharedConfig(BaseModel):
+class OutputConfig(BaseModel):
     """Options that every verb has."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    # Named json on the outside; a field called json would hide BaseModel.json.
+    json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
+    quiet: bool = Field(False, description="no progress, no tables")
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on, by outside names, as JSON."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"json_file", "quiet"})
+
+
+class SharedConfig(OutputConfig):
+    """Options of every verb that is about a model or a machine."""
 
     model: str = Field("smollm2-135m", description="alias, folder, .gguf file or hub id (org/name)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto takes a GPU if there is one")
@@ -46,9 +59,6 @@ class SharedConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
     runs: Path = Field(Path("runs"), description="folder of results; a model's go to RUNS/<model>")
-    # Named json on the outside; a field called json would hide BaseModel.json.
-    json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
-    quiet: bool = Field(False, description="no progress, no tables")
 
 
 class ModelConfig(SharedConfig):
@@ -109,6 +119,9 @@ class CalibrateConfig(ModelConfig):
     output_layer: bool = Field(False, description="let allocations drop inputs of the output layer too")
     sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
     batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    offload: bool = Field(
+        False, description="keep the weights in main memory, and bring each layer's to the GPU when it runs"
+    )
     out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
@@ -117,6 +130,15 @@ class CalibrateConfig(ModelConfig):
             raise ValueError(
                 f"tokens ({self.tokens}, flag --tokens) is less than one sequence of seq_len ({self.seq_len}, "
                 "flag --seq-len)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_models_do_not_write(self) -> Self:
+        if self.offload and self.dataset == "self":
+            raise ValueError(
+                "offload (flag --offload) reads all weights for each token of dataset self (flag --dataset): "
+                "name another dataset"
             )
         return self
 
@@ -327,20 +349,51 @@ class EvalConfig(DecodingConfig):
         return self
 
 
+class ImportConfig(SharedConfig):
+    """`teal import`."""
+
+    sparsity: SparsityList = Field(
+        [0.5], description="targets to write the lookup's allocation file for, comma-separated"
+    )
+    out: Path | None = Field(None, description="RUN folder to write (default RUNS/<model>)")
+
+
 class InfoConfig(SharedConfig):
     """`teal info`."""
 
 
-VERB_CONFIGS: dict[str, type[SharedConfig]] = {
+class ReportConfig(OutputConfig):
+    """`teal report`."""
+
+    out: OutputFile | None = Field(None, description="the page (default RUN/report.html)")
+    plots: Path | None = Field(
+        None, description="folder of the plots as SVG and PNG files (default beside the page, without its .html)"
+    )
+    results: FileList = Field(
+        default_factory=list, description="further JSON results of eval, bench and generate, comma-separated"
+    )
+
+
+class InspectConfig(OutputConfig):
+    """`teal inspect`."""
+
+
+STAGE_CONFIGS: dict[str, type[SharedConfig]] = {
     "calibrate": CalibrateConfig,
     "export": ExportConfig,
     "eval": EvalConfig,
     "bench": BenchConfig,
     "generate": GenerateConfig,
-    "info": InfoConfig,
 }
-STAGES = ("calibrate", "export", "eval", "bench", "generate")
 """What `teal run` can chain, in the order that it does."""
+STAGES = tuple(STAGE_CONFIGS)
+VERB_CONFIGS: dict[str, type[OutputConfig]] = {
+    **STAGE_CONFIGS,
+    "import": ImportConfig,
+    "info": InfoConfig,
+    "report": ReportConfig,
+    "inspect": InspectConfig,
+}
 
 
 class RunConfig(BaseModel):

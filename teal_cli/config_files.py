@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from teal_cli.config import STAGES, VERB_CONFIGS, CalibrateConfig, RunConfig, SharedConfig, SparseConfig
+from teal_cli.config import (
+    STAGE_CONFIGS,
+    STAGES,
+    VERB_CONFIGS,
+    CalibrateConfig,
+    OutputConfig,
+    RunConfig,
+    SharedConfig,
+    SparseConfig,
+)
 from teal_cli.errors import UsageError, nearest
 from teal_cli.resources import CONFIGS
 
@@ -27,7 +36,7 @@ def keys_of(model: type[BaseModel]) -> dict[str, str]:
     return {field.alias or name: name for name, field in model.model_fields.items()}
 
 
-C = TypeVar("C", bound=SharedConfig)
+C = TypeVar("C", bound=OutputConfig)
 _OF_AN_EXPORT = {"sparsity", "calibration", "allocation", "limits", "cost", "propagate"}
 """Keys that say which export a later stage measures."""
 
@@ -114,7 +123,7 @@ def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str,
     return shared | dict(content.get(verb, {}))
 
 
-def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> SharedConfig:
+def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> OutputConfig:
     """The configuration of one verb: flags over the YAML file over the default recipe over defaults.
 
     Args:
@@ -133,16 +142,40 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
     return config
 
 
+def load_as(model: type[C], verb: str, flags: Mapping[str, Any], config_file: Path | None = None) -> C:
+    """As `load_verb`, for a verb whose configuration the caller knows."""
+    config = load_verb(verb, flags, config_file)
+    if not isinstance(config, model):
+        raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
+    return config
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "default")
+
+
+def find_recipe(named: Path) -> Path:
+    """The file of a recipe: `named` itself, or the packaged one of this name, where there is no such file."""
+    is_packaged = not named.exists() and str(named) in recipe_names()
+    return CONFIGS / f"{named}.yaml" if is_packaged else named
+
+
 def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     """Every stage of a recipe, checked before the first one starts.
+
+    Args:
+        path: YAML, or the name of a packaged recipe.
+        flags: outside key -> value, only those that were given.
 
     Raises:
         UsageError: anything wrong in the file, or stages that name different models.
     """
-    content = read_yaml(path)
+    path = find_recipe(path)
+    content = read_yaml(path, "recipe")
     # At the top, these two speak of the whole run; under a stage's name, of that stage.
     own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
-    whole = build(SharedConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
+    whole = build(OutputConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
     wanted = content.get("stages", list(STAGES))
     if not isinstance(wanted, list) or not wanted:
         raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
@@ -153,7 +186,7 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     defaults = read_yaml(CONFIGS / "default.yaml")
     stages: dict[str, SharedConfig] = {}
     for stage in ordered:
-        model = VERB_CONFIGS[stage]
+        model = STAGE_CONFIGS[stage]
         values = _values_for(stage, defaults, "default.yaml") | _values_for(stage, content, str(path))
         if stage != "export" and "export" in stages:  # measure what was exported; bench has sparsities of its own
             inherited = _OF_AN_EXPORT - ({"sparsity"} if stage == "bench" else set())

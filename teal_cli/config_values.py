@@ -61,6 +61,7 @@ def _check_quantization(text: str) -> str:
 Quantization = Annotated[str, AfterValidator(_check_quantization)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]
 InputFile = Annotated[Path, AfterValidator(_check_input)]
+FileList = Annotated[list[InputFile], BeforeValidator(_split_commas)]
 
 
 def is_allocation_file(allocation: str) -> bool:

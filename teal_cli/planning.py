@@ -23,10 +23,11 @@ DEFAULT_SPARSITY = 0.5
 
 
 def allocations(config: SparseConfig, calibration: Calibration, reporter: Reporter) -> list[str]:
-    """The allocations that were asked for; where none was and there are no sensitivities, uniform."""
+    """The allocations that were asked for; where none was and there are no sensitivities, greedy or else uniform."""
     if "allocation" not in config.model_fields_set and not calibration.sensitivities:
-        reporter.say("this calibration has no sensitivities: allocation uniform in place of fisher")
-        return ["uniform"]
+        fallback = "greedy" if calibration.paths else "uniform"
+        reporter.say(f"this calibration has no sensitivities: allocation {fallback} in place of fisher")
+        return [fallback]
     return config.allocations
 
 
@@ -93,6 +94,8 @@ def _text(calibration: Calibration, source: ModelSource) -> Tensor:
     if calibration.text is not None:
         return calibration.text
     info = calibration.info
+    if info.imported:
+        raise ArtefactError(f"it was imported from {info.imported}, which does not hold the text")
     return token_blocks(
         info.dataset.split(" + ")[0],
         load_tokenizer(source.folder),

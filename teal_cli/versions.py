@@ -1,6 +1,7 @@
 """What made a result: the machine and the library versions, for every artefact and JSON."""
 
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def now() -> str:
+    """The time, as results and artefacts carry it: UTC, to the second, such as 2026-01-31T12:00:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _cpu_name() -> str:

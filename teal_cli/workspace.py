@@ -1,11 +1,11 @@
 """RUNS/<model>: where a model's artefacts lie, and what is done when one is missing."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
@@ -44,9 +44,8 @@ class Workspace:
         return self.runs / "-".join(filter(None, (self.source.name, self.quantization)))
 
     def export_folder(self, allocation: str, sparsity: float) -> Path:
-        """Where `teal export` writes by default. The number is written so that targets cannot collide."""
-        digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
-        return self.run / f"{allocation}-{digits}"
+        """Where `teal export` writes by default."""
+        return self.run / f"{allocation}-{digits_of(sparsity)}"
 
     def architecture(self, config: ModelConfig) -> Architecture | None:
         """The model's row in the architecture file that a configuration names; None where it names none."""
@@ -91,6 +90,11 @@ class Workspace:
             raise UsageError(
                 f"{self.source.folder} is a TEAL checkpoint: teal {verb} needs the dense model it came from"
             )
+
+
+def digits_of(sparsity: float) -> str:
+    """A target as file names have it: two decimals, or as many as it takes for targets not to collide."""
+    return f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
 
 
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:
@@ -186,7 +190,9 @@ def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, prop
         wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
         propagate = propagate and any(wanted.values())
         return (
-            summary["calibration"] == asdict(calibration.info) and made == wanted and summary["propagated"] == propagate
+            CalibrationInfo(**summary["calibration"]) == calibration.info
+            and made == wanted
+            and summary["propagated"] == propagate
         )
     except (ArtefactError, KeyError, TypeError):
         return False

@@ -28,6 +28,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
+from teal_cli.cli import run as run_command
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
@@ -125,13 +126,8 @@ _T5 = {
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 FAMILIES = {
     **TINY_CONFIGS,
-    "sparsellama": {
-        "model_type": "sparsellama",
-        **_TINY,
-        "hidden_act": "fatrelu",
-        "hidden_act_param": 0.1,
-    },
-    "bamboo": {"model_type": "bamboo", **_TINY, "hidden_act": "relu", "sliding_window": 16},
+    "sparsellama": {"model_type": "sparsellama", **_TINY, "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+    "bamboo": {"model_type": "bamboo", **_TINY, "hidden_act": "relu"},
     "gemma": {"model_type": "gemma", **_TINY, "head_dim": 16},
     "gemma2": {"model_type": "gemma2", **_TINY, "head_dim": 16, "sliding_window": 16},
     "gemma3_text": {"model_type": "gemma3_text", **_TINY, "head_dim": 16, "sliding_window": 16},
@@ -303,7 +299,11 @@ def tiny(tmp_path: Path) -> Path:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """A text file long enough for several short sequences, with no repeated line."""
-    path = tmp_path / "corpus.txt"
+    return write_corpus(tmp_path / "corpus.txt")
+
+
+def write_corpus(path: Path) -> Path:
+    """What `corpus` writes."""
     lines = (" ".join(f"{word}{i}" for word in _CORPUS.split()) for i in range(120))
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -358,3 +358,31 @@ def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     calibrate(config, QUIET)
     assert calibration_file.exists(runs / "smollm2-135m")
     return runs
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN of a tiny model: calibration, two allocations exported, evaluated with samples, timed. Not to be changed."""
+    home = tmp_path_factory.mktemp("finished")
+    model, corpus, recipe = home / "tiny", write_corpus(home / "corpus.txt"), home / "recipe.yaml"
+    save_tiny(model, chat=True)
+    recipe.write_text(
+        f"""
+model: {model}
+runs: {home / "runs"}
+dataset: {corpus}
+seq_len: 64
+tokens: 256
+eval:
+  sparsity: [0.3, 0.5]
+  allocation: [fisher, uniform]
+  generate: true
+  prompts: 2
+  prompt_tokens: 8
+  new_tokens: 12
+bench: {{sparsity: [0.3, 0.5], new_tokens: 3, prompt_tokens: 8, repeats: 2}}
+generate: {{prompt: the stars, max_new_tokens: 4}}
+"""
+    )
+    assert run_command(["run", str(recipe), "--quiet"]) == 0
+    return home / "runs" / "tiny"

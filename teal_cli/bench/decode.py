@@ -26,6 +26,8 @@ class DecodeRun:
 
     backend: str
     """`dense`, or the sparse backend that ran."""
+    allocation: str | None
+    """How the sparsity is spread; None for the dense run."""
     sparsity: float
     realised_sparsity: float
     neuron_sparsity: float | None
@@ -171,6 +173,7 @@ def bench_decode(
         runs.append(
             DecodeRun(
                 backend="dense" if plan is None else control.backend,
+                allocation=None if plan is None else plan.allocation,
                 sparsity=0.0 if plan is None else plan.target_sparsity,
                 realised_sparsity=model_wide[index],
                 neuron_sparsity=neuron_sparsity(engine.model, realised[index])

@@ -24,6 +24,7 @@ from teal_cli.calibration.blocks import BlockCall, recorded
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import Projection, architecture_for
 from teal_cli.models.layers import Routed, unflattened
+from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import run_text
 from teal_kernels import active_inputs
 
@@ -276,7 +277,7 @@ def measure_paths(
         raise UsageError("allocation greedy is for decoders: leave greedy_tokens (flag --greedy-tokens) at 0")
     (blocks,) = architecture.blocks
     stack: Any = model.get_submodule(blocks)
-    device = next(model.parameters()).device
+    device = computing_device(model)
     with recorded(stack) as calls:
         run_text(model, sequences.to(device))
     found = GreedyPaths()

@@ -12,6 +12,7 @@ from teal_cli.calibration import histogram
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import OUTPUT_SITE, Projection
 from teal_cli.models.layers import Routed, rows_from, unflattened
+from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import run_text
 
 
@@ -121,7 +122,7 @@ def collect(
     Returns:
         site name -> (BINS,) int64 counts, on the CPU.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
     logits = 0 if any(projection.site == OUTPUT_SITE for projection in projections) else 1
     with HiddenStateCollector(model, projections, sink_tokens) as collector:

@@ -20,6 +20,8 @@ _MAX_EXPONENT = 24
 """|x| of 2**24 and above, infinity and NaN share the last bin."""
 
 _FIRST_KEY = (_MIN_EXPONENT + 127) << _MANTISSA_BITS
+BINS_PER_DOUBLING = 1 << _MANTISSA_BITS
+"""Equally wide ones between a power of two and the next."""
 _REGULAR_BINS = (_MAX_EXPONENT - _MIN_EXPONENT) << _MANTISSA_BITS
 BINS = _REGULAR_BINS + 2
 """Bins of a histogram: the regular ones, one below, one above."""

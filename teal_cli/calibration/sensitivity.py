@@ -30,6 +30,7 @@ from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.architectures import OUTPUT_SITE, Architecture, Projection, architecture_for
 from teal_cli.models.layers import rows_from
+from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import halves, run_text
 
 _FINE_BITS = 5
@@ -199,7 +200,7 @@ def measure(
         projection name -> (BINS,) float64 on the CPU, sums over tokens; see `squared_changes`.
     """
     architecture = architecture_for(model)
-    device = next(model.parameters()).device
+    device = computing_device(model)
     # Added up on the device: a copy to the host for each projection would wait for it.
     found = {p.name: torch.zeros(BINS, dtype=torch.float64, device=device) for p in projections}
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from teal_cli.checkpoint.files import atomic_folder, read_json
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
+from teal_cli.versions import now
 
 _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
@@ -148,6 +149,7 @@ def _summary(plan: SparsityPlan, calibration: Calibration, digest: str) -> dict[
     shapes = {projection.name: projection for projection in calibration.projections}
     return {
         "teal_version": __version__,
+        "finished": now(),
         "weights": digest,
         "calibration": asdict(calibration.info),
         "allocation": plan.allocation,

@@ -1,6 +1,8 @@
 """Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,22 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     if free is not None and needed > free:
         raise MachineError(
             f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
-            "use a smaller model or --dtype bfloat16"
+            "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
         )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of transformers, whose are not ours to show: the reporter is who talks to the user."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def auto_class(kind: Kind) -> Any:
@@ -127,9 +143,10 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     if is_sparse:
         check_weights(folder)
     try:
-        loaded: Any = auto_class(kind).from_pretrained(
-            folder, dtype=chosen, local_files_only=True, output_loading_info=True
-        )
+        with _without_bars():
+            loaded: Any = auto_class(kind).from_pretrained(
+                folder, dtype=chosen, local_files_only=True, output_loading_info=True
+            )
         model, report = loaded
     except _UNREADABLE as error:
         raise artefact_error(error, f"{folder} cannot be loaded") from error
@@ -153,23 +170,45 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
 
 def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> Any:
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
 
     target = pick_device(device)
-    shape = dict(alias.shape)
-    check_activation(shape, f"alias {alias.name}")
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    check_activation(alias.shape, f"alias {alias.name}")
+    empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
-    with torch.device("meta"):
-        elements = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    elements = sum(parameter.numel() for parameter in empty.parameters())
     check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
     torch.manual_seed(seed)
     with target:
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen)
     set_activation_thresholds_(model)
     return model.eval()
+
+
+def outline(model: Path | Alias) -> Any:
+    """The model of a folder or of an alias's shape without weights: every module, on the meta device.
+
+    Raises:
+        ArtefactError: a configuration that transformers cannot make sense of.
+    """
+    from transformers import AutoConfig
+
+    import teal_cli.models.trained_sparse  # noqa: F401  (registers model types)
+
+    try:
+        if isinstance(model, Alias):
+            config = AutoConfig.for_model(**model.shape)
+        else:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+        with torch.device("meta"):
+            found = auto_class(kind_of(config.to_dict(), None)).from_config(config)
+            unstack_experts_(found)
+        return found
+    except _UNREADABLE as error:
+        name = model.name if isinstance(model, Alias) else model
+        raise artefact_error(error, f"{name} cannot be understood") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

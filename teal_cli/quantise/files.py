@@ -40,13 +40,20 @@ def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path) ->
         raise ArtefactError(
             f"the weight files have no {min(left)}.weight: checkpoints of this family cannot be quantised"
         )
+    tensors |= tensors_of(packs)
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def tensors_of(packs: dict[str, Packed]) -> dict[str, Tensor]:
+    """As a file has them: qweight, scales and zeros of every layer, on the CPU."""
+    tensors = {}
     for name, packed in packs.items():
         tensors[f"{name}.{_CODES}"] = packed.words.cpu().contiguous()
         tensors[f"{name}.{_SCALES}"] = packed.scales.cpu().contiguous()
         if packed.zeros is not None:
             tensors[f"{name}.{_ZEROS}"] = packed.zeros.cpu().contiguous()
-    with atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    return tensors
 
 
 def read_quantised(file: Path, schemes: dict[str, Scheme], device: torch.device) -> dict[str, Packed]:

@@ -1,6 +1,7 @@
 """Quantising a model: in place, for measuring, and packed, for decoding."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def quantise_(
     scheme: Scheme,
     *,
     output_layer: bool = False,
+    known: Mapping[str, Packed] = MappingProxyType({}),
     batches: tuple[Tensor, ...] = (),
     on_block: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Packed]:
@@ -36,6 +38,7 @@ def quantise_(
         model: a causal language model.
         scheme: of the projections.
         output_layer: quantise the output layer too, to 8 bits. Of tied embeddings it gets weights of its own.
+        known: module path -> codes that came with the model; they are taken as they are.
         batches: (sequences, tokens) int64 each, for GPTQ; without any, and for 8 bits, the nearest codes are taken.
         on_block: told of each block that GPTQ has done.
 
@@ -45,7 +48,8 @@ def quantise_(
     Raises:
         ArtefactError: a projection that is Conv1D, or stacked experts.
     """
-    packs: dict[str, Packed] = {}
+    packs = dict(known)
+    dequantise_(model, packs)
     projections = find_projections(model)
     schemes = {projection.name: scheme for projection in projections}
     for name in schemes:
@@ -53,7 +57,7 @@ def quantise_(
         if not issubclass(kind, nn.Linear):
             raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     architecture = architecture_for(model)
-    if batches and scheme.bits == 4 and architecture.kind == "causal":
+    if batches and not known and scheme.bits == 4 and architecture.kind == "causal":
         (path,) = architecture.blocks
         packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
     if output_layer:

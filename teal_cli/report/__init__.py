@@ -1,1 +1,1 @@
-"""Showing results: terminal tables and progress."""
+"""Showing results: terminal tables and progress, plots, and one page about a run."""

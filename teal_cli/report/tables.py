@@ -5,7 +5,8 @@ from typing import Any
 from rich.table import Table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """An empty table with a title to the left, names in its first column and figures in the others."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -24,11 +25,15 @@ def _megabytes(size: int) -> str:
 def calibration_table(result: dict[str, Any]) -> Table:
     """What `teal calibrate` measured."""
     table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
-    rows = [
-        ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
-        ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
-        ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
-    ]
+    sites = ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections")
+    if result["imported"]:
+        rows = [("imported", f"{result['imported']}, {result['tokens']:,} tokens"), sites]
+    else:
+        rows = [
+            ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
+            sites,
+            ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
+        ]
     if result["sensitivity_tokens"]:
         rows.append(
             ("sensitivities", f"{result['sensitivity_tokens']:,} tokens, {result['sensitivity_seconds']:.1f} s")
@@ -61,7 +66,7 @@ def _encoder(result: dict[str, Any]) -> Table:
         f"{result['model']} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
     )
     columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
-    table = _table(title, *columns)
+    table = plain_table(title, *columns)
     for run in result["runs"]:
         table.add_row(
             run["allocation"],
@@ -76,7 +81,7 @@ def _encoder(result: dict[str, Any]) -> Table:
 
 def _one_run(title: str, result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["sparse"]
-    table = _table(title, "", "dense", "sparse")
+    table = plain_table(title, "", "dense", "sparse")
     own = sparse.get("neuron_sparsity")
     target = f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})" if own is None else "the model's own"
     table.add_row("target sparsity", "0", target)
@@ -104,7 +109,7 @@ def _one_run(title: str, result: dict[str, Any]) -> Table:
 
 
 def _several_runs(title: str, result: dict[str, Any]) -> Table:
-    table = _table(
+    table = plain_table(
         title,
         "allocation",
         "target",
@@ -155,7 +160,7 @@ def _written(runs: list[dict[str, Any]]) -> list[Table]:
     first = runs[0]["generation"]
     if first is None:
         return []
-    table = _table(
+    table = plain_table(
         f"Greedy continuations, {first['new_tokens']} tokens after each of {first['prompts']} prompts of "
         f"{first['prompt_tokens']}",
         "",
@@ -193,7 +198,7 @@ def _scored(runs: list[dict[str, Any]]) -> list[Table]:
     """Harness tasks of several plans."""
     if not runs[0]["tasks"]:
         return []
-    table = _table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
+    table = plain_table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
     table.add_row("dense", *[f"{dense:.4g}" for _, _, dense, _ in _metrics(runs[0]["tasks"])])
     for run in _plans(runs):
         table.add_row(_name(run), *[f"{sparse:.4g}" for _, _, _, sparse in _metrics(run["tasks"])])
@@ -219,7 +224,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     """Decoding speed, and kernels where measured."""
     limit = result["reading_gb_s"]
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
-    table = _table(
+    table = plain_table(
         f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         f"sparsity: target (realised){because}",
@@ -243,7 +248,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
         )
     tables = [table]
     if result["kernels"]:
-        kernels = _table(
+        kernels = plain_table(
             "One product, weights out of cache; median (min-max)",
             "out x in",
             "backend",
@@ -274,7 +279,9 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
     quality, speed = results.get("eval"), results.get("bench")
     if quality and quality.get("kind") == "encoder":  # its measures stand in the table of eval
         quality = None
-    table = _table("Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup")
+    table = plain_table(
+        "Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup"
+    )
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 
     def row(sparsity: float) -> list[str]:

@@ -13,10 +13,11 @@ from teal_cli.config import EvalConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.evaluate.generation import Agreement, agree
-from teal_cli.evaluate.perplexity import Comparison, compare
-from teal_cli.evaluate.similarity import Similarity, compare_states
-from teal_cli.evaluate.tasks import run_tasks
+from teal_cli.evaluation.generation import Agreement, agree
+from teal_cli.evaluation.perplexity import Comparison, compare
+from teal_cli.evaluation.samples import KEPT, Sample, sample_of
+from teal_cli.evaluation.similarity import Similarity, compare_states
+from teal_cli.evaluation.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.passes import check_positions
 from teal_cli.models.source import ModelSource
@@ -46,6 +47,8 @@ class EvalRun:
     neuron_sparsity: float | None
     """Of the realised sparsity, the share of MLP neurons that were zero, in mode intrinsic."""
     generation: Agreement | None
+    samples: list[Sample]
+    """The first of what was written."""
     tasks: Scores
 
     def to_json(self) -> dict[str, Any]:
@@ -68,10 +71,14 @@ class EvalRun:
             },
             "perplexity_ratio": found.ratio,
             "perplexity_ratio_stderr": found.ratio_stderr,
-            "generation": None if self.generation is None else asdict(self.generation),
+            "generation": None if self.generation is None else self._written(self.generation),
             "tasks": self.tasks,
             "realised_by_projection": found.realised_by_projection,
         }
+
+    def _written(self, found: Agreement) -> dict[str, Any]:
+        numbers = {key: value for key, value in vars(found).items() if key != "continuations"}
+        return {**numbers, "samples": [asdict(sample) for sample in self.samples]}
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,7 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
                 if config.mode == "intrinsic"
                 else None,
                 generation=generation,
+                samples=[sample_of(tokenizer, each) for each in generation.continuations[:KEPT]] if generation else [],
                 tasks=scores,
             )
             for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)

@@ -83,11 +83,17 @@ class Generator:
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
 
-    def reply(self, messages: list[Message], write: Callable[[str], None] = lambda text: None) -> Reply:
-        """Answer a conversation, handing text to `write` as it comes.
+    def reply(
+        self,
+        messages: list[Message],
+        write: Callable[[str], object] = lambda text: None,
+        config: GenerateConfig | None = None,
+    ) -> Reply:
+        """Answer a conversation, handing text to `write` as it comes; another configuration may say how to sample.
 
         Ctrl-C (KeyboardInterrupt) ends the reply and is reported in it, not raised.
         """
+        config = config or self.config
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         pieces: list[str] = []
 
@@ -96,16 +102,16 @@ class Generator:
             write(text)
 
         streamer = text_streamer(self.tokenizer, emit)
-        seed = self.config.seed + self._replies  # a conversation must not draw the same numbers each turn
+        seed = config.seed + self._replies  # a conversation must not draw the same numbers each turn
         self._replies += 1
-        sampling = SamplingConfig(self.config.temperature, self.config.top_k, self.config.top_p, seed=seed)
+        sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=seed)
         control = self.engine.control
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
             try:
                 for token in self.engine.generate(
-                    prompt, max_new_tokens=self.config.max_new_tokens, sampling=sampling, stop=self.stop
+                    prompt, max_new_tokens=config.max_new_tokens, sampling=sampling, stop=self.stop
                 ):
                     last = time.perf_counter()
                     first = last if count == 0 else first

@@ -25,6 +25,7 @@ from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.steps.export import export
 from teal_cli.steps.generate import Generator
+from teal_cli.versions import now
 from teal_cli.workspace import Workspace
 
 _STATE = "run.json"
@@ -59,12 +60,13 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
             continue
         reporter.say(title)
         # run.json is written when the stage is done, so a stage that is cut short runs again.
-        results[stage] = _run_stage(config, reporter, workspace)
+        results[stage] = {"config": config.settings(), **_run_stage(config, reporter, workspace), "finished": now()}
         write_json(result_file, results[stage])
         if config.json_file is not None:
             write_json(config.json_file, results[stage])
         state[stage] = key
         write_json(path, state)
+    reporter.say(f"all of it lies in {workspace.run}; next, for one page with plots: teal report {workspace.run}")
     return results
 
 

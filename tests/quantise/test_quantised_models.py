@@ -8,16 +8,19 @@ import pytest
 import torch
 from conftest import VOCABULARY, build_model, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
+from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
+from teal_cli.config import CalibrateConfig
 from teal_cli.decode.compact import CompactDecoder, unsupported_reason
 from teal_cli.decode.engine import Engine
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model
+from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import gptq, quantise
@@ -182,8 +185,10 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
     assert isinstance(model.lm_head, QuantizedLinear) == output
     # What transformers loads is the network that was calibrated: the quantised one.
-    plain = AutoModelForCausalLM.from_pretrained(dense)
-    quantise_(plain, Scheme.parse("int4:32"), output_layer=output)
+    config = CalibrateConfig(model=str(dense), quantize="int4:32", quantize_output=output, device="cpu")
+    calibration = calibration_file.load(folder.parent)
+    assert calibration.info.quantize_tokens == 512
+    plain, _ = load_dense(dense, config, calibration)
     ids = _tokens(20)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)

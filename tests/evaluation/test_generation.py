@@ -10,7 +10,7 @@ from conftest import VOCABULARY, build_model, calibrate_tiny, save_tiny
 from transformers import DynamicCache
 
 from teal_cli.allocation import make_plan
-from teal_cli.evaluate.generation import agree
+from teal_cli.evaluation.generation import agree
 from teal_cli.sparse import apply_plan_, control_of, sparsify_
 
 PROMPTS = torch.randint(2, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(8))
@@ -49,7 +49,7 @@ def test_numbers_against_plain_decoding(tmp_path: Path) -> None:
     assert 0 < sum(parts) < 4 * NEW  # the case is one in which they part
     assert found.tokens_until_difference == sum(parts) / 4
     assert found.identical == sum(part == NEW for part in parts) / 4
-    hits, losses = 0, []
+    hits, losses, choices = 0, [], []
     for prompt, theirs, ours in zip(PROMPTS, dense, sparse, strict=True):
         cache = DynamicCache(config=model.config)
         with control.dense():
@@ -60,7 +60,12 @@ def test_numbers_against_plain_decoding(tmp_path: Path) -> None:
         with control.switched_off():
             ids = torch.cat([prompt, torch.tensor(ours)])[None]
             logprobs = model(input_ids=ids).logits[0, 11:-1].log_softmax(-1)
+        choices.append(logprobs.argmax(-1).tolist())
         losses.append(-float(logprobs.gather(1, torch.tensor(ours)[:, None]).mean()))
     assert found.top1_agreement == hits / (4 * (NEW - 1))
     assert found.sparse_text_perplexity == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)
     assert 0.4 < found.realised_sparsity < 0.8
+    written = [(each.prompt, each.dense, each.sparse, each.dense_choices) for each in found.continuations]
+    assert written == list(zip(PROMPTS.tolist(), dense, sparse, choices, strict=True))
+    assert choices != sparse
+    assert all(each.dense_choices == each.dense == each.sparse for each in same.continuations)

@@ -16,6 +16,17 @@ from teal_cli.sparse import apply_plan_
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """What was written after one prompt; token ids."""
+
+    prompt: list[int]
+    dense: list[int]
+    sparse: list[int]
+    dense_choices: list[int]
+    """What the dense model, fed with the sparse text, would have written in the place of each of its tokens."""
+
+
+@dataclass(frozen=True)
 class Agreement:
     """Greedy continuations of one plan beside the dense model's."""
 
@@ -36,6 +47,8 @@ class Agreement:
     """Of the sparse model's continuations, by the dense model: how likely it finds what the other writes."""
     realised_sparsity: float
     """While writing."""
+    continuations: list[Continuation]
+    """One a prompt."""
 
 
 @torch.no_grad()
@@ -69,14 +82,14 @@ def agree(
 
     with control.switched_off():
         dense = [write(prompt) for prompt in prompts]
-        dense_losses = _losses(model, prompts, dense)
+        dense_losses = [loss for loss, _ in _judged(model, prompts, dense)]
     results = []
     for plan in plans:
         apply_plan_(model, plan)
         with control.counting() as counter:
             sparse = [write(prompt) for prompt in prompts]
         with control.switched_off():
-            sparse_losses = _losses(model, prompts, sparse)
+            judged = _judged(model, prompts, sparse)
         results.append(
             Agreement(
                 prompts=len(prompts),
@@ -86,8 +99,12 @@ def agree(
                 tokens_until_difference=_mean([_common(s, d) for s, d in zip(sparse, dense, strict=True)]),
                 top1_agreement=_chosen_too(engine, prompts, dense),
                 dense_text_perplexity=math.exp(_mean(dense_losses)),
-                sparse_text_perplexity=math.exp(_mean(sparse_losses)),
+                sparse_text_perplexity=math.exp(_mean([loss for loss, _ in judged])),
                 realised_sparsity=counter.model_wide() or 0.0,
+                continuations=[
+                    Continuation(prompt.tolist(), theirs, ours, choices)
+                    for prompt, theirs, ours, (_, choices) in zip(prompts, dense, sparse, judged, strict=True)
+                ],
             )
         )
     return results
@@ -109,12 +126,14 @@ def _predictions(model: Any, prompt: Tensor, text: list[int]) -> Tensor:
     return logits.float()
 
 
-def _losses(model: Any, prompts: Tensor, texts: list[list[int]]) -> list[float]:
-    """Mean loss of each continuation, as the model runs now."""
-    return [
-        float(F.cross_entropy(_predictions(model, prompt, text), torch.tensor(text, device=model.device)))
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+def _judged(model: Any, prompts: Tensor, texts: list[list[int]]) -> list[tuple[float, list[int]]]:
+    """Of each continuation, as the model runs now: the mean loss, and what the model puts first at each token."""
+    judged = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        logits = _predictions(model, prompt, text)
+        loss = F.cross_entropy(logits, torch.tensor(text, device=model.device))
+        judged.append((float(loss), logits.argmax(-1).tolist()))
+    return judged
 
 
 def _chosen_too(engine: Engine, prompts: Tensor, texts: list[list[int]]) -> float:

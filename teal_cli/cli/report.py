@@ -1,0 +1,31 @@
+"""`teal report`."""
+
+from dataclasses import asdict
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.output import prepare, write_result
+from teal_cli.config import ReportConfig
+
+_RUN = Parameter(
+    "run",
+    Parameter.POSITIONAL_OR_KEYWORD,
+    annotation=Annotated[Path, typer.Argument(help="a run folder (runs/<model>), or a TEAL checkpoint in one")],
+)
+
+
+def _run(flags: Flags, config_file: Path | None, run: Path) -> None:
+    config, reporter = prepare(ReportConfig, "report", flags, config_file)
+    from teal_cli.steps.report import report
+
+    result = report(run, config, reporter)
+    write_result(config, asdict(result))
+    if not config.quiet:
+        print(result.page)
+
+
+command = with_options(ReportConfig, _run, arguments=(_RUN,))

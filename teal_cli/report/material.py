@@ -1,0 +1,273 @@
+"""What a report is made of: the artefacts of a run folder, and JSON results, read and checked."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.export import read_summary
+from teal_cli.checkpoint.files import read_json
+from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
+from teal_cli.config import STAGES
+from teal_cli.errors import ArtefactError
+
+Kind = Literal["eval", "encoder", "bench", "generate"]
+"""Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
+_EVAL_RUN = {
+    *("dense_prefix", "tokens", "sequences", "dense", "sparse", "perplexity_ratio", "perplexity_ratio_stderr"),
+    *("generation", "tasks"),
+}
+_KEYS: dict[Kind, tuple[set[str], set[str]]] = {
+    "eval": (
+        {"model", "dataset", "half", "seq_len", "dense_bytes_per_token", "runs", "device", "dtype", "versions"}
+        | _EVAL_RUN,
+        _EVAL_RUN,
+    ),
+    "encoder": (
+        {"model", "dataset", "half", "seq_len", "kind", "runs", "device", "dtype", "versions"},
+        {
+            *("allocation", "target_sparsity", "realised_sparsity", "sequences", "tokens"),
+            *("cosine", "cosine_stderr", "least_cosine", "relative_error"),
+        },
+    ),
+    "bench": (
+        {
+            *("model", "device", "dtype", "versions", "batch", "prompt_tokens", "new_tokens", "repeats"),
+            *("general_because", "reading_gb_s", "runs", "kernels"),
+        },
+        {
+            *("backend", "sparsity", "realised_sparsity", "tokens_per_second", "speedup"),
+            *("bytes_per_token", "bandwidth_gb_s", "limit_tokens_per_second"),
+        },
+    ),
+    "generate": ({"model", "prompt", "text", "tokens", "target_sparsity", "realised_sparsity"}, set()),
+}
+"""What a result of each kind has at the top, and in each of its runs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One JSON result."""
+
+    file: Path
+    kind: Kind
+    content: dict[str, Any]
+
+    @property
+    def verb(self) -> str:
+        """What made it."""
+        return "eval" if self.kind == "encoder" else self.kind
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """Its runs; none for generate."""
+        return list(self.content.get("runs", []))
+
+
+@dataclass(frozen=True)
+class Export:
+    """A TEAL checkpoint."""
+
+    folder: Path
+    plan: SparsityPlan
+    quantization: dict[str, str | None] | None
+    """As its config.json has it, where its weights are quantised."""
+    summary: dict[str, Any]
+    """teal.json; empty where transformers saved the folder again."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def label(self) -> str:
+        """Allocation and target, as tables say them."""
+        return f"{self.plan.allocation}, {self.plan.target_sparsity:.2f}"
+
+
+@dataclass(frozen=True)
+class Realised:
+    """What was counted of one export while it was evaluated."""
+
+    model_wide: float
+    by_projection: dict[str, float]
+    """Empty where the result leaves it out."""
+    file: Path
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a report may show; whatever is absent is empty."""
+
+    folder: Path
+    """The run folder or checkpoint that was asked for."""
+    run: Path | None
+    """The run folder; None for a checkpoint that lies in none."""
+    calibration: Calibration | None
+    exports: list[Export]
+    focus: Export | None
+    """The export that summaries are about."""
+    results: list[Result]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.name
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is about one checkpoint, rather than a run."""
+        return self.folder != self.run
+
+    @property
+    def model(self) -> str:
+        """The model that was made sparse, as results name it."""
+        if self.calibration is not None:
+            return self.calibration.info.model
+        if self.focus is not None and self.focus.summary:
+            return str(self.focus.summary["calibration"]["model"])
+        return str(self.results[0].content["model"]) if self.results else self.name
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether an encoder was evaluated, which writes nothing that could be timed or shown."""
+        return bool(self.of_kind("encoder"))
+
+    def of_kind(self, *kinds: Kind) -> list[Result]:
+        """The results of some kinds."""
+        return [result for result in self.results if result.kind in kinds]
+
+    def evaluated(self) -> Iterator[tuple[Result, dict[str, Any]]]:
+        """Every run of every eval of a decoder."""
+        return ((result, run) for result in self.of_kind("eval") for run in result.runs)
+
+    def measured(self) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
+        """Every run of every eval, and the part of it that says which plan was run."""
+        return _measured(self.results)
+
+    def realised(self, export: Export) -> Realised | None:
+        """What the first eval of an export counted."""
+        for result, run, plan in self.measured():
+            if result.content["model"] in (self.model, export.name) and _is_of(export, plan):
+                return Realised(plan["realised_sparsity"], run.get("realised_by_projection", {}), result.file)
+        return None
+
+
+def _measured(results: Iterable[Result]) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
+    for result in results:
+        if result.kind in ("eval", "encoder"):
+            for run in result.runs:
+                yield result, run, run["sparse"] if result.kind == "eval" else run
+
+
+def _is_of(export: Export, plan: dict[str, Any]) -> bool:
+    own = (export.plan.allocation, export.plan.target_sparsity)
+    return bool(own == (plan["allocation"], plan["target_sparsity"]))
+
+
+def when(file: Path, content: dict[str, Any]) -> str:
+    """When an artefact was made, to the minute: as it says itself, else the date of its file."""
+    stated = content.get("finished")
+    time = datetime.fromisoformat(stated) if stated else datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def read_export(folder: Path) -> Export:
+    """A TEAL checkpoint's plan and what it was made from.
+
+    Raises:
+        ArtefactError: no TEAL checkpoint, or a damaged one.
+    """
+    config = read_json(folder / "config.json", "model configuration")
+    if not carries_plan(config):
+        raise ArtefactError(f"{folder} is no TEAL checkpoint: its config.json carries no thresholds")
+    content = config["quantization_config"]
+    summary = read_summary(folder) if (folder / "teal.json").is_file() else {}
+    return Export(folder, SparsityPlan.from_dict(content), content.get("quantization"), summary)
+
+
+def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
+    """Everything of a run folder, or of one checkpoint and the run folder that it lies in.
+
+    Args:
+        folder: RUN, or a TEAL checkpoint.
+        further: JSON results from elsewhere.
+
+    Raises:
+        ArtefactError: neither a run folder nor a checkpoint, or something in it is damaged.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"there is no folder {folder}: give a run folder, such as runs/smollm2-135m")
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    own = read_export(folder) if _is_checkpoint(folder) else None
+    parent = folder.parent if own is not None else folder
+    calibration = calibration_file.load(parent) if calibration_file.exists(parent) else None
+    # A checkpoint may lie anywhere; what lies beside it there is not its run's.
+    run = parent if own is None or calibration is not None else None
+    exports = [own] if own is not None else [read_export(each) for each in _checkpoints(folder)]
+    results = list(_results_in(run)) if run is not None else []
+    if calibration is None and not exports and not results:
+        raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
+    for file in further:
+        result = _result(file, read_json(file, "result"))
+        if result is None:
+            raise ArtefactError(f"{file} is no result of teal eval, bench or generate: make one with --json")
+        if all(result.content != known.content for known in results):
+            results.append(result)
+    focus = own or _focus(run, exports, results)
+    return Material(folder, run, calibration, exports, focus, results)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and carries_plan(read_json(file, "model configuration"))
+
+
+def _checkpoints(run: Path) -> Iterator[Path]:
+    folders = (each for each in sorted(run.iterdir()) if each.is_dir() and not each.name.startswith("."))
+    return (each for each in folders if _is_checkpoint(each))
+
+
+def _results_in(run: Path) -> Iterator[Result]:
+    """Stage results first, in the order of the stages, then whatever else --json wrote here."""
+    stages = [run / f"{stage}.json" for stage in STAGES]
+    others = [file for file in sorted(run.glob("*.json")) if file not in stages]
+    for file in [*filter(Path.is_file, stages), *others]:
+        try:
+            content = read_json(file, "result")
+        except ArtefactError:
+            if file in stages:
+                raise
+            continue  # somebody else's
+        result = _result(file, content)
+        if result is not None:
+            yield result
+
+
+def _result(file: Path, content: dict[str, Any]) -> Result | None:
+    for kind, (top, each) in _KEYS.items():
+        runs = content.get("runs", [])
+        if top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs):
+            return Result(file, kind, content)
+    return None
+
+
+def _focus(run: Path | None, exports: Sequence[Export], results: Iterable[Result]) -> Export | None:
+    """The export of the recipe; where there was none, the one nearest to half, evaluated before others."""
+    stage = run / "export.json" if run is not None else None
+    if stage is not None and stage.is_file():
+        made = Path(str(read_json(stage, "result").get("folder", ""))).name
+        for export in exports:
+            if export.name == made:
+                return export
+    measured = [plan for _, _, plan in _measured(results)]
+
+    def rank(export: Export) -> tuple[float, bool, str]:
+        evaluated = any(_is_of(export, plan) for plan in measured)
+        return abs(export.plan.target_sparsity - 0.5), not evaluated, export.name
+
+    return min(exports, key=rank, default=None)
