@@ -270,11 +270,13 @@ def measure_paths(
         on_block: called with 1 after each block.
 
     Raises:
-        UsageError: an encoder or encoder-decoder, whose blocks are not one row.
+        UsageError: an encoder, or a model whose blocks are not one row.
     """
     architecture = architecture_for(model)
-    if architecture.kind != "causal":
-        raise UsageError("allocation greedy is for decoders: leave greedy_tokens (flag --greedy-tokens) at 0")
+    if not architecture.is_one_decoder:
+        raise UsageError(
+            "allocation greedy is for decoders with one row of blocks: leave greedy_tokens (flag --greedy-tokens) at 0"
+        )
     (blocks,) = architecture.blocks
     stack: Any = model.get_submodule(blocks)
     device = computing_device(model)
