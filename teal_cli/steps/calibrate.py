@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.calibration import sensitivity
-from teal_cli.calibration.block_error import GreedyPaths, measure_paths
+from teal_cli.calibration.block_error import GreedyPaths, measure_paths, require_one_row
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
@@ -46,6 +46,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
     if architecture.kind != "causal" and config.dataset == "self":
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    if config.greedy_tokens:
+        require_one_row(architecture)
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
     sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
