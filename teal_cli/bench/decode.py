@@ -62,7 +62,9 @@ def weight_bytes_per_token(
     """
     architecture = architecture_for(model)
     # Of an encoder-decoder the decoder, of a model that also sees images the text model.
-    decoder = model.get_submodule(architecture.blocks[-1].rpartition(".")[0])
+    several = architecture.kind == "causal" and not architecture.is_one_decoder
+    stack = "" if several else architecture.blocks[-1].rpartition(".")[0]
+    decoder = model.get_submodule(stack)
     output = model.get_output_embeddings()  # type: ignore[operator]
     parameters = {id(p): p for module in (decoder, output) for p in module.parameters()}
     total = float(sum(parameter.nbytes for parameter in parameters.values()))
@@ -82,7 +84,7 @@ def weight_bytes_per_token(
     skipped = sum(
         _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
         for name, share in realised.items()
-        if name not in read or name.startswith(architecture.blocks[-1])
+        if name not in read or name.startswith(stack)
     )
     return round(total - skipped)
 

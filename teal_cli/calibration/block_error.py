@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, recorded
 from teal_cli.errors import UsageError
-from teal_cli.models.architectures import Projection, architecture_for
+from teal_cli.models.architectures import Architecture, Projection, architecture_for
 from teal_cli.models.layers import Routed, unflattened
 from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import run_text
@@ -242,6 +242,18 @@ class _Walk:
         return point, found
 
 
+def require_one_row(architecture: Architecture) -> None:
+    """Refuse a model whose blocks are not one row.
+
+    Raises:
+        UsageError: an encoder, an encoder-decoder, or a decoder with several rows.
+    """
+    if not architecture.is_one_decoder:
+        raise UsageError(
+            "allocation greedy is for decoders with one row of blocks: leave greedy_tokens (flag --greedy-tokens) at 0"
+        )
+
+
 @torch.no_grad()
 def measure_paths(
     model: Any,
@@ -270,11 +282,10 @@ def measure_paths(
         on_block: called with 1 after each block.
 
     Raises:
-        UsageError: an encoder or encoder-decoder, whose blocks are not one row.
+        UsageError: what `require_one_row` raises.
     """
     architecture = architecture_for(model)
-    if architecture.kind != "causal":
-        raise UsageError("allocation greedy is for decoders: leave greedy_tokens (flag --greedy-tokens) at 0")
+    require_one_row(architecture)
     (blocks,) = architecture.blocks
     stack: Any = model.get_submodule(blocks)
     device = computing_device(model)

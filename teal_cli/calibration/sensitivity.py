@@ -165,11 +165,13 @@ def _by_block(model: Any, path: str, projections: list[Projection], ids: Tensor)
 def _in_one_piece(
     model: Any, architecture: Architecture, projections: list[Projection], ids: Tensor, generator: torch.Generator
 ) -> Iterator[dict[str, _State]]:
-    """The states of all projections of an encoder or encoder-decoder."""
+    """The states of all projections of an encoder, an encoder-decoder, or a decoder with several rows of blocks."""
     inputs = _Inputs({p.name: model.get_submodule(p.name) for p in projections})
     with hooked(inputs.handles):
         output = run_text(model, ids, logits_to_keep=0)
-    if architecture.kind == "seq2seq":
+    if architecture.kind == "causal":
+        loss = _cross_entropy(output.logits[:, :-1], ids[:, 1:])
+    elif architecture.kind == "seq2seq":
         loss = _cross_entropy(output.logits, halves(model, ids).target)
     else:
         direction = F.normalize(output.last_hidden_state.float().mean(1), dim=-1)
@@ -216,7 +218,7 @@ def measure(
     with _frozen(model):
         for batch in batches:
             ids = batch.to(device)
-            if architecture.kind == "causal":
+            if architecture.is_one_decoder:
                 passes = _by_block(model, architecture.blocks[0], projections, ids)
             else:
                 passes = _in_one_piece(model, architecture, projections, ids, generator)

@@ -36,6 +36,11 @@ class Architecture(BaseModel):
     flattened: bool = False
     compact: bool = False
 
+    @property
+    def is_one_decoder(self) -> bool:
+        """Whether it is one row of decoder blocks, which can be run one by one."""
+        return self.kind == "causal" and len(self.blocks) == 1
+
     def row(self) -> dict[str, Any]:
         """As it is written into files: what is not the default."""
         return self.model_dump(mode="json", exclude_defaults=True)

@@ -1,8 +1,9 @@
 """Finding the linear layers of a model whose type is in no table, for the user to confirm.
 
-The blocks are the longest list of like modules. Which layers read one hidden state is seen in a
-short forward pass: they are called with the same tensor. What is found is a row of
-teal_cli/models/architectures.yaml; it is written down and never taken without being confirmed.
+The blocks are the longest list of like modules (of an encoder-decoder both lists). Which layers read
+one hidden state is seen in a short forward pass: they are called with the same tensor. What is found
+is a row of teal_cli/models/architectures.yaml; it is written down and never taken without being
+confirmed.
 """
 
 from collections import defaultdict
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from teal_cli.calibration.blocks import hooked
 from teal_cli.checkpoint.files import atomic_path
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
-from teal_cli.models.layers import is_stacked, linear_shape
+from teal_cli.models.layers import Experts, is_stacked, linear_shape
 from teal_cli.models.loading import load_model
 from teal_cli.models.passes import run_text
 from teal_cli.models.source import ModelSource
 
-_BATCH, _TOKENS = 2, 10
+_BATCH, _TOKENS = 2, 11  # odd: an encoder's half has another length than a decoder's
 _SMALLEST = 2
 """Modules that make a list of blocks."""
 
@@ -67,17 +68,26 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
 
 
 def _kind(source: ModelSource) -> Kind:
-    """What transformers can make of a configuration."""
+    """What transformers can make of a configuration.
+
+    Raises:
+        ArtefactError: nothing.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    try:
+        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    except (ValueError, KeyError, OSError) as error:
+        raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
     if config in AutoModelForSeq2SeqLM._model_mapping:
         return "seq2seq"
     return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
 
 
-def block_lists(model: nn.Module) -> list[str]:
+def block_lists(model: nn.Module, kind: Kind = "causal") -> list[str]:
     """Paths of the lists of blocks: the longest list of like modules, and others with blocks of the same kind.
+
+    Of an encoder-decoder every list: its encoder may have blocks of another kind.
 
     Raises:
         ArtefactError: there is none.
@@ -94,6 +104,8 @@ def block_lists(model: nn.Module) -> list[str]:
         raise ArtefactError("no repeated blocks with linear layers were found in this model: teal has nothing to do")
     # Of lists inside one another (blocks, heads in a block) the outer one.
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if kind == "seq2seq":
+        return outer
     longest = max(outer, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters())))
     return [name for name in outer if type(lists[name][0]) is type(lists[longest][0])]
 
@@ -108,24 +120,29 @@ def discover(model: Any) -> Architecture:
         ArtefactError: no blocks, or the probe does not run.
     """
     kind = architecture_for(model).kind
-    stacks = block_lists(model)
+    stacks = block_lists(model, kind)
     blocks = {f"{stack}.{index}": block for stack in stacks for index, block in enumerate(model.get_submodule(stack))}
     calls = _probe(model, blocks)
     order: dict[str, int] = {}  # of the first call of a layer of this name
     readers: list[set[tuple[str, ...]]] = []
     flattened = False
     dense: set[str] = set()
+    once: set[str] = set()  # layers that read what the encoder made
     for prefix, block in blocks.items():
         inside = dict(block.named_modules())
-        dense |= {name for name, module in inside.items() if is_stacked(module)}
+        dense |= {name for name, module in inside.items() if is_stacked(module)} | _routers(inside)
         groups: defaultdict[tuple[Any, ...], list[tuple[int, str]]] = defaultdict(list)
         for name in (name for name, module in inside.items() if linear_shape(module) is not None):
             seen = calls[f"{prefix}.{name}"]
+            if name in dense:
+                continue
             if len(seen) != 1 or not _has_positions(seen[0].x, kind, inside[name]):
                 dense.add(name)  # not called, called again and again, or not a state of every token
                 continue
             x = seen[0].x
             order.setdefault(name, seen[0].order)
+            if kind == "seq2seq" and prefix.startswith(f"{stacks[-1]}.") and x.shape[1] == _TOKENS // 2:
+                once.add(name)
             flattened |= x.dim() == 2 and not hasattr(inside[name], "copies")
             groups[x.data_ptr(), x.shape, x.stride()].append((seen[0].order, name))
         readers.append({tuple(name for _, name in sorted(group)) for group in groups.values()})
@@ -142,9 +159,20 @@ def discover(model: Any) -> Architecture:
         blocks=tuple(stacks),
         sites=sites,
         optional=tuple(site for site, group in sites.items() if group in optional),
+        once=tuple(site for site, group in sites.items() if once.intersection(group)),
         dense=tuple(sorted(dense - {name for group in every for name in group})),
         flattened=flattened,
     )
+
+
+def _routers(modules: dict[str, nn.Module]) -> set[str]:
+    """Linear layers beside experts: they choose among them, or weigh them."""
+    holders = {
+        name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, Experts) or is_stacked(module)
+    }
+    return {
+        name for name, module in modules.items() if isinstance(module, nn.Linear) and name.rpartition(".")[0] in holders
+    }
 
 
 def _has_positions(x: Tensor, kind: Kind, module: nn.Module) -> bool:

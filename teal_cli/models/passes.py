@@ -7,8 +7,9 @@ second half with its decoder. An encoder reads it all and has no logits.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from teal_cli.errors import UsageError
 from teal_cli.models.architectures import architecture_for
 
 
@@ -29,6 +30,23 @@ def halves(model: Any, ids: Tensor) -> Halves:
     first = model.config.decoder_start_token_id or 0
     start = torch.cat([torch.full_like(target[:, :1], first), target[:, :-1]], dim=1)
     return Halves(source, start, target)
+
+
+def check_positions(model: Any, seq_len: int) -> None:
+    """Refuse sequences for which a model has no positions; rotary ones go on without end.
+
+    Raises:
+        UsageError: a table of positions that is shorter than the sequences.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = {
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    }
+    # Some tables begin with two rows for padding.
+    if limit is not None and seq_len > limit and tables & {limit, limit + 2}:
+        raise UsageError(f"seq_len ({seq_len}, flag --seq-len) exceeds the {limit} positions of this model")
 
 
 def run_text(model: Any, ids: Tensor, *, logits_to_keep: int = 1) -> Any:

@@ -57,7 +57,7 @@ def quantise_(
         if not issubclass(kind, nn.Linear):
             raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     architecture = architecture_for(model)
-    if batches and not known and scheme.bits == 4 and architecture.kind == "causal":
+    if batches and not known and scheme.bits == 4 and architecture.is_one_decoder:
         (path,) = architecture.blocks
         packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
     if output_layer:

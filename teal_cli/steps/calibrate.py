@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.calibration import sensitivity
-from teal_cli.calibration.block_error import GreedyPaths, measure_paths
+from teal_cli.calibration.block_error import GreedyPaths, measure_paths, require_one_row
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
@@ -19,6 +19,7 @@ from teal_cli.models.architectures import Projection, architecture_for, architec
 from teal_cli.models.discovery import propose
 from teal_cli.models.loading import load_model, load_tokenizer, pick_device
 from teal_cli.models.offload import computing_device, offload_
+from teal_cli.models.passes import check_positions
 from teal_cli.quantise.files import read_quantised, write_quantised
 from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.published import published_codes
@@ -45,6 +46,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
     if architecture.kind != "causal" and config.dataset == "self":
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    if config.greedy_tokens:
+        require_one_row(architecture)
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
     sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
@@ -64,6 +67,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     if model is None:
         device = "cpu" if config.offload else config.device
         model = load_model(source.folder, device=device, dtype=config.dtype, architecture=architecture)
+    check_positions(model, config.seq_len)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)

@@ -20,6 +20,7 @@ from teal_cli.evaluation.samples import KEPT, sample_of
 from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.passes import check_positions
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense
@@ -74,6 +75,7 @@ def _evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace) -> E
     # Text comes before the model: a missing file should not cost a load.
     blocks = None if dataset == "self" else text()
     model, plans, packs = _model_and_plans(config, workspace, reporter)
+    check_positions(model, config.seq_len)
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:

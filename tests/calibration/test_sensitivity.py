@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from conftest import VOCABULARY, build_model
 
 from teal_cli.calibration import histogram, sensitivity
-from teal_cli.models.architectures import find_projections
+from teal_cli.calibration.block_error import measure_paths
+from teal_cli.errors import UsageError
+from teal_cli.models.architectures import architecture_of, find_projections
 
 SINKS = 4
 
@@ -69,6 +71,21 @@ def test_against_autograd_through_the_whole_model(family: str) -> None:
         for name, change in zip(factors, changes, strict=True):
             expected = float(change[:, SINKS:].double().square().sum())
             assert float(found[name][index]) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_several_rows_of_blocks_go_through_in_one_piece() -> None:
+    model, ids = build_model("qwen2"), _blocks()
+    projections = find_projections(model, output_layer=True)
+    expected = sensitivity.measure(model, projections, ids.split(1), sink_tokens=SINKS)
+    model.model.more = torch.nn.ModuleList()
+    row = architecture_of("qwen2")
+    model.teal_architecture = row.model_copy(update={"blocks": (*row.blocks, "model.more")})
+    assert not model.teal_architecture.is_one_decoder
+    found = sensitivity.measure(model, projections, ids.split(1), sink_tokens=SINKS)
+    for name, squares in expected.items():
+        torch.testing.assert_close(found[name], squares, rtol=1e-3, atol=1e-9)
+    with pytest.raises(UsageError, match="one row of blocks"):
+        measure_paths(model, projections, {}, ids, sink_tokens=SINKS)
 
 
 def test_texts_add_up_and_nothing_stays_behind() -> None:

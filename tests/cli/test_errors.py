@@ -113,10 +113,30 @@ def test_folder_without_tokenizer(tiny, capsys) -> None:
     _fails(capsys, 3, "no usable tokenizer", "calibrate", "--model", tiny)
 
 
-def test_weights_of_another_model_type(tiny, capsys) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("llamba", "of a type that transformers does not know"), ("mamba", "lack 22 tensors of the right shape")],
+)
+def test_model_type_of_other_weights(tiny, capsys, model_type: str, message: str) -> None:
+    """A type that is in no table is looked at (tests/models/test_discovery.py), if it can be loaded."""
     config = json.loads((tiny / "config.json").read_text())
-    (tiny / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    _fails(capsys, 3, "lack 22 tensors of the right shape", "calibrate", "--model", tiny)
+    (tiny / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    _fails(capsys, 3, message, "calibrate", "--model", tiny)
+
+
+def test_architecture_file_of_another_model(tiny, tmp_path, capsys) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text("phi: {blocks: model.layers, sites: {mlp_input: [mlp.fc1]}}")
+    _fails(
+        capsys,
+        2,
+        "has no row 'llama', which is the type of this model",
+        "calibrate",
+        "--model",
+        tiny,
+        "--architecture",
+        path,
+    )
 
 
 def test_truncated_calibration(calibrated, capsys) -> None:

@@ -8,16 +8,18 @@ import torch
 import yaml
 from conftest import FAMILIES, VOCABULARY, build_family, build_tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import teal_cli.hf
 from teal_cli.cli import run
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
 from teal_cli.models.discovery import block_lists, discover
+from teal_cli.models.layers import unstack_experts_
 from teal_cli.sparse import sparse_layers
 
 assert teal_cli.hf
+_HALF = {"layers": 2, "attention_heads": 2, "ffn_dim": 40}
 _PHI = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -41,11 +43,47 @@ def test_finds_what_the_table_says(family: str) -> None:
     assert set(found.blocks) == set(row.blocks)
     assert found.flattened == row.flattened
     assert not found.dense
+    assert {found.sites[site] for site in found.once} == {row.sites[site] for site in row.once}
     assert sorted(p.name for p in find_projections(model)) == sorted(names)
     if family == "falcon":  # one norm for attention and MLP: the table keeps two sites for all falcons
         pairs = [{p for p in names if f".{i}." in p and ("query" in p or "h_to_4h" in p)} for i in range(2)]
         wanted = {group for group in wanted if not any(group <= pair for pair in pairs)} | set(map(frozenset, pairs))
     assert _groups(model) == wanted
+
+
+def test_routers_stay_dense() -> None:
+    """Linear layers that choose among experts; those of a shared expert are projections."""
+    config = AutoConfig.for_model(
+        "qwen2_moe",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=16,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    unstack_experts_(model)
+    model.teal_architecture = Architecture(blocks=("",), sites={"none": ("",)})
+    found = model.teal_architecture = discover(model)
+    assert found.dense == ("mlp.shared_expert_gate",)
+    assert found.flattened
+    assert len(find_projections(model)) == 2 * (4 + 3 + 2)
+
+
+def test_an_encoder_of_other_blocks() -> None:
+    size = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in _HALF.items()}
+    config = AutoConfig.for_model("bart", vocab_size=VOCABULARY, d_model=32, **size)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model.teal_architecture = Architecture(kind="seq2seq", blocks=("",), sites={"none": ("",)})
+    found = model.teal_architecture = discover(model)
+    assert found.blocks == ("model.encoder.layers", "model.decoder.layers")
+    assert [found.sites[site] for site in found.once] == [("encoder_attn.k_proj", "encoder_attn.v_proj")]
+    assert len(find_projections(model)) == 2 * 6 + 2 * 10
 
 
 def test_lists_of_blocks() -> None:

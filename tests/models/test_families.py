@@ -27,7 +27,7 @@ from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_of, find_projections, table
 from teal_cli.models.loading import auto_class, load_model
-from teal_cli.models.passes import halves, run_text
+from teal_cli.models.passes import check_positions, halves, run_text
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import QUIET
 from teal_cli.report.tables import eval_tables
@@ -373,3 +373,18 @@ def test_quantised(made: Made, tmp_path: Path) -> None:
     ids = _tokens(1, 12)
     with torch.no_grad(), control_of(plain).masked(4), control_of(packed).masked(4):
         torch.testing.assert_close(_output(packed, ids), _output(plain, ids), rtol=1e-3, atol=1e-3)
+
+
+LEARNED_POSITIONS = {"gpt2", "opt", "bert"}
+
+
+def test_sequences_longer_than_the_positions(made: Made) -> None:
+    model = made.dense()
+    check_positions(model, 256)
+    if made.family in LEARNED_POSITIONS:
+        with pytest.raises(UsageError, match="seq_len .257, flag --seq-len. exceeds the 256 positions"):
+            check_positions(model, 257)
+        return
+    check_positions(model, 257)
+    with torch.no_grad():
+        assert _output(model, _tokens(1, 300)).isfinite().all()
