@@ -188,15 +188,23 @@ class OnGpu(Mlp):
         )
 
     def cublas(self, index: int) -> Tensor:
-        gate, up = F.linear(self.x[index], self.gate_up[index]).split(self.neurons, dim=1)
-        return F.linear(self.activations[index].hidden(gate, up), self.down[index])
+        gate, up = F.linear(self.x[index], self.gate_up[index % len(self.gate_up)]).split(self.neurons, dim=1)
+        return F.linear(self.activations[index].hidden(gate, up), self.weights(index)[2])
 
     def own_dense(self, index: int) -> Tensor:
         """Our kernels without skipping; the activation is theirs, SiLU, which costs as much."""
         x, parts = self.x[index], (self.neurons, self.neurons)
-        self._gemv(x, self.gate_up_table[index], parts, self.keep_all, self.hidden_out, self.dense_cuts[0], "gated")
         self._gemv(
-            self.hidden_out, self.down[index].t(), (self.hidden,), self.keep_all[:1], self.out, self.dense_cuts[1]
+            x,
+            self.gate_up_table[index % len(self.gate_up_table)],
+            parts,
+            self.keep_all,
+            self.hidden_out,
+            self.dense_cuts[0],
+            "gated",
+        )
+        self._gemv(
+            self.hidden_out, self.weights(index)[2].t(), (self.hidden,), self.keep_all[:1], self.out, self.dense_cuts[1]
         )
         return self.out
 
@@ -215,7 +223,7 @@ class OnGpu(Mlp):
     def gate_product(self, index: int) -> Tensor:
         if self.gate_cut is None:
             return self.gate(index)
-        table = self.gate_up_table[index][:, : self.neurons]
+        table = self.gate_up_table[index % len(self.gate_up_table)][:, : self.neurons]
         self._gemv(self.x[index], table, (self.neurons,), self.keep_all[:1], self.gate_out, self.gate_cut)
         return self.gate_out
 
@@ -253,7 +261,7 @@ class OnGpu(Mlp):
         return float((found.double() - expected).norm() / expected.norm())
 
     def down_product(self, index: int, hidden: Tensor) -> Tensor:
-        self._gemv(hidden, self.down[index].t(), (self.hidden,), self.zero, self.out, self.down_cut)
+        self._gemv(hidden, self.weights(index)[2].t(), (self.hidden,), self.zero, self.out, self.down_cut)
         return self.out
 
     def gate_first(self, index: int) -> Tensor:
