@@ -61,7 +61,7 @@ class GateActivation:
 
 @lru_cache(maxsize=64)
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
-    """The threshold as a value of the dtype: torch's own comparisons round it on a CPU and not on a GPU."""
+    """The threshold as a value of the dtype, so that every backend compares with the same number."""
     return float(torch.tensor(threshold, dtype=dtype))
 
 
