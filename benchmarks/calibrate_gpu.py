@@ -20,7 +20,7 @@ from teal_cli.calibration.collect import collect
 from teal_cli.calibration.sensitivity import measure
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import build_random_model
 from teal_cli.sparse import propagate_, sparsify_
 from teal_cli.versions import device_description, library_versions
@@ -60,10 +60,7 @@ def main() -> None:
     sequences = options.tokens // options.seq_len
     text = random_prompt(int(alias.shape["vocab_size"]), options.seq_len, 1, sequences)
     histograms = timed("histograms", lambda: collect(model, projections, text.split(1), sink_tokens=SINK_TOKENS))
-    path = architecture_of(model.config.model_type).blocks
-    sensitivities = timed(
-        "sensitivities", lambda: measure(model, path, projections, text.split(1), sink_tokens=SINK_TOKENS)
-    )
+    sensitivities = timed("sensitivities", lambda: measure(model, projections, text.split(1), sink_tokens=SINK_TOKENS))
     info = CalibrationInfo(
         model=alias.name,
         weights="random, seed 0",

@@ -31,8 +31,7 @@ from teal_cli.calibration import sensitivity
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.data import token_blocks
-from teal_cli.evaluate.perplexity import _mean_and_error
-from teal_cli.models.architectures import architecture_of
+from teal_cli.evaluation.perplexity import _mean_and_error
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import find_model
 from teal_cli.sparse import SparseLinear, propagate_, sparse_layers, sparsify_
@@ -253,9 +252,8 @@ def relinearised(trial: Trial) -> dict[str, Tensor]:
         layer.forward = through(layer)
     try:
         with control.dense():
-            path = architecture_of(trial.model.config.model_type).blocks
             batches = trial.text.split(1)
-            return sensitivity.measure(trial.model, path, trial.calibration.projections, batches, sink_tokens=4)
+            return sensitivity.measure(trial.model, trial.calibration.projections, batches, sink_tokens=4)
     finally:
         for layer in trial.layers.values():
             del layer.forward

@@ -2,8 +2,9 @@
 
     python benchmarks/quantised_quality.py --out benchmarks/results/quantised-smollm2-135m.json
 
-Every scheme is calibrated (which quantises it), its thresholds set and evaluated as the verbs do it. `both_over_product`
-is the perplexity of quantised and sparse, over quantised times sparse: 1 where neither makes the other worse.
+Every scheme is calibrated (which quantises it), its thresholds set and evaluated as the verbs do it.
+`both_over_product` is the perplexity of quantised and sparse, over quantised times sparse: 1 where neither
+makes the other worse.
 The packaged weights come from a GGUF file of 4-bit codes in groups of 32 inputs, so int4:32 finds values that
 have 16 steps already, and says little of other models.
 """
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    quieten_libraries(False)
+    quieten_libraries()
     source, reporter = find_model(MODEL), Reporter(quiet=True)
     tokens = arguments.sequences * LENGTH
     blocks = token_blocks(

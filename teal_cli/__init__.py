@@ -1,14 +1,29 @@
 """teal: faster decoding of language models by training-free activation sparsity.
 
-Importing this package is cheap on purpose: neither torch nor transformers is loaded here. Import
-`teal_cli.hf` to let transformers load TEAL checkpoints.
+Importing this package is cheap on purpose: neither torch nor transformers is loaded here, but by the
+first use of a function (`teal_cli.api`). Import `teal_cli.hf` to let transformers load TEAL checkpoints.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teal_cli.api import calibrate, evaluate, export, generate, load
 
 try:
     __version__ = version("teal-cli")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+uninstalled"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "calibrate", "evaluate", "export", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("teal_cli.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

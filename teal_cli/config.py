@@ -57,6 +57,9 @@ class ModelConfig(SharedConfig):
     quantize: Quantization | None = Field(
         None, description="weights of 8 or 4 bits: int8, int4 or int4:GROUP (inputs that share a scale; 128)"
     )
+    architecture: InputFile | None = Field(
+        None, description="layers of model types that teal does not know, as YAML (docs/add-a-model-family.md)"
+    )
     quantize_output: bool = Field(False, description="with quantize: the output layer too, to 8 bits")
 
     @property
@@ -106,6 +109,9 @@ class CalibrateConfig(ModelConfig):
     output_layer: bool = Field(False, description="let allocations drop inputs of the output layer too")
     sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
     batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    offload: bool = Field(
+        False, description="keep the weights in main memory, and bring each layer's to the GPU when it runs"
+    )
     out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
@@ -114,6 +120,15 @@ class CalibrateConfig(ModelConfig):
             raise ValueError(
                 f"tokens ({self.tokens}, flag --tokens) is less than one sequence of seq_len ({self.seq_len}, "
                 "flag --seq-len)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_models_do_not_write(self) -> Self:
+        if self.offload and self.dataset == "self":
+            raise ValueError(
+                "offload (flag --offload) reads all weights for each token of dataset self (flag --dataset): "
+                "name another dataset"
             )
         return self
 
@@ -324,6 +339,15 @@ class EvalConfig(DecodingConfig):
         return self
 
 
+class ImportConfig(SharedConfig):
+    """`teal import`."""
+
+    sparsity: SparsityList = Field(
+        [0.5], description="targets to write the lookup's allocation file for, comma-separated"
+    )
+    out: Path | None = Field(None, description="RUN folder to write (default RUNS/<model>)")
+
+
 class InfoConfig(SharedConfig):
     """`teal info`."""
 
@@ -334,6 +358,7 @@ VERB_CONFIGS: dict[str, type[SharedConfig]] = {
     "eval": EvalConfig,
     "bench": BenchConfig,
     "generate": GenerateConfig,
+    "import": ImportConfig,
     "info": InfoConfig,
 }
 STAGES = ("calibrate", "export", "eval", "bench", "generate")

@@ -133,13 +133,37 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
     return config
 
 
+def load_as(model: type[C], verb: str, flags: Mapping[str, Any], config_file: Path | None = None) -> C:
+    """As `load_verb`, for a verb whose configuration the caller knows."""
+    config = load_verb(verb, flags, config_file)
+    if not isinstance(config, model):
+        raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
+    return config
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "default")
+
+
+def find_recipe(named: Path) -> Path:
+    """The file of a recipe: `named` itself, or the packaged one of this name, where there is no such file."""
+    is_packaged = not named.exists() and str(named) in recipe_names()
+    return CONFIGS / f"{named}.yaml" if is_packaged else named
+
+
 def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     """Every stage of a recipe, checked before the first one starts.
+
+    Args:
+        path: YAML, or the name of a packaged recipe.
+        flags: outside key -> value, only those that were given.
 
     Raises:
         UsageError: anything wrong in the file, or stages that name different models.
     """
-    content = read_yaml(path)
+    path = find_recipe(path)
+    content = read_yaml(path, "recipe")
     # At the top, these two speak of the whole run; under a stage's name, of that stage.
     own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
     whole = build(SharedConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})

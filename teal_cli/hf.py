@@ -18,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import Architecture
+from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
 from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.sparse import apply_plan_, replace_projections_
@@ -37,9 +39,13 @@ class TealConfig(QuantizationConfigMixin):
         self.quantization: dict[str, Any] | None = content.get("quantization")
         """`projections`: how they are quantised, `output`: the name of a quantised output layer or None."""
 
+        self.architecture = _architecture(content.get("architecture"))
+        """The model's, where the table of architectures does not have it."""
+
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes into config.json."""
-        return quantization_config(self.plan, self.quantization)
+        row = None if self.architecture is None else self.architecture.row()
+        return quantization_config(self.plan, self.quantization, row)
 
     def __repr__(self) -> str:
         return (
@@ -48,8 +54,21 @@ class TealConfig(QuantizationConfigMixin):
         )
 
 
+def _architecture(row: Any) -> Architecture | None:
+    try:
+        return None if row is None else Architecture.model_validate(row)
+    except ValueError as error:
+        raise ArtefactError(
+            f"the architecture of this TEAL checkpoint is damaged ({error}): export it again"
+        ) from error
+
+
 class TealQuantizer(HfQuantizer):
-    """Replaces projections before the weights are read, sets thresholds and layout after."""
+    """Replaces projections before the weights are read, sets thresholds and layout after.
+
+    Projections that are not `nn.Linear` (Conv1D, stacked experts) are replaced after: their weights are read
+    under the shapes and keys that transformers knows.
+    """
 
     requires_calibration = False
     requires_parameters_quantization = False
@@ -57,6 +76,12 @@ class TealQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         names = self.quantization_config.plan.projections
+        if self.quantization_config.architecture is not None:
+            model.teal_architecture = self.quantization_config.architecture  # type: ignore[assignment]
+        modules = dict(model.named_modules())
+        self._replaced = not any(is_stacked(module) or is_conv1d(module) for module in modules.values())
+        if not self._replaced:
+            return model
         replace_projections_(model, names)
         quantization = self.quantization_config.quantization
         if quantization is not None:
@@ -68,6 +93,9 @@ class TealQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self._replaced:
+            unstack_experts_(model)
+            replace_projections_(model, self.quantization_config.plan.projections)
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
         apply_plan_(model, self.quantization_config.plan)
         set_activation_thresholds_(model)

@@ -12,6 +12,7 @@ from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for
 from teal_cli.models.loading import load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.quantise.loading import load_dense
@@ -22,10 +23,11 @@ DEFAULT_SPARSITY = 0.5
 
 
 def allocations(config: SparseConfig, calibration: Calibration, reporter: Reporter) -> list[str]:
-    """The allocations that were asked for; where none was and there are no sensitivities, uniform."""
+    """The allocations that were asked for; where none was and there are no sensitivities, greedy or else uniform."""
     if "allocation" not in config.model_fields_set and not calibration.sensitivities:
-        reporter.say("this calibration has no sensitivities: allocation uniform in place of fisher")
-        return ["uniform"]
+        fallback = "greedy" if calibration.paths else "uniform"
+        reporter.say(f"this calibration has no sensitivities: allocation {fallback} in place of fisher")
+        return [fallback]
     return config.allocations
 
 
@@ -78,7 +80,9 @@ def hold(
         model, _ = load_dense(source.folder, config, calibration)
         sparsify_(model, plan)
         reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
-    held = propagate_(model, plan, text, dense_prefix=text.shape[1] // 2)
+    # As `teal eval` runs text: encoders have no prompt that runs dense.
+    prefix = text.shape[1] // 2 if architecture_for(model).kind == "causal" else 0
+    held = propagate_(model, plan, text, dense_prefix=prefix)
     if loaded:
         del model
         gc.collect()  # hooks and sites refer to one another; a GPU has no room for a second copy
@@ -90,6 +94,8 @@ def _text(calibration: Calibration, source: ModelSource) -> Tensor:
     if calibration.text is not None:
         return calibration.text
     info = calibration.info
+    if info.imported:
+        raise ArtefactError(f"it was imported from {info.imported}, which does not hold the text")
     return token_blocks(
         info.dataset.split(" + ")[0],
         load_tokenizer(source.folder),

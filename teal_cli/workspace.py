@@ -1,16 +1,17 @@
 """RUNS/<model>: where a model's artefacts lie, and what is done when one is missing."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.loading import load_model
+from teal_cli.models.architectures import Architecture, Kind, architecture_in
+from teal_cli.models.loading import kind_of, load_model
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
@@ -43,9 +44,30 @@ class Workspace:
         return self.runs / "-".join(filter(None, (self.source.name, self.quantization)))
 
     def export_folder(self, allocation: str, sparsity: float) -> Path:
-        """Where `teal export` writes by default. The number is written so that targets cannot collide."""
-        digits = f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
-        return self.run / f"{allocation}-{digits}"
+        """Where `teal export` writes by default."""
+        return self.run / f"{allocation}-{digits_of(sparsity)}"
+
+    def architecture(self, config: ModelConfig) -> Architecture | None:
+        """The model's row in the architecture file that a configuration names; None where it names none."""
+        return architecture_in(config.architecture, str(self.source.config.get("model_type")))
+
+    def row(self, config: ModelConfig) -> dict[str, Any] | None:
+        """The same, for a checkpoint to carry."""
+        found = self.architecture(config)
+        return None if found is None else found.row()
+
+    def kind(self, config: ModelConfig) -> Kind:
+        """What kind of model it is."""
+        return kind_of(self.source.config, self.architecture(config))
+
+    def require_decoder(self, config: ModelConfig, verb: str) -> None:
+        """Refuse an encoder where text is written.
+
+        Raises:
+            UsageError: the model is an encoder.
+        """
+        if self.kind(config) == "encoder":
+            raise UsageError(f"{self.source.name} is an encoder and writes no text: teal {verb} needs a decoder")
 
     def load_intrinsic(self, config: DecodingConfig, verb: str) -> tuple[Any, SparsityPlan]:
         """The dense model, made to skip the zeros of its activation, and the plan that says so.
@@ -54,7 +76,8 @@ class Workspace:
             TealError: a TEAL checkpoint, an activation that makes no zeros, or what `load_model` raises.
         """
         self.require_dense(f"{verb} --mode intrinsic")
-        model = load_model(self.source.folder, device=config.device, dtype=config.dtype)
+        architecture = self.architecture(config)
+        model = load_model(self.source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
         return model, make_intrinsic_(model)
 
     def require_dense(self, verb: str) -> None:
@@ -67,6 +90,11 @@ class Workspace:
             raise UsageError(
                 f"{self.source.folder} is a TEAL checkpoint: teal {verb} needs the dense model it came from"
             )
+
+
+def digits_of(sparsity: float) -> str:
+    """A target as file names have it: two decimals, or as many as it takes for targets not to collide."""
+    return f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
 
 
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:
@@ -136,6 +164,7 @@ def checkpoint_for(
             "link",
             propagated=propagated,
             quantization=config.stored_quantization,
+            architecture=workspace.row(config),
         )
     return folder
 
@@ -161,7 +190,9 @@ def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, prop
         wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
         propagate = propagate and any(wanted.values())
         return (
-            summary["calibration"] == asdict(calibration.info) and made == wanted and summary["propagated"] == propagate
+            CalibrationInfo(**summary["calibration"]) == calibration.info
+            and made == wanted
+            and summary["propagated"] == propagate
         )
     except (ArtefactError, KeyError, TypeError):
         return False

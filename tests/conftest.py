@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from teal_cli.allocation import make_plan
 from teal_cli.calibration.collect import collect
@@ -29,7 +29,9 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.models.aliases import find_alias
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.loading import auto_class, load_model
 from teal_kernels import masked_input, tuning
 
 
@@ -107,7 +109,72 @@ TINY_CONFIGS = {
     "qwen2": {"model_type": "qwen2", **_TINY},
     "qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 16},
 }
-"""One line a family: a new Llama-like family is tested by adding it here."""
+"""What the compact path knows: tests of kernels and of quantised weights run on these."""
+
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 100,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 1,
+    "eos_token_id": 1,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+FAMILIES = {
+    **TINY_CONFIGS,
+    "sparsellama": {"model_type": "sparsellama", **_TINY, "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+    "bamboo": {"model_type": "bamboo", **_TINY, "hidden_act": "relu"},
+    "gemma": {"model_type": "gemma", **_TINY, "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "gemma3_text": {"model_type": "gemma3_text", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": {**_TINY, "head_dim": 16, "sliding_window": 16},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
+    "phi3": {"model_type": "phi3", **_TINY, "sliding_window": 16},
+    "stablelm": {"model_type": "stablelm", **_TINY, "use_qkv_bias": True},
+    "gpt2": {"model_type": "gpt2", **_TINY, "n_inner": 100},
+    "gpt_neox": {"model_type": "gpt_neox", **_TINY},
+    "gpt_neox-sequential": {"model_type": "gpt_neox", **_TINY, "use_parallel_residual": False},
+    "opt": {"model_type": "opt", **_TINY, "ffn_dim": 100, "word_embed_proj_dim": 48},
+    "falcon": {"model_type": "falcon", **_TINY, "ffn_hidden_size": 100},
+    "falcon-bias": {
+        "model_type": "falcon",
+        **_TINY,
+        "ffn_hidden_size": 100,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+        "alibi": True,
+    },
+    "falcon-new": {"model_type": "falcon", **_TINY, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "mixtral": {"model_type": "mixtral", **_TINY, "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_TINY,
+        **_EXPERTS,
+        "head_dim": 16,
+        "num_experts": 5,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+    "bert": {"model_type": "bert", **_TINY},
+    "t5": {"model_type": "t5", **_T5},
+    "t5-gated": {"model_type": "t5", **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+"""One line a family: a new one is tested by adding it here (tests/models/test_families.py)."""
 
 _CORPUS = (
     "the quick brown fox jumps over the lazy dog while seven wise men count the stars above a quiet harbour "
@@ -117,17 +184,25 @@ _CORPUS = (
 
 def build_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A random model whose biases are not zero, as a trained one's are not."""
-    shape = dict(TINY_CONFIGS[family])
+    shape = dict(FAMILIES[family])
+    model_type = shape.pop("model_type")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("model_type"), **shape))
+    model = auto_class(architecture_of(model_type).kind).from_config(AutoConfig.for_model(model_type, **shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # The default initialisation is so small that every token predicts alike.
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     return model.eval()
+
+
+def build_family(family: str, seed: int = 0) -> torch.nn.Module:
+    """As `build_model`, with modules for the projections of experts, as `load_model` gives it."""
+    model = build_model(family, seed)
+    unstack_experts_(model)
+    return model
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -156,7 +231,7 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool 
 
 def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64, output_layer: bool = False) -> Calibration:
     """A calibration of a tiny model on random tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_model(folder, device="cpu", dtype="float32")
     projections = find_projections(model, output_layer=output_layer)
     torch.manual_seed(5)
     blocks = torch.randint(2, VOCABULARY, (sequences, seq_len))
@@ -174,7 +249,7 @@ def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64, outpu
         sensitivity_tokens=blocks.numel(),
     )
     histograms = collect(model, projections, blocks.split(1), sink_tokens=4)
-    sensitivities = measure(model, "model.layers", projections, blocks.split(1), sink_tokens=4)
+    sensitivities = measure(model, projections, blocks.split(1), sink_tokens=4)
     return Calibration(info, projections, histograms, sensitivities)
 
 
@@ -193,7 +268,9 @@ class MaskedReference:
     def __init__(self, dense: torch.nn.Module, thresholds: Mapping[str, torch.Tensor]) -> None:
         self._nearest = torch.tensor(torch.inf)
         self._handles = [
-            dense.get_submodule(name).register_forward_pre_hook(lambda module, args, t=t: (self._masked(args[0], t),))
+            dense.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, t=t: (self._masked(args[0], t), *args[1:])
+            )
             for name, t in thresholds.items()
         ]
 

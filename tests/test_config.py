@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from teal_cli.config import STAGES, VERB_CONFIGS, EvalConfig, GenerateConfig
-from teal_cli.config_files import flag_name, keys_of, load_recipe, load_verb
+from teal_cli.config_files import flag_name, keys_of, load_recipe, load_verb, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.models.aliases import alias_names, find_alias
 from teal_cli.resources import CONFIGS
@@ -165,6 +165,18 @@ def test_packaged_recipes_are_valid(path: Path) -> None:
         load_recipe(path, {})
     for verb in VERB_CONFIGS:
         load_verb(verb, {}, path)
+
+
+def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
+    assert recipe_names() == ["demo", "laptop", "llama-3-70b", "llama-3-8b"]
+    assert load_recipe(Path("laptop"), {}).stages["generate"].model == "qwen2.5-0.5b"
+    seventy = load_recipe(Path("llama-3-70b"), {}).stages
+    assert list(seventy) == ["calibrate", "export", "generate"]
+    assert (seventy["calibrate"].offload, seventy["generate"].quantization) == (True, "int8")
+    Path("laptop").write_text("model: mine\ngenerate: {prompt: x}\n")
+    assert load_recipe(Path("laptop"), {}).stages["generate"].model == "mine"
+    with pytest.raises(UsageError, match="recipe desktop does not exist"):
+        load_recipe(Path("desktop"), {})
 
 
 def test_aliases_build_the_model_they_name() -> None:

@@ -32,9 +32,9 @@ _LEAST_BLOCK_IN = 64
 class GateFirstConfig:
     """How the product is cut up."""
 
-    neurons: int = 16
+    neurons: int = 8
     """Of a program (power of two)."""
-    block_out: int = 2
+    block_out: int = 4
     """Live neurons at a time (power of two)."""
     block_in: int = 1024
     """Inputs of a tile (power of two); fewer for several tokens, whose sums need the registers."""
@@ -49,8 +49,8 @@ class GateFirstConfig:
 
 
 UNTUNED = GateFirstConfig()
-"""Where the gates are given."""
-UNTUNED_FUSED = GateFirstConfig(neurons=4)
+"""Where the gates are given; like the next, the fastest of those tried on an H100 (gate-first-gpu.json)."""
+UNTUNED_FUSED = GateFirstConfig(neurons=4, block_out=1)
 """Where the launch computes them."""
 
 

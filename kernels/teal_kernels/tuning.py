@@ -118,6 +118,12 @@ def _read(path: Path) -> tuple[Entry, ...]:
         ) from error
 
 
+def has_table(device_name: str) -> bool:
+    """Whether anything was measured on this very GPU: by its user, or packaged."""
+    own = user_table(device_name)
+    return own.is_file() or (_PACKAGED / own.name).is_file()
+
+
 @lru_cache(maxsize=8)
 def _entries(device_name: str) -> tuple[Entry, ...]:
     """The user's entries and those packaged for this GPU; without any, those of another GPU."""

@@ -14,6 +14,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_kernels.packing import Packed
@@ -47,28 +48,48 @@ def weight_bytes_per_token(
 ) -> int:
     """Bytes of weights that one decoded token reads.
 
-    Every parameter once, except the rows of dropped inputs and an input embedding that is not also
-    the output layer (one row of it is read).
+    Every parameter of the decoder once, except the rows of dropped inputs, the experts that a token is
+    not sent to, and embeddings that are not also the output layer (one row of each is read).
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers model that decodes.
         realised: projection name -> realised sparsity; missing ones are dense.
         packs: layers whose weights stand for quantised ones (`quantise.model.quantise_`).
     """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    architecture = architecture_for(model)
+    # Of an encoder-decoder the decoder, of a model that also sees images the text model.
+    decoder = model.get_submodule(architecture.blocks[-1].rpartition(".")[0])
     output = model.get_output_embeddings()  # type: ignore[operator]
-    tied = output is not None and not isinstance(output, QuantizedLinear) and output.weight is embedding
-    total = sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
-    if not tied:
-        total += embedding.shape[1] * embedding.element_size()
-    layers = sparse_layers(model)
-    total += sum(layer.packed.nbytes for layer in layers.values() if isinstance(layer, QuantizedLinear))
+    parameters = {id(p): p for module in (decoder, output) for p in module.parameters()}
+    total = float(sum(parameter.nbytes for parameter in parameters.values()))
+    of_output = None if isinstance(output, QuantizedLinear) else output.weight
+    for module in decoder.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not of_output:
+            total -= module.weight.nbytes - module.weight[:1].nbytes
+    layers = sparse_layers(model).values()
+    total += sum(layer.packed.nbytes for layer in layers if isinstance(layer, QuantizedLinear))
     for name, packed in packs.items():
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             total += packed.nbytes - layer.weight.nbytes
-    skipped = sum(_storage(model, name, packs).nbytes * share for name, share in realised.items())
+    read = {p.name: _share_read(model, architecture, p) for p in find_projections(model)}
+    for name, share in read.items():
+        total -= (1.0 - share) * sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
+    skipped = sum(
+        _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
+        for name, share in realised.items()
+        if name not in read or name.startswith(architecture.blocks[-1])
+    )
     return round(total - skipped)
+
+
+def _share_read(model: Any, architecture: Architecture, projection: Projection) -> float:
+    """The share of a projection that a token reads, before inputs are dropped."""
+    if projection.site.rpartition(".")[2] in architecture.once:
+        return 0.0
+    if projection.copies == 1:
+        return 1.0
+    return float(model.config.get_text_config().num_experts_per_tok / projection.copies)
 
 
 def _storage(model: nn.Module, name: str, packs: Mapping[str, Packed]) -> Tensor:

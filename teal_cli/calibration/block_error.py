@@ -21,7 +21,11 @@ from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, recorded
-from teal_cli.models.architectures import Projection
+from teal_cli.errors import UsageError
+from teal_cli.models.architectures import Projection, architecture_for
+from teal_cli.models.layers import Routed, unflattened
+from teal_cli.models.offload import computing_device
+from teal_cli.models.passes import run_text
 from teal_kernels import active_inputs
 
 STEP = 0.05
@@ -78,10 +82,13 @@ class _Block:
         module: the decoder block.
         projections: its projections.
         sink_tokens: leading positions of each sequence that are not dropped from.
+        shape: batch and tokens.
     """
 
-    def __init__(self, module: nn.Module, projections: dict[str, nn.Module], sink_tokens: int) -> None:
-        self._module, self._projections, self._sinks = module, projections, sink_tokens
+    def __init__(
+        self, module: nn.Module, projections: dict[str, nn.Module], sink_tokens: int, shape: torch.Size
+    ) -> None:
+        self._module, self._projections, self._sinks, self._shape = module, projections, sink_tokens, shape
         self._parts = {
             child: {name for name, projection in projections.items() if projection in set(child.modules())}
             for child in module.children()
@@ -113,14 +120,17 @@ class _Block:
         self._known |= self._fresh
 
     def _dropping(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: Tensor) -> Any:
+        def run(x: Tensor, *rest: Any) -> Any:
             if name in self._unchanged:
                 return self._known[name]
             if self._thresholds[name] > 0.0:
                 active = active_inputs(x, torch.tensor(self._thresholds[name], device=x.device))
-                active[:, : self._sinks] = True
+                if rest and isinstance(rest[0], Routed):
+                    active[rest[0].positions < self._sinks] = True
+                else:
+                    unflattened(active, self._shape)[:, : self._sinks] = True
                 x = x * active
-            self._fresh[name] = forward(x)
+            self._fresh[name] = forward(x, *rest)
             return self._fresh[name]
 
         return run
@@ -235,7 +245,6 @@ class _Walk:
 @torch.no_grad()
 def measure_paths(
     model: Any,
-    blocks: str,
     projections: list[Projection],
     histograms: dict[str, Tensor],
     sequences: Tensor,
@@ -250,7 +259,6 @@ def measure_paths(
 
     Args:
         model: a transformers causal language model in eval mode.
-        blocks: path of its decoder blocks.
         projections: from `find_projections`.
         histograms: from `collect`; thresholds are their quantiles.
         sequences: (sequences, tokens) int64, run together.
@@ -260,11 +268,18 @@ def measure_paths(
         sparsity: at which the blocks before drop, where inputs are sparse.
         lazy: False tries every projection at every step.
         on_block: called with 1 after each block.
+
+    Raises:
+        UsageError: an encoder or encoder-decoder, whose blocks are not one row.
     """
+    architecture = architecture_for(model)
+    if architecture.kind != "causal":
+        raise UsageError("allocation greedy is for decoders: leave greedy_tokens (flag --greedy-tokens) at 0")
+    (blocks,) = architecture.blocks
     stack: Any = model.get_submodule(blocks)
-    device = next(model.parameters()).device
+    device = computing_device(model)
     with recorded(stack) as calls:
-        model(input_ids=sequences.to(device), use_cache=False, logits_to_keep=1)
+        run_text(model, sequences.to(device))
     found = GreedyPaths()
     hidden = calls[0].hidden
     for index, (module, call) in enumerate(zip(stack, calls, strict=True)):
@@ -279,7 +294,7 @@ def measure_paths(
         def error(output: Tensor, dense: Tensor = dense) -> float:
             return float((output - dense)[:, sink_tokens:].float().square().sum())
 
-        block = _Block(module, {p.name: model.get_submodule(p.name) for p in members}, sink_tokens)
+        block = _Block(module, {p.name: model.get_submodule(p.name) for p in members}, sink_tokens, sequences.shape)
         walk = _Walk(block, members, histograms, run, error, lazy)
         if inputs == "sparse":
             hidden = walk.output_at(sparsity)

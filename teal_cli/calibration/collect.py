@@ -11,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from teal_cli.calibration import histogram
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import OUTPUT_SITE, Projection
+from teal_cli.models.layers import Routed, rows_from, unflattened
+from teal_cli.models.offload import computing_device
+from teal_cli.models.passes import run_text
 
 
 class HiddenStateCollector:
@@ -31,6 +34,7 @@ class HiddenStateCollector:
         self._model = model
         self._sink_tokens = sink_tokens
         self._keep: Tensor | None = None
+        self._shape: torch.Size | None = None
         self._handles: list[RemovableHandle] = []
         self._readers: dict[str, str] = {}
         for projection in projections:
@@ -49,11 +53,13 @@ class HiddenStateCollector:
             handle.remove()
         self._handles.clear()
 
-    def attend(self, attention_mask: Tensor | None) -> None:
+    def attend(self, attention_mask: Tensor | None, shape: torch.Size | None = None) -> None:
         """Say which tokens of the next forward are text: (batch, tokens), 0 for padding; None for all.
 
-        The first `sink_tokens` text tokens of each row are left out, wherever the padding is.
+        The first `sink_tokens` text tokens of each row are left out, wherever the padding is. `shape` is that
+        of the batch, where there is no mask; models that flatten their hidden states need it.
         """
+        self._shape = shape if attention_mask is None else attention_mask.shape
         if attention_mask is None or bool(attention_mask.all()):
             self._keep = None
             return
@@ -62,8 +68,13 @@ class HiddenStateCollector:
 
     def _hook_for(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]  # (batch, tokens, in)
-            kept = x[:, self._sink_tokens :] if self._keep is None else x[self._keep.to(x.device)]
+            x: Tensor = args[0]  # (batch, tokens, in), or flattened, or the rows of experts
+            if self._keep is None:
+                kept = rows_from(self._sink_tokens, x, args[1:], self._shape)
+            elif len(args) > 1 and isinstance(args[1], Routed):
+                kept = x[self._keep.to(x.device).flatten()[args[1].rows]]
+            else:
+                kept = unflattened(x, self._shape)[self._keep.to(x.device)]
             counts = histogram.count(kept)
             if site in self.histograms:
                 self.histograms[site] += counts
@@ -102,7 +113,7 @@ def collect(
     """Run token batches through the dense model and count what every site sees.
 
     Args:
-        model: a transformers causal language model in eval mode.
+        model: a transformers model in eval mode.
         projections: from `find_projections`.
         batches: (batch, tokens) int64 each, unpadded.
         sink_tokens: leading positions of each sequence not counted.
@@ -111,12 +122,12 @@ def collect(
     Returns:
         site name -> (BINS,) int64 counts, on the CPU.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
     logits = 0 if any(projection.site == OUTPUT_SITE for projection in projections) else 1
     with HiddenStateCollector(model, projections, sink_tokens) as collector:
         for batch in batches:
-            collector.attend(None)
-            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=logits)
+            collector.attend(None, batch.shape)
+            run_text(model, batch.to(device), logits_to_keep=logits)
             on_batch(batch.numel())
     return collector.finish()

@@ -1,7 +1,7 @@
 """The calibration artefact: RUN/calibration.safetensors and RUN/calibration.json."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
 from teal_cli.errors import ArtefactError, reading
-from teal_cli.models.architectures import Projection
+from teal_cli.models.architectures import OUTPUT_SITE, Projection
 
 FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
@@ -61,6 +61,8 @@ class CalibrationInfo:
     quantize_tokens: int = 0
     """Tokens, the first of those read, that GPTQ chose the codes on; 0 for the nearest codes."""
     quantize_seconds: float = 0.0
+    imported: str = ""
+    """Whose files this was read from (`teal import`); empty where it was measured."""
 
 
 @dataclass
@@ -172,7 +174,9 @@ def load(run: Path) -> Calibration:
     if file_digest(tensors) != meta.get("tensors_sha256"):
         raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
     with reading("calibration", path, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        info = CalibrationInfo(**{field.name: meta[field.name] for field in fields(CalibrationInfo)})
+        # What came after the format's first files has a default.
+        wanted = [entry for entry in fields(CalibrationInfo) if entry.default is MISSING or entry.name in meta]
+        info = CalibrationInfo(**{entry.name: meta[entry.name] for entry in wanted})
         projections = [Projection(**entry) for entry in meta["projections"]]
         histograms, sensitivities, paths = {}, {}, {}
         found = load_file(tensors)
@@ -192,7 +196,7 @@ def load(run: Path) -> Calibration:
             raise ValueError("its projections do not match its sensitivities")
         if any(squares.shape != (sensitivity.BINS,) for squares in sensitivities.values()):
             raise ValueError("a sensitivity has the wrong size")
-        blocks = Counter(projection.site.rpartition(".")[0] for projection in projections)
+        blocks = Counter(p.site.rpartition(".")[0] for p in projections if p.site != OUTPUT_SITE)
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
     quantised = quantised_file(run) if info.quantization else None

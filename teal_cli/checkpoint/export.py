@@ -68,6 +68,7 @@ def write_checkpoint(
     *,
     propagated: bool = False,
     quantization: dict[str, Any] | None = None,
+    architecture: dict[str, Any] | None = None,
 ) -> ExportSummary:
     """Write an ordinary transformers folder whose config carries the plan.
 
@@ -83,6 +84,7 @@ def write_checkpoint(
         weights: "link" or "copy".
         propagated: whether the thresholds are the sparse network's own (`sparse.propagate_`).
         quantization: how the weights are quantised (`teal_cli.hf.TealConfig.quantization`), those of the calibration.
+        architecture: the model's row, where the table of architectures does not have it.
 
     Raises:
         ArtefactError: the calibration is of another model, `dense` is a quantised model, or `out`
@@ -107,7 +109,7 @@ def write_checkpoint(
         for file in _companions(dense):
             if quantization is None or file.name != "model.safetensors.index.json":
                 shutil.copyfile(file, temporary / file.name)
-        config["quantization_config"] = quantization_config(plan, quantization)
+        config["quantization_config"] = quantization_config(plan, quantization, architecture)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         summary = {**_summary(plan, calibration, digest), "propagated": propagated}
         (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -103,8 +103,11 @@ class SparsityPlan:
                 raise ArtefactError(f"{name}: threshold {entry.threshold} is not a number >= 0: export it again")
 
 
-def quantization_config(plan: SparsityPlan, quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint, whose weights may be quantised."""
-    if quantization is None:
-        return plan.to_dict()
-    return {**plan.to_dict(), "version": QUANTISED_VERSION, "quantization": quantization}
+def quantization_config(
+    plan: SparsityPlan, quantization: dict[str, Any] | None, architecture: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint, whose weights may be quantised, and whose architecture its own."""
+    found = plan.to_dict()
+    if quantization is not None:
+        found |= {"version": QUANTISED_VERSION, "quantization": quantization}
+    return found if architecture is None else {**found, "architecture": architecture}

@@ -3,14 +3,17 @@
 Only the verb that runs is imported: `teal --help` must not wait for torch.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 import typer
 
 from teal_cli import __version__
+from teal_cli.cli.completion import words_typed
 from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error
 
 VERBS = {
@@ -20,6 +23,7 @@ VERBS = {
     "bench": "Time decoding, dense against sparse.",
     "eval": "Compare sparse with dense on held-out text.",
     "run": "Run the whole chain of a YAML recipe; resumes where it stopped.",
+    "import": "Read the histograms and greedy lookups of the method's reference code.",
     "info": "Say what this machine and its libraries can do, and list model aliases.",
 }
 
@@ -32,16 +36,16 @@ def _placeholder() -> None:
 
 
 def _command(verb: str) -> Callable[..., None]:
-    command: Callable[..., None] = import_module(f"teal_cli.cli.{verb}").command
+    module = f"{verb}_" if iskeyword(verb) else verb
+    command: Callable[..., None] = import_module(f"teal_cli.cli.{module}").command
     return command
 
 
 def build_app(arguments: Sequence[str]) -> typer.Typer:
-    """The typer app for one command line; verbs that it does not name are placeholders."""
+    """The typer app for one command line, or the one that a shell completes; verbs that it lacks are placeholders."""
     app = typer.Typer(
         name="teal",
         help="Faster decoding of language models by training-free activation sparsity.",
-        add_completion=False,
         rich_markup_mode="rich",
     )
 
@@ -59,7 +63,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         pass
 
     app.callback(invoke_without_command=False)(root)
-    wanted = next((argument for argument in arguments if argument in VERBS), None)
+    wanted = next((word for word in (*arguments, *words_typed(os.environ)) if word in VERBS), None)
     for verb, text in VERBS.items():
         app.command(verb, help=text)(_command(verb) if verb == wanted else _placeholder)
     return app

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import BenchConfig
 
 
@@ -16,6 +16,10 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     write_result(config, result)
     for table in bench_tables(result):
         reporter.show(table)
+    if not config.random_weights:
+        fastest = max(result["runs"][1:] or result["runs"], key=lambda run: float(run["speedup"]))
+        onward = next_command("generate", config, sparsity=fastest["sparsity"], prompt="Why is the sky blue?")
+        reporter.say(f"next: {onward}")
 
 
 command = with_options(BenchConfig, _run)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import CalibrateConfig
 
 
@@ -18,7 +18,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     result = calibration_summary(calibrate(config, reporter, workspace))
     write_result(config, result)
     reporter.show(calibration_table(result))
-    reporter.say(f"written to {run_folder(config, workspace)}; next: teal export --model {config.model} --sparsity 0.5")
+    onward = next_command("export", config, calibration=config.out, sparsity=0.5)
+    reporter.say(f"written to {run_folder(config, workspace)}; next: {onward}")
 
 
 command = with_options(CalibrateConfig, _run)

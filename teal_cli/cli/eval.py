@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import EvalConfig
 
 
@@ -16,6 +16,12 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     write_result(config, result)
     for table in eval_tables(result):
         reporter.show(table)
+    if result.get("kind") != "encoder":  # which decodes nothing
+        reporter.say(f"next: {next_command('bench', config, sparsity=_joined(config.sparsity))}")
+
+
+def _joined(values: list[float] | None) -> str | None:
+    return None if values is None else ",".join(f"{value:g}" for value in values)
 
 
 command = with_options(EvalConfig, _run)

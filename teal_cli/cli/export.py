@@ -4,8 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import ExportConfig
+
+_OWN = dict.fromkeys(("architecture", "quantize", "quantize_output", "calibration", "allocation"))
+"""What an exported folder brings with it."""
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
@@ -19,7 +22,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         f"{summary.projections} projections at sparsity {summary.target_sparsity:g} ({summary.allocation}), "
         f"weights {how} the dense model"
     )
-    reporter.say(f"written to {summary.folder}; next: teal eval --model {summary.folder}")
+    onward = next_command("eval", config, **_OWN, model=summary.folder)
+    reporter.say(f"written to {summary.folder}; next: {onward}")
 
 
 command = with_options(ExportConfig, _run)

@@ -10,59 +10,100 @@ from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import InfoConfig
 
 
-def describe(device_name: str) -> dict[str, Any]:
-    """Machine, libraries, backends and aliases, as data."""
-    import torch
-
-    from teal_cli.models.aliases import alias_names, find_alias
-    from teal_cli.models.architectures import ARCHITECTURES
-    from teal_cli.models.loading import available_bytes, pick_device
-    from teal_cli.resources import teal_home
-    from teal_cli.versions import device_description, library_versions
-    from teal_kernels import BACKENDS, backend_unavailable_reason, resolve_backend
-
-    device = pick_device(device_name)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    aliases = {}
-    for name in alias_names():
-        alias = find_alias(name)
-        if alias is not None:
-            packaged = alias.packaged_file()
-            aliases[name] = {"hub_id": alias.hub_id, "packaged": None if packaged is None else str(packaged)}
-    return {
-        "device": device_description(device),
-        "device_type": device.type,
-        "memory_available_bytes": available_bytes(device),
-        "versions": library_versions(),
-        "backends": {
-            name: backend_unavailable_reason(name, device, dtype) or "available" for name in BACKENDS if name != "auto"
-        },
-        "auto_backend": resolve_backend("auto", device, dtype),
-        "architectures": sorted(ARCHITECTURES),
-        "teal_home": str(teal_home()),
-        "aliases": aliases,
-    }
-
-
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(InfoConfig, "info", flags, config_file)
-    result = describe(config.device)
+    from teal_cli.steps.info import machine, model_fit
+
+    result = machine(config.device)
+    asked = "model" in flags or config_file is not None
+    if asked:
+        result["model"] = model_fit(config)
     write_result(config, result)
-    machine = Table(title="Machine", title_justify="left", show_header=False)
-    memory = result["memory_available_bytes"]
-    machine.add_row("device", result["device"])
-    machine.add_row("memory available", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB")
-    machine.add_row("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    machine.add_row("converted models", result["teal_home"])
-    machine.add_row("model types", ", ".join(result["architectures"]))
-    backends = Table("backend", "here", title=f"Backends (auto takes {result['auto_backend']})", title_justify="left")
-    for name, state in result["backends"].items():
-        backends.add_row(name, state)
-    aliases = Table("alias", "hub id", "without a hub", title="Model aliases", title_justify="left")
-    for name, entry in result["aliases"].items():
-        aliases.add_row(name, entry["hub_id"], "installed" if entry["packaged"] else "")
-    for table in (machine, backends, aliases):
+    for table in (_machine(result), _backends(result), _model(result) if asked else _aliases(result)):
         reporter.show(table)
+
+
+def _gib(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _rows(title: str, rows: dict[str, str | None]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for label, value in rows.items():
+        if value is not None:
+            table.add_row(label, value)
+    return table
+
+
+def _machine(result: dict[str, Any]) -> Table:
+    gpu = result["gpu"]
+    rows: dict[str, str | None] = {
+        "device": result["device"],
+        "memory available": _gib(result["memory_available_bytes"]),
+    }
+    if gpu is None:
+        rows["no GPU"] = result["no_gpu_because"]
+    else:
+        rows["compute capability"] = gpu["compute_capability"]
+        rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda']}"
+        whose = "this GPU" if gpu["tuned"] else "another GPU: `teal bench --kernels --tune`"
+        rows["kernels"] = f"cut as measured on {whose}"
+        rows["main memory available"] = _gib(result["main_memory_available_bytes"])
+    if gpu is not None and result["c_compiler"] is None:
+        rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    rows["converted models"] = result["teal_home"]
+    rows["model types"] = ", ".join(result["architectures"])
+    return _rows("Machine", rows)
+
+
+def _backends(result: dict[str, Any]) -> Table:
+    table = Table("backend", "here", title=f"Backends (auto takes {result['auto_backend']})", title_justify="left")
+    for name, state in result["backends"].items():
+        table.add_row(name, state)
+    return table
+
+
+def _aliases(result: dict[str, Any]) -> Table:
+    table = Table("alias", "hub id", "without a hub", title="Model aliases", title_justify="left")
+    for name, entry in result["aliases"].items():
+        table.add_row(name, entry["hub_id"], "installed" if entry["packaged"] else "")
+    return table
+
+
+def _model(result: dict[str, Any]) -> Table:
+    """The model that was asked about: sizes, what fits, how it decodes."""
+    model, where = result["model"], "on the GPU" if result["device_type"] == "cuda" else "in memory"
+    verdict = {True: "fits", False: "too large", None: "unknown"}
+    rows: dict[str, str | None] = {
+        "model type": model["model_type"] + ("" if model["supported"] else ": not in the table (teal calibrate helps)"),
+        "parameters": f"{model['parameters'] / 1e9:.2f} G, {model['projection_parameters'] / 1e9:.2f} G in projections",
+    }
+    for entry in model["weights"]:
+        fit = f"{verdict[entry['fits_on_device']]} {where}"
+        if result["device_type"] == "cuda":
+            fit += f", {verdict[entry['fits_in_main_memory']]} in main memory"
+        rows[entry["weights"]] = f"{_gib(entry['bytes'])}: {fit}"
+    rows["runs as"] = _advice(model)
+    if model["kind"] in ("causal", "seq2seq"):
+        rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
+        rows["decodes by"] = (
+            "our own kernels from end to end (compact)"
+            if model["path"] == "compact"
+            else f"transformers' forward, backend {result['auto_backend']} ({model['general_because']})"
+        )
+    return _rows(model["name"], rows)
+
+
+def _advice(model: dict[str, Any]) -> str:
+    kind = model["runs_as"]
+    if kind is None:
+        return "nothing: too large for this machine"
+    if kind.startswith("int"):
+        return f"{kind}: --quantize {kind} (if the dense weights do not fit: configs/llama-3-70b.yaml shows how)"
+    return kind if kind == model["dtype"] else f"{kind}: --dtype {kind}"
 
 
 command = with_options(InfoConfig, _run)

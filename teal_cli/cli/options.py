@@ -10,6 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from teal_cli.cli.completion import completer_for
 from teal_cli.config import SharedConfig
 from teal_cli.config_files import flag_name
 
@@ -65,6 +66,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=None if is_switch else _metavar(field),
         rich_help_panel=_SHARED_PANEL if name in SharedConfig.model_fields else None,
         show_default=False,
+        autocompletion=None if is_switch else completer_for(field.alias or name, _plain_type(field.annotation)),
     )
     annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

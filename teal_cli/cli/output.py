@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from teal_cli.cli.options import Flags
-from teal_cli.config import SharedConfig
-from teal_cli.config_files import load_verb
+from teal_cli.config import VERB_CONFIGS, SharedConfig
+from teal_cli.config_files import flag_name, keys_of, load_as
 from teal_cli.report.console import Reporter
 
 C = TypeVar("C", bound=SharedConfig)
@@ -19,9 +19,7 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
 
     Everything that is wrong with flags and YAML is raised here, before torch is imported.
     """
-    config = load_verb(verb, flags, config_file)
-    if not isinstance(config, model):
-        raise TypeError(f"{verb} is configured by {type(config).__name__}, not {model.__name__}")
+    config = load_as(model, verb, flags, config_file)
     quieten_libraries()
     return config, Reporter(config.quiet)
 
@@ -36,6 +34,40 @@ def quieten_libraries() -> None:
     hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+_CARRIED = (
+    *("runs", "device", "dtype", "architecture", "quantize", "quantize_output"),
+    *("calibration", "allocation", "mode"),
+)
+"""What the next command must repeat to go on with the same model and artefacts."""
+
+
+def next_command(verb: str, config: SharedConfig, **flags: object) -> str:
+    """The command line that goes on from here: this one's model and settings, as far as `verb` has them.
+
+    Args:
+        verb: comes next.
+        config: of this command.
+        flags: further keys; they win, and None leaves one out.
+    """
+    fields = VERB_CONFIGS[verb].model_fields
+    known = keys_of(VERB_CONFIGS[verb])
+    values: dict[str, object] = {"model": config.model}
+    for key in _CARRIED:
+        if key in known and hasattr(config, key):
+            value, default = _first(getattr(config, key)), _first(fields[known[key]].default)
+            values[key] = None if value == default else value
+    words = ["teal", verb]
+    for key, value in {**values, **flags}.items():
+        if value is not None:
+            words += [flag_name(key)] if value is True else [flag_name(key), str(value)]
+    return shlex.join(words)
+
+
+def _first(value: object) -> object:
+    """eval takes a list of what other verbs take one of."""
+    return value[0] if isinstance(value, list) else value
 
 
 def write_result(config: SharedConfig, result: dict[str, Any]) -> None:

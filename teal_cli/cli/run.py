@@ -6,16 +6,18 @@ from typing import Annotated
 
 import typer
 
+from teal_cli.cli.completion import among
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import quieten_libraries
+from teal_cli.cli.output import next_command, quieten_libraries
 from teal_cli.config import SharedConfig
-from teal_cli.config_files import load_recipe
+from teal_cli.config_files import load_recipe, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
 
-_RECIPE = inspect.Parameter(
-    "recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, typer.Argument(help="YAML recipe")]
+_ARGUMENT = typer.Argument(
+    help=f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", autocompletion=among(recipe_names)
 )
+_RECIPE = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, _ARGUMENT])
 
 
 def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
@@ -41,6 +43,9 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     if "generate" in results:
         sample = results["generate"]
         reporter.out.print(f"\n> {sample['prompt']}\n{sample['text']}", markup=False)
+    if "export" in results:
+        onward = next_command("generate", SharedConfig(model=results["export"]["folder"]))
+        reporter.say(f"next: {onward}")
 
 
 command = with_options(SharedConfig, _run, arguments=(_RECIPE,))

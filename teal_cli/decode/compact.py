@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import ARCHITECTURES
+from teal_cli.models.architectures import architecture_for
 from teal_cli.sparse import SparseLinear, SparsityControl, SparsityCounter
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
@@ -35,25 +35,35 @@ FINISHES = {
 """What follows the product of each site, as `gemv` takes it."""
 
 
-def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
-    """Why a model cannot take the compact path; None where it can."""
+def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
+    """Why a model cannot take the compact path on a device, wherever it is now; None where it can."""
     config = model.config
-    parameter = next(model.parameters())
-    if config.model_type not in ARCHITECTURES:
+    try:
+        known = architecture_for(model).compact
+    except ArtefactError:
+        known = False
+    if not known:
         return f"model type {config.model_type}"
-    if parameter.device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not interpreting():
         return "no GPU"
-    if control.backend not in ("auto", "triton"):
-        return f"backend {control.backend}"
-    if (reason := backend_unavailable_reason("triton", parameter.device, parameter.dtype)) is not None:
+    if backend not in ("auto", "triton"):
+        return f"backend {backend}"
+    if (reason := backend_unavailable_reason("triton", device, dtype)) is not None:
         return reason
     if any(isinstance(module, GateFirstMLP) for module in model.modules()):
         return "MLPs that decode gate first"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in _ROPE_TYPES:
-        return f"rope type {rope}"
+    return None if rope in _ROPE_TYPES else f"rope type {rope}"
+
+
+def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
+    """Why a model cannot take the compact path; None where it can."""
+    parameter = next(model.parameters())
+    reason = unsupported_on(model, parameter.device, parameter.dtype, control.backend)
+    if reason is not None:
+        return reason
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
     if not all(layer.site.side_by_side for layer in model.modules() if isinstance(layer, SparseLinear)):

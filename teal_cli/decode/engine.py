@@ -36,6 +36,9 @@ class Engine:
         compact: whether the compact path may be taken.
     """
 
+    captures = True
+    """Whether a step can become a CUDA graph."""
+
     def __init__(self, model: Any, *, compact: bool = True) -> None:
         self.model = model
         self.device: torch.device = next(model.parameters()).device
@@ -65,7 +68,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 31
 
     def new_cache(self, length: int) -> Any:
@@ -203,7 +206,7 @@ class TokenLoop:
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         # A sliding cache moves by rules in Python, which a graph would freeze.
-        self.captures = engine.device.type == "cuda" and not any(getattr(cache, "is_sliding", ()))
+        self.captures = engine.captures and engine.device.type == "cuda" and not any(getattr(cache, "is_sliding", ()))
         """Whether steps are, or are going to be, replays of a graph."""
 
     @staticmethod

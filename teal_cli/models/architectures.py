@@ -1,68 +1,75 @@
-"""Which linear layers of which model types are made sparse: a table, not code.
+"""Which linear layers of which model types are made sparse: a table, not code (architectures.yaml).
 
 A *site* is one hidden state; the *projections* that read it share one histogram. Adding a family
-whose blocks look like one of these is a row here and a line in tests (docs/add-a-model-family.md).
+whose blocks look like one of these is a row there and a line in tests (docs/add-a-model-family.md).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
-from teal_cli.errors import ArtefactError
+from teal_cli.config_files import read_yaml
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.layers import is_stacked, linear_shape
+
+Kind = Literal["causal", "encoder", "seq2seq"]
+_Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-@dataclass(frozen=True)
-class Site:
-    """A hidden state and the projections, by their path inside a block, that read it."""
+class Architecture(BaseModel):
+    """Where the blocks are and what is sparsified in each: a row of the table, whose head explains the keys."""
 
-    name: str
-    projections: tuple[str, ...]
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Kind = "causal"
+    blocks: Annotated[_Paths, Field(min_length=1)]
+    sites: Annotated[dict[Annotated[str, Field(pattern=r"^\w+$")], _Paths], Field(min_length=1)]
+    optional: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    flattened: bool = False
+    compact: bool = False
 
-@dataclass(frozen=True)
-class Architecture:
-    """Where the decoder blocks are and what is sparsified in each."""
-
-    blocks: str
-    sites: tuple[Site, ...]
-
-
-_LLAMA = Architecture(
-    blocks="model.layers",
-    sites=(
-        Site("attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Site("attention_output", ("self_attn.o_proj",)),
-        Site("mlp_input", ("mlp.gate_proj", "mlp.up_proj")),
-        Site("mlp_intermediate", ("mlp.down_proj",)),
-    ),
-)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "sparsellama": _LLAMA,
-    "bamboo": _LLAMA,
-}
-"""transformers' `config.model_type` -> architecture."""
+    def row(self) -> dict[str, Any]:
+        """As it is written into files: what is not the default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """One sparsified linear layer of a model."""
+def read_table(path: Path) -> dict[str, Architecture]:
+    """A file of rows: model type -> architecture.
 
-    name: str
-    """Full module path, e.g. model.layers.0.self_attn.q_proj."""
-    site: str
-    """Full name of the hidden state it reads, e.g. model.layers.0.attention_input."""
-    in_features: int
-    out_features: int
+    Raises:
+        UsageError: no such file, or a row that cannot be.
+    """
+    rows = read_yaml(path, "architecture file")
+    found = {}
+    for model_type, row in rows.items():
+        where = f"architecture file {path}: {model_type}"
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: a row is a mapping with blocks and sites")
+        other = row.get("like")
+        if other is not None and not isinstance(rows.get(other), dict):
+            raise UsageError(f"{where}: there is no row {other!r} to be like")
+        content = {**({} if other is None else rows[other]), **row}
+        content.pop("like", None)
+        try:
+            found[model_type] = Architecture.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return found
 
-    @property
-    def parameters(self) -> int:
-        """Weights of the projection; the bias is not counted, being read whatever the sparsity."""
-        return self.in_features * self.out_features
+
+@cache
+def table() -> Mapping[str, Architecture]:
+    """The packaged table: transformers' `config.model_type` -> architecture."""
+    return read_table(Path(__file__).with_suffix(".yaml"))
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -72,12 +79,55 @@ def architecture_of(model_type: str) -> Architecture:
         ArtefactError: a type that the table does not have.
     """
     try:
-        return ARCHITECTURES[model_type]
+        return table()[model_type]
     except KeyError:
         raise ArtefactError(
-            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))} "
-            "(docs/add-a-model-family.md)"
+            f"model type {model_type!r} is not in the table of architectures, which has {', '.join(sorted(table()))}; "
+            "give its layers with --architecture FILE (docs/add-a-model-family.md)"
         ) from None
+
+
+def architecture_in(file: Path | None, model_type: str) -> Architecture | None:
+    """The row of a model type in a user's file; None where there is no file.
+
+    Raises:
+        UsageError: no such row.
+    """
+    if file is None:
+        return None
+    rows = read_table(file)
+    if model_type not in rows:
+        raise UsageError(f"architecture file {file} has no row {model_type!r}, which is the type of this model")
+    return rows[model_type]
+
+
+def architecture_for(model: Any) -> Architecture:
+    """The architecture of a model: the one that it carries, else its type's row.
+
+    Raises:
+        ArtefactError: it carries none and the table has no such type.
+    """
+    own = getattr(model, "teal_architecture", None)
+    return own if isinstance(own, Architecture) else architecture_of(str(model.config.model_type))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One sparsified linear layer of a model, or one layer of all experts of a block."""
+
+    name: str
+    """Full module path, e.g. model.layers.0.self_attn.q_proj."""
+    site: str
+    """Full name of the hidden state it reads, e.g. model.layers.0.attention_input."""
+    in_features: int
+    out_features: int
+    copies: int = 1
+    """Experts that have one each."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the projection; the bias is not counted, being read whatever the sparsity."""
+        return self.in_features * self.out_features * self.copies
 
 
 OUTPUT_SITE = "output_input"
@@ -88,32 +138,51 @@ def find_projections(model: nn.Module, *, output_layer: bool = False) -> list[Pr
     """Every projection of a transformers model, in the order in which a token meets them.
 
     Args:
-        model: a causal language model.
+        model: as `models.loading.load_model` gives it.
         output_layer: count the layer of the logits among them.
 
     Raises:
-        ArtefactError: unsupported model type, or a module that the table promises and the model lacks.
+        ArtefactError: unsupported model type, or linear layers that are not those that the row says.
     """
-    architecture = architecture_of(str(getattr(model.config, "model_type", None)))
-    blocks = model.get_submodule(architecture.blocks)
+    architecture = architecture_for(model)
     found = []
-    for index, block in enumerate(blocks.children()):
-        prefix = f"{architecture.blocks}.{index}"
-        for site in architecture.sites:
-            for path in site.projections:
-                try:
-                    module = block.get_submodule(path)
-                except AttributeError:
-                    module = None
-                if not isinstance(module, nn.Linear):
-                    raise ArtefactError(f"{prefix}.{path} is not a linear layer of this model; its family needs a row")
-                found.append(
-                    Projection(f"{prefix}.{path}", f"{prefix}.{site.name}", module.in_features, module.out_features)
-                )
+    for stack in architecture.blocks:
+        try:
+            blocks = model.get_submodule(stack)
+        except AttributeError as error:
+            raise ArtefactError(f"this model has no blocks at {stack}, where its architecture has them") from error
+        for index, block in enumerate(blocks.children()):
+            found += list(_of_block(architecture, block, f"{stack}.{index}"))
     if output_layer:
         output = model.get_output_embeddings()  # type: ignore[operator]
         name = next((name for name, module in model.named_modules() if module is output), None)
-        if name is None or not isinstance(output, nn.Linear):
+        if name is None or not isinstance(output, nn.Linear) or architecture.kind != "causal":
             raise ArtefactError("this model's output layer is not a linear layer: leave --output-layer out")
         found.append(Projection(name, OUTPUT_SITE, output.in_features, output.out_features))
     return found
+
+
+def _of_block(architecture: Architecture, block: nn.Module, prefix: str) -> Iterator[Projection]:
+    """The projections of one block: what the row promises must be there, and what is there the row must name."""
+    modules = dict(block.named_modules())
+    shapes = {name: shape for name, module in modules.items() if (shape := linear_shape(module)) is not None}
+    stacked = [name for name, module in modules.items() if is_stacked(module)]
+    unnamed = {
+        name for name in [*shapes, *stacked] if not any(fnmatchcase(name, pattern) for pattern in architecture.dense)
+    }
+    for site, patterns in architecture.sites.items():
+        for pattern in patterns:
+            names = [name for name in shapes if fnmatchcase(name, pattern)]
+            if not names and site not in architecture.optional:
+                raise ArtefactError(f"{prefix}.{pattern} is not a linear layer of this model; its family needs a row")
+            for name in names:
+                shape = shapes[name]
+                unnamed.discard(name)
+                yield Projection(
+                    f"{prefix}.{name}", f"{prefix}.{site}", shape.in_features, shape.out_features, shape.copies
+                )
+    if unnamed:
+        raise ArtefactError(
+            f"{prefix}.{min(unnamed)} is in no site of this architecture and not among its dense layers: "
+            "describe the model with --architecture FILE (docs/add-a-model-family.md)"
+        )

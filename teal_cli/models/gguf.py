@@ -2,19 +2,15 @@
 
 import hashlib
 import io
-import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from teal_cli.checkpoint.files import atomic_folder, update_with_samples
-from teal_cli.checkpoint.weights import weight_files
+from teal_cli.checkpoint.files import update_with_samples
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
-from teal_cli.resources import teal_home
+from teal_cli.models.conversion import converted_once
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -34,33 +30,21 @@ def _cache_name(file: Path) -> str:
 def converted(file: Path, say: Callable[[str], None] = lambda message: None) -> Path:
     """The transformers folder of a GGUF file, converted on first use.
 
-    Safe against two processes (a file lock) and against interruption (the folder appears whole,
-    by a rename).
-
     Raises:
         ArtefactError: not a GGUF file, or one that transformers cannot read.
         MachineError: the packages that read GGUF are not installed.
     """
-    folder = teal_home() / "models" / _cache_name(file)
-    if folder.is_dir():
-        return folder
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise MachineError(f"reading {file.name} needs the package {package}: pip install 'teal-cli[gguf]'")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder) + ".lock"):
-        if not folder.is_dir():
-            say(f"converting {file.name} to safetensors, once, into {folder}")
-            # Under the lock nobody else is writing: what lies here was left by an interrupted run.
-            for stale in folder.parent.glob(f".{folder.name}.*.part"):
-                shutil.rmtree(stale, ignore_errors=True)
-            with atomic_folder(folder) as temporary:
-                _convert(file, temporary)
-                weight_files(temporary)
-    return folder
+    return converted_once(
+        _cache_name(file),
+        lambda temporary: _convert(file, temporary),
+        lambda folder: say(f"converting {file.name} to safetensors, once, into {folder}"),
+    )
 
 
 def _convert(file: Path, folder: Path) -> None:
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise MachineError(f"reading {file.name} needs the package {package}: pip install 'teal-cli[gguf]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

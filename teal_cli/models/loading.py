@@ -1,6 +1,8 @@
 """Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from teal_cli.checkpoint.plan import carries_plan
 from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.models.aliases import Alias
+from teal_cli.models.architectures import Architecture, Kind, table
+from teal_cli.models.layers import unstack_experts_
 
 # What transformers raises for a folder that it cannot make sense of.
 _UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)
@@ -68,19 +72,60 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     if free is not None and needed > free:
         raise MachineError(
             f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
-            "use a smaller model or --dtype bfloat16"
+            "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
         )
 
 
-def load_model(folder: Path, *, device: str, dtype: str) -> Any:
-    """A transformers causal language model in eval mode; a TEAL checkpoint comes with sparse layers.
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of transformers, whose are not ours to show: the reporter is who talks to the user."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def auto_class(kind: Kind) -> Any:
+    """transformers' class that loads a model of a kind."""
+    import transformers
+
+    name = {"causal": "ForCausalLM", "seq2seq": "ForSeq2SeqLM", "encoder": ""}[kind]
+    return getattr(transformers, f"AutoModel{name}")
+
+
+def kind_of(config: dict[str, Any], architecture: Architecture | None) -> Kind:
+    """What kind of model a folder holds.
+
+    Args:
+        config: its config.json.
+        architecture: where it is not that of the table or of the checkpoint.
+    """
+    if architecture is not None:
+        return architecture.kind
+    own = (config.get("quantization_config") or {}).get("architecture") or {}
+    row = table().get(str(config.get("model_type")))
+    kind: Kind = own.get("kind") or (row.kind if row is not None else "causal")
+    return kind
+
+
+def load_model(folder: Path, *, device: str, dtype: str, architecture: Architecture | None = None) -> Any:
+    """A transformers model in eval mode; a TEAL checkpoint comes with sparse layers.
+
+    Args:
+        folder: the model's.
+        device: see `pick_device`.
+        dtype: see `pick_dtype`.
+        architecture: the model's, where it is not that of the table or of the checkpoint.
 
     Raises:
         ArtefactError: transformers cannot load the folder, or loaded thresholds without using them.
         MachineError: no such device, or out of memory.
     """
-    from transformers import AutoModelForCausalLM
-
     import teal_cli.hf  # noqa: F401  (registers the format)
     from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
     from teal_cli.sparse import lay_out_, sparse_layers
@@ -93,23 +138,30 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
     # Codes keep their dtype, whatever the model's.
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
     check_memory(size, target, str(folder))
+    kind = kind_of(config, architecture)
     is_sparse = carries_plan(config)
     if is_sparse:
         check_weights(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, local_files_only=True, output_loading_info=True
-        )
+        with _without_bars():
+            loaded: Any = auto_class(kind).from_pretrained(
+                folder, dtype=chosen, local_files_only=True, output_loading_info=True
+            )
         model, report = loaded
     except _UNREADABLE as error:
         raise artefact_error(error, f"{folder} cannot be loaded") from error
     # transformers only warns of tensors that it did not find, and fills them with random numbers.
     absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if kind == "encoder":  # what pools the hidden states is not used, and not every checkpoint has it
+        absent = [name for name in absent if not name.startswith("pooler.")]
     if absent:
         raise ArtefactError(f"the weights of {folder} lack {len(absent)} tensors of the right shape, {absent[0]} first")
     # transformers only warns of a format that it does not know and goes on densely.
     if is_sparse and not sparse_layers(model):
         raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
+    if architecture is not None and not is_sparse:
+        model.teal_architecture = architecture
+    unstack_experts_(model)
     set_activation_thresholds_(model)
     model.to(target).eval()
     lay_out_(model)
@@ -118,23 +170,45 @@ def load_model(folder: Path, *, device: str, dtype: str) -> Any:
 
 def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> Any:
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
 
     target = pick_device(device)
-    shape = dict(alias.shape)
-    check_activation(shape, f"alias {alias.name}")
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    check_activation(alias.shape, f"alias {alias.name}")
+    empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
-    with torch.device("meta"):
-        elements = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    elements = sum(parameter.numel() for parameter in empty.parameters())
     check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
     torch.manual_seed(seed)
     with target:
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen)
     set_activation_thresholds_(model)
     return model.eval()
+
+
+def outline(model: Path | Alias) -> Any:
+    """The model of a folder or of an alias's shape without weights: every module, on the meta device.
+
+    Raises:
+        ArtefactError: a configuration that transformers cannot make sense of.
+    """
+    from transformers import AutoConfig
+
+    import teal_cli.models.trained_sparse  # noqa: F401  (registers model types)
+
+    try:
+        if isinstance(model, Alias):
+            config = AutoConfig.for_model(**model.shape)
+        else:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+        with torch.device("meta"):
+            found = auto_class(kind_of(config.to_dict(), None)).from_config(config)
+            unstack_experts_(found)
+        return found
+    except _UNREADABLE as error:
+        name = model.name if isinstance(model, Alias) else model
+        raise artefact_error(error, f"{name} cannot be understood") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -57,7 +57,7 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _folder_source(path)
+        return _folder_source(path, path.resolve().name, say)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ArtefactError(f"GGUF file {spec} does not exist")
@@ -66,17 +66,38 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     if alias is not None:
         return _alias_source(alias, say)
     if _HUB_ID.fullmatch(spec):
-        return ModelSource(spec.replace("/", "--"), _download(spec))
+        return _folder_source(_download(spec), spec.replace("/", "--"), say)
     raise ArtefactError(
         f"no model {spec!r}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
     )
 
 
-def _folder_source(folder: Path) -> ModelSource:
+def find_outline(spec: str) -> tuple[str, Path | Alias]:
+    """The name of the model that `spec` names, and what `loading.outline` takes; of a hub model, only config.json.
+
+    Raises:
+        ArtefactError: as `find_model`.
+    """
+    alias = find_alias(spec)
+    if alias is not None and not Path(spec).is_dir():
+        return alias.name, alias
+    if _HUB_ID.fullmatch(spec) and not Path(spec).expanduser().exists():
+        return spec.replace("/", "--"), _download(spec, only_config=True)
+    source = find_model(spec)
+    return source.name, source.folder
+
+
+def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"model folder {folder} has no config.json")
     weight_files(folder)
-    return ModelSource(folder.resolve().name, folder)
+    found = ModelSource(name, folder)
+    method = (found.config.get("quantization_config") or {}).get("quant_method")
+    if method in ("gptq", "awq"):
+        from teal_cli.quantise.published import converted_published
+
+        return ModelSource(name, converted_published(folder, say))
+    return found
 
 
 def _converted_source(file: Path, name: str, say: Callable[[str], None]) -> ModelSource:
@@ -99,13 +120,14 @@ def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
         ) from error
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, only_config: bool = False) -> Path:
     """The newest snapshot of a hub model, from the cache where the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["original/*"]))
+        wanted = ["config.json"] if only_config else _HUB_FILES
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except GatedRepoError as error:
         raise ArtefactError(f"{hub_id} is gated: accept its licence on the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -119,5 +141,6 @@ def _download(hub_id: str) -> Path:
         ) from error
     if not (folder / "config.json").is_file():
         raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
-    weight_files(folder)
+    if not only_config:
+        weight_files(folder)
     return folder

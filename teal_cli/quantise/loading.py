@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.files import read_json
 from teal_cli.config import ModelConfig
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import architecture_in, find_projections
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.files import read_quantised
 from teal_cli.quantise.model import dequantise_, schemes_of
@@ -19,9 +20,11 @@ def load_dense(folder: Path, config: ModelConfig, calibration: Calibration) -> t
         The model, and by module path what `pack_` puts in place of those weights; empty where nothing is quantised.
 
     Raises:
-        TealError: what `load_model` and `read_quantised` raise.
+        TealError: what `architecture_in`, `load_model` and `read_quantised` raise.
     """
-    model = load_model(folder, device=config.device, dtype=config.dtype)
+    model_type = str(read_json(folder / "config.json", "model configuration").get("model_type"))
+    architecture = architecture_in(config.architecture, model_type)
+    model = load_model(folder, device=config.device, dtype=config.dtype, architecture=architecture)
     if calibration.quantised is None or config.quantize is None:
         return model, {}
     output = find_projections(model, output_layer=True)[-1].name if config.quantize_output else None

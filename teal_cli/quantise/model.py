@@ -1,12 +1,14 @@
 """Quantising a model: in place, for measuring, and packed, for decoding."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for, find_projections
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
 from teal_cli.quantise.walk import quantise_blocks_
@@ -24,6 +26,7 @@ def quantise_(
     scheme: Scheme,
     *,
     output_layer: bool = False,
+    known: Mapping[str, Packed] = MappingProxyType({}),
     batches: tuple[Tensor, ...] = (),
     on_block: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Packed]:
@@ -35,17 +38,27 @@ def quantise_(
         model: a causal language model.
         scheme: of the projections.
         output_layer: quantise the output layer too, to 8 bits. Of tied embeddings it gets weights of its own.
+        known: module path -> codes that came with the model; they are taken as they are.
         batches: (sequences, tokens) int64 each, for GPTQ; without any, and for 8 bits, the nearest codes are taken.
         on_block: told of each block that GPTQ has done.
 
     Returns:
         Module path -> the codes, scales and zero points that `pack_` puts in place.
+
+    Raises:
+        ArtefactError: a projection that is Conv1D, or stacked experts.
     """
-    packs: dict[str, Packed] = {}
+    packs = dict(known)
+    dequantise_(model, packs)
     projections = find_projections(model)
     schemes = {projection.name: scheme for projection in projections}
-    if batches and scheme.bits == 4:
-        path = architecture_of(model.config.model_type).blocks
+    for name in schemes:
+        kind = type(model.get_submodule(name))
+        if not issubclass(kind, nn.Linear):
+            raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
+    architecture = architecture_for(model)
+    if batches and not known and scheme.bits == 4 and architecture.kind == "causal":
+        (path,) = architecture.blocks
         packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
     if output_layer:
         schemes[find_projections(model, output_layer=True)[-1].name] = INT8

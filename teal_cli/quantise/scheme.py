@@ -51,6 +51,12 @@ class Scheme:
         """Inputs a group, of a projection with so many."""
         return inputs if self.group == 0 else min(self.group, inputs)
 
+    def stored_bytes(self, inputs: int, outputs: int) -> int:
+        """What a quantised projection takes: codes, and four bytes a group (a scale, or one and a zero point)."""
+        codes = 4 * inputs * -(-outputs // (32 // self.bits))
+        groups = -(-inputs // self.group_of(inputs))
+        return codes + groups * outputs * 4
+
 
 INT8 = Scheme(8, 0)
 """Of output layers."""

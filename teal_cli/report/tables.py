@@ -24,11 +24,15 @@ def _megabytes(size: int) -> str:
 def calibration_table(result: dict[str, Any]) -> Table:
     """What `teal calibrate` measured."""
     table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
-    rows = [
-        ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
-        ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections"),
-        ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
-    ]
+    sites = ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections")
+    if result["imported"]:
+        rows = [("imported", f"{result['imported']}, {result['tokens']:,} tokens"), sites]
+    else:
+        rows = [
+            ("text", f"{result['dataset']}, {result['tokens']:,} tokens in sequences of {result['seq_len']:,}"),
+            sites,
+            ("time", f"{result['seconds']:.1f} s, {result['tokens'] / max(result['seconds'], 1e-9):,.0f} tokens/s"),
+        ]
     if result["sensitivity_tokens"]:
         rows.append(
             ("sensitivities", f"{result['sensitivity_tokens']:,} tokens, {result['sensitivity_seconds']:.1f} s")
@@ -45,12 +49,33 @@ def calibration_table(result: dict[str, Any]) -> Table:
 def eval_tables(result: dict[str, Any]) -> list[Table]:
     """Dense against sparse quality: one run in full, or several side by side; then what was written."""
     runs = result["runs"]
+    if result.get("kind") == "encoder":
+        return [_encoder(result)]
     title = f"{result['model']} on {result['dataset']}\n"
     positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
     if len(runs) == 1:
         title += f"{result['tokens']:,} {positions}, the first {result['dense_prefix']} dense"
         return [_one_run(title, result), *_written(runs)]
     return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
+
+
+def _encoder(result: dict[str, Any]) -> Table:
+    first = result["runs"][0]
+    title = (
+        f"{result['model']} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
+    )
+    columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
+    table = _table(title, *columns)
+    for run in result["runs"]:
+        table.add_row(
+            run["allocation"],
+            f"{run['target_sparsity']:.2f}",
+            f"{run['realised_sparsity']:.3f}",
+            _with_error(run["cosine"], run["cosine_stderr"], 4),
+            f"{run['least_cosine']:.4f}",
+            f"{run['relative_error']:.3f}",
+        )
+    return table
 
 
 def _one_run(title: str, result: dict[str, Any]) -> Table:
@@ -251,6 +276,8 @@ _OWN = 1.0
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
+    if quality and quality.get("kind") == "encoder":  # its measures stand in the table of eval
+        quality = None
     table = _table("Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup")
     rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
 

@@ -71,8 +71,8 @@ class SparsityControl:
     `auto` is how a model is served: several tokens in a row are a prefill and run dense, a single
     token is a decode step and runs sparse. `dense` switches sparsity off. `masked` is for
     evaluation: many positions at once through dense products with masked inputs, which is the same
-    mathematics as decoding them one by one; the first `dense_prefix` positions stay dense. While
-    `enabled` is False every mode is dense.
+    mathematics as decoding them one by one; the first `dense_prefix` positions stay dense. An encoder
+    does in `auto` what others do in `masked`. While `enabled` is False every mode is dense.
     """
 
     mode: Mode = "auto"
@@ -85,6 +85,12 @@ class SparsityControl:
     positions: int = field(default=1, repr=False)
     """Of the pass under way, where `skips_output`."""
     counter: SparsityCounter | None = field(default=None, repr=False)
+    flattens: bool = False
+    """Whether some layers are given (batch * tokens, in): those that are not leave word of the shape."""
+    shape: tuple[int, ...] = field(default=(1, 1), repr=False)
+    """Batch and tokens of the pass under way, where `flattens`."""
+    encodes: bool = False
+    """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
     plans_applied: int = field(default=0, repr=False)
     """Goes up whenever thresholds change."""
 

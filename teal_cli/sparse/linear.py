@@ -104,6 +104,10 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
         control = self.control
+        if control.flattens:
+            if x.dim() == 2:
+                return self.forward(x.view(*control.shape, x.shape[-1])).flatten(0, 1)
+            control.shape = tuple(x.shape[:2])
         tokens = x.shape[-2] if x.dim() > 1 else 1
         before = 0  # positions of this pass that are not in x
         if control.skips_output:
@@ -112,9 +116,10 @@ class SparseLinear(nn.Linear):
             else:
                 control.positions = tokens
         several = before + tokens > 1
-        if not control.enabled or control.mode == "dense" or (control.mode == "auto" and several):
+        mode = "masked" if control.encodes and control.mode == "auto" else control.mode
+        if not control.enabled or mode == "dense" or (mode == "auto" and several):
             return self._dense(x, several)
-        masked = control.mode == "masked"
+        masked = mode == "masked"
         prefix = max(control.dense_prefix - before, 0) if masked else 0
         counter = control.counter if control.counter is not None and control.counter.active else None
         if self.plan.sparsity == 0.0:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for
+from teal_cli.models.layers import rows_from
+from teal_cli.models.passes import run_text
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.replace import set_thresholds_, sparse_layers
 
@@ -28,7 +31,7 @@ def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefi
     prefix dense, the rest sparse and counted.
 
     Args:
-        model: a causal language model with sparse layers; takes on the new thresholds.
+        model: with sparse layers; takes on the new thresholds.
         plan: projections and their sparsities.
         sequences: (sequences, tokens) int64, run together as one batch.
         dense_prefix: leading positions that run dense and are not counted, as a prompt.
@@ -42,9 +45,11 @@ def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefi
     for layer in layers.values():
         sites[id(layer.site)].append(layer)
 
-    def settle(layer: SparseLinear, x: Tensor) -> None:
-        counts = histogram.count(x[:, dense_prefix:]).cpu()
-        for reader in sites.pop(id(layer.site), []):  # the first to be called settles all of its site
+    def settle(layer: SparseLinear, x: Tensor, *rest: Any) -> None:
+        if id(layer.site) not in sites:  # settled, by the layer of it that was called first
+            return
+        counts = histogram.count(rows_from(dense_prefix, x, rest, sequences.shape)).cpu()
+        for reader in sites.pop(id(layer.site)):
             sparsity = plan.projections[reader.name].sparsity
             try:
                 threshold = histogram.threshold_for(counts, sparsity)
@@ -54,22 +59,26 @@ def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefi
 
     control = next(iter(layers.values())).control
     with _called_before(layers.values(), settle), control.masked(dense_prefix):
-        # Without the output layer: no logits of all positions have to be held.
-        last = model.base_model(input_ids=sequences.to(model.device), use_cache=False).last_hidden_state
-    output = model.get_output_embeddings()
-    if isinstance(output, SparseLinear):
-        settle(output, last)
+        ids = sequences.to(model.device)
+        if architecture_for(model).kind == "causal":
+            # Without the output layer: no logits of all positions have to be held.
+            last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            output = model.get_output_embeddings()
+            if isinstance(output, SparseLinear):
+                settle(output, last)
+        else:
+            run_text(model, ids)
     held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].plan for name in plan.projections})
     set_thresholds_(model, held)
     return held
 
 
 @contextmanager
-def _called_before(layers: Any, action: Callable[[SparseLinear, Tensor], None]) -> Iterator[None]:
-    """`action` with each layer and its input, before the layer runs."""
+def _called_before(layers: Any, action: Callable[..., None]) -> Iterator[None]:
+    """`action` with each layer and its arguments, before the layer runs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        action(module, args[0])  # type: ignore[arg-type]
+        action(module, *args)
 
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:

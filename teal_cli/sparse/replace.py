@@ -1,16 +1,18 @@
 """Putting sparse layers in the place of a model's projections, and thresholds into them."""
 
-from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.layers import StackedLinear, is_conv1d
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.site import Site
+from teal_cli.sparse.variants import SparseConv1D, SparseExperts, StackedSite
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -24,24 +26,36 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
     Raises:
         ArtefactError: a name that is no linear layer of this model.
     """
-    control = SparsityControl()
+    architecture = architecture_for(model)
+    control = SparsityControl(flattens=architecture.flattened, encodes=architecture.kind == "encoder")
     site_names = {projection.name: projection.site for projection in find_projections(model)}
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    sites: defaultdict[str, Site] = defaultdict(Site)
+    output = model.get_output_embeddings() if architecture.kind == "causal" else None  # type: ignore[operator]
+    sites: dict[str, Site] = {}
     for name in names:
         try:
             linear = model.get_submodule(name)
         except AttributeError:
             linear = None
-        if not isinstance(linear, nn.Linear):
-            raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         parent, _, child = name.rpartition(".")
-        site = sites[site_names.get(name, name)]
-        layer = SparseLinear.from_linear(linear, name=name, control=control, site=site)
+        layer = None if linear is None else _sparse(linear, name, control, sites, site_names.get(name, name))
+        if layer is None:
+            raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         if linear is output:
             layer.is_output = control.skips_output = True
         setattr(model.get_submodule(parent), child, layer)
     return control
+
+
+def _sparse(
+    linear: nn.Module, name: str, control: SparsityControl, sites: dict[str, Site], site: str
+) -> SparseLinear | None:
+    """The sparse layer for a linear one, at its site; None for a module that is none."""
+    if isinstance(linear, StackedLinear):
+        return SparseExperts(linear, name=name, control=control, site=sites.setdefault(site, StackedSite()))
+    shared: dict[str, Any] = {"name": name, "control": control, "site": sites.setdefault(site, Site())}
+    if isinstance(linear, nn.Linear):
+        return SparseLinear.from_linear(linear, **shared)
+    return SparseConv1D.from_conv1d(linear, **shared) if is_conv1d(linear) else None
 
 
 def _sites(model: nn.Module) -> list[Site]:

@@ -18,9 +18,10 @@ from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import Projection, find_projections
+from teal_cli.models.architectures import Projection, architecture_of, find_projections
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
@@ -103,7 +104,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = Engine(model)
+    engine = engine_for(model)
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     if config.tune:
@@ -161,12 +162,14 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
 
 
 def site_products(model: Any) -> list[ProductShape]:
-    """The products of one block, and of an output layer that drops inputs or is quantised."""
+    """The products of the first block, and of an output layer that drops inputs or is quantised."""
     layers = sparse_layers(model)
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
         parts.setdefault(projection.site, []).append(projection)
-    groups = [(group, FINISHES[site.rpartition(".")[2]]) for site, group in list(parts.items())[: len(FINISHES)]]
+    first = next(iter(parts)).rpartition(".")[0]
+    of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
+    groups = [(group, FINISHES.get(site, "plain")) for site, group in of_block]
     if isinstance(model.get_output_embeddings(), SparseLinear):
         groups.append((find_projections(model, output_layer=True)[-1:], "plain"))
     shapes = []
@@ -219,6 +222,7 @@ def _wanted(config: BenchConfig) -> list[float]:
 def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) -> Prepared:
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
+    workspace.require_decoder(config, "bench")
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
     if config.mode == "intrinsic":
         model, plan = workspace.load_intrinsic(config, "bench")
@@ -249,6 +253,8 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     """Random weights, with thresholds measured on them, so that the sparsity is realised."""
     alias = require_alias(config.model)
+    if architecture_of(str(alias.shape["model_type"])).kind != "causal":
+        raise UsageError(f"random weights (flag --random-weights) are for decoders, and {alias.name} is none")
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     vocabulary = int(alias.shape["vocab_size"])

@@ -12,13 +12,16 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint, weight_files
-from teal_cli.config import CalibrateConfig
+from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.data import token_blocks
-from teal_cli.errors import is_out_of_memory
-from teal_cli.models.architectures import Projection, architecture_of, find_projections
-from teal_cli.models.loading import load_model, load_tokenizer
-from teal_cli.quantise.files import write_quantised
+from teal_cli.errors import UsageError, is_out_of_memory
+from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
+from teal_cli.models.discovery import propose
+from teal_cli.models.loading import load_model, load_tokenizer, pick_device
+from teal_cli.models.offload import computing_device, offload_
+from teal_cli.quantise.files import read_quantised, write_quantised
 from teal_cli.quantise.model import quantise_
+from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
@@ -36,11 +39,18 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     workspace.require_dense("calibrate")
     source = workspace.source
     # Whatever can fail cheaply fails before the model is loaded.
-    architecture_of(str(source.config.get("model_type")))
+    model_type = str(source.config.get("model_type"))
+    architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
+    if architecture is None:
+        raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
+    if architecture.kind != "causal" and config.dataset == "self":
+        raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
+    sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -52,21 +62,24 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        device = "cpu" if config.offload else config.device
+        model = load_model(source.folder, device=device, dtype=config.dtype, architecture=architecture)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
-    packs = _quantised(config, model, quantised, reporter)
+    packs = _quantised(config, source.folder, model, quantised, reporter)
     quantize_seconds = time.perf_counter() - started if packs else 0.0
+    if config.offload:
+        offload_(model, pick_device(config.device))
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
         histograms = collect(
-            model, projections, blocks.split(config.batch_size), sink_tokens=config.sink_tokens, on_batch=advance
+            model, projections, blocks.split(config.batch_size), sink_tokens=sink_tokens, on_batch=advance
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     sequences = _first(blocks, config.sensitivity_tokens)
-    sensitivities = _sensitivities(config, model, projections, sequences, reporter)
+    sensitivities = _sensitivities(model, projections, sequences, sink_tokens, reporter)
     sensitivity_seconds = time.perf_counter() - started
     started = time.perf_counter()
     walked = _first(blocks, config.greedy_tokens)
@@ -77,10 +90,10 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         dataset=dataset_identity(config.dataset),
         tokens=blocks.numel(),
         seq_len=config.seq_len,
-        sink_tokens=config.sink_tokens,
+        sink_tokens=sink_tokens,
         seed=config.seed,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+        device=computing_device(model).type,
         seconds=seconds,
         sensitivity_tokens=sequences.numel() if sensitivities else 0,
         sensitivity_seconds=sensitivity_seconds if sensitivities else 0.0,
@@ -91,7 +104,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         greedy_naive_forwards=greedy.naive_forwards,
         versions=library_versions(),
         quantization=config.quantization,
-        quantize_tokens=quantised.numel() if any(packed.bits == 4 for packed in packs.values()) else 0,
+        quantize_tokens=quantised.numel() if _chooses_codes(config, source.folder) else 0,
         quantize_seconds=quantize_seconds,
     )
     text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
@@ -104,15 +117,33 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     return result
 
 
-def _quantised(config: CalibrateConfig, model: Any, sequences: Tensor, reporter: Reporter) -> dict[str, Packed]:
+def _chooses_codes(config: CalibrateConfig, folder: Path) -> bool:
+    """Whether GPTQ is to choose codes: for 4 bits, unless the model came with some."""
+    scheme = None if config.quantize is None else Scheme.parse(config.quantize)
+    return scheme is not None and scheme.bits == 4 and published_codes(folder, scheme) is None
+
+
+def _quantised(
+    config: CalibrateConfig, folder: Path, model: Any, sequences: Tensor, reporter: Reporter
+) -> dict[str, Packed]:
     """Quantise the model, as the configuration asks."""
     if config.quantize is None:
         return {}
     scheme = Scheme.parse(config.quantize)
-    batches = sequences.split(config.batch_size) if len(sequences) and scheme.bits == 4 else ()
-    blocks = len(model.get_submodule(architecture_of(model.config.model_type).blocks)) if batches else 0
+    codes, known = published_codes(folder, scheme), {}
+    if codes is not None:
+        reporter.say(f"taking the {scheme.text} codes that the model came with")
+        known = read_quantised(codes, {p.name: scheme for p in find_projections(model)}, model.device)
+    batches = sequences.split(config.batch_size) if len(sequences) and _chooses_codes(config, folder) else ()
+    blocks = _block_count(model) if batches else 0
     with reporter.progress(f"quantising to {scheme.text}", blocks) as advance:
-        return quantise_(model, scheme, output_layer=config.quantize_output, batches=batches, on_block=advance)
+        return quantise_(
+            model, scheme, output_layer=config.quantize_output, known=known, batches=batches, on_block=advance
+        )
+
+
+def _block_count(model: Any) -> int:
+    return sum(len(model.get_submodule(path)) for path in architecture_for(model).blocks)
 
 
 def _first(blocks: Tensor, tokens: int) -> Tensor:
@@ -131,11 +162,9 @@ def _paths(
     """What allocation greedy needs, from some sequences."""
     if len(sequences) == 0:
         return GreedyPaths()
-    path = architecture_of(model.config.model_type).blocks
-    with reporter.progress("walking greedy paths", len(model.get_submodule(path))) as advance:
+    with reporter.progress("walking greedy paths", _block_count(model)) as advance:
         return measure_paths(
             model,
-            path,
             projections,
             histograms,
             sequences,
@@ -147,16 +176,15 @@ def _paths(
 
 
 def _sensitivities(
-    config: CalibrateConfig, model: Any, projections: list[Projection], sequences: Tensor, reporter: Reporter
+    model: Any, projections: list[Projection], sequences: Tensor, sink_tokens: int, reporter: Reporter
 ) -> dict[str, Tensor]:
     """Sensitivities from some sequences; none where memory does not allow a backward pass."""
     if len(sequences) == 0:
         return {}
-    path = architecture_of(model.config.model_type).blocks
     try:
         with reporter.progress("measuring sensitivities", sequences.numel()) as advance:
             return sensitivity.measure(
-                model, path, projections, sequences.split(1), sink_tokens=config.sink_tokens, on_batch=advance
+                model, projections, sequences.split(1), sink_tokens=sink_tokens, on_batch=advance
             )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -168,7 +196,7 @@ def _sensitivities(
         return {}
 
 
-def run_folder(config: CalibrateConfig, workspace: Workspace) -> Path:
+def run_folder(config: CalibrateConfig | ImportConfig, workspace: Workspace) -> Path:
     """Where this calibration is written."""
     return config.out or workspace.run
 

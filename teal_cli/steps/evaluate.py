@@ -13,9 +13,10 @@ from teal_cli.config import EvalConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.data import Half, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.evaluate.generation import Agreement, agree
-from teal_cli.evaluate.perplexity import Comparison, compare
-from teal_cli.evaluate.tasks import run_tasks
+from teal_cli.evaluation.generation import Agreement, agree
+from teal_cli.evaluation.perplexity import Comparison, compare
+from teal_cli.evaluation.similarity import Similarity, compare_states
+from teal_cli.evaluation.tasks import run_tasks
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
@@ -73,6 +74,46 @@ class EvalRun:
 
 
 @dataclass(frozen=True)
+class EncoderRun:
+    """An encoder's hidden states by one plan."""
+
+    allocation: str
+    target_sparsity: float
+    similarity: Similarity
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `runs`."""
+        found = asdict(self.similarity)
+        realised = found.pop("realised_by_projection")
+        return {
+            "allocation": self.allocation,
+            "target_sparsity": self.target_sparsity,
+            **found,
+            "realised_by_projection": realised,
+        }
+
+
+@dataclass(frozen=True)
+class EncoderResult:
+    """How near an encoder stays to its dense self, at one or several sparsities and allocations."""
+
+    model: str
+    dataset: str
+    half: Half
+    seq_len: int
+    runs: list[EncoderRun]
+    """By allocation, then sparsity, as asked for."""
+    device: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `teal eval --json` for an encoder (docs/formats.md)."""
+        return {**asdict(self), "kind": "encoder", "runs": [run.to_json() for run in self.runs]}
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Quality at one or several sparsities, allocations and dense prefixes."""
 
@@ -111,8 +152,10 @@ class EvalResult:
         }
 
 
-def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult:
+def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult | EncoderResult:
     """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
+
+    Of an encoder, how near its hidden states stay.
 
     Raises:
         TealError: anything wrong with model, text or machine.
@@ -121,6 +164,10 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     dataset = config.dataset if config.text is None else str(config.text)
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
+    kind = workspace.kind(config)
+    prefixes = config.prefixes if kind == "causal" else [0]
+    if kind != "causal":
+        _check_no_decoder(config, workspace, reporter)
     tokenizer = load_tokenizer(workspace.source.folder)
     half = _half(dataset, _calibrated_on(config, workspace, reporter))
 
@@ -143,8 +190,19 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     if blocks is None:
         with control.switched_off():
             blocks = text(model)
+    machine: dict[str, Any] = {
+        "device": device_description(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "versions": library_versions(),
+    }
+    if kind == "encoder":
+        with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
+            found = compare_states(model, plans, blocks, on_sequence=advance)
+        runs = [EncoderRun(p.allocation, p.target_sparsity, entry) for p, entry in zip(plans, found, strict=True)]
+        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, runs, **machine)
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
-        compared = compare(model, plans, blocks, dense_prefixes=config.prefixes, on_sequence=advance)
+        compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
     written: list[Agreement] | list[None] = [None] * len(plans)
     if config.generate:
         prompts = blocks[: config.prompts, : config.prompt_tokens]
@@ -177,22 +235,35 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
                 allocation=plan.allocation,
                 target_sparsity=plan.target_sparsity,
                 dense_prefix=prefix,
-                comparison=found,
-                bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection, packs),
-                neuron_sparsity=neuron_sparsity(model, found.realised_by_projection)
+                comparison=comparison,
+                bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
+                neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
                 if config.mode == "intrinsic"
                 else None,
                 generation=generation,
                 tasks=scores,
             )
             for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)
-            for prefix, found in zip(config.prefixes, of_plan, strict=True)
+            for prefix, comparison in zip(prefixes, of_plan, strict=True)
         ],
-        device=device_description(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        seed=config.seed,
-        versions=library_versions(),
+        **machine,
     )
+
+
+def _check_no_decoder(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> None:
+    """What asks for a decoder, of an encoder or encoder-decoder.
+
+    Raises:
+        UsageError: something does that has no meaning.
+    """
+    name = workspace.source.name
+    for key in ("generate", "tasks"):
+        if getattr(config, key):
+            raise UsageError(f"{key} (flag --{key}) is for decoders, and {name} is none")
+    if config.dataset == "self":
+        raise UsageError(f"{name} is no decoder and writes no text: give another dataset (flag --dataset)")
+    if "dense_prefix" in config.model_fields_set:
+        reporter.say(f"dense_prefix has no meaning for {name}: an encoder has no prompt, all positions drop inputs")
 
 
 def _model_and_plans(

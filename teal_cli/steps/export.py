@@ -28,4 +28,5 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
         config.weights,
         propagated=propagated,
         quantization=config.stored_quantization,
+        architecture=workspace.row(config),
     )

@@ -10,8 +10,8 @@ import torch
 
 from teal_cli.config import GenerateConfig
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, text_streamer, wants_chat
-from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.seq2seq import engine_for
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
@@ -48,7 +48,7 @@ def _load(config: GenerateConfig, workspace: Workspace, reporter: Reporter) -> A
         folder = checkpoint_for(config, config.sparsity, workspace, reporter)
     elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
         folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
-    return load_model(folder, device=config.device, dtype=config.dtype)
+    return load_model(folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config))
 
 
 class Generator:
@@ -64,6 +64,7 @@ class Generator:
 
     def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
         workspace = workspace or Workspace.of(config, reporter)
+        workspace.require_decoder(config, "generate")
         self.config = config
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)
@@ -74,7 +75,7 @@ class Generator:
             self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        self.engine = Engine(self.model)
+        self.engine = engine_for(self.model)
         if self.engine.general_because is not None:
             reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
         self._replies = 0
@@ -82,11 +83,17 @@ class Generator:
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
 
-    def reply(self, messages: list[Message], write: Callable[[str], None] = lambda text: None) -> Reply:
-        """Answer a conversation, handing text to `write` as it comes.
+    def reply(
+        self,
+        messages: list[Message],
+        write: Callable[[str], object] = lambda text: None,
+        config: GenerateConfig | None = None,
+    ) -> Reply:
+        """Answer a conversation, handing text to `write` as it comes; another configuration may say how to sample.
 
         Ctrl-C (KeyboardInterrupt) ends the reply and is reported in it, not raised.
         """
+        config = config or self.config
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         pieces: list[str] = []
 
@@ -95,16 +102,16 @@ class Generator:
             write(text)
 
         streamer = text_streamer(self.tokenizer, emit)
-        seed = self.config.seed + self._replies  # a conversation must not draw the same numbers each turn
+        seed = config.seed + self._replies  # a conversation must not draw the same numbers each turn
         self._replies += 1
-        sampling = SamplingConfig(self.config.temperature, self.config.top_k, self.config.top_p, seed=seed)
+        sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=seed)
         control = self.engine.control
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
             try:
                 for token in self.engine.generate(
-                    prompt, max_new_tokens=self.config.max_new_tokens, sampling=sampling, stop=self.stop
+                    prompt, max_new_tokens=config.max_new_tokens, sampling=sampling, stop=self.stop
                 ):
                     last = time.perf_counter()
                     first = last if count == 0 else first

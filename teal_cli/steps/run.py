@@ -77,7 +77,7 @@ def _check(recipe: RunConfig) -> None:
 
 def _settings(config: SharedConfig) -> str:
     """What the result depends on: the configuration, the text of its files, and this teal."""
-    texts = [Path(str(getattr(config, key, None))) for key in ("dataset", "text", "allocation", "cost")]
+    texts = [Path(str(getattr(config, key, None))) for key in ("dataset", "text", "allocation", "cost", "architecture")]
     digests = [file_digest(path) for path in texts if path.is_file()]
     return "|".join([config.model_dump_json(exclude={"json_file", "quiet"}), *digests, __version__])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, VOCABULARY, build_model, calibrate_tiny, save_tiny
+from conftest import FAMILIES, VOCABULARY, build_family, build_model, calibrate_tiny, save_tiny
 
 from teal_cli.allocation import make_plan
 from teal_cli.allocation.greedy import greedy
@@ -14,9 +14,11 @@ from teal_cli.calibration.blocks import recorded
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import UsageError
-from teal_cli.models.architectures import find_projections
+from teal_cli.models.architectures import architecture_for, architecture_of, find_projections
 
 TEXT = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(2))
+
+DECODERS = sorted(name for name, config in FAMILIES.items() if architecture_of(config["model_type"]).kind == "causal")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
 def _walk(calibration: Calibration, **options: object) -> GreedyPaths:
     model = build_model("llama")
     projections, histograms = calibration.projections, calibration.histograms
-    return measure_paths(model, "model.layers", projections, histograms, TEXT, sink_tokens=4, **options)
+    return measure_paths(model, projections, histograms, TEXT, sink_tokens=4, **options)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +47,18 @@ def test_at_sparsity() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", DECODERS)
 def test_what_is_remembered_is_what_would_be_computed(family: str) -> None:
     """Each projection changed in turn: reusing what lies before gives the bits of running it all."""
-    model = build_model(family)
-    members = [p for p in find_projections(model) if ".layers.0." in p.name]
+    model = build_family(family)
+    (path,) = architecture_for(model).blocks
+    members = [p for p in find_projections(model) if p.name.startswith(f"{path}.1.")]
     sites = list(dict.fromkeys(p.site for p in members))
-    block = model.model.layers[0]
+    block = model.get_submodule(path)[1]
     with recorded([block]) as calls:
         model(input_ids=TEXT, use_cache=False)
     modules = {p.name: model.get_submodule(p.name) for p in members}
-    memory, fresh = _Block(block, modules, 4), _Block(block, modules, 4)
+    memory, fresh = (_Block(block, modules, 4, TEXT.shape) for _ in range(2))
 
     def call() -> torch.Tensor:
         return calls[0].on(block, calls[0].hidden)

@@ -46,7 +46,7 @@ def test_against_autograd_through_the_whole_model(family: str) -> None:
     """A factor of 1 on what would be dropped at each token: its derivative is the first-order change."""
     model = build_model(family)
     projections, ids = find_projections(model, output_layer=True), _blocks()
-    found = sensitivity.measure(model, "model.layers", projections, ids.split(1), sink_tokens=SINKS)
+    found = sensitivity.measure(model, projections, ids.split(1), sink_tokens=SINKS)
     assert set(found) == {projection.name for projection in projections}
     for index in (300, 318, sensitivity.BINS - 1):
         limit = torch.inf if index == sensitivity.BINS - 1 else _edge(index)
@@ -77,7 +77,7 @@ def test_texts_add_up_and_nothing_stays_behind() -> None:
     trained = [parameter.requires_grad for parameter in model.parameters()]
 
     def measured(part: torch.Tensor) -> dict[str, torch.Tensor]:
-        return sensitivity.measure(model, "model.layers", projections, part.split(1), sink_tokens=SINKS)
+        return sensitivity.measure(model, projections, part.split(1), sink_tokens=SINKS)
 
     whole, first, second = measured(ids), measured(ids[:1]), measured(ids[1:])
     for name, squares in whole.items():

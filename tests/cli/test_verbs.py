@@ -226,7 +226,8 @@ def _recipe(dense: Path, corpus: Path) -> Path:
 
 def test_run_ends_in_the_table_and_a_sample(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _teal("run", _recipe(dense, corpus), "--json", "r.json") == 0
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert "next: teal generate --model runs/tiny/fisher-0.50" in said
     assert "Dense against sparse" in out
     assert "> the stars" in out
     assert list(_json(Path("r.json"))) == ["calibrate", "export", "eval", "bench", "generate"]

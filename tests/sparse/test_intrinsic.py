@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from teal_cli.decode.compact import unsupported_reason
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import ARCHITECTURES, Architecture, Site, find_projections
+from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.sparse import SparseLinear, SparsityControl, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -170,17 +169,8 @@ def test_an_mlp_that_computes_something_else_is_not_replaced(tmp_path: Path, mon
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_without_a_gate_the_zeros_before_the_second_layer_are_skipped(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gate_the_zeros_before_the_second_layer_are_skipped(backend: str) -> None:
     """OPT's blocks have the layers of their MLP themselves; the table says which."""
-    sites = (
-        Site("attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Site("attention_output", ("self_attn.out_proj",)),
-        Site("mlp_input", ("fc1",)),
-        Site("mlp_intermediate", ("fc2",)),
-    )
-    monkeypatch.setitem(ARCHITECTURES, "opt", Architecture("model.decoder.layers", sites))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, max_position_embeddings=64, **sizes)
@@ -241,10 +231,8 @@ def test_a_wrong_activation_is_one_clear_error(tmp_path: Path, changes: dict[str
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["fatrelu", "sparsellama", "bamboo"], indirect=True)
-def test_thresholds_can_be_calibrated_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_can_be_calibrated_too(folder: Path, tmp_path: Path) -> None:
     """A TEAL checkpoint of such a model loads through plain from_pretrained, its activation included."""
-    loader = SimpleNamespace(from_pretrained=lambda path: load_model(path, device="cpu", dtype="auto"))
-    monkeypatch.setattr("conftest.AutoModelForCausalLM", loader)  # llama with fatrelu needs ours
     out, _ = export_tiny(folder, tmp_path / "sparse", sparsity=0.0)
     ids = _tokens(1, 9)
     sparse = AutoModelForCausalLM.from_pretrained(out).eval()

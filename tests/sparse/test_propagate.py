@@ -8,7 +8,7 @@ from conftest import VOCABULARY, build_model, calibrate_tiny, save_tiny
 
 from teal_cli.allocation import make_plan
 from teal_cli.errors import ArtefactError
-from teal_cli.evaluate.perplexity import compare
+from teal_cli.evaluation.perplexity import compare
 from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_
 
 

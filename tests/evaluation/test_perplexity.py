@@ -9,7 +9,7 @@ from conftest import VOCABULARY, export_tiny, save_tiny
 from transformers import DynamicCache
 
 from teal_cli.config import EvalConfig
-from teal_cli.evaluate.perplexity import compare
+from teal_cli.evaluation.perplexity import compare
 from teal_cli.models.loading import load_model
 from teal_cli.report.console import QUIET
 from teal_cli.sparse import control_of
@@ -112,7 +112,7 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     from lm_eval.api.instance import Instance
 
-    from teal_cli.evaluate.tasks import _adapter, run_tasks
+    from teal_cli.evaluation.tasks import _adapter, run_tasks
 
     out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse", sparsity=0.8)
     tasks = tmp_path / "tasks"

@@ -4,6 +4,9 @@ In a sequence the first `dense_prefix` positions run dense, as a prompt would, a
 sparse, as decoding would; the loss counts the sparse positions only. Both halves go through one
 forward pass with masked inputs, which is the mathematics of decoding token by token (tests hold
 the two together).
+
+An encoder-decoder reads the first half of a sequence with its encoder and is scored on the second
+half, which its decoder says; both drop inputs at every position.
 """
 
 import math
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.models.architectures import architecture_for
+from teal_cli.models.passes import halves, run_text
 from teal_cli.sparse import SparsityCounter, control_of, set_thresholds_
 
 
@@ -110,10 +115,10 @@ def compare(
     """Run each sequence dense, and sparse by every plan, and compare; the dense pass serves all.
 
     Args:
-        model: a causal language model with sparse layers; takes on the thresholds of the last plan.
+        model: a decoder or encoder-decoder with sparse layers; takes on the thresholds of the last plan.
         plans: what to compare.
         sequences: (tokens,) int64 each, longer than any dense prefix + 1.
-        dense_prefixes: positions that run dense; each is an evaluation of its own.
+        dense_prefixes: positions that run dense; each is an evaluation of its own. [0] for an encoder-decoder.
         on_sequence: called with the number of tokens after each sequence.
 
     Returns:
@@ -124,18 +129,22 @@ def compare(
     for sequence in sequences:
         ids = sequence.unsqueeze(0).to(model.device)
         with control.dense():
-            all_dense = _log_probabilities(model, ids, len(sequence) - min(dense_prefixes))
+            all_dense, _ = _predictions(model, ids, min(dense_prefixes))
         for plan, of_plan in zip(plans, scores, strict=True):
             set_thresholds_(model, plan)
             for prefix, score in zip(dense_prefixes, of_plan, strict=True):
                 with control.masked(prefix), control.counting(score.counter):
-                    sparse = _log_probabilities(model, ids, len(sequence) - prefix)
-                score.add(all_dense[-len(sparse) :], sparse, ids[0, prefix + 1 :])
+                    sparse, targets = _predictions(model, ids, prefix)
+                score.add(all_dense[-len(sparse) :], sparse, targets)
         on_sequence(len(sequence))
     return [[score.result() for score in of_plan] for of_plan in scores]
 
 
-def _log_probabilities(model: Any, ids: Tensor, keep: int) -> Tensor:
-    """(1, tokens) -> (keep - 1, vocabulary) float32: what the last `keep` positions but one predict."""
-    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+def _predictions(model: Any, ids: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """(1, tokens) -> (positions, vocabulary) float32 log probabilities of what comes after a prefix, and what came."""
+    if architecture_for(model).kind == "seq2seq":
+        logits, targets = run_text(model, ids).logits[0], halves(model, ids).target[0]
+    else:
+        logits = run_text(model, ids, logits_to_keep=ids.shape[1] - prefix).logits[0, :-1]
+        targets = ids[0, prefix + 1 :]
+    return logits.float().log_softmax(-1), targets

@@ -10,7 +10,7 @@ from conftest import VOCABULARY, build_model, calibrate_tiny, save_tiny
 from transformers import DynamicCache
 
 from teal_cli.allocation import make_plan
-from teal_cli.evaluate.generation import agree
+from teal_cli.evaluation.generation import agree
 from teal_cli.sparse import apply_plan_, control_of, sparsify_
 
 PROMPTS = torch.randint(2, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(8))

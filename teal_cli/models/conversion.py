@@ -1,0 +1,38 @@
+"""Weights in other forms, converted once into ordinary transformers folders under TEAL_HOME."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from teal_cli.checkpoint.files import atomic_folder
+from teal_cli.checkpoint.weights import weight_files
+from teal_cli.resources import teal_home
+
+
+def converted_once(name: str, convert: Callable[[Path], None], announce: Callable[[Path], None]) -> Path:
+    """The folder of a conversion, made on first use.
+
+    Safe against two processes (a file lock) and against interruption (the folder appears whole,
+    by a rename).
+
+    Args:
+        name: of the folder; says what was converted.
+        convert: writes into a folder.
+        announce: told the folder before.
+    """
+    folder = teal_home() / "models" / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not folder.is_dir():
+            announce(folder)
+            # Under the lock nobody else is writing: what lies here was left by an interrupted run.
+            for stale in folder.parent.glob(f".{folder.name}.*.part"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with atomic_folder(folder) as temporary:
+                convert(temporary)
+                weight_files(temporary)
+    return folder

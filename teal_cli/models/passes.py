@@ -1,0 +1,51 @@
+"""Running text through a model of any kind: one place that knows how each is called.
+
+A decoder reads a sequence. An encoder-decoder reads the first half of it with its encoder and the
+second half with its decoder. An encoder reads it all and has no logits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from teal_cli.models.architectures import architecture_for
+
+
+class Halves(NamedTuple):
+    """A batch of sequences as an encoder-decoder takes it."""
+
+    source: Tensor
+    """(batch, tokens // 2) int64: what the encoder reads."""
+    start: Tensor
+    """(batch, tokens - tokens // 2) int64: what the decoder reads, its start token first."""
+    target: Tensor
+    """The same shape: what the decoder is to say."""
+
+
+def halves(model: Any, ids: Tensor) -> Halves:
+    """Cut sequences for an encoder-decoder: (batch, tokens) int64."""
+    source, target = ids.split([ids.shape[1] // 2, ids.shape[1] - ids.shape[1] // 2], dim=1)
+    first = model.config.decoder_start_token_id or 0
+    start = torch.cat([torch.full_like(target[:, :1], first), target[:, :-1]], dim=1)
+    return Halves(source, start, target)
+
+
+def run_text(model: Any, ids: Tensor, *, logits_to_keep: int = 1) -> Any:
+    """One forward pass over whole sequences, without a cache.
+
+    Args:
+        model: a transformers model.
+        ids: (batch, tokens) int64 on its device.
+        logits_to_keep: last positions to have logits of, of a decoder; 0 for all.
+
+    Returns:
+        What the model returns: `logits`, or `last_hidden_state` of an encoder.
+    """
+    kind = architecture_for(model).kind
+    if kind == "encoder":
+        return model(input_ids=ids)
+    if kind == "seq2seq":
+        cut = halves(model, ids)
+        return model(input_ids=cut.source, decoder_input_ids=cut.start, use_cache=False)
+    return model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep)

@@ -1,0 +1,60 @@
+"""Bytes that a token reads: only what decodes it, and of that only what it is sent to."""
+
+import pytest
+from conftest import FAMILIES, build_family
+from torch import nn
+
+from teal_cli.bench.decode import weight_bytes_per_token
+from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.sparse import sparsify_
+
+_DECODERS = sorted(name for name, config in FAMILIES.items() if architecture_of(config["model_type"]).kind != "encoder")
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _expected(family: str, model: nn.Module) -> float:
+    """Everything, less what a token of this family does not read."""
+    total = float(_bytes(model))
+    tied = model.get_output_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is not tied:
+            total -= module.weight.nbytes - module.weight[0].nbytes
+    if family == "mixtral":  # two of four experts
+        total -= sum(_bytes(layer.mlp.experts) for layer in model.model.layers) / 2
+    elif family == "qwen3_moe":  # two of five, in the block that has any
+        total -= _bytes(model.model.layers[1].mlp.experts) * 3 / 5
+    elif family == "gemma3":
+        total -= _bytes(model.model.vision_tower) + _bytes(model.model.multi_modal_projector)
+        total += sum(
+            module.weight.nbytes - module.weight[0].nbytes  # left out twice
+            for module in model.model.vision_tower.modules()
+            if isinstance(module, nn.Embedding)
+        )
+    elif family.startswith("t5"):
+        total -= _bytes(model.encoder.block) + _bytes(model.encoder.final_layer_norm)
+        bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        total += bias.nbytes - bias[0].nbytes  # left out twice
+        cross = [block.layer[1].EncDecAttention for block in model.decoder.block]
+        total -= sum(_bytes(attention.k) + _bytes(attention.v) for attention in cross)
+    return total
+
+
+@pytest.mark.parametrize("family", _DECODERS)
+def test_what_a_token_reads(family: str) -> None:
+    model = build_family(family)
+    projections = find_projections(model)
+    dense = weight_bytes_per_token(model, {})
+    untied_shared = family == "t5-gated"  # an embedding of the encoder's, of which no row is read
+    slack = model.get_input_embeddings().weight[0].nbytes if untied_shared else 0
+    assert dense == pytest.approx(_expected(family, model), abs=slack + 1)
+    sparsify_(model, SparsityPlan("half", 0.5, {p.name: ProjectionPlan(0.5, 0.1) for p in projections}))
+    assert weight_bytes_per_token(model, {}) == dense  # laying weights out changes nothing
+    # Dropping half of one projection saves half of what a token reads of it.
+    last = projections[-1]
+    read = 1.0 if last.copies == 1 else 2 / last.copies
+    saved = dense - weight_bytes_per_token(model, {last.name: 0.5})
+    assert saved == pytest.approx(0.5 * read * last.parameters * 4, abs=1)

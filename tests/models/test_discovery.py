@@ -1,0 +1,150 @@
+"""Models of unknown types: what is found by structure, and that nothing runs before it is confirmed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import FAMILIES, VOCABULARY, build_family, build_tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import teal_cli.hf
+from teal_cli.cli import run
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
+from teal_cli.models.discovery import block_lists, discover
+from teal_cli.sparse import sparse_layers
+
+assert teal_cli.hf
+_PHI = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def _groups(model: nn.Module) -> set[frozenset[str]]:
+    """The projections that share a site, by name."""
+    sites: dict[str, set[str]] = {}
+    for projection in find_projections(model):
+        sites.setdefault(projection.site, set()).add(projection.name)
+    return {frozenset(names) for names in sites.values()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_finds_what_the_table_says(family: str) -> None:
+    """The table as it would be if it were not there: the same layers, at the same sites."""
+    model = build_family(family)
+    row = architecture_of(FAMILIES[family]["model_type"])
+    wanted, names = _groups(model), [p.name for p in find_projections(model)]
+    model.teal_architecture = Architecture(kind=row.kind, blocks=("",), sites={"none": ("",)})
+    found = discover(model)
+    model.teal_architecture = found
+    assert set(found.blocks) == set(row.blocks)
+    assert found.flattened == row.flattened
+    assert not found.dense
+    assert sorted(p.name for p in find_projections(model)) == sorted(names)
+    if family == "falcon":  # one norm for attention and MLP: the table keeps two sites for all falcons
+        pairs = [{p for p in names if f".{i}." in p and ("query" in p or "h_to_4h" in p)} for i in range(2)]
+        wanted = {group for group in wanted if not any(group <= pair for pair in pairs)} | set(map(frozenset, pairs))
+    assert _groups(model) == wanted
+
+
+def test_lists_of_blocks() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(2, 2) for _ in range(9)])
+
+    model = nn.Module()
+    model.short = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model.layers = nn.ModuleList([Block() for _ in range(4)])
+    model.norms = nn.ModuleList([nn.LayerNorm(2) for _ in range(12)])
+    assert block_lists(model) == ["layers"]
+    with pytest.raises(ArtefactError, match="no repeated blocks"):
+        block_lists(nn.Linear(2, 2))
+
+
+@pytest.fixture
+def phi(tmp_path: Path) -> Path:
+    """A model of a type that the table does not have: attention and MLP read one hidden state."""
+    assert "phi" not in table()
+    config = AutoConfig.for_model("phi", vocab_size=VOCABULARY, max_position_embeddings=256, **_PHI)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
+    build_tokenizer().save_pretrained(tmp_path / "phi")
+    return tmp_path / "phi"
+
+
+def test_from_an_unknown_type_to_a_checkpoint(
+    phi: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    shared = ["--model", str(phi), "--runs", str(runs), "--quiet"]
+    chain = [*shared, "--dataset", str(corpus), "--tokens", "256", "--seq-len", "32"]
+    written = runs / "phi" / "architecture.yaml"
+    assert run(["calibrate", *chain]) == 3
+    message = capsys.readouterr().err
+    assert "model type 'phi' is not in the table" in message
+    assert f"confirm with --architecture {written}" in message
+    assert not (runs / "phi" / "calibration.json").exists()  # nothing was measured, nothing runs dense in silence
+    row = yaml.safe_load(written.read_text())["phi"]
+    assert row["blocks"] == ["model.layers"]
+    assert row["sites"]["self_attn_q_proj_input"] == [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "mlp.fc1",
+    ]
+    confirmed = ["--architecture", str(written)]
+    assert run(["calibrate", *chain, *confirmed]) == 0
+    assert run(["export", *shared, *confirmed, "--sparsity", "0.5"]) == 0
+    folder = runs / "phi" / "fisher-0.50"
+    sparse = AutoModelForCausalLM.from_pretrained(folder)  # the checkpoint carries its row
+    assert len(sparse_layers(sparse)) == 3 * 6
+    sparse.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["quantization_config"]["architecture"] == row
+    result = tmp_path / "eval.json"
+    flags = ["--tokens", "128", "--seq-len", "32", "--text", str(corpus), "--json", str(result), "--quiet"]
+    assert run(["eval", "--model", str(folder), *flags]) == 0
+    assert json.loads(result.read_text())["sparse"]["realised_sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert run(["generate", "--model", str(folder), "--prompt", "the stars", "--max-new-tokens", "4", "--quiet"]) == 0
+    assert run(["eval", *shared, *flags[:6]]) == 3
+    assert "--architecture FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("phi: {blocks: model.layers}", "phi: sites: Field required"),
+        ("phi: {blocks: model.layers, sites: {a.b: [x]}}", "phi: sites.a.b"),
+        ("phi: {blocks: model.layers, sites: {a: [x]}, speed: 3}", "phi: speed: Extra inputs"),
+        ("phi: {like: fhi}", "there is no row 'fhi' to be like"),
+        ("phi: 3", "a row is a mapping"),
+    ],
+)
+def test_bad_rows_are_refused(row: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text(row)
+    with pytest.raises(UsageError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": ("model.blocks",)}, "no blocks at model.blocks"),
+        ({"sites": {"a": ("self_attn.*",)}}, "layers.0.mlp.down_proj is in no site"),
+        ({"sites": {"a": ("self_attn.qkv",)}}, "layers.0.self_attn.qkv is not a linear layer"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model(change: dict[str, object], message: str) -> None:
+    """A layer that a row forgets is told, not left dense in silence."""
+    model = build_family("llama")
+    model.teal_architecture = architecture_of("llama").model_copy(update=change)
+    with pytest.raises(ArtefactError, match=message):
+        find_projections(model)
+    if "blocks" not in change:
+        model.teal_architecture = Architecture(
+            blocks=("model.layers",), sites={"a": ("self_attn.*",)}, dense=("mlp.*",)
+        )
+        assert len(find_projections(model)) == 2 * 4

@@ -1,0 +1,76 @@
+"""Offloaded models measure what they measure in memory."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, build_model, save_tiny
+
+from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.cli import run
+from teal_cli.models.offload import computing_device, offload_
+
+
+def test_weights_are_elsewhere_between_layers() -> None:
+    model, same = build_model("llama"), build_model("llama")
+    offload_(model, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert computing_device(model) == computing_device(same) == torch.device("cpu")
+    ids = torch.arange(2, 50)[None] % VOCABULARY
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, same(input_ids=ids).logits)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias"])  # the second has tied embeddings
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int4:32", "--quantize-output"]])
+def test_calibrations_are_the_same(family: str, quantize: list[str], corpus: Path, tmp_path: Path) -> None:
+    """Histograms, sensitivities and greedy paths, of the output layer too."""
+    tiny = save_tiny(tmp_path / "tiny", family)
+    flags = ["--dataset", str(corpus), "--tokens", "256", "--seq-len", "64", "--greedy-tokens", "64", *quantize]
+    found: list[Calibration] = []
+    for extra in ([], ["--offload"]):
+        assert run(["calibrate", "--model", str(tiny), "--output-layer", *flags, *extra, "--out", "run"]) == 0
+        found.append(calibration_file.load(Path("run")))
+    here, away = found
+    assert here.info.device == away.info.device == "cpu"
+    assert here.info.weights == away.info.weights
+    assert here.projections == away.projections
+    for name in ("histograms", "sensitivities", "paths"):
+        expected = getattr(here, name)
+        assert expected
+        assert set(getattr(away, name)) == set(expected)
+        for key, values in getattr(away, name).items():
+            torch.testing.assert_close(values, expected[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "t5", "bert"])
+def test_other_kinds_of_layers(family: str, corpus: Path, tmp_path: Path) -> None:
+    """Conv1D, fused projections, encoder-decoders and encoders."""
+    tiny = save_tiny(tmp_path / "tiny", family)
+    flags = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "64"]
+    for extra in ([], ["--offload"]):
+        assert run(["calibrate", "--model", str(tiny), *flags, *extra, "--out", "-".join(["run", *extra])]) == 0
+    here, away = (calibration_file.load(Path(name)) for name in ("run", "run---offload"))
+    assert all(torch.equal(counts, away.histograms[site]) for site, counts in here.histograms.items())
+    for name, squares in here.sensitivities.items():
+        torch.testing.assert_close(away.sensitivities[name], squares, rtol=1e-6, atol=0)
+
+
+def test_what_it_is_not_for(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = save_tiny(tmp_path / "experts", "mixtral")
+    assert run(["calibrate", "--model", str(experts), "--offload", "--tokens", "64", "--seq-len", "64"]) == 2
+    assert "does not know stacked experts" in capsys.readouterr().err
+    assert run(["calibrate", "--model", str(tiny), "--offload", "--dataset", "self"]) == 2
+    assert "reads all weights for each token of dataset self" in capsys.readouterr().err
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        "teal_cli.models.offload.find_spec", lambda name: None if name == "accelerate" else original(name)
+    )
+    flags = ["--tokens", "64", "--seq-len", "64"]
+    assert run(["calibrate", "--model", str(tiny), "--offload", *flags]) == 4
+    assert "pip install 'teal-cli[offload]'" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""The pages: every `teal` command in them is one that the command line takes, every link leads somewhere."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from teal_cli.cli import run
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+class _Taken(BaseException):
+    """Raised where a verb has taken its options, and would begin to work."""
+
+
+def _commands(page: Path) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("teal ")]
+
+
+_EVERY = [pytest.param(words, id=f"{page.name}: {' '.join(words)}") for page in PAGES for words in _commands(page)]
+
+
+@pytest.mark.parametrize("words", _EVERY)
+def test_commands_are_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: object) -> None:
+        raise _Taken
+
+    import_module("teal_cli.cli.run")  # takes names of cli.output when it is first imported: not those set here
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("teal_cli.cli.output.quieten_libraries", stop)
+    monkeypatch.setattr("teal_cli.steps.run.run_recipe", stop)
+    if words[0].startswith("--"):
+        return  # of the shell's completion, which tests/cli/test_completion.py asks
+    with pytest.raises(_Taken):
+        run(words)
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, target
