@@ -42,7 +42,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.89, 0.95)
 TUNED_AT = 0.89
 GPU_BYTES = 4_000_000_000
 """Of all copies: with weights that leave the L2 cache first, a few times its size is not enough."""
-CPU_COPIES = 2
+CPU_COPIES, CPU_INPUTS = 2, 8
 # Relative norm error against float64: roundings of up, of the activation, of the hidden state and of the result,
 # and float32 sums of 11,008 terms.
 LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -95,18 +95,21 @@ class Mlp:
         self.gate_up = [random(2 * neurons, hidden) for _ in range(copies)]
         """gate_proj above up_proj, row-major: each is a view of its own."""
         self.down = [input_major(random(hidden, neurons)) for _ in range(copies)]
-        self.x = [random(1, hidden) * math.sqrt(hidden) for _ in range(copies)]
-        self.gates = [self.gate(index) for index in range(copies)]
+        inputs = CPU_INPUTS if device.type == "cpu" else copies
+        self.x = [random(1, hidden) * math.sqrt(hidden) for _ in range(inputs)]
+        """Each with its own live neurons."""
+        self.gates = [self.gate(index) for index in range(inputs)]
         self.activations: list[GateActivation] = []
 
     @property
-    def copies(self) -> int:
+    def inputs(self) -> int:
         return len(self.x)
 
     def weights(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up and down, each (out, in)."""
-        gate_up = self.gate_up[index]
-        return gate_up[: self.neurons], gate_up[self.neurons :], self.down[index]
+        copy = index % len(self.gate_up)
+        gate_up = self.gate_up[copy]
+        return gate_up[: self.neurons], gate_up[self.neurons :], self.down[copy]
 
     def gate(self, index: int) -> Tensor:
         return F.linear(self.x[index], self.weights(index)[0])
@@ -145,7 +148,7 @@ class OnCpu(Mlp):
         gate, up, _ = self.weights(index)
         x = self.x[index]
         hidden = self.activations[index].hidden(F.linear(x, gate), F.linear(x, up))
-        return F.linear(hidden, self.dense_down[index])
+        return F.linear(hidden, self.dense_down[index % len(self.dense_down)])
 
     def gate_first(self, index: int) -> Tensor:
         return self.down_product(index, self.up_product(index, self.gate(index)))
@@ -154,7 +157,7 @@ class OnCpu(Mlp):
         return gate_first(self.x[index], gate, self.weights(index)[1], None, self.activations[index], "cpu")
 
     def down_product(self, index: int, hidden: Tensor) -> Tensor:
-        return sparse_linear(hidden, self.down[index], None, self.zero, "cpu")
+        return sparse_linear(hidden, self.weights(index)[2], None, self.zero, "cpu")
 
 
 class OnGpu(Mlp):
@@ -185,15 +188,23 @@ class OnGpu(Mlp):
         )
 
     def cublas(self, index: int) -> Tensor:
-        gate, up = F.linear(self.x[index], self.gate_up[index]).split(self.neurons, dim=1)
-        return F.linear(self.activations[index].hidden(gate, up), self.down[index])
+        gate, up = F.linear(self.x[index], self.gate_up[index % len(self.gate_up)]).split(self.neurons, dim=1)
+        return F.linear(self.activations[index].hidden(gate, up), self.weights(index)[2])
 
     def own_dense(self, index: int) -> Tensor:
         """Our kernels without skipping; the activation is theirs, SiLU, which costs as much."""
         x, parts = self.x[index], (self.neurons, self.neurons)
-        self._gemv(x, self.gate_up_table[index], parts, self.keep_all, self.hidden_out, self.dense_cuts[0], "gated")
         self._gemv(
-            self.hidden_out, self.down[index].t(), (self.hidden,), self.keep_all[:1], self.out, self.dense_cuts[1]
+            x,
+            self.gate_up_table[index % len(self.gate_up_table)],
+            parts,
+            self.keep_all,
+            self.hidden_out,
+            self.dense_cuts[0],
+            "gated",
+        )
+        self._gemv(
+            self.hidden_out, self.weights(index)[2].t(), (self.hidden,), self.keep_all[:1], self.out, self.dense_cuts[1]
         )
         return self.out
 
@@ -212,7 +223,7 @@ class OnGpu(Mlp):
     def gate_product(self, index: int) -> Tensor:
         if self.gate_cut is None:
             return self.gate(index)
-        table = self.gate_up_table[index][:, : self.neurons]
+        table = self.gate_up_table[index % len(self.gate_up_table)][:, : self.neurons]
         self._gemv(self.x[index], table, (self.neurons,), self.keep_all[:1], self.gate_out, self.gate_cut)
         return self.gate_out
 
@@ -250,7 +261,7 @@ class OnGpu(Mlp):
         return float((found.double() - expected).norm() / expected.norm())
 
     def down_product(self, index: int, hidden: Tensor) -> Tensor:
-        self._gemv(hidden, self.down[index].t(), (self.hidden,), self.zero, self.out, self.down_cut)
+        self._gemv(hidden, self.weights(index)[2].t(), (self.hidden,), self.zero, self.out, self.down_cut)
         return self.out
 
     def gate_first(self, index: int) -> Tensor:
@@ -263,16 +274,16 @@ class OnGpu(Mlp):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for index in range(self.copies):
+            for index in range(self.inputs):
                 work(index)
         times: list[float] = []
-        while len(times) < 9 or sum(times) * self.copies < 2e4:  # a GPU that was idle takes milliseconds to its clock
+        while len(times) < 9 or sum(times) * self.inputs < 2e4:  # a GPU that was idle takes milliseconds to its clock
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / self.copies)
+            times.append(begin.elapsed_time(end) * 1e3 / self.inputs)
         return Spread.of(times[1:])
 
     def tune_(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -324,7 +335,7 @@ class OnGpu(Mlp):
 def check(mlp: OnCpu | OnGpu) -> float:
     """The largest error of gate first against float64 over the copies; also that it repeats bit for bit."""
     worst = 0.0
-    for index in range(min(mlp.copies, 3)):
+    for index in range(min(mlp.inputs, 3)):
         hidden = mlp.up_product(index, mlp.gates[index])
         result = mlp.down_product(index, hidden).clone()
         again = mlp.down_product(index, mlp.up_product(index, mlp.gates[index]))
@@ -339,12 +350,12 @@ def check(mlp: OnCpu | OnGpu) -> float:
 
 
 def in_turn(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, Spread]:
-    """Microseconds on the CPU of each, one after the other, with the copies of the weights in turn."""
+    """Microseconds on the CPU of each, one after the other, with inputs and copies of the weights in turn."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             started = time.perf_counter()
-            work(repeat % CPU_COPIES)
+            work(repeat % CPU_INPUTS)
             times[name].append((time.perf_counter() - started) * 1e6)
     return {name: Spread.of(values[1:]) for name, values in times.items()}
 

@@ -9,6 +9,7 @@ product, except that an infinity or a NaN which meets such a zero does not show.
 Here is the definition in plain torch, the CPU's version, and the choice; `triton_gate_first` is the GPU's.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -23,8 +24,9 @@ from teal_kernels.triton_gate_first import GateLayer, triton_gate_first
 Kind = Literal["relu", "fatrelu", "relu2", "drelu"]
 
 # Rows of a chunk are copied and multiplied while they lie in the caches. 4096 x 11008 in float32, 89 % dead, two
-# quiet Zen 4 cores: 1.27 ms with chunks of 1 MiB, 1.25 with 2, 1.47 with 4, 2.19 in one piece. Where others use the
-# cores too, every call waits for a thread that does not run: 272, 152, 74 and 32 ms with 1, 2, 4 and 16 MiB.
+# quiet Zen 4 cores: 1.27 ms with chunks of 1 MiB, 1.25 with 2, 1.47 with 4, 2.19 in one piece, and 0.95 without copies
+# (`_sampled_products`). Where others use the cores too, every call waits for a thread that does not run: 272, 152, 74
+# and 32 ms with 1, 2, 4 and 16 MiB.
 _CHUNK_BYTES = 1 << 22
 # oneDNN makes code for every number of rows that it meets: 0.6 ms for a bfloat16 product that then takes 0.13.
 _ROWS_ALIKE = 32
@@ -61,7 +63,7 @@ class GateActivation:
 
 @lru_cache(maxsize=64)
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> float:
-    """The threshold as a value of the dtype: torch's own comparisons round it on a CPU and not on a GPU."""
+    """The threshold as a value of the dtype, so that every backend compares with the same number."""
     return float(torch.tensor(threshold, dtype=dtype))
 
 
@@ -74,20 +76,17 @@ def reference_gate_first(
 
 
 def cpu_gate_first(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, activation: GateActivation) -> Tensor:
-    """On the CPU: the rows of the neurons that live for any token are gathered, a chunk at a time, and multiplied.
-
-    Deterministic for a given thread count.
-    """
+    """On the CPU: reads the rows of the neurons that live for any token. Deterministic for a given thread count."""
     n_out, n_in = weight.shape
     inputs, gates = x.reshape(-1, n_in), gate.reshape(-1, n_out)
     live = activation.live(gates)
     index = (live if live.shape[0] == 1 else live.any(0, keepdim=True)).view(-1).nonzero().view(-1)
     hidden = gates.new_zeros(gates.shape)
     if index.shape[0]:
-        count = index.shape[0]
-        rows = _ROWS_ALIKE * max(1, _CHUNK_BYTES // (n_in * weight.itemsize * _ROWS_ALIKE))
-        chunks = F.pad(index, (0, -count % _ROWS_ALIKE)).split(rows)
-        up = torch.cat([F.linear(inputs, weight.index_select(0, chunk)) for chunk in chunks], dim=1)[:, :count]
+        if inputs.shape[0] == 1 and weight.dtype == torch.float32:
+            up = _sampled_products(inputs, weight, live, index.shape[0])
+        else:
+            up = _gathered_products(inputs, weight, index)
         if bias is not None:
             up = up + bias.index_select(0, index)
         product = activation.hidden(gates.index_select(1, index), up)
@@ -95,6 +94,36 @@ def cpu_gate_first(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None,
             product = torch.where(live.index_select(1, index), product, product.new_zeros(()))
         hidden.index_copy_(1, index, product)
     return hidden.view(gate.shape)
+
+
+def _sampled_products(x: Tensor, weight: Tensor, live: Tensor, count: int) -> Tensor:
+    """(1, in), (out, in), (1, out) bool with `count` live ones -> (1, live): each live row times x, where it lies.
+
+    torch has this as a product of which a sparse result asks for some entries only, in float32.
+    """
+    _announce_csr()
+    rows = F.pad(live.view(-1).cumsum(0, dtype=torch.int32), (1, 0))
+    wanted = torch.sparse_csr_tensor(
+        rows, rows.new_zeros(count), x.new_zeros(count), (weight.shape[0], 1), check_invariants=False
+    )
+    products: Tensor = torch.sparse.sampled_addmm(wanted, weight, x.t(), beta=0.0).values()
+    return products.view(1, count)
+
+
+@lru_cache(maxsize=1)
+def _announce_csr() -> None:
+    """torch warns once a process that this layout is in beta; here it never leaves a function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+
+
+def _gathered_products(inputs: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """(rows, in), (out, in), (live,) -> (rows, live): the live rows of the weight are copied, a chunk at a time."""
+    count = index.shape[0]
+    rows = _ROWS_ALIKE * max(1, _CHUNK_BYTES // (inputs.shape[1] * weight.itemsize * _ROWS_ALIKE))
+    chunks = F.pad(index, (0, -count % _ROWS_ALIKE)).split(rows)
+    return torch.cat([F.linear(inputs, weight.index_select(0, chunk)) for chunk in chunks], dim=1)[:, :count]
 
 
 def _gate_first(
