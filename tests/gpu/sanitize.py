@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from kernel_cases import PARTS, Attention, Output, random_case, random_packed
 
+from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import embed
 from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
@@ -47,6 +48,11 @@ def main() -> None:
                 for dense in (False, True):
                     config = fitting(replace(cut, dense=dense), packed, rows)
                     gemv(x, packed, packed.parts, torch.full((3,), 0.6, device="cuda"), y, config, scratch)
+        for width in (44, 200):
+            gate, up = (torch.randn(152, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+            gated_hidden(x, gate, None, up, None, GateActivation("relu"), "triton")
+            gate_first(x, torch.nn.functional.linear(x, gate), up, None, GateActivation("relu"), "triton")
         output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
         _, token = output.launch()
         embed(
