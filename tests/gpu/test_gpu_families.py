@@ -1,4 +1,4 @@
-"""Every family that writes, on a real GPU: the text that the definition gives on the CPU, kernels and graphs included.
+"""Every family that writes, on a real GPU: the text that the definition gives on the CPU, by kernels and graphs."""
 
 from pathlib import Path
 
