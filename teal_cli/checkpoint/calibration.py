@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
+from teal_cli.checkpoint.weights import fingerprint_of
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.models.architectures import OUTPUT_SITE, Projection
 from teal_cli.versions import now
@@ -62,6 +63,8 @@ class CalibrationInfo:
     quantize_tokens: int = 0
     """Tokens, the first of those read, that GPTQ chose the codes on; 0 for the nearest codes."""
     quantize_seconds: float = 0.0
+    quantised_weights: str = ""
+    """Fingerprint of the quantised weights."""
     imported: str = ""
     """Whose files this was read from (`teal import`); empty where it was measured."""
 
@@ -100,7 +103,7 @@ class Calibration:
         Raises:
             ArtefactError: other weights, projections, dtype or sink tokens.
         """
-        for key in ("weights", "dtype", "sink_tokens"):
+        for key in ("weights", "quantised_weights", "dtype", "sink_tokens"):
             if getattr(self.info, key) != getattr(other.info, key):
                 raise ArtefactError(f"calibrations with different {key} cannot be merged")
         if self.projections != other.projections:
@@ -121,7 +124,7 @@ class Calibration:
         sensitivities = dict(self.sensitivities)
         for name, squares in other.sensitivities.items():
             sensitivities[name] = sensitivities[name] + squares if name in sensitivities else squares
-        return Calibration(info, self.projections, histograms, sensitivities, text=self.text)
+        return Calibration(info, self.projections, histograms, sensitivities, text=self.text, quantised=self.quantised)
 
 
 def exists(run: Path) -> bool:
@@ -132,6 +135,14 @@ def exists(run: Path) -> bool:
 def quantised_file(run: Path) -> Path:
     """Where a calibration of quantised weights has these: a file as checkpoints have it."""
     return run / _QUANTISED
+
+
+def _check_quantised(file: Path, info: CalibrationInfo) -> None:
+    """Refuse weights that are not those which the calibration was made with, such as of an interrupted newer one."""
+    if not file.is_file():
+        raise ArtefactError(f"the quantised weights {file} are missing: run `teal calibrate` again")
+    if fingerprint_of([file]) != info.quantised_weights:
+        raise ArtefactError(f"the quantised weights {file} are not their calibration's: run `teal calibrate` again")
 
 
 def save(calibration: Calibration, run: Path) -> None:
@@ -202,4 +213,6 @@ def load(run: Path) -> Calibration:
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
     quantised = quantised_file(run) if info.quantization else None
+    if quantised is not None:
+        _check_quantised(quantised, info)
     return Calibration(info, projections, histograms, sensitivities, paths, text, quantised)

@@ -76,8 +76,17 @@ def fingerprint(folder: Path) -> str:
     data, the first and the last among them, so that a fine-tuned copy of the same shape differs.
     Independent of how the tensors are sharded.
     """
+    return fingerprint_of(weight_files(folder))
+
+
+def fingerprint_of(files: list[Path]) -> str:
+    """The same of these safetensors files.
+
+    Raises:
+        ArtefactError: one is truncated or damaged.
+    """
     lines: list[bytes] = []
-    for file in weight_files(folder):
+    for file in files:
         header = tensor_header(file)
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

@@ -60,10 +60,8 @@ def read_quantised(file: Path, schemes: dict[str, Scheme], device: torch.device)
     """Codes, scales and zero points of the layers in `schemes`.
 
     Raises:
-        ArtefactError: missing, damaged, or without one of them.
+        ArtefactError: damaged, or without one of them.
     """
-    if not file.is_file():
-        raise ArtefactError(f"the quantised weights {file} are missing: run `teal calibrate` again")
     packs = {}
     with (
         reading("quantised weights", file, KeyError, SafetensorError),

@@ -11,7 +11,7 @@ from teal_cli.calibration.block_error import GreedyPaths, measure_paths, require
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
-from teal_cli.checkpoint.weights import fingerprint, weight_files
+from teal_cli.checkpoint.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.data import token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
@@ -117,6 +117,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     if packs:  # first: a calibration that is there has its weights
         result.quantised = calibration_file.quantised_file(run)
         write_quantised(weight_files(source.folder), packs, result.quantised)
+        info.quantised_weights = fingerprint_of([result.quantised])
     calibration_file.save(result, run)
     return result
 

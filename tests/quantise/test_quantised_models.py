@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, build_model, save_tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -224,3 +225,22 @@ def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["export", "--model", str(dense)]) == 0
     assert run(["bench", "--model", "runs/tiny/fisher-0.50", "--quantize", "int8"]) == 2
     assert "dense model" in capsys.readouterr().err
+
+
+def test_weights_of_another_calibration_are_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an interrupted second `calibrate` leaves: its weights beside the first one's histograms."""
+    dense = save_tiny(tmp_path / "tiny")
+    shared = ["--model", str(dense), "--quantize", "int4:32"]
+    assert run(["calibrate", *shared, "--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]) == 0
+    file = Path("runs/tiny-int4-32/quantised.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.qweight"] += 1
+    save_file(tensors, file)
+    capsys.readouterr()
+    assert run(["export", *shared, "--sparsity", "0.4"]) == 3
+    assert "are not their calibration's" in capsys.readouterr().err
+    file.unlink()
+    assert run(["export", *shared, "--sparsity", "0.4"]) == 3
+    assert "are missing" in capsys.readouterr().err
