@@ -13,7 +13,7 @@ from teal_cli.resources import CONFIGS
 
 _LESS = {
     "calibrate": {"tokens": 256, "seq_len": 64, "sensitivity_tokens": 128, "batch_size": 2},
-    "eval": {"tokens": 256, "seq_len": 64},
+    "eval": {"tokens": 256, "seq_len": 64, "prompt_tokens": 8, "new_tokens": 4},
     "bench": {"new_tokens": 3, "prompt_tokens": 8, "repeats": 1},
     "generate": {"max_new_tokens": 4},
 }

@@ -204,12 +204,13 @@ def test_masked_evaluation_is_the_same_network(made: Made) -> None:
     dense, sparse, ids = build_family(made.family), made.sparse(), _tokens(2, 24)
     control = control_of(sparse)
     if made.kind == "causal":
+        sparse.double()  # in float32 a rounding may decide at a threshold
         with control.masked(16):
-            got = _output(sparse, ids)[:, 15:].double()
+            got = _output(sparse, ids)[:, 15:]
         reader = _Decoding(sparse, made.kind, ids[:, :16])
         expected = torch.stack([reader.step(token) for token in ids[:, 16:].split(1, dim=1)], dim=1)
         got = got[:, 1:]
-        assert float((got[:, :3] - expected[:, :3]).norm() / expected[:, :3].norm()) < 1e-4
+        assert float((got[:, :3] - expected[:, :3]).norm() / expected[:, :3].norm()) < 1e-6
         return
     thresholds = {name: layer.threshold for name, layer in sparse_layers(sparse).items() if layer.plan.sparsity}
     reference = MaskedReference(dense, thresholds)
