@@ -193,6 +193,9 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
             values = stages["export"].model_dump(include=inherited, exclude_unset=True) | values
         own_flags = {key: flags[key] for key in flags if key in keys_of(model) and key not in ("json", "quiet")}
         stages[stage] = build(model, values | own_flags, dict.fromkeys(values, f"{path} ({stage})"))
+        made, calibrate = stages[stage], stages.get("calibrate")
+        if isinstance(made, SparseConfig) and isinstance(calibrate, CalibrateConfig):
+            made._calibrate = calibrate  # for what has to be calibrated besides
         if getattr(stages[stage], "out", None) is not None:
             raise UsageError(f"{path} ({stage}): a recipe keeps everything under RUNS/<model>: leave out 'out'")
     for key in ("model", "runs", "device", "dtype"):

@@ -2,20 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
+from teal_cli.config import ComparingConfig, DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, Kind, architecture_in
-from teal_cli.models.loading import kind_of, load_model
+from teal_cli.models.loading import kind_of, load_model, outline
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
+from teal_cli.quantise.model import check_quantisable
+from teal_cli.quantise.published import published_codes
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import make_intrinsic_
+
+_Comparing = TypeVar("_Comparing", bound=ComparingConfig)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Workspace:
             raise UsageError(
                 f"{found.source.folder} is exported already: quantize (flag --quantize) needs the dense model"
             )
+        if isinstance(config, ModelConfig) and config.quantize is not None:
+            published_codes(found.source.folder, Scheme.parse(config.quantize))
         return found
 
     @property
@@ -95,6 +102,31 @@ class Workspace:
 def digits_of(sparsity: float) -> str:
     """A target as file names have it: two decimals, or as many as it takes for targets not to collide."""
     return f"{sparsity:.2f}" if round(sparsity, 2) == sparsity else repr(sparsity)
+
+
+def with_other_weights(
+    config: _Comparing, workspace: Workspace, reporter: Reporter
+) -> list[tuple[_Comparing, Workspace]]:
+    """What `also_quantize` asks for: a configuration for each kind of weights, which is calibrated on the same text.
+
+    Raises:
+        UsageError: an exported model, or an encoder.
+        ArtefactError: layers that cannot be quantised.
+    """
+    others = [(other, Workspace.of(other, reporter)) for other in config.others()]
+    if not others:
+        return []
+    if workspace.kind(config) == "encoder":
+        raise UsageError("also_quantize (flag --also-quantize) is for models that write, and this one is an encoder")
+    model = outline(workspace.source.folder)
+    if (own := workspace.architecture(config)) is not None:
+        model.teal_architecture = own
+    check_quantisable(model)
+    first = calibration_for(config, workspace, reporter).info
+    same = {key: getattr(first, key) for key in ("dataset", "tokens", "seq_len", "sink_tokens")}
+    for other, _ in others:
+        other._calibrate = other._calibrate.model_copy(update=same)
+    return others
 
 
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:

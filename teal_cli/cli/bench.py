@@ -17,8 +17,10 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     for table in bench_tables(result):
         reporter.show(table)
     if not config.random_weights:
-        fastest = max(result["runs"][1:] or result["runs"], key=lambda run: float(run["speedup"]))
-        onward = next_command("generate", config, sparsity=fastest["sparsity"], prompt="Why is the sky blue?")
+        own = [run for run in result["runs"] if run["quantization"] == config.quantization]
+        fastest = max(own[1:] or own, key=lambda run: float(run["speedup"]))
+        sparsity = None if config.mode == "intrinsic" else fastest["sparsity"]
+        onward = next_command("generate", config, sparsity=sparsity, prompt="Why is the sky blue?")
         reporter.say(f"next: {onward}")
 
 

@@ -59,8 +59,11 @@ def next_command(verb: str, config: SharedConfig, **flags: object) -> str:
         if key in known and hasattr(config, key):
             value, default = _first(getattr(config, key)), _first(fields[known[key]].default)
             values[key] = None if value == default else value
+    values |= flags
+    if values.get("quantize") is None:
+        values["quantize_output"] = None  # which goes with it
     words = ["teal", verb]
-    for key, value in {**values, **flags}.items():
+    for key, value in values.items():
         if value is not None:
             words += [flag_name(key)] if value is True else [flag_name(key), str(value)]
     return shlex.join(words)

@@ -53,7 +53,9 @@ def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dty
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device; None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch's allocator holds and nobody uses is free too: a model that was just let go, for one.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -20,6 +20,20 @@ from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
 
 
+def check_quantisable(model: Any) -> None:
+    """Refuse a model whose projections cannot be quantised; its weights need not be there.
+
+    Raises:
+        ArtefactError: a projection that is Conv1D, or stacked experts.
+    """
+    for projection in find_projections(model):
+        kind = type(model.get_submodule(projection.name))
+        if not issubclass(kind, nn.Linear):
+            raise ArtefactError(
+                f"{projection.name} is a {kind.__name__}: only linear layers of their own can be quantised"
+            )
+
+
 @torch.no_grad()
 def quantise_(
     model: Any,
@@ -50,12 +64,9 @@ def quantise_(
     """
     packs = dict(known)
     dequantise_(model, packs)
+    check_quantisable(model)
     projections = find_projections(model)
     schemes = {projection.name: scheme for projection in projections}
-    for name in schemes:
-        kind = type(model.get_submodule(name))
-        if not issubclass(kind, nn.Linear):
-            raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     architecture = architecture_for(model)
     if batches and not known and scheme.bits == 4 and architecture.is_one_decoder:
         (path,) = architecture.blocks

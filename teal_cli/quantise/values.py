@@ -12,6 +12,8 @@ from teal_kernels.packing import Packed, pack
 
 _RANGES = torch.linspace(1.0, 0.7, 13).tolist()
 """Shares of a group's range that are tried. The whole range first: it wins a draw."""
+_MOST_ZERO = 30_000.0
+"""A zero point, in steps; float16 ends at 65,504."""
 _DAMPING = 0.01
 """Of GPTQ: share of the mean diagonal that is added to it."""
 _COLUMNS = 128
@@ -118,7 +120,9 @@ def _range(low: Tensor, high: Tensor, share: float, scheme: Scheme) -> tuple[Ten
         scale = torch.maximum(low.abs(), high.abs()) * share / (half - 1)
         return _nonzero(scale, torch.float32), torch.full_like(scale, half)
     middle, reach = (low + high) / 2, (high - low) / 2 * share
-    scale = _nonzero(2 * reach / ((1 << scheme.bits) - 1), torch.float16)
+    # No step so small beside its group's weights that the zero point would pass what float16 holds.
+    least = torch.maximum(low.abs(), high.abs()) / _MOST_ZERO
+    scale = _nonzero(torch.maximum(2 * reach / ((1 << scheme.bits) - 1), least), torch.float16)
     return scale, ((reach - middle) / scale.float()).to(torch.float16).float()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.calibration.blocks import BlockCall, hooked, recorded
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import gptq
@@ -34,6 +35,9 @@ def quantise_blocks_(
 
     Returns:
         Module path -> codes, scales and zero points.
+
+    Raises:
+        ArtefactError: hidden states that are not finite.
     """
     blocks = list(model.get_submodule(path).children())
     calls, hidden = _calls(model, blocks, batches)
@@ -49,6 +53,10 @@ def quantise_blocks_(
             with _summed(layers[0]) as products:
                 for call, states in zip(calls[number], hidden, strict=True):
                     call.on(block, states)
+            if not bool(products().isfinite().all()):
+                raise ArtefactError(
+                    f"{site} has hidden states that are not finite: run with --dtype float32 or bfloat16"
+                )
             weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
             for name, weight, packed in zip(names, weights, gptq(weights, products(), scheme), strict=True):
                 packs[name] = packed

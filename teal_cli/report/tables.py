@@ -292,6 +292,12 @@ _OWN = 1.0
 """In place of a target, where the sparsity is the model's own; behind every target."""
 
 
+def _of_first_weights(result: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of several kinds of weights the runs of the first; the others stand in the table of their verb."""
+    runs = result["runs"] if result else []
+    return [run for run in runs if run.get("quantization", "") == runs[0].get("quantization", "")]
+
+
 def run_table(results: dict[str, dict[str, Any]]) -> Table:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
@@ -306,7 +312,7 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
         return rows.setdefault(sparsity, ["own" if sparsity == _OWN else f"{sparsity:.2f}", "", "", "", "", ""])
 
     own = (quality["sparse"]["allocation"], quality["dense_prefix"]) if quality else None
-    for run in quality["runs"] if quality else []:
+    for run in _of_first_weights(quality):
         dense, sparse = run["dense"], run["sparse"]
         if (sparse["allocation"], run["dense_prefix"]) != own:
             continue  # what was also tried stands in the table of eval
@@ -315,7 +321,7 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
         target[1] = f"{sparse['realised_sparsity']:.3f}"
         target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
         target[3] = f"{run['perplexity_ratio']:.3f}"
-    for run in speed["runs"] if speed else []:
+    for run in _of_first_weights(speed):
         target = row(run["sparsity"] if run.get("neuron_sparsity") is None else _OWN)
         target[1] = target[1] or f"{run['realised_sparsity']:.3f}"
         target[4:6] = [f"{run['tokens_per_second']['median']:.2f}", f"{run['speedup']:.2f}x"]

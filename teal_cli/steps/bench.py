@@ -33,7 +33,7 @@ from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, propagate_, sparse_layers, sparsify_, use_backend
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan
+from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
 from teal_kernels.tuning import keep_entries
 
 _TUNED_TOKENS = 64
@@ -98,10 +98,14 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
     Raises:
         TealError: anything wrong with model, calibration or machine.
     """
+    others: list[tuple[BenchConfig, Workspace | None]] = [(other, None) for other in config.others()]
+    if others and not config.random_weights:
+        workspace = workspace or Workspace.of(config, reporter)
+        others = [*with_other_weights(config, workspace, reporter)]
     result = measure(config, prepare(config, reporter, workspace), reporter)
-    for other in config.others():
+    for other, its_workspace in others:
         gc.collect()  # a GPU has no room for the model before it
-        result = result.beside(measure(other, prepare(other, reporter), reporter))
+        result = result.beside(measure(other, prepare(other, reporter, its_workspace), reporter))
     return result
 
 

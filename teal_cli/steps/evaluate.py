@@ -28,7 +28,7 @@ from teal_cli.report.console import Reporter
 from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
 from teal_cli.steps.calibrate import dataset_identity
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for
+from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, with_other_weights
 from teal_kernels.packing import Packed
 
 
@@ -40,26 +40,31 @@ def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    result = _evaluate(config, reporter, workspace or Workspace.of(config, reporter))
-    for other in config.others():
-        gc.collect()  # a GPU has no room for the model before it
-        more = _evaluate(other, reporter, Workspace.of(other, reporter))
-        if not (isinstance(result, EvalResult) and isinstance(more, EvalResult)):
-            raise UsageError("also_quantize (flag --also-quantize) is for decoders, and this model is none")
-        result = result.beside(more)
-    return result
-
-
-def _evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace) -> EvalResult | EncoderResult:
+    workspace = workspace or Workspace.of(config, reporter)
     dataset = config.dataset if config.text is None else str(config.text)
     if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
+    others = with_other_weights(config, workspace, reporter)
+    # All kinds of weights read one text, which none was calibrated on.
+    halves = [_half(dataset, _calibrated_on(*each, reporter)) for each in ((config, workspace), *others)]
+    half: Half = "evaluation" if "evaluation" in halves else "all"
+    result = _evaluate(config, dataset, half, reporter, workspace)
+    for other, its_workspace in others:
+        gc.collect()  # a GPU has no room for the model before it
+        more = _evaluate(other, dataset, half, reporter, its_workspace)
+        if isinstance(result, EvalResult) and isinstance(more, EvalResult):
+            result = result.beside(more)
+    return result
+
+
+def _evaluate(
+    config: EvalConfig, dataset: str, half: Half, reporter: Reporter, workspace: Workspace
+) -> EvalResult | EncoderResult:
     kind = workspace.kind(config)
     prefixes = config.prefixes if kind == "causal" else [0]
     if kind != "causal":
         _check_no_decoder(config, workspace, reporter)
     tokenizer = load_tokenizer(workspace.source.folder)
-    half = _half(dataset, _calibrated_on(config, workspace, reporter))
 
     def text(model: Any = None) -> Tensor:
         return token_blocks(

@@ -62,6 +62,43 @@ def test_bench(model: Path, corpus: Path, capsys: pytest.CaptureFixture[str], mo
     assert "tiny-int4-32-output" in page
 
 
+def test_all_kinds_of_weights_read_one_text(model: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.read_text()[::-1])
+    small = ["--model", str(model), "--device", "cpu", "--tokens", "256", "--seq-len", "64"]
+    assert run(["calibrate", *small, "--dataset", str(other)]) == 0
+    assert run(["calibrate", *small, "--dataset", str(corpus), "--quantize", "int8"]) == 0
+    assert run(["eval", *small, "--text", str(corpus), "--also-quantize", "int8", "--json", "r.json"]) == 0
+    result = json.loads(Path("r.json").read_text())
+    assert result["half"] == "evaluation"  # what int8 was not calibrated on
+    plain, quantised = (entry["dense"]["perplexity"] for entry in result["runs"])
+    assert quantised == pytest.approx(plain, rel=0.02)
+
+
+def test_in_a_recipe(model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(
+        f"model: {model}\ndevice: cpu\nstages: [calibrate, export, eval]\n"
+        f"calibrate: {{dataset: {corpus}, tokens: 512, seq_len: 64, sensitivity_tokens: 64}}\n"
+        f"eval: {{dataset: {corpus}, tokens: 256, seq_len: 64, also_quantize: int8}}\n"
+    )
+    assert run(["run", "r.yaml", "--json", "r.json"]) == 0
+    made = json.loads(Path("runs/tiny-int8/calibration.json").read_text())
+    assert (made["dataset"], made["tokens"], made["seq_len"]) == (str(corpus), 512, 64)
+    dense = json.loads(Path("r.json").read_text())["eval"]["runs"][0]["dense"]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "0 (dense)" in line]
+    assert f"{dense['perplexity']:.2f}" in row
+
+
+@pytest.mark.parametrize(("family", "code"), [("bert", 2), ("gpt2", 3)])
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    family: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny(tmp_path / family, family)
+    assert run(["eval", "--model", str(folder), "--device", "cpu", "--also-quantize", "int8"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

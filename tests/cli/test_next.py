@@ -57,7 +57,9 @@ def test_of_several_allocations_the_first_goes_on() -> None:
         "teal bench --model m --allocation uniform --sparsity 0.4,0.5"
     )
     switched = GenerateConfig(model="m", quantize="int4:64", quantize_output=True)
-    assert next_command("eval", switched, quantize=None) == "teal eval --model m --quantize-output"
+    assert next_command("eval", switched, quantize=None) == "teal eval --model m"
+    also = EvalConfig(model="m", also_quantize=["int8"], quantize_output=True)
+    assert next_command("bench", also) == "teal bench --model m"
 
 
 def test_random_weights_have_no_next(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from teal_cli.cli import run
 from teal_cli.config import CalibrateConfig
 from teal_cli.decode.compact import CompactDecoder, unsupported_reason
 from teal_cli.decode.engine import Engine
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.loading import load_dense
@@ -106,6 +107,19 @@ def test_gptq_of_inputs_that_never_came_takes_the_nearest_codes() -> None:
     (packed,) = gptq([weight], torch.zeros(64, 64), Scheme(4, 32))
     error = dequantised(packed, torch.float32).t() - weight
     assert float(error.norm()) < 0.12 * float(weight.norm())
+
+
+def test_a_group_of_nearly_equal_weights_stays_finite() -> None:
+    weight = 1.0 + 1e-4 * torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
+    values = dequantised(quantise(weight, Scheme(4, 32)), torch.float32).t()
+    torch.testing.assert_close(values, weight, rtol=1e-3, atol=0.0)
+
+
+def test_gptq_says_that_hidden_states_are_not_finite() -> None:
+    model = build_model("llama").requires_grad_(False)
+    model.model.layers[0].input_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(ArtefactError, match="not finite: run with --dtype float32"):
+        quantise_(model, Scheme(4, 32), batches=(_tokens(16),))
 
 
 def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
