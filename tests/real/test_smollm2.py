@@ -117,6 +117,8 @@ def test_readme_commands(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> N
         "bench",
         "generate",
         "run",
+        "report",
+        "inspect",
         "info",
     }
     for command in commands:
