@@ -76,7 +76,7 @@ def _kind(source: ModelSource) -> Kind:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     try:
-        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False))
     except (ValueError, KeyError, OSError) as error:
         raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
     if config in AutoModelForSeq2SeqLM._model_mapping:

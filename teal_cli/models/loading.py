@@ -145,7 +145,7 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     try:
         with _without_bars():
             loaded: Any = auto_class(kind).from_pretrained(
-                folder, dtype=chosen, local_files_only=True, output_loading_info=True
+                folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
         model, report = loaded
     except _UNREADABLE as error:
@@ -182,7 +182,7 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
     torch.manual_seed(seed)
     with target:
-        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
     set_activation_thresholds_(model)
     return model.eval()
 
@@ -201,9 +201,9 @@ def outline(model: Path | Alias) -> Any:
         if isinstance(model, Alias):
             config = AutoConfig.for_model(**model.shape)
         else:
-            config = AutoConfig.from_pretrained(model, local_files_only=True)
+            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            found = auto_class(kind_of(config.to_dict(), None)).from_config(config)
+            found = auto_class(kind_of(config.to_dict(), None)).from_config(config, trust_remote_code=False)
             unstack_experts_(found)
         return found
     except _UNREADABLE as error:
@@ -222,6 +222,6 @@ def load_tokenizer(folder: Path) -> Any:
     import teal_cli.models.trained_sparse  # noqa: F401  (a tokenizer may be found by the model's type)
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _UNREADABLE as error:
         raise artefact_error(error, f"{folder} has no usable tokenizer") from error
