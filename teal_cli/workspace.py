@@ -10,8 +10,8 @@ from teal_cli.checkpoint.export import check_calibration_fits, read_summary, wri
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import Architecture, Kind, architecture_in
-from teal_cli.models.loading import kind_of, load_model
+from teal_cli.models.architectures import OUTPUT_SITE, Architecture, Kind, architecture_in, find_projections
+from teal_cli.models.loading import kind_of, load_model, outline
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
 from teal_cli.report.console import Reporter
@@ -101,7 +101,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
     """The calibration of a model: the one named, the one in its run folder, or a new one.
 
     Raises:
-        ArtefactError: the one named or found is damaged or of another model.
+        ArtefactError: the one named or found is damaged, or of another model, quantisation or architecture.
     """
     run = config.calibration or workspace.run
     if config.calibration is None and not calibration_file.exists(run):
@@ -116,7 +116,21 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
             f"the calibration in {run} is of {found.info.quantization or 'unquantised'} weights, not of "
             f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
         )
+    _check_projections(found, outline(workspace.source.folder, workspace.architecture(config)))
     return found
+
+
+def _check_projections(calibration: Calibration, model: Any) -> None:
+    """Refuse histograms of other sites than the model's architecture, which may be a user's file, has now."""
+    measured = calibration.projections
+    with_output = any(projection.site == OUTPUT_SITE for projection in measured)
+    wanted = find_projections(model, output_layer=with_output)
+    odd = {(p.name, p.site) for p in measured} ^ {(p.name, p.site) for p in wanted}
+    if odd:
+        raise ArtefactError(
+            f"the calibration was made with another architecture, which differs at {min(odd)[0]}: "
+            "run `teal calibrate` again"
+        )
 
 
 def checkpoint_for(

@@ -187,8 +187,12 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     return model.eval()
 
 
-def outline(model: Path | Alias) -> Any:
+def outline(model: Path | Alias, architecture: Architecture | None = None) -> Any:
     """The model of a folder or of an alias's shape without weights: every module, on the meta device.
+
+    Args:
+        model: a folder or an alias.
+        architecture: the model's, where it is not that of the table.
 
     Raises:
         ArtefactError: a configuration that transformers cannot make sense of.
@@ -203,8 +207,10 @@ def outline(model: Path | Alias) -> Any:
         else:
             config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            found = auto_class(kind_of(config.to_dict(), None)).from_config(config, trust_remote_code=False)
+            found = auto_class(kind_of(config.to_dict(), architecture)).from_config(config, trust_remote_code=False)
             unstack_experts_(found)
+        if architecture is not None:
+            found.teal_architecture = architecture
         return found
     except _UNREADABLE as error:
         name = model.name if isinstance(model, Alias) else model

@@ -140,6 +140,27 @@ def test_architecture_file_of_another_model(tiny, tmp_path, capsys) -> None:
     )
 
 
+_ROW = """llama:
+  blocks: model.layers
+  sites:
+    attention_input: [self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]
+    attention_output: [self_attn.o_proj]
+    mlp_input: [mlp.gate_proj, mlp.up_proj]
+"""
+
+
+@pytest.mark.parametrize("row", ["  dense: [mlp.down_proj]\n", "    other: [mlp.down_proj]\n"])
+def test_calibration_of_another_architecture(calibrated, tmp_path, capsys, row) -> None:
+    """Fewer projections, and the same ones at another site."""
+    file = tmp_path / "rows.yaml"
+    file.write_text(_ROW + "    mlp_intermediate: [mlp.down_proj]\n")
+    flags = ("export", "--model", calibrated, "--no-propagate", "--architecture", file)
+    assert run([str(flag) for flag in flags]) == 0  # the packaged row, in other words
+    file.write_text(_ROW + row)
+    wanted = "another architecture, which differs at model.layers.0.mlp.down_proj: run `teal calibrate` again"
+    _fails(capsys, 3, wanted, *flags)
+
+
 def test_truncated_calibration(calibrated, capsys) -> None:
     tensors = Path("runs/tiny/calibration.safetensors")
     whole = tensors.read_bytes()
