@@ -172,10 +172,9 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
 
-    from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
+    from teal_cli.models.trained_sparse import set_activation_thresholds_
 
     target = pick_device(device)
-    check_activation(alias.shape, f"alias {alias.name}")
     empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
     elements = sum(parameter.numel() for parameter in empty.parameters())
@@ -199,13 +198,15 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
     """
     from transformers import AutoConfig
 
-    import teal_cli.models.trained_sparse  # noqa: F401  (registers model types)
+    from teal_cli.models.trained_sparse import check_activation  # the module registers model types too
 
+    name = f"alias {model.name}" if isinstance(model, Alias) else model
     try:
         if isinstance(model, Alias):
             config = AutoConfig.for_model(**model.shape)
         else:
             config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        check_activation(config.to_dict(), name)
         with torch.device("meta"):
             found = auto_class(kind_of(config.to_dict(), architecture)).from_config(config, trust_remote_code=False)
             unstack_experts_(found)
@@ -213,7 +214,6 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
             found.teal_architecture = architecture
         return found
     except _UNREADABLE as error:
-        name = model.name if isinstance(model, Alias) else model
         raise artefact_error(error, f"{name} cannot be understood") from error
 
 
