@@ -20,7 +20,7 @@ from teal_cli.checkpoint.files import atomic_path
 from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
 from teal_cli.models.layers import Experts, is_stacked, linear_shape
-from teal_cli.models.loading import load_model
+from teal_cli.models.loading import kind_of, load_model
 from teal_cli.models.passes import run_text
 from teal_cli.models.source import ModelSource
 
@@ -76,15 +76,13 @@ def _kind(source: ModelSource) -> Kind:
     Raises:
         ArtefactError: nothing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     try:
-        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False))
+        AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
-    if config in AutoModelForSeq2SeqLM._model_mapping:
-        return "seq2seq"
-    return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
+    return kind_of(source.config, None)
 
 
 def block_lists(model: nn.Module, kind: Kind = "causal") -> list[str]:

@@ -108,9 +108,22 @@ def kind_of(config: dict[str, Any], architecture: Architecture | None) -> Kind:
     if architecture is not None:
         return architecture.kind
     own = (config.get("quantization_config") or {}).get("architecture") or {}
-    row = table().get(str(config.get("model_type")))
-    kind: Kind = own.get("kind") or (row.kind if row is not None else "causal")
+    model_type = str(config.get("model_type"))
+    row = table().get(model_type)
+    kind: Kind = own.get("kind") or (row.kind if row is not None else _loadable_kind(model_type))
     return kind
+
+
+def _loadable_kind(model_type: str) -> Kind:
+    """What transformers can load a model of a type as."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if model_type not in CONFIG_MAPPING:
+        return "causal"
+    config = CONFIG_MAPPING[model_type]
+    if config in AutoModelForSeq2SeqLM._model_mapping:
+        return "seq2seq"
+    return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
 
 
 def load_model(folder: Path, *, device: str, dtype: str, architecture: Architecture | None = None) -> Any:
