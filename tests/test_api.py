@@ -103,10 +103,17 @@ def test_mistakes(dense: Path) -> None:
         model.generate("x", top_q=0.5)
     with pytest.raises(UsageError, match="need a temperature above 0"):
         model.generate("x", top_p=0.5)
-    with pytest.raises(UsageError, match="is empty"):
-        model.generate(" ")
+    for nothing in (" ", [], [{"role": "user", "content": "\n"}]):
+        with pytest.raises(UsageError, match="is empty"):
+            model.generate(nothing)
+    for message in ({"role": "user"}, {"role": "user", "content": None}, {"content": "x"}, "x"):
+        with pytest.raises(UsageError, match="a message is"):
+            model.generate([message, {"role": "user", "content": "x"}])
     with pytest.raises(ArtefactError, match="exceed the model's context"):
         model.generate("x", max_new_tokens=300)
+    model.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match="does not take this conversation: roles must alternate"):
+        model.generate("x")
 
 
 def test_an_interrupted_reply_raises(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
