@@ -77,6 +77,7 @@ def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -
     assert teal_cli.generate("the stars", calibrated, 0.5, max_new_tokens=6) == reply.text
     sampled = {model.generate("the stars", temperature=2.0, seed=seed) for seed in (10, 20, 30)}
     assert len(sampled) > 1
+    assert len({model.generate("the stars", temperature=2.0, seed=3) for _ in range(3)}) == 1
     assert capsys.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
 
