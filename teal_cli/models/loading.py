@@ -195,6 +195,7 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     torch.manual_seed(seed)
     with target:
         model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
+    unstack_experts_(model)
     set_activation_thresholds_(model)
     return model.eval()
 
