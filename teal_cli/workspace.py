@@ -167,7 +167,9 @@ def checkpoint_for(
     calibration = calibration_for(config, workspace, reporter)
     plan = allocate(config, calibration, sparsity, allocation or allocations(config, calibration, reporter)[0])
     folder = workspace.export_folder(plan.allocation, plan.target_sparsity)
-    if not _up_to_date(folder, calibration, plan, config.propagate):
+    # An imported calibration has no text to propagate on: only who asks for it by name is to be told so again.
+    propagate = config.propagate and ("propagate" in config.model_fields_set or not calibration.info.imported)
+    if not _up_to_date(folder, calibration, plan, propagate):
         reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
         plan, propagated = hold(config, plan, calibration, source, reporter, model)
         write_checkpoint(
