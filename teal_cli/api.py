@@ -38,6 +38,16 @@ def _configured(kind: type[C], verb: str, model: str | Path, options: dict[str, 
     return config, Reporter(config.quiet)
 
 
+def _messages(prompt: str | list[Message]) -> list[Message]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages or ():
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UsageError(f'a message is {{"role": "user" or "assistant", "content": text}}, not {message!r}')
+    if not messages or not messages[-1]["content"].strip():
+        raise UsageError("the prompt is empty")
+    return messages
+
+
 def calibrate(model: str | Path, **options: Any) -> Calibration:
     """Measure a model's hidden states and keep them in RUNS/<model>, as `teal calibrate`.
 
@@ -122,9 +132,7 @@ class Model:
         for name in options:
             if name not in _A_REPLY:
                 raise UsageError(f"{name!r} is not an option of a reply{nearest(name, _A_REPLY)}")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not messages or not messages[-1]["content"].strip():
-            raise UsageError("the prompt is empty")
+        messages = _messages(prompt)
         config, _ = _configured(GenerateConfig, "generate", self._name, {**self._options, **options})
         found = self._generator.reply(messages, write or (lambda text: None), config)
         if found.interrupted:

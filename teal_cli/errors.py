@@ -67,6 +67,8 @@ def artefact_error(error: Exception, message: str) -> TealError:
     if isinstance(machine, MachineError):
         return machine
     reason = str(error.__cause__ or error).strip() or type(error).__name__
+    if "trust_remote_code" in reason:  # what transformers advises is what we never do
+        reason = "it comes with code of its own, which teal never runs"
     return ArtefactError(f"{message}: {reason.splitlines()[0]}")
 
 

@@ -10,13 +10,13 @@ from teal_cli.checkpoint.export import check_calibration_fits, read_summary, wri
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ComparingConfig, DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import Architecture, Kind, architecture_in
+from teal_cli.models.architectures import OUTPUT_SITE, Architecture, Kind, architecture_in, find_projections
 from teal_cli.models.loading import kind_of, load_model, outline
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
-from teal_cli.quantise.model import check_quantisable
+from teal_cli.quantise.model import quantised_layers
 from teal_cli.quantise.published import published_codes
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import make_intrinsic_
 
@@ -118,10 +118,8 @@ def with_other_weights(
         return []
     if workspace.kind(config) == "encoder":
         raise UsageError("also_quantize (flag --also-quantize) is for models that write, and this one is an encoder")
-    model = outline(workspace.source.folder)
-    if (own := workspace.architecture(config)) is not None:
-        model.teal_architecture = own
-    check_quantisable(model)
+    model = outline(workspace.source.folder, workspace.architecture(config))
+    quantised_layers(model, INT8, output_layer=config.quantize_output)  # or it says why not
     first = calibration_for(config, workspace, reporter).info
     same = {key: getattr(first, key) for key in ("dataset", "tokens", "seq_len", "sink_tokens")}
     for other, _ in others:
@@ -133,7 +131,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
     """The calibration of a model: the one named, the one in its run folder, or a new one.
 
     Raises:
-        ArtefactError: the one named or found is damaged or of another model.
+        ArtefactError: the one named or found is damaged, or of another model, quantisation or architecture.
     """
     run = config.calibration or workspace.run
     if config.calibration is None and not calibration_file.exists(run):
@@ -148,7 +146,21 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
             f"the calibration in {run} is of {found.info.quantization or 'unquantised'} weights, not of "
             f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
         )
+    _check_projections(found, outline(workspace.source.folder, workspace.architecture(config)))
     return found
+
+
+def _check_projections(calibration: Calibration, model: Any) -> None:
+    """Refuse histograms of other sites than the model's architecture, which may be a user's file, has now."""
+    measured = calibration.projections
+    with_output = any(projection.site == OUTPUT_SITE for projection in measured)
+    wanted = find_projections(model, output_layer=with_output)
+    odd = {(p.name, p.site) for p in measured} ^ {(p.name, p.site) for p in wanted}
+    if odd:
+        raise ArtefactError(
+            f"the calibration was made with another architecture, which differs at {min(odd)[0]}: "
+            "run `teal calibrate` again"
+        )
 
 
 def checkpoint_for(
@@ -185,7 +197,9 @@ def checkpoint_for(
     calibration = calibration_for(config, workspace, reporter)
     plan = allocate(config, calibration, sparsity, allocation or allocations(config, calibration, reporter)[0])
     folder = workspace.export_folder(plan.allocation, plan.target_sparsity)
-    if not _up_to_date(folder, calibration, plan, config.propagate):
+    # An imported calibration has no text to propagate on: only who asks for it by name is to be told so again.
+    propagate = config.propagate and ("propagate" in config.model_fields_set or not calibration.info.imported)
+    if not _up_to_date(folder, calibration, plan, propagate):
         reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
         plan, propagated = hold(config, plan, calibration, source, reporter, model)
         write_checkpoint(

@@ -77,6 +77,7 @@ def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -
     assert teal_cli.generate("the stars", calibrated, 0.5, max_new_tokens=6) == reply.text
     sampled = {model.generate("the stars", temperature=2.0, seed=seed) for seed in (10, 20, 30)}
     assert len(sampled) > 1
+    assert len({model.generate("the stars", temperature=2.0, seed=3) for _ in range(3)}) == 1
     assert capsys.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
 
@@ -103,10 +104,17 @@ def test_mistakes(dense: Path) -> None:
         model.generate("x", top_q=0.5)
     with pytest.raises(UsageError, match="need a temperature above 0"):
         model.generate("x", top_p=0.5)
-    with pytest.raises(UsageError, match="is empty"):
-        model.generate(" ")
+    for nothing in (" ", [], [{"role": "user", "content": "\n"}]):
+        with pytest.raises(UsageError, match="is empty"):
+            model.generate(nothing)
+    for message in ({"role": "user"}, {"role": "user", "content": None}, {"content": "x"}, "x"):
+        with pytest.raises(UsageError, match="a message is"):
+            model.generate([message, {"role": "user", "content": "x"}])
     with pytest.raises(ArtefactError, match="exceed the model's context"):
         model.generate("x", max_new_tokens=300)
+    model.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match="does not take this conversation: roles must alternate"):
+        model.generate("x")
 
 
 def test_an_interrupted_reply_raises(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

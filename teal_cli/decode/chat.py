@@ -25,11 +25,20 @@ def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], chat: bool) -> Tensor:
-    """(1, tokens) int64 of a conversation; without the template, of its last message alone."""
+    """(1, tokens) int64 of a conversation; without the template, of its last message alone.
+
+    Raises:
+        UsageError: a conversation that the template does not know, such as of other roles.
+    """
+    from jinja2 import TemplateError
+
     if not chat:
         ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
         return torch.as_tensor(ids, dtype=torch.int64)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UsageError(f"the model's chat template does not take this conversation: {error}") from error
     # The template writes the special tokens itself.
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return torch.as_tensor(ids, dtype=torch.int64)

@@ -159,12 +159,25 @@ def find_projections(model: nn.Module, *, output_layer: bool = False) -> list[Pr
         for index, block in enumerate(blocks.children()):
             found += list(_of_block(architecture, block, f"{stack}.{index}"))
     if output_layer:
-        output = model.get_output_embeddings()  # type: ignore[operator]
-        name = next((name for name, module in model.named_modules() if module is output), None)
-        if name is None or not isinstance(output, nn.Linear) or architecture.kind != "causal":
-            raise ArtefactError("this model's output layer is not a linear layer: leave --output-layer out")
-        found.append(Projection(name, OUTPUT_SITE, output.in_features, output.out_features))
+        found.append(output_projection(model, "--output-layer"))
     return found
+
+
+def output_projection(model: nn.Module, flag: str) -> Projection:
+    """The layer of the logits.
+
+    Args:
+        model: as for `find_projections`.
+        flag: what asks for it, for the message.
+
+    Raises:
+        ArtefactError: it is not a linear layer, or the model not a decoder alone.
+    """
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in model.named_modules() if module is output), None)
+    if name is None or not isinstance(output, nn.Linear) or architecture_for(model).kind != "causal":
+        raise ArtefactError(f"this model's output layer is not a linear layer of a decoder: leave {flag} out")
+    return Projection(name, OUTPUT_SITE, output.in_features, output.out_features)
 
 
 def _of_block(architecture: Architecture, block: nn.Module, prefix: str) -> Iterator[Projection]:

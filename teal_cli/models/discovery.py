@@ -20,7 +20,7 @@ from teal_cli.checkpoint.files import atomic_path
 from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
 from teal_cli.models.layers import Experts, is_stacked, linear_shape
-from teal_cli.models.loading import load_model
+from teal_cli.models.loading import kind_of, load_model
 from teal_cli.models.passes import run_text
 from teal_cli.models.source import ModelSource
 
@@ -38,7 +38,7 @@ class _Call(NamedTuple):
 
 
 def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> ArtefactError:
-    """Write RUN/architecture.yaml for a model of an unknown type.
+    """Write RUN/architecture.yaml for a model of an unknown type, unless there is one, which the user may have edited.
 
     Returns:
         The error that says so: nothing runs before the user has confirmed the file.
@@ -47,12 +47,15 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
         ArtefactError: no blocks, or the probe does not run.
     """
     model_type = str(source.config.get("model_type"))
+    path = run / "architecture.yaml"
+    unknown = f"model type {model_type!r} is not in the table of architectures"
+    if path.exists():
+        return ArtefactError(f"{unknown}; {path} is there already: check it, and confirm with --architecture {path}")
     kind = _kind(source)
     # Any row will do to load it as what it is; what it says is not read.
     seed = Architecture(kind=kind, blocks=("",), sites={"none": ("",)})
     model = load_model(source.folder, device=device, dtype=dtype, architecture=seed)
     found = discover(model)
-    path = run / "architecture.yaml"
     head = (
         f"# What teal found in {source.name}, whose type it does not know. Check it: the linear layers of a site must\n"
         "# read the same hidden state; layers under dense drop no inputs. The keys are explained at the head of\n"
@@ -62,8 +65,8 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
         body = yaml.safe_dump({model_type: found.row()}, sort_keys=False, width=120)
         temporary.write_text(head + body, encoding="utf-8")
     return ArtefactError(
-        f"model type {model_type!r} is not in the table of architectures; its {len(found.sites)} sites were written to "
-        f"{path}: check them, and confirm with --architecture {path}"
+        f"{unknown}; its {len(found.sites)} sites were written to {path}: check them, and confirm with "
+        f"--architecture {path}"
     )
 
 
@@ -73,15 +76,13 @@ def _kind(source: ModelSource) -> Kind:
     Raises:
         ArtefactError: nothing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     try:
-        config = type(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+        AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
-    if config in AutoModelForSeq2SeqLM._model_mapping:
-        return "seq2seq"
-    return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
+    return kind_of(source.config, None)
 
 
 def block_lists(model: nn.Module, kind: Kind = "causal") -> list[str]:

@@ -65,10 +65,13 @@ def _convert(file: Path, folder: Path) -> None:
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
+                trust_remote_code=False,
                 **options,
             )
             model, report = loaded
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+            )
     except (ValueError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
         raise artefact_error(error, f"{file} cannot be converted") from error
     if report["missing_keys"]:

@@ -110,9 +110,22 @@ def kind_of(config: dict[str, Any], architecture: Architecture | None) -> Kind:
     if architecture is not None:
         return architecture.kind
     own = (config.get("quantization_config") or {}).get("architecture") or {}
-    row = table().get(str(config.get("model_type")))
-    kind: Kind = own.get("kind") or (row.kind if row is not None else "causal")
+    model_type = str(config.get("model_type"))
+    row = table().get(model_type)
+    kind: Kind = own.get("kind") or (row.kind if row is not None else _loadable_kind(model_type))
     return kind
+
+
+def _loadable_kind(model_type: str) -> Kind:
+    """What transformers can load a model of a type as."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if model_type not in CONFIG_MAPPING:
+        return "causal"
+    config = CONFIG_MAPPING[model_type]
+    if config in AutoModelForSeq2SeqLM._model_mapping:
+        return "seq2seq"
+    return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
 
 
 def load_model(folder: Path, *, device: str, dtype: str, architecture: Architecture | None = None) -> Any:
@@ -147,7 +160,7 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     try:
         with _without_bars():
             loaded: Any = auto_class(kind).from_pretrained(
-                folder, dtype=chosen, local_files_only=True, output_loading_info=True
+                folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
         model, report = loaded
     except _UNREADABLE as error:
@@ -174,42 +187,49 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
 
-    from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
+    from teal_cli.models.trained_sparse import set_activation_thresholds_
 
     target = pick_device(device)
-    check_activation(alias.shape, f"alias {alias.name}")
     empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
     elements = sum(parameter.numel() for parameter in empty.parameters())
     check_memory(elements * chosen.itemsize, target, f"{alias.name} in {chosen}")
     torch.manual_seed(seed)
     with target:
-        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
+    unstack_experts_(model)
     set_activation_thresholds_(model)
     return model.eval()
 
 
-def outline(model: Path | Alias) -> Any:
+def outline(model: Path | Alias, architecture: Architecture | None = None) -> Any:
     """The model of a folder or of an alias's shape without weights: every module, on the meta device.
+
+    Args:
+        model: a folder or an alias.
+        architecture: the model's, where it is not that of the table.
 
     Raises:
         ArtefactError: a configuration that transformers cannot make sense of.
     """
     from transformers import AutoConfig
 
-    import teal_cli.models.trained_sparse  # noqa: F401  (registers model types)
+    from teal_cli.models.trained_sparse import check_activation  # the module registers model types too
 
+    name = f"alias {model.name}" if isinstance(model, Alias) else model
     try:
         if isinstance(model, Alias):
             config = AutoConfig.for_model(**model.shape)
         else:
-            config = AutoConfig.from_pretrained(model, local_files_only=True)
+            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        check_activation(config.to_dict(), name)
         with torch.device("meta"):
-            found = auto_class(kind_of(config.to_dict(), None)).from_config(config)
+            found = auto_class(kind_of(config.to_dict(), architecture)).from_config(config, trust_remote_code=False)
             unstack_experts_(found)
+        if architecture is not None:
+            found.teal_architecture = architecture
         return found
     except _UNREADABLE as error:
-        name = model.name if isinstance(model, Alias) else model
         raise artefact_error(error, f"{name} cannot be understood") from error
 
 
@@ -224,6 +244,6 @@ def load_tokenizer(folder: Path) -> Any:
     import teal_cli.models.trained_sparse  # noqa: F401  (a tokenizer may be found by the model's type)
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _UNREADABLE as error:
         raise artefact_error(error, f"{folder} has no usable tokenizer") from error

@@ -17,8 +17,20 @@ def offload_(model: Any, device: torch.device) -> None:
     """Let a model that lies in main memory compute on a device.
 
     Args:
-        model: on the CPU. Its parameters are on the meta device afterwards, except while their layer runs.
+        model: on the CPU, and one that `require_offload` takes. Its parameters are on the meta device afterwards,
+            except while their layer runs.
         device: where to compute.
+    """
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=device)
+
+
+def require_offload(model: Any) -> None:
+    """Refuse what `offload_` cannot do.
+
+    Args:
+        model: the model or its outline.
 
     Raises:
         MachineError: accelerate is not installed.
@@ -28,9 +40,6 @@ def offload_(model: Any, device: torch.device) -> None:
         raise UsageError("offload (flag --offload) does not know stacked experts: leave it out for this model")
     if find_spec("accelerate") is None:
         raise MachineError("offload (flag --offload) needs the package accelerate: pip install 'teal-cli[offload]'")
-    from accelerate import cpu_offload
-
-    cpu_offload(model, execution_device=device)
 
 
 def computing_device(model: Any) -> torch.device:

@@ -1,5 +1,6 @@
 """Quantised weights on disk: dense safetensors files in, one file with codes, scales and zero points out."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal_cli.checkpoint.files import atomic_path
+from teal_cli.checkpoint.weights import tensor_header
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.quantise.scheme import Scheme
 from teal_kernels.packing import Packed
@@ -16,30 +18,38 @@ _OUTPUT = "lm_head"
 _CODES, _SCALES, _ZEROS = "qweight", "scales", "zeros"
 
 
+def require_weights(shards: list[Path], names: Iterable[str]) -> None:
+    """Refuse a model whose weight files do not hold the weights of these layers under the names that it has for them.
+
+    Args:
+        shards: the dense weight files.
+        names: module paths.
+
+    Raises:
+        ArtefactError: another name.
+    """
+    stored = {key.removesuffix(".weight") for shard in shards for key in tensor_header(shard)}
+    absent = set(names) - stored - {_OUTPUT}  # it may be tied
+    if absent:
+        raise ArtefactError(
+            f"the weight files have no {min(absent)}.weight: checkpoints of this family cannot be quantised"
+        )
+
+
 def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path) -> None:
     """Write the weights of a quantised model: qweight, scales and zeros of the layers in `packs`, all else as it was.
 
     Args:
-        shards: the dense weight files.
+        shards: the dense weight files, which hold the layers (`require_weights`).
         packs: by module path.
         file: where to; it appears whole or not at all.
-
-    Raises:
-        ArtefactError: weights that the files hold under other names than the model.
     """
     tensors: dict[str, Tensor] = {}
-    left = set(packs)
     for shard in shards:
         with safe_open(shard, framework="pt") as stream:
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
-                if key.removesuffix(".weight") not in left:
+                if key.removesuffix(".weight") not in packs:
                     tensors[key] = stream.get_tensor(key)
-                left.discard(key.removesuffix(".weight"))
-    left.discard(_OUTPUT)  # it may be tied
-    if left:
-        raise ArtefactError(
-            f"the weight files have no {min(left)}.weight: checkpoints of this family cannot be quantised"
-        )
     tensors |= tensors_of(packs)
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.architectures import architecture_for, find_projections, output_projection
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
 from teal_cli.quantise.walk import quantise_blocks_
@@ -18,20 +18,6 @@ from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.sparse.replace import lay_out_
 from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed, dequantised
-
-
-def check_quantisable(model: Any) -> None:
-    """Refuse a model whose projections cannot be quantised; its weights need not be there.
-
-    Raises:
-        ArtefactError: a projection that is Conv1D, or stacked experts.
-    """
-    for projection in find_projections(model):
-        kind = type(model.get_submodule(projection.name))
-        if not issubclass(kind, nn.Linear):
-            raise ArtefactError(
-                f"{projection.name} is a {kind.__name__}: only linear layers of their own can be quantised"
-            )
 
 
 @torch.no_grad()
@@ -60,19 +46,16 @@ def quantise_(
         Module path -> the codes, scales and zero points that `pack_` puts in place.
 
     Raises:
-        ArtefactError: a projection that is Conv1D, or stacked experts.
+        ArtefactError: what `quantised_layers` raises.
     """
+    schemes = quantised_layers(model, scheme, output_layer=output_layer)
     packs = dict(known)
     dequantise_(model, packs)
-    check_quantisable(model)
     projections = find_projections(model)
-    schemes = {projection.name: scheme for projection in projections}
     architecture = architecture_for(model)
     if batches and not known and scheme.bits == 4 and architecture.is_one_decoder:
         (path,) = architecture.blocks
         packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
-    if output_layer:
-        schemes[find_projections(model, output_layer=True)[-1].name] = INT8
     nearest = {
         name: quantise(model.get_submodule(name).weight, of_this)
         for name, of_this in schemes.items()
@@ -80,6 +63,27 @@ def quantise_(
     }
     dequantise_(model, nearest)
     return packs | nearest
+
+
+def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[str, Scheme]:
+    """Module path -> scheme of what is quantised.
+
+    Args:
+        model: a dense model, or its outline.
+        scheme: of the projections.
+        output_layer: the output layer too, to 8 bits.
+
+    Raises:
+        ArtefactError: a projection that is Conv1D, or stacked experts; an output layer that is not linear.
+    """
+    schemes = {projection.name: scheme for projection in find_projections(model)}
+    for name in schemes:
+        kind = type(model.get_submodule(name))
+        if not issubclass(kind, nn.Linear):
+            raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
+    if output_layer:
+        schemes[output_projection(model, "--quantize-output").name] = INT8
+    return schemes
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from teal_cli.data import token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
-from teal_cli.models.loading import load_model, load_tokenizer, pick_device
-from teal_cli.models.offload import computing_device, offload_
+from teal_cli.models.loading import load_model, load_tokenizer, outline, pick_device
+from teal_cli.models.offload import computing_device, offload_, require_offload
 from teal_cli.models.passes import check_positions
-from teal_cli.quantise.files import read_quantised, write_quantised
-from teal_cli.quantise.model import quantise_
+from teal_cli.quantise.files import read_quantised, require_weights, write_quantised
+from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
@@ -48,6 +48,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
     if config.greedy_tokens:
         require_one_row(architecture)
+    device = pick_device(config.device)
+    _require_possible(config, source.folder, outline(source.folder, architecture))
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
     sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
@@ -65,15 +67,15 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model=model,
     )
     if model is None:
-        device = "cpu" if config.offload else config.device
-        model = load_model(source.folder, device=device, dtype=config.dtype, architecture=architecture)
+        where = "cpu" if config.offload else config.device
+        model = load_model(source.folder, device=where, dtype=config.dtype, architecture=architecture)
     check_positions(model, config.seq_len)
     started = time.perf_counter()
     quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)
     quantize_seconds = time.perf_counter() - started if packs else 0.0
     if config.offload:
-        offload_(model, pick_device(config.device))
+        offload_(model, device)
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -120,6 +122,16 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         info.quantised_weights = fingerprint_of([result.quantised])
     calibration_file.save(result, run)
     return result
+
+
+def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None:
+    """Refuse by a model's outline what it would otherwise fail at after hours."""
+    find_projections(model, output_layer=config.output_layer)
+    if config.quantize is not None:
+        scheme = Scheme.parse(config.quantize)
+        require_weights(weight_files(folder), quantised_layers(model, scheme, output_layer=config.quantize_output))
+    if config.offload:
+        require_offload(model)
 
 
 def _chooses_codes(config: CalibrateConfig, folder: Path) -> bool:

@@ -78,7 +78,7 @@ class Generator:
         self.engine = engine_for(self.model)
         if self.engine.general_because is not None:
             reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
-        self._replies = 0
+        self._turns = 0
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
@@ -91,9 +91,15 @@ class Generator:
     ) -> Reply:
         """Answer a conversation, handing text to `write` as it comes; another configuration may say how to sample.
 
+        With a configuration of its own the reply is that of its seed. Without one the first reply is, and later
+        ones draw other numbers, as the turns of a conversation must.
+
         Ctrl-C (KeyboardInterrupt) ends the reply and is reported in it, not raised.
         """
-        config = config or self.config
+        turn = 0
+        if config is None:
+            config, turn = self.config, self._turns
+            self._turns += 1
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         pieces: list[str] = []
 
@@ -102,9 +108,7 @@ class Generator:
             write(text)
 
         streamer = text_streamer(self.tokenizer, emit)
-        seed = config.seed + self._replies  # a conversation must not draw the same numbers each turn
-        self._replies += 1
-        sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=seed)
+        sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
         count, interrupted = 0, False
         first = last = started = time.perf_counter()

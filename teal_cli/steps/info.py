@@ -130,6 +130,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
     ]
     wanted = [_name(dtype), _name(of_16_bits), *_SCHEMES]
     order = sorted((entry for entry in weights if entry["weights"] in wanted), key=lambda e: wanted.index(e["weights"]))
+    cached = _cache_values(model.config)
     # Triton's interpreter runs the kernels on a CPU, but the engine does not take them there.
     because = unsupported_on(model, device, dtype, "auto") or ("no GPU" if device.type == "cpu" else None)
     return {
@@ -143,7 +144,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         "dtype": _name(dtype),
         "weights": weights,
         "runs_as": next((entry["weights"] for entry in order if entry["fits_on_device"] is not False), None),
-        "cache_bytes_per_token": _cache_values(model.config) * dtype.itemsize,
+        "cache_bytes_per_token": None if cached is None else cached * dtype.itemsize,
         "path": "compact" if because is None else "general",
         "general_because": because,
     }
@@ -153,9 +154,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cache_values(config: Any) -> int:
-    """Values that the KV cache takes for one token."""
+def _cache_values(config: Any) -> int | None:
+    """Values that the KV cache takes for one token; None of a model without attention."""
     config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return None
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
     return int(2 * config.num_hidden_layers * heads * size)

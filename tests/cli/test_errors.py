@@ -1,6 +1,7 @@
 """What can go wrong: one line on stderr, the right exit code, nothing half written."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -137,6 +138,27 @@ def test_architecture_file_of_another_model(tiny, tmp_path, capsys) -> None:
         "--architecture",
         path,
     )
+
+
+_ROW = """llama:
+  blocks: model.layers
+  sites:
+    attention_input: [self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]
+    attention_output: [self_attn.o_proj]
+    mlp_input: [mlp.gate_proj, mlp.up_proj]
+"""
+
+
+@pytest.mark.parametrize("row", ["  dense: [mlp.down_proj]\n", "    other: [mlp.down_proj]\n"])
+def test_calibration_of_another_architecture(calibrated, tmp_path, capsys, row) -> None:
+    """Fewer projections, and the same ones at another site."""
+    file = tmp_path / "rows.yaml"
+    file.write_text(_ROW + "    mlp_intermediate: [mlp.down_proj]\n")
+    flags = ("export", "--model", calibrated, "--no-propagate", "--architecture", file)
+    assert run([str(flag) for flag in flags]) == 0  # the packaged row, in other words
+    file.write_text(_ROW + row)
+    wanted = "another architecture, which differs at model.layers.0.mlp.down_proj: run `teal calibrate` again"
+    _fails(capsys, 3, wanted, *flags)
 
 
 def test_truncated_calibration(calibrated, capsys) -> None:
@@ -330,3 +352,28 @@ def test_export_does_not_replace_what_it_did_not_make(calibrated, capsys) -> Non
     assert sorted(calibrated.iterdir()) == before
     assert run(["export", "--model", str(calibrated), "--out", "new"]) == 0
     assert run(["export", "--model", str(calibrated), "--out", "new", "--sparsity", "0.3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "verb"), [("model", "calibrate"), ("model", "info"), ("model", "generate"), ("tokenizer", "generate")]
+)
+def test_code_of_a_model_folder_is_never_run(tiny, capsys, monkeypatch, verb, part) -> None:
+    """transformers asks whether to run it: even a yes must not count."""
+    if part == "model":
+        path, names = tiny / "config.json", {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    else:
+        path, names = tiny / "tokenizer_config.json", {"AutoTokenizer": ["evil.T", None]}
+    changed = {"model_type": "unheard_of"} if part == "model" else {"tokenizer_class": "T"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed | {"auto_map": names}))
+    ran = tiny / "ran"
+    (tiny / "evil.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class C(LlamaConfig): model_type = 'unheard_of'\n"
+        "class M(LlamaForCausalLM): config_class = C\n"
+        "class T(PreTrainedTokenizerFast): pass\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    flags = ("--prompt", "x", "--sparsity", "0") if verb == "generate" else ()
+    _fails(capsys, 3, "code of its own, which teal never runs", verb, "--model", tiny, *flags)
+    assert not ran.exists()

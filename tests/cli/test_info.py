@@ -144,6 +144,22 @@ def test_every_family(family: str) -> None:
         assert sizes[3] < sizes[2] < sizes[0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "cached"),
+    [
+        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}, None),
+        # An encoder, which the table does not say of an unknown type.
+        ({"model_type": "distilbert", "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 100}, 2 * 2 * 64 * 4),
+    ],
+)
+def test_types_without_a_row(tmp_path: Path, shape: dict[str, object], cached: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    found = _asked("--model", tmp_path, "--device", "cpu")["model"]
+    assert not found["supported"]
+    assert found["parameters"] > 0
+    assert found["cache_bytes_per_token"] == cached
+
+
 def test_models_that_cannot_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "config.json").write_text(json.dumps({"model_type": "bloom", "n_layer": 2, "hidden_size": 64, "n_head": 2}))
     found = _asked("--model", tiny)["model"]

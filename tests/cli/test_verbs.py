@@ -109,6 +109,14 @@ def test_generate(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert (_json(Path("g.json"))["target_sparsity"], _json(Path("g.json"))["realised_sparsity"]) == (0.0, None)
 
 
+def test_turns_draw_other_numbers_and_the_first_is_that_of_the_seed(calibrated: Path) -> None:
+    config = GenerateConfig(model=str(calibrated), max_new_tokens=12, temperature=2.0, seed=3)
+    first, again = (Generator(config, QUIET) for _ in range(2))
+    replies = [first.reply([{"role": "user", "content": "the stars"}]).text for _ in range(2)]
+    assert replies[0] != replies[1]
+    assert again.reply([{"role": "user", "content": "the stars"}]).text == replies[0]
+
+
 def test_conversation(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines are answered, history grows, /new forgets, Ctrl-C stays, Ctrl-D leaves."""
     generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=5), QUIET)
@@ -189,11 +197,12 @@ def test_bench_of_a_batch(calibrated: Path) -> None:
     assert _teal("bench", "--model", calibrated, "--batch", "9") == 2
 
 
-def test_bench_with_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", ["model_type: llama", "model_type: mixtral, num_local_experts: 4"])
+def test_bench_with_random_weights(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("configs/models")
     folder.mkdir(parents=True)
     shape = (
-        "{model_type: llama, vocab_size: 500, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, "
+        f"{{{more}, vocab_size: 500, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, "
         "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
     )
     (folder / "small.yaml").write_text(f"hub_id: nobody/small\nshape: {shape}\n")

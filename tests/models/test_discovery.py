@@ -132,6 +132,11 @@ def test_from_an_unknown_type_to_a_checkpoint(
         "self_attn.v_proj",
         "mlp.fc1",
     ]
+    edited = written.read_text() + "# checked\n"
+    written.write_text(edited)
+    assert run(["calibrate", *chain]) == 3  # unconfirmed as before, and not written over
+    assert f"{written} is there already: check it, and confirm with --architecture {written}" in capsys.readouterr().err
+    assert written.read_text() == edited
     confirmed = ["--architecture", str(written)]
     assert run(["calibrate", *chain, *confirmed]) == 0
     assert run(["export", *shared, *confirmed, "--sparsity", "0.5"]) == 0

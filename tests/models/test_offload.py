@@ -74,3 +74,22 @@ def test_what_it_is_not_for(
     flags = ["--tokens", "64", "--seq-len", "64"]
     assert run(["calibrate", "--model", str(tiny), "--offload", *flags]) == 4
     assert "pip install 'teal-cli[offload]'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_known_before_the_model_is_loaded(
+    tiny: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("teal_cli.steps.calibrate.load_model", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = ["calibrate", "--model", str(tiny), "--dataset", str(corpus), "--offload"]
+    assert run([*flags, "--device", "cuda"]) == 4
+    assert "no GPU" in capsys.readouterr().err
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        "teal_cli.models.offload.find_spec", lambda name: None if name == "accelerate" else original(name)
+    )
+    assert run([*flags, "--device", "cpu"]) == 4
+    assert "pip install 'teal-cli[offload]'" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Quantised models: in place, packed, in a checkpoint, and through the command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,32 @@ def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["export", "--model", str(dense)]) == 0
     assert run(["bench", "--model", "runs/tiny/fisher-0.50", "--quantize", "int8"]) == 2
     assert "dense model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "message"),
+    [
+        ("gemma3", [], "the weight files have no .*: checkpoints of this family cannot be quantised"),
+        ("headed bert", [], "the weight files have no encoder.layer.0.*: checkpoints of this family cannot"),
+        ("gpt2", [], "only linear layers of their own can be quantised"),
+        ("t5", ["--quantize-output"], "leave --quantize-output out"),
+        ("bert", ["--quantize-output"], "leave --quantize-output out"),
+    ],
+)
+def test_what_cannot_be_is_known_before_the_model_is_loaded(
+    family: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("teal_cli.steps.calibrate.load_model", load)
+    dense = save_tiny(tmp_path / "tiny", family.removeprefix("headed "))
+    if family == "headed bert":  # as BertForMaskedLM saves it; transformers takes the prefix away
+        tensors = load_file(dense / "model.safetensors")
+        prefixed = {f"bert.{name}": tensor for name, tensor in tensors.items()}
+        save_file(prefixed, dense / "model.safetensors", metadata={"format": "pt"})
+    assert run(["calibrate", "--model", str(dense), "--quantize", "int4:32", *flags]) == 3
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_weights_of_another_calibration_are_refused(
