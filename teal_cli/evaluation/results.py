@@ -93,6 +93,8 @@ class EncoderResult:
     dataset: str
     half: Half
     seq_len: int
+    quantization: str
+    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
     runs: list[EncoderRun]
     """By allocation, then sparsity, as asked for."""
     device: str

@@ -78,14 +78,8 @@ def _what(material: Material) -> str:
 
 def _quality(material: Material) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
     """(eval, run, plan) of the export in focus; where there is none, of the first eval."""
-    found = list(material.measured())
     focus = material.focus
-    if focus is not None:
-        own = (focus.plan.allocation, focus.plan.target_sparsity)
-        for result, run, plan in found:
-            if (plan["allocation"], plan["target_sparsity"]) == own:
-                return result, run, plan
-    return found[0] if found else None
+    return next(material.measured() if focus is None else material.evals_of(focus), None)
 
 
 def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
@@ -97,10 +91,12 @@ def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, d
     else:
         target = allocation = None
     for result in material.of_kind("bench"):
-        dense, *others = result.runs
-        for run in others:
-            if target is None or (run["sparsity"] == target and run.get("allocation", allocation) == allocation):
-                return result, dense, run
+        for dense, *others in result.by_weights().values():
+            if material.focus is not None and not material.is_of(material.focus, result, dense):
+                continue
+            for run in others:
+                if target is None or (run["sparsity"] == target and run.get("allocation", allocation) == allocation):
+                    return result, dense, run
     return None
 
 
@@ -130,7 +126,8 @@ def _gain(result: Result, dense: dict[str, Any], sparse: dict[str, Any]) -> str:
     content = result.content
     before, after = dense["tokens_per_second"], sparse["tokens_per_second"]
     text = (
-        f"{_speed_text(after)} tokens/s in place of {_speed_text(before)}, {sparse['speedup']:.2f} times dense, on "
+        f"{_speed_text(after)} tokens/s in place of {_speed_text(before)}, "
+        f"{after['median'] / before['median']:.2f} times dense, on "
         f"{content['device']} in {content['dtype']} (median of {content['repeats']}, least to most in brackets)"
     )
     if dense["bytes_per_token"] and sparse["bytes_per_token"]:
