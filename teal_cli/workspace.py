@@ -116,6 +116,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
             f"the calibration in {run} is of {found.info.quantization or 'unquantised'} weights, not of "
             f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
         )
+    calibration_file.check_quantised(found)
     return found
 
 

@@ -89,7 +89,7 @@ def _whole(config: SharedConfig, workspace: Workspace, result_file: Path) -> boo
     try:
         result = read_json(result_file, "result")
         if isinstance(config, CalibrateConfig):
-            calibration_file.load(run_folder(config, workspace))
+            calibration_file.check_quantised(calibration_file.load(run_folder(config, workspace)))
         if isinstance(config, ExportConfig):
             weight_files(Path(result["folder"]))
             read_json(Path(result["folder"]) / "config.json", "model configuration")
