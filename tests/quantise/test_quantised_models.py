@@ -255,7 +255,7 @@ def test_weights_of_another_calibration_are_refused(
 def test_a_recipe_makes_quantised_weights_again(corpus: Path, tmp_path: Path) -> None:
     dense, file = save_tiny(tmp_path / "tiny"), Path("runs/tiny-int8/quantised.safetensors")
     Path("r.yaml").write_text(
-        f"model: {dense}\nquantize: int8\nstages: [calibrate]\ncalibrate: {{dataset: {corpus}, tokens: 256, seq_len: 64}}"
+        f"model: {dense}\nquantize: int8\nstages: [calibrate]\ndataset: {corpus}\ntokens: 256\nseq_len: 64\n"
     )
     assert run(["run", "r.yaml", "--quiet"]) == 0
     file.unlink()
