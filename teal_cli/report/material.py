@@ -13,6 +13,7 @@ from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
+from teal_cli.evaluation.results import read_result
 from teal_cli.quantise.scheme import Scheme
 
 Kind = Literal["eval", "encoder", "bench", "generate"]
@@ -240,7 +241,7 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     if calibration is None and not exports and not results:
         raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
-        result = _result_of(file, read_json(file, "result"))
+        result = _result_of(file, read_result(file))
         if result is None:
             raise ArtefactError(f"{file} is no result of teal eval, bench or generate: make one with --json")
         results += [result] if all(result.content != known.content for known in results) else []
@@ -264,7 +265,7 @@ def _results_in(run: Path) -> Iterator[Result]:
     others = [file for file in sorted(run.glob("*.json")) if file not in stages]
     for file in [*filter(Path.is_file, stages), *others]:
         try:
-            content = read_json(file, "result")
+            content = read_result(file)
         except ArtefactError:
             if file in stages:
                 raise
@@ -287,7 +288,7 @@ def _focus(material: Material) -> Export | None:
     """The export of the recipe; where there was none, the one nearest to half, evaluated before others."""
     stage = material.run / "export.json" if material.run is not None else None
     if stage is not None and stage.is_file():
-        made = Path(str(read_json(stage, "result").get("folder", ""))).name
+        made = Path(str(read_result(stage).get("folder", ""))).name
         for export in material.exports:
             if export.name == made:
                 return export

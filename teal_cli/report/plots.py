@@ -1,5 +1,6 @@
 """The plots of quality and speed over sparsity."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,8 @@ def _encoder_plots(material: Material, looks: Mapping[str, int]) -> list[Plot]:
 
 
 def _with_errors(name: str, look: int, points: Mapping[float, tuple[float, float]]) -> _Line:
-    """A line through (value, standard error) at each sparsity."""
-    ordered = sorted(points.items())
+    """A line through (value, standard error) at each sparsity, as far as values are numbers."""
+    ordered = sorted((x, point) for x, point in points.items() if math.isfinite(point[0]))
     errors = [error for _, (_, error) in ordered]
     return _Line(name, look, [x for x, _ in ordered], [value for _, (value, _) in ordered], errors, errors)
 
