@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teal_cli.config import VERB_CONFIGS
+from teal_cli.config_files import keys_of
 from teal_cli.report.material import Material, Result
 
 
@@ -31,7 +33,7 @@ def how_to_measure(verb: str, material: Material) -> str:
     """The command that makes what is absent."""
     focus, run = material.focus, material.run
     words = ["teal", verb, "--model", _model_option(material), *_quantize_options(material)]
-    if focus is not None:
+    if focus is not None and "sparsity" in keys_of(VERB_CONFIGS[verb]):
         words += ["--sparsity", f"{focus.plan.target_sparsity:g}", "--allocation", focus.plan.allocation]
     if run is not None and run.parent != Path("runs"):
         words += ["--runs", str(run.parent)]
@@ -47,7 +49,10 @@ def _model_option(material: Material) -> str:
 
 
 def _quantize_options(material: Material) -> list[str]:
-    quantization = "" if material.calibration is None else material.calibration.info.quantization
+    if material.calibration is not None:
+        quantization = material.calibration.info.quantization
+    else:
+        quantization = "" if material.focus is None else material.focus.weights
     scheme = quantization.removesuffix("-output")
     output = ["--quantize-output"] if scheme != quantization else []
     return ["--quantize", scheme.replace("-", ":"), *output] if scheme else []
