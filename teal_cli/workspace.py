@@ -147,6 +147,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
             f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
         )
     _check_projections(found, outline(workspace.source.folder, workspace.architecture(config)))
+    calibration_file.check_quantised(found)
     return found
 
 

@@ -72,21 +72,27 @@ def weight_bytes_per_token(
     for module in decoder.modules():
         if isinstance(module, nn.Embedding) and module.weight is not of_output:
             total -= module.weight.nbytes - module.weight[:1].nbytes
-    layers = sparse_layers(model).values()
-    total += sum(layer.packed.nbytes for layer in layers if isinstance(layer, QuantizedLinear))
-    for name, packed in packs.items():
-        layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear):
-            total += packed.nbytes - layer.weight.nbytes
+    # Of an encoder-decoder, layers of the encoder read nothing.
+    inside = {id(module) for module in (*decoder.modules(), output)}
+    beyond = {name: size for name, size in _beyond(model, packs).items() if id(model.get_submodule(name)) in inside}
+    total += sum(beyond.values())
     read = {p.name: _share_read(model, architecture, p) for p in find_projections(model)}
     for name, share in read.items():
-        total -= (1.0 - share) * sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
+        size = sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
+        total -= (1.0 - share) * (size + beyond.get(name, 0))
     skipped = sum(
         _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
         for name, share in realised.items()
-        if name not in read or name.startswith(stack)
+        if id(model.get_submodule(name)) in inside
     )
     return round(total - skipped)
+
+
+def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:
+    """Bytes of quantised layers beyond those of their parameters; where weights stand for packs, fewer than none."""
+    found = {name: packed.nbytes - _storage(model, name, {}).nbytes for name, packed in packs.items()}
+    layers = sparse_layers(model).items()
+    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantizedLinear)}
 
 
 def _share_read(model: Any, architecture: Architecture, projection: Projection) -> float:

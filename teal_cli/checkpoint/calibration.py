@@ -137,11 +137,20 @@ def quantised_file(run: Path) -> Path:
     return run / _QUANTISED
 
 
-def _check_quantised(file: Path, info: CalibrationInfo) -> None:
-    """Refuse weights that are not those which the calibration was made with, such as of an interrupted newer one."""
+def check_quantised(calibration: Calibration) -> None:
+    """Refuse weights that are not those which a calibration was made with, such as of an interrupted newer one.
+
+    Raises:
+        ArtefactError: they are missing, another calibration's, or nobody knows whose.
+    """
+    file = calibration.quantised
+    if file is None:
+        return
     if not file.is_file():
         raise ArtefactError(f"the quantised weights {file} are missing: run `teal calibrate` again")
-    if fingerprint_of([file]) != info.quantised_weights:
+    if not calibration.info.quantised_weights:
+        raise ArtefactError(f"the quantised weights {file} were made by an older teal: run `teal calibrate` again")
+    if fingerprint_of([file]) != calibration.info.quantised_weights:
         raise ArtefactError(f"the quantised weights {file} are not their calibration's: run `teal calibrate` again")
 
 
@@ -167,7 +176,7 @@ def save(calibration: Calibration, run: Path) -> None:
 
 
 def load(run: Path) -> Calibration:
-    """Read and check a calibration.
+    """Read and check a calibration, but for its quantised weights (`check_quantised`).
 
     Raises:
         ArtefactError: missing, of another format version, truncated or altered.
@@ -213,6 +222,4 @@ def load(run: Path) -> Calibration:
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
     quantised = quantised_file(run) if info.quantization else None
-    if quantised is not None:
-        _check_quantised(quantised, info)
     return Calibration(info, projections, histograms, sensitivities, paths, text, quantised)

@@ -1,8 +1,11 @@
 """What `teal eval` found, and the JSON that it is kept as."""
 
+import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.files import read_json
 from teal_cli.data import Half
 from teal_cli.evaluation.generation import Agreement
 from teal_cli.evaluation.perplexity import Comparison
@@ -11,6 +14,11 @@ from teal_cli.evaluation.similarity import Similarity
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Harness task -> dense or sparse -> metric -> value."""
+_NUMBERS = {
+    *("perplexity", "perplexity_ratio", "over_first_dense", "kl", "dense_text_perplexity", "sparse_text_perplexity"),
+    *("cosine", "least_cosine", "relative_error"),
+}
+"""Measures that are a number in any result; whatever else is null was not measured."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class EncoderResult:
     dataset: str
     half: Half
     seq_len: int
+    quantization: str
+    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
     runs: list[EncoderRun]
     """By allocation, then sparsity, as asked for."""
     device: str
@@ -149,3 +159,22 @@ class EvalResult:
             "seed": self.seed,
             "versions": self.versions,
         }
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A JSON result of any verb, in which measures that were no finite number, null in JSON, are NaN again.
+
+    Raises:
+        ArtefactError: missing, not JSON, or not a mapping.
+    """
+    found: dict[str, Any] = _numbers_back(read_json(file, "result"))
+    return found
+
+
+def _numbers_back(value: Any, key: str = "", of_tasks: bool = False) -> Any:
+    if isinstance(value, dict):
+        of_tasks = of_tasks or key == "tasks"
+        return {name: _numbers_back(entry, name, of_tasks) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers_back(entry) for entry in value]
+    return math.nan if value is None and (of_tasks or key in _NUMBERS) else value

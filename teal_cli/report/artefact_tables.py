@@ -27,6 +27,8 @@ def calibration_facts(calibration: dict[str, Any]) -> Table:
         "finished": calibration.get("finished", "not recorded"),
         "versions": versions_text(calibration["versions"]),
     }
+    if calibration.get("problem"):
+        rows["problem"] = calibration["problem"]
     if "sites" in calibration:
         rows["hidden states"] = f"{calibration['sites']}, feeding {calibration['projections']} projections"
     for label, value in rows.items():

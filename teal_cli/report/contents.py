@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.calibration import check_quantised
 from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError
@@ -77,10 +78,16 @@ def describe_calibration(material: Material) -> dict[str, Any] | None:
         focus = material.focus
         return dict(focus.summary["calibration"]) if focus is not None and focus.summary else None
     file = material.run / "calibration.json"
+    problem = None
+    try:
+        check_quantised(material.calibration)
+    except ArtefactError as error:  # as of an export
+        problem = str(error)
     grid = grid_of(projection.name for projection in material.calibration.projections)
     return {
         **vars(material.calibration.info),
         "finished": when(file, read_json(file, "calibration")),
+        "problem": problem,
         "layers": len(grid.labels),
         "sites": len(material.calibration.histograms),
         "projections": len(material.calibration.projections),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.report.drawing import GRID, INK, MUTED, Plot, label, series
+from teal_cli.report.drawing import GRID, INK, MUTED, Plot, label, name_of, series
 from teal_cli.report.material import Export
 from teal_cli.report.places import layer_label, places_of, short_name, site_kind
 
@@ -55,7 +55,7 @@ def distribution_plots(calibration: Calibration, exports: Sequence[Export]) -> l
         title = kind.replace("_", " ")
         if len(exports) > SHOWN_EXPORTS:
             title += f", thresholds of {SHOWN_EXPORTS} of {len(exports)} exports"
-        plots.append(Plot(f"distribution-{kind.replace('_', '-')}", title, alt, height, _drawer(sites, lanes)))
+        plots.append(Plot(name_of("distribution", kind), title, alt, height, _drawer(sites, lanes)))
     return plots
 
 

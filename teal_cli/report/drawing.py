@@ -66,7 +66,7 @@ class Plot:
     """A drawing and what to say about it."""
 
     name: str
-    """Of its files; unique in a report."""
+    """Of its files and ids (`name_of`); unique in a report."""
     title: str
     alt: str
     """What it shows, in words and figures, for those who do not see it."""
@@ -107,6 +107,11 @@ def series(index: int) -> dict[str, Any]:
         "linestyle": _LINES[index % len(_LINES)],
         "marker": _MARKERS[index % len(_MARKERS)],
     }
+
+
+def name_of(*parts: str) -> str:
+    """A plot's name, of parts that may hold anything: it becomes a file's name and a part of ids in the page."""
+    return re.sub("[^0-9A-Za-z.-]+", "-", "-".join(parts))
 
 
 def label(text: str) -> str:

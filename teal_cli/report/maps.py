@@ -1,10 +1,9 @@
 """The heat maps of sparsity: layers down, projections across, the figure in every cell."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from teal_cli.report.drawing import BLACK, INK, WHITE, Plot
+from teal_cli.report.drawing import BLACK, INK, WHITE, Plot, name_of
 from teal_cli.report.material import Export, Realised
 from teal_cli.report.places import Grid, grid_of
 
@@ -39,7 +38,7 @@ def _map(which: str, export: Export, grid: Grid, values: Mapping[str, float], sc
         if column
     ]
     return Plot(
-        f"sparsity-{re.sub('[^0-9A-Za-z.-]+', '-', export.name)}-{which}",
+        name_of("sparsity", export.name, which),
         f"{which}, {export.label}",
         f"Heat map of the {which} sparsity of {export.label}, {len(grid.labels)} layers: {', '.join(spans)}.",
         0.7 + 0.2 * len(grid.labels) + (0.06 * longest if longest > _LEVEL_LETTERS else 0.0),

@@ -1,7 +1,7 @@
 """What a report is made of: the artefacts of a run folder, and JSON results, read and checked."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
+from teal_cli.evaluation.results import read_result
+from teal_cli.quantise.scheme import Scheme
 
 Kind = Literal["eval", "encoder", "bench", "generate"]
 """Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
@@ -66,6 +68,21 @@ class Result:
         """Its runs; none for generate."""
         return list(self.content.get("runs", []))
 
+    def by_weights(self) -> dict[str, list[dict[str, Any]]]:
+        """Its runs by kind of weights, which is empty where they are not quantised."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for run in self.runs:
+            found.setdefault(self.weights_of(run), []).append(run)
+        return found
+
+    def weights_of(self, run: dict[str, Any]) -> str:
+        """The kind of weights of one of its runs; of older results that of all, or none."""
+        return str(run.get("quantization", self.content.get("quantization", "")))
+
+    def name_of(self, weights: str) -> str:
+        """The model with this kind of weights, as its run folder is called."""
+        return "-".join(filter(None, (self.content["model"], weights)))
+
 
 @dataclass(frozen=True)
 class Export:
@@ -82,6 +99,14 @@ class Export:
     def name(self) -> str:
         """Of its folder."""
         return self.folder.resolve().name
+
+    @property
+    def weights(self) -> str:
+        """Their kind, as results say it."""
+        if self.quantization is None:
+            return ""
+        scheme = Scheme.parse(str(self.quantization["projections"]))
+        return scheme.name + ("-output" if self.quantization["output"] else "")
 
     @property
     def label(self) -> str:
@@ -128,8 +153,9 @@ class Material:
         """The model that was made sparse, as results name it."""
         if self.calibration is not None:
             return self.calibration.info.model
-        if self.focus is not None and self.focus.summary:
-            return str(self.focus.summary["calibration"]["model"])
+        for export in self.exports:
+            if export.summary:
+                return str(export.summary["calibration"]["model"])
         return str(self.results[0].content["model"]) if self.results else self.name
 
     @property
@@ -147,26 +173,28 @@ class Material:
 
     def measured(self) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
         """Every run of every eval, and the part of it that says which plan was run."""
-        return _measured(self.results)
-
-    def realised(self, export: Export) -> Realised | None:
-        """What the first eval of an export counted."""
-        for result, run, plan in self.measured():
-            if result.content["model"] in (self.model, export.name) and _is_of(export, plan):
-                return Realised(plan["realised_sparsity"], run.get("realised_by_projection", {}), result.file)
-        return None
-
-
-def _measured(results: Iterable[Result]) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
-    for result in results:
-        if result.kind in ("eval", "encoder"):
+        for result in self.of_kind("eval", "encoder"):
             for run in result.runs:
                 yield result, run, run["sparse"] if result.kind == "eval" else run
 
+    def is_of(self, export: Export, result: Result, run: dict[str, Any]) -> bool:
+        """Whether a run of a result is of an export's model and kind of weights."""
+        named = (result.content["model"], result.weights_of(run))
+        # One that was measured by its own name is quantised without a flag that says so.
+        return named in ((self.model, export.weights), (export.name, export.weights), (export.name, ""))
 
-def _is_of(export: Export, plan: dict[str, Any]) -> bool:
-    own = (export.plan.allocation, export.plan.target_sparsity)
-    return bool(own == (plan["allocation"], plan["target_sparsity"]))
+    def evals_of(self, export: Export) -> Iterator[tuple[Result, dict[str, Any], dict[str, Any]]]:
+        """What is measured of an export: its model, its weights, its plan."""
+        own = (export.plan.allocation, export.plan.target_sparsity)
+        for result, run, plan in self.measured():
+            if self.is_of(export, result, run) and own == (plan["allocation"], plan["target_sparsity"]):
+                yield result, run, plan
+
+    def realised(self, export: Export) -> Realised | None:
+        """What the first eval of an export counted."""
+        for result, run, plan in self.evals_of(export):
+            return Realised(plan["realised_sparsity"], run.get("realised_by_projection", {}), result.file)
+        return None
 
 
 def when(file: Path, content: dict[str, Any]) -> str:
@@ -213,12 +241,12 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     if calibration is None and not exports and not results:
         raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
-        found = list(_results_of(file, read_json(file, "result")))
-        if not found:
+        result = _result_of(file, read_result(file))
+        if result is None:
             raise ArtefactError(f"{file} is no result of teal eval, bench or generate: make one with --json")
-        results += [each for each in found if all(each.content != known.content for known in results)]
-    focus = own or _focus(run, exports, results)
-    return Material(folder, run, calibration, exports, focus, results)
+        results += [result] if all(result.content != known.content for known in results) else []
+    found = Material(folder, run, calibration, exports, own, results)
+    return found if own is not None else replace(found, focus=_focus(found))
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -237,43 +265,36 @@ def _results_in(run: Path) -> Iterator[Result]:
     others = [file for file in sorted(run.glob("*.json")) if file not in stages]
     for file in [*filter(Path.is_file, stages), *others]:
         try:
-            content = read_json(file, "result")
+            content = read_result(file)
         except ArtefactError:
             if file in stages:
                 raise
             continue  # somebody else's
-        yield from _results_of(file, content)
+        result = _result_of(file, content)
+        if result is not None:
+            yield result
 
 
-def _results_of(file: Path, content: dict[str, Any]) -> Iterator[Result]:
-    """The result in a file: one, or where several kinds of weights were measured, one for each; none of other files."""
+def _result_of(file: Path, content: dict[str, Any]) -> Result | None:
+    """The result in a file; None of other files."""
     for kind, (top, each) in _KEYS.items():
         runs = content.get("runs", [])
-        if not (top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs)):
-            continue
-        weights = list(dict.fromkeys(run.get("quantization", "") for run in runs))
-        if len(weights) < 2:
-            yield Result(file, kind, content)
-            return
-        for quantization in weights:
-            name = "-".join(filter(None, (content["model"], quantization)))  # as its run folder is called
-            own = [run for run in runs if run["quantization"] == quantization]
-            yield Result(file, kind, {**content, "model": name, "quantization": quantization, "runs": own})
-        return
+        if top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs):
+            return Result(file, kind, content)
+    return None
 
 
-def _focus(run: Path | None, exports: Sequence[Export], results: Iterable[Result]) -> Export | None:
+def _focus(material: Material) -> Export | None:
     """The export of the recipe; where there was none, the one nearest to half, evaluated before others."""
-    stage = run / "export.json" if run is not None else None
+    stage = material.run / "export.json" if material.run is not None else None
     if stage is not None and stage.is_file():
-        made = Path(str(read_json(stage, "result").get("folder", ""))).name
-        for export in exports:
+        made = Path(str(read_result(stage).get("folder", ""))).name
+        for export in material.exports:
             if export.name == made:
                 return export
-    measured = [plan for _, _, plan in _measured(results)]
 
     def rank(export: Export) -> tuple[float, bool, str]:
-        evaluated = any(_is_of(export, plan) for plan in measured)
+        evaluated = any(material.evals_of(export))
         return abs(export.plan.target_sparsity - 0.5), not evaluated, export.name
 
-    return min(exports, key=rank, default=None)
+    return min(material.exports, key=rank, default=None)

@@ -1,12 +1,13 @@
 """The plots of quality and speed over sparsity."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from teal_cli.config_values import ALLOCATION_NAMES
 from teal_cli.report.drawing import GRID, MUTED, Plot, label, series
-from teal_cli.report.material import Material, Result
+from teal_cli.report.material import Material
 
 _LOGARITHMIC_ABOVE = 5.0
 """Times dense; beyond, a linear axis would hide the differences at the sparsities that matter."""
@@ -28,12 +29,13 @@ class _Line:
 
 
 def quality_plots(material: Material) -> list[Plot]:
-    """Perplexity over dense, a line an allocation; one plot for each text and dense prefix."""
+    """Perplexity over dense, a line an allocation; one plot for each model, kind of weights, text and dense prefix."""
     looks = _looks(material)
     groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     for result, run in material.evaluated():
         content = result.content
-        key = (content["model"], content["dataset"], run["tokens"], run["dense_prefix"])
+        model = result.name_of(result.weights_of(run))
+        key = (model, content["dataset"], run["tokens"], run["dense_prefix"])
         groups.setdefault(key, []).append(run)
     plots = []
     for number, ((model, dataset, tokens, prefix), runs) in enumerate(groups.items(), start=1):
@@ -69,7 +71,8 @@ def _encoder_plots(material: Material, looks: Mapping[str, int]) -> list[Plot]:
             points = {0.0: (1.0, 0.0)}
             points |= {run["realised_sparsity"]: (run["cosine"], run["cosine_stderr"] or 0.0) for run in runs}
             lines.append(_with_errors(allocation, looks[allocation], points))
-        title = f"{result.content['model']} on {result.content['dataset']}, {result.runs[0]['tokens']:,} tokens"
+        model = result.name_of(result.weights_of(result.runs[0]))
+        title = f"{model} on {result.content['dataset']}, {result.runs[0]['tokens']:,} tokens"
         alt = _alt(f"Cosine to the dense hidden states against realised sparsity, {title}.", lines, "{:.3f}")
         draw = _drawer(lines, "cosine to dense", digits=3, from_zero=False)
         plots.append(Plot(f"similarity-{number}", title, alt, 3.4, draw))
@@ -77,8 +80,8 @@ def _encoder_plots(material: Material, looks: Mapping[str, int]) -> list[Plot]:
 
 
 def _with_errors(name: str, look: int, points: Mapping[float, tuple[float, float]]) -> _Line:
-    """A line through (value, standard error) at each sparsity."""
-    ordered = sorted(points.items())
+    """A line through (value, standard error) at each sparsity, as far as values are numbers."""
+    ordered = sorted((x, point) for x, point in points.items() if math.isfinite(point[0]))
     errors = [error for _, (_, error) in ordered]
     return _Line(name, look, [x for x, _ in ordered], [value for _, (value, _) in ordered], errors, errors)
 
@@ -86,27 +89,28 @@ def _with_errors(name: str, look: int, points: Mapping[float, tuple[float, float
 def speed_plots(material: Material) -> list[Plot]:
     """Tokens a second, a line an allocation, beside what reading the weights would allow; one plot for each set-up."""
     looks = _looks(material)
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    groups: dict[tuple[Any, ...], list[list[dict[str, Any]]]] = {}
     for result in material.of_kind("bench"):
-        keys = ("model", "device", "dtype", "batch", "quantization", "prompt_tokens", "new_tokens")
-        groups.setdefault(tuple(result.content.get(key) for key in keys), []).append(result)
+        for weights, runs in result.by_weights().items():
+            keys = ("dtype", "batch", "device", "prompt_tokens", "new_tokens")
+            key = (result.name_of(weights), *(result.content.get(key) for key in keys))
+            groups.setdefault(key, []).append(runs)
     plots = []
-    for number, results in enumerate(groups.values(), start=1):
-        content = results[0].content
+    for number, ((model, dtype, batch, device, *_), benches) in enumerate(groups.items(), start=1):
         lines: list[_Line] = []
         limits: dict[float, float] = {}
-        for result in results:
-            names = list(dict.fromkeys(run.get("allocation") or "" for run in result.runs[1:])) or [""]
+        for bench in benches:
+            names = list(dict.fromkeys(run.get("allocation") or "" for run in bench[1:])) or [""]
             for name in names:
-                runs = [run for run in result.runs if run is result.runs[0] or (run.get("allocation") or "") == name]
+                runs = [run for run in bench if run is bench[0] or (run.get("allocation") or "") == name]
                 look = _free_look(looks.get(name, 0), lines)
                 lines.append(_speed_line(_unused(name or "sparse", lines), look, runs))
             limits |= {
                 run["realised_sparsity"]: run["limit_tokens_per_second"]
-                for run in result.runs
+                for run in bench
                 if run.get("limit_tokens_per_second")
             }
-        title = f"{content['model']}, {content['dtype']}, batch {content['batch']}, {content['device']}"
+        title = f"{model}, {dtype}, batch {batch}, {device}"
         alt = _alt(f"Tokens a second against realised sparsity, {title}.", lines, "{:.1f}")
         if limits:
             alt += " Limit of the memory: " + ", ".join(f"{y:.1f} at {x:.0%}" for x, y in sorted(limits.items())) + "."

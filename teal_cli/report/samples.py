@@ -46,19 +46,21 @@ class Passages:
 
 def passages(material: Material) -> list[Passages]:
     """The samples of every plan that has some, the one in focus first."""
-    found: dict[tuple[str, float], Passages] = {}
+    focus = material.focus
+    own = [] if focus is None else [run for _, run, _ in material.evals_of(focus)]
+    found: dict[tuple[str, str, float], tuple[bool, Passages]] = {}
     for result, run in material.evaluated():
         samples = (run["generation"] or {}).get("samples") or []
         sparse = run["sparse"]
-        key = (sparse["allocation"], sparse["target_sparsity"])
+        name = result.name_of(result.weights_of(run))
+        key = (name, sparse["allocation"], sparse["target_sparsity"])
         if samples and key not in found:
-            plan = str(sparse["allocation"])
+            plan = ", ".join(filter(None, (result.weights_of(run), str(sparse["allocation"]))))
             if sparse.get("neuron_sparsity") is None:
                 plan += f", target {sparse['target_sparsity']:.2f}"
-            found[key] = Passages(plan, result.file.name, [_passage(sample) for sample in samples])
-    focus = material.focus
-    own = None if focus is None else (focus.plan.allocation, focus.plan.target_sparsity)
-    return [each for _, each in sorted(found.items(), key=lambda item: item[0] != own)]
+            shown = Passages(plan, result.file.name, [_passage(sample) for sample in samples])
+            found[key] = (run not in own, shown)
+    return [each for _, each in sorted(found.values(), key=lambda item: item[0])]
 
 
 def _passage(sample: dict[str, Any]) -> Passage:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teal_cli.config import VERB_CONFIGS
+from teal_cli.config_files import keys_of
 from teal_cli.report.material import Material, Result
 
 
@@ -31,7 +33,7 @@ def how_to_measure(verb: str, material: Material) -> str:
     """The command that makes what is absent."""
     focus, run = material.focus, material.run
     words = ["teal", verb, "--model", _model_option(material), *_quantize_options(material)]
-    if focus is not None:
+    if focus is not None and "sparsity" in keys_of(VERB_CONFIGS[verb]):
         words += ["--sparsity", f"{focus.plan.target_sparsity:g}", "--allocation", focus.plan.allocation]
     if run is not None and run.parent != Path("runs"):
         words += ["--runs", str(run.parent)]
@@ -47,7 +49,10 @@ def _model_option(material: Material) -> str:
 
 
 def _quantize_options(material: Material) -> list[str]:
-    quantization = "" if material.calibration is None else material.calibration.info.quantization
+    if material.calibration is not None:
+        quantization = material.calibration.info.quantization
+    else:
+        quantization = "" if material.focus is None else material.focus.weights
     scheme = quantization.removesuffix("-output")
     output = ["--quantize-output"] if scheme != quantization else []
     return ["--quantize", scheme.replace("-", ":"), *output] if scheme else []
@@ -78,14 +83,8 @@ def _what(material: Material) -> str:
 
 def _quality(material: Material) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
     """(eval, run, plan) of the export in focus; where there is none, of the first eval."""
-    found = list(material.measured())
     focus = material.focus
-    if focus is not None:
-        own = (focus.plan.allocation, focus.plan.target_sparsity)
-        for result, run, plan in found:
-            if (plan["allocation"], plan["target_sparsity"]) == own:
-                return result, run, plan
-    return found[0] if found else None
+    return next(material.measured() if focus is None else material.evals_of(focus), None)
 
 
 def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, dict[str, Any], dict[str, Any]] | None:
@@ -97,10 +96,12 @@ def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, d
     else:
         target = allocation = None
     for result in material.of_kind("bench"):
-        dense, *others = result.runs
-        for run in others:
-            if target is None or (run["sparsity"] == target and run.get("allocation", allocation) == allocation):
-                return result, dense, run
+        for dense, *others in result.by_weights().values():
+            if material.focus is not None and not material.is_of(material.focus, result, dense):
+                continue
+            for run in others:
+                if target is None or (run["sparsity"] == target and run.get("allocation", allocation) == allocation):
+                    return result, dense, run
     return None
 
 
@@ -130,7 +131,8 @@ def _gain(result: Result, dense: dict[str, Any], sparse: dict[str, Any]) -> str:
     content = result.content
     before, after = dense["tokens_per_second"], sparse["tokens_per_second"]
     text = (
-        f"{_speed_text(after)} tokens/s in place of {_speed_text(before)}, {sparse['speedup']:.2f} times dense, on "
+        f"{_speed_text(after)} tokens/s in place of {_speed_text(before)}, "
+        f"{after['median'] / before['median']:.2f} times dense, on "
         f"{content['device']} in {content['dtype']} (median of {content['repeats']}, least to most in brackets)"
     )
     if dense["bytes_per_token"] and sparse["bytes_per_token"]:

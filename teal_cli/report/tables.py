@@ -53,7 +53,7 @@ def eval_tables(result: dict[str, Any]) -> list[Table]:
     runs = result["runs"]
     if result.get("kind") == "encoder":
         return [_encoder(result)]
-    title = f"{result['model']} on {result['dataset']}\n"
+    title = f"{_model(result)} on {result['dataset']}\n"
     positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
     if len(runs) == 1:
         title += f"{result['tokens']:,} {positions}, the first {result['dense_prefix']} dense"
@@ -64,7 +64,7 @@ def eval_tables(result: dict[str, Any]) -> list[Table]:
 def _encoder(result: dict[str, Any]) -> Table:
     first = result["runs"][0]
     title = (
-        f"{result['model']} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
+        f"{_model(result)} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
     )
     columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
     table = plain_table(title, *columns)
@@ -112,6 +112,12 @@ def _one_run(title: str, result: dict[str, Any]) -> Table:
 def _weights(quantization: str) -> str:
     """What a kind of weights is called in a table."""
     return quantization or "as they are"
+
+
+def _model(result: dict[str, Any]) -> str:
+    """The model, and its kind of weights if they are quantised and all of one kind."""
+    kinds = {run.get("quantization", result.get("quantization", "")) for run in result["runs"]}
+    return ", ".join(filter(None, (result["model"], *(kinds if len(kinds) == 1 else ()))))
 
 
 def _several_runs(title: str, result: dict[str, Any]) -> Table:
@@ -241,7 +247,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
     several = len({run.get("quantization", "") for run in result["runs"]}) > 1
     table = plain_table(
-        f"{result['model']}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
+        f"{_model(result)}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         f"sparsity: target (realised){because}",
         *(["weights"] if several else []),

@@ -96,7 +96,7 @@ def _evaluate(
         with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
             found = compare_states(model, plans, blocks, on_sequence=advance)
         runs = [EncoderRun(p.allocation, p.target_sparsity, entry) for p, entry in zip(plans, found, strict=True)]
-        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, runs, **machine)
+        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, config.quantization, runs, **machine)
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
         compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
     written: list[Agreement] | list[None] = [None] * len(plans)

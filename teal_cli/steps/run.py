@@ -19,6 +19,7 @@ from teal_cli.config import (
     SharedConfig,
 )
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.evaluation.results import read_result
 from teal_cli.report.console import Reporter
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
@@ -56,7 +57,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         result_file = workspace.run / f"{stage}.json"
         if state.get(stage) == key and _whole(config, workspace, result_file):
             reporter.say(f"{title}: done before, kept")
-            results[stage] = read_json(result_file, "result")
+            results[stage] = read_result(result_file)
             continue
         reporter.say(title)
         # run.json is written when the stage is done, so a stage that is cut short runs again.
@@ -87,9 +88,9 @@ def _settings(config: SharedConfig) -> str:
 def _whole(config: SharedConfig, workspace: Workspace, result_file: Path) -> bool:
     """Whether a finished stage's artefacts are still there and readable."""
     try:
-        result = read_json(result_file, "result")
+        result = read_result(result_file)
         if isinstance(config, CalibrateConfig):
-            calibration_file.load(run_folder(config, workspace))
+            calibration_file.check_quantised(calibration_file.load(run_folder(config, workspace)))
         if isinstance(config, ExportConfig):
             weight_files(Path(result["folder"]))
             read_json(Path(result["folder"]) / "config.json", "model configuration")

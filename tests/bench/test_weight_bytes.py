@@ -7,6 +7,8 @@ from torch import nn
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.models.architectures import architecture_of, find_projections
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.scheme import Scheme
 from teal_cli.sparse import sparsify_
 
 _DECODERS = sorted(name for name, config in FAMILIES.items() if architecture_of(config["model_type"]).kind != "encoder")
@@ -58,3 +60,29 @@ def test_what_a_token_reads(family: str) -> None:
     read = 1.0 if last.copies == 1 else 2 / last.copies
     saved = dense - weight_bytes_per_token(model, {last.name: 0.5})
     assert saved == pytest.approx(0.5 * read * last.parameters * 4, abs=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "t5", "t5-gated"])
+def test_what_a_token_reads_of_quantised_weights(family: str) -> None:
+    """Dense weights that stand for codes, and the codes: of each what is read shrinks by just what its layer does."""
+    model = build_family(family)
+    projections = find_projections(model)
+    dense = weight_bytes_per_token(model, {})
+    packs = quantise_(model, Scheme.parse("int4:32"))
+    read = [p for p in projections if _is_read(p.name)]
+    shrunk = sum(model.get_submodule(p.name).weight.nbytes - packs[p.name].nbytes for p in read)
+    assert weight_bytes_per_token(model, {}, packs) == dense - shrunk
+    sparsify_(model, SparsityPlan("half", 0.5, {p.name: ProjectionPlan(0.5, 0.1) for p in projections}))
+    assert weight_bytes_per_token(model, {}, packs) == dense - shrunk
+    half = {p.name: 0.5 for p in projections}
+    saved = sum(packs[p.name].words.nbytes for p in read) / 2
+    assert weight_bytes_per_token(model, half, packs) == dense - shrunk - saved
+    pack_(model, packs)
+    assert weight_bytes_per_token(model, {}) == dense - shrunk
+    assert weight_bytes_per_token(model, half) == dense - shrunk - saved
+
+
+def _is_read(name: str) -> bool:
+    """Whether a token that T5 decodes reads this projection; all are read of other models."""
+    once = "EncDecAttention.k", "EncDecAttention.v"
+    return not name.startswith("encoder.") and not name.endswith(once)

@@ -40,3 +40,21 @@ def test_packaged_recipe(name: str, tmp_path: Path, corpus: Path, capsys: pytest
     assert 0.2 < result["generate"]["realised_sparsity"] < 0.8
     assert f"next: teal generate --model {result['export']['folder']}" in capsys.readouterr().err
     assert (Path(result["export"]["folder"]) / "config.json").is_file()
+
+
+def test_a_recipe_goes_on_from_measures_that_are_no_number(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has null for infinity."""
+    model = save_tiny(tmp_path / "tiny")
+    Path("r.yaml").write_text(
+        f"model: {model}\nstages: [calibrate, eval]\ndataset: {corpus}\ntokens: 256\nseq_len: 64\ndevice: cpu\n"
+    )
+    assert run(["run", "r.yaml", "--quiet"]) == 0
+    file = Path("runs/tiny/eval.json")
+    content = json.loads(file.read_text())
+    for entry in [content, *content["runs"]]:
+        entry["sparse"]["perplexity"] = entry["perplexity_ratio"] = None
+    file.write_text(json.dumps(content))
+    assert run(["run", "r.yaml"]) == 0
+    assert "nan" in capsys.readouterr().out

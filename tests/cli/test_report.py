@@ -82,6 +82,20 @@ def test_a_report_needs_no_weights(own_run: Path, capsys: pytest.CaptureFixture[
     assert (Path("page-plots") / "speed-1.svg").is_file()
 
 
+def test_measures_that_are_no_number(own_run: Path) -> None:
+    """JSON has null for infinity: of a model that dropping inputs broke."""
+    content = json.loads((own_run / "eval.json").read_text())
+    for entry in [content, *content["runs"]]:
+        entry["sparse"] |= {"perplexity": None, "kl": None, "stderr": None}
+        entry |= {"perplexity_ratio": None, "perplexity_ratio_stderr": None, "over_first_dense": None}
+        entry["generation"] |= {"sparse_text_perplexity": None}
+        entry["tasks"] = {"words": {side: {"word_perplexity,none": None} for side in ("dense", "sparse")}}
+    (own_run / "eval.json").write_text(json.dumps(content))
+    assert _teal("report", own_run, "--json", "r.json") == 0
+    assert "perplexity nan in place of" in json.loads(Path("r.json").read_text())["summary"]["cost"]
+    assert ">nan<" in (own_run / "report.html").read_text()
+
+
 def test_without_matplotlib(own_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal_cli.report.drawing.find_spec", lambda name: None)
     _fails(capsys, 4, "needs matplotlib, which is not here: pip install 'teal-cli[report]'", "report", own_run)

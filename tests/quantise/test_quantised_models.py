@@ -287,3 +287,29 @@ def test_weights_of_another_calibration_are_refused(
     file.unlink()
     assert run(["export", *shared, "--sparsity", "0.4"]) == 3
     assert "are missing" in capsys.readouterr().err
+    # A report needs no weights, a recipe does.
+    assert run(["inspect", "runs/tiny-int4-32", "--json", "i.json"]) == 0
+    assert "are missing" in " ".join(capsys.readouterr().out.split())
+    assert "are missing" in json.loads(Path("i.json").read_text())["calibration"]["problem"]
+    assert run(["report", "runs/tiny-int4-32", "--quiet"]) == 0
+    assert "are missing" in Path("runs/tiny-int4-32/report.html").read_text()
+
+
+def test_a_recipe_makes_quantised_weights_again(corpus: Path, tmp_path: Path) -> None:
+    dense, file = save_tiny(tmp_path / "tiny"), Path("runs/tiny-int8/quantised.safetensors")
+    Path("r.yaml").write_text(
+        f"model: {dense}\nquantize: int8\nstages: [calibrate]\ndataset: {corpus}\ntokens: 256\nseq_len: 64\n"
+    )
+    assert run(["run", "r.yaml", "--quiet"]) == 0
+    file.unlink()
+    assert run(["run", "r.yaml", "--quiet"]) == 0
+    assert file.is_file()
+
+
+def test_weights_without_a_fingerprint(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--model", str(save_tiny(tmp_path / "tiny")), "--quantize", "int8"]
+    assert run(["calibrate", *shared, "--dataset", str(corpus), "--tokens", "256", "--seq-len", "64"]) == 0
+    meta = Path("runs/tiny-int8/calibration.json")
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "quantised_weights"}))
+    assert run(["export", *shared]) == 3
+    assert "made by an older teal: run `teal calibrate` again" in capsys.readouterr().err

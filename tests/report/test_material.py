@@ -87,6 +87,19 @@ def test_commands_that_make_what_is_absent(own_run: Path) -> None:
     assert how_to_measure("eval", found) == "teal eval --model tiny --json runs/tiny/eval.json"
 
 
+def test_commands_of_a_checkpoint_alone(own_run: Path, tmp_path: Path) -> None:
+    """Each with the flags that its verb has."""
+    alone = shutil.copytree(own_run / "uniform-0.30", tmp_path / "elsewhere" / "mine")
+    config = json.loads((alone / "config.json").read_text())
+    found = read_material(alone)
+    assert how_to_measure("calibrate", found) == "teal calibrate --model tiny"
+    assert how_to_measure("eval", found) == "teal eval --model tiny --sparsity 0.3 --allocation uniform"
+    config["quantization_config"] |= {"version": 2, "quantization": {"projections": "int4:32", "output": "lm_head"}}
+    (alone / "config.json").write_text(json.dumps(config))
+    found = read_material(alone)
+    assert how_to_measure("calibrate", found) == "teal calibrate --model tiny --quantize int4:32 --quantize-output"
+
+
 def test_places() -> None:
     """Kinds are as short as they can be; layers of several stacks are told apart."""
     names = ["m.0.a_proj", "m.0.b_proj", "m.1.b_proj", "lm_head"]

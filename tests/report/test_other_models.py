@@ -1,6 +1,7 @@
 """Reports of models that are no Llama: other names, two stacks, encoders, and sparsity of the model's own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,63 @@ def test_sparsity_of_the_models_own(corpus: Path, tmp_path: Path) -> None:
     assert "There is no calibration here" in page
     assert "<summary>intrinsic (v.json)</summary>" in page
     assert _teal("inspect", "runs/relu") == 0
+
+
+def test_results_of_other_weights(corpus: Path, tmp_path: Path) -> None:
+    """Figures of quantised weights are no plain export's, nor the other way round, wherever their files lie."""
+    model = save_tiny(tmp_path / "tiny")
+    Path("c.yaml").write_text(f"calibrate: {{dataset: {corpus}, tokens: 256, seq_len: 64, sensitivity_tokens: 64}}\n")
+    shared = ("--config", "c.yaml", "--model", model, "--device", "cpu", "--quiet", "--sparsity", 0.5, "--json")
+    texts = ("--text", corpus, "--tokens", 256, "--seq-len", 64)
+    decoding = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1)
+    plain, quantised = Path("runs/tiny"), Path("runs/tiny-int4-32")
+    four = ("--quantize", "int4:32")
+    assert _teal("eval", *shared, "plain.json", *texts) == 0
+    assert _teal("eval", *shared, plain / "int4.json", *texts, *four) == 0
+    assert _teal("bench", *shared, plain / "speed.json", *decoding, *four) == 0
+    found = _inspected(plain)
+    assert found["exports"][0]["realised_sparsity"] is None
+    assert found["summary"]["cost"].startswith("not measured")
+    assert found["summary"]["gain"].startswith("not measured")
+    kinds = json.loads((plain / "int4.json").read_text())
+    (plain / "int4.json").rename(quantised / "eval.json")
+    (plain / "speed.json").rename(quantised / "speed.json")
+    found = _inspected(quantised)
+    assert f"perplexity {kinds['sparse']['perplexity']:.2f} in place of" in found["summary"]["cost"]
+    assert "times dense" in found["summary"]["gain"]
+    # A report with both draws a line for each, on a plot of its own.
+    assert _teal("report", quantised, "--results", "plain.json", "--out", "r.html", "--quiet") == 0
+    page = Path("r.html").read_text()
+    assert page.count('aria-label="Perplexity over dense') == 2
+    assert "realised sparsity, tiny-int4-32 on" in page
+    assert "realised sparsity, tiny on" in page
+    # One result with both kinds.
+    assert _teal("eval", *shared, quantised / "eval.json", *texts, "--also-quantize", "int4:32") == 0
+    first, second = json.loads((quantised / "eval.json").read_text())["runs"]
+    found = _inspected(quantised)
+    assert found["exports"][0]["realised_sparsity"] == second["sparse"]["realised_sparsity"]
+    assert first["sparse"]["realised_sparsity"] != second["sparse"]["realised_sparsity"]
+    assert f"perplexity {second['sparse']['perplexity']:.2f} in place of" in found["summary"]["cost"]
+    # Measured by its own name, an export is quantised without a flag.
+    (quantised / "eval.json").unlink()
+    own = ("--model", quantised / "fisher-0.50", "--device", "cpu", "--quiet")
+    assert _teal("eval", *own, *texts, "--json", quantised / "own.json") == 0
+    assert _inspected(quantised)["exports"][0]["realised_from"] == str(quantised / "own.json")
+
+
+def _inspected(folder: Path) -> dict:
+    assert _teal("inspect", folder, "--json", "i.json", "--quiet") == 0
+    found: dict = json.loads(Path("i.json").read_text())
+    return found
+
+
+def test_an_encoder_says_its_weights(corpus: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "bert", "bert")
+    Path("c.yaml").write_text(f"calibrate: {{dataset: {corpus}, tokens: 256, seq_len: 64, sensitivity_tokens: 64}}\n")
+    run = Path("runs/bert-int8")
+    flags = ("--config", "c.yaml", "--model", model, "--device", "cpu", "--quiet", "--quantize", "int8")
+    texts = ("--text", corpus, "--tokens", 256, "--seq-len", 64, "--json", "e.json")
+    assert _teal("eval", *flags, *texts) == 0
+    assert json.loads(Path("e.json").read_text())["quantization"] == "int8"
+    shutil.copy("e.json", run)
+    assert _inspected(run)["exports"][0]["realised_from"] == str(run / "e.json")

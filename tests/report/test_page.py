@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.config import ReportConfig
 from teal_cli.report.console import QUIET
 from teal_cli.steps.report import report
@@ -220,6 +222,22 @@ def test_what_models_write_is_text(finished_run: Path, tmp_path: Path) -> None:
     page, text = _page(run, tmp_path)
     assert "<script" not in text
     assert evil in page.sections["tokens"]
+
+
+def test_names_of_sites_are_text(finished_run: Path, tmp_path: Path) -> None:
+    """Of a calibration from elsewhere, or an architecture file: they become names of files and ids of drawings."""
+    evil = '/../mlp_input"></svg><img src=x onerror=alert(1)><b x="'
+    found = calibration_file.load(finished_run)
+    names = {site: site.replace("mlp_input", evil) for site in found.histograms}
+    found.projections = [replace(each, site=names[each.site]) for each in found.projections]
+    found.histograms = {names[site]: counts for site, counts in found.histograms.items()}
+    run = tmp_path / "run"
+    run.mkdir()
+    calibration_file.save(found, run)
+    page, text = _page(run, tmp_path)
+    assert "img" not in page.tags
+    assert text.count("<svg") == 4
+    assert len(list((tmp_path / "page").glob("distribution-*.svg"))) == 4
 
 
 def test_colours_follow_the_reader(written: tuple[Page, str]) -> None:
