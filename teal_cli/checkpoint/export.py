@@ -107,9 +107,8 @@ def write_checkpoint(
             digest = fingerprint(temporary)
             if quantization["output"] is not None:
                 config["tie_word_embeddings"] = False
-        for file in _companions(dense):
-            if quantization is None or file.name != "model.safetensors.index.json":
-                shutil.copyfile(file, temporary / file.name)
+        for file in companions(dense, with_index=quantization is None):
+            shutil.copyfile(file, temporary / file.name)
         config["quantization_config"] = quantization_config(plan, quantization, architecture)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         summary = {**_summary(plan, calibration, digest), "propagated": propagated}
@@ -127,10 +126,15 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / _SUMMARY, "checkpoint summary")
 
 
-def _companions(dense: Path) -> list[Path]:
-    """Tokenizer, generation config and the like: every small text file but config.json."""
+def companions(dense: Path, *, with_index: bool) -> list[Path]:
+    """Tokenizer, generation config and the like: every small text file but config.json.
+
+    Args:
+        dense: a model folder.
+        with_index: the index of sharded weights too, where these stay as they are.
+    """
     wanted = {".json", ".jinja", ".txt", ".model", ".md"}
-    skipped = {"config.json", _SUMMARY}
+    skipped = {"config.json", _SUMMARY, *([] if with_index else ["model.safetensors.index.json"])}
     return [file for file in sorted(dense.iterdir()) if file.suffix in wanted and file.name not in skipped]
 
 

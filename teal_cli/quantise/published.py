@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teal_cli.checkpoint.export import companions
 from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError, UsageError
@@ -25,7 +26,6 @@ from teal_cli.quantise.scheme import Scheme
 from teal_kernels.packing import Packed, dequantised, pack
 
 _CODES = "codes-{}.safetensors"
-_KEPT = {".json", ".jinja", ".txt", ".model", ".md"}
 _SHIFTS = {"gptq": (0, 4, 8, 12, 16, 20, 24, 28), "awq": (0, 16, 4, 20, 8, 24, 12, 28)}
 """Bits below each of a word's eight codes."""
 _QUANTISED_KEYS = ("qweight", "qzeros", "scales", "g_idx")
@@ -102,9 +102,8 @@ def _convert(folder: Path, config: dict[str, Any], target: Path) -> None:
         tensors[f"{name}.weight"] = dequantised(packed, dtype).t().contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     save_file(tensors_of(packs), target / _CODES.format(scheme.name))
-    for file in folder.iterdir():
-        if file.suffix in _KEPT and file.name not in ("config.json", "model.safetensors.index.json"):
-            shutil.copyfile(file, target / file.name)
+    for file in companions(folder, with_index=False):
+        shutil.copyfile(file, target / file.name)
     dense = {key: value for key, value in config.items() if key != "quantization_config"}
     (target / "config.json").write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")
 
