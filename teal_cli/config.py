@@ -120,7 +120,9 @@ class CalibrateConfig(ModelConfig):
         "dense", description="what each block reads then: the dense network's hidden states, or the sparse one's"
     )
     greedy_sparsity: Sparsity = Field(0.5, description="how sparse the blocks before are, where they are")
-    output_layer: bool = Field(False, description="let allocations drop inputs of the output layer too")
+    output_layer: bool | None = Field(
+        None, description="measure the output layer's input too, for fisher to drop some of it (default: if it can)"
+    )
     sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
     batch_size: int = Field(1, ge=1, description="sequences a forward pass")
     offload: bool = Field(

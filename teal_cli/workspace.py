@@ -10,7 +10,7 @@ from teal_cli.checkpoint.export import check_calibration_fits, read_summary, wri
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ComparingConfig, DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import OUTPUT_SITE, Architecture, Kind, architecture_in, find_projections
+from teal_cli.models.architectures import Architecture, Kind, architecture_in, find_projections
 from teal_cli.models.loading import kind_of, load_model, outline
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
@@ -154,7 +154,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
 def _check_projections(calibration: Calibration, model: Any) -> None:
     """Refuse histograms of other sites than the model's architecture, which may be a user's file, has now."""
     measured = calibration.projections
-    with_output = any(projection.site == OUTPUT_SITE for projection in measured)
+    with_output = any(projection.is_output for projection in measured)
     wanted = find_projections(model, output_layer=with_output)
     odd = {(p.name, p.site) for p in measured} ^ {(p.name, p.site) for p in wanted}
     if odd:

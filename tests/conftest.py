@@ -327,11 +327,11 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def export_tiny(
-    folder: Path, out: Path, sparsity: float = 0.5, *, output_layer: bool = False
+    folder: Path, out: Path, sparsity: float = 0.5, *, allocation: str = "uniform", output_layer: bool = False
 ) -> tuple[Path, Calibration]:
     """A TEAL checkpoint of a tiny model."""
     calibration = calibrate_tiny(folder, output_layer=output_layer)
-    write_checkpoint(folder, make_plan(calibration, sparsity, "uniform"), calibration, out, "link")
+    write_checkpoint(folder, make_plan(calibration, sparsity, allocation), calibration, out, "link")
     return out, calibration
 
 

@@ -17,6 +17,7 @@ from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.config_values import Limits, is_allocation_file
 from teal_cli.errors import UsageError, nearest
+from teal_cli.models.architectures import block_weights
 
 Allocation = Callable[[Calibration, float], dict[str, float]]
 """(calibration, model-wide target) -> projection name -> sparsity in [0, 1)."""
@@ -41,8 +42,9 @@ def make_plan(
 
     Args:
         calibration: histograms of the model.
-        target: model-wide sparsity, in [0, 1); each projection weighs by its parameters. With `cost`,
-            as fast as this sparsity on every projection would be. None with a file, which says itself.
+        target: model-wide sparsity, in [0, 1): weights not read over the weights of the blocks' projections
+            (`models.architectures.block_weights`). With `cost`, as fast as this on each of those would be. None with
+            a file, which says itself.
         allocation: a name in ALLOCATIONS, or an allocation file.
         limits: pattern of projection names -> least and greatest sparsity; for fisher.
         cost: a result of `teal bench --kernels --json`, to buy time in place of bytes; for fisher.
@@ -83,8 +85,8 @@ def make_plan(
 
 
 def _model_wide(calibration: Calibration, sparsity: dict[str, float]) -> float:
-    weights = {projection.name: projection.parameters for projection in calibration.projections}
-    return sum(sparsity[name] * weight for name, weight in weights.items()) / sum(weights.values())
+    projections = calibration.projections
+    return sum(sparsity[p.name] * p.parameters for p in projections) / block_weights(projections)
 
 
 def _agreed(own: float, target: float | None, path: Path) -> float:

@@ -78,7 +78,9 @@ def fisher(
     limits: Mapping[str, tuple[float, float]] | None = None,
     savings: Mapping[str, Saving] | None = None,
 ) -> dict[str, float]:
-    """The cheapest spread that saves as much as the target on every projection would.
+    """The cheapest spread that saves as much as the target on every projection of a block would.
+
+    Where the calibration has the output layer, it is one place more to save at.
 
     Args:
         calibration: with sensitivities.
@@ -97,7 +99,7 @@ def fisher(
         )
     limits = limits or {}
     savings = savings or weights_saved(calibration.projections)
-    missing = wanted = sum(saving.at(target) for saving in savings.values())
+    missing = wanted = sum(savings[p.name].at(target) for p in calibration.projections if not p.is_output)
     pieces, saved = [], {}
     for projection in calibration.projections:
         name, saving = projection.name, savings[projection.name]

@@ -7,11 +7,10 @@ block's output. What is left to do here is to find where on its path every block
 from teal_cli.calibration.block_error import at_sparsity
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import UsageError
-from teal_cli.models.architectures import OUTPUT_SITE
 
 
 def greedy(calibration: Calibration, target: float) -> dict[str, float]:
-    """Every block at the target, each spread over its projections along its path; so is the output layer.
+    """Every block at the target, each spread over its projections along its path; the output layer stays dense.
 
     Raises:
         UsageError: a calibration without paths, or a target beyond their end.
@@ -21,7 +20,7 @@ def greedy(calibration: Calibration, target: float) -> dict[str, float]:
             "this calibration has no greedy paths, which allocation greedy needs: calibrate again with "
             "--greedy-tokens above 0, or take another --allocation"
         )
-    sparsity = {projection.name: target for projection in calibration.projections if projection.site == OUTPUT_SITE}
+    sparsity = {projection.name: 0.0 for projection in calibration.projections if projection.is_output}
     for block, path in calibration.paths.items():
         members = [p for p in calibration.projections if p.name.startswith(f"{block}.")]
         try:

@@ -42,7 +42,8 @@ def time_saved(table: Path, projections: Iterable[Projection]) -> dict[str, Savi
     """Projection -> microseconds that it saves, by the kernels in a result of `teal bench --kernels --json`.
 
     Where the table has the product of a whole site (as on a GPU), a projection has the part of it that
-    its outputs are. Between measured sparsities a straight line; above the last one, on at its slope.
+    its outputs are. Between measured sparsities a straight line; above the last one, on at its slope. An output
+    layer that is not in the table saves nothing.
 
     Raises:
         ArtefactError: not such a result, or a product is missing from it.
@@ -71,6 +72,8 @@ def _saving(
         if 0.0 in measured and len(measured) > 1:
             break
     else:
+        if projection.is_output:
+            return Saving((0.0, 1.0), (0.0, 0.0))
         raise ArtefactError(
             f"{table} has no times of {projection.name} ({projection.out_features} x {projection.in_features}), dense "
             "and sparse: write it with `teal bench --kernels --sparsity 0.25,0.4,0.5,0.65,0.8 --json FILE`"

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from teal_cli.calibration import histogram
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import OUTPUT_SITE, Projection
+from teal_cli.models.architectures import Projection
 from teal_cli.models.layers import Routed, rows_from, unflattened
 from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import run_text
@@ -124,7 +124,7 @@ def collect(
     """
     device = computing_device(model)
     # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
-    logits = 0 if any(projection.site == OUTPUT_SITE for projection in projections) else 1
+    logits = 0 if any(projection.is_output for projection in projections) else 1
     with HiddenStateCollector(model, projections, sink_tokens) as collector:
         for batch in batches:
             collector.attend(None, batch.shape)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
-from teal_cli.models.architectures import OUTPUT_SITE, Architecture, Projection, architecture_for
+from teal_cli.models.architectures import Architecture, Projection, architecture_for
 from teal_cli.models.layers import rows_from
 from teal_cli.models.offload import computing_device
 from teal_cli.models.passes import halves, run_text
@@ -152,7 +152,7 @@ def _backward(
 def _by_block(model: Any, path: str, projections: list[Projection], ids: Tensor) -> Iterator[dict[str, _State]]:
     """The states of a decoder's projections, from the last block to the first."""
     stack: Any = model.get_submodule(path)
-    behind = {p.name: model.get_submodule(p.name) for p in projections if p.site == OUTPUT_SITE}
+    behind = {p.name: model.get_submodule(p.name) for p in projections if p.is_output}
     calls, gradient, states = _forward(model, stack, ids, behind)
     yield states
     for index in reversed(range(len(stack))):

@@ -14,7 +14,7 @@ from teal_cli.calibration import histogram, sensitivity
 from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
 from teal_cli.checkpoint.weights import fingerprint_of
 from teal_cli.errors import ArtefactError, reading
-from teal_cli.models.architectures import OUTPUT_SITE, Projection
+from teal_cli.models.architectures import Projection
 from teal_cli.versions import now
 
 FORMAT_VERSION = 2
@@ -218,7 +218,7 @@ def load(run: Path) -> Calibration:
             raise ValueError("its projections do not match its sensitivities")
         if any(squares.shape != (sensitivity.BINS,) for squares in sensitivities.values()):
             raise ValueError("a sensitivity has the wrong size")
-        blocks = Counter(p.site.rpartition(".")[0] for p in projections if p.site != OUTPUT_SITE)
+        blocks = Counter(p.site.rpartition(".")[0] for p in projections if not p.is_output)
         if paths and {block: path.shape[1] for block, path in paths.items()} != blocks:
             raise ValueError("its projections do not match its greedy paths")
     quantised = quantised_file(run) if info.quantization else None

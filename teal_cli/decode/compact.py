@@ -66,7 +66,8 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
         return reason
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
-    if not all(layer.site.side_by_side for layer in model.modules() if isinstance(layer, SparseLinear)):
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    if not all(layer.site.side_by_side or layer.stays_as_it_is for layer in layers):
         return "projections that are not side by side"
     return None
 
@@ -182,9 +183,6 @@ class CompactDecoder:
         self.dtype: torch.dtype = model.dtype
         self.pdl = hopper_or_later(self.device)
         self.blocks = []
-        output = model.get_output_embeddings()
-        self.output = Product([output], "plain") if isinstance(output, SparseLinear) else None
-        """Of an output layer that drops inputs, or is quantised."""
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.blocks.append(
@@ -202,6 +200,13 @@ class CompactDecoder:
                     scale=attention.scaling,
                 )
             )
+
+    @property
+    def output(self) -> Product | None:
+        """Of an output layer that is laid out to drop inputs now, or is quantised."""
+        output = self.model.get_output_embeddings()
+        laid_out = isinstance(output, SparseLinear) and output.site.side_by_side
+        return Product([output], "plain") if laid_out else None
 
     def new_cache(self, positions: int) -> FixedCache:
         """An empty cache."""
@@ -248,7 +253,8 @@ class Session:
             tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
             for block in decoder.blocks
         ]
-        self.output = Launch(decoder.output, self.enabled, rows) if decoder.output is not None else None
+        output = decoder.output
+        self.output = None if output is None else Launch(output, self.enabled, rows)
         block = decoder.blocks[0]
 
         def buffer(columns: int, kind: torch.dtype = dtype) -> Tensor:

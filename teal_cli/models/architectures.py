@@ -4,7 +4,7 @@ A *site* is one hidden state; the *projections* that read it share one histogram
 whose blocks look like one of these is a row there and a line in tests (docs/add-a-model-family.md).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -134,17 +134,31 @@ class Projection:
         """Weights of the projection; the bias is not counted, being read whatever the sparsity."""
         return self.in_features * self.out_features * self.copies
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is the layer of the logits, and so in no block."""
+        return self.site == OUTPUT_SITE
+
 
 OUTPUT_SITE = "output_input"
 """The hidden state that the output layer reads."""
 
 
-def find_projections(model: nn.Module, *, output_layer: bool = False) -> list[Projection]:
+def block_weights(projections: Iterable[Projection]) -> int:
+    """Weights of the projections that lie in blocks: what model-wide sparsity is a share of.
+
+    The output layer may drop inputs too. What it then does not read counts as saved, but it is not part of
+    what the share is of: the same sparsity is the same bytes a token, whether it takes part or not.
+    """
+    return sum(projection.parameters for projection in projections if not projection.is_output)
+
+
+def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> list[Projection]:
     """Every projection of a transformers model, in the order in which a token meets them.
 
     Args:
         model: as `models.loading.load_model` gives it.
-        output_layer: count the layer of the logits among them.
+        output_layer: count the layer of the logits among them; None does where there is one that can.
 
     Raises:
         ArtefactError: unsupported model type, or linear layers that are not those that the row says.
@@ -160,6 +174,8 @@ def find_projections(model: nn.Module, *, output_layer: bool = False) -> list[Pr
             found += list(_of_block(architecture, block, f"{stack}.{index}"))
     if output_layer:
         found.append(output_projection(model, "--output-layer"))
+    elif output_layer is None and (output := _find_output(model)) is not None:
+        found.append(output)
     return found
 
 
@@ -173,10 +189,18 @@ def output_projection(model: nn.Module, flag: str) -> Projection:
     Raises:
         ArtefactError: it is not a linear layer, or the model not a decoder alone.
     """
+    found = _find_output(model)
+    if found is None:
+        raise ArtefactError(f"this model's output layer is not a linear layer of a decoder: leave {flag} out")
+    return found
+
+
+def _find_output(model: nn.Module) -> Projection | None:
+    """The layer of the logits; None where it is not a linear layer of a decoder alone."""
     output = model.get_output_embeddings()  # type: ignore[operator]
     name = next((name for name, module in model.named_modules() if module is output), None)
     if name is None or not isinstance(output, nn.Linear) or architecture_for(model).kind != "causal":
-        raise ArtefactError(f"this model's output layer is not a linear layer of a decoder: leave {flag} out")
+        return None
     return Projection(name, OUTPUT_SITE, output.in_features, output.out_features)
 
 

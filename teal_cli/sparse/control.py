@@ -29,6 +29,8 @@ class SparsityCounter:
     def __init__(self) -> None:
         self.active = True
         """Set to False to let calls go by uncounted."""
+        self.output: str | None = None
+        """The output layer, where it drops inputs: what it does not read counts, what it has does not."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
@@ -56,9 +58,12 @@ class SparsityCounter:
         return {name: dropped[name] / count for name, count in seen.items() if count}
 
     def model_wide(self) -> float | None:
-        """Realised sparsity weighted by parameters; None if sparsity was never on."""
+        """Weights not read over the weights of the blocks' projections; None if sparsity was never on.
+
+        The definition is `models.architectures.block_weights`'.
+        """
         realised = self.by_projection()
-        total = sum(self._weights[name] for name in realised)
+        total = sum(self._weights[name] for name in realised if name != self.output)
         if not total:
             return None
         return sum(value * self._weights[name] for name, value in realised.items()) / total
@@ -79,11 +84,11 @@ class SparsityControl:
     enabled: bool = True
     backend: str = "auto"
     dense_prefix: int = 0
-    skips_output: bool = False
-    """Whether the output layer is sparse too. It may be given the last positions only, so the layers before it
+    output: str | None = None
+    """The output layer, where it is sparse too. It may be given the last positions only, so the layers before it
     leave word of how many there are."""
     positions: int = field(default=1, repr=False)
-    """Of the pass under way, where `skips_output`."""
+    """Of the pass under way, where there is such an `output`."""
     counter: SparsityCounter | None = field(default=None, repr=False)
     flattens: bool = False
     """Whether some layers are given (batch * tokens, in): those that are not leave word of the shape."""
@@ -138,6 +143,7 @@ class SparsityControl:
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
         """Count dropped inputs inside the block, in a new counter or on in one that is there."""
         before, self.counter = self.counter, counter or SparsityCounter()
+        self.counter.output = self.output
         try:
             yield self.counter
         finally:

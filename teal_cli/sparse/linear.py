@@ -74,6 +74,11 @@ class SparseLinear(nn.Linear):
         raise TypeError(f"{self.name} is not quantised")
 
     @property
+    def stays_as_it_is(self) -> bool:
+        """Whether its weights need no other layout: an output layer that drops nothing."""
+        return self.is_output and self.plan.sparsity == 0.0
+
+    @property
     def storage(self) -> Tensor:
         """What the weights are held in."""
         return self.weight
@@ -110,7 +115,7 @@ class SparseLinear(nn.Linear):
             control.shape = tuple(x.shape[:2])
         tokens = x.shape[-2] if x.dim() > 1 else 1
         before = 0  # positions of this pass that are not in x
-        if control.skips_output:
+        if control.output is not None:
             if self.is_output:
                 before = control.positions - tokens
             else:

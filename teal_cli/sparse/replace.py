@@ -41,7 +41,7 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
         if layer is None:
             raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         if linear is output:
-            layer.is_output = control.skips_output = True
+            layer.is_output, control.output = True, name
         setattr(model.get_submodule(parent), child, layer)
     return control
 

@@ -80,6 +80,8 @@ class Site:
         if self.is_quantised:
             self._lay_out_packed_()
             return
+        if all(layer.stays_as_it_is for layer in self.layers):
+            return
         weights = [layer.weight for layer in self.layers]
         self._alike = len({layer.plan for layer in self.layers}) == 1
         one_table = len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1

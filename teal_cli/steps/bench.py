@@ -12,6 +12,7 @@ from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, rando
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
 from teal_cli.bench.products import ProductShape, reading_gb_s
 from teal_cli.bench.tune import Finalists, compilers, search, settle
+from teal_cli.calibration import sensitivity
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -180,7 +181,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
 
 
 def site_products(model: Any) -> list[ProductShape]:
-    """The products of the first block, and of an output layer that drops inputs or is quantised."""
+    """The products of the first block, and of an output layer that may drop inputs or is quantised."""
     layers = sparse_layers(model)
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
@@ -283,8 +284,14 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     packs = {}
     if config.quantize is not None:
         packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
-    projections = find_projections(model)
+    # There is nothing to be sensitive to in random weights: uniform, unless another was asked for.
+    allocation = config.allocation if "allocation" in config.model_fields_set else "uniform"
+    projections = find_projections(model, output_layer=None)
     text = random_prompt(vocabulary, _RANDOM_SEQ_LEN, config.seed + 1, _RANDOM_SEQUENCES)
+    sequences = text.split(1)
+    sensitivities = {}
+    if allocation.startswith("fisher"):
+        sensitivities = sensitivity.measure(model, projections, sequences, sink_tokens=_SINK_TOKENS)
     calibration = Calibration(
         CalibrationInfo(
             model=alias.name,
@@ -299,10 +306,9 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
             seconds=0.0,
         ),
         projections,
-        collect(model, projections, text.split(1), sink_tokens=_SINK_TOKENS),
+        collect(model, projections, sequences, sink_tokens=_SINK_TOKENS),
+        sensitivities,
     )
-    # There is nothing to be sensitive to in random weights: uniform, unless another was asked for.
-    allocation = config.allocation if "allocation" in config.model_fields_set else "uniform"
     plans = [allocate(config, calibration, value, allocation) for value in _wanted(config)]
     sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
     if config.propagate:

@@ -1,5 +1,6 @@
 """An output layer that drops inputs: with tied weights and without, where it sees some positions only."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
-from teal_cli.decode.compact import unsupported_reason
+from teal_cli.decode.compact import CompactDecoder, unsupported_reason
 from teal_cli.decode.engine import Engine
 from teal_cli.errors import UsageError
-from teal_cli.models.architectures import OUTPUT_SITE, find_projections
+from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
 from teal_cli.models.loading import load_model
-from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_
+from teal_cli.sparse import SparseLinear, apply_plan_, control_of, propagate_, sparse_layers, sparsify_
 
 assert teal_cli.hf
 PROMPT, LENGTH = 20, 40
@@ -42,7 +43,7 @@ def calibration(dense: Path) -> Calibration:
 
 @pytest.fixture
 def exported(dense: Path, tmp_path: Path) -> Path:
-    return export_tiny(dense, tmp_path / "sparse", output_layer=True)[0]
+    return export_tiny(dense, tmp_path / "sparse", allocation="fisher", output_layer=True)[0]
 
 
 def test_it_is_one_more_projection(dense: Path, calibration: Calibration) -> None:
@@ -119,7 +120,6 @@ def test_engine_prefills_dense_and_counts(dense: Path, exported: Path) -> None:
     assert 0.2 < realised["lm_head"] < 0.8
     saved = weight_bytes_per_token(model, {}) - weight_bytes_per_token(model, {"lm_head": 0.5})
     assert saved == model.lm_head.weight.nbytes // 2
-    assert unsupported_reason(model, control) is None
 
 
 def test_saved_again_it_is_the_same(dense: Path, exported: Path, tmp_path: Path) -> None:
@@ -145,21 +145,75 @@ def test_thresholds_that_hold(dense: Path, calibration: Calibration) -> None:
     assert counter.model_wide() == pytest.approx(0.5, abs=0.01)
 
 
-def test_greedy_gives_it_the_target(calibration: Calibration) -> None:
+def test_a_sparsity_is_the_same_bytes_with_it_and_without(dense: Path, calibration: Calibration) -> None:
+    """It saves elsewhere what the blocks then need not; its own weights are not part of what the sparsity is of."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    total = block_weights(find_projections(model))
+    sizes = {projection.name: projection.parameters for projection in calibration.projections}
+    assert total == sum(sizes.values()) - sizes["lm_head"]
+    for allocation in ("fisher", "fisher-site"):
+        with_it = make_plan(calibration, 0.5, allocation).projections
+        without = make_plan(calibrate_tiny(dense), 0.5, allocation).projections
+        assert with_it["lm_head"].sparsity > 0.05
+        assert "lm_head" not in without
+        for plan in (with_it, without):
+            saved = sum(entry.sparsity * sizes[name] for name, entry in plan.items())
+            assert saved == pytest.approx(0.5 * total, rel=1e-6)
+
+
+def test_the_papers_allocations_leave_it_dense(calibration: Calibration) -> None:
+    uniform = make_plan(calibration, 0.5, "uniform").projections
+    assert uniform["lm_head"].sparsity == 0.0
+    assert {entry.sparsity for name, entry in uniform.items() if name != "lm_head"} == {0.5}
     with pytest.raises(UsageError, match="--greedy-tokens"):
         make_plan(calibration, 0.5, "greedy")
     block = torch.linspace(0, 0.9, 10).unsqueeze(1).repeat(1, 7)
     calibration.paths = {"model.layers.0": block, "model.layers.1": block}
     plan = make_plan(calibration, 0.5, "greedy")
-    assert plan.projections["lm_head"].sparsity == 0.5
+    assert plan.projections["lm_head"].sparsity == 0.0
     assert len(plan.projections) == len(calibration.projections)
+
+
+def test_a_dense_one_is_left_where_it_lies(dense: Path, calibration: Calibration) -> None:
+    """It may be the embedding too; a plan that drops some of its inputs lays it out."""
+    model = load_model(dense, device="cpu", dtype="float32")
+    control = sparsify_(model, make_plan(calibration, 0.5, "uniform"))
+    assert model.lm_head.weight.is_contiguous()
+    assert unsupported_reason(model, control) is None
+    assert CompactDecoder(model, control).output is None
+    apply_plan_(model, make_plan(calibration, 0.5, "fisher-site"))
+    assert unsupported_reason(model, control) is None
+    assert model.lm_head.weight.t().is_contiguous()
+    assert CompactDecoder(model, control).output is not None
+
+
+def test_times_without_it_leave_it_dense(calibration: Calibration, tmp_path: Path) -> None:
+    shapes = {(p.out_features, p.in_features) for p in calibration.projections if not p.is_output}
+    table = tmp_path / "kernels.json"
+    entries = [
+        {"out_features": out, "in_features": n, "realised_sparsity": s, "microseconds": {"median": 10 - 8 * s}}
+        for out, n in shapes
+        for s in (0.0, 0.5)
+    ]
+    table.write_text(json.dumps({"kernels": entries}))
+    plan = make_plan(calibration, 0.5, "fisher", cost=table)
+    assert plan.projections["lm_head"].sparsity == 0.0
 
 
 def test_from_the_command_line(dense: Path, corpus: Path) -> None:
     text = ["--dataset", str(corpus), "--seq-len", "64", "--quiet"]
-    assert run(["calibrate", "--model", str(dense), "--tokens", "1024", "--output-layer", *text]) == 0
+    calibrate = ["calibrate", "--model", str(dense), "--tokens", "1024", *text]
     measured = [*text, "--sparsity", "0.4", "--allocation", "uniform,fisher", "--json", "eval.json"]
+    assert run([*calibrate, "--no-output-layer"]) == 0
     assert run(["eval", "--model", str(dense), "--tokens", "512", *measured]) == 0
-    assert "lm_head" in Path("eval.json").read_text()
+    assert "lm_head" not in Path("eval.json").read_text()
+    assert run(calibrate) == 0  # by default
+    assert run(["eval", "--model", str(dense), "--tokens", "512", *measured]) == 0
+    runs = json.loads(Path("eval.json").read_text())["runs"]
+    dropped = [entry["realised_by_projection"]["lm_head"] for entry in runs]
+    assert dropped[0] == 0.0 < dropped[1]
+    uniform, fisher = (entry["sparse"] for entry in runs)
+    assert fisher["realised_sparsity"] == pytest.approx(uniform["realised_sparsity"], abs=0.05)
+    assert fisher["bytes_per_token"] == pytest.approx(uniform["bytes_per_token"], rel=0.05)
     bench = ["bench", "--model", str(dense), "--sparsity", "0.4", "--new-tokens", "4", "--repeats", "1", "--quiet"]
     assert run(bench) == 0
