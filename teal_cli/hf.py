@@ -82,11 +82,12 @@ class TealQuantizer(HfQuantizer):
         self._replaced = not any(is_stacked(module) or is_conv1d(module) for module in modules.values())
         if not self._replaced:
             return model
-        replace_projections_(model, names)
+        control = replace_projections_(model, names)
         quantization = self.quantization_config.quantization
         if quantization is not None:
             try:
-                schemes = schemes_of(names, quantization["projections"], quantization["output"])
+                of_blocks = [name for name in names if name != control.output]
+                schemes = schemes_of(of_blocks, quantization["projections"], quantization["output"])
             except (KeyError, ValueError, TypeError) as error:
                 raise ArtefactError(f"this TEAL checkpoint is quantised in a way unknown here ({error})") from error
             make_room_(model, schemes)

@@ -27,7 +27,7 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture
 def calibrated(dense: Path, corpus: Path) -> Path:
     found = teal_cli.calibrate(dense, dataset=str(corpus), tokens=512, seq_len=64)
-    assert (found.info.tokens, len(found.histograms)) == (512, 8)
+    assert (found.info.tokens, len(found.histograms)) == (512, 9)
     return dense
 
 
@@ -63,7 +63,7 @@ def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     model = teal_cli.load(calibrated, sparsity=0.5, max_new_tokens=6)
     assert model.sparsity == 0.5
-    assert len(sparse_layers(model.model)) == 14
+    assert len(sparse_layers(model.model)) == 15
     assert model.tokenizer.decode([5])
     pieces: list[str] = []
     reply = model.reply("the stars", pieces.append)
@@ -142,6 +142,6 @@ def test_examples_of_the_page(dense: Path, capsys: pytest.CaptureFixture[str]) -
             block = block.replace(long, short)
         exec(compile(block, str(PAGE), "exec"), scope)  # noqa: S102
     printed = capsys.readouterr().out
-    assert "512 tokens, 8 sites" in printed
+    assert "512 tokens, 9 sites" in printed
     assert "runs/tiny/fisher-0.40" in printed
     assert printed.splitlines()[-1] == "LlamaForCausalLM"

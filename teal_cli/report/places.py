@@ -48,8 +48,8 @@ def _kinds(paths: Iterable[str]) -> dict[str, str]:
 
 
 def short_name(name: str, places: Mapping[str, Place]) -> str:
-    """The kind of a projection, or the last part of the name of one that is in no layer."""
-    return places[name].kind if name in places else name.rpartition(".")[2]
+    """The kind of a projection; `out` for the output layer, which is the one in no layer."""
+    return places[name].kind if name in places else "out"
 
 
 @dataclass(frozen=True)

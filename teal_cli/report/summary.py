@@ -71,8 +71,8 @@ def _what(material: Material) -> str:
         return f"{info.model}, calibrated on {info.tokens:,} tokens of {info.dataset}; nothing exported yet"
     made = focus.summary.get("calibration", {})
     text = (
-        f"{material.model}, which skips {focus.plan.target_sparsity:.0%} of the inputs of its projections while it "
-        f"decodes (allocation {focus.plan.allocation})"
+        f"{material.model}, which while it decodes reads {focus.plan.target_sparsity:.0%} less of the weights of its "
+        f"projections (allocation {focus.plan.allocation})"
     )
     if made:
         text += f"; thresholds from {made['tokens']:,} tokens of {made['dataset']}, measured in {made['dtype']}"
@@ -108,7 +108,7 @@ def _speed(material: Material, sparse: dict[str, Any] | None) -> tuple[Result, d
 def _cost(result: Result, run: dict[str, Any], plan: dict[str, Any]) -> str:
     content = result.content
     half = "text that was not calibrated on" if content["half"] == "evaluation" else "another text than calibration's"
-    skipped = f"{plan['realised_sparsity']:.1%} of the inputs skipped "
+    skipped = f"sparsity {plan['realised_sparsity']:.1%} "
     own = plan.get("neuron_sparsity")
     skipped += f"(target {plan['target_sparsity']:.0%})" if own is None else f"({own:.1%} of the MLP neurons are zero)"
     where = f"on {run['tokens']:,} tokens of {content['dataset']} ({half}), with {skipped}"

@@ -142,7 +142,7 @@ def test_from_an_unknown_type_to_a_checkpoint(
     assert run(["export", *shared, *confirmed, "--sparsity", "0.5"]) == 0
     folder = runs / "phi" / "fisher-0.50"
     sparse = AutoModelForCausalLM.from_pretrained(folder)  # the checkpoint carries its row
-    assert len(sparse_layers(sparse)) == 3 * 6
+    assert len(sparse_layers(sparse)) == 3 * 6 + 1  # the output layer
     sparse.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["quantization_config"]["architecture"] == row

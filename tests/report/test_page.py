@@ -111,7 +111,7 @@ def test_figures_are_those_of_the_results(finished_run: Path, written: tuple[Pag
     summary = " ".join(page.sections["summary"].split())
     assert f"perplexity {run['sparse']['perplexity']:.2f} in place of {run['dense']['perplexity']:.2f}" in summary
     assert f"{run['perplexity_ratio']:.3f} ± {run['perplexity_ratio_stderr']:.3f} times dense" in summary
-    assert f"{run['sparse']['realised_sparsity']:.1%} of the inputs skipped (target 50%)" in summary
+    assert f"sparsity {run['sparse']['realised_sparsity']:.1%} (target 50%)" in summary
     dense, sparse = speed["runs"][0], speed["runs"][2]
     before, after = (each["tokens_per_second"] for each in (dense, sparse))
     assert f"{after['median']:.1f} ({after['min']:.1f} to {after['max']:.1f}) tokens/s" in summary
@@ -186,14 +186,14 @@ def test_what_is_absent_is_said(finished_run: Path, tmp_path: Path) -> None:
     assert [name for name in page.sections if name in SECTIONS] == SECTIONS
     for section, command in (("quality", "eval"), ("speed", "bench"), ("sparsity", "export"), ("tokens", "eval")):
         assert f"teal {command} --model tiny" in page.sections[section]
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "nothing exported yet" in page.sections["summary"]
     assert "not measured: teal bench --model tiny" in page.sections["summary"]
 
 
 def test_one_checkpoint(finished_run: Path, tmp_path: Path) -> None:
     page, _ = _page(finished_run / "uniform-0.30", tmp_path)
-    assert "skips 30% of the inputs" in page.sections["summary"]
+    assert "reads 30% less of the weights" in page.sections["summary"]
     assert "allocation uniform" in page.sections["summary"]
     assert "fisher, 0.50" not in page.sections["sparsity"]
 
@@ -201,7 +201,7 @@ def test_one_checkpoint(finished_run: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_lies_in_no_run(finished_run: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(finished_run / "fisher-0.30", tmp_path / "elsewhere" / "mine")
     page, text = _page(alone, tmp_path)
-    assert "skips 30% of the inputs" in page.sections["summary"]
+    assert "reads 30% less of the weights" in page.sections["summary"]
     assert "There is no calibration here" in page.sections["distributions"]
     assert text.count("<svg") == 1
     further = [finished_run / "eval.json", finished_run / "bench.json"]
@@ -236,8 +236,8 @@ def test_names_of_sites_are_text(finished_run: Path, tmp_path: Path) -> None:
     calibration_file.save(found, run)
     page, text = _page(run, tmp_path)
     assert "img" not in page.tags
-    assert text.count("<svg") == 4
-    assert len(list((tmp_path / "page").glob("distribution-*.svg"))) == 4
+    assert text.count("<svg") == 5
+    assert len(list((tmp_path / "page").glob("distribution-*.svg"))) == 5
 
 
 def test_colours_follow_the_reader(written: tuple[Page, str]) -> None:
