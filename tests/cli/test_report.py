@@ -115,7 +115,7 @@ def test_inspect_a_run(own_run: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "uniform-0.30",
         "uniform-0.50",
     ]
-    assert result["calibration"]["sites"] == 8
+    assert result["calibration"]["sites"] == 9
     assert [entry["verb"] for entry in result["results"]] == ["eval", "bench", "generate"]
     assert result["projections"] == []
 
