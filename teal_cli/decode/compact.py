@@ -67,7 +67,7 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    if not all(layer.site.side_by_side or layer.stays_as_it_is for layer in layers):
+    if not all(layer.site.side_by_side or layer.is_output for layer in layers):
         return "projections that are not side by side"
     return None
 
@@ -201,12 +201,13 @@ class CompactDecoder:
                 )
             )
 
-    @property
     def output(self) -> Product | None:
-        """Of an output layer that is laid out to drop inputs now, or is quantised."""
+        """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""
         output = self.model.get_output_embeddings()
-        laid_out = isinstance(output, SparseLinear) and output.site.side_by_side
-        return Product([output], "plain") if laid_out else None
+        if not isinstance(output, SparseLinear):
+            return None
+        output.site.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
+        return Product([output], "plain") if output.site.side_by_side else None
 
     def new_cache(self, positions: int) -> FixedCache:
         """An empty cache."""
@@ -253,7 +254,7 @@ class Session:
             tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
             for block in decoder.blocks
         ]
-        output = decoder.output
+        output = decoder.output()
         self.output = None if output is None else Launch(output, self.enabled, rows)
         block = decoder.blocks[0]
 

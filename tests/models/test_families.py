@@ -25,7 +25,7 @@ from teal_cli.data import token_blocks
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import architecture_of, find_projections, table
+from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
 from teal_cli.models.loading import auto_class, load_model
 from teal_cli.models.passes import check_positions, halves, run_text
 from teal_cli.quantise.loading import load_dense
@@ -101,7 +101,7 @@ def test_every_row_is_in_the_matrix() -> None:
 def test_the_chain_covers_all_projections(made: Made) -> None:
     """Nothing is left out: what was calibrated, exported and loaded are the linear layers of the blocks."""
     calibration, sparse = made.calibration, made.sparse()
-    names = [projection.name for projection in find_projections(build_family(made.family))]
+    names = [projection.name for projection in find_projections(build_family(made.family), output_layer=None)]
     assert [projection.name for projection in calibration.projections] == names
     assert set(sparse_layers(sparse)) == set(calibration.sensitivities) == set(names)
     weight = {projection.name: projection.parameters for projection in calibration.projections}
@@ -112,7 +112,7 @@ def test_the_chain_covers_all_projections(made: Made) -> None:
         for name, parameter in made.dense().get_submodule(path).named_parameters()
         if parameter.dim() > 1 and "gate.weight" not in name and "relative_attention_bias" not in name
     )
-    assert sum(weight.values()) == inside
+    assert block_weights(calibration.projections) == inside
     planned = sum(layer.plan.sparsity * weight[name] for name, layer in sparse_layers(sparse).items())
     assert planned / inside == pytest.approx(SPARSITY, abs=0.01)
 
@@ -120,7 +120,7 @@ def test_the_chain_covers_all_projections(made: Made) -> None:
 @torch.no_grad()
 def test_histograms_count_what_the_projections_see(made: Made) -> None:
     model = build_family(made.family)
-    projections, ids = find_projections(model), _tokens(4, 32)
+    projections, ids = find_projections(model, output_layer=None), _tokens(4, 32)
     sinks = 4 if made.kind == "causal" else 0
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in projections}
 
@@ -236,7 +236,7 @@ def _loss(model: Any, kind: str, ids: torch.Tensor) -> torch.Tensor:
 def test_sensitivities_are_the_gradients_of_the_whole_model(made: Made) -> None:
     """A factor of 1 on what would be dropped of each row: its derivative is the first-order change."""
     model, ids, sinks, bin_ = build_family(made.family), _tokens(1, 24), 4, 316
-    projections = find_projections(model)
+    projections = find_projections(model, output_layer=None)
     found = sensitivity.measure(model, projections, [ids], sink_tokens=sinks)
     together = made.kind == "encoder"  # which drops at all positions at once
     limit = histogram.upper_edge(sensitivity.edges()[bin_])
@@ -274,7 +274,7 @@ def test_thresholds_hold_in_the_sparse_network(made: Made) -> None:
     propagate_(model, plan, text, dense_prefix=prefix)
     control = control_of(model)
     with control.masked(prefix), control.counting() as counter:
-        run_text(model, text)
+        _output(model, text)
     assert set(counter.by_projection()) == set(plan.projections)
     for name, realised in counter.by_projection().items():
         assert realised == pytest.approx(plan.projections[name].sparsity, abs=0.01), name
@@ -369,7 +369,7 @@ def test_quantised(made: Made, tmp_path: Path) -> None:
     export(ExportConfig(**options, sparsity=SPARSITY, allocation="uniform", out=tmp_path / "packed"), QUIET)
     packed = load_model(tmp_path / "packed", device="cpu", dtype="auto")
     plain, packs = load_dense(made.folder, CalibrateConfig(**options), calibration)
-    assert set(packs) == {projection.name for projection in calibration.projections}
+    assert set(packs) == {projection.name for projection in calibration.projections if not projection.is_output}
     sparsify_(plain, packed.config.quantization_config.plan)
     ids = _tokens(1, 12)
     with torch.no_grad(), control_of(plain).masked(4), control_of(packed).masked(4):
