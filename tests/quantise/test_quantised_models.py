@@ -219,6 +219,7 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert run(["eval", *shared, "--sparsity", "0.4", *text, "--json", "v.json"]) == 0
     assert run(["eval", "--model", str(folder), *text, "--json", "w.json"]) == 0
     in_place, packed = (json.loads(Path(name).read_text()) for name in ("v.json", "w.json"))
+    assert in_place["quantization"] == packed["quantization"] == f"int4-32{'-output' if output else ''}"
     assert in_place["sparse"]["perplexity"] == pytest.approx(packed["sparse"]["perplexity"], rel=1e-3)
     assert in_place["dense_bytes_per_token"] == packed["dense_bytes_per_token"]
     assert in_place["sparse"]["bytes_per_token"] == pytest.approx(packed["sparse"]["bytes_per_token"], rel=1e-3)
@@ -226,7 +227,12 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert run(["generate", *shared, "--sparsity", "0", "--prompt", "the", "--max-new-tokens", "4", "--no-chat"]) == 0
     bench = ["--sparsity", "0.4", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--json", "b.json"]
     assert run(["bench", *shared, *bench]) == 0
-    assert json.loads(Path("b.json").read_text())["quantization"] == f"int4-32{'-output' if output else ''}"
+    in_place = json.loads(Path("b.json").read_text())
+    assert run(["bench", "--model", str(folder), *bench]) == 0
+    by_folder = json.loads(Path("b.json").read_text())
+    for result in (in_place, by_folder):
+        assert result["quantization"] == f"int4-32{'-output' if output else ''}"
+        assert {entry["quantization"] for entry in result["runs"]} == {result["quantization"]}
 
 
 def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
