@@ -155,6 +155,30 @@ def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool)
 
 
 @torch.no_grad()
+def test_shared_product_notices_other_inputs_and_modes() -> None:
+    """Layers of a site called alone, with changed inputs, or dense after sparse, compute for themselves."""
+    _, packed, (_, control) = _packed("llama-bias", "int8", False)
+    control.backend = "cpu"
+    attention = packed.model.layers[0].self_attn
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+
+    def alone(layer: QuantizedLinear, threshold: float) -> Tensor:
+        return torch.nn.functional.linear(x * (x.abs() > threshold), layer.weight, layer.bias)
+
+    def close(layer: QuantizedLinear, threshold: float) -> None:
+        torch.testing.assert_close(layer(x), alone(layer, threshold), rtol=1e-5, atol=1e-5)
+
+    close(attention.q_proj, 0.3)
+    with control.dense():
+        close(attention.k_proj, -1.0)
+        close(attention.q_proj, -1.0)
+    close(attention.v_proj, 0.3)
+    close(attention.q_proj, 0.3)
+    x.mul_(3)
+    close(attention.k_proj, 0.3)
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize(("scheme", "output"), CASES)
 def test_compact_path(scheme: str, output: bool) -> None:
