@@ -16,9 +16,9 @@ import itertools
 import math
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from teal_cli.bench.timing import Spread
+from teal_cli.bench.timing import Spread, graph_microseconds, seconds_of
 from teal_cli.checkpoint.files import write_json
+from teal_cli.report.tables import plain_table
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import input_major, sparse_linear
 from teal_kernels.gate_first import GateActivation, gate_first, rounded_threshold
@@ -269,22 +270,7 @@ class OnGpu(Mlp):
 
     def microseconds(self, work: Callable[[int], object]) -> Spread:
         """Of `work` for one copy, inside a graph of all copies."""
-        for index in range(2):
-            work(index)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(self.inputs):
-                work(index)
-        times: list[float] = []
-        while len(times) < 9 or sum(times) * self.inputs < 2e4:  # a GPU that was idle takes milliseconds to its clock
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / self.inputs)
-        return Spread.of(times[1:])
+        return graph_microseconds(work, self.inputs)
 
     def tune_(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Try cuts of each product at `TUNED_AT`, take the fastest, and return every time."""
@@ -354,9 +340,7 @@ def in_turn(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
-            started = time.perf_counter()
-            work(repeat % CPU_INPUTS)
-            times[name].append((time.perf_counter() - started) * 1e6)
+            times[name].append(seconds_of(partial(work, repeat % CPU_INPUTS), torch.device("cpu")) * 1e6)
     return {name: Spread.of(values[1:]) for name, values in times.items()}
 
 
@@ -399,10 +383,9 @@ def measure(mlp: OnCpu | OnGpu, share: float, repeats: int) -> dict[str, Any]:
 
 def table_of(runs: list[dict[str, Any]], title: str) -> Table:
     """The runs, to look at."""
-    table = Table(title=title, title_justify="left")
     parts = [name for name in ("gate", "up", "gate and up", "down") if name in runs[0]["parts_microseconds"]]
-    for column in ("dtype", "dead", "dense us", "gate first us", *parts, "GB/s", "speedup", "error"):
-        table.add_column(column, justify="right")
+    columns = ("dtype", "dead", "dense us", "gate first us", *parts, "GB/s", "speedup", "error")
+    table = plain_table(title, *columns)
 
     def spread(entry: dict[str, float]) -> str:
         return f"{entry['median']:.1f} ({entry['min']:.1f}-{entry['max']:.1f})"

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
-from teal_cli.checkpoint.export import check_calibration_fits, read_summary, write_checkpoint
+from teal_cli.checkpoint.export import ExportSummary, check_calibration_fits, read_summary, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ComparingConfig, DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
@@ -202,18 +202,47 @@ def checkpoint_for(
     propagate = config.propagate and ("propagate" in config.model_fields_set or not calibration.info.imported)
     if not _up_to_date(folder, calibration, plan, propagate):
         reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
-        plan, propagated = hold(config, plan, calibration, source, reporter, model)
-        write_checkpoint(
-            source.folder,
-            plan,
-            calibration,
-            folder,
-            "link",
-            propagated=propagated,
-            quantization=config.stored_quantization,
-            architecture=workspace.row(config),
-        )
+        write_held(config, plan, calibration, workspace, folder, reporter, model=model)
     return folder
+
+
+def write_held(
+    config: SparseConfig,
+    plan: SparsityPlan,
+    calibration: Calibration,
+    workspace: Workspace,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    weights: Literal["link", "copy"] = "link",
+    model: Any = None,
+) -> ExportSummary:
+    """Make the thresholds of a plan hold in the sparse network, and write the checkpoint.
+
+    Args:
+        config: whether to, and how the weights are quantised.
+        plan: from `allocate`.
+        calibration: what it was made from.
+        workspace: the model's.
+        folder: to write.
+        reporter: told what takes a while.
+        weights: see `write_checkpoint`.
+        model: see `hold`.
+
+    Raises:
+        TealError: what `hold` and `write_checkpoint` raise.
+    """
+    plan, propagated = hold(config, plan, calibration, workspace.source, reporter, model)
+    return write_checkpoint(
+        workspace.source.folder,
+        plan,
+        calibration,
+        folder,
+        weights,
+        propagated=propagated,
+        quantization=config.stored_quantization,
+        architecture=workspace.row(config),
+    )
 
 
 def require_own_plan(config: SparseConfig, source: ModelSource) -> None:

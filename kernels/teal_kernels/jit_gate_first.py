@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_gemv import rounded
+from teal_kernels.jit_common import rounded
 
 RELU = tl.constexpr(0)
 FATRELU = tl.constexpr(1)

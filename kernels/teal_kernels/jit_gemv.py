@@ -4,27 +4,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
-from teal_kernels import launching
+from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, look, matmul, received, rms_scale, rounded, send
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
-EMPTY = tl.constexpr(launching.EMPTY)
-INTERPRETING = tl.constexpr(launching.interpreting())
-LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
-
-
-@triton.jit
-def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
-    """What an RMS norm multiplies one row with, from partial sums of its squares."""
-    lines = tl.arange(0, SQUARES)
-    return tl.rsqrt(tl.sum(tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0), axis=0) / n_in + eps)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 as the dtype would hold it. (The interpreter cannot multiply in bfloat16, and a GPU need not.)"""
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -67,47 +51,6 @@ def _value(word, dtype: tl.constexpr):
     else:
         value = word.to(tl.uint32).to(tl.float32, bitcast=True)
     return value
-
-
-@triton.jit
-def matmul(a, b, acc):
-    """acc + a @ b, float32. (The interpreter cannot multiply in bfloat16.)"""
-    if INTERPRETING:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def send(at, sums, inside):
-    """Put float32 sums where another program of this launch waits for them, as `received` does.
-
-    Each word is its own message, so nothing needs to be ordered. A NaN becomes the usual one: the
-    bits of one other mean "not here yet".
-    """
-    sums = tl.where(sums == sums, sums, float("nan"))
-    tl.store(at, sums.to(tl.int32, bitcast=True), mask=inside)
-
-
-@triton.jit
-def look(at, inside):
-    """The bits at places that `send` fills; 0 outside. Volatile: the L1 cache may hold older ones."""
-    return tl.load(at, mask=inside, other=0, volatile=True)
-
-
-@triton.jit
-def received(bits, at, inside):
-    """The float32 sums sent to these places, once all have come; the places are empty for the next launch.
-
-    `bits` are from a first look, at no fewer words than the program has threads: fewer would be held
-    by several threads each, which could see different ones and take different decisions. Only
-    programs at the end of a grid wait: the others they wait for run or have run, and among
-    themselves they are few enough to run at one time.
-    """
-    while tl.min(tl.where(bits == EMPTY, 0, 1)) == 0:
-        bits = look(at, inside)
-    tl.store(at, EMPTY, mask=inside)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.bench.timing import Spread
+from teal_cli.bench.timing import Spread, graph_microseconds
 from teal_cli.quantise.scheme import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
@@ -19,9 +19,6 @@ from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
 _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:
 weights that are evicted first leave the L2 full of older ones, and at 400 MB a tenth of the reads hit."""
-_REPLAYS = 7
-_SECONDS = 0.01
-"""Timed for at least so long: a GPU that was idle takes milliseconds to reach its clock."""
 _EPS = 1e-5
 
 
@@ -153,22 +150,7 @@ class TimedProduct:
         return self._time(lambda index: F.linear(self.seen, weights[index % len(weights)]))
 
     def _time(self, launch: Callable[[int], object]) -> Spread:
-        launches = max(16, len(self.tables))
-        launch(0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(launches):
-                launch(index)
-        graph.replay()
-        times: list[float] = []
-        while len(times) < _REPLAYS or sum(times) * launches < _SECONDS * 1e6:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / launches)
-        return Spread.of(times)
+        return graph_microseconds(launch, max(16, len(self.tables)))
 
 
 def _random_codes(inputs: int, parts: tuple[int, ...], scheme: Scheme, generator: torch.Generator) -> Packed:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+_REPLAYS = 7
+_SECONDS = 0.01
+"""Timed for at least so long: a GPU that was idle takes milliseconds to reach its clock."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -35,3 +39,27 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def graph_microseconds(launch: Callable[[int], object], launches: int) -> Spread:
+    """Microseconds of one of many launches on a GPU, as a CUDA graph has them one right behind the other.
+
+    Args:
+        launch: told its number, by which it may choose other weights: what is in a cache must not be timed.
+        launches: in the graph.
+    """
+    launch(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(launches):
+            launch(index)
+    graph.replay()
+    times: list[float] = []
+    while len(times) < _REPLAYS or sum(times) * launches < _SECONDS * 1e6:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / launches)
+    return Spread.of(times)

@@ -17,7 +17,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     for table in bench_tables(result):
         reporter.show(table)
     if not config.random_weights:
-        own = [run for run in result["runs"] if run["quantization"] == config.quantization]
+        own = [run for run in result["runs"] if run["quantization"] == result["quantization"]]
         fastest = max(own[1:] or own, key=lambda run: float(run["speedup"]))
         sparsity = None if config.mode == "intrinsic" else fastest["sparsity"]
         onward = next_command("generate", config, sparsity=sparsity, prompt="Why is the sky blue?")

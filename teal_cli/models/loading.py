@@ -22,6 +22,7 @@ from teal_cli.models.layers import unstack_experts_
 _UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)
 _ITEMSIZES = {"I32": 4, "U8": 1}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALLER = "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
 
 
 def pick_device(name: str) -> torch.device:
@@ -64,8 +65,14 @@ def available_bytes(device: torch.device) -> int | None:
     return found[0] if found else None
 
 
-def check_memory(needed: int, device: torch.device, what: str) -> None:
+def check_memory(needed: int, device: torch.device, what: str, instead: str = _SMALLER) -> None:
     """Refuse a load that cannot fit, before the system starts to swap or kill.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: needs them.
+        instead: what else can be done.
 
     Raises:
         MachineError: more bytes needed than the device has free.
@@ -74,7 +81,7 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     if free is not None and needed > free:
         raise MachineError(
             f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
-            "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
+            + instead
         )
 
 

@@ -11,6 +11,7 @@ from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, nearest
 from teal_cli.models.aliases import Alias, alias_names, find_alias
+from teal_cli.quantise.scheme import kind_of_weights
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,6 +44,12 @@ class ModelSource:
             ArtefactError: they are damaged or altered.
         """
         return SparsityPlan.from_dict(self.config["quantization_config"])
+
+    @property
+    def quantization(self) -> str:
+        """The kind of weights that a TEAL checkpoint has, as results say it; empty of a dense model."""
+        config = self.config
+        return kind_of_weights(config["quantization_config"].get("quantization")) if carries_plan(config) else ""
 
 
 def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> ModelSource:

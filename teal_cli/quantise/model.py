@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, find_projections, output_projection
+from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.quantise.values import quantise
 from teal_cli.quantise.walk import quantise_blocks_
@@ -17,7 +18,7 @@ from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.sparse.replace import lay_out_
 from teal_cli.sparse.site import Site
-from teal_kernels.packing import Packed, dequantised
+from teal_kernels.packing import Packed
 
 
 @torch.no_grad()
@@ -84,18 +85,6 @@ def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[
     if output_layer:
         schemes[output_projection(model, "--quantize-output").name] = INT8
     return schemes
-
-
-@torch.no_grad()
-def dequantise_(model: Any, packs: dict[str, Packed]) -> None:
-    """Give a dense model the weights that codes stand for. An output layer that was tied gets its own."""
-    for name, packed in packs.items():
-        layer = model.get_submodule(name)
-        values = dequantised(packed, layer.weight.dtype).t()
-        if layer.weight is model.get_input_embeddings().weight:
-            layer.weight = nn.Parameter(values.contiguous(), requires_grad=False)
-        else:
-            layer.weight.copy_(values)
 
 
 def schemes_of(names: Iterable[str], quantize: str, output: str | None) -> dict[str, Scheme]:

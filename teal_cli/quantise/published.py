@@ -6,6 +6,7 @@ runs like any other.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from teal_cli.checkpoint.export import companions
 from teal_cli.checkpoint.files import read_json
-from teal_cli.checkpoint.weights import fingerprint, weight_files
+from teal_cli.checkpoint.weights import fingerprint, tensor_header, weight_files
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.conversion import converted_once
+from teal_cli.models.loading import check_memory
 from teal_cli.quantise.files import tensors_of
 from teal_cli.quantise.scheme import Scheme
 from teal_kernels.packing import Packed, dequantised, pack
@@ -36,6 +38,7 @@ def converted_published(folder: Path, say: Callable[[str], None]) -> Path:
 
     Raises:
         ArtefactError: other than 4 bits, groups that are not of neighbouring inputs, or damaged.
+        MachineError: out of memory.
     """
     config = read_json(folder / "config.json", "model configuration")
     scheme_of(config, folder)
@@ -87,6 +90,7 @@ def _convert(folder: Path, config: dict[str, Any], target: Path) -> None:
     # GPTQ's first format keeps each zero point less one.
     offset = 1 if method == "gptq" and config["quantization_config"].get("checkpoint_format", "gptq") == "gptq" else 0
     dtype = getattr(torch, str(config.get("dtype", config.get("torch_dtype", "float16"))), torch.float16)
+    _check_room(folder, dtype)
     layers: dict[str, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     for shard in weight_files(folder):
@@ -106,6 +110,19 @@ def _convert(folder: Path, config: dict[str, Any], target: Path) -> None:
         shutil.copyfile(file, target / file.name)
     dense = {key: value for key, value in config.items() if key != "quantization_config"}
     (target / "config.json").write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_room(folder: Path, dtype: torch.dtype) -> None:
+    """All that is stored, and the weights that the codes stand for, are in memory at one time."""
+    entries = {key: entry for file in weight_files(folder) for key, entry in tensor_header(file).items()}
+    stored = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries.values())
+    codes = sum(8 * math.prod(entry["shape"]) for key, entry in entries.items() if key.endswith(".qweight"))
+    check_memory(
+        stored + codes * dtype.itemsize,
+        torch.device("cpu"),
+        f"laying out the codes of {folder} anew",
+        "use a smaller model, or run it once on a larger machine and copy what TEAL_HOME/models has there",
+    )
 
 
 def _repacked(found: dict[str, Tensor], scheme: Scheme, method: str, offset: int, where: str) -> Packed:

@@ -1,6 +1,7 @@
 """How weights are quantised: the value of `--quantize`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _FORM = re.compile(r"int8|int4(?::(\d+))?")
@@ -60,3 +61,17 @@ class Scheme:
 
 INT8 = Scheme(8, 0)
 """Of output layers."""
+
+
+def kind_of_weights(stored: Mapping[str, str | None] | None) -> str:
+    """What results call the weights of a checkpoint: empty, int8, int4-128, with -output where the output layer is too.
+
+    Args:
+        stored: as its config.json has it; None where nothing is quantised.
+
+    Raises:
+        ValueError: quantised in a way unknown here.
+    """
+    if stored is None:
+        return ""
+    return Scheme.parse(str(stored["projections"])).name + ("-output" if stored["output"] else "")

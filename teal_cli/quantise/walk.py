@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from teal_cli.calibration.blocks import BlockCall, hooked, recorded
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
+from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import gptq
-from teal_kernels.packing import Packed, dequantised
+from teal_kernels.packing import Packed
 
 
 @torch.no_grad()
@@ -58,9 +59,9 @@ def quantise_blocks_(
                     f"{site} has hidden states that are not finite: run with --dtype float32 or bfloat16"
                 )
             weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-            for name, weight, packed in zip(names, weights, gptq(weights, products(), scheme), strict=True):
-                packs[name] = packed
-                weight.copy_(dequantised(packed, weight.dtype).t())
+            of_site = dict(zip(names, gptq(weights, products(), scheme), strict=True))
+            dequantise_(model, of_site)
+            packs |= of_site
         hidden = [call.on(block, states) for call, states in zip(calls[number], hidden, strict=True)]
         on_block(1)
     return packs

@@ -14,7 +14,7 @@ from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.results import read_result
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.scheme import kind_of_weights
 
 Kind = Literal["eval", "encoder", "bench", "generate"]
 """Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
@@ -103,10 +103,7 @@ class Export:
     @property
     def weights(self) -> str:
         """Their kind, as results say it."""
-        if self.quantization is None:
-            return ""
-        scheme = Scheme.parse(str(self.quantization["projections"]))
-        return scheme.name + ("-output" if self.quantization["output"] else "")
+        return kind_of_weights(self.quantization)
 
     @property
     def label(self) -> str:

@@ -85,6 +85,8 @@ class Prepared:
     """A model to time."""
 
     name: str
+    quantization: str
+    """Of its weights, as `ModelConfig.quantization`; empty where they are not."""
     model: Any
     plans: Sequence[SparsityPlan]
     prompt: Tensor
@@ -135,7 +137,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
             prompt,
             new_tokens=config.new_tokens,
             repeats=config.repeats,
-            quantization=config.quantization,
+            quantization=prepared.quantization,
             reading_gb_s=limit,
             on_tokens=advance,
         )
@@ -172,7 +174,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         new_tokens=config.new_tokens,
         repeats=config.repeats,
         random_weights=config.random_weights,
-        quantization=config.quantization,
+        quantization=prepared.quantization,
         seed=config.seed,
         versions=library_versions(),
         runs=runs,
@@ -245,7 +247,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
     if config.mode == "intrinsic":
         model, plan = workspace.load_intrinsic(config, "bench")
-        return Prepared(source.name, model, [plan], prompt)
+        return Prepared(source.name, "", model, [plan], prompt)
     if source.is_teal_checkpoint:
         require_own_plan(config, source)
         plan = source.plan
@@ -254,7 +256,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
-        return Prepared(source.name, model, [plan], prompt)
+        return Prepared(source.name, source.quantization, model, [plan], prompt)
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
@@ -266,7 +268,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
         folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
     pack_(model, packs)
-    return Prepared(source.name, model, plans, prompt)
+    return Prepared(source.name, config.quantization, model, plans, prompt)
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
@@ -280,7 +282,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     name = f"{alias.name} (random weights)"
     prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
     if config.mode == "intrinsic":
-        return Prepared(name, model, [make_intrinsic_(model)], prompt)
+        return Prepared(name, "", model, [make_intrinsic_(model)], prompt)
     packs = {}
     if config.quantize is not None:
         packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
@@ -314,4 +316,4 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if config.propagate:
         plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
-    return Prepared(name, model, plans, prompt)
+    return Prepared(name, config.quantization, model, plans, prompt)

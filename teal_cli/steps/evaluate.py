@@ -81,6 +81,7 @@ def _evaluate(
     blocks = None if dataset == "self" else text()
     model, plans, packs = _model_and_plans(config, workspace, reporter)
     check_positions(model, config.seq_len)
+    quantization = config.quantization or workspace.source.quantization
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:
@@ -96,7 +97,7 @@ def _evaluate(
         with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
             found = compare_states(model, plans, blocks, on_sequence=advance)
         runs = [EncoderRun(p.allocation, p.target_sparsity, entry) for p, entry in zip(plans, found, strict=True)]
-        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, config.quantization, runs, **machine)
+        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, quantization, runs, **machine)
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
         compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
     written: list[Agreement] | list[None] = [None] * len(plans)
@@ -127,7 +128,7 @@ def _evaluate(
         mode=config.mode,
         runs=[
             EvalRun(
-                quantization=config.quantization,
+                quantization=quantization,
                 allocation=plan.allocation,
                 target_sparsity=plan.target_sparsity,
                 dense_prefix=prefix,

@@ -1,10 +1,10 @@
 """Export: a calibration and a target in, a TEAL checkpoint out."""
 
-from teal_cli.checkpoint.export import ExportSummary, write_checkpoint
+from teal_cli.checkpoint.export import ExportSummary
 from teal_cli.config import ExportConfig
-from teal_cli.planning import allocate, allocations, hold
+from teal_cli.planning import allocate, allocations
 from teal_cli.report.console import Reporter
-from teal_cli.workspace import Workspace, calibration_for
+from teal_cli.workspace import Workspace, calibration_for, write_held
 
 
 def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None = None) -> ExportSummary:
@@ -18,15 +18,5 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     plan = allocate(config, calibration, config.sparsity, allocation)
-    plan, propagated = hold(config, plan, calibration, workspace.source, reporter)
     folder = config.out or workspace.export_folder(plan.allocation, plan.target_sparsity)
-    return write_checkpoint(
-        workspace.source.folder,
-        plan,
-        calibration,
-        folder,
-        config.weights,
-        propagated=propagated,
-        quantization=config.stored_quantization,
-        architecture=workspace.row(config),
-    )
+    return write_held(config, plan, calibration, workspace, folder, reporter, weights=config.weights)

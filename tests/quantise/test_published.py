@@ -16,6 +16,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.source import find_model
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.values import quantise
+from teal_cli.resources import teal_home
 from teal_kernels.packing import codes_of, pack
 
 GROUP = 32
@@ -86,6 +87,29 @@ def test_no_code_is_lost_on_the_way_to_a_checkpoint(tmp_path: Path, method: str,
         assert torch.equal(exported[f"{name}.qweight"], packed.words)
         assert torch.equal(exported[f"{name}.scales"], packed.scales)
         assert torch.equal(exported[f"{name}.zeros"], packed.zeros)
+
+
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_memory_is_asked_for_first(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is stored and all weights at one time; a byte less is refused, and nothing left behind."""
+    folder = _save(tmp_path / "model")
+    dense = load_file(folder / "model.safetensors")
+    _publish(folder, method)
+    kept = [*load_file(folder / "model.safetensors").values(), *(dense[k] for k in dense if k.endswith("_proj.weight"))]
+    needed = sum(tensor.nbytes for tensor in kept)
+    models = teal_home() / "models"
+    with monkeypatch.context() as patch:
+        patch.setattr("teal_cli.models.loading.available_bytes", lambda device: needed - 1)
+        assert run(["calibrate", "--model", str(folder), "--quantize", f"int4:{GROUP}", "--device", "cpu"]) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teal: ")]
+    assert f"out of memory: laying out the codes of {folder} anew needs" in line
+    assert "larger machine" in line
+    assert not [path for path in models.iterdir() if path.is_dir()]
+    monkeypatch.setattr("teal_cli.models.loading.available_bytes", lambda device: needed)
+    assert find_model(str(folder)).folder.parent == models
 
 
 @pytest.mark.usefixtures("own_tables")

@@ -155,6 +155,30 @@ def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool)
 
 
 @torch.no_grad()
+def test_shared_product_notices_other_inputs_and_modes() -> None:
+    """Layers of a site called alone, with changed inputs, or dense after sparse, compute for themselves."""
+    _, packed, (_, control) = _packed("llama-bias", "int8", False)
+    control.backend = "cpu"
+    attention = packed.model.layers[0].self_attn
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+
+    def alone(layer: QuantizedLinear, threshold: float) -> Tensor:
+        return torch.nn.functional.linear(x * (x.abs() > threshold), layer.weight, layer.bias)
+
+    def close(layer: QuantizedLinear, threshold: float) -> None:
+        torch.testing.assert_close(layer(x), alone(layer, threshold), rtol=1e-5, atol=1e-5)
+
+    close(attention.q_proj, 0.3)
+    with control.dense():
+        close(attention.k_proj, -1.0)
+        close(attention.q_proj, -1.0)
+    close(attention.v_proj, 0.3)
+    close(attention.q_proj, 0.3)
+    x.mul_(3)
+    close(attention.k_proj, 0.3)
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize(("scheme", "output"), CASES)
 def test_compact_path(scheme: str, output: bool) -> None:
@@ -219,6 +243,7 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert run(["eval", *shared, "--sparsity", "0.4", *text, "--json", "v.json"]) == 0
     assert run(["eval", "--model", str(folder), *text, "--json", "w.json"]) == 0
     in_place, packed = (json.loads(Path(name).read_text()) for name in ("v.json", "w.json"))
+    assert in_place["quantization"] == packed["quantization"] == f"int4-32{'-output' if output else ''}"
     assert in_place["sparse"]["perplexity"] == pytest.approx(packed["sparse"]["perplexity"], rel=1e-3)
     assert in_place["dense_bytes_per_token"] == packed["dense_bytes_per_token"]
     assert in_place["sparse"]["bytes_per_token"] == pytest.approx(packed["sparse"]["bytes_per_token"], rel=1e-3)
@@ -226,7 +251,12 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert run(["generate", *shared, "--sparsity", "0", "--prompt", "the", "--max-new-tokens", "4", "--no-chat"]) == 0
     bench = ["--sparsity", "0.4", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--json", "b.json"]
     assert run(["bench", *shared, *bench]) == 0
-    assert json.loads(Path("b.json").read_text())["quantization"] == f"int4-32{'-output' if output else ''}"
+    in_place = json.loads(Path("b.json").read_text())
+    assert run(["bench", "--model", str(folder), *bench]) == 0
+    by_folder = json.loads(Path("b.json").read_text())
+    for result in (in_place, by_folder):
+        assert result["quantization"] == f"int4-32{'-output' if output else ''}"
+        assert {entry["quantization"] for entry in result["runs"]} == {result["quantization"]}
 
 
 def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
