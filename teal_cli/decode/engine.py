@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.compact import CompactDecoder, Session, unsupported_reason
@@ -75,14 +76,13 @@ class Engine:
         """An empty KV cache for `length` positions: fixed memory on a GPU, growing on a CPU.
 
         On the CPU the growing cache is not slower (15.6 against 14.7 tokens/s on SmolLM2-135M, two
-        Zen cores) and attends to the written positions only.
+        Zen cores) and attends to the written positions only. So does it for ALiBi on a GPU: transformers' Falcon
+        makes its biases for the written positions, and a fixed cache has more.
         """
-        from transformers import DynamicCache, StaticCache
-
         if self.decoder is not None:
             self._session = None  # the memory of the last cache, before that of the next
             return self.decoder.new_cache(length)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or getattr(self.model.config, "alibi", False):
             return DynamicCache(config=self.model.config)
         return StaticCache(config=self.model.config, max_cache_len=length)
 
@@ -205,8 +205,9 @@ class TokenLoop:
         self._made_for = engine.control.decoding if engine.control else None
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        # A sliding cache moves by rules in Python, which a graph would freeze.
-        self.captures = engine.captures and engine.device.type == "cuda" and not any(getattr(cache, "is_sliding", ()))
+        # A sliding cache moves by rules in Python and a growing one takes memory anew, which a graph would freeze.
+        moves = isinstance(cache, DynamicCache) or any(getattr(cache, "is_sliding", ()))
+        self.captures = engine.captures and engine.device.type == "cuda" and not moves
         """Whether steps are, or are going to be, replays of a graph."""
 
     @staticmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, build_tokenizer, export_tiny, save_tiny
+from transformers import DynamicCache, StaticCache
 
 from teal_cli.config import GenerateConfig
 from teal_cli.decode.chat import encode_prompt, stop_ids, text_streamer, wants_chat
@@ -150,3 +151,13 @@ def test_ctrl_c_ends_a_reply_and_keeps_what_came(tmp_path: Path) -> None:
     again = generator.reply(message)  # the session goes on
     assert not again.interrupted
     assert again.tokens == 40
+
+
+def test_alibi_takes_a_growing_cache(tmp_path: Path) -> None:
+    """On a GPU too: transformers' Falcon makes its biases for as many positions as are written."""
+    kinds = {}
+    for family in ("falcon-bias", "gpt2"):
+        engine = Engine(load_model(save_tiny(tmp_path / family, family), device="cpu", dtype="auto"), compact=False)
+        engine.device = torch.device("cuda")  # asks for memory only when it is written
+        kinds[family] = type(engine.new_cache(20))
+    assert kinds == {"falcon-bias": DynamicCache, "gpt2": StaticCache}
