@@ -183,7 +183,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
 
 
 def site_products(model: Any) -> list[ProductShape]:
-    """The products of the first block, and of an output layer that may drop inputs or is quantised."""
+    """The products of the first block, and of an output layer that drops inputs now or is quantised."""
     layers = sparse_layers(model)
     parts: dict[str, list[Projection]] = {}
     for projection in find_projections(model):
@@ -191,7 +191,8 @@ def site_products(model: Any) -> list[ProductShape]:
     first = next(iter(parts)).rpartition(".")[0]
     of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
     groups = [(group, FINISHES.get(site, "plain")) for site, group in of_block]
-    if isinstance(model.get_output_embeddings(), SparseLinear):
+    output = model.get_output_embeddings()
+    if isinstance(output, SparseLinear) and (output.packed is not None or not output.stays_as_it_is):
         groups.append((find_projections(model, output_layer=True)[-1:], "plain"))
     shapes = []
     for group, finish in groups:
