@@ -56,7 +56,7 @@ def make_plan(
     names = [projection.name for projection in calibration.projections]
     if is_allocation_file(allocation):
         path = Path(allocation)
-        sparsity = read_allocation(path, names)
+        sparsity = read_allocation(path, calibration.projections)
         target, allocation = _agreed(_model_wide(calibration, sparsity), target, path), path.name
     elif target is None or not 0.0 <= target < 1.0:
         raise UsageError(f"sparsity must be at least 0 and below 1, got {target}")

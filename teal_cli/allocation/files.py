@@ -1,12 +1,13 @@
 """Allocations as files: YAML (or JSON) that people read, edit and hand back with --allocation FILE."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from teal_cli.config_files import read_yaml
 from teal_cli.errors import UsageError, nearest
+from teal_cli.models.architectures import Projection
 
 
 def by_pattern(patterns: Mapping[str, Any], names: Iterable[str], origin: str) -> dict[str, Any]:
@@ -28,12 +29,13 @@ def by_pattern(patterns: Mapping[str, Any], names: Iterable[str], origin: str) -
     return found
 
 
-def read_allocation(path: Path, names: Iterable[str]) -> dict[str, float]:
+def read_allocation(path: Path, projections: Sequence[Projection]) -> dict[str, float]:
     """The sparsity of every projection, from the mapping `projections` of a file.
 
     Args:
-        path: YAML or JSON; its keys are names or shell-style patterns, the last that matches wins.
-        names: the model's projections.
+        path: YAML or JSON; its keys are names or shell-style patterns, the last that matches wins. The output
+            layer is dense unless its name is a key: patterns are for the blocks.
+        projections: the model's.
 
     Raises:
         UsageError: not such a file, a sparsity outside [0, 1), or a projection without one.
@@ -45,9 +47,10 @@ def read_allocation(path: Path, names: Iterable[str]) -> dict[str, float]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (isinstance(pattern, str) and number and 0.0 <= value < 1.0):
             raise UsageError(f"allocation file {path}: {pattern}: {value!r} is not a sparsity, at least 0 and below 1")
-    names = list(names)
-    found = by_pattern(patterns, names, f"allocation file {path}")
+    found = {p.name: patterns.pop(p.name, 0.0) for p in projections if p.is_output}
+    names = [projection.name for projection in projections if not projection.is_output]
+    found |= by_pattern(patterns, names, f"allocation file {path}")
     left = [name for name in names if name not in found]
     if left:
         raise UsageError(f"allocation file {path} says nothing of {len(left)} projections, {left[0]} first")
-    return {name: float(found[name]) for name in names}
+    return {projection.name: float(found[projection.name]) for projection in projections}

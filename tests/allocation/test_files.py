@@ -11,8 +11,11 @@ from teal_cli.allocation import make_plan
 from teal_cli.allocation.files import by_pattern, read_allocation
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import UsageError
+from teal_cli.models.architectures import OUTPUT_SITE, Projection
 
 NAMES = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+PROJECTIONS = [Projection(name, f"{name}.input", 8, 8) for name in NAMES]
+OUTPUT = Projection("head", OUTPUT_SITE, 8, 32)
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_later_patterns_win() -> None:
 def test_json_too(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"projections": {"*": 0.25}}))
-    assert read_allocation(path, NAMES) == dict.fromkeys(NAMES, 0.25)
+    assert read_allocation(path, PROJECTIONS) == dict.fromkeys(NAMES, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,7 @@ def test_mistakes_are_named(content: object, message: str, tmp_path: Path) -> No
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UsageError, match=message):
-        read_allocation(path, NAMES)
+        read_allocation(path, PROJECTIONS)
 
 
 def test_another_target_than_the_files_own_is_refused(calibration: Calibration, tmp_path: Path) -> None:
@@ -69,3 +72,11 @@ def test_another_target_than_the_files_own_is_refused(calibration: Calibration, 
     assert make_plan(calibration, 0.25, str(path)).target_sparsity == 0.25
     with pytest.raises(UsageError, match=r"drops 0\.250 of the model, not 0\.5"):
         make_plan(calibration, 0.5, str(path))
+
+
+def test_patterns_leave_the_output_layer_dense(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"projections": {"*": 0.5}}))
+    assert read_allocation(path, [*PROJECTIONS, OUTPUT]) == {**dict.fromkeys(NAMES, 0.5), "head": 0.0}
+    path.write_text(yaml.safe_dump({"projections": {"*": 0.5, "head": 0.25}}))
+    assert read_allocation(path, [*PROJECTIONS, OUTPUT]) == {**dict.fromkeys(NAMES, 0.5), "head": 0.25}
