@@ -56,7 +56,7 @@ def main() -> None:
         print(name, steps[name], flush=True)
         return result
 
-    projections = find_projections(model)
+    projections = find_projections(model, output_layer=None)
     sequences = options.tokens // options.seq_len
     text = random_prompt(int(alias.shape["vocab_size"]), options.seq_len, 1, sequences)
     histograms = timed("histograms", lambda: collect(model, projections, text.split(1), sink_tokens=SINK_TOKENS))

@@ -33,12 +33,12 @@ class _Nearest:
         return float(self._least) > 1e-5
 
 
-def _written(folder: Path, device: str, backend: str) -> tuple[list[int], list[bool], float | None]:
-    """Tokens, whether rounding had no say in each, and the realised sparsity."""
+def _written(folder: Path, device: str, backend: str, seed: int) -> tuple[list[int], list[bool], float | None]:
+    """Tokens after a random prompt, whether rounding had no say in each, and the realised sparsity."""
     model = load_model(folder, device=device, dtype="float32")
     control = control_of(model)
     control.backend = backend
-    prompt = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(seed))
     nearest = _Nearest(model)
     tokens, decided = [], []
     with control.counting() as counter:
@@ -51,9 +51,12 @@ def _written(folder: Path, device: str, backend: str) -> tuple[list[int], list[b
 @pytest.mark.parametrize("family", WRITING)
 def test_text_is_that_of_the_definition(family: str, tmp_path: Path) -> None:
     folder, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
-    expected, decided, realised = _written(folder, "cpu", "reference")
-    tokens, _, on_gpu = _written(folder, "cuda", "auto")
-    compared = sum(decided)
-    assert compared >= 3
+    for seed in range(4):  # of the prompt; some have an input on its threshold at the first step
+        expected, decided, realised = _written(folder, "cpu", "reference", seed)
+        compared = sum(decided)
+        if compared >= 8:
+            break
+    tokens, _, on_gpu = _written(folder, "cuda", "auto", seed)
+    assert compared >= 8
     assert tokens[:compared] == expected[:compared]
     assert on_gpu == pytest.approx(realised, abs=0.02)
