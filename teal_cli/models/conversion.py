@@ -10,6 +10,9 @@ from teal_cli.checkpoint.files import atomic_folder
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.resources import teal_home
 
+ELSEWHERE = "use a smaller model, or run it once on a larger machine and copy what TEAL_HOME/models has there"
+"""What to do where memory does not allow a conversion."""
+
 
 def converted_once(name: str, convert: Callable[[Path], None], announce: Callable[[Path], None]) -> Path:
     """The folder of a conversion, made on first use.

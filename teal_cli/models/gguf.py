@@ -10,7 +10,7 @@ from typing import Any
 
 from teal_cli.checkpoint.files import update_with_samples
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
-from teal_cli.models.conversion import converted_once
+from teal_cli.models.conversion import ELSEWHERE, converted_once
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -46,7 +46,10 @@ def _convert(file: Path, folder: Path) -> None:
         if find_spec(package) is None:
             raise MachineError(f"reading {file.name} needs the package {package}: pip install 'teal-cli[gguf]'")
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from teal_cli.models.loading import check_memory
 
     options: dict[str, object] = {}
     try:
@@ -57,6 +60,8 @@ def _convert(file: Path, folder: Path) -> None:
     except ImportError:  # older transformers always dequantise
         pass
     try:
+        elements = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        check_memory(elements * torch.float32.itemsize, torch.device("cpu"), f"converting {file.name}", ELSEWHERE)
         with redirect_stderr(io.StringIO()):  # a progress bar that transformers cannot be told to hide
             # float32 holds every dequantised value exactly.
             loaded: Any = AutoModelForCausalLM.from_pretrained(

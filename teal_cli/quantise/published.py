@@ -21,7 +21,7 @@ from teal_cli.checkpoint.export import companions
 from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import fingerprint, tensor_header, weight_files
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.conversion import converted_once
+from teal_cli.models.conversion import ELSEWHERE, converted_once
 from teal_cli.models.loading import check_memory
 from teal_cli.quantise.files import tensors_of
 from teal_cli.quantise.scheme import Scheme
@@ -121,7 +121,7 @@ def _check_room(folder: Path, dtype: torch.dtype) -> None:
         stored + codes * dtype.itemsize,
         torch.device("cpu"),
         f"laying out the codes of {folder} anew",
-        "use a smaller model, or run it once on a larger machine and copy what TEAL_HOME/models has there",
+        ELSEWHERE,
     )
 
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, MachineError
 from teal_cli.models.gguf import converted
 from teal_cli.models.source import find_model
 
@@ -86,6 +87,14 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
 
 def test_a_damaged_gguf_file(file: Path) -> None:
     with pytest.raises(ArtefactError, match="cannot be converted"):
+        converted(file)
+
+
+def test_memory_is_asked_for_first(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [SimpleNamespace(n_elements=1 << 30)]
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: SimpleNamespace(tensors=tensors))
+    monkeypatch.setattr("teal_cli.models.loading.available_bytes", lambda device: 4 * (1 << 30) - 1)
+    with pytest.raises(MachineError, match=f"out of memory: converting {file.name} needs 4.0 GiB .* larger machine"):
         converted(file)
 
 
