@@ -213,13 +213,3 @@ def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int,
 
 _SAMPLED_TOGETHER = 16
 """Sequences sampled in one batch: sampling is bound by reading the weights, so rows are nearly free."""
-
-
-def spread(blocks: Tensor, tokens: int) -> Tensor:
-    """As many sequences as hold so many tokens, but no more than there are, from everywhere in a text.
-
-    Neighbours are of one document: eight in a row of the packaged messages are one speech.
-    """
-    total, size = blocks.shape
-    wanted = min(total, -(-tokens // size))
-    return blocks[torch.arange(wanted) * total // max(wanted, 1)]

@@ -10,7 +10,7 @@ from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
-from teal_cli.data import spread, token_blocks
+from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
 from teal_cli.models.loading import load_tokenizer
@@ -20,8 +20,6 @@ from teal_cli.report.console import Reporter
 from teal_cli.sparse import propagate_, sparsify_
 
 DEFAULT_SPARSITY = 0.5
-_READ_OVER = 8
-"""Thresholds are set anew on one sequence in so many, at most."""
 
 
 def allocations(config: SparseConfig, calibration: Calibration, reporter: Reporter) -> list[str]:
@@ -92,18 +90,17 @@ def hold(
 
 
 def _text(calibration: Calibration, source: ModelSource) -> Tensor:
-    """Some of the sequences that the calibration read: (sequences, tokens) int64."""
+    """The first sequences that the calibration read: (sequences, tokens) int64."""
     if calibration.text is not None:
         return calibration.text
     info = calibration.info
     if info.imported:
         raise ArtefactError(f"it was imported from {info.imported}, which does not hold the text")
-    blocks = token_blocks(
+    return token_blocks(
         info.dataset.split(" + ")[0],
         load_tokenizer(source.folder),
-        tokens=min(info.tokens, _READ_OVER * KEPT_TOKENS),
+        tokens=max(min(KEPT_TOKENS, info.tokens), info.seq_len),
         seq_len=info.seq_len,
         seed=info.seed,
         half="calibration",
     )
-    return spread(blocks, KEPT_TOKENS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from teal_cli.data import half_of, load_documents, spread, token_blocks
+from teal_cli.data import half_of, load_documents, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
 
 TOKENIZER = build_tokenizer()
@@ -102,11 +102,3 @@ def test_hub_dataset_without_network() -> None:
         load_documents("nobody/no-such-dataset")
     with pytest.raises(UsageError, match="too many parts"):
         load_documents("a:b:c:d:e")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"), [(0, []), (1, [0]), (16, [0, 4]), (32, [0, 2, 4, 6]), (99, list(range(8)))]
-)
-def test_some_sequences_from_everywhere(tokens: int, expected: list[int]) -> None:
-    blocks = torch.arange(8 * 8).view(8, 8)
-    assert spread(blocks, tokens)[:, 0].tolist() == [8 * row for row in expected]

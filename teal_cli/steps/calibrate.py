@@ -13,7 +13,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.config import CalibrateConfig, ImportConfig
-from teal_cli.data import spread, token_blocks
+from teal_cli.data import token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
@@ -71,7 +71,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model = load_model(source.folder, device=where, dtype=config.dtype, architecture=architecture)
     check_positions(model, config.seq_len)
     started = time.perf_counter()
-    quantised = spread(blocks, config.quantize_tokens)
+    quantised = _first(blocks, config.quantize_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)
     quantize_seconds = time.perf_counter() - started if packs else 0.0
     if config.offload:
@@ -84,11 +84,11 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    sequences = spread(blocks, config.sensitivity_tokens)
+    sequences = _first(blocks, config.sensitivity_tokens)
     sensitivities = _sensitivities(model, projections, sequences, sink_tokens, reporter)
     sensitivity_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    walked = spread(blocks, config.greedy_tokens)
+    walked = _first(blocks, config.greedy_tokens)
     greedy = _paths(config, model, projections, histograms, walked, reporter)
     info = CalibrationInfo(
         model=source.name,
@@ -113,7 +113,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         quantize_tokens=quantised.numel() if _chooses_codes(config, source.folder) else 0,
         quantize_seconds=quantize_seconds,
     )
-    text = spread(blocks, KEPT_TOKENS) if config.dataset == "self" else None
+    text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
     result = Calibration(info, projections, histograms, sensitivities, greedy.paths, text)
     run = run_folder(config, workspace)
     if packs:  # first: a calibration that is there has its weights
@@ -161,6 +161,11 @@ def _quantised(
 
 def _block_count(model: Any) -> int:
     return sum(len(model.get_submodule(path)) for path in architecture_for(model).blocks)
+
+
+def _first(blocks: Tensor, tokens: int) -> Tensor:
+    """As many sequences as hold so many tokens, but no more than there are."""
+    return blocks[: -(-tokens // blocks.shape[1])]
 
 
 def _paths(
