@@ -230,7 +230,9 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool 
     return folder
 
 
-def calibrate_tiny(folder: Path, *, sequences: int = 4, seq_len: int = 64, output_layer: bool = False) -> Calibration:
+def calibrate_tiny(
+    folder: Path, *, sequences: int = 4, seq_len: int = 64, output_layer: bool | None = False
+) -> Calibration:
     """A calibration of a tiny model on random tokens."""
     model = load_model(folder, device="cpu", dtype="float32")
     projections = find_projections(model, output_layer=output_layer)
@@ -327,7 +329,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def export_tiny(
-    folder: Path, out: Path, sparsity: float = 0.5, *, allocation: str = "uniform", output_layer: bool = False
+    folder: Path, out: Path, sparsity: float = 0.5, *, allocation: str = "uniform", output_layer: bool | None = False
 ) -> tuple[Path, Calibration]:
     """A TEAL checkpoint of a tiny model."""
     calibration = calibrate_tiny(folder, output_layer=output_layer)
