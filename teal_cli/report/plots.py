@@ -181,7 +181,7 @@ def _drawer(
                 for x, y in zip(xs, line.values, strict=True):
                     at = {"textcoords": "offset points", "xytext": (4, -13), "fontsize": 9}
                     axes.annotate(f"{y:.{digits}f}", (x, y), color=look["color"], **at)
-        axes.set_xlabel("realised sparsity of the projections' inputs, %")
+        axes.set_xlabel("realised sparsity, %")
         axes.set_ylabel(what)
         axes.grid(color=GRID, linewidth=0.6)
         axes.margins(x=0.03, y=0.12)
