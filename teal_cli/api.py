@@ -66,7 +66,7 @@ def export(model: str | Path, sparsity: float = 0.5, **options: Any) -> ExportSu
 
     Args:
         model: the dense model.
-        sparsity: model-wide target, in [0, 1).
+        sparsity: share of the blocks' weights that a token is not to read, in [0, 1).
         options: keys of export: allocation, out, weights, quantize, ..
 
     Raises:

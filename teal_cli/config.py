@@ -209,7 +209,7 @@ class OneAllocation(SparseConfig):
 class ExportConfig(OneAllocation):
     """`teal export`."""
 
-    sparsity: Sparsity = Field(0.5, description="model-wide target, in [0, 1)")
+    sparsity: Sparsity = Field(0.5, description="share of the blocks' weights that a token is not to read, in [0, 1)")
     out: Path | None = Field(None, description="folder to write (default RUNS/<model>/<allocation>-<sparsity>)")
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")
 
