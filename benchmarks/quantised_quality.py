@@ -104,6 +104,7 @@ def main() -> None:
                 "model": MODEL,
                 "quantize": quantize,
                 "quantize_output": output,
+                "output_layer": False,  # sparsity in the blocks alone: what quantising them adds is the question
                 "runs": Path(folder),
                 "device": arguments.device,
                 "dtype": "float32",

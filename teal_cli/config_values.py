@@ -24,7 +24,7 @@ def _split_commas(value: object) -> object:
 def _check_sparsity(value: float) -> float:
     # Written so that NaN fails too.
     if not 0.0 <= value < 1.0:
-        raise ValueError("sparsity is the fraction of inputs dropped, at least 0 and below 1")
+        raise ValueError("sparsity is a share, at least 0 and below 1")
     return value
 
 

@@ -120,8 +120,9 @@ def with_other_weights(
         raise UsageError("also_quantize (flag --also-quantize) is for models that write, and this one is an encoder")
     model = outline(workspace.source.folder, workspace.architecture(config))
     quantised_layers(model, INT8, output_layer=config.quantize_output)  # or it says why not
-    first = calibration_for(config, workspace, reporter).info
-    same = {key: getattr(first, key) for key in ("dataset", "tokens", "seq_len", "sink_tokens")}
+    first = calibration_for(config, workspace, reporter)
+    same = {key: getattr(first.info, key) for key in ("dataset", "tokens", "seq_len", "sink_tokens")}
+    same["output_layer"] = any(projection.is_output for projection in first.projections)
     for other, _ in others:
         other._calibrate = other._calibrate.model_copy(update=same)
     return others

@@ -53,7 +53,6 @@ def make_plan(
         UsageError: unknown allocation, a target outside [0, 1), or one that the allocation cannot give.
         ArtefactError: a histogram that cannot give the threshold, or a table without the model's products.
     """
-    names = [projection.name for projection in calibration.projections]
     if is_allocation_file(allocation):
         path = Path(allocation)
         sparsity = read_allocation(path, calibration.projections)
@@ -66,7 +65,7 @@ def make_plan(
         sparsity = fisher(
             calibration,
             target,
-            limits=by_pattern(limits or {}, names, "limits (flag --limits)"),
+            limits=by_pattern(limits or {}, calibration.projections, "limits (flag --limits)"),
             savings=None if cost is None else time_saved(cost, calibration.projections),
         )
     else:
@@ -91,6 +90,8 @@ def _model_wide(calibration: Calibration, sparsity: dict[str, float]) -> float:
 
 def _agreed(own: float, target: float | None, path: Path) -> float:
     """A file's own sparsity, unless another was asked for."""
+    if own >= 1.0:
+        raise UsageError(f"allocation file {path} drops {own:.3f} of the blocks' weights, the output layer's with them")
     if target is not None and abs(target - own) > 5e-4:
         raise UsageError(
             f"allocation file {path} drops {own:.3f} of the model, not {target:g}: leave out sparsity "

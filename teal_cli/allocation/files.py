@@ -10,16 +10,19 @@ from teal_cli.errors import UsageError, nearest
 from teal_cli.models.architectures import Projection
 
 
-def by_pattern(patterns: Mapping[str, Any], names: Iterable[str], origin: str) -> dict[str, Any]:
+def by_pattern(patterns: Mapping[str, Any], projections: Iterable[Projection], origin: str) -> dict[str, Any]:
     """Projection name -> value of the last pattern that it matches; shell-style patterns (`*`, `?`, `[]`).
+
+    Patterns are for the blocks: the output layer has a value where its very name is a key.
 
     Raises:
         UsageError: a pattern that matches no projection.
     """
-    names = list(names)
+    is_output = {projection.name: projection.is_output for projection in projections}
+    names = list(is_output)
     found = {}
     for pattern, value in patterns.items():
-        matching = [name for name in names if fnmatchcase(name, pattern)]
+        matching = [name for name in names if name == pattern or (fnmatchcase(name, pattern) and not is_output[name])]
         if not matching:
             hint = nearest(pattern, names)
             if "did you mean" not in hint:  # the whole list would be hundreds of names
@@ -33,8 +36,8 @@ def read_allocation(path: Path, projections: Sequence[Projection]) -> dict[str, 
     """The sparsity of every projection, from the mapping `projections` of a file.
 
     Args:
-        path: YAML or JSON; its keys are names or shell-style patterns, the last that matches wins. The output
-            layer is dense unless its name is a key: patterns are for the blocks.
+        path: YAML or JSON; its keys are names or patterns as `by_pattern` takes them. The output layer is dense
+            unless its name is a key.
         projections: the model's.
 
     Raises:
@@ -47,10 +50,8 @@ def read_allocation(path: Path, projections: Sequence[Projection]) -> dict[str, 
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (isinstance(pattern, str) and number and 0.0 <= value < 1.0):
             raise UsageError(f"allocation file {path}: {pattern}: {value!r} is not a sparsity, at least 0 and below 1")
-    found = {p.name: patterns.pop(p.name, 0.0) for p in projections if p.is_output}
-    names = [projection.name for projection in projections if not projection.is_output]
-    found |= by_pattern(patterns, names, f"allocation file {path}")
-    left = [name for name in names if name not in found]
+    found = by_pattern(patterns, projections, f"allocation file {path}")
+    left = [p.name for p in projections if p.name not in found and not p.is_output]
     if left:
         raise UsageError(f"allocation file {path} says nothing of {len(left)} projections, {left[0]} first")
-    return {projection.name: float(found[projection.name]) for projection in projections}
+    return {projection.name: float(found.get(projection.name, 0.0)) for projection in projections}

@@ -1,6 +1,7 @@
 """Counting hidden states with hooks that are ours, and are removed, on an unmodified model."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
 from teal_cli.models.layers import Routed, rows_from, unflattened
 from teal_cli.models.offload import computing_device
-from teal_cli.models.passes import run_text
+from teal_cli.models.passes import run_text, seen_by_output
 
 
 class HiddenStateCollector:
@@ -123,11 +124,13 @@ def collect(
         site name -> (BINS,) int64 counts, on the CPU.
     """
     device = computing_device(model)
-    # One position of logits, unless what the output layer reads is to be counted: 0 is all of them.
-    logits = 0 if any(projection.is_output for projection in projections) else 1
-    with HiddenStateCollector(model, projections, sink_tokens) as collector:
+    with_output = any(projection.is_output for projection in projections)
+    with (
+        HiddenStateCollector(model, projections, sink_tokens) as collector,
+        seen_by_output(model) if with_output else nullcontext(),
+    ):
         for batch in batches:
             collector.attend(None, batch.shape)
-            run_text(model, batch.to(device), logits_to_keep=logits)
+            run_text(model, batch.to(device), logits_to_keep=0 if with_output else 1)
             on_batch(batch.numel())
     return collector.finish()

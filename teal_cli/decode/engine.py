@@ -2,7 +2,7 @@
 
 Three ways to take a step. On a GPU a Llama-family model takes the compact path
 (`teal_cli.decode.compact`), any other model transformers' own forward with a static cache; both
-become one CUDA graph a token (`TokenLoop`). On a CPU it is transformers' forward with a growing cache.
+become one CUDA graph a token (`TokenLoop`). On a CPU, and for ALiBi, it is transformers' forward with a growing cache.
 """
 
 from collections import deque

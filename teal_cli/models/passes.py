@@ -4,6 +4,8 @@ A decoder reads a sequence. An encoder-decoder reads the first half of it with i
 second half with its decoder. An encoder reads it all and has no logits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,3 +69,20 @@ def run_text(model: Any, ids: Tensor, *, logits_to_keep: int = 1) -> Any:
         cut = halves(model, ids)
         return model(input_ids=cut.source, decoder_input_ids=cut.start, use_cache=False)
     return model(input_ids=ids, use_cache=False, logits_to_keep=logits_to_keep)
+
+
+@contextmanager
+def seen_by_output(model: Any) -> Iterator[None]:
+    """Hand the output layer all positions, for the hooks on it so far, and have logits of the last one alone.
+
+    Inside, `run_text` is to be asked for all logits (`logits_to_keep=0`): they are never held.
+    """
+
+    def last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][..., -1:, :], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(last_position)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -48,8 +48,8 @@ def _kinds(paths: Iterable[str]) -> dict[str, str]:
 
 
 def short_name(name: str, places: Mapping[str, Place]) -> str:
-    """The kind of a projection; `out` for the output layer, which is the one in no layer."""
-    return places[name].kind if name in places else "out"
+    """The kind of a projection; `head` for the output layer, which is the one in no layer."""
+    return places[name].kind if name in places else "head"
 
 
 @dataclass(frozen=True)

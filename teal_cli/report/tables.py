@@ -312,25 +312,31 @@ def run_table(results: dict[str, dict[str, Any]]) -> Table:
     table = plain_table(
         "Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup"
     )
-    rows: dict[float, list[str]] = {0.0: ["0 (dense)", "0", "", "", "", ""]}
+    timed = [run.get("allocation") for run in _of_first_weights(speed)]
+    tried = [run["sparse"]["allocation"] for run in _of_first_weights(quality)]
+    own = next((name for name in tried if name in timed), tried[0] if tried else None)
+    prefix = quality["dense_prefix"] if quality else None
+    dense_row = (0.0, "")
+    rows = {dense_row: ["0 (dense)", "0", "", "", "", ""]}
 
-    def row(sparsity: float) -> list[str]:
-        return rows.setdefault(sparsity, ["own" if sparsity == _OWN else f"{sparsity:.2f}", "", "", "", "", ""])
+    def row(sparsity: float, allocation: str | None) -> list[str]:
+        other = "" if allocation is None or own in (None, allocation) else allocation
+        label = "own" if sparsity == _OWN else f"{sparsity:.2f} {other}".rstrip()
+        return rows.setdefault(dense_row if sparsity == 0.0 else (sparsity, other), [label, "", "", "", "", ""])
 
-    own = (quality["sparse"]["allocation"], quality["dense_prefix"]) if quality else None
     for run in _of_first_weights(quality):
         dense, sparse = run["dense"], run["sparse"]
-        if (sparse["allocation"], run["dense_prefix"]) != own:
+        if sparse["allocation"] != own or run["dense_prefix"] != prefix:
             continue  # what was also tried stands in the table of eval
-        rows[0.0][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
-        target = row(sparse["target_sparsity"] if sparse.get("neuron_sparsity") is None else _OWN)
+        rows[dense_row][2:4] = [_with_error(dense["perplexity"], dense["stderr"], 2), "1"]
+        target = row(sparse["target_sparsity"] if sparse.get("neuron_sparsity") is None else _OWN, own)
         target[1] = f"{sparse['realised_sparsity']:.3f}"
         target[2] = _with_error(sparse["perplexity"], sparse["stderr"], 2)
         target[3] = f"{run['perplexity_ratio']:.3f}"
     for run in _of_first_weights(speed):
-        target = row(run["sparsity"] if run.get("neuron_sparsity") is None else _OWN)
+        target = row(run["sparsity"] if run.get("neuron_sparsity") is None else _OWN, run.get("allocation"))
         target[1] = target[1] or f"{run['realised_sparsity']:.3f}"
         target[4:6] = [f"{run['tokens_per_second']['median']:.2f}", f"{run['speedup']:.2f}x"]
-    for sparsity in sorted(rows):
-        table.add_row(*rows[sparsity])
+    for key in sorted(rows):
+        table.add_row(*rows[key])
     return table

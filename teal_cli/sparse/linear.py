@@ -117,7 +117,7 @@ class SparseLinear(nn.Linear):
         before = 0  # positions of this pass that are not in x
         if control.output is not None:
             if self.is_output:
-                before = control.positions - tokens
+                before = max(control.positions - tokens, 0)
             else:
                 control.positions = tokens
         several = before + tokens > 1

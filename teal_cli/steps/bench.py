@@ -31,7 +31,16 @@ from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, propagate_, sparse_layers, sparsify_, use_backend
+from teal_cli.sparse import (
+    SparseLinear,
+    apply_plan_,
+    control_of,
+    make_intrinsic_,
+    propagate_,
+    sparse_layers,
+    sparsify_,
+    use_backend,
+)
 from teal_cli.sparse.quantized import QuantizedLinear
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
@@ -215,6 +224,7 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     sparsities = [sparsity for sparsity in plans if sparsity > 0]
     if not sparsities:
         raise UsageError("tuning needs a sparsity above 0 (flag --sparsity)")
+    apply_plan_(prepared.model, prepared.plans[-1])  # so that an output layer that will drop inputs is seen to
     found: list[Finalists] = []
     with compilers(device) as pool:
         for shape in site_products(prepared.model):

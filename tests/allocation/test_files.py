@@ -36,7 +36,7 @@ def test_what_is_written_is_read(calibration: Calibration, tmp_path: Path) -> No
 
 
 def test_later_patterns_win() -> None:
-    found = by_pattern({"*": 0.5, "*.down": 0.7, "layers.1.*": 0.1}, NAMES, "x")
+    found = by_pattern({"*": 0.5, "*.down": 0.7, "layers.1.*": 0.1}, PROJECTIONS, "x")
     assert found == {"layers.0.up": 0.5, "layers.0.down": 0.7, "layers.1.up": 0.1, "layers.1.down": 0.1}
 
 
@@ -80,3 +80,12 @@ def test_patterns_leave_the_output_layer_dense(tmp_path: Path) -> None:
     assert read_allocation(path, [*PROJECTIONS, OUTPUT]) == {**dict.fromkeys(NAMES, 0.5), "head": 0.0}
     path.write_text(yaml.safe_dump({"projections": {"*": 0.5, "head": 0.25}}))
     assert read_allocation(path, [*PROJECTIONS, OUTPUT]) == {**dict.fromkeys(NAMES, 0.5), "head": 0.25}
+
+
+def test_more_than_everything_is_refused(tmp_path: Path) -> None:
+    """With the output layer's, as many weights can be left out as the blocks have."""
+    calibration = calibrate_tiny(save_tiny(tmp_path / "m"), output_layer=True)
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"projections": {"*": 0.95, "lm_head": 0.95}}))
+    with pytest.raises(UsageError, match="the output layer's with them"):
+        make_plan(calibration, None, str(path))

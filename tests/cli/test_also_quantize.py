@@ -75,6 +75,15 @@ def test_all_kinds_of_weights_read_one_text(model: Path, corpus: Path, tmp_path:
     assert quantised == pytest.approx(plain, rel=0.02)
 
 
+def test_the_output_layer_takes_part_in_all_or_none(model: Path, corpus: Path) -> None:
+    small = ["--model", str(model), "--device", "cpu", "--tokens", "256", "--seq-len", "64"]
+    assert run(["calibrate", *small, "--dataset", str(corpus), "--no-output-layer"]) == 0
+    assert run(["eval", *small, "--text", str(corpus), "--also-quantize", "int8", "--json", "r.json"]) == 0
+    result = json.loads(Path("r.json").read_text())
+    assert len(result["runs"]) == 2
+    assert all("lm_head" not in entry["realised_by_projection"] for entry in result["runs"])
+
+
 def test_in_a_recipe(model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("r.yaml").write_text(
         f"model: {model}\ndevice: cpu\nstages: [calibrate, export, eval]\n"

@@ -333,6 +333,8 @@ def test_eval_of_several_plans(dense: Path, corpus: Path, capsys: pytest.Capture
     assert _teal("export", "--model", dense, "--sparsity", 0.3, "--allocation", "greedy", "--out", "g") == 0
     mine = Path("mine.yaml")
     mine.write_text(Path("g/allocation.yaml").read_text())
+    assert _teal("export", "--model", dense, "--allocation", mine, "--out", "again") == 0  # at its own sparsity
+    assert _json(Path("again/teal.json"))["target_sparsity"] == pytest.approx(0.3, abs=1e-3)
     several = ("--sparsity", "0.4,0.6", "--allocation", f"uniform,greedy,fisher,{mine}", "--dense-prefix", "4,32")
     wanted = ("--generate", "--prompts", 2, "--prompt-tokens", 8, "--new-tokens", 6, "--json", "v.json")
     assert _teal("eval", *flags, "--tokens", 256, *several, *wanted) == 0

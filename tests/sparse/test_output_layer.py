@@ -162,6 +162,38 @@ def test_a_sparsity_is_the_same_bytes_with_it_and_without(dense: Path, calibrati
             assert saved == pytest.approx(0.5 * total, rel=1e-6)
 
 
+def test_thresholds_are_of_what_it_is_given(dense: Path, calibration: Calibration) -> None:
+    """Some models scale the last hidden state on its way (MiniCPM): not what the last block wrote counts."""
+    model: Any = AutoModelForCausalLM.from_pretrained(dense)
+    plan = make_plan(calibration, 0.5, "fisher")
+    sparsify_(model, plan)
+    model.lm_head.register_forward_pre_hook(lambda module, args: (0.1 * args[0],))
+    text = torch.randint(2, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(9))
+    propagate_(model, plan, text, dense_prefix=32)
+    control = control_of(model)
+    with control.masked(32), control.counting() as counter, torch.no_grad():
+        model(input_ids=text)
+    assert counter.by_projection()["lm_head"] == pytest.approx(plan.projections["lm_head"].sparsity, abs=0.01)
+
+
+@torch.no_grad()
+def test_called_by_itself_on_several_positions_it_is_dense(exported: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=_tokens()[:, :PROMPT], past_key_values=cache)
+    model(input_ids=_tokens()[:, PROMPT : PROMPT + 1], past_key_values=cache)
+    hidden = torch.randn(1, 5, model.config.hidden_size)
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ model.lm_head.weight.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_limits_reach_it_by_name_only(calibration: Calibration) -> None:
+    bounded = make_plan(calibration, 0.5, "fisher", limits={"*": (0.49, 0.5)}).projections  # of it, next to nothing
+    assert all(0.49 - 1e-9 <= entry.sparsity <= 0.5 + 1e-9 for name, entry in bounded.items() if name != "lm_head")
+    assert bounded["lm_head"].sparsity < 0.2
+    dense = make_plan(calibration, 0.5, "fisher", limits={"lm_head": (0.0, 0.0)}).projections
+    assert dense["lm_head"].sparsity == 0.0
+
+
 def test_the_papers_allocations_leave_it_dense(calibration: Calibration) -> None:
     uniform = make_plan(calibration, 0.5, "uniform").projections
     assert uniform["lm_head"].sparsity == 0.0
