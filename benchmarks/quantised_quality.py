@@ -104,13 +104,13 @@ def main() -> None:
                 "model": MODEL,
                 "quantize": quantize,
                 "quantize_output": output,
-                "output_layer": False,  # sparsity in the blocks alone: what quantising them adds is the question
                 "runs": Path(folder),
                 "device": arguments.device,
                 "dtype": "float32",
             }
             how = {} if method == "gptq" else {"quantize_tokens": 0}
-            config = CalibrateConfig(**shared, **how)
+            # In the blocks alone: what quantising adds to sparsity there is the question.
+            config = CalibrateConfig(**shared, **how, output_layer=False)
             calibration = calibrate(config, reporter)
             model, _ = load_dense(source.folder, config, calibration)
             alone, error = ratio_of(losses(model, blocks), dense)
