@@ -1,7 +1,6 @@
 """Counting hidden states with hooks that are ours, and are removed, on an unmodified model."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
 from teal_cli.models.layers import Routed, rows_from, unflattened
 from teal_cli.models.offload import computing_device
-from teal_cli.models.passes import run_text, seen_by_output
+from teal_cli.models.passes import watched
 
 
 class HiddenStateCollector:
@@ -127,10 +126,10 @@ def collect(
     with_output = any(projection.is_output for projection in projections)
     with (
         HiddenStateCollector(model, projections, sink_tokens) as collector,
-        seen_by_output(model) if with_output else nullcontext(),
+        watched(model, with_output=with_output) as run,
     ):
         for batch in batches:
             collector.attend(None, batch.shape)
-            run_text(model, batch.to(device), logits_to_keep=0 if with_output else 1)
+            run(batch.to(device))
             on_batch(batch.numel())
     return collector.finish()

@@ -4,8 +4,9 @@ A decoder reads a sequence. An encoder-decoder reads the first half of it with i
 second half with its decoder. An encoder reads it all and has no logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,17 +73,23 @@ def run_text(model: Any, ids: Tensor, *, logits_to_keep: int = 1) -> Any:
 
 
 @contextmanager
-def seen_by_output(model: Any) -> Iterator[None]:
-    """Hand the output layer all positions, for the hooks on it so far, and have logits of the last one alone.
+def watched(model: Any, *, with_output: bool) -> Iterator[Callable[[Tensor], Any]]:
+    """`run_text` for hooks that are registered before: what it returns has logits of the last position at most.
 
-    Inside, `run_text` is to be asked for all logits (`logits_to_keep=0`): they are never held.
+    Args:
+        model: a transformers model.
+        with_output: the output layer is watched too. It is then handed all positions, for the hooks on it so far,
+            and makes logits of the last one alone: those of all are never held.
     """
+    if not with_output:
+        yield partial(run_text, model)
+        return
 
     def last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][..., -1:, :], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(last_position)
     try:
-        yield
+        yield partial(run_text, model, logits_to_keep=0)
     finally:
         handle.remove()

@@ -6,7 +6,7 @@ from typing import Any
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.files import read_json
 from teal_cli.config import ModelConfig
-from teal_cli.models.architectures import architecture_in, find_projections
+from teal_cli.models.architectures import architecture_in, find_projections, output_projection
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.files import read_quantised
@@ -28,7 +28,7 @@ def load_dense(folder: Path, config: ModelConfig, calibration: Calibration) -> t
     model = load_model(folder, device=config.device, dtype=config.dtype, architecture=architecture)
     if calibration.quantised is None or config.quantize is None:
         return model, {}
-    output = find_projections(model, output_layer=True)[-1].name if config.quantize_output else None
+    output = output_projection(model, "--quantize-output").name if config.quantize_output else None
     schemes = schemes_of((projection.name for projection in find_projections(model)), config.quantize, output)
     packs = read_quantised(calibration.quantised, schemes, model.device)
     dequantise_(model, packs)

@@ -75,8 +75,8 @@ class SparseLinear(nn.Linear):
 
     @property
     def stays_as_it_is(self) -> bool:
-        """Whether its weights need no other layout: an output layer that drops nothing."""
-        return self.is_output and self.plan.sparsity == 0.0
+        """Whether its weights need no other layout: an output layer that drops nothing and is not quantised."""
+        return self.is_output and self.plan.sparsity == 0.0 and self.packed is None
 
     @property
     def storage(self) -> Tensor:

@@ -6,7 +6,7 @@ for 65 % realised 70 % on SmolLM2-135M.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from teal_cli.calibration import histogram
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.errors import ArtefactError
 from teal_cli.models.layers import rows_from
-from teal_cli.models.passes import run_text, seen_by_output
+from teal_cli.models.passes import watched
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.replace import set_thresholds_, sparse_layers
 
@@ -57,13 +57,12 @@ def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefi
             reader.plan_(ProjectionPlan(sparsity, threshold))
 
     control = next(iter(layers.values())).control
-    with_output = control.output is not None
     with (
         _called_before(layers.values(), settle),
         control.masked(dense_prefix),
-        seen_by_output(model) if with_output else nullcontext(),
+        watched(model, with_output=control.output is not None) as run,
     ):
-        run_text(model, sequences.to(model.device), logits_to_keep=0 if with_output else 1)
+        run(sequences.to(model.device))
     held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].plan for name in plan.projections})
     set_thresholds_(model, held)
     return held

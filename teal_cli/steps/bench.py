@@ -23,7 +23,7 @@ from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import Projection, architecture_of, find_projections
+from teal_cli.models.architectures import Projection, architecture_of, find_projections, output_projection
 from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
 from teal_cli.models.source import ModelSource
 from teal_cli.planning import allocate, allocations
@@ -201,8 +201,8 @@ def site_products(model: Any) -> list[ProductShape]:
     of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
     groups = [(group, FINISHES.get(site, "plain")) for site, group in of_block]
     output = model.get_output_embeddings()
-    if isinstance(output, SparseLinear) and (output.packed is not None or not output.stays_as_it_is):
-        groups.append((find_projections(model, output_layer=True)[-1:], "plain"))
+    if isinstance(output, SparseLinear) and not output.stays_as_it_is:
+        groups.append(([output_projection(model, "--output-layer")], "plain"))
     shapes = []
     for group, finish in groups:
         layer = layers.get(group[0].name)
