@@ -2,55 +2,14 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, look, matmul, received, rms_scale, rounded, send
+from teal_kernels.jit_common import LEAST_TILE, look, matmul, received, rms_scale, rounded, send
+from teal_kernels.jit_lists import begin_list, bits_set, end_list, keeps, listed_index, listed_value, put
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
-
-
-@triton.jit
-def _keep(x, inside, threshold):
-    # "not <=" rather than ">": NaN must stay active.
-    return inside & ((tl.abs(x) <= threshold) == 0)
-
-
-@triton.jit
-def _bits_set(x):
-    x = x.to(tl.uint32)
-    if INTERPRETING:  # it knows no functions of CUDA's library
-        x = x - ((x >> 1) & 0x55555555)
-        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-        count = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-    else:
-        count = libdevice.popc(x.to(tl.int32, bitcast=True))
-    return count.to(tl.int32)
-
-
-@triton.jit
-def _packed(index, value, dtype: tl.constexpr):
-    """An entry of a list: an index below 2**15 and a value, in one word of twice the value's size."""
-    if dtype.primitive_bitwidth == 16:
-        word = index << 16 | value.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
-    else:
-        word = index.to(tl.int64) << 32 | value.to(tl.uint32, bitcast=True).to(tl.int64)
-    return word
-
-
-@triton.jit
-def _index(word, dtype: tl.constexpr):
-    return (word >> dtype.primitive_bitwidth).to(tl.int32)
-
-
-@triton.jit
-def _value(word, dtype: tl.constexpr):
-    if dtype.primitive_bitwidth == 16:
-        value = word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    else:
-        value = word.to(tl.uint32).to(tl.float32, bitcast=True)
-    return value
 
 
 @triton.jit
@@ -109,7 +68,7 @@ def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl
 def _sum_listed(
     columns,
     inside,
-    scratch,
+    entries,
     begin,
     stop,
     stride,
@@ -118,7 +77,8 @@ def _sum_listed(
     PACK: tl.constexpr,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
-    STRETCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
     EVICT: tl.constexpr,
@@ -131,14 +91,14 @@ def _sum_listed(
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tile
-        which = which + (tl.load(scratch + slots, mask=slots < stop, other=0),)
+        which = which + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         weights = ()
         for step in tl.static_range(UNROLL):
             listed = start + step * BLOCK_IN + tile < stop
             weights = weights + (
                 tl.load(
-                    columns[None, :] + (_index(which[step], dtype) * stride)[:, None],
+                    columns[None, :] + (which[step] * stride)[:, None],
                     mask=listed[:, None] & inside[None, :],
                     other=0,
                     eviction_policy=EVICT,
@@ -147,18 +107,16 @@ def _sum_listed(
         following = ()  # the next indices travel while these weights do
         for step in tl.static_range(UNROLL):
             slots = start + (UNROLL + step) * BLOCK_IN + tile
-            following = following + (tl.load(scratch + slots, mask=slots < stop, other=0),)
+            following = following + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
         which = following
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
-            # Read again for the value: with that in hand the compiler would let each tile's
-            # sum go before the next tile's load, to save registers, and nothing be under way.
             if ROWS == 1:
-                values = _value(tl.load(scratch + slots, mask=slots < stop, other=0), dtype)[:, None]
+                values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
-                listed_words = tl.load(scratch + rows[:, None] * STRETCH + slots[None, :], mask=there, other=0)
-                values = _value(listed_words, dtype).to(dtype)
+                rows_slots = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
+                values = listed_value(entries, rows_slots, there, dtype, SHARED).to(dtype)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
     return acc
 
@@ -251,6 +209,8 @@ def gemv_kernel(
     LINES: tl.constexpr,
     FINISHERS: tl.constexpr,
     STRETCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -323,10 +283,11 @@ def gemv_kernel(
     scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
     if LISTED:
+        entries = begin_list(scratch, SHARED)
         read = in_stretch & False
         line_sums = ()
         for row in tl.static_range(ROWS):
-            keep = _keep(inputs[row], in_stretch, threshold)
+            keep = keeps(inputs[row], in_stretch, threshold)
             if ROWS > 1:
                 active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
             read |= keep  # one row of weights serves every row of x
@@ -334,18 +295,18 @@ def gemv_kernel(
                 line_sums = line_sums + (tl.sum(tl.where(keep, inputs[row], 0.0), axis=1),)
         # An input's slot in the list: what the lines above keep, and the lanes up to its own.
         marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
-        kept = _bits_set(marks)
+        kept = bits_set(marks)
         count = tl.sum(kept, axis=0)
         if ROWS == 1:
             active = count
         up_to = marks[:, None] << (31 - lane).to(tl.uint32)
-        slot = (tl.cumsum(kept, axis=0) - kept - 1)[:, None] + _bits_set(up_to)
+        slot = (tl.cumsum(kept, axis=0) - kept - 1)[:, None] + bits_set(up_to)
         for row in tl.static_range(ROWS):
             value = inputs[row]
             if ROWS > 1:  # at an infinite threshold an infinity is dropped: it must not meet a weight
-                value = tl.where(_keep(value, in_stretch, threshold), value, 0.0)
-            tl.store(scratch + row * STRETCH + slot, _packed(place, value, dtype), mask=read)
-        tl.debug_barrier()
+                value = tl.where(keeps(value, in_stretch, threshold), value, 0.0)
+            put(entries, row * SLOTS + slot, place, value, read, dtype, SHARED)
+        entries = end_list(entries, SHARED)
     else:
         line_sums = ()
         if BITS < 16:
@@ -363,7 +324,7 @@ def gemv_kernel(
             acc = _sum_listed(
                 columns,
                 inside,
-                scratch,
+                entries,
                 0,
                 count,
                 stride,
@@ -372,7 +333,8 @@ def gemv_kernel(
                 PACK,
                 WORDS,
                 ROWS,
-                STRETCH,
+                SLOTS,
+                SHARED,
                 BLOCK_IN,
                 UNROLL,
                 EVICT,
@@ -431,7 +393,7 @@ def gemv_kernel(
                 sums = _sum_listed(
                     columns,
                     inside,
-                    scratch,
+                    entries,
                     begin_slot,
                     stop_slot,
                     stride,
@@ -440,7 +402,8 @@ def gemv_kernel(
                     PACK,
                     WORDS,
                     ROWS,
-                    STRETCH,
+                    SLOTS,
+                    SHARED,
                     BLOCK_IN,
                     UNROLL,
                     EVICT,

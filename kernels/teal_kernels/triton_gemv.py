@@ -22,7 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident, shared_memory
+from teal_kernels.launching import (
+    EMPTY,
+    LEAST_TILE,
+    TRITON_MISSING,
+    interpreting,
+    launch,
+    power_of_two,
+    resident,
+    shared_memory,
+)
 from teal_kernels.packing import Packed
 
 if TRITON_MISSING is None:
@@ -87,6 +96,8 @@ MAX_LISTED = 1 << 15
 """Inputs that one program can list: an index has 15 bits."""
 _MOST_ELEMENTS = (1 << 31) - 1
 """Between a program's first row and its last: offsets have 32 bits."""
+_MOST_LIST_BYTES = 16384
+"""Of a list in shared memory, so that several programs fit a multiprocessor."""
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
@@ -101,16 +112,36 @@ def _tile(config: GemvConfig, rows: int) -> tuple[int, int]:
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
 
+def _stretch(config: GemvConfig, rows: int) -> int:
+    """Places for the inputs of a program."""
+    # Of a batch, no fewer places than threads: triton 3.6 cannot compile that for more than three rows.
+    return power_of_two(max(config.inputs_per_split, 32 * config.warps if rows > 1 else 1))
+
+
+def _slots(config: GemvConfig, rows: int) -> int:
+    """Entries of a list in shared memory, for each row: as far as tiles reach that are read ahead."""
+    block_in, unroll = _tile(config, rows)
+    return _stretch(config, rows) + 2 * block_in * unroll
+
+
+def _list_bytes(config: GemvConfig, rows: int, itemsize: int) -> int:
+    """Of a program's list in shared memory; 0 where it lies in global memory."""
+    needed = 0 if config.dense or interpreting() else rows * _slots(config, rows) * 2 * itemsize
+    return needed if needed <= _MOST_LIST_BYTES else 0
+
+
 def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int) -> int:
     """Programs that a multiprocessor holds at the least.
 
     Eight warps fit whatever registers they need. Matrix units take their tiles from shared memory,
-    where up to three sets of them lie at a time; without those, shared memory is small.
+    where up to three sets of them lie at a time, beside the list.
     """
     fitting = max(1, 8 // config.warps)
-    if rows > 1 and device.type == "cuda":
-        block_in, unroll = _tile(config, rows)
-        needed = 3 * unroll * block_in * (config.block_out + LEAST_TILE) * itemsize + 4096
+    if device.type == "cuda":
+        needed = _list_bytes(config, rows, itemsize) + 4096
+        if rows > 1:
+            block_in, unroll = _tile(config, rows)
+            needed += 3 * unroll * block_in * (config.block_out + LEAST_TILE) * itemsize
         fitting = max(1, min(fitting, shared_memory(device) // needed))
     return fitting
 
@@ -206,14 +237,16 @@ def gemv(
     if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
     splits = -(-n_in // config.inputs_per_split)
-    # Of a batch, no fewer places than threads: triton 3.6 cannot compile that for more than three rows.
-    stretch = power_of_two(max(config.inputs_per_split, 32 * config.warps if rows > 1 else 1))
+    stretch = _stretch(config, rows)
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
     if min(per_split, n_in) * weights.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     block_in, unroll = _tile(config, rows)
+    list_bytes = _list_bytes(config, rows, x.itemsize)
+    # Lists that are not in shared memory, and without a list the inputs that the norm gave.
+    in_memory = list_bytes == 0 if listed else norm is not None
     # A list's words hold an index beside the value.
     word = x.dtype if config.dense else {2: torch.int32, 4: torch.int64}[x.itemsize]
     batch = power_of_two(rows)
@@ -234,7 +267,7 @@ def gemv(
         y,
         thresholds if squares is None else squares,
         scratch.tensor("partial", splits * rows * blocks * config.block_out, torch.int32, EMPTY),
-        scratch.tensor(f"inputs {word}", blocks * splits * stretch * rows if listed or norm else 1, word),
+        scratch.tensor(f"inputs {word}", blocks * splits * stretch * rows if in_memory else 1, word),
         scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         n_in,
         weights.stride(0),
@@ -262,6 +295,8 @@ def gemv(
         LINES=max(1, threads // columns, min(power_of_two(splits), gathered * threads // columns)),
         FINISHERS=finishers,
         STRETCH=stretch,
+        SLOTS=_slots(config, rows) if list_bytes else stretch,
+        SHARED=list_bytes,
         BLOCK_OUT=config.block_out,
         BLOCK_IN=block_in,
         UNROLL=unroll,
