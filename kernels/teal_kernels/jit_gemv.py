@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from teal_kernels.jit_common import LEAST_TILE, look, matmul, received, rms_scale, rounded, send
-from teal_kernels.jit_lists import begin_list, bits_set, end_list, keeps, listed_index, listed_value, put
+from teal_kernels.jit_lists import begin_list, end_list, listed_index, listed_value, norm_weights, take_inputs
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
@@ -169,6 +169,118 @@ def _sum_all(
 
 
 @triton.jit
+def _sum_piece(
+    columns,
+    inside,
+    x_ptr,
+    norm_ptr,
+    weights,
+    scales,
+    entries,
+    scratch,
+    n_in,
+    first,
+    begin,
+    stop,
+    threshold,
+    stride,
+    LISTED: tl.constexpr,
+    NORM: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    STRETCH: tl.constexpr,
+    LANES: tl.constexpr,
+    TAKEN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FULL: tl.constexpr,
+    SEVERAL_GROUPS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
+    dtype = x_ptr.dtype.element_ty
+    if SEVERAL_GROUPS and LISTED:  # no entry may be stored while a warp still reads ahead of the piece before
+        tl.debug_barrier()
+    count = 0
+    active = 0
+    totals = ()
+    if LISTED or NORM or BITS < 16:
+        count, active, totals = take_inputs(
+            x_ptr,
+            norm_ptr,
+            weights,
+            scales,
+            entries,
+            scratch,
+            n_in,
+            first,
+            begin,
+            stop,
+            threshold,
+            LISTED,
+            NORM,
+            BITS < 16,
+            ROWS,
+            SLOTS,
+            SHARED,
+            STRETCH,
+            LANES,
+            TAKEN,
+            AT_ONCE,
+            FULL,
+        )
+    if LISTED:
+        slot = begin - first
+        acc = _sum_listed(
+            columns,
+            inside,
+            end_list(entries, SHARED),
+            slot,
+            slot + count,
+            stride,
+            dtype,
+            BITS,
+            PACK,
+            WORDS,
+            ROWS,
+            SLOTS,
+            SHARED,
+            BLOCK_IN,
+            UNROLL,
+            EVICT,
+        )
+    else:
+        if NORM:  # normalised once, not once a thread that multiplies with it
+            tl.debug_barrier()
+            x_ptr = scratch - first
+            n_in = STRETCH
+        acc = _sum_all(
+            columns,
+            inside,
+            x_ptr,
+            n_in,
+            first,
+            begin,
+            stop,
+            stride,
+            dtype,
+            BITS,
+            PACK,
+            WORDS,
+            ROWS,
+            BLOCK_IN,
+            UNROLL,
+            EVICT,
+        )
+    return acc, active, totals
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,
     norm_ptr,
@@ -211,6 +323,9 @@ def gemv_kernel(
     STRETCH: tl.constexpr,
     SLOTS: tl.constexpr,
     SHARED: tl.constexpr,
+    LANES: tl.constexpr,
+    TAKEN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -251,132 +366,69 @@ def gemv_kernel(
     threshold = 0.0
     if LISTED:
         threshold = tl.load(threshold_ptr + part)
-    lanes: tl.constexpr = min(32, STRETCH)
-    lane = tl.arange(0, lanes)[None, :]
-    place = tl.arange(0, STRETCH // lanes)[:, None] * lanes + lane
-    if LISTED:  # Words of a list are stored one by one. Loaded so too, no value moves to another thread.
-        place = tl.max_contiguous(place, [1, 1])
-    stretch = first + place
-    in_stretch = stretch < last
-    if FULL:
-        in_stretch = tl.full((STRETCH // lanes, lanes), True, tl.int1)
-    if NORM:
-        norm_weight = tl.load(norm_ptr + stretch, mask=in_stretch, other=0.0)
+    weights = ()
+    if NORM and AT_ONCE:
+        weights = norm_weights(norm_ptr, first, last, LANES, TAKEN, FULL)
     if PDL:
         gdc_wait()
         # After the wait, so that whoever starts early may read what the kernel before this one wrote.
         gdc_launch_dependents()
 
     dtype = x_ptr.dtype.element_ty
-    if LISTED or NORM or BITS < 16:
-        raw = ()  # all loads first: they are under way together
+    scales = ()
+    if NORM:
         for row in tl.static_range(ROWS):
-            raw = raw + (tl.load(x_ptr + row * n_in + stretch, mask=in_stretch, other=0.0),)
-        inputs = ()
-        for row in tl.static_range(ROWS):
-            taken = raw[row]
-            if NORM:  # rounded where transformers rounds
-                scale = rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES)
-                taken = rounded(rounded(taken.to(tl.float32) * scale, dtype) * norm_weight.to(tl.float32), dtype)
-            inputs = inputs + (taken.to(tl.float32),)
-    active = 0
+            scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
     scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
+    entries = scratch
     if LISTED:
         entries = begin_list(scratch, SHARED)
-        read = in_stretch & False
-        line_sums = ()
-        for row in tl.static_range(ROWS):
-            keep = keeps(inputs[row], in_stretch, threshold)
-            if ROWS > 1:
-                active += tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
-            read |= keep  # one row of weights serves every row of x
-            if BITS < 16:
-                line_sums = line_sums + (tl.sum(tl.where(keep, inputs[row], 0.0), axis=1),)
-        # An input's slot in the list: what the lines above keep, and the lanes up to its own.
-        marks = tl.sum(read.to(tl.uint32) << lane.to(tl.uint32), axis=1)
-        kept = bits_set(marks)
-        count = tl.sum(kept, axis=0)
-        if ROWS == 1:
-            active = count
-        up_to = marks[:, None] << (31 - lane).to(tl.uint32)
-        slot = (tl.cumsum(kept, axis=0) - kept - 1)[:, None] + bits_set(up_to)
-        for row in tl.static_range(ROWS):
-            value = inputs[row]
-            if ROWS > 1:  # at an infinite threshold an infinity is dropped: it must not meet a weight
-                value = tl.where(keeps(value, in_stretch, threshold), value, 0.0)
-            put(entries, row * SLOTS + slot, place, value, read, dtype, SHARED)
-        entries = end_list(entries, SHARED)
-    else:
-        line_sums = ()
-        if BITS < 16:
-            for row in tl.static_range(ROWS):
-                line_sums = line_sums + (tl.sum(inputs[row], axis=1),)
-        if NORM:
-            # Normalised once, not once a thread that multiplies with it.
-            for row in tl.static_range(ROWS):
-                tl.store(scratch + row * STRETCH + place, inputs[row], mask=in_stretch)
-            tl.debug_barrier()
-            x_ptr = scratch - first
-            n_in = STRETCH
     if BITS >= 16:
-        if LISTED:
-            acc = _sum_listed(
-                columns,
-                inside,
-                entries,
-                0,
-                count,
-                stride,
-                dtype,
-                BITS,
-                PACK,
-                WORDS,
-                ROWS,
-                SLOTS,
-                SHARED,
-                BLOCK_IN,
-                UNROLL,
-                EVICT,
-            )
-        else:
-            acc = _sum_all(
-                columns,
-                inside,
-                x_ptr,
-                n_in,
-                first,
-                first,
-                last,
-                stride,
-                dtype,
-                BITS,
-                PACK,
-                WORDS,
-                ROWS,
-                BLOCK_IN,
-                UNROLL,
-                EVICT,
-            )
+        acc, active, _ = _sum_piece(
+            columns,
+            inside,
+            x_ptr,
+            norm_ptr,
+            weights,
+            scales,
+            entries,
+            scratch,
+            n_in,
+            first,
+            first,
+            last,
+            threshold,
+            stride,
+            LISTED,
+            NORM,
+            BITS,
+            PACK,
+            WORDS,
+            ROWS,
+            SLOTS,
+            SHARED,
+            STRETCH,
+            LANES,
+            TAKEN,
+            AT_ONCE,
+            FULL,
+            SEVERAL_GROUPS,
+            BLOCK_IN,
+            UNROLL,
+            EVICT,
+        )
     else:
         # sum of x (code - zero) scale = scale (sum of x code - zero sum of x), group by group of inputs.
+        active = 0
         acc = _no_sums(PACK, WORDS, ROWS, BLOCK_IN)
-        line_starts = tl.arange(0, STRETCH // lanes) * lanes
-        for start in range(first, last, group if SEVERAL_GROUPS else STRETCH):
+        for begin in range(first, last, group if SEVERAL_GROUPS else STRETCH):
             stop = last
             if SEVERAL_GROUPS:
-                stop = tl.minimum(start + group, last)
-            of_group = (line_starts >= start - first) & (line_starts < stop - first)
-            if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
-                x_sum = tl.sum(tl.where(of_group, line_sums[0], 0.0), axis=0) / BLOCK_IN
-            else:
-                x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
-                for row in tl.static_range(ROWS):
-                    row_sum = tl.sum(tl.where(of_group, line_sums[row], 0.0), axis=0)
-                    x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], row_sum, x_sum)
+                stop = tl.minimum(begin + group, last)
             factors = ()
             zeros = ()
-            line = (start // group).to(tl.int64) * total + out_start + words * PACK
+            line = (begin // group).to(tl.int64) * total + out_start + words * PACK
             for k in tl.static_range(PACK):
                 outs_inside = out_start + words * PACK + k < out_stop
                 factors = factors + (tl.load(scale_ptr + line + k, mask=outs_inside, other=0.0).to(tl.float32),)
@@ -384,49 +436,46 @@ def gemv_kernel(
                 if ZEROS:
                     zero = tl.load(zero_ptr + line + k, mask=outs_inside, other=0).to(tl.float32)
                 zeros = zeros + (zero,)
-            if LISTED:
-                begin_slot = 0
-                stop_slot = count
-                if SEVERAL_GROUPS:
-                    begin_slot = tl.sum(tl.where(line_starts < start - first, kept, 0), axis=0)
-                    stop_slot = begin_slot + tl.sum(tl.where(of_group, kept, 0), axis=0)
-                sums = _sum_listed(
-                    columns,
-                    inside,
-                    entries,
-                    begin_slot,
-                    stop_slot,
-                    stride,
-                    dtype,
-                    BITS,
-                    PACK,
-                    WORDS,
-                    ROWS,
-                    SLOTS,
-                    SHARED,
-                    BLOCK_IN,
-                    UNROLL,
-                    EVICT,
-                )
+            sums, kept, totals = _sum_piece(
+                columns,
+                inside,
+                x_ptr,
+                norm_ptr,
+                weights,
+                scales,
+                entries,
+                scratch,
+                n_in,
+                first,
+                begin,
+                stop,
+                threshold,
+                stride,
+                LISTED,
+                NORM,
+                BITS,
+                PACK,
+                WORDS,
+                ROWS,
+                SLOTS,
+                SHARED,
+                STRETCH,
+                LANES,
+                TAKEN,
+                AT_ONCE,
+                FULL,
+                SEVERAL_GROUPS,
+                BLOCK_IN,
+                UNROLL,
+                EVICT,
+            )
+            active += kept
+            if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
+                x_sum = totals[0] / BLOCK_IN
             else:
-                sums = _sum_all(
-                    columns,
-                    inside,
-                    x_ptr,
-                    n_in,
-                    first,
-                    start,
-                    stop,
-                    stride,
-                    dtype,
-                    BITS,
-                    PACK,
-                    WORDS,
-                    ROWS,
-                    BLOCK_IN,
-                    UNROLL,
-                    EVICT,
-                )
+                x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
+                for row in tl.static_range(ROWS):
+                    x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], totals[row], x_sum)
             scaled = ()
             for k in tl.static_range(PACK):
                 factor, zero = _corrected(factors[k], zeros[k], BITS, ROWS)

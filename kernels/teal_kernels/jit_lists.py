@@ -10,29 +10,8 @@ Where a list begins is a pointer to words in global memory, or an address in sha
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
-from teal_kernels.jit_common import INTERPRETING
-
-
-@triton.jit
-def keeps(x, inside, threshold):
-    """Which inputs are above the threshold."""
-    # "not <=" rather than ">": NaN must stay active.
-    return inside & ((tl.abs(x) <= threshold) == 0)
-
-
-@triton.jit
-def bits_set(x):
-    """How many bits of each word are set."""
-    x = x.to(tl.uint32)
-    if INTERPRETING:  # it knows no functions of CUDA's library
-        x = x - ((x >> 1) & 0x55555555)
-        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-        count = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-    else:
-        count = libdevice.popc(x.to(tl.int32, bitcast=True))
-    return count.to(tl.int32)
+from teal_kernels.jit_common import INTERPRETING, rounded
 
 
 @triton.jit
@@ -125,3 +104,143 @@ def listed_value(at, slots, inside, dtype: tl.constexpr, SHARED: tl.constexpr):
     else:
         value = word.to(tl.uint32).to(tl.float32, bitcast=True)
     return value
+
+
+@triton.jit
+def _keeps(x, inside, threshold):
+    # "not <=" rather than ">": NaN must stay active.
+    return inside & ((tl.abs(x) <= threshold) == 0)
+
+
+@triton.jit
+def _counted(read, LANES: tl.constexpr):
+    """For each lane how many of the lanes before it are set, and how many of all."""
+    if INTERPRETING:
+        ones = read.to(tl.int32)
+        before = tl.cumsum(ones, axis=0) - ones
+        here = tl.zeros((LANES,), tl.int32) + tl.sum(ones, axis=0)
+    else:  # a lane is a thread of the warp, whichever
+        before, here = tl.inline_asm_elementwise(
+            """{
+            .reg .pred set; .reg .b32 marks, below;
+            setp.ne.b32 set, $2, 0;
+            vote.sync.ballot.b32 marks, set, 0xffffffff;
+            mov.u32 below, %lanemask_lt;
+            and.b32 below, marks, below;
+            popc.b32 $0, below;
+            popc.b32 $1, marks;
+            }""",
+            "=r,=r,r",
+            [read.to(tl.int32)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return before, here
+
+
+@triton.jit
+def norm_weights(norm_ptr, begin, stop, LANES: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr):
+    """Of some lines of inputs, a tuple."""
+    weights = ()
+    for line in tl.static_range(LINES):
+        index = begin + line * LANES + tl.arange(0, LANES)
+        inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+        weights = weights + (tl.load(norm_ptr + index, mask=inside, other=0.0),)
+    return weights
+
+
+@triton.jit
+def take_inputs(
+    x_ptr,
+    norm_ptr,
+    weights,
+    scales,
+    entries,
+    scratch,
+    n_in,
+    first,
+    begin,
+    stop,
+    threshold,
+    LISTED: tl.constexpr,
+    NORM: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    STRETCH: tl.constexpr,
+    LANES: tl.constexpr,
+    LINES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Inputs `begin` to `stop` of a program, whose own are from `first`: normalised, listed and added up.
+
+    A line of inputs is as wide as a warp, and each warp takes all lines: so a slot is found by counting
+    bits of one word, and no warp waits for another before the end. The list begins at slot `begin - first`.
+
+    Args:
+        weights: of the norm, if the lines are taken at once.
+        scales: of the norm, for each row.
+
+    Returns:
+        Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
+        kept (of everything where nothing is listed), 0 unless `SUMS`.
+    """
+    dtype = x_ptr.dtype.element_ty
+    count = tl.zeros((LANES,), tl.int32)
+    kept = tl.zeros((LANES,), tl.int32)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
+    steps = 1 if AT_ONCE else tl.cdiv(stop - begin, LANES * LINES)
+    for step in range(steps):
+        start = begin + step * (LANES * LINES)
+        if NORM and not AT_ONCE:
+            weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
+        raw = ()  # all loads first: they are under way together
+        for line in tl.static_range(LINES):
+            index = start + line * LANES + tl.arange(0, LANES)
+            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+            for row in tl.static_range(ROWS):
+                raw = raw + (tl.load(x_ptr + row * n_in + index, mask=inside, other=0.0),)
+        for line in tl.static_range(LINES):
+            index = start + line * LANES + tl.arange(0, LANES)
+            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+            values = ()
+            read = inside if not LISTED else inside & False
+            for row in tl.static_range(ROWS):
+                value = raw[line * ROWS + row].to(tl.float32)
+                if NORM:  # rounded where transformers rounds
+                    value = rounded(rounded(value * scales[row], dtype) * weights[line].to(tl.float32), dtype)
+                if LISTED:
+                    keep = _keeps(value, inside, threshold)
+                    read |= keep  # one row of weights serves every row of x
+                    if ROWS > 1:
+                        kept += keep.to(tl.int32)
+                    if ROWS > 1 or SUMS:  # at an infinite threshold an infinity is dropped: it must not meet a weight
+                        value = tl.where(keep, value, 0.0)
+                values = values + (value,)
+            if SUMS:
+                added = ()
+                for row in tl.static_range(ROWS):
+                    added = added + (sums[row] + values[row],)
+                sums = added
+            if LISTED:
+                before, here = _counted(read, LANES)
+                for row in tl.static_range(ROWS):
+                    slots = row * SLOTS + begin - first + count + before
+                    put(entries, slots, index - first, values[row], read, dtype, SHARED)
+                count += here
+            elif NORM:
+                for row in tl.static_range(ROWS):
+                    tl.store(scratch + row * STRETCH + index - first, values[row].to(dtype), mask=inside)
+    count = tl.max(count, axis=0)  # the same in every lane
+    active = count
+    if ROWS > 1:
+        active = tl.sum(kept, axis=0)
+    totals = ()
+    for row in tl.static_range(ROWS):
+        totals = totals + (tl.sum(sums[row], axis=0) if SUMS else 0.0,)
+    return count, active, totals

@@ -98,6 +98,9 @@ _MOST_ELEMENTS = (1 << 31) - 1
 """Between a program's first row and its last: offsets have 32 bits."""
 _MOST_LIST_BYTES = 16384
 """Of a list in shared memory, so that several programs fit a multiprocessor."""
+_WARP = 32
+_MOST_TAKEN = 16
+"""Lines of inputs that a warp holds, of all rows together."""
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
@@ -112,16 +115,10 @@ def _tile(config: GemvConfig, rows: int) -> tuple[int, int]:
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
 
-def _stretch(config: GemvConfig, rows: int) -> int:
-    """Places for the inputs of a program."""
-    # Of a batch, no fewer places than threads: triton 3.6 cannot compile that for more than three rows.
-    return power_of_two(max(config.inputs_per_split, 32 * config.warps if rows > 1 else 1))
-
-
 def _slots(config: GemvConfig, rows: int) -> int:
     """Entries of a list in shared memory, for each row: as far as tiles reach that are read ahead."""
     block_in, unroll = _tile(config, rows)
-    return _stretch(config, rows) + 2 * block_in * unroll
+    return power_of_two(config.inputs_per_split) + 2 * block_in * unroll
 
 
 def _list_bytes(config: GemvConfig, rows: int, itemsize: int) -> int:
@@ -237,7 +234,7 @@ def gemv(
     if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
     splits = -(-n_in // config.inputs_per_split)
-    stretch = _stretch(config, rows)
+    stretch = power_of_two(config.inputs_per_split)
     listed = not config.dense
     if listed and config.inputs_per_split > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
@@ -245,6 +242,9 @@ def gemv(
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     block_in, unroll = _tile(config, rows)
     list_bytes = _list_bytes(config, rows, x.itemsize)
+    # A warp looks at a line of inputs at a time, for each row. The interpreter looks at all: it counts steps.
+    lanes = stretch if interpreting() else _WARP
+    taken = max(1, min(stretch // lanes, _MOST_TAKEN // rows))
     # Lists that are not in shared memory, and without a list the inputs that the norm gave.
     in_memory = list_bytes == 0 if listed else norm is not None
     # A list's words hold an index beside the value.
@@ -289,7 +289,7 @@ def gemv(
         FINISH=_FINISHES[finish],
         HAS_BIAS=bias is not None,
         EVEN=even,
-        FULL=stretch == config.inputs_per_split and n_in % stretch == 0,
+        FULL=stretch % lanes == 0 and n_in % stretch == 0 and stretch == per_split and not several,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         SPLIT=splits > 1,
         LINES=max(1, threads // columns, min(power_of_two(splits), gathered * threads // columns)),
@@ -297,6 +297,9 @@ def gemv(
         STRETCH=stretch,
         SLOTS=_slots(config, rows) if list_bytes else stretch,
         SHARED=list_bytes,
+        LANES=lanes,
+        TAKEN=taken,
+        AT_ONCE=stretch <= lanes * taken and not several,
         BLOCK_OUT=config.block_out,
         BLOCK_IN=block_in,
         UNROLL=unroll,
