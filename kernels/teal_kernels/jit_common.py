@@ -14,7 +14,9 @@ LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
 def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
     """What an RMS norm multiplies one row with, from partial sums of its squares."""
     lines = tl.arange(0, SQUARES)
-    return tl.rsqrt(tl.sum(tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0), axis=0) / n_in + eps)
+    squares = tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0)
+    # The quotient is ready before the squares are: dividing their sum would wait for them.
+    return tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / n_in) + eps)
 
 
 @triton.jit

@@ -366,6 +366,11 @@ def gemv_kernel(
     threshold = 0.0
     if LISTED:
         threshold = tl.load(threshold_ptr + part)
+    scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
+    columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
+    entries = scratch
+    if LISTED:
+        entries = begin_list(scratch, SHARED)
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, TAKEN, FULL)
@@ -379,11 +384,6 @@ def gemv_kernel(
     if NORM:
         for row in tl.static_range(ROWS):
             scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
-    scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
-    columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
-    entries = scratch
-    if LISTED:
-        entries = begin_list(scratch, SHARED)
     if BITS >= 16:
         acc, active, _ = _sum_piece(
             columns,
