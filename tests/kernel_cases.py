@@ -1,7 +1,7 @@
 """Random launches of the kernels and their definitions in float64, for the interpreter and for a GPU."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.packing import Packed, pack, side_by_side
-from teal_kernels.triton_decode import Best, decode_attention, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, GemvConfig, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
+from teal_kernels.triton_gemv import EMPTY, GemvConfig, Heads, Norm, Scratch, gemv, squares_of
 
 # Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -186,6 +186,8 @@ class Attention:
     dtype: torch.dtype = torch.float32
     positions: int = POSITIONS
     device: str = "cpu"
+    stretches: dict[str, int] = field(default_factory=dict)
+    """Of `Heads`, other than by default."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.position + 1)
@@ -225,19 +227,19 @@ class Attention:
     def launch(self, scratch: Scratch, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
         """Run the kernel on a cache that it writes to."""
         position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        shape = (self.rows, self.kv_heads * self.group * self.dim)
-        out = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        options = {"splits": attention_splits(self.rows * self.kv_heads), "window": self.window, **self.stretches}
+        heads = Heads.empty(self.rows, self.kv_heads * self.group, self.dim, position=position, **options)
+        heads.sums.fill_(torch.nan)
+        heads.logs.fill_(-torch.inf)
         decode_attention(
             self.qkv,
             keys,
             values,
-            position,
             self.cos,
             self.sin,
-            out,
+            heads,
             scratch,
             scale=self.scale,
-            window=self.window,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             eps=EPS,
@@ -245,7 +247,7 @@ class Attention:
         )
         assert int(position) == self.position
         assert bool((scratch.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
-        return out
+        return merged(heads).to(self.dtype)
 
     def check(self, *, pdl: bool = False) -> None:
         """One launch against float64; nothing but the new position of the cache is written."""
@@ -260,6 +262,58 @@ class Attention:
         keys[:, :, here], values[:, :, here] = self.keys[:, :, here], self.values[:, :, here]
         assert torch.equal(keys, self.keys)  # nowhere else
         assert torch.equal(values, self.values)
+
+
+def merged(heads: Heads) -> Tensor:
+    """(rows, heads D) float32: what the lines that were written (whose logarithm is finite, or NaN) stand for."""
+    shares = heads.logs.softmax(0)[..., None]
+    sums = heads.sums.view(*heads.logs.shape, -1)
+    return torch.where(shares == 0, 0.0, shares * sums).sum(0).flatten(1)
+
+
+@dataclass
+class HeadsCase:
+    """A product of what attention left, at a position where that is several lines."""
+
+    rows: int
+    heads: int
+    dim: int
+    position: int
+    shortest: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    outputs: int = 72
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.position)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device)
+
+        position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
+        self.read = Heads.empty(self.rows, self.heads, self.dim, 8, position, shortest=self.shortest)
+        written = -(-(self.position + 1) // self.shortest)
+        assert written <= self.read.lines
+        self.read.sums[:written] = random(written, *self.read.sums.shape[1:])
+        self.read.logs[:written] = random(written, *self.read.logs.shape[1:]) * 3
+        # What an earlier token left beyond those must not be seen.
+        self.read.sums[written:], self.read.logs[written:] = torch.nan, torch.nan
+        self.x = merged(replace(self.read, sums=self.read.sums[:written], logs=self.read.logs[:written]))
+        self.x = self.x.to(self.dtype)
+        self.table = random(self.heads * self.dim, self.outputs).to(self.dtype)
+
+    def check(self, cut: GemvConfig, *, pdl: bool = False) -> None:
+        """Against float64, at a threshold that no input is near."""
+        sizes = self.x.abs().flatten().float().sort().values
+        middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]
+        gap = int(middle.diff().argmax())
+        threshold = torch.full((1,), float(middle[gap] + middle[gap + 1]) / 2, device=self.device)
+        y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
+        scratch, counts = Scratch(y.device), torch.zeros(3, dtype=torch.int64, device=self.device)
+        gemv(self.read, self.table, (self.outputs,), threshold, y, cut, scratch, counts=counts, pdl=pdl)
+        seen = self.x if cut.dense else masked_input(self.x, threshold)
+        assert relative_error(y, seen.double() @ self.table.double()) < 2 * LIMITS[self.dtype]
+        assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))
 
 
 @dataclass

@@ -61,6 +61,31 @@ def received(bits, at, inside):
     themselves they are few enough to run at one time.
     """
     while tl.min(tl.where(bits == EMPTY, 0, 1)) == 0:
-        bits = look(at, inside)
+        bits = tl.load(at, mask=bits == EMPTY, other=bits, volatile=True)
     tl.store(at, EMPTY, mask=inside)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def head_stretches(
+    position,
+    window,
+    SPLITS: tl.constexpr,
+    LINES: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """How attention cuts the cache for a token at `position`; see `triton_gemv.Heads`.
+
+    Returns:
+        The first position that is seen, positions of a stretch, stretches.
+    """
+    lowest = 0
+    if window > 0:
+        lowest = tl.maximum(position + 1 - window, 0)
+    length = position + 1 - lowest
+    parts = SPLITS
+    if SPLITS > LINES:
+        parts = tl.where(length <= LINES * LONG, LINES, SPLITS)
+    stretch = tl.cdiv(tl.cdiv(length, parts), SHORTEST) * SHORTEST
+    return lowest, stretch, tl.cdiv(length, stretch)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import look, matmul, received, rms_scale, rounded, send
+from teal_kernels.jit_common import head_stretches, look, matmul, received, rms_scale, rounded, send
 
 
 @triton.jit
@@ -51,6 +51,33 @@ def _rotated(x, partner, norm, partner_norm, cos, sin, eps, DIM: tl.constexpr, N
 
 
 @triton.jit
+def _merged(lines_ptr, used, stride, DIM: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr):
+    """(PADDED,): one head's lines, which programs of this launch `send`, in one."""
+    d = tl.arange(0, PADDED)
+    top = -float("inf")
+    total = 0.0
+    merged = tl.zeros((PADDED,), tl.float32)
+    for first in range(0, used, AT_ONCE):
+        line = first + tl.arange(0, AT_ONCE)
+        there = (line < used)[:, None]
+        known = there & (d < DIM)[None, :]
+        sums_at = lines_ptr + line[:, None] * stride + d[None, :]
+        # One word a line, seen by as many threads as `received` needs.
+        logs_at = lines_ptr + line[:, None] * stride + PADDED + d[None, :] * 0
+        sums_bits = look(sums_at, known)
+        logs_bits = look(logs_at, there)
+        sums = received(sums_bits, sums_at, known)
+        logs = tl.where(there, received(logs_bits, logs_at, there), float("-inf"))
+        higher = tl.maximum(top, tl.max(tl.max(logs, axis=1), axis=0))
+        factor = tl.exp(logs - higher)
+        shrink = tl.exp(top - higher)
+        merged = merged * shrink + tl.sum(sums * factor, axis=0)
+        total = total * shrink + tl.sum(tl.max(factor, axis=1), axis=0)
+        top = higher
+    return merged / total
+
+
+@triton.jit
 def attention_kernel(
     qkv_ptr,
     q_norm_ptr,
@@ -60,7 +87,8 @@ def attention_kernel(
     keys_ptr,
     values_ptr,
     position_ptr,
-    out_ptr,
+    sums_ptr,
+    logs_ptr,
     partial_ptr,
     kv_heads,
     positions,
@@ -74,25 +102,25 @@ def attention_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     LINES: tl.constexpr,
-    ENDS: tl.constexpr,
     SHORTEST: tl.constexpr,
+    LONG: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     FINISHERS: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One key/value head and one stretch of the cache a program; the last stretches' programs merge all."""
+    """One key/value head and one stretch of the cache a program.
+
+    It leaves a line for each query head: what the values of its stretch average to, and the logarithm of their
+    weights' sum. The last stretches' programs merge more than `LINES` lines into one.
+    """
     head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
     # Everything up to the wait was written before the kernel that this one follows: it depends on
     # the position and on older tokens, not on this token's projections.
     position = tl.load(position_ptr)  # of the new token
-    lowest = 0
-    if window > 0:
-        lowest = tl.maximum(position + 1 - window, 0)
-    length = position + 1 - lowest
-    stretch = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK, SHORTEST)
-    used = tl.cdiv(length, stretch)
+    lowest, stretch, used = head_stretches(position, window, SPLITS, LINES, SHORTEST, LONG)
     if split >= used:
         return
     start = lowest + split * stretch
@@ -138,10 +166,13 @@ def attention_kernel(
     q = _rotated(q, q_partner, q_norm, q_partner_norm, cos, sin, eps, DIM, NORM, dtype)
     k_new = _rotated(k_new, k_partner, k_norm, k_partner_norm, cos, sin, eps, DIM, NORM, dtype)
 
-    maximum = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((PADDED_GROUP,), tl.float32)
-    acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32)
-    if split == used - 1:  # the new token's own key and value
+    # The new token belongs to the last stretch, before all others of it.
+    last = split == used - 1
+    top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
+    maximum = tl.where(last, top, float("-inf"))
+    weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
+    acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
+    if last:
         new = cache + position.to(tl.int64) * DIM + d
         tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
         tl.store(values_ptr + new, v_new, mask=in_head)
@@ -163,48 +194,28 @@ def attention_kernel(
         acc = matmul(share.to(dtype), v, acc * shrink[:, None])
         maximum = higher
 
-    # For each stretch and query head a line: its sums, its maximum, its sum of weights.
-    slot = row * kv_heads + head
-    width: tl.constexpr = PADDED + 2
-    mine = partial_ptr + ((slot * SPLITS + split) * GROUP + group) * width
-    send(mine[:, None] + d[None, :], acc, in_group[:, None] & in_head[None, :])
-    send(mine + PADDED, maximum, in_group)
-    send(mine + PADDED + 1, weight_sum, in_group)
-    # The last stretches' programs merge them with the new token, each some of the query heads.
-    finishers = tl.minimum(used, FINISHERS)
-    piece = used - 1 - split
-    if piece >= finishers:
-        return
-    ends = tl.arange(0, ENDS) % 2  # maximum and sum of weights
-    for member in range(piece, GROUP, finishers):
-        q_head = line + (head * GROUP + member + tl.arange(0, 1))[:, None] * DIM
-        own_q = tl.load(q_head + d[None, :], mask=in_head[None, :], other=0.0)
-        own_partner = tl.load(q_head + other_half[None, :], mask=in_head[None, :], other=0.0)
-        own_q = _rotated(own_q, own_partner, q_norm, q_partner_norm, cos, sin, eps, DIM, NORM, dtype)
-        top = tl.sum(tl.sum(own_q.to(tl.float32) * k_new.to(tl.float32), axis=1), axis=0) * scale
-        total = 1.0
-        merged = v_new.to(tl.float32)
-        for first_line in range(0, used, LINES):
-            splits = first_line + tl.arange(0, LINES)
-            there = splits < used
-            lines = partial_ptr + ((slot * SPLITS + splits) * GROUP + member) * width
-            sums_at = lines[:, None] + d[None, :]
-            known = there[:, None] & in_head[None, :]
-            ends_at = lines[:, None] + PADDED + ends[None, :]
-            sums_bits = look(sums_at, known)
-            ends_bits = look(ends_at, there[:, None])
-            sums = received(sums_bits, sums_at, known)
-            both = received(ends_bits, ends_at, there[:, None])
-            tops = tl.max(tl.where((ends == 0)[None, :] & there[:, None], both, float("-inf")), axis=1)
-            shares = tl.max(tl.where((ends == 1)[None, :], both, 0.0), axis=1)
-            higher = tl.maximum(top, tl.max(tops, axis=0))
-            factor = tl.exp(tops - higher)
-            shrink = tl.exp(top - higher)
-            merged = merged * shrink + tl.sum(sums * factor[:, None], axis=0)
-            total = total * shrink + tl.sum(shares * factor, axis=0)
-            top = higher
-        out = out_ptr + ((row * kv_heads + head) * GROUP + member) * DIM + d
-        tl.store(out, (merged / total).to(dtype), mask=in_head)
+    average = acc / weight_sum[:, None]
+    log = maximum + tl.log(weight_sum)
+    heads = GROUP * kv_heads
+    if SPLITS > LINES:
+        if used > LINES:
+            first_head = row * heads + head * GROUP
+            entry: tl.constexpr = PADDED + 1
+            mine = partial_ptr + ((row * kv_heads + head) * SPLITS * GROUP + split * GROUP + group) * entry
+            send(mine[:, None] + d[None, :], average, q_inside)
+            send(mine + PADDED, log, in_group)
+            finishers = tl.minimum(used, FINISHERS)
+            piece = used - 1 - split
+            if piece < finishers:
+                for member in range(piece, GROUP, finishers):
+                    own = partial_ptr + ((row * kv_heads + head) * SPLITS * GROUP + member) * entry
+                    merged = _merged(own, used, GROUP * entry, DIM, PADDED, AT_ONCE)
+                    tl.store(sums_ptr + (first_head + member) * DIM + d, merged, mask=in_head)
+                    tl.store(logs_ptr + first_head + member, 0.0)
+            return
+    own = (split * tl.num_programs(2) + row) * heads + head * GROUP + group
+    tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
+    tl.store(logs_ptr + own, log, mask=in_group)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import LEAST_TILE, look, matmul, received, rms_scale, rounded, send
+from teal_kernels.jit_common import LEAST_TILE, head_stretches, look, matmul, received, rms_scale, rounded, send
 from teal_kernels.jit_lists import begin_list, end_list, listed_index, listed_value, norm_weights, take_inputs
 
 PLAIN = tl.constexpr(0)
@@ -173,6 +173,9 @@ def _sum_piece(
     columns,
     inside,
     x_ptr,
+    heads_ptr,
+    logs_ptr,
+    lines_of_heads,
     norm_ptr,
     weights,
     scales,
@@ -186,6 +189,7 @@ def _sum_piece(
     stride,
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
     WORDS: tl.constexpr,
@@ -209,9 +213,12 @@ def _sum_piece(
     count = 0
     active = 0
     totals = ()
-    if LISTED or NORM or BITS < 16:
+    if LISTED or NORM or HEAD_SIZE > 0 or BITS < 16:
         count, active, totals = take_inputs(
             x_ptr,
+            heads_ptr,
+            logs_ptr,
+            lines_of_heads,
             norm_ptr,
             weights,
             scales,
@@ -224,6 +231,7 @@ def _sum_piece(
             threshold,
             LISTED,
             NORM,
+            HEAD_SIZE,
             BITS < 16,
             ROWS,
             SLOTS,
@@ -255,7 +263,7 @@ def _sum_piece(
             EVICT,
         )
     else:
-        if NORM:  # normalised once, not once a thread that multiplies with it
+        if NORM or HEAD_SIZE > 0:  # normalised or merged once, not once a thread that multiplies with it
             tl.debug_barrier()
             x_ptr = scratch - first
             n_in = STRETCH
@@ -285,6 +293,9 @@ def gemv_kernel(
     x_ptr,
     norm_ptr,
     squares_ptr,
+    heads_ptr,
+    logs_ptr,
+    position_ptr,
     weight_ptr,
     scale_ptr,
     zero_ptr,
@@ -305,6 +316,7 @@ def gemv_kernel(
     group,
     n_squares,
     eps,
+    window,
     BITS: tl.constexpr,
     ZEROS: tl.constexpr,
     SEVERAL_GROUPS: tl.constexpr,
@@ -312,6 +324,11 @@ def gemv_kernel(
     BATCH: tl.constexpr,
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SPLITS: tl.constexpr,
+    HEAD_LINES: tl.constexpr,
+    HEAD_SHORTEST: tl.constexpr,
+    HEAD_LONG: tl.constexpr,
     FINISH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -371,6 +388,12 @@ def gemv_kernel(
     entries = scratch
     if LISTED:
         entries = begin_list(scratch, SHARED)
+    lines_of_heads = 0
+    if HEAD_SIZE > 0:  # the position was written long before the kernel that this one follows
+        _, _, lines_of_heads = head_stretches(
+            tl.load(position_ptr), window, HEAD_SPLITS, HEAD_LINES, HEAD_SHORTEST, HEAD_LONG
+        )
+        lines_of_heads = tl.where(lines_of_heads > HEAD_LINES, 1, lines_of_heads)
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, TAKEN, FULL)
@@ -389,6 +412,9 @@ def gemv_kernel(
             columns,
             inside,
             x_ptr,
+            heads_ptr,
+            logs_ptr,
+            lines_of_heads,
             norm_ptr,
             weights,
             scales,
@@ -402,6 +428,7 @@ def gemv_kernel(
             stride,
             LISTED,
             NORM,
+            HEAD_SIZE,
             BITS,
             PACK,
             WORDS,
@@ -440,6 +467,9 @@ def gemv_kernel(
                 columns,
                 inside,
                 x_ptr,
+                heads_ptr,
+                logs_ptr,
+                lines_of_heads,
                 norm_ptr,
                 weights,
                 scales,
@@ -453,6 +483,7 @@ def gemv_kernel(
                 stride,
                 LISTED,
                 NORM,
+                HEAD_SIZE,
                 BITS,
                 PACK,
                 WORDS,

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from teal_kernels.jit_common import INTERPRETING, rounded
 
+_AT_ONCE = tl.constexpr(4)
+"""Lines of a head."""
+
 
 @triton.jit
 def begin_list(scratch, SHARED: tl.constexpr):
@@ -151,8 +154,73 @@ def norm_weights(norm_ptr, begin, stop, LANES: tl.constexpr, LINES: tl.constexpr
 
 
 @triton.jit
+def _merged(
+    heads_ptr,
+    logs_ptr,
+    head_lines,
+    n_in,
+    begin,
+    stop,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    LINES: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Lines of inputs that are heads of attention, from its own lines: for each line and row (LANES,) float32."""
+    heads = n_in // HEAD_SIZE
+    tops = ()
+    totals = ()
+    merged = ()
+    for _ in tl.static_range(LINES * ROWS):
+        tops = tops + (tl.full((LANES,), float("-inf"), tl.float32),)
+        totals = totals + (tl.zeros((LANES,), tl.float32),)
+        merged = merged + (tl.zeros((LANES,), tl.float32),)
+    for first in range(0, head_lines, _AT_ONCE):
+        logs = ()  # all loads first
+        sums = ()
+        for line in tl.static_range(LINES):
+            index = begin + line * LANES + tl.arange(0, LANES)
+            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+            for row in tl.static_range(ROWS):
+                for step in tl.static_range(_AT_ONCE):
+                    there = inside & (tl.full((LANES,), first + step, tl.int32) < head_lines)
+                    of_row = (first + step) * ROWS + row
+                    at = logs_ptr + of_row * heads + index // HEAD_SIZE
+                    logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
+                    sums = sums + (tl.load(heads_ptr + of_row * n_in + index, mask=there, other=0.0),)
+        higher_tops = ()
+        new_totals = ()
+        new_merged = ()
+        for each in tl.static_range(LINES * ROWS):
+            top = tops[each]
+            for step in tl.static_range(_AT_ONCE):
+                top = tl.maximum(top, logs[each * _AT_ONCE + step])
+            shrink = tl.exp(tops[each] - top)
+            total = totals[each] * shrink
+            average = merged[each] * shrink
+            for step in tl.static_range(_AT_ONCE):
+                factor = tl.exp(logs[each * _AT_ONCE + step] - top)
+                total += factor
+                average += sums[each * _AT_ONCE + step] * factor
+            higher_tops = higher_tops + (top,)
+            new_totals = new_totals + (total,)
+            new_merged = new_merged + (average,)
+        tops = higher_tops
+        totals = new_totals
+        merged = new_merged
+    divided = ()
+    for each in tl.static_range(LINES * ROWS):
+        divided = divided + (merged[each] / totals[each],)
+    return divided
+
+
+@triton.jit
 def take_inputs(
     x_ptr,
+    heads_ptr,
+    logs_ptr,
+    lines_of_heads,
     norm_ptr,
     weights,
     scales,
@@ -165,6 +233,7 @@ def take_inputs(
     threshold,
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -175,7 +244,7 @@ def take_inputs(
     AT_ONCE: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Inputs `begin` to `stop` of a program, whose own are from `first`: normalised, listed and added up.
+    """Inputs `begin` to `stop` of a program, whose own are from `first`: merged or normalised, listed, added up.
 
     A line of inputs is as wide as a warp, and each warp takes all lines: so a slot is found by counting
     bits of one word, and no warp waits for another before the end. The list begins at slot `begin - first`.
@@ -200,11 +269,14 @@ def take_inputs(
         if NORM and not AT_ONCE:
             weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
         raw = ()  # all loads first: they are under way together
-        for line in tl.static_range(LINES):
-            index = start + line * LANES + tl.arange(0, LANES)
-            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
-            for row in tl.static_range(ROWS):
-                raw = raw + (tl.load(x_ptr + row * n_in + index, mask=inside, other=0.0),)
+        if HEAD_SIZE > 0:
+            raw = _merged(heads_ptr, logs_ptr, lines_of_heads, n_in, start, stop, HEAD_SIZE, ROWS, LANES, LINES, FULL)
+        else:
+            for line in tl.static_range(LINES):
+                index = start + line * LANES + tl.arange(0, LANES)
+                inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+                for row in tl.static_range(ROWS):
+                    raw = raw + (tl.load(x_ptr + row * n_in + index, mask=inside, other=0.0),)
         for line in tl.static_range(LINES):
             index = start + line * LANES + tl.arange(0, LANES)
             inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
@@ -212,6 +284,8 @@ def take_inputs(
             read = inside if not LISTED else inside & False
             for row in tl.static_range(ROWS):
                 value = raw[line * ROWS + row].to(tl.float32)
+                if HEAD_SIZE > 0:
+                    value = rounded(value, dtype)
                 if NORM:  # rounded where transformers rounds
                     value = rounded(rounded(value * scales[row], dtype) * weights[line].to(tl.float32), dtype)
                 if LISTED:
@@ -233,7 +307,7 @@ def take_inputs(
                     slots = row * SLOTS + begin - first + count + before
                     put(entries, slots, index - first, values[row], read, dtype, SHARED)
                 count += here
-            elif NORM:
+            elif NORM or HEAD_SIZE > 0:
                 for row in tl.static_range(ROWS):
                     tl.store(scratch + row * STRETCH + index - first, values[row].to(dtype), mask=inside)
     count = tl.max(count, axis=0)  # the same in every lane

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident
-from teal_kernels.triton_gemv import Norm, Scratch
+from teal_kernels.triton_gemv import Heads, Norm, Scratch
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
@@ -50,9 +50,7 @@ _ATTENTION_BLOCK = 64
 """Cache positions that a program takes at a time."""
 _ATTENTION_WARPS = 4
 _ATTENTION_LINES = 4
-"""Stretches that are merged at a time (power of two): a short context has no more."""
-_ATTENTION_SHORTEST = 64
-"""Positions under which a stretch is not worth a program of its own."""
+"""Stretches that attention merges at a time (power of two)."""
 _ATTENTION_PROGRAMS = 128
 """Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
 
@@ -66,14 +64,12 @@ def decode_attention(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
     cos: Tensor,
     sin: Tensor,
-    out: Tensor,
+    heads: Heads,
     scratch: Scratch,
     *,
     scale: float,
-    window: int = 0,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
@@ -85,13 +81,11 @@ def decode_attention(
         qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation.
         keys: (B, K, N, D) cache; position `position` is written. Contiguous.
         values: like keys.
-        position: (1,) int32 on the device: where the new token goes.
         cos: (N or more, D) of the rotary embedding, both halves.
         sin: like cos.
-        out: (B, A D), written.
+        heads: written; its position is where the new token goes.
         scratch: memory between programs.
         scale: of the scores.
-        window: positions that are seen, the new one included; 0 for all.
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
         k_norm: the same for keys.
         eps: of those norms.
@@ -99,15 +93,15 @@ def decode_attention(
             read before the wait for it.
     """
     rows, kv_heads, positions, dim = keys.shape
-    group = out.shape[1] // (kv_heads * dim)
-    splits = attention_splits(rows * kv_heads)
+    group = heads.logs.shape[2] // kv_heads
     padded = max(LEAST_TILE, power_of_two(dim))
     slots = rows * kv_heads
-    threads = 32 * _ATTENTION_WARPS
-    lines = max(_ATTENTION_LINES, threads // padded)  # what is waited for: no fewer words than threads, see `received`
+    # What attention waits for: no fewer words than threads, see `received`.
+    at_once = max(_ATTENTION_LINES, 32 * _ATTENTION_WARPS // padded)
+    waited_for = slots * heads.splits * group * (padded + 1) if heads.splits > heads.lines else 1
     launch(
         attention_kernel,
-        (kv_heads, splits, rows),
+        (kv_heads, heads.splits, rows),
         qkv,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
@@ -115,12 +109,13 @@ def decode_attention(
         sin,
         keys,
         values,
-        position,
-        out,
-        scratch.tensor("attention", slots * splits * group * (padded + 2), torch.int32, EMPTY),
+        heads.position,
+        heads.sums,
+        heads.logs,
+        scratch.tensor("attention", waited_for, torch.int32, EMPTY),
         kv_heads,
         positions,
-        window,
+        heads.window,
         scale,
         eps,
         GROUP=group,
@@ -128,11 +123,12 @@ def decode_attention(
         DIM=dim,
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
-        SPLITS=splits,
-        LINES=lines,
-        ENDS=max(2, threads // lines),
-        SHORTEST=_ATTENTION_SHORTEST,
-        FINISHERS=max(1, min(splits, group, resident(keys.device, 1) // slots)),
+        SPLITS=heads.splits,
+        LINES=heads.lines,
+        SHORTEST=heads.shortest,
+        LONG=heads.long,
+        AT_ONCE=at_once,
+        FINISHERS=max(1, min(heads.splits, group, resident(keys.device, 1) // slots)),
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

@@ -1,12 +1,12 @@
 """The compact decode path: a token of a Llama-family model in five launches a block.
 
-    norm + q/k/v | rope + cache + attention | o + residual | norm + gate/up + activation | down + residual
+    norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
 It works on the modules that `from_pretrained` gave: their weights are read where they lie, side by
 side (`teal_cli.sparse.site`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,17 @@ from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, decode_attention, embed, find_best, output_logits, pick
-from teal_kernels.triton_gemv import MAX_ROWS, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_decode import (
+    LOGITS_BLOCK,
+    Best,
+    attention_splits,
+    decode_attention,
+    embed,
+    find_best,
+    output_logits,
+    pick,
+)
+from teal_kernels.triton_gemv import MAX_ROWS, Heads, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import TuningTableError, choose_config, kind_of
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
@@ -126,7 +135,7 @@ class Launch:
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
-    def run(self, x: Tensor, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None) -> None:
+    def run(self, x: Tensor | Heads, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None) -> None:
         """Launch it."""
         gemv(
             x,
@@ -266,7 +275,10 @@ class Session:
         self.cos, self.sin = decoder.rotary(cache.positions)
         self.hidden = buffer(config.hidden_size)
         self.qkv = buffer(sum(block.qkv.parts))
-        self.attended = buffer(block.o.table.shape[0])
+        kv_heads, dim = config.num_key_value_heads, self.cos.shape[1]
+        query_heads, splits = block.o.table.shape[0] // dim, attention_splits(rows * kv_heads)
+        heads = Heads.empty(rows, query_heads, dim, splits, self.position)
+        self.heads = [replace(heads, window=block.window) for block in decoder.blocks]
         self.activation = buffer(block.gate_up.parts[0])
         self.logits = buffer(decoder.model.get_output_embeddings().out_features)
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
@@ -282,26 +294,25 @@ class Session:
         hidden = self.hidden
         embed(self.token, decoder.model.get_input_embeddings().weight, self.position, hidden, self.squares, pdl=pdl)
         squares = self.squares
-        for block, launches, layer in zip(decoder.blocks, self.launches, self.cache.layers, strict=True):
+        steps = zip(decoder.blocks, self.launches, self.heads, self.cache.layers, strict=True)
+        for block, launches, heads, layer in steps:
             qkv, o, gate_up, down = launches
             qkv.run(hidden, self.qkv, scratch, pdl, Norm(block.attention_norm, block.eps, squares))
             decode_attention(
                 self.qkv,
                 layer.keys,
                 layer.values,
-                self.position,
                 self.cos,
                 self.sin,
-                self.attended,
+                heads,
                 scratch,
                 scale=block.scale,
-                window=block.window,
                 q_norm=block.q_norm,
                 k_norm=block.k_norm,
                 eps=block.eps,
                 pdl=pdl,
             )
-            o.run(self.attended, hidden, scratch, pdl)
+            o.run(heads, hidden, scratch, pdl)
             norm = Norm(block.mlp_norm, block.eps, o.squares)
             gate_up.run(hidden, self.activation, scratch, pdl, norm)
             down.run(self.activation, hidden, scratch, pdl)

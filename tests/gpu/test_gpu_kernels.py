@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LIMITS, PARTS, Attention, Case, Output, random_case, relative_error
+from kernel_cases import LIMITS, PARTS, Attention, Case, HeadsCase, Output, random_case, relative_error
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from teal_kernels.launching import EMPTY, hopper_or_later
-from teal_kernels.triton_decode import decode_attention
-from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_decode import attention_splits, decode_attention
+from teal_kernels.triton_gemv import GemvConfig, Heads, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -131,11 +131,12 @@ def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
         assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
 
 
-def test_launches_that_overlap() -> None:
+@pytest.mark.parametrize("lines", [2, 8])
+def test_launches_that_overlap(lines: int) -> None:
     """Products and attention one right behind the other on one scratch memory, as decoding launches them.
 
     With programmatic dependent launch each begins while the one before runs. The bits must be those of
-    launches one by one.
+    launches one by one. The cache of 200 positions is cut in four, which attention merges beyond two lines.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     size, wide, heads = 1024, 2816, 8
@@ -162,7 +163,8 @@ def test_launches_that_overlap() -> None:
     caches = [random(2, 1, heads, 256, size // heads) for _ in tables]
     position = torch.tensor([200], dtype=torch.int32, device=device)
     start = random(1, size) * 30
-    hidden, qkv, attended = start.clone(), random(1, 3 * size), random(1, size)
+    hidden, qkv = start.clone(), random(1, 3 * size)
+    attended = Heads.empty(1, heads, size // heads, attention_splits(heads), position, lines=lines, long=64)
     activation = random(1, wide)
     columns = [squares_of(table, (size,), cut, 1) for table in (tables[0]["o"], tables[0]["down"])]
     squares = [torch.zeros(1, count, device=device) for count in columns]
@@ -173,9 +175,7 @@ def test_launches_that_overlap() -> None:
             before = hidden.float().square().sum(1, keepdim=True) if layer == 0 else squares[1]
             norm = Norm(weight, 1e-5, before)
             gemv(hidden, table["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
-            decode_attention(
-                qkv, cache[0], cache[1], position, cos, cos, attended, scratch, scale=0.1, window=0, pdl=pdl
-            )
+            decode_attention(qkv, cache[0], cache[1], cos, cos, attended, scratch, scale=0.1, pdl=pdl)
             finish: dict[str, Any] = {"finish": "residual", "pdl": pdl}
             gemv(attended, table["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **finish)
             norm = Norm(weight, 1e-5, squares[0])
@@ -198,6 +198,15 @@ def test_launches_that_overlap() -> None:
         assert bool((scratch.tensor(name, 1, torch.int32) == EMPTY).all())
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("rows", "position"), [(1, 150), (1, 700), (3, 300), (8, 60)])
+def test_product_of_heads(rows: int, position: int, dense: bool) -> None:
+    for dtype in DTYPES:
+        case = HeadsCase(rows, 8, 64, position, dtype=dtype, device="cuda")
+        for cut in CUTS.values():
+            case.check(replace(cut, dense=dense), pdl=PDL)
+
+
 # Rows, key/value heads, query heads of each, head size.
 HEADS = {
     "llama-3-8b": (1, 8, 4, 128),
@@ -214,20 +223,20 @@ HEADS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS)
 def test_attention(heads: str, dtype: torch.dtype) -> None:
-    for position in (0, 1, 63, 64, 100, 700, 2000):
-        Attention(*HEADS[heads], position, dtype=dtype, positions=2048, device="cuda").check(pdl=PDL)
+    for position in (0, 1, 63, 64, 100, 700, 2000, 2100, 4000):
+        Attention(*HEADS[heads], position, dtype=dtype, positions=4096, device="cuda").check(pdl=PDL)
 
 
 @pytest.mark.parametrize(("window", "norm"), [(9, True), (500, False), (0, True)])
 def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
-    for position in (5, 100, 2000):
-        case = Attention(1, 8, 4, 128, position, window, norm, torch.bfloat16, positions=2048, device="cuda")
+    for position in (5, 100, 2000, 4000):
+        case = Attention(1, 8, 4, 128, position, window, norm, torch.bfloat16, positions=4096, device="cuda")
         case.check(pdl=PDL)
 
 
-@pytest.mark.parametrize("position", [40, 300, 2000])
+@pytest.mark.parametrize("position", [40, 300, 2000, 4000])
 def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
-    case = Attention(1, 8, 4, 128, position, dtype=torch.bfloat16, positions=2048, device="cuda")
+    case = Attention(1, 8, 4, 128, position, dtype=torch.bfloat16, positions=4096, device="cuda")
     _same_bits(lambda scratch: case.launch(scratch, case.keys, case.values, pdl=PDL), case.qkv.device)
 
 

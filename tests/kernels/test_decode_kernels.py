@@ -22,9 +22,12 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many stretches as blocks, as in a long cache."""
+    """More stretches than blocks, as in a long cache."""
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 16)
-    monkeypatch.setattr(triton_decode, "_ATTENTION_SHORTEST", 16)
+
+
+# Of at least 16 positions: each leaves a line, or more than three of them are merged.
+STRETCHES = {"lines": {"shortest": 16, "lines": 16}, "merged": {"shortest": 16, "long": 16, "lines": 3}}
 
 
 HEADS = [(1, 2, 2, 16), (2, 3, 3, 24), (1, 2, 1, 64), (1, 1, 8, 128)]
@@ -46,22 +49,27 @@ def test_attention_windows(window: int, norm: bool) -> None:
 
 @pytest.mark.parametrize(("position", "window"), [(150, 0), (150, 100), (150, 9), (64, 0), (63, 0), (5, 0)])
 @pytest.mark.parametrize(("rows", "kv_heads", "group", "dim"), [(2, 1, 2, 16), (1, 2, 3, 24)])
+@pytest.mark.parametrize("stretches", STRETCHES)
 @pytest.mark.usefixtures("many_splits")
-def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int) -> None:
-    Attention(rows, kv_heads, group, dim, position, window).check()
+def test_attention_in_many_splits(
+    stretches: str, rows: int, kv_heads: int, group: int, dim: int, position: int, window: int
+) -> None:
+    Attention(rows, kv_heads, group, dim, position, window, stretches=STRETCHES[stretches]).check()
 
 
 @pytest.mark.parametrize("position", [0, 70, 150])
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_float16(position: int) -> None:
     """bfloat16 is tested on a GPU: the interpreter cannot multiply it."""
-    Attention(1, 1, 2, 64, position, dtype=torch.float16).check()
+    Attention(1, 1, 2, 64, position, dtype=torch.float16, stretches=STRETCHES["merged"]).check()
 
 
 @pytest.mark.usefixtures("many_splits")
 def test_attention_same_bits_in_a_used_workspace() -> None:
     scratch = Scratch(CPU)
-    small, large = Attention(1, 1, 2, 16, 150), Attention(2, 2, 3, 24, 100)
+    small, large = (
+        Attention(*sizes, stretches=STRETCHES["merged"]) for sizes in ((1, 1, 2, 16, 150), (2, 2, 3, 24, 100))
+    )
     results = {}
     for case in (small, large, small, large):
         out = case.launch(scratch, case.keys.clone(), case.values.clone())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
+from kernel_cases import INPUTS, LIMITS, PARTS, Case, HeadsCase, random_case, relative_error
 
 from teal_kernels import active_inputs, triton_gemv
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
@@ -293,3 +293,15 @@ def test_parts_that_do_not_fit_the_finish(finish: str, parts: tuple[int, ...]) -
 @pytest.mark.parametrize("finish", FINISHES)
 def test_blocks_wider_than_one_line_of_registers(finish: str) -> None:
     _check(random_case(finish, 1), GemvConfig(block_out=2048, block_in=1, unroll=1, inputs_per_split=22, warps=1))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("rows", "dim", "position"), [(1, 16, 0), (1, 16, 70), (2, 24, 100), (3, 16, 120)])
+def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: bool) -> None:
+    HeadsCase(rows, 4, dim, position, shortest=16, outputs=40).check(replace(CUTS[cut], dense=dense))
+
+
+def test_heads_of_other_dtypes() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
