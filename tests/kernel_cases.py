@@ -1,6 +1,7 @@
 """Random launches of the kernels and their definitions in float64, for the interpreter and for a GPU."""
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -266,7 +267,7 @@ class Attention:
 
 def merged(heads: Heads) -> Tensor:
     """(rows, heads D) float32: what the lines that were written (whose logarithm is finite, or NaN) stand for."""
-    shares = heads.logs.softmax(0)[..., None]
+    shares = (heads.logs * math.log(2)).softmax(0)[..., None]
     sums = heads.sums.view(*heads.logs.shape, -1)
     return torch.where(shares == 0, 0.0, shares * sums).sum(0).flatten(1)
 

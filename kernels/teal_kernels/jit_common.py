@@ -61,7 +61,7 @@ def received(bits, at, inside):
     themselves they are few enough to run at one time.
     """
     while tl.min(tl.where(bits == EMPTY, 0, 1)) == 0:
-        bits = tl.load(at, mask=bits == EMPTY, other=bits, volatile=True)
+        bits = look(at, inside)  # at all of them: at some it would be word by word, which takes longer
     tl.store(at, EMPTY, mask=inside)
     return bits.to(tl.float32, bitcast=True)
 

@@ -69,8 +69,8 @@ def _merged(lines_ptr, used, stride, DIM: tl.constexpr, PADDED: tl.constexpr, AT
         sums = received(sums_bits, sums_at, known)
         logs = tl.where(there, received(logs_bits, logs_at, there), float("-inf"))
         higher = tl.maximum(top, tl.max(tl.max(logs, axis=1), axis=0))
-        factor = tl.exp(logs - higher)
-        shrink = tl.exp(top - higher)
+        factor = tl.exp2(logs - higher)
+        shrink = tl.exp2(top - higher)
         merged = merged * shrink + tl.sum(sums * factor, axis=0)
         total = total * shrink + tl.sum(tl.max(factor, axis=1), axis=0)
         top = higher
@@ -195,7 +195,7 @@ def attention_kernel(
         maximum = higher
 
     average = acc / weight_sum[:, None]
-    log = maximum + tl.log(weight_sum)
+    log = maximum * 1.4426950408889634 + tl.log2(weight_sum)
     heads = GROUP * kv_heads
     if SPLITS > LINES:
         if used > LINES:

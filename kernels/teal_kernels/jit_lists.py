@@ -13,9 +13,6 @@ import triton.language as tl
 
 from teal_kernels.jit_common import INTERPRETING, rounded
 
-_AT_ONCE = tl.constexpr(4)
-"""Lines of a head."""
-
 
 @triton.jit
 def begin_list(scratch, SHARED: tl.constexpr):
@@ -162,57 +159,57 @@ def _merged(
     begin,
     stop,
     HEAD_SIZE: tl.constexpr,
+    HEAD_LINES: tl.constexpr,
+    ALIKE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     LINES: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Lines of inputs that are heads of attention, from its own lines: for each line and row (LANES,) float32."""
+    """Lines of inputs that are heads of attention, from its own lines: for each line and row (LANES,) float32.
+
+    So many lines of inputs one after the other are ALIKE: of one head, with the same shares.
+    """
     heads = n_in // HEAD_SIZE
-    tops = ()
-    totals = ()
-    merged = ()
-    for _ in tl.static_range(LINES * ROWS):
-        tops = tops + (tl.full((LANES,), float("-inf"), tl.float32),)
-        totals = totals + (tl.zeros((LANES,), tl.float32),)
-        merged = merged + (tl.zeros((LANES,), tl.float32),)
-    for first in range(0, head_lines, _AT_ONCE):
-        logs = ()  # all loads first
-        sums = ()
-        for line in tl.static_range(LINES):
-            index = begin + line * LANES + tl.arange(0, LANES)
-            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
-            for row in tl.static_range(ROWS):
-                for step in tl.static_range(_AT_ONCE):
-                    there = inside & (tl.full((LANES,), first + step, tl.int32) < head_lines)
-                    of_row = (first + step) * ROWS + row
+    logs = ()  # all loads first
+    sums = ()
+    for line in tl.static_range(LINES):
+        index = begin + line * LANES + tl.arange(0, LANES)
+        inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+        for row in tl.static_range(ROWS):
+            for step in tl.static_range(HEAD_LINES):
+                there = inside & (tl.full((LANES,), step, tl.int32) < head_lines)
+                of_row = step * ROWS + row
+                if HEAD_LINES > 1 and line % ALIKE == 0:
                     at = logs_ptr + of_row * heads + index // HEAD_SIZE
                     logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
-                    sums = sums + (tl.load(heads_ptr + of_row * n_in + index, mask=there, other=0.0),)
-        higher_tops = ()
-        new_totals = ()
-        new_merged = ()
-        for each in tl.static_range(LINES * ROWS):
-            top = tops[each]
-            for step in tl.static_range(_AT_ONCE):
-                top = tl.maximum(top, logs[each * _AT_ONCE + step])
-            shrink = tl.exp(tops[each] - top)
-            total = totals[each] * shrink
-            average = merged[each] * shrink
-            for step in tl.static_range(_AT_ONCE):
-                factor = tl.exp(logs[each * _AT_ONCE + step] - top)
+                sums = sums + (tl.load(heads_ptr + of_row * n_in + index, mask=there, other=0.0),)
+    merged = ()
+    if HEAD_LINES == 1:
+        merged = sums
+    else:
+        shares = ()
+        for each in tl.static_range((LINES + ALIKE - 1) // ALIKE * ROWS):
+            top = logs[each * HEAD_LINES]
+            for step in tl.static_range(1, HEAD_LINES):
+                top = tl.maximum(top, logs[each * HEAD_LINES + step])
+            factors = ()
+            total = tl.zeros((LANES,), tl.float32)
+            for step in tl.static_range(HEAD_LINES):
+                factor = tl.exp2(logs[each * HEAD_LINES + step] - top)
+                factors = factors + (factor,)
                 total += factor
-                average += sums[each * _AT_ONCE + step] * factor
-            higher_tops = higher_tops + (top,)
-            new_totals = new_totals + (total,)
-            new_merged = new_merged + (average,)
-        tops = higher_tops
-        totals = new_totals
-        merged = new_merged
-    divided = ()
-    for each in tl.static_range(LINES * ROWS):
-        divided = divided + (merged[each] / totals[each],)
-    return divided
+            inverse = 1.0 / total
+            for step in tl.static_range(HEAD_LINES):
+                shares = shares + (factors[step] * inverse,)
+        for line in tl.static_range(LINES):
+            for row in tl.static_range(ROWS):
+                value = tl.zeros((LANES,), tl.float32)
+                for step in tl.static_range(HEAD_LINES):
+                    share = shares[(line // ALIKE * ROWS + row) * HEAD_LINES + step]
+                    value += share * sums[(line * ROWS + row) * HEAD_LINES + step]
+                merged = merged + (value,)
+    return merged
 
 
 @triton.jit
@@ -234,6 +231,8 @@ def take_inputs(
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    HEAD_LINES: tl.constexpr,
+    ALIKE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -270,7 +269,21 @@ def take_inputs(
             weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
         raw = ()  # all loads first: they are under way together
         if HEAD_SIZE > 0:
-            raw = _merged(heads_ptr, logs_ptr, lines_of_heads, n_in, start, stop, HEAD_SIZE, ROWS, LANES, LINES, FULL)
+            raw = _merged(
+                heads_ptr,
+                logs_ptr,
+                lines_of_heads,
+                n_in,
+                start,
+                stop,
+                HEAD_SIZE,
+                HEAD_LINES,
+                ALIKE,
+                ROWS,
+                LANES,
+                LINES,
+                FULL,
+            )
         else:
             for line in tl.static_range(LINES):
                 index = start + line * LANES + tl.arange(0, LANES)

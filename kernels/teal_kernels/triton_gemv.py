@@ -102,7 +102,7 @@ class Heads:
     sums: Tensor
     """(lines, rows, heads D) float32: weighted averages of values."""
     logs: Tensor
-    """(lines, rows, heads) float32: logarithms of the sums of the weights."""
+    """(lines, rows, heads) float32: logarithms, to the base of 2, of the sums of the weights."""
     position: Tensor
     """(1,) int32: of the token."""
     splits: int
@@ -294,6 +294,12 @@ def gemv(
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
+    # Lines of inputs one after the other that lie in one head.
+    alike = 1
+    if heads is not None and not several:
+        dim = n_in // heads.logs.shape[2]
+        if dim % lanes == 0 and (per_split % dim == 0 or dim % per_split == 0):
+            alike = min(taken, dim // lanes)
     launch(
         gemv_kernel,
         (blocks, splits),
@@ -336,6 +342,7 @@ def gemv(
         HEAD_LINES=0 if heads is None else heads.lines,
         HEAD_SHORTEST=0 if heads is None else heads.shortest,
         HEAD_LONG=0 if heads is None else heads.long,
+        ALIKE=alike,
         FINISH=_FINISHES[finish],
         HAS_BIAS=bias is not None,
         EVEN=even,
