@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -187,8 +187,8 @@ class Attention:
     dtype: torch.dtype = torch.float32
     positions: int = POSITIONS
     device: str = "cpu"
-    stretches: dict[str, int] = field(default_factory=dict)
-    """Of `Heads`, other than by default."""
+    shortest: int = 64
+    """As in `Heads`."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.position + 1)
@@ -225,11 +225,11 @@ class Attention:
         result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
         return result.reshape(self.rows, -1), k, v
 
-    def launch(self, scratch: Scratch, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
-        """Run the kernel on a cache that it writes to."""
+    def launch(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
+        """Run the kernel on a cache that it writes to. The result is merged here, as the next product does it."""
         position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        options = {"splits": attention_splits(self.rows * self.kv_heads), "window": self.window, **self.stretches}
-        heads = Heads.empty(self.rows, self.kv_heads * self.group, self.dim, position=position, **options)
+        sizes = (self.rows, self.kv_heads * self.group, self.dim, attention_splits(self.rows * self.kv_heads))
+        heads = Heads.empty(*sizes, position, window=self.window, shortest=self.shortest)
         heads.sums.fill_(torch.nan)
         heads.logs.fill_(-torch.inf)
         decode_attention(
@@ -239,7 +239,6 @@ class Attention:
             self.cos,
             self.sin,
             heads,
-            scratch,
             scale=self.scale,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
@@ -247,7 +246,6 @@ class Attention:
             pdl=pdl,
         )
         assert int(position) == self.position
-        assert bool((scratch.tensor("attention", 1, torch.int32, EMPTY) == EMPTY).all())
         return merged(heads).to(self.dtype)
 
     def check(self, *, pdl: bool = False) -> None:
@@ -255,7 +253,7 @@ class Attention:
         limit = ATTENTION_LIMITS[self.dtype]
         expected, k, v = self.expected()
         keys, values = self.keys.clone(), self.values.clone()
-        out = self.launch(Scratch(self.qkv.device), keys, values, pdl=pdl)
+        out = self.launch(keys, values, pdl=pdl)
         assert float((out.double() - expected).norm() / expected.norm()) < limit
         here = self.position
         assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit
@@ -292,9 +290,9 @@ class HeadsCase:
             return torch.randn(*shape, generator=generator).to(self.device)
 
         position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        self.read = Heads.empty(self.rows, self.heads, self.dim, 8, position, shortest=self.shortest)
+        self.read = Heads.empty(self.rows, self.heads, self.dim, 16, position, shortest=self.shortest)
         written = -(-(self.position + 1) // self.shortest)
-        assert written <= self.read.lines
+        assert written <= self.read.splits
         self.read.sums[:written] = random(written, *self.read.sums.shape[1:])
         self.read.logs[:written] = random(written, *self.read.logs.shape[1:]) * 3
         # What an earlier token left beyond those must not be seen.

@@ -67,15 +67,8 @@ def received(bits, at, inside):
 
 
 @triton.jit
-def head_stretches(
-    position,
-    window,
-    SPLITS: tl.constexpr,
-    LINES: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """How attention cuts the cache for a token at `position`; see `triton_gemv.Heads`.
+def head_stretches(position, window, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
+    """How attention cuts the cache for a token at `position`.
 
     Returns:
         The first position that is seen, positions of a stretch, stretches.
@@ -84,8 +77,5 @@ def head_stretches(
     if window > 0:
         lowest = tl.maximum(position + 1 - window, 0)
     length = position + 1 - lowest
-    parts = SPLITS
-    if SPLITS > LINES:
-        parts = tl.where(length <= LINES * LONG, LINES, SPLITS)
-    stretch = tl.cdiv(tl.cdiv(length, parts), SHORTEST) * SHORTEST
+    stretch = tl.cdiv(tl.cdiv(length, SPLITS), SHORTEST) * SHORTEST
     return lowest, stretch, tl.cdiv(length, stretch)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import head_stretches, look, matmul, received, rms_scale, rounded, send
+from teal_kernels.jit_common import head_stretches, matmul, rms_scale, rounded
 
 
 @triton.jit
@@ -51,33 +51,6 @@ def _rotated(x, partner, norm, partner_norm, cos, sin, eps, DIM: tl.constexpr, N
 
 
 @triton.jit
-def _merged(lines_ptr, used, stride, DIM: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr):
-    """(PADDED,): one head's lines, which programs of this launch `send`, in one."""
-    d = tl.arange(0, PADDED)
-    top = -float("inf")
-    total = 0.0
-    merged = tl.zeros((PADDED,), tl.float32)
-    for first in range(0, used, AT_ONCE):
-        line = first + tl.arange(0, AT_ONCE)
-        there = (line < used)[:, None]
-        known = there & (d < DIM)[None, :]
-        sums_at = lines_ptr + line[:, None] * stride + d[None, :]
-        # One word a line, seen by as many threads as `received` needs.
-        logs_at = lines_ptr + line[:, None] * stride + PADDED + d[None, :] * 0
-        sums_bits = look(sums_at, known)
-        logs_bits = look(logs_at, there)
-        sums = received(sums_bits, sums_at, known)
-        logs = tl.where(there, received(logs_bits, logs_at, there), float("-inf"))
-        higher = tl.maximum(top, tl.max(tl.max(logs, axis=1), axis=0))
-        factor = tl.exp2(logs - higher)
-        shrink = tl.exp2(top - higher)
-        merged = merged * shrink + tl.sum(sums * factor, axis=0)
-        total = total * shrink + tl.sum(tl.max(factor, axis=1), axis=0)
-        top = higher
-    return merged / total
-
-
-@triton.jit
 def attention_kernel(
     qkv_ptr,
     q_norm_ptr,
@@ -89,7 +62,6 @@ def attention_kernel(
     position_ptr,
     sums_ptr,
     logs_ptr,
-    partial_ptr,
     kv_heads,
     positions,
     window,
@@ -101,18 +73,14 @@ def attention_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    LINES: tl.constexpr,
     SHORTEST: tl.constexpr,
-    LONG: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    FINISHERS: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One key/value head and one stretch of the cache a program.
 
     It leaves a line for each query head: what the values of its stretch average to, and the logarithm of their
-    weights' sum. The last stretches' programs merge more than `LINES` lines into one.
+    weights' sum. The product that follows merges the lines.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -120,7 +88,7 @@ def attention_kernel(
     # Everything up to the wait was written before the kernel that this one follows: it depends on
     # the position and on older tokens, not on this token's projections.
     position = tl.load(position_ptr)  # of the new token
-    lowest, stretch, used = head_stretches(position, window, SPLITS, LINES, SHORTEST, LONG)
+    lowest, stretch, used = head_stretches(position, window, SPLITS, SHORTEST)
     if split >= used:
         return
     start = lowest + split * stretch
@@ -197,22 +165,6 @@ def attention_kernel(
     average = acc / weight_sum[:, None]
     log = maximum * 1.4426950408889634 + tl.log2(weight_sum)
     heads = GROUP * kv_heads
-    if SPLITS > LINES:
-        if used > LINES:
-            first_head = row * heads + head * GROUP
-            entry: tl.constexpr = PADDED + 1
-            mine = partial_ptr + ((row * kv_heads + head) * SPLITS * GROUP + split * GROUP + group) * entry
-            send(mine[:, None] + d[None, :], average, q_inside)
-            send(mine + PADDED, log, in_group)
-            finishers = tl.minimum(used, FINISHERS)
-            piece = used - 1 - split
-            if piece < finishers:
-                for member in range(piece, GROUP, finishers):
-                    own = partial_ptr + ((row * kv_heads + head) * SPLITS * GROUP + member) * entry
-                    merged = _merged(own, used, GROUP * entry, DIM, PADDED, AT_ONCE)
-                    tl.store(sums_ptr + (first_head + member) * DIM + d, merged, mask=in_head)
-                    tl.store(logs_ptr + first_head + member, 0.0)
-            return
     own = (split * tl.num_programs(2) + row) * heads + head * GROUP + group
     tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
     tl.store(logs_ptr + own, log, mask=in_group)

@@ -65,14 +65,18 @@ def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl
 
 
 @triton.jit
-def _sum_listed(
+def _sum_rows(
     columns,
     inside,
+    x_ptr,
+    n_in,
     entries,
     begin,
     stop,
     stride,
     dtype: tl.constexpr,
+    LISTED: tl.constexpr,
+    TAKEN: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
     WORDS: tl.constexpr,
@@ -83,7 +87,11 @@ def _sum_listed(
     UNROLL: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Entries `begin` to `stop` of the list times their rows of weights: for each weight of a word a tile of sums."""
+    """Inputs times their rows of weights: for each weight of a word a tile of sums.
+
+    Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
+    `x_ptr` are the first, or of which the values were TAKEN to their slots.
+    """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
@@ -91,15 +99,17 @@ def _sum_listed(
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tile
-        which = which + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
+        if LISTED:
+            slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
+        which = which + (slots,)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         weights = ()
         for step in tl.static_range(UNROLL):
-            listed = start + step * BLOCK_IN + tile < stop
+            there = start + step * BLOCK_IN + tile < stop
             weights = weights + (
                 tl.load(
                     columns[None, :] + (which[step] * stride)[:, None],
-                    mask=listed[:, None] & inside[None, :],
+                    mask=there[:, None] & inside[None, :],
                     other=0,
                     eviction_policy=EVICT,
                 ),
@@ -107,63 +117,24 @@ def _sum_listed(
         following = ()  # the next indices travel while these weights do
         for step in tl.static_range(UNROLL):
             slots = start + (UNROLL + step) * BLOCK_IN + tile
-            following = following + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
+            if LISTED:
+                slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
+            following = following + (slots,)
         which = following
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             if ROWS == 1:
-                values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
+                if LISTED or TAKEN:
+                    values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
+                else:
+                    values = tl.load(x_ptr + slots, mask=slots < stop, other=0.0).to(tl.float32)[:, None]
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
-                rows_slots = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
-                values = listed_value(entries, rows_slots, there, dtype, SHARED).to(dtype)
-            acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
-    return acc
-
-
-@triton.jit
-def _sum_all(
-    columns,
-    inside,
-    x_ptr,
-    n_in,
-    first,
-    begin,
-    stop,
-    stride,
-    dtype: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Inputs `begin` to `stop` times their rows of weights, of which `columns` are those of input `first`."""
-    rows = tl.arange(0, LEAST_TILE)
-    in_rows = rows < ROWS
-    tile = tl.arange(0, BLOCK_IN)
-    acc = _no_sums(PACK, WORDS, ROWS, BLOCK_IN)
-    for start in range(begin, stop, BLOCK_IN * UNROLL):
-        weights = ()
-        for step in tl.static_range(UNROLL):
-            ins = start + step * BLOCK_IN + tile
-            weights = weights + (
-                tl.load(
-                    columns[None, :] + ((ins - first) * stride)[:, None],
-                    mask=(ins < stop)[:, None] & inside[None, :],
-                    other=0,
-                    eviction_policy=EVICT,
-                ),
-            )
-        for step in tl.static_range(UNROLL):
-            ins = start + step * BLOCK_IN + tile
-            if ROWS == 1:
-                values = tl.load(x_ptr + ins, mask=ins < stop, other=0.0).to(tl.float32)[:, None]
-            else:
-                there = in_rows[:, None] & (ins < stop)[None, :]
-                values = tl.load(x_ptr + rows[:, None] * n_in + ins[None, :], mask=there, other=0.0)
+                if LISTED or TAKEN:
+                    of_rows = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
+                    values = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
+                else:
+                    values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
     return acc
 
@@ -180,7 +151,6 @@ def _sum_piece(
     weights,
     scales,
     entries,
-    scratch,
     n_in,
     first,
     begin,
@@ -190,7 +160,6 @@ def _sum_piece(
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_LINES: tl.constexpr,
     ALIKE: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
@@ -198,7 +167,6 @@ def _sum_piece(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     SHARED: tl.constexpr,
-    STRETCH: tl.constexpr,
     LANES: tl.constexpr,
     TAKEN: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -210,12 +178,13 @@ def _sum_piece(
 ):
     """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
     dtype = x_ptr.dtype.element_ty
+    taken: tl.constexpr = NORM or HEAD_SIZE > 0
     if SEVERAL_GROUPS and LISTED:  # no entry may be stored while a warp still reads ahead of the piece before
         tl.debug_barrier()
     count = 0
     active = 0
     totals = ()
-    if LISTED or NORM or HEAD_SIZE > 0 or BITS < 16:
+    if LISTED or taken or BITS < 16:
         count, active, totals = take_inputs(
             x_ptr,
             heads_ptr,
@@ -225,7 +194,6 @@ def _sum_piece(
             weights,
             scales,
             entries,
-            scratch,
             n_in,
             first,
             begin,
@@ -234,61 +202,42 @@ def _sum_piece(
             LISTED,
             NORM,
             HEAD_SIZE,
-            HEAD_LINES,
             ALIKE,
             BITS < 16,
             ROWS,
             SLOTS,
             SHARED,
-            STRETCH,
             LANES,
             TAKEN,
             AT_ONCE,
             FULL,
         )
-    if LISTED:
-        slot = begin - first
-        acc = _sum_listed(
-            columns,
-            inside,
-            end_list(entries, SHARED),
-            slot,
-            slot + count,
-            stride,
-            dtype,
-            BITS,
-            PACK,
-            WORDS,
-            ROWS,
-            SLOTS,
-            SHARED,
-            BLOCK_IN,
-            UNROLL,
-            EVICT,
-        )
-    else:
-        if NORM or HEAD_SIZE > 0:  # normalised or merged once, not once a thread that multiplies with it
-            tl.debug_barrier()
-            x_ptr = scratch - first
-            n_in = STRETCH
-        acc = _sum_all(
-            columns,
-            inside,
-            x_ptr,
-            n_in,
-            first,
-            begin,
-            stop,
-            stride,
-            dtype,
-            BITS,
-            PACK,
-            WORDS,
-            ROWS,
-            BLOCK_IN,
-            UNROLL,
-            EVICT,
-        )
+    if LISTED or taken:
+        entries = end_list(entries, SHARED)
+    if not LISTED:
+        count = stop - begin
+    acc = _sum_rows(
+        columns,
+        inside,
+        x_ptr + first,
+        n_in,
+        entries,
+        begin - first,
+        begin - first + count,
+        stride,
+        dtype,
+        LISTED,
+        taken,
+        BITS,
+        PACK,
+        WORDS,
+        ROWS,
+        SLOTS,
+        SHARED,
+        BLOCK_IN,
+        UNROLL,
+        EVICT,
+    )
     return acc, active, totals
 
 
@@ -330,9 +279,7 @@ def gemv_kernel(
     NORM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SPLITS: tl.constexpr,
-    HEAD_LINES: tl.constexpr,
     HEAD_SHORTEST: tl.constexpr,
-    HEAD_LONG: tl.constexpr,
     ALIKE: tl.constexpr,
     FINISH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -388,17 +335,13 @@ def gemv_kernel(
     threshold = 0.0
     if LISTED:
         threshold = tl.load(threshold_ptr + part)
-    scratch = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
-    entries = scratch
-    if LISTED:
-        entries = begin_list(scratch, SHARED)
+    entries = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
+    if LISTED or NORM or HEAD_SIZE > 0:
+        entries = begin_list(entries, SHARED)
     lines_of_heads = 0
     if HEAD_SIZE > 0:  # the position was written long before the kernel that this one follows
-        _, _, lines_of_heads = head_stretches(
-            tl.load(position_ptr), window, HEAD_SPLITS, HEAD_LINES, HEAD_SHORTEST, HEAD_LONG
-        )
-        lines_of_heads = tl.where(lines_of_heads > HEAD_LINES, 1, lines_of_heads)
+        _, _, lines_of_heads = head_stretches(tl.load(position_ptr), window, HEAD_SPLITS, HEAD_SHORTEST)
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, TAKEN, FULL)
@@ -424,7 +367,6 @@ def gemv_kernel(
             weights,
             scales,
             entries,
-            scratch,
             n_in,
             first,
             first,
@@ -434,7 +376,6 @@ def gemv_kernel(
             LISTED,
             NORM,
             HEAD_SIZE,
-            HEAD_LINES,
             ALIKE,
             BITS,
             PACK,
@@ -442,7 +383,6 @@ def gemv_kernel(
             ROWS,
             SLOTS,
             SHARED,
-            STRETCH,
             LANES,
             TAKEN,
             AT_ONCE,
@@ -481,7 +421,6 @@ def gemv_kernel(
                 weights,
                 scales,
                 entries,
-                scratch,
                 n_in,
                 first,
                 begin,
@@ -491,7 +430,6 @@ def gemv_kernel(
                 LISTED,
                 NORM,
                 HEAD_SIZE,
-                HEAD_LINES,
                 ALIKE,
                 BITS,
                 PACK,
@@ -499,7 +437,6 @@ def gemv_kernel(
                 ROWS,
                 SLOTS,
                 SHARED,
-                STRETCH,
                 LANES,
                 TAKEN,
                 AT_ONCE,

@@ -140,18 +140,101 @@ def _counted(read, LANES: tl.constexpr):
 
 
 @triton.jit
+def _inside(begin, stop, line, LANES: tl.constexpr, FULL: tl.constexpr):
+    """Which lanes of a line of inputs there are."""
+    index = begin + line * LANES + tl.arange(0, LANES)
+    return tl.full((LANES,), True, tl.int1) if FULL else index < stop
+
+
+@triton.jit
 def norm_weights(norm_ptr, begin, stop, LANES: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr):
     """Of some lines of inputs, a tuple."""
+    at = norm_ptr + begin + tl.arange(0, LANES)  # from here to the other lines is a constant, part of the instruction
     weights = ()
     for line in tl.static_range(LINES):
-        index = begin + line * LANES + tl.arange(0, LANES)
-        inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
-        weights = weights + (tl.load(norm_ptr + index, mask=inside, other=0.0),)
+        weights = weights + (tl.load(at + line * LANES, mask=_inside(begin, stop, line, LANES, FULL), other=0.0),)
     return weights
 
 
 @triton.jit
-def _merged(
+def _merge(
+    tops,
+    totals,
+    merged,
+    heads_ptr,
+    logs_ptr,
+    first,
+    head_lines,
+    n_in,
+    begin,
+    stop,
+    COUNT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    LINES: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Lines `first` and on of attention's heads, `COUNT` of them or as many as there are, added to those before.
+
+    For each head and row the highest logarithm yet and the sum of the shares, for each line of inputs and row the
+    sum of the values.
+    """
+    lane = tl.arange(0, LANES)
+    heads = n_in // HEAD_SIZE
+    logs = ()  # all loads first
+    sums = ()
+    for step in tl.static_range(COUNT):
+        line_of_heads = tl.full((LANES,), first + step, tl.int32)
+        for row in tl.static_range(ROWS):
+            of_row = (first + step) * ROWS + row
+            sums_at = heads_ptr + of_row * n_in + begin + lane
+            for line in tl.static_range(LINES):
+                inside = _inside(begin, stop, line, LANES, FULL)
+                there = inside & (line_of_heads < head_lines)
+                if line % ALIKE == 0:
+                    at = logs_ptr + of_row * heads + (begin + line * LANES + lane) // HEAD_SIZE
+                    logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
+                sums = sums + (tl.load(sums_at + line * LANES, mask=there, other=0.0),)
+    of_heads: tl.constexpr = (LINES + ALIKE - 1) // ALIKE
+    higher = ()
+    new_totals = ()
+    shrinks = ()
+    shares = ()
+    for row in tl.static_range(ROWS):
+        for head in tl.static_range(of_heads):
+            before = tops[row * of_heads + head]
+            top = before
+            for step in tl.static_range(COUNT):
+                top = tl.maximum(top, logs[(step * ROWS + row) * of_heads + head])
+            shrink = tl.exp2(before - top)
+            total = totals[row * of_heads + head] * shrink
+            for step in tl.static_range(COUNT):
+                share = tl.exp2(logs[(step * ROWS + row) * of_heads + head] - top)
+                shares = shares + (share,)
+                total += share
+            higher = higher + (top,)
+            shrinks = shrinks + (shrink,)
+            new_totals = new_totals + (total,)
+    added = ()
+    for line in tl.static_range(LINES):
+        for row in tl.static_range(ROWS):
+            value = merged[line * ROWS + row] * shrinks[row * of_heads + line // ALIKE]
+            for step in tl.static_range(COUNT):
+                share = shares[(row * of_heads + line // ALIKE) * COUNT + step]
+                value += share * sums[(step * ROWS + row) * LINES + line]
+            added = added + (value,)
+    return higher, new_totals, added
+
+
+# Lines of attention's heads that are read at a time: at first those of a short context.
+_FIRST_LINES = tl.constexpr(4)
+_MORE_LINES = tl.constexpr(6)
+
+
+@triton.jit
+def _heads(
     heads_ptr,
     logs_ptr,
     head_lines,
@@ -159,57 +242,72 @@ def _merged(
     begin,
     stop,
     HEAD_SIZE: tl.constexpr,
-    HEAD_LINES: tl.constexpr,
     ALIKE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     LINES: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Lines of inputs that are heads of attention, from its own lines: for each line and row (LANES,) float32.
+    """Lines of inputs that are heads of attention, merged: for each line and row (LANES,) float32.
 
-    So many lines of inputs one after the other are ALIKE: of one head, with the same shares.
+    So many lines of inputs one after the other are ALIKE: they lie in one head.
     """
-    heads = n_in // HEAD_SIZE
-    logs = ()  # all loads first
-    sums = ()
-    for line in tl.static_range(LINES):
-        index = begin + line * LANES + tl.arange(0, LANES)
-        inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
-        for row in tl.static_range(ROWS):
-            for step in tl.static_range(HEAD_LINES):
-                there = inside & (tl.full((LANES,), step, tl.int32) < head_lines)
-                of_row = step * ROWS + row
-                if HEAD_LINES > 1 and line % ALIKE == 0:
-                    at = logs_ptr + of_row * heads + index // HEAD_SIZE
-                    logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
-                sums = sums + (tl.load(heads_ptr + of_row * n_in + index, mask=there, other=0.0),)
+    tops = ()
+    totals = ()
     merged = ()
-    if HEAD_LINES == 1:
-        merged = sums
-    else:
-        shares = ()
-        for each in tl.static_range((LINES + ALIKE - 1) // ALIKE * ROWS):
-            top = logs[each * HEAD_LINES]
-            for step in tl.static_range(1, HEAD_LINES):
-                top = tl.maximum(top, logs[each * HEAD_LINES + step])
-            factors = ()
-            total = tl.zeros((LANES,), tl.float32)
-            for step in tl.static_range(HEAD_LINES):
-                factor = tl.exp2(logs[each * HEAD_LINES + step] - top)
-                factors = factors + (factor,)
-                total += factor
-            inverse = 1.0 / total
-            for step in tl.static_range(HEAD_LINES):
-                shares = shares + (factors[step] * inverse,)
-        for line in tl.static_range(LINES):
-            for row in tl.static_range(ROWS):
-                value = tl.zeros((LANES,), tl.float32)
-                for step in tl.static_range(HEAD_LINES):
-                    share = shares[(line // ALIKE * ROWS + row) * HEAD_LINES + step]
-                    value += share * sums[(line * ROWS + row) * HEAD_LINES + step]
-                merged = merged + (value,)
-    return merged
+    for _ in tl.static_range((LINES + ALIKE - 1) // ALIKE * ROWS):
+        tops = tops + (tl.full((LANES,), float("-inf"), tl.float32),)
+        totals = totals + (tl.zeros((LANES,), tl.float32),)
+    for _ in tl.static_range(LINES * ROWS):
+        merged = merged + (tl.zeros((LANES,), tl.float32),)
+    tops, totals, merged = _merge(
+        tops,
+        totals,
+        merged,
+        heads_ptr,
+        logs_ptr,
+        0,
+        head_lines,
+        n_in,
+        begin,
+        stop,
+        _FIRST_LINES,
+        HEAD_SIZE,
+        ALIKE,
+        ROWS,
+        LANES,
+        LINES,
+        FULL,
+    )
+    for first in range(_FIRST_LINES, head_lines, _MORE_LINES):
+        tops, totals, merged = _merge(
+            tops,
+            totals,
+            merged,
+            heads_ptr,
+            logs_ptr,
+            first,
+            head_lines,
+            n_in,
+            begin,
+            stop,
+            _MORE_LINES,
+            HEAD_SIZE,
+            ALIKE,
+            ROWS,
+            LANES,
+            LINES,
+            FULL,
+        )
+    of_heads: tl.constexpr = (LINES + ALIKE - 1) // ALIKE
+    inverses = ()
+    for each in tl.static_range(of_heads * ROWS):
+        inverses = inverses + (1.0 / totals[each],)
+    divided = ()
+    for line in tl.static_range(LINES):
+        for row in tl.static_range(ROWS):
+            divided = divided + (merged[line * ROWS + row] * inverses[row * of_heads + line // ALIKE],)
+    return divided
 
 
 @triton.jit
@@ -222,7 +320,6 @@ def take_inputs(
     weights,
     scales,
     entries,
-    scratch,
     n_in,
     first,
     begin,
@@ -231,13 +328,11 @@ def take_inputs(
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_LINES: tl.constexpr,
     ALIKE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     SHARED: tl.constexpr,
-    STRETCH: tl.constexpr,
     LANES: tl.constexpr,
     LINES: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -247,6 +342,7 @@ def take_inputs(
 
     A line of inputs is as wide as a warp, and each warp takes all lines: so a slot is found by counting
     bits of one word, and no warp waits for another before the end. The list begins at slot `begin - first`.
+    What was merged or normalised and is read whole has all its inputs listed, each in its own slot.
 
     Args:
         weights: of the norm, if the lines are taken at once.
@@ -254,7 +350,7 @@ def take_inputs(
 
     Returns:
         Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
-        kept (of everything where nothing is listed), 0 unless `SUMS`.
+        kept (of everything where nothing is dropped), 0 unless `SUMS`.
     """
     dtype = x_ptr.dtype.element_ty
     count = tl.zeros((LANES,), tl.int32)
@@ -267,34 +363,24 @@ def take_inputs(
         start = begin + step * (LANES * LINES)
         if NORM and not AT_ONCE:
             weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
-        raw = ()  # all loads first: they are under way together
+        raw = ()
         if HEAD_SIZE > 0:
-            raw = _merged(
-                heads_ptr,
-                logs_ptr,
-                lines_of_heads,
-                n_in,
-                start,
-                stop,
-                HEAD_SIZE,
-                HEAD_LINES,
-                ALIKE,
-                ROWS,
-                LANES,
-                LINES,
-                FULL,
+            raw = _heads(
+                heads_ptr, logs_ptr, lines_of_heads, n_in, start, stop, HEAD_SIZE, ALIKE, ROWS, LANES, LINES, FULL
             )
-        else:
+        else:  # all loads first: they are under way together
+            at = x_ptr + start + tl.arange(0, LANES)
             for line in tl.static_range(LINES):
-                index = start + line * LANES + tl.arange(0, LANES)
-                inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+                inside = _inside(start, stop, line, LANES, FULL)
                 for row in tl.static_range(ROWS):
-                    raw = raw + (tl.load(x_ptr + row * n_in + index, mask=inside, other=0.0),)
+                    raw = raw + (tl.load(at + row * n_in + line * LANES, mask=inside, other=0.0),)
         for line in tl.static_range(LINES):
-            index = start + line * LANES + tl.arange(0, LANES)
-            inside = tl.full((LANES,), True, tl.int1) if FULL else index < stop
+            index = start - first + line * LANES + tl.arange(0, LANES)
+            inside = _inside(start, stop, line, LANES, FULL)
             values = ()
-            read = inside if not LISTED else inside & False
+            read = inside
+            if LISTED:
+                read = inside & False
             for row in tl.static_range(ROWS):
                 value = raw[line * ROWS + row].to(tl.float32)
                 if HEAD_SIZE > 0:
@@ -318,11 +404,11 @@ def take_inputs(
                 before, here = _counted(read, LANES)
                 for row in tl.static_range(ROWS):
                     slots = row * SLOTS + begin - first + count + before
-                    put(entries, slots, index - first, values[row], read, dtype, SHARED)
+                    put(entries, slots, index, values[row], read, dtype, SHARED)
                 count += here
             elif NORM or HEAD_SIZE > 0:
                 for row in tl.static_range(ROWS):
-                    tl.store(scratch + row * STRETCH + index - first, values[row].to(dtype), mask=inside)
+                    put(entries, row * SLOTS + index, index, values[row], read, dtype, SHARED)
     count = tl.max(count, axis=0)  # the same in every lane
     active = count
     if ROWS > 1:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, LEAST_TILE, TRITON_MISSING, launch, power_of_two, resident
-from teal_kernels.triton_gemv import Heads, Norm, Scratch
+from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
+from teal_kernels.triton_gemv import Heads, Norm
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
@@ -49,15 +49,15 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
 _ATTENTION_BLOCK = 64
 """Cache positions that a program takes at a time."""
 _ATTENTION_WARPS = 4
-_ATTENTION_LINES = 4
-"""Stretches that attention merges at a time (power of two)."""
 _ATTENTION_PROGRAMS = 128
 """Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
+_MOST_LINES = 16
+"""Stretches at most: the programs of the product that follows read the lines of all."""
 
 
 def attention_splits(programs: int) -> int:
     """Stretches into which the cache is cut, for `programs` rows times key/value heads."""
-    return max(1, min(32, power_of_two(_ATTENTION_PROGRAMS // programs)))
+    return max(1, min(_MOST_LINES, power_of_two(_ATTENTION_PROGRAMS // programs)))
 
 
 def decode_attention(
@@ -67,7 +67,6 @@ def decode_attention(
     cos: Tensor,
     sin: Tensor,
     heads: Heads,
-    scratch: Scratch,
     *,
     scale: float,
     q_norm: Tensor | None = None,
@@ -84,7 +83,6 @@ def decode_attention(
         cos: (N or more, D) of the rotary embedding, both halves.
         sin: like cos.
         heads: written; its position is where the new token goes.
-        scratch: memory between programs.
         scale: of the scores.
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
         k_norm: the same for keys.
@@ -95,10 +93,6 @@ def decode_attention(
     rows, kv_heads, positions, dim = keys.shape
     group = heads.logs.shape[2] // kv_heads
     padded = max(LEAST_TILE, power_of_two(dim))
-    slots = rows * kv_heads
-    # What attention waits for: no fewer words than threads, see `received`.
-    at_once = max(_ATTENTION_LINES, 32 * _ATTENTION_WARPS // padded)
-    waited_for = slots * heads.splits * group * (padded + 1) if heads.splits > heads.lines else 1
     launch(
         attention_kernel,
         (kv_heads, heads.splits, rows),
@@ -112,7 +106,6 @@ def decode_attention(
         heads.position,
         heads.sums,
         heads.logs,
-        scratch.tensor("attention", waited_for, torch.int32, EMPTY),
         kv_heads,
         positions,
         heads.window,
@@ -124,11 +117,7 @@ def decode_attention(
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=heads.splits,
-        LINES=heads.lines,
         SHORTEST=heads.shortest,
-        LONG=heads.long,
-        AT_ONCE=at_once,
-        FINISHERS=max(1, min(heads.splits, group, resident(keys.device, 1) // slots)),
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

@@ -305,7 +305,6 @@ class Session:
                 self.cos,
                 self.sin,
                 heads,
-                scratch,
                 scale=block.scale,
                 q_norm=block.q_norm,
                 k_norm=block.k_norm,

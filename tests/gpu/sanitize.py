@@ -10,7 +10,7 @@ so this is not a test of results.
 from dataclasses import replace
 
 import torch
-from kernel_cases import PARTS, Attention, Output, random_case, random_packed
+from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case, random_packed
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.packed_linear import fitting
@@ -37,9 +37,11 @@ def main() -> None:
                         case.launch(replace(cut, dense=dense), scratch)
         for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
             case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
-            scratch = Scratch(case.qkv.device)
-            for _ in range(2):
-                case.launch(scratch, case.keys, case.values)
+            case.launch(case.keys, case.values)
+            attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda")
+            for cut in CUTS:
+                for dense in (False, True):
+                    attended.check(replace(cut, dense=dense))
         for bits, group, zeros in PACKED:
             packed = random_packed(200, (152, 72, 40), bits, group, zeros=zeros, device="cuda")
             x = torch.randn(rows, 200, dtype=torch.bfloat16, device="cuda")

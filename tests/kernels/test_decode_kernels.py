@@ -7,7 +7,6 @@ from torch.nn.functional import rms_norm
 
 from teal_kernels import triton_decode
 from teal_kernels.triton_decode import Best, attention_splits, embed, pick
-from teal_kernels.triton_gemv import Scratch
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -24,10 +23,6 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More stretches than blocks, as in a long cache."""
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 16)
-
-
-# Of at least 16 positions: each leaves a line, or more than three of them are merged.
-STRETCHES = {"lines": {"shortest": 16, "lines": 16}, "merged": {"shortest": 16, "long": 16, "lines": 3}}
 
 
 HEADS = [(1, 2, 2, 16), (2, 3, 3, 24), (1, 2, 1, 64), (1, 1, 8, 128)]
@@ -49,31 +44,16 @@ def test_attention_windows(window: int, norm: bool) -> None:
 
 @pytest.mark.parametrize(("position", "window"), [(150, 0), (150, 100), (150, 9), (64, 0), (63, 0), (5, 0)])
 @pytest.mark.parametrize(("rows", "kv_heads", "group", "dim"), [(2, 1, 2, 16), (1, 2, 3, 24)])
-@pytest.mark.parametrize("stretches", STRETCHES)
 @pytest.mark.usefixtures("many_splits")
-def test_attention_in_many_splits(
-    stretches: str, rows: int, kv_heads: int, group: int, dim: int, position: int, window: int
-) -> None:
-    Attention(rows, kv_heads, group, dim, position, window, stretches=STRETCHES[stretches]).check()
+def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int) -> None:
+    Attention(rows, kv_heads, group, dim, position, window, shortest=16).check()
 
 
 @pytest.mark.parametrize("position", [0, 70, 150])
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_float16(position: int) -> None:
     """bfloat16 is tested on a GPU: the interpreter cannot multiply it."""
-    Attention(1, 1, 2, 64, position, dtype=torch.float16, stretches=STRETCHES["merged"]).check()
-
-
-@pytest.mark.usefixtures("many_splits")
-def test_attention_same_bits_in_a_used_workspace() -> None:
-    scratch = Scratch(CPU)
-    small, large = (
-        Attention(*sizes, stretches=STRETCHES["merged"]) for sizes in ((1, 1, 2, 16, 150), (2, 2, 3, 24, 100))
-    )
-    results = {}
-    for case in (small, large, small, large):
-        out = case.launch(scratch, case.keys.clone(), case.values.clone())
-        assert torch.equal(results.setdefault(case.dim, out), out)
+    Attention(1, 1, 2, 64, position, dtype=torch.float16, shortest=16).check()
 
 
 @pytest.mark.usefixtures("few_splits")
@@ -81,13 +61,13 @@ def test_attention_propagates_nan_to_its_own_heads() -> None:
     case = Attention(2, 2, 2, 16, 20)
     case.qkv[1, :16] = torch.nan  # the first query head of the second row
     case.values[0, 1, 3] = torch.nan  # an old value of the first row's second key/value head
-    out = case.launch(Scratch(CPU), case.keys, case.values).view(2, 4, 16)
+    out = case.launch(case.keys, case.values).view(2, 4, 16)
     assert out.isnan().all(-1).tolist() == [[False, False, True, True], [True, False, False, False]]
     assert out.isnan().any(-1).tolist() == out.isnan().all(-1).tolist()
 
 
 def test_attention_splits() -> None:
-    assert [attention_splits(programs) for programs in (1, 8, 16, 100, 128, 1000)] == [32, 16, 8, 1, 1, 1]
+    assert [attention_splits(programs) for programs in (1, 8, 16, 100, 128, 1000)] == [16, 16, 8, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
