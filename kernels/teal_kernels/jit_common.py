@@ -67,15 +67,7 @@ def received(bits, at, inside):
 
 
 @triton.jit
-def head_stretches(position, window, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
-    """How attention cuts the cache for a token at `position`.
-
-    Returns:
-        The first position that is seen, positions of a stretch, stretches.
-    """
-    lowest = 0
-    if window > 0:
-        lowest = tl.maximum(position + 1 - window, 0)
-    length = position + 1 - lowest
-    stretch = tl.cdiv(tl.cdiv(length, SPLITS), SHORTEST) * SHORTEST
-    return lowest, stretch, tl.cdiv(length, stretch)
+def lanes_inside(begin, stop, line, LANES: tl.constexpr, FULL: tl.constexpr):
+    """Which inputs there are of a line, so many lines after input `begin`."""
+    index = begin + line * LANES + tl.arange(0, LANES)
+    return tl.full((LANES,), True, tl.int1) if FULL else index < stop

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import head_stretches, matmul, rms_scale, rounded
+from teal_kernels.jit_common import matmul, rms_scale, rounded
+from teal_kernels.jit_heads import head_stretches
 
 
 @triton.jit

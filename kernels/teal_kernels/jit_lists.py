@@ -11,7 +11,8 @@ Where a list begins is a pointer to words in global memory, or an address in sha
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, rounded
+from teal_kernels.jit_common import INTERPRETING, lanes_inside, rounded
+from teal_kernels.jit_heads import merged_heads
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def _counted(read, LANES: tl.constexpr):
         ones = read.to(tl.int32)
         before = tl.cumsum(ones, axis=0) - ones
         here = tl.zeros((LANES,), tl.int32) + tl.sum(ones, axis=0)
-    else:  # a lane is a thread of the warp, whichever
+    else:  # each lane is a thread of every warp, whichever: there are no more lanes than threads
         before, here = tl.inline_asm_elementwise(
             """{
             .reg .pred set; .reg .b32 marks, below;
@@ -140,10 +141,13 @@ def _counted(read, LANES: tl.constexpr):
 
 
 @triton.jit
-def _inside(begin, stop, line, LANES: tl.constexpr, FULL: tl.constexpr):
-    """Which lanes of a line of inputs there are."""
-    index = begin + line * LANES + tl.arange(0, LANES)
-    return tl.full((LANES,), True, tl.int1) if FULL else index < stop
+def _mine(line, WARPS: tl.constexpr):
+    """Whether this warp stores the entries of a line, which all warps have."""
+    mine = True
+    if WARPS > 1 and not INTERPRETING:
+        thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        mine = thread // 32 == line % WARPS
+    return mine
 
 
 @triton.jit
@@ -152,162 +156,8 @@ def norm_weights(norm_ptr, begin, stop, LANES: tl.constexpr, LINES: tl.constexpr
     at = norm_ptr + begin + tl.arange(0, LANES)  # from here to the other lines is a constant, part of the instruction
     weights = ()
     for line in tl.static_range(LINES):
-        weights = weights + (tl.load(at + line * LANES, mask=_inside(begin, stop, line, LANES, FULL), other=0.0),)
+        weights = weights + (tl.load(at + line * LANES, mask=lanes_inside(begin, stop, line, LANES, FULL), other=0.0),)
     return weights
-
-
-@triton.jit
-def _merge(
-    tops,
-    totals,
-    merged,
-    heads_ptr,
-    logs_ptr,
-    first,
-    head_lines,
-    n_in,
-    begin,
-    stop,
-    COUNT: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ALIKE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    LINES: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Lines `first` and on of attention's heads, `COUNT` of them or as many as there are, added to those before.
-
-    For each head and row the highest logarithm yet and the sum of the shares, for each line of inputs and row the
-    sum of the values.
-    """
-    lane = tl.arange(0, LANES)
-    heads = n_in // HEAD_SIZE
-    logs = ()  # all loads first
-    sums = ()
-    for step in tl.static_range(COUNT):
-        line_of_heads = tl.full((LANES,), first + step, tl.int32)
-        for row in tl.static_range(ROWS):
-            of_row = (first + step) * ROWS + row
-            sums_at = heads_ptr + of_row * n_in + begin + lane
-            for line in tl.static_range(LINES):
-                inside = _inside(begin, stop, line, LANES, FULL)
-                there = inside & (line_of_heads < head_lines)
-                if line % ALIKE == 0:
-                    at = logs_ptr + of_row * heads + (begin + line * LANES + lane) // HEAD_SIZE
-                    logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
-                sums = sums + (tl.load(sums_at + line * LANES, mask=there, other=0.0),)
-    of_heads: tl.constexpr = (LINES + ALIKE - 1) // ALIKE
-    higher = ()
-    new_totals = ()
-    shrinks = ()
-    shares = ()
-    for row in tl.static_range(ROWS):
-        for head in tl.static_range(of_heads):
-            before = tops[row * of_heads + head]
-            top = before
-            for step in tl.static_range(COUNT):
-                top = tl.maximum(top, logs[(step * ROWS + row) * of_heads + head])
-            shrink = tl.exp2(before - top)
-            total = totals[row * of_heads + head] * shrink
-            for step in tl.static_range(COUNT):
-                share = tl.exp2(logs[(step * ROWS + row) * of_heads + head] - top)
-                shares = shares + (share,)
-                total += share
-            higher = higher + (top,)
-            shrinks = shrinks + (shrink,)
-            new_totals = new_totals + (total,)
-    added = ()
-    for line in tl.static_range(LINES):
-        for row in tl.static_range(ROWS):
-            value = merged[line * ROWS + row] * shrinks[row * of_heads + line // ALIKE]
-            for step in tl.static_range(COUNT):
-                share = shares[(row * of_heads + line // ALIKE) * COUNT + step]
-                value += share * sums[(step * ROWS + row) * LINES + line]
-            added = added + (value,)
-    return higher, new_totals, added
-
-
-# Lines of attention's heads that are read at a time: at first those of a short context.
-_FIRST_LINES = tl.constexpr(4)
-_MORE_LINES = tl.constexpr(6)
-
-
-@triton.jit
-def _heads(
-    heads_ptr,
-    logs_ptr,
-    head_lines,
-    n_in,
-    begin,
-    stop,
-    HEAD_SIZE: tl.constexpr,
-    ALIKE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    LINES: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Lines of inputs that are heads of attention, merged: for each line and row (LANES,) float32.
-
-    So many lines of inputs one after the other are ALIKE: they lie in one head.
-    """
-    tops = ()
-    totals = ()
-    merged = ()
-    for _ in tl.static_range((LINES + ALIKE - 1) // ALIKE * ROWS):
-        tops = tops + (tl.full((LANES,), float("-inf"), tl.float32),)
-        totals = totals + (tl.zeros((LANES,), tl.float32),)
-    for _ in tl.static_range(LINES * ROWS):
-        merged = merged + (tl.zeros((LANES,), tl.float32),)
-    tops, totals, merged = _merge(
-        tops,
-        totals,
-        merged,
-        heads_ptr,
-        logs_ptr,
-        0,
-        head_lines,
-        n_in,
-        begin,
-        stop,
-        _FIRST_LINES,
-        HEAD_SIZE,
-        ALIKE,
-        ROWS,
-        LANES,
-        LINES,
-        FULL,
-    )
-    for first in range(_FIRST_LINES, head_lines, _MORE_LINES):
-        tops, totals, merged = _merge(
-            tops,
-            totals,
-            merged,
-            heads_ptr,
-            logs_ptr,
-            first,
-            head_lines,
-            n_in,
-            begin,
-            stop,
-            _MORE_LINES,
-            HEAD_SIZE,
-            ALIKE,
-            ROWS,
-            LANES,
-            LINES,
-            FULL,
-        )
-    of_heads: tl.constexpr = (LINES + ALIKE - 1) // ALIKE
-    inverses = ()
-    for each in tl.static_range(of_heads * ROWS):
-        inverses = inverses + (1.0 / totals[each],)
-    divided = ()
-    for line in tl.static_range(LINES):
-        for row in tl.static_range(ROWS):
-            divided = divided + (merged[line * ROWS + row] * inverses[row * of_heads + line // ALIKE],)
-    return divided
 
 
 @triton.jit
@@ -337,6 +187,7 @@ def take_inputs(
     LINES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     FULL: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Inputs `begin` to `stop` of a program, whose own are from `first`: merged or normalised, listed, added up.
 
@@ -365,18 +216,18 @@ def take_inputs(
             weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
         raw = ()
         if HEAD_SIZE > 0:
-            raw = _heads(
+            raw = merged_heads(
                 heads_ptr, logs_ptr, lines_of_heads, n_in, start, stop, HEAD_SIZE, ALIKE, ROWS, LANES, LINES, FULL
             )
         else:  # all loads first: they are under way together
             at = x_ptr + start + tl.arange(0, LANES)
             for line in tl.static_range(LINES):
-                inside = _inside(start, stop, line, LANES, FULL)
+                inside = lanes_inside(start, stop, line, LANES, FULL)
                 for row in tl.static_range(ROWS):
                     raw = raw + (tl.load(at + row * n_in + line * LANES, mask=inside, other=0.0),)
         for line in tl.static_range(LINES):
             index = start - first + line * LANES + tl.arange(0, LANES)
-            inside = _inside(start, stop, line, LANES, FULL)
+            inside = lanes_inside(start, stop, line, LANES, FULL)
             values = ()
             read = inside
             if LISTED:
@@ -402,11 +253,13 @@ def take_inputs(
                 sums = added
             if LISTED:
                 before, here = _counted(read, LANES)
+                read &= _mine(line, WARPS)
                 for row in tl.static_range(ROWS):
                     slots = row * SLOTS + begin - first + count + before
                     put(entries, slots, index, values[row], read, dtype, SHARED)
                 count += here
             elif NORM or HEAD_SIZE > 0:
+                read &= _mine(line, WARPS)
                 for row in tl.static_range(ROWS):
                     put(entries, row * SLOTS + index, index, values[row], read, dtype, SHARED)
     count = tl.max(count, axis=0)  # the same in every lane

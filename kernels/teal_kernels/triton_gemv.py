@@ -201,6 +201,14 @@ def squares_of(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfi
     return _blocks(parts, config) * _finishers(table, parts, config, rows)
 
 
+def _alike(head_size: int, per_split: int, lanes: int, taken: int) -> int:
+    """Lines of inputs one after the other that surely lie in one head, of those taken at once."""
+    span = lanes * taken
+    unit = min(head_size, span)
+    whole = head_size % lanes == 0 and max(head_size, span) % unit == 0 and per_split % unit == 0
+    return unit // lanes if whole else 1
+
+
 def gemv(
     x: Tensor | Heads,
     table: Tensor | Packed,
@@ -277,19 +285,15 @@ def gemv(
     list_bytes = _list_bytes(config, rows, x.itemsize)
     # A warp looks at a line of inputs at a time, for each row. The interpreter looks at all: it counts steps.
     lanes = stretch if interpreting() else _WARP
-    taken = max(1, min(stretch // lanes, _MOST_TAKEN // rows // (1 if heads is None else 2)))
+    piece = min(stretch, group) if several else stretch
+    taken = max(1, min(piece // lanes, _MOST_TAKEN // rows // (1 if heads is None else 2)))
     in_memory = list_bytes == 0 and (listed or norm is not None or heads is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
     batch = power_of_two(rows)
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
-    # Lines of inputs one after the other that lie in one head.
-    alike = 1
-    if heads is not None and not several:
-        dim = n_in // heads.logs.shape[2]
-        if dim % lanes == 0 and (per_split % dim == 0 or dim % per_split == 0):
-            alike = min(taken, dim // lanes)
+    alike = 1 if heads is None or several else _alike(n_in // heads.logs.shape[2], per_split, lanes, taken)
     launch(
         gemv_kernel,
         (blocks, splits),
@@ -348,6 +352,7 @@ def gemv(
         BLOCK_OUT=config.block_out,
         BLOCK_IN=block_in,
         UNROLL=unroll,
+        WARPS=config.warps,
         EVICT="evict_first" if config.evict_first else "",
         warps=config.warps,
         pdl=pdl,

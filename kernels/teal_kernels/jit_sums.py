@@ -1,0 +1,238 @@
+"""Sums of inputs times their rows of weights, of one program. Triton's language, so not type-checked."""
+
+import triton
+import triton.language as tl
+
+from teal_kernels.jit_common import LEAST_TILE, matmul
+from teal_kernels.jit_lists import end_list, listed_index, listed_value, take_inputs
+
+
+@triton.jit
+def _unpacked(words, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
+
+    For one row a code u is put below the leading bit of a float32: 1 + u / 2**BITS, which takes two
+    instructions where a conversion takes three (`_corrected` takes it back). For several rows u itself.
+    """
+    if BITS >= 16:
+        value = words
+        if ROWS == 1:
+            value = words.to(tl.float32)
+    else:
+        code = (words >> (k * BITS)) & ((1 << BITS) - 1)
+        if ROWS == 1:
+            value = (code << (23 - BITS) | 0x3F800000).to(tl.float32, bitcast=True)
+        else:
+            value = code.to(tl.float32).to(dtype)
+    return value
+
+
+@triton.jit
+def corrected(factor, zero, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Scale and zero point of codes, for the values of `_unpacked`."""
+    if ROWS == 1:
+        factor = factor * (1 << BITS)
+        zero = 1.0 + zero / (1 << BITS)
+    return factor, zero
+
+
+@triton.jit
+def no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """For each weight of a word a tile of zeros, float32."""
+    acc = ()
+    for _ in tl.static_range(PACK):
+        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    return acc
+
+
+@triton.jit
+def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
+    """The sums, and values times a tile of weights.
+
+    One row is multiplied element by element, and its tile added up at the end: 16 instructions for 16
+    bytes of weights. More rows are what matrix units are for.
+    """
+    added = ()
+    for k in tl.static_range(PACK):
+        weights = _unpacked(words, k, dtype, BITS, ROWS)
+        added = added + (acc[k] + values * weights if ROWS == 1 else matmul(values, weights, acc[k]),)
+    return added
+
+
+@triton.jit
+def _sum_rows(
+    columns,
+    inside,
+    x_ptr,
+    n_in,
+    entries,
+    begin,
+    stop,
+    stride,
+    dtype: tl.constexpr,
+    LISTED: tl.constexpr,
+    TAKEN: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Inputs times their rows of weights: for each weight of a word a tile of sums.
+
+    Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
+    `x_ptr` are the first, or of which the values were TAKEN to their slots.
+    """
+    rows = tl.arange(0, LEAST_TILE)
+    in_rows = rows < ROWS
+    tile = tl.arange(0, BLOCK_IN)
+    acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
+    which = ()
+    for step in tl.static_range(UNROLL):
+        slots = begin + step * BLOCK_IN + tile
+        if LISTED:
+            slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
+        which = which + (slots,)
+    for start in range(begin, stop, BLOCK_IN * UNROLL):
+        weights = ()
+        for step in tl.static_range(UNROLL):
+            there = start + step * BLOCK_IN + tile < stop
+            weights = weights + (
+                tl.load(
+                    columns[None, :] + (which[step] * stride)[:, None],
+                    mask=there[:, None] & inside[None, :],
+                    other=0,
+                    eviction_policy=EVICT,
+                ),
+            )
+        following = ()  # the next indices travel while these weights do
+        for step in tl.static_range(UNROLL):
+            slots = start + (UNROLL + step) * BLOCK_IN + tile
+            if LISTED:
+                slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
+            following = following + (slots,)
+        which = following
+        for step in tl.static_range(UNROLL):
+            slots = start + step * BLOCK_IN + tile
+            if ROWS == 1:
+                if LISTED or TAKEN:
+                    values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
+                else:
+                    values = tl.load(x_ptr + slots, mask=slots < stop, other=0.0).to(tl.float32)[:, None]
+            else:
+                there = in_rows[:, None] & (slots < stop)[None, :]
+                if LISTED or TAKEN:
+                    of_rows = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
+                    values = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
+                else:
+                    values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
+            acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
+    return acc
+
+
+@triton.jit
+def sum_piece(
+    columns,
+    inside,
+    x_ptr,
+    heads_ptr,
+    logs_ptr,
+    lines_of_heads,
+    norm_ptr,
+    weights,
+    scales,
+    entries,
+    n_in,
+    first,
+    begin,
+    stop,
+    threshold,
+    stride,
+    LISTED: tl.constexpr,
+    NORM: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ALIKE: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    LANES: tl.constexpr,
+    TAKEN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FULL: tl.constexpr,
+    WARPS: tl.constexpr,
+    SEVERAL_GROUPS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
+    dtype = x_ptr.dtype.element_ty
+    taken: tl.constexpr = NORM or HEAD_SIZE > 0
+    if SEVERAL_GROUPS and LISTED:  # no entry may be stored while a warp still reads ahead of the piece before
+        tl.debug_barrier()
+    count = 0
+    active = 0
+    totals = ()
+    if LISTED or taken or BITS < 16:
+        count, active, totals = take_inputs(
+            x_ptr,
+            heads_ptr,
+            logs_ptr,
+            lines_of_heads,
+            norm_ptr,
+            weights,
+            scales,
+            entries,
+            n_in,
+            first,
+            begin,
+            stop,
+            threshold,
+            LISTED,
+            NORM,
+            HEAD_SIZE,
+            ALIKE,
+            BITS < 16,
+            ROWS,
+            SLOTS,
+            SHARED,
+            LANES,
+            TAKEN,
+            AT_ONCE,
+            FULL,
+            WARPS,
+        )
+    if LISTED or taken:
+        entries = end_list(entries, SHARED)
+    if not LISTED:
+        count = stop - begin
+    acc = _sum_rows(
+        columns,
+        inside,
+        x_ptr + first,
+        n_in,
+        entries,
+        begin - first,
+        begin - first + count,
+        stride,
+        dtype,
+        LISTED,
+        taken,
+        BITS,
+        PACK,
+        WORDS,
+        ROWS,
+        SLOTS,
+        SHARED,
+        BLOCK_IN,
+        UNROLL,
+        EVICT,
+    )
+    return acc, active, totals
