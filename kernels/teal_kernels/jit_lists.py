@@ -212,8 +212,9 @@ def take_inputs(
     steps = 1 if AT_ONCE else tl.cdiv(stop - begin, LANES * LINES)
     for step in range(steps):
         start = begin + step * (LANES * LINES)
+        of_norm = weights
         if NORM and not AT_ONCE:
-            weights = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
+            of_norm = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
         raw = ()
         if HEAD_SIZE > 0:
             raw = merged_heads(
@@ -237,7 +238,7 @@ def take_inputs(
                 if HEAD_SIZE > 0:
                     value = rounded(value, dtype)
                 if NORM:  # rounded where transformers rounds
-                    value = rounded(rounded(value * scales[row], dtype) * weights[line].to(tl.float32), dtype)
+                    value = rounded(rounded(value * scales[row], dtype) * of_norm[line].to(tl.float32), dtype)
                 if LISTED:
                     keep = _keeps(value, inside, threshold)
                     read |= keep  # one row of weights serves every row of x

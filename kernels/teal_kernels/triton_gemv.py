@@ -201,6 +201,11 @@ def squares_of(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfi
     return _blocks(parts, config) * _finishers(table, parts, config, rows)
 
 
+def _lanes(stretch: int) -> int:
+    """Inputs of a line: as many as a warp has threads. The interpreter, slow at each step, takes all at once."""
+    return stretch if interpreting() else _WARP
+
+
 def _alike(head_size: int, per_split: int, lanes: int, taken: int) -> int:
     """Lines of inputs one after the other that surely lie in one head, of those taken at once."""
     span = lanes * taken
@@ -283,8 +288,7 @@ def gemv(
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     block_in, unroll = _tile(config, rows)
     list_bytes = _list_bytes(config, rows, x.itemsize)
-    # A warp looks at a line of inputs at a time, for each row. The interpreter looks at all: it counts steps.
-    lanes = stretch if interpreting() else _WARP
+    lanes = _lanes(stretch)
     piece = min(stretch, group) if several else stretch
     taken = max(1, min(piece // lanes, _MOST_TAKEN // rows // (1 if heads is None else 2)))
     in_memory = list_bytes == 0 and (listed or norm is not None or heads is not None)

@@ -305,3 +305,15 @@ def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: b
 def test_heads_of_other_dtypes() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("finish", FINISHES)
+def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a warp is narrower than a stretch and does not hold all of its lines."""
+    monkeypatch.setattr(triton_gemv, "_lanes", lambda _: 8)
+    monkeypatch.setattr(triton_gemv, "_MOST_TAKEN", 2 * rows)
+    _check(random_case(finish, rows, listed=not dense), replace(CUTS["one stretch"], dense=dense))
+    HeadsCase(rows, 4, 16, 100, shortest=16, outputs=40).check(replace(CUTS["one stretch"], dense=dense))
+    HeadsCase(rows, 4, 24, 100, shortest=16, outputs=40).check(replace(CUTS["two stretches"], dense=dense))
