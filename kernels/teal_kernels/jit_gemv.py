@@ -252,9 +252,9 @@ def gemv_kernel(
             if EVEN:
                 inside = tl.full((WORDS,), True, tl.int1)
             if ROWS == 1:
-                send(partial_ptr + split.to(tl.int64) * line_length + places, tl.sum(acc[k], axis=0), inside)
+                send(partial_ptr + split * line_length + places, tl.sum(acc[k], axis=0), inside)
             else:
-                mine = partial_ptr + (split * ROWS + rows).to(tl.int64)[:, None] * line_length
+                mine = partial_ptr + (split * ROWS + rows)[:, None] * line_length
                 send(mine + places[None, :], acc[k], (rows < ROWS)[:, None] & inside[None, :])
         piece = split - (n_splits - FINISHERS)
         if FINISH == GATED:
@@ -287,7 +287,7 @@ def gemv_kernel(
         for first_line in range(0, n_splits, LINES):
             lines = first_line + tl.arange(0, LINES)
             there = (lines < n_splits)[:, None] & inside[None, :]
-            line = partial_ptr + (lines * ROWS).to(tl.int64)[:, None] * line_length
+            line = partial_ptr + (lines * ROWS)[:, None] * line_length
             gate_at = line + (row * line_length + gate_place)[None, :]
             bits = look(gate_at, there)
             if FINISH == GATED:

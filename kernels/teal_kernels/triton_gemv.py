@@ -126,7 +126,7 @@ _GATHERED_REGISTERS = 32
 MAX_LISTED = 1 << 15
 """Inputs that one program can list: an index has 15 bits."""
 _MOST_ELEMENTS = (1 << 31) - 1
-"""Between a program's first row and its last: offsets have 32 bits."""
+"""Between a program's first row and its last, and of all partial sums: offsets have 32 bits."""
 _MOST_LIST_BYTES = 16384
 """Of a list in shared memory, so that several programs fit a multiprocessor."""
 _WARP = 32
@@ -286,6 +286,8 @@ def gemv(
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
     if min(per_split, n_in) * weights.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
+    if splits * rows * blocks * config.block_out > _MOST_ELEMENTS:
+        raise ValueError(f"{splits} times {rows} rows of {sum(parts)} partial sums are more than {_MOST_ELEMENTS}")
     block_in, unroll = _tile(config, rows)
     list_bytes = _list_bytes(config, rows, x.itemsize)
     lanes = _lanes(stretch)

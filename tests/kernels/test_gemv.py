@@ -259,6 +259,16 @@ def test_a_list_holds_indices_of_15_bits() -> None:
         gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
 
 
+@pytest.mark.parametrize(("most", "match"), [(79, "elements of a table"), (200, "partial sums")])
+def test_offsets_of_32_bits(most: int, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program reads 2 of 8 inputs times 40 outputs, and there are 4 times 64 partial sums."""
+    monkeypatch.setattr(triton_gemv, "_MOST_ELEMENTS", most)
+    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
+    config = replace(CUTS["one stretch"], inputs_per_split=2)
+    with pytest.raises(ValueError, match=match):
+        gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
+
+
 def test_no_more_rows_than_are_finished() -> None:
     x, table, y = torch.ones(MAX_ROWS + 1, 8), torch.ones(8, 40), torch.zeros(MAX_ROWS + 1, 40)
     with pytest.raises(ValueError, match="9 rows"):
