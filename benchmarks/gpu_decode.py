@@ -4,7 +4,7 @@
 
 Random weights of the models' shapes, thresholds calibrated on them. First the main model dense and
 sparse, product by product too; then longer contexts, peak memory, other models, prefill beside
-transformers' and, given a clone of gpt-fast, its model in turn with ours.
+transformers' and, given a clone of gpt-fast, its model in turn with ours (in a JSON of their own).
 """
 
 import argparse
@@ -203,9 +203,10 @@ def main() -> None:
     reporter.say(json.dumps(result["prefill"]))
     keep()
     if arguments.gpt_fast:
-        result["beside_gpt_fast"] = beside_gpt_fast(prepared, arguments.gpt_fast, repeats)
-        reporter.say(json.dumps(result["beside_gpt_fast"]))
-        keep()
+        beside = beside_gpt_fast(prepared, arguments.gpt_fast, repeats)
+        reporter.say(json.dumps(beside))
+        about = {name: result[name] for name in ("command", "device", "versions")}
+        write_json(arguments.out / "decode-gpu-beside-gpt-fast.json", {**about, **beside})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw `decode-gpu.json`: tokens a second over sparsity, beside what the memory would allow.
+"""Draw `decode-gpu.json`: tokens a second over sparsity, beside what the memory would allow and gpt-fast.
 
 python benchmarks/plot_decode.py [--results benchmarks/results/decode-gpu.json] [--out docs/decode-gpu.png]
 """
@@ -47,8 +47,9 @@ def main() -> None:
     )
     for x, y in zip(sparsity, median, strict=True):
         axes.annotate(f"{y:.0f}", (x, y), textcoords="offset points", xytext=(4, -13), color=COLOURS["ours"])
-    if "beside_gpt_fast" in results:
-        dense = results["beside_gpt_fast"]["gpt_fast"]["median"]
+    beside = arguments.results.with_name(f"{arguments.results.stem}-beside-gpt-fast.json")
+    if beside.is_file():
+        dense = json.loads(beside.read_text(encoding="utf-8"))["gpt_fast"]["median"]
         axes.axhline(dense, color=COLOURS["gpt-fast"], linewidth=1, linestyle=":")
         axes.annotate(
             f"gpt-fast, dense: {dense:.0f}",
