@@ -141,13 +141,10 @@ def _counted(read, LANES: tl.constexpr):
 
 
 @triton.jit
-def _mine(line, WARPS: tl.constexpr):
-    """Whether this warp stores the entries of a line, which all warps have."""
-    mine = True
-    if WARPS > 1 and not INTERPRETING:
-        thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-        mine = thread // 32 == line % WARPS
-    return mine
+def _warp():
+    """This thread's warp."""
+    thread = tl.inline_asm_elementwise("mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    return thread // 32
 
 
 @triton.jit
@@ -252,17 +249,18 @@ def take_inputs(
                 for row in tl.static_range(ROWS):
                     added = added + (sums[row] + values[row],)
                 sums = added
+            stored = read
+            if SHARED > 0 and WARPS > 1:  # what all warps hold, each stores in its turn: Triton sees to that elsewhere
+                stored &= _warp() == line % WARPS
             if LISTED:
                 before, here = _counted(read, LANES)
-                read &= _mine(line, WARPS)
                 for row in tl.static_range(ROWS):
                     slots = row * SLOTS + begin - first + count + before
-                    put(entries, slots, index, values[row], read, dtype, SHARED)
+                    put(entries, slots, index, values[row], stored, dtype, SHARED)
                 count += here
             elif NORM or HEAD_SIZE > 0:
-                read &= _mine(line, WARPS)
                 for row in tl.static_range(ROWS):
-                    put(entries, row * SLOTS + index, index, values[row], read, dtype, SHARED)
+                    put(entries, row * SLOTS + index, index, values[row], stored, dtype, SHARED)
     count = tl.max(count, axis=0)  # the same in every lane
     active = count
     if ROWS > 1:

@@ -175,7 +175,9 @@ def sum_piece(
     """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
     dtype = x_ptr.dtype.element_ty
     taken: tl.constexpr = NORM or HEAD_SIZE > 0
-    if SEVERAL_GROUPS and LISTED:  # no entry may be stored while a warp still reads ahead of the piece before
+    if SEVERAL_GROUPS and (
+        LISTED or taken
+    ):  # no entry may be stored while a warp still reads ahead of the piece before
         tl.debug_barrier()
     count = 0
     active = 0
