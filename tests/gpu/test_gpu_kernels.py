@@ -91,6 +91,17 @@ def test_every_finish_and_dtype(finish: str, cut: str, dtype: torch.dtype, rows:
         _check(case, replace(CUTS[cut], dense=not listed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("per_split", "warps"), [(1024, 1), (1024, 2), (8192, 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_long_lists(rows: int, per_split: int, warps: int, dtype: torch.dtype) -> None:
+    """Of more lines than a warp takes at a time, stored by two warps, and so long that they lie in global memory."""
+    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=per_split, warps=warps)
+    for listed in (True, False):
+        case = random_case("plain", rows, dtype=dtype, listed=listed, inputs=3000, parts=(200, 72), device="cuda")
+        _check(case, replace(cut, dense=not listed))
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_of_models(name: str, rows: int) -> None:
