@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import LEAST_TILE, look, received, rms_scale, rounded, send
+from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rounded, send
 from teal_kernels.jit_heads import head_stretches
 from teal_kernels.jit_lists import begin_list, norm_weights
 from teal_kernels.jit_sums import corrected, no_sums, sum_piece
@@ -66,7 +66,7 @@ def gemv_kernel(
     SLOTS: tl.constexpr,
     SHARED: tl.constexpr,
     LANES: tl.constexpr,
-    TAKEN: tl.constexpr,
+    INPUT_LINES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -113,12 +113,12 @@ def gemv_kernel(
     entries = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
     if LISTED or NORM or HEAD_SIZE > 0:
         entries = begin_list(entries, SHARED)
-    lines_of_heads = 0
+    head_lines = 0
     if HEAD_SIZE > 0:  # the position was written long before the kernel that this one follows
-        _, _, lines_of_heads = head_stretches(tl.load(position_ptr), window, HEAD_SPLITS, HEAD_SHORTEST)
+        _, _, head_lines = head_stretches(tl.load(position_ptr), window, HEAD_SPLITS, HEAD_SHORTEST)
     weights = ()
     if NORM and AT_ONCE:
-        weights = norm_weights(norm_ptr, first, last, LANES, TAKEN, FULL)
+        weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
     if PDL:
         gdc_wait()
         # After the wait, so that whoever starts early may read what the kernel before this one wrote.
@@ -136,7 +136,7 @@ def gemv_kernel(
             x_ptr,
             heads_ptr,
             logs_ptr,
-            lines_of_heads,
+            head_lines,
             norm_ptr,
             weights,
             scales,
@@ -158,7 +158,7 @@ def gemv_kernel(
             SLOTS,
             SHARED,
             LANES,
-            TAKEN,
+            INPUT_LINES,
             AT_ONCE,
             FULL,
             WARPS,
@@ -191,7 +191,7 @@ def gemv_kernel(
                 x_ptr,
                 heads_ptr,
                 logs_ptr,
-                lines_of_heads,
+                head_lines,
                 norm_ptr,
                 weights,
                 scales,
@@ -213,7 +213,7 @@ def gemv_kernel(
                 SLOTS,
                 SHARED,
                 LANES,
-                TAKEN,
+                INPUT_LINES,
                 AT_ONCE,
                 FULL,
                 WARPS,
@@ -292,9 +292,11 @@ def gemv_kernel(
             bits = look(gate_at, there)
             if FINISH == GATED:
                 up_at = line + (row * line_length + line_place)[None, :]
-                up_bits = look(up_at, there)
-                up += tl.sum(received(up_bits, up_at, there), axis=0)
-            y += tl.sum(received(bits, gate_at, there), axis=0)
+                gate_sums, up_sums = received_both(bits, gate_at, look(up_at, there), up_at, there)
+                y += tl.sum(gate_sums, axis=0)
+                up += tl.sum(up_sums, axis=0)
+            else:
+                y += tl.sum(received(bits, gate_at, there), axis=0)
     else:
         y = tl.sum(acc[0], axis=0)
     if HAS_BIAS:

@@ -162,7 +162,7 @@ def take_inputs(
     x_ptr,
     heads_ptr,
     logs_ptr,
-    lines_of_heads,
+    head_lines,
     norm_ptr,
     weights,
     scales,
@@ -215,7 +215,7 @@ def take_inputs(
         raw = ()
         if HEAD_SIZE > 0:
             raw = merged_heads(
-                heads_ptr, logs_ptr, lines_of_heads, n_in, start, stop, HEAD_SIZE, ALIKE, ROWS, LANES, LINES, FULL
+                heads_ptr, logs_ptr, head_lines, n_in, start, stop, HEAD_SIZE, ALIKE, ROWS, LANES, LINES, FULL
             )
         else:  # all loads first: they are under way together
             at = x_ptr + start + tl.arange(0, LANES)

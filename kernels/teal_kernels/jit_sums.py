@@ -12,7 +12,7 @@ def _unpacked(words, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, R
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
     For one row a code u is put below the leading bit of a float32: 1 + u / 2**BITS, which takes two
-    instructions where a conversion takes three (`_corrected` takes it back). For several rows u itself.
+    instructions where a conversion takes three (`corrected` takes it back). For several rows u itself.
     """
     if BITS >= 16:
         value = words
@@ -71,7 +71,7 @@ def _sum_rows(
     stride,
     dtype: tl.constexpr,
     LISTED: tl.constexpr,
-    TAKEN: tl.constexpr,
+    STORED: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
     WORDS: tl.constexpr,
@@ -85,7 +85,7 @@ def _sum_rows(
     """Inputs times their rows of weights: for each weight of a word a tile of sums.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values were TAKEN to their slots.
+    `x_ptr` are the first, or of which the values are STORED in their slots.
     """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
@@ -119,13 +119,13 @@ def _sum_rows(
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             if ROWS == 1:
-                if LISTED or TAKEN:
+                if LISTED or STORED:
                     values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
                 else:
                     values = tl.load(x_ptr + slots, mask=slots < stop, other=0.0).to(tl.float32)[:, None]
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
-                if LISTED or TAKEN:
+                if LISTED or STORED:
                     of_rows = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
                     values = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
                 else:
@@ -141,7 +141,7 @@ def sum_piece(
     x_ptr,
     heads_ptr,
     logs_ptr,
-    lines_of_heads,
+    head_lines,
     norm_ptr,
     weights,
     scales,
@@ -163,7 +163,7 @@ def sum_piece(
     SLOTS: tl.constexpr,
     SHARED: tl.constexpr,
     LANES: tl.constexpr,
-    TAKEN: tl.constexpr,
+    INPUT_LINES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     FULL: tl.constexpr,
     WARPS: tl.constexpr,
@@ -175,9 +175,8 @@ def sum_piece(
     """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
     dtype = x_ptr.dtype.element_ty
     taken: tl.constexpr = NORM or HEAD_SIZE > 0
-    if SEVERAL_GROUPS and (
-        LISTED or taken
-    ):  # no entry may be stored while a warp still reads ahead of the piece before
+    if SEVERAL_GROUPS and (LISTED or taken):
+        # Or entries would be stored where a warp of the piece before still reads ahead, if for nothing.
         tl.debug_barrier()
     count = 0
     active = 0
@@ -187,7 +186,7 @@ def sum_piece(
             x_ptr,
             heads_ptr,
             logs_ptr,
-            lines_of_heads,
+            head_lines,
             norm_ptr,
             weights,
             scales,
@@ -206,7 +205,7 @@ def sum_piece(
             SLOTS,
             SHARED,
             LANES,
-            TAKEN,
+            INPUT_LINES,
             AT_ONCE,
             FULL,
             WARPS,

@@ -10,9 +10,9 @@ bits of a NaN that no arithmetic makes, so the words need no counter and no fenc
 an H100 that is 1 to 2 microseconds a product less than a counter of arrivals.
 
 Around the product the kernel takes up what would otherwise be launches of their own: before it the
-RMS norm (`NORM`), after it the bias, the residual sum with its sum of squares (`RESIDUAL`) or the
-gated activation (`GATED`). Several projections that read one hidden state are parts of one table,
-each with its own threshold.
+RMS norm (`NORM`) or the merging of attention's heads (`Heads`), after it the bias, the residual sum
+with its sum of squares (`RESIDUAL`) or the gated activation (`GATED`). Several projections that read
+one hidden state are parts of one table, each with its own threshold.
 
 Importable without triton; without a GPU it runs under TRITON_INTERPRET=1.
 """
@@ -129,6 +129,8 @@ _MOST_ELEMENTS = (1 << 31) - 1
 """Between a program's first row and its last, and of all partial sums: offsets have 32 bits."""
 _MOST_LIST_BYTES = 16384
 """Of a list in shared memory, so that several programs fit a multiprocessor."""
+_MOST_SHARED_BYTES = 49152
+"""Of a program's shared memory with a list, which Triton does not know of: beyond so much a launch must ask."""
 _WARP = 32
 _MOST_TAKEN = 16
 """Lines of inputs that a warp holds, of all rows together."""
@@ -155,7 +157,11 @@ def _slots(config: GemvConfig, rows: int) -> int:
 def _list_bytes(config: GemvConfig, rows: int, itemsize: int) -> int:
     """Of a program's list in shared memory, if it has one; 0 where that lies in global memory."""
     needed = 0 if interpreting() else rows * _slots(config, rows) * 2 * itemsize
-    return needed if needed <= _MOST_LIST_BYTES else 0
+    beside = 0
+    if rows > 1:  # matrix units take two sets of tiles at a time, and a little more
+        block_in, unroll = _tile(config, rows)
+        beside = 2 * unroll * block_in * config.block_out * itemsize + 4096
+    return needed if needed <= _MOST_LIST_BYTES and needed + beside <= _MOST_SHARED_BYTES else 0
 
 
 def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int) -> int:
@@ -180,7 +186,7 @@ def _finishers(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfi
     They wait for one another, so all must run at one time; nothing else of ours runs beside them
     (one stream a device).
     """
-    # Packed codes are multiplied as 16-bit numbers.
+    # Packed codes are multiplied as x is; beside float32 there is room for more than this says.
     itemsize = 2 if isinstance(table, Packed) else table.itemsize
     fitting = _fitting(table.device, config, rows, itemsize)
     most = min(
@@ -247,8 +253,8 @@ def gemv(
         finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
-        pdl: launch while the kernel before still runs. That one must not write table, thresholds or
-            norm weight, which are read before the wait for it.
+        pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
+            weight or the position of heads, which are read before the wait for it.
         alone: no other stream of this process launches products meanwhile. False finishes a block in
             one program, which waits for none that begins after it.
         compile_only: compile what would be launched.
@@ -292,7 +298,8 @@ def gemv(
     list_bytes = _list_bytes(config, rows, x.itemsize)
     lanes = _lanes(stretch)
     piece = min(stretch, group) if several else stretch
-    taken = max(1, min(piece // lanes, _MOST_TAKEN // rows // (1 if heads is None else 2)))
+    # A power of two, so that steps of so many lines end where a full stretch does.
+    taken = max(1, min(piece // lanes, _MOST_TAKEN // power_of_two(rows) // (1 if heads is None else 2)))
     in_memory = list_bytes == 0 and (listed or norm is not None or heads is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
     batch = power_of_two(rows)
@@ -353,7 +360,7 @@ def gemv(
         SLOTS=_slots(config, rows) if list_bytes else stretch,
         SHARED=list_bytes,
         LANES=lanes,
-        TAKEN=taken,
+        INPUT_LINES=taken,
         AT_ONCE=stretch <= lanes * taken and not several,
         BLOCK_OUT=config.block_out,
         BLOCK_IN=block_in,

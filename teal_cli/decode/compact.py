@@ -275,7 +275,7 @@ class Session:
         self.cos, self.sin = decoder.rotary(cache.positions)
         self.hidden = buffer(config.hidden_size)
         self.qkv = buffer(sum(block.qkv.parts))
-        kv_heads, dim = config.num_key_value_heads, self.cos.shape[1]
+        _, kv_heads, _, dim = cache.layers[0].keys.shape
         query_heads, splits = block.o.table.shape[0] // dim, attention_splits(rows * kv_heads)
         heads = Heads.empty(rows, query_heads, dim, splits, self.position)
         self.heads = [replace(heads, window=block.window) for block in decoder.blocks]

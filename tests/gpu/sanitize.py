@@ -20,6 +20,7 @@ from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
 CUTS = (
     GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1),
     GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
+    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=512, warps=2),
 )
 EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}
 PACKED = ((8, 200, False), (4, 128, True), (4, 32, True))
@@ -29,7 +30,7 @@ def main() -> None:
     """Launch them."""
     for rows in (1, 3):
         for finish in PARTS:
-            for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 200)):
+            for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 512)):
                 case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
                 scratch = Scratch(case.x.device)
                 for cut in CUTS:

@@ -34,6 +34,7 @@ CUTS = {
     "four programs a finish": GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
     "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=4),
 }
+CUT_OF_256 = GemvConfig(block_out=64, block_in=8, unroll=4, inputs_per_split=256, warps=2)
 PDL = torch.cuda.is_available() and hopper_or_later(torch.device("cuda"))
 
 
@@ -97,12 +98,12 @@ def test_every_finish_and_dtype(finish: str, cut: str, dtype: torch.dtype, rows:
 def test_long_lists(rows: int, per_split: int, warps: int, dtype: torch.dtype) -> None:
     """Of more lines than a warp takes at a time, stored by two warps, and so long that they lie in global memory."""
     cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=per_split, warps=warps)
-    for listed in (True, False):
-        case = random_case("plain", rows, dtype=dtype, listed=listed, inputs=3000, parts=(200, 72), device="cuda")
+    for listed, inputs in itertools.product((True, False), (3000, 3072)):
+        case = random_case("plain", rows, dtype=dtype, listed=listed, inputs=inputs, parts=(200, 72), device="cuda")
         _check(case, replace(cut, dense=not listed))
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_of_models(name: str, rows: int) -> None:
     """Batches as they are run, dense where too little is left out, and as skipping would run them."""
@@ -211,9 +212,17 @@ def test_launches_that_overlap() -> None:
 @pytest.mark.parametrize(("rows", "position"), [(1, 150), (1, 1000), (3, 300), (8, 60)])
 def test_product_of_heads(rows: int, position: int, dense: bool) -> None:
     for dtype in DTYPES:
-        case = HeadsCase(rows, 8, 64, position, dtype=dtype, device="cuda")
-        for cut in CUTS.values():
-            case.check(replace(cut, dense=dense), pdl=PDL)
+        for heads, dim in ((8, 64), (4, 128), (5, 80)):
+            case = HeadsCase(rows, heads, dim, position, dtype=dtype, device="cuda")
+            for cut in (*CUTS.values(), CUT_OF_256):
+                case.check(replace(cut, dense=dense), pdl=PDL)
+
+
+def test_product_of_heads_in_much_shared_memory() -> None:
+    """Tiles and a list together would be more shared memory than a launch has unasked: the list goes elsewhere."""
+    cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
+    for dense in (False, True):
+        HeadsCase(3, 32, 128, 150, dtype=torch.bfloat16, device="cuda").check(replace(cut, dense=dense), pdl=PDL)
 
 
 # Rows, key/value heads, query heads of each, head size.

@@ -285,6 +285,24 @@ def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None
     assert (alone, batch) == (4, 1)
 
 
+def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 KiB: tiles take 31 KiB a program, the list of two rows 8.5 more."""
+    monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
+    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
+    cut = GemvConfig(block_out=128, block_in=16, unroll=1, inputs_per_split=512, warps=2)
+    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, itemsize=4) == 2
+    monkeypatch.setattr(triton_gemv, "_MOST_LIST_BYTES", 0)
+    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, itemsize=4) == 3
+
+
+def test_a_list_leaves_room_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for more than 48 KiB of a program's shared memory only where its own tiles are more than that."""
+    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
+    cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
+    assert triton_gemv._list_bytes(cut, rows=3, itemsize=2) == 0
+    assert triton_gemv._list_bytes(replace(cut, block_in=32), rows=3, itemsize=2) == 3 * (1024 + 128) * 4
+
+
 def test_a_program_reads_what_32_bits_can_count() -> None:
     table = torch.empty_strided((8, 40), (1 << 29, 1), device="meta")
     config = replace(CUTS["one stretch"], inputs_per_split=8, dense=True)
@@ -317,13 +335,42 @@ def test_heads_of_other_dtypes() -> None:
         HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("finish", FINISHES)
-def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a warp is narrower than a stretch and does not hold all of its lines."""
     monkeypatch.setattr(triton_gemv, "_lanes", lambda _: 8)
-    monkeypatch.setattr(triton_gemv, "_MOST_TAKEN", 2 * rows)
-    _check(random_case(finish, rows, listed=not dense), replace(CUTS["one stretch"], dense=dense))
-    HeadsCase(rows, 4, 16, 100, shortest=16, outputs=40).check(replace(CUTS["one stretch"], dense=dense))
-    HeadsCase(rows, 4, 24, 100, shortest=16, outputs=40).check(replace(CUTS["two stretches"], dense=dense))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.usefixtures("narrow_warps")
+def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
+    """Stretches of eight lines, all full or the last one not; of five rows a warp holds two at a time."""
+    cut = GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=1, dense=dense)
+    for inputs in (INPUTS, 128):
+        _check(random_case(finish, rows, listed=not dense, inputs=inputs), cut)
+
+
+# Heads, head size: heads narrower than what is taken at once, as wide, wider, and none of these.
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(16, 8), (4, 16), (2, 64), (4, 24)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("narrow_warps")
+def test_heads_are_merged_line_by_line(
+    rows: int, heads: int, dim: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_gemv, "_MOST_TAKEN", 64)  # so that a warp of three rows takes eight lines, too
+    for per_split in (32, 64):
+        cut = replace(CUTS["one stretch"], inputs_per_split=per_split, dense=dense)
+        HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40).check(cut)
+
+
+def test_heads_propagate_nan_to_their_own_row() -> None:
+    case = HeadsCase(2, 4, 16, 40, shortest=16)
+    case.read.sums[1, 1, 5] = torch.nan
+    y = torch.zeros(2, case.outputs)
+    everything = torch.full((1,), torch.inf)
+    gemv(case.read, case.table, (case.outputs,), everything, y, CUTS["one stretch"], Scratch(y.device))
+    assert y[0].eq(0).all()
+    assert y[1].isnan().all()
