@@ -114,6 +114,11 @@ class Heads:
         """Stretches at most."""
         return self.sums.shape[0]
 
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.sums.shape[2] // self.logs.shape[2]
+
     @classmethod
     def empty(cls, rows: int, heads: int, dim: int, splits: int, position: Tensor, **options: int) -> "Heads":
         """Not written yet."""
@@ -262,9 +267,10 @@ def gemv(
     Raises:
         ValueError: too many rows, or `parts`, `squares` or `config` does not fit.
     """
-    heads = x if isinstance(x, Heads) else None
+    heads: Heads | None = None
     rows, n_in = x.sums.shape[1:] if isinstance(x, Heads) else x.shape
-    x = y if isinstance(x, Heads) else x
+    if isinstance(x, Heads):
+        heads, x = x, y  # of x the kernel then takes the dtype only
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that one launch takes")
     if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
@@ -306,7 +312,7 @@ def gemv(
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
-    alike = 1 if heads is None or several else _alike(n_in // heads.logs.shape[2], per_split, lanes, taken)
+    alike = 1 if heads is None or several else _alike(heads.head_size, per_split, lanes, taken)
     launch(
         gemv_kernel,
         (blocks, splits),
@@ -344,7 +350,7 @@ def gemv(
         BATCH=batch,
         LISTED=listed,
         NORM=norm is not None,
-        HEAD_SIZE=0 if heads is None else n_in // heads.logs.shape[2],
+        HEAD_SIZE=0 if heads is None else heads.head_size,
         HEAD_SPLITS=0 if heads is None else heads.splits,
         HEAD_SHORTEST=0 if heads is None else heads.shortest,
         ALIKE=alike,
