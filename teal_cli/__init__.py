@@ -5,21 +5,28 @@ first use of a function (`teal_cli.api`). Import `teal_cli.hf` to let transforme
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teal_cli.api import calibrate, evaluate, export, generate, load
 
-try:
-    __version__ = version("teal-cli")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+uninstalled"
+    __version__: str
 
 __all__ = ["__version__", "calibrate", "evaluate", "export", "generate", "load"]
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # a fifth of the time of `teal --help`
+
+    try:
+        return version("teal-cli")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+uninstalled"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in __all__:
         return getattr(import_module("teal_cli.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

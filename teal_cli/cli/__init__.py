@@ -12,7 +12,7 @@ from keyword import iskeyword
 
 import typer
 
-from teal_cli import __version__
+import teal_cli
 from teal_cli.cli.completion import words_typed
 from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error
 
@@ -53,7 +53,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
     def show_version(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"teal {__version__}")
+            typer.echo(f"teal {teal_cli.__version__}")
             raise typer.Exit
 
     def root(

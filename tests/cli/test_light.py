@@ -38,11 +38,17 @@ def test_a_wrong_flag_fails_before_anything_heavy() -> None:
     assert _loaded_after(code) == set()
 
 
-def test_help_is_fast() -> None:
-    """Under 0.4 s; the best of five, since the machine may be busy with other tests."""
+def _fastest(*arguments: str) -> float:
+    """Seconds of a new interpreter; the best of five, since the machine may be busy with other tests."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "teal_cli", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         times.append(time.perf_counter() - started)
-    assert min(times) < 0.4
+    return min(times)
+
+
+def test_help_is_fast() -> None:
+    """Under 0.4 s, or on a slow machine under twice what typer needs to show a page by itself."""
+    a_page = "import typer; typer.run(lambda: None)"
+    assert _fastest("-m", "teal_cli", "--help") < max(0.4, 2 * _fastest("-c", a_page, "--help"))
