@@ -34,8 +34,9 @@ demo: setup
 	$(BIN)/teal run configs/demo.yaml
 	$(BIN)/teal report runs/smollm2-135m
 
+# A file of tests a process: fixtures are then made once.
 test: setup
-	$(PYTEST)
+	$(PYTEST) --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-gpu: setup
 	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu

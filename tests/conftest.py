@@ -1,13 +1,11 @@
 """Tiny random models of every supported family, and the real SmolLM2-135M where it is installed."""
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 # The Triton kernels run in the interpreter: it must be chosen before triton is imported.
 if not os.environ.get("TEAL_TEST_GPU"):
@@ -15,6 +13,9 @@ if not os.environ.get("TEAL_TEST_GPU"):
 # No test may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Test processes share the cores. Before torch is imported; what tests start inherits it.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch
@@ -37,22 +38,17 @@ from teal_kernels import masked_input, tuning
 
 
 def _quicken_interpreter() -> None:
-    """Leave out what Triton's interpreter repeats: half of the time of our kernels.
+    """Leave out what Triton's interpreter repeats: more than half of the time of our kernels.
 
-    It searches the whole language again whenever one kernel function calls another, and follows every
-    whole-number sum in 64 bits to see whether it overflows.
+    It patches the whole language again for every launch and whenever one kernel function calls
+    another, and follows every whole-number sum in 64 bits to see whether it overflows.
     """
-    from triton.language.core import is_builtin
+    from triton import language
     from triton.runtime import interpreter
 
-    names: dict[Any, list[str]] = {}
-
-    def getmembers(package: Any) -> list[tuple[str, Any]]:
-        if package not in names:
-            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
-        return [(name, getattr(package, name)) for name in names[package]]
-
-    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
+    names = {"tl": language, "core": language.core}  # as our kernels and triton's own functions import them
+    patched = interpreter._patch_lang(SimpleNamespace(__globals__=names))
+    interpreter._patch_lang = lambda _: type(patched)()  # with nothing to take back
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 

@@ -6,8 +6,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rounded, send
 from teal_kernels.jit_heads import head_stretches
-from teal_kernels.jit_lists import begin_list, norm_weights
-from teal_kernels.jit_sums import corrected, no_sums, sum_piece
+from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
+from teal_kernels.jit_sums import group_factors, no_sums, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
@@ -111,7 +111,8 @@ def gemv_kernel(
         threshold = tl.load(threshold_ptr + part)
     columns = weight_ptr + first.to(tl.int64) * stride + word_start + words
     entries = scratch_ptr + (block * n_splits + split) * ROWS * STRETCH
-    if LISTED or NORM or HEAD_SIZE > 0:
+    taken: tl.constexpr = NORM or HEAD_SIZE > 0
+    if LISTED or taken:
         entries = begin_list(entries, SHARED)
     head_lines = 0
     if HEAD_SIZE > 0:  # the position was written long before the kernel that this one follows
@@ -129,65 +130,27 @@ def gemv_kernel(
     if NORM:
         for row in tl.static_range(ROWS):
             scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
-    if BITS >= 16:
-        acc, active, _ = sum_piece(
-            columns,
-            inside,
-            x_ptr,
-            heads_ptr,
-            logs_ptr,
-            head_lines,
-            norm_ptr,
-            weights,
-            scales,
-            entries,
-            n_in,
-            first,
-            first,
-            last,
-            threshold,
-            stride,
-            LISTED,
-            NORM,
-            HEAD_SIZE,
-            ALIKE,
-            BITS,
-            PACK,
-            WORDS,
-            ROWS,
-            SLOTS,
-            SHARED,
-            LANES,
-            INPUT_LINES,
-            AT_ONCE,
-            FULL,
-            WARPS,
-            SEVERAL_GROUPS,
-            BLOCK_IN,
-            UNROLL,
-            EVICT,
-        )
-    else:
-        # sum of x (code - zero) scale = scale (sum of x code - zero sum of x), group by group of inputs.
-        active = 0
-        acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
-        for begin in range(first, last, group if SEVERAL_GROUPS else STRETCH):
-            stop = last
-            if SEVERAL_GROUPS:
-                stop = tl.minimum(begin + group, last)
-            factors = ()
-            zeros = ()
-            line = (begin // group).to(tl.int64) * total + out_start + words * PACK
-            for k in tl.static_range(PACK):
-                outs_inside = out_start + words * PACK + k < out_stop
-                factors = factors + (tl.load(scale_ptr + line + k, mask=outs_inside, other=0.0).to(tl.float32),)
-                zero = tl.full((WORDS,), 1 << (BITS - 1), tl.float32)
-                if ZEROS:
-                    zero = tl.load(zero_ptr + line + k, mask=outs_inside, other=0).to(tl.float32)
-                zeros = zeros + (zero,)
-            sums, kept, totals = sum_piece(
-                columns,
-                inside,
+    active = 0
+    acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
+    pieces = tl.cdiv(last - first, group) if SEVERAL_GROUPS else 1
+    for nth in range(pieces):
+        begin = first
+        stop = last
+        if SEVERAL_GROUPS:
+            begin = first + nth * group
+            stop = tl.minimum(begin + group, last)
+        if BITS < 16:
+            line = (begin // group).to(tl.int64) * total
+            factors, zeros = group_factors(
+                scale_ptr, zero_ptr, line, out_start + words * PACK, out_stop, ZEROS, BITS, PACK, WORDS
+            )
+        if SEVERAL_GROUPS and (LISTED or taken):
+            # Or entries would be stored where a warp of the piece before still reads ahead, if for nothing.
+            tl.debug_barrier()
+        count = 0
+        totals = ()
+        if LISTED or taken or BITS < 16:
+            count, kept, totals = take_inputs(
                 x_ptr,
                 heads_ptr,
                 logs_ptr,
@@ -201,14 +164,11 @@ def gemv_kernel(
                 begin,
                 stop,
                 threshold,
-                stride,
                 LISTED,
                 NORM,
                 HEAD_SIZE,
                 ALIKE,
-                BITS,
-                PACK,
-                WORDS,
+                BITS < 16,
                 ROWS,
                 SLOTS,
                 SHARED,
@@ -217,23 +177,36 @@ def gemv_kernel(
                 AT_ONCE,
                 FULL,
                 WARPS,
-                SEVERAL_GROUPS,
-                BLOCK_IN,
-                UNROLL,
-                EVICT,
             )
             active += kept
-            if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
-                x_sum = totals[0] / BLOCK_IN
-            else:
-                x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
-                for row in tl.static_range(ROWS):
-                    x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], totals[row], x_sum)
-            scaled = ()
-            for k in tl.static_range(PACK):
-                factor, zero = corrected(factors[k], zeros[k], BITS, ROWS)
-                scaled = scaled + (acc[k] + factor[None, :] * (sums[k] - zero[None, :] * x_sum),)
-            acc = scaled
+        listed = entries
+        if LISTED or taken:
+            listed = end_list(entries, SHARED)
+        if not LISTED:
+            count = stop - begin
+        sums = sum_rows(
+            columns,
+            inside,
+            x_ptr + first,
+            n_in,
+            listed,
+            begin - first,
+            begin - first + count,
+            stride,
+            dtype,
+            LISTED,
+            taken,
+            BITS,
+            PACK,
+            WORDS,
+            ROWS,
+            SLOTS,
+            SHARED,
+            BLOCK_IN,
+            UNROLL,
+            EVICT,
+        )
+        acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, BITS, PACK, ROWS, BLOCK_IN)
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.jit_common import LEAST_TILE, matmul
-from teal_kernels.jit_lists import end_list, listed_index, listed_value, take_inputs
+from teal_kernels.jit_lists import listed_index, listed_value
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def _unpacked(words, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, R
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
     For one row a code u is put below the leading bit of a float32: 1 + u / 2**BITS, which takes two
-    instructions where a conversion takes three (`corrected` takes it back). For several rows u itself.
+    instructions where a conversion takes three (`scaled_sums` takes it back). For several rows u itself.
     """
     if BITS >= 16:
         value = words
@@ -28,12 +28,63 @@ def _unpacked(words, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, R
 
 
 @triton.jit
-def corrected(factor, zero, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Scale and zero point of codes, for the values of `_unpacked`."""
-    if ROWS == 1:
-        factor = factor * (1 << BITS)
-        zero = 1.0 + zero / (1 << BITS)
-    return factor, zero
+def group_factors(
+    scale_ptr,
+    zero_ptr,
+    line,
+    columns,
+    out_stop,
+    ZEROS: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Scales and zero points of one group of inputs: for each weight of a word those of its outputs, (WORDS,) float32.
+
+    Args:
+        line: where the group's begin.
+        columns: the output of each word's first weight.
+    """
+    factors = ()
+    zeros = ()
+    for k in tl.static_range(PACK):
+        inside = columns + k < out_stop
+        factors = factors + (tl.load(scale_ptr + line + columns + k, mask=inside, other=0.0).to(tl.float32),)
+        zero = tl.full((WORDS,), 1 << (BITS - 1), tl.float32)
+        if ZEROS:
+            zero = tl.load(zero_ptr + line + columns + k, mask=inside, other=0).to(tl.float32)
+        zeros = zeros + (zero,)
+    return factors, zeros
+
+
+@triton.jit
+def scaled_sums(
+    acc,
+    sums,
+    totals,
+    factors,
+    zeros,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """The sums before, and those of one group: of x (code - zero) scale = scale (sum of x code - zero sum of x)."""
+    if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
+        x_sum = totals[0] / BLOCK_IN
+    else:
+        x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
+        for row in tl.static_range(ROWS):
+            x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], totals[row], x_sum)
+    added = ()
+    for k in tl.static_range(PACK):
+        factor = factors[k]
+        zero = zeros[k]
+        if ROWS == 1:  # for the values of `_unpacked`
+            factor = factor * (1 << BITS)
+            zero = 1.0 + zero / (1 << BITS)
+        added = added + (acc[k] + factor[None, :] * (sums[k] - zero[None, :] * x_sum),)
+    return added
 
 
 @triton.jit
@@ -60,7 +111,7 @@ def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl
 
 
 @triton.jit
-def _sum_rows(
+def sum_rows(
     columns,
     inside,
     x_ptr,
@@ -132,108 +183,3 @@ def _sum_rows(
                     values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
     return acc
-
-
-@triton.jit
-def sum_piece(
-    columns,
-    inside,
-    x_ptr,
-    heads_ptr,
-    logs_ptr,
-    head_lines,
-    norm_ptr,
-    weights,
-    scales,
-    entries,
-    n_in,
-    first,
-    begin,
-    stop,
-    threshold,
-    stride,
-    LISTED: tl.constexpr,
-    NORM: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ALIKE: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    LANES: tl.constexpr,
-    INPUT_LINES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    FULL: tl.constexpr,
-    WARPS: tl.constexpr,
-    SEVERAL_GROUPS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Inputs `begin` to `stop` times their rows of weights: tiles of sums, and what `take_inputs` says."""
-    dtype = x_ptr.dtype.element_ty
-    taken: tl.constexpr = NORM or HEAD_SIZE > 0
-    if SEVERAL_GROUPS and (LISTED or taken):
-        # Or entries would be stored where a warp of the piece before still reads ahead, if for nothing.
-        tl.debug_barrier()
-    count = 0
-    active = 0
-    totals = ()
-    if LISTED or taken or BITS < 16:
-        count, active, totals = take_inputs(
-            x_ptr,
-            heads_ptr,
-            logs_ptr,
-            head_lines,
-            norm_ptr,
-            weights,
-            scales,
-            entries,
-            n_in,
-            first,
-            begin,
-            stop,
-            threshold,
-            LISTED,
-            NORM,
-            HEAD_SIZE,
-            ALIKE,
-            BITS < 16,
-            ROWS,
-            SLOTS,
-            SHARED,
-            LANES,
-            INPUT_LINES,
-            AT_ONCE,
-            FULL,
-            WARPS,
-        )
-    if LISTED or taken:
-        entries = end_list(entries, SHARED)
-    if not LISTED:
-        count = stop - begin
-    acc = _sum_rows(
-        columns,
-        inside,
-        x_ptr + first,
-        n_in,
-        entries,
-        begin - first,
-        begin - first + count,
-        stride,
-        dtype,
-        LISTED,
-        taken,
-        BITS,
-        PACK,
-        WORDS,
-        ROWS,
-        SLOTS,
-        SHARED,
-        BLOCK_IN,
-        UNROLL,
-        EVICT,
-    )
-    return acc, active, totals
