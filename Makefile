@@ -34,9 +34,9 @@ demo: setup
 	$(BIN)/teal run configs/demo.yaml
 	$(BIN)/teal report runs/smollm2-135m
 
-# A file of tests a process: fixtures are then made once.
+# Side by side, a whole file in one process: its fixtures are made once. In order, since the longest is first.
 test: setup
-	$(PYTEST) --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu

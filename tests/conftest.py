@@ -58,7 +58,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/gpu needs a real GPU and triton's compiler."""
+    """The real model's tests go first, which take longest. tests/gpu needs a real GPU and triton's compiler."""
+    items.sort(key=lambda item: "real" not in item.keywords)
     reason = "" if torch.cuda.is_available() else "no GPU here"
     if os.environ.get("TRITON_INTERPRET") == "1":
         reason = reason or "the interpreter is on: use make test-gpu"
