@@ -1,6 +1,5 @@
 """Random launches of the kernels and their definitions in float64, for the interpreter and for a GPU."""
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
-from teal_kernels.packing import Packed, pack, side_by_side
+from teal_kernels.packing import Packed, dequantised, pack, side_by_side
 from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
 from teal_kernels.triton_gemv import EMPTY, GemvConfig, Heads, Norm, Scratch, gemv, squares_of
 
@@ -34,6 +33,11 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm()) / (size if size > 0 else 1.0)
 
 
+def _weights(table: Tensor | Packed) -> Tensor:
+    """(in, out), in float64."""
+    return dequantised(table, torch.float64) if isinstance(table, Packed) else table.double()
+
+
 @dataclass
 class Case:
     """The arguments of one launch, and its definition."""
@@ -41,7 +45,7 @@ class Case:
     finish: str
     parts: tuple[int, ...]
     x: Tensor
-    table: Tensor
+    table: Tensor | Packed
     thresholds: Tensor
     before: Tensor
     """What y holds before the launch; `residual` adds to it."""
@@ -63,10 +67,9 @@ class Case:
 
     def expected(self) -> Tensor:
         """The result in float64."""
-        borders = [0, *itertools.accumulate(self.parts)]
         columns = [
-            masked_input(self.seen, threshold).double() @ self.table[:, start:stop].double()
-            for (start, stop), threshold in zip(itertools.pairwise(borders), self.thresholds, strict=True)
+            masked_input(self.seen, threshold).double() @ weights
+            for weights, threshold in zip(_weights(self.table).split(self.parts, dim=1), self.thresholds, strict=True)
         ]
         y = torch.cat(columns, dim=1)
         if self.bias is not None:
@@ -135,11 +138,13 @@ def random_case(
     parts: tuple[int, ...] | None = None,
     seed: int = 0,
     sparsity: float | None = None,
+    packed: tuple[int, int, bool] | None = None,
     device: str = "cpu",
 ) -> Case:
     """A random launch; thresholds below zero where nothing is to be dropped.
 
-    Each part has a sparsity of its own, or all have the one that is given.
+    Each part has a sparsity of its own, or all have the one that is given. Weights are in x's dtype, or quantised
+    to so many bits in groups of so many inputs, with zero points or without.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = parts or PARTS[finish]
@@ -154,7 +159,7 @@ def random_case(
         finish,
         parts,
         x,
-        table=random(inputs, total),
+        table=random(inputs, total) if packed is None else random_packed(inputs, parts, *packed, device=device),
         thresholds=torch.full((len(parts),), -1.0, device=device),
         before=random(rows, parts[0] if finish == "gated" else total),
         bias=random(total) if bias else None,
@@ -282,6 +287,8 @@ class HeadsCase:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     outputs: int = 72
+    packed: tuple[int, int, bool] | None = None
+    """As in `random_case`."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.position)
@@ -299,7 +306,10 @@ class HeadsCase:
         self.read.sums[written:], self.read.logs[written:] = torch.nan, torch.nan
         self.x = merged(replace(self.read, sums=self.read.sums[:written], logs=self.read.logs[:written]))
         self.x = self.x.to(self.dtype)
-        self.table = random(self.heads * self.dim, self.outputs).to(self.dtype)
+        inputs = self.heads * self.dim
+        self.table: Tensor | Packed = random(inputs, self.outputs).to(self.dtype)
+        if self.packed is not None:
+            self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
 
     def check(self, cut: GemvConfig, *, pdl: bool = False) -> None:
         """Against float64, at a threshold that no input is near."""
@@ -311,7 +321,7 @@ class HeadsCase:
         scratch, counts = Scratch(y.device), torch.zeros(3, dtype=torch.int64, device=self.device)
         gemv(self.read, self.table, (self.outputs,), threshold, y, cut, scratch, counts=counts, pdl=pdl)
         seen = self.x if cut.dense else masked_input(self.x, threshold)
-        assert relative_error(y, seen.double() @ self.table.double()) < 2 * LIMITS[self.dtype]
+        assert relative_error(y, seen.double() @ _weights(self.table)) < 2 * LIMITS[self.dtype]
         assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))
 
 
@@ -358,7 +368,7 @@ class Output:
 
 
 def random_packed(
-    inputs: int, parts: tuple[int, ...], bits: int, group: int, *, zeros: bool, seed: int = 0, device: str = "cpu"
+    inputs: int, parts: tuple[int, ...], bits: int, group: int, zeros: bool, *, seed: int = 0, device: str = "cpu"
 ) -> Packed:
     """Quantised weights of projections side by side: any codes and zero points, scales between 0.1 and 1.1."""
     generator = torch.Generator().manual_seed(seed)

@@ -159,28 +159,29 @@ def _slots(config: GemvConfig, rows: int) -> int:
     return power_of_two(config.inputs_per_split) + 2 * block_in * unroll
 
 
+def _tiles_bytes(config: GemvConfig, rows: int, itemsize: int, sets: int) -> int:
+    """Of a program's shared memory for matrix units: so many sets of tiles in flight, and a tile of values."""
+    if rows == 1:
+        return 0
+    block_in, unroll = _tile(config, rows)
+    return block_in * (sets * unroll * config.block_out + LEAST_TILE) * itemsize
+
+
 def _list_bytes(config: GemvConfig, rows: int, itemsize: int) -> int:
     """Of a program's list in shared memory, if it has one; 0 where that lies in global memory."""
     needed = 0 if interpreting() else rows * _slots(config, rows) * 2 * itemsize
-    beside = 0
-    if rows > 1:  # matrix units take two sets of tiles at a time, and a little more
-        block_in, unroll = _tile(config, rows)
-        beside = 2 * unroll * block_in * config.block_out * itemsize + 4096
+    beside = _tiles_bytes(config, rows, itemsize, sets=2) + 1024
     return needed if needed <= _MOST_LIST_BYTES and needed + beside <= _MOST_SHARED_BYTES else 0
 
 
 def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int) -> int:
     """Programs that a multiprocessor holds at the least.
 
-    Eight warps fit whatever registers they need. Matrix units take their tiles from shared memory,
-    where up to three sets of them lie at a time, beside the list.
+    Eight warps fit whatever registers they need. Of tiles in shared memory up to three sets lie there at a time.
     """
     fitting = max(1, 8 // config.warps)
     if device.type == "cuda":
-        needed = _list_bytes(config, rows, itemsize) + 4096
-        if rows > 1:
-            block_in, unroll = _tile(config, rows)
-            needed += 3 * unroll * block_in * (config.block_out + LEAST_TILE) * itemsize
+        needed = _list_bytes(config, rows, itemsize) + _tiles_bytes(config, rows, itemsize, sets=3) + 4096
         fitting = max(1, min(fitting, shared_memory(device) // needed))
     return fitting
 

@@ -10,12 +10,12 @@ so this is not a test of results.
 from dataclasses import replace
 
 import torch
-from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case, random_packed
+from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import embed
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import GemvConfig, Scratch
 
 CUTS = (
     GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1),
@@ -43,14 +43,15 @@ def main() -> None:
             for cut in CUTS:
                 for dense in (False, True):
                     attended.check(replace(cut, dense=dense))
-        for bits, group, zeros in PACKED:
-            packed = random_packed(200, (152, 72, 40), bits, group, zeros=zeros, device="cuda")
-            x = torch.randn(rows, 200, dtype=torch.bfloat16, device="cuda")
-            y, scratch = torch.empty(rows, 264, dtype=x.dtype, device="cuda"), Scratch(x.device)
+        for weights in PACKED:
+            case = random_case(
+                "plain", rows, dtype=torch.bfloat16, inputs=200, parts=(152, 72, 40), packed=weights, device="cuda"
+            )
+            attended = HeadsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
             for cut in CUTS:
                 for dense in (False, True):
-                    config = fitting(replace(cut, dense=dense), packed, rows)
-                    gemv(x, packed, packed.parts, torch.full((3,), 0.6, device="cuda"), y, config, scratch)
+                    case.launch(fitting(replace(cut, dense=dense), case.table, rows), scratch)
+                    attended.check(fitting(replace(cut, dense=dense), attended.table, rows))
         for width in (44, 200):
             gate, up = (torch.randn(152, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
             x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")

@@ -1,8 +1,10 @@
 """Products of quantised weights on a real GPU: against float64, and the same bits on every run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from kernel_cases import LIMITS, random_packed, relative_error
+from kernel_cases import LIMITS, PARTS, HeadsCase, random_case, random_packed, relative_error
 from torch import Tensor
 
 from teal_kernels import masked_input
@@ -55,6 +57,23 @@ def test_against_float64(
     limit = x.abs().float().quantile(sparsity) if sparsity and not config.dense else torch.tensor(-1.0, device="cuda")
     y = _run(x, packed, limit.repeat(len(parts)), config)
     assert relative_error(y, masked_input(x, limit).double() @ dequantised(packed, torch.float64)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("per_split", [128, 512], ids=["one group", "several groups"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("weights", [(8, 128, False), (4, 128, True), (4, 32, True)], ids=str)
+def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, per_split: int) -> None:
+    """Norms and heads of attention before a product, what finishes it after."""
+    cut = GemvConfig(block_out=128, block_in=8, unroll=2, inputs_per_split=per_split, warps=2)
+    for dense in (False, True):
+        for finish in PARTS:
+            case = random_case(
+                finish, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
+            )
+            result = case.launch(fitting(replace(cut, dense=dense), case.table, rows))
+            assert relative_error(result.y, case.expected()) < LIMITS[torch.bfloat16]
+        merging = HeadsCase(rows, 16, 64, 700, dtype=torch.bfloat16, device="cuda", packed=weights)
+        merging.check(fitting(replace(cut, dense=dense), merging.table, rows))
 
 
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)

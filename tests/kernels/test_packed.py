@@ -1,13 +1,12 @@
 """Products of quantised weights against their definition in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import random_packed
-from torch.nn.functional import silu
+from kernel_cases import PARTS, HeadsCase, random_case, random_packed, relative_error
 
-from teal_kernels import masked_input
 from teal_kernels.packed_linear import (
     byte_table,
     cpu_packed_linear,
@@ -16,12 +15,10 @@ from teal_kernels.packed_linear import (
     triton_packed_linear,
 )
 from teal_kernels.packing import codes_of, dequantised, pack, side_by_side
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
 from teal_kernels.tuning import UNTUNED
 
 INPUTS = 200
-# No size is a multiple of a word or of a block.
-PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
 WEIGHTS = [(8, INPUTS, False), (8, 64, True), (4, 64, True), (4, 32, True), (4, 64, False)]
 CUTS = {
     "one group": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1),
@@ -52,41 +49,25 @@ def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: b
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("finish", PARTS)
-@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
-def test_kernel_against_float64(
-    bits: int, group: int, zeros: bool, finish: str, cut: str, rows: int, dense: bool
-) -> None:
-    parts = PARTS[finish]
-    packed = random_packed(INPUTS, parts, bits, group, zeros=zeros)
-    config = fitting(GemvConfig(**{**vars(CUTS[cut]), "dense": dense}), packed, rows)
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(rows, INPUTS, generator=generator)
-    thresholds = torch.tensor([-1.0] * 3 if dense else [0.5, 0.8, 0.2])[: len(parts)]
-    before = torch.randn(rows, parts[0] if finish == "gated" else sum(parts), generator=generator)
-    y = before.clone()
-    squares = torch.zeros(rows, squares_of(packed, parts, config, rows))
-    gemv(
-        x,
-        packed,
-        parts,
-        thresholds,
-        y,
-        config,
-        Scratch(x.device),
-        finish=finish,
-        squares=squares if finish == "residual" else None,
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut: str, rows: int, dense: bool) -> None:
+    case = random_case(
+        finish, rows, norm=finish != "residual", bias=False, listed=not dense, inputs=INPUTS, packed=weights
     )
-    weights = dequantised(packed, torch.float64).split(parts, dim=1)
-    expected = torch.cat(
-        [masked_input(x, t).double() @ weight for t, weight in zip(thresholds, weights, strict=True)], dim=1
-    )
-    if finish == "gated":
-        expected = silu(expected[:, : parts[0]]) * expected[:, parts[0] :]
-    if finish == "residual":
-        expected = expected + before
-        torch.testing.assert_close(squares.sum(1), y.square().sum(1))
+    result = case.launch(fitting(replace(CUTS[cut], dense=dense), case.table, rows))
     # Codes are added up with their offset: more is cancelled than in a product of plain weights.
-    assert float((y - expected).norm() / expected.norm()) < 5e-6
+    assert relative_error(result.y, case.expected()) < 5e-6
+    if finish == "residual":
+        torch.testing.assert_close(result.squares.sum(1), result.y.square().sum(1))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("weights", [(8, 64, True), (4, 32, True)], ids=str)
+def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
+    case = HeadsCase(rows, 8, 24, 100, shortest=16, outputs=40, packed=weights)
+    case.check(fitting(replace(CUTS[cut], dense=dense), case.table, rows))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
