@@ -218,11 +218,11 @@ def _lanes(stretch: int) -> int:
     return stretch if interpreting() else _WARP
 
 
-def _alike(head_size: int, per_split: int, lanes: int, taken: int) -> int:
-    """Lines of inputs one after the other that surely lie in one head, of those taken at once."""
+def _alike(head_size: int, piece: int, lanes: int, taken: int) -> int:
+    """Lines of inputs one after the other that surely lie in one head, of those taken at once from pieces of inputs."""
     span = lanes * taken
     unit = min(head_size, span)
-    whole = head_size % lanes == 0 and max(head_size, span) % unit == 0 and per_split % unit == 0
+    whole = head_size % lanes == 0 and max(head_size, span) % unit == 0 and piece % unit == 0
     return unit // lanes if whole else 1
 
 
@@ -313,7 +313,7 @@ def gemv(
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
-    alike = 1 if heads is None or several else _alike(heads.head_size, per_split, lanes, taken)
+    alike = 1 if heads is None else _alike(heads.head_size, group if several else per_split, lanes, taken)
     launch(
         gemv_kernel,
         (blocks, splits),

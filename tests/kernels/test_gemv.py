@@ -12,6 +12,7 @@ import torch
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, HeadsCase, random_case, relative_error
 
 from teal_kernels import active_inputs, triton_gemv
+from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
 
 CUTS = {
@@ -335,12 +336,6 @@ def test_heads_of_other_dtypes() -> None:
         HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
 
 
-@pytest.fixture
-def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a warp is narrower than a stretch and does not hold all of its lines."""
-    monkeypatch.setattr(triton_gemv, "_lanes", lambda _: 8)
-
-
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("finish", FINISHES)
@@ -364,6 +359,8 @@ def test_heads_are_merged_line_by_line(
     for per_split in (32, 64):
         cut = replace(CUTS["one stretch"], inputs_per_split=per_split, dense=dense)
         HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40).check(cut)
+        in_groups = HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40, packed=(8, 32, True))
+        in_groups.check(fitting(cut, in_groups.table, rows))
 
 
 def test_heads_propagate_nan_to_their_own_row() -> None:

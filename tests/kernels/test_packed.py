@@ -63,6 +63,19 @@ def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut
 
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("finish", PARTS)
+@pytest.mark.usefixtures("narrow_warps")
+def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
+    for weights, cut in itertools.product([(8, INPUTS, False), (4, 64, True), (4, 32, True)], CUTS.values()):
+        case = random_case(
+            finish, rows, norm=finish != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3
+        )
+        result = case.launch(fitting(replace(cut, dense=dense), case.table, rows))
+        assert relative_error(result.y, case.expected()) < 5e-6
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("weights", [(8, 64, True), (4, 32, True)], ids=str)
 def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
