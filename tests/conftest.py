@@ -34,7 +34,7 @@ from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.loading import auto_class, load_model
-from teal_kernels import masked_input, tuning
+from teal_kernels import masked_input, triton_gemv, tuning
 
 
 def _quicken_interpreter() -> None:
@@ -332,6 +332,12 @@ def export_tiny(
     calibration = calibrate_tiny(folder, output_layer=output_layer)
     write_checkpoint(folder, make_plan(calibration, sparsity, allocation), calibration, out, "link")
     return out, calibration
+
+
+@pytest.fixture
+def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a warp is narrower than a stretch of inputs and does not hold all of its lines."""
+    monkeypatch.setattr(triton_gemv, "_lanes", lambda _: 8)
 
 
 @pytest.fixture(scope="session")

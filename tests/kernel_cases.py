@@ -85,7 +85,8 @@ class Case:
         scratch = scratch or Scratch(self.x.device)
         rows = self.x.shape[0]
         y = _guarded(self.before)
-        squares = _guarded(torch.zeros(rows, squares_of(self.table, self.parts, config, rows), device=self.x.device))
+        columns = squares_of(self.table, self.parts, config, rows, self.x.dtype)
+        squares = _guarded(torch.zeros(rows, columns, device=self.x.device))
         gemv(
             self.x,
             self.table,

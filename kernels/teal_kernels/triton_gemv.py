@@ -186,15 +186,15 @@ def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int)
     return fitting
 
 
-def _finishers(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
+def _finishers(
+    table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int, dtype: torch.dtype
+) -> int:
     """Programs that share the end of one block.
 
     They wait for one another, so all must run at one time; nothing else of ours runs beside them
     (one stream a device).
     """
-    # Packed codes are multiplied as x is; beside float32 there is room for more than this says.
-    itemsize = 2 if isinstance(table, Packed) else table.itemsize
-    fitting = _fitting(table.device, config, rows, itemsize)
+    fitting = _fitting(table.device, config, rows, dtype.itemsize)
     most = min(
         resident(table.device, fitting) // _blocks(parts, config),
         -(-table.shape[0] // config.inputs_per_split),
@@ -208,9 +208,11 @@ def _blocks(parts: tuple[int, ...], config: GemvConfig) -> int:
     return sum(-(-part // config.block_out) for part in parts)
 
 
-def squares_of(table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int) -> int:
-    """Partial sums of squares that a `residual` product of a batch of `rows` writes for each row."""
-    return _blocks(parts, config) * _finishers(table, parts, config, rows)
+def squares_of(
+    table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int, dtype: torch.dtype
+) -> int:
+    """Partial sums of squares that a `residual` product of a batch of `rows` in `dtype` writes for each row."""
+    return _blocks(parts, config) * _finishers(table, parts, config, rows, dtype)
 
 
 def _lanes(stretch: int) -> int:
@@ -289,7 +291,7 @@ def gemv(
         raise ValueError(f"a program cannot take several groups of {group} inputs: that is no multiple of 32")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = _blocks(parts, config)
-    finishers = _finishers(table, parts, config, rows) if alone else 1
+    finishers = _finishers(table, parts, config, rows, x.dtype) if alone else 1
     if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
     splits = -(-n_in // config.inputs_per_split)

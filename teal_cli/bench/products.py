@@ -133,7 +133,7 @@ class TimedProduct:
         )
 
     def _squares(self, config: GemvConfig) -> Tensor:
-        columns = squares_of(self.tables[0], self.parts, config, self.rows)
+        columns = squares_of(self.tables[0], self.parts, config, self.rows, self.dtype)
         return self.scratch.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
             self.rows, columns
         )

@@ -108,9 +108,10 @@ class Launch:
         product: what is launched.
         enabled: False runs it dense.
         rows: of the batch.
+        dtype: of the hidden states.
     """
 
-    def __init__(self, product: Product, enabled: bool, rows: int) -> None:
+    def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype) -> None:
         self.product = product
         table, parts = product.table, product.parts
         plans = [layer.plan for layer in product.layers]
@@ -131,7 +132,7 @@ class Launch:
         if isinstance(table, Packed):
             self.config = fitting(self.config, table, rows)
         self.squares = torch.empty(
-            rows, squares_of(table, parts, self.config, rows), dtype=torch.float32, device=table.device
+            rows, squares_of(table, parts, self.config, rows, dtype), dtype=torch.float32, device=table.device
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
@@ -260,11 +261,14 @@ class Session:
         config, device, dtype = decoder.model.config, decoder.device, decoder.dtype
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.launches = [
-            tuple(Launch(product, self.enabled, rows) for product in (block.qkv, block.o, block.gate_up, block.down))
+            tuple(
+                Launch(product, self.enabled, rows, dtype)
+                for product in (block.qkv, block.o, block.gate_up, block.down)
+            )
             for block in decoder.blocks
         ]
         output = decoder.output()
-        self.output = None if output is None else Launch(output, self.enabled, rows)
+        self.output = None if output is None else Launch(output, self.enabled, rows, dtype)
         block = decoder.blocks[0]
 
         def buffer(columns: int, kind: torch.dtype = dtype) -> Tensor:

@@ -177,7 +177,7 @@ def test_launches_that_overlap() -> None:
     hidden, qkv = start.clone(), random(1, 3 * size)
     attended = Heads.empty(1, heads, size // heads, attention_splits(heads), position)
     activation = random(1, wide)
-    columns = [squares_of(table, (size,), cut, 1) for table in (tables[0]["o"], tables[0]["down"])]
+    columns = [squares_of(table, (size,), cut, 1, table.dtype) for table in (tables[0]["o"], tables[0]["down"])]
     squares = [torch.zeros(1, count, device=device) for count in columns]
 
     def token(pdl: bool) -> None:

@@ -250,7 +250,7 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
 
 def test_squares_of_counts_blocks_of_each_part() -> None:
     for parts, blocks in (((64,), 2), ((65, 1), 4), ((32, 32, 31), 3)):
-        assert squares_of(torch.empty(128, sum(parts)), parts, CUTS["one stretch"], rows=1) == blocks
+        assert squares_of(torch.empty(128, sum(parts)), parts, CUTS["one stretch"], 1, torch.float32) == blocks
 
 
 def test_a_list_holds_indices_of_15_bits() -> None:
@@ -280,9 +280,9 @@ def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None
     """An RTX A6000: 84 multiprocessors of 100 KiB. Of 112 blocks of two tiles each in float32, two programs fit."""
     monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(triton_gemv, "resident", lambda device, each: 84 * each)
-    table: Any = SimpleNamespace(device=torch.device("cuda"), itemsize=4, shape=(4096, 28672))
+    table: Any = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 28672))
     cut = GemvConfig(block_out=256, block_in=1, unroll=16, inputs_per_split=256, warps=1, dense=True)
-    alone, batch = (squares_of(table, (14336, 14336), cut, rows) // 112 for rows in (1, 2))
+    alone, batch = (squares_of(table, (14336, 14336), cut, rows, torch.float32) // 112 for rows in (1, 2))
     assert (alone, batch) == (4, 1)
 
 
