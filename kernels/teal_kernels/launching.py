@@ -76,7 +76,8 @@ def launch(
         compile_only: compile, and launch nothing.
         constants: the kernel's compile-time arguments but `PDL`.
     """
-    options: dict[str, Any] = {"num_warps": warps, "PDL": pdl, **constants}
+    # Said, since from triton 3.10 on products and sums are not fused by default; 3.9 warns of it at a user's terminal.
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True, "PDL": pdl, **constants}
     if pdl:  # older GPUs and the interpreter do not know the option
         options["launch_pdl"] = True
     if compile_only:

@@ -1,0 +1,82 @@
+"""Every kernel through Triton's compiler, for a GPU that need not be here; nothing is launched.
+
+    PYTHONPATH=tests python tests/compile_kernels.py 90
+
+compiles for compute capability 9.0, and prints the names of the kernels.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
+from triton.backends.compiler import GPUTarget
+
+from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
+from teal_kernels.packed_linear import fitting
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
+from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
+from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+
+# Rows, cut, quantised weights of the product after attention: lists in shared and in global memory, and none.
+PRODUCTS = (
+    (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=64, warps=1), (8, 64, False)),
+    (3, GemvConfig(block_out=64, block_in=16, unroll=1, inputs_per_split=2048, warps=2), (4, 64, True)),
+    (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=128, warps=2, dense=True), (4, 64, True)),
+)
+DTYPE = torch.bfloat16
+
+
+class NoGPU:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _compile(kernel: Any, *arguments: Any, pdl: bool, names: set[str], **options: Any) -> None:
+    launching.launch(kernel, *arguments, pdl=pdl, **{**options, "compile_only": True})
+    names.add(kernel.__name__)
+
+
+def main(capability: int) -> None:
+    """Compile them."""
+    triton.runtime.driver.set_active(NoGPU(capability))
+    names: set[str] = set()
+    for module in (triton_gemv, triton_decode, triton_gate_first):
+        module.launch = partial(_compile, names=names)
+    pdl = capability >= 90
+    for rows, cut, quantised in PRODUCTS:
+        for finish in PARTS:
+            random_case(finish, rows, dtype=DTYPE).launch(cut, pdl=pdl)
+        for packed in (None, quantised):
+            case = HeadsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed)
+            fitted = cut if packed is None else fitting(cut, case.table, rows)
+            y = torch.zeros(rows, case.outputs, dtype=DTYPE)
+            gemv(case.read, case.table, (case.outputs,), torch.zeros(1), y, fitted, Scratch(y.device), pdl=pdl)
+    for rows in (1, 3):
+        attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
+        attention.launch(attention.keys, attention.values, pdl=pdl)
+        logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
+        find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
+        hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
+        embed(token, hidden, torch.zeros(1, dtype=torch.int32), hidden, torch.zeros(rows, 1), pdl=pdl)
+        weight = torch.zeros(152, 72, dtype=DTYPE)
+        for gate in (gates, GateLayer(weight, None)):
+            launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
+    print(*sorted(names), sep="\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
