@@ -15,10 +15,9 @@ from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
-from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import GemvConfig
 
 # Rows, cut, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -61,10 +60,7 @@ def main(capability: int) -> None:
         for finish in PARTS:
             random_case(finish, rows, dtype=DTYPE).launch(cut, pdl=pdl)
         for packed in (None, quantised):
-            case = HeadsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed)
-            fitted = cut if packed is None else fitting(cut, case.table, rows)
-            y = torch.zeros(rows, case.outputs, dtype=DTYPE)
-            gemv(case.read, case.table, (case.outputs,), torch.zeros(1), y, fitted, Scratch(y.device), pdl=pdl)
+            HeadsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(cut, torch.zeros(1), pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)

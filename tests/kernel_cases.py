@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
+from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised, pack, side_by_side
 from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
 from teal_kernels.triton_gemv import EMPTY, GemvConfig, Heads, Norm, Scratch, gemv, squares_of
@@ -36,6 +37,11 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 def _weights(table: Tensor | Packed) -> Tensor:
     """(in, out), in float64."""
     return dequantised(table, torch.float64) if isinstance(table, Packed) else table.double()
+
+
+def _fitting(config: GemvConfig, table: Tensor | Packed, rows: int) -> GemvConfig:
+    """The cut, as quantised weights allow it."""
+    return fitting(config, table, rows) if isinstance(table, Packed) else config
 
 
 @dataclass
@@ -84,6 +90,7 @@ class Case:
         """Run the kernel; what lies around its outputs must stay as it was."""
         scratch = scratch or Scratch(self.x.device)
         rows = self.x.shape[0]
+        config = _fitting(config, self.table, rows)
         y = _guarded(self.before)
         columns = squares_of(self.table, self.parts, config, rows, self.x.dtype)
         squares = _guarded(torch.zeros(rows, columns, device=self.x.device))
@@ -312,15 +319,21 @@ class HeadsCase:
         if self.packed is not None:
             self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
 
+    def launch(self, cut: GemvConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+        """Run the kernel: (rows, outputs)."""
+        y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
+        config = _fitting(cut, self.table, self.rows)
+        gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
+        return y
+
     def check(self, cut: GemvConfig, *, pdl: bool = False) -> None:
         """Against float64, at a threshold that no input is near."""
         sizes = self.x.abs().flatten().float().sort().values
         middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]
         gap = int(middle.diff().argmax())
         threshold = torch.full((1,), float(middle[gap] + middle[gap + 1]) / 2, device=self.device)
-        y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
-        scratch, counts = Scratch(y.device), torch.zeros(3, dtype=torch.int64, device=self.device)
-        gemv(self.read, self.table, (self.outputs,), threshold, y, cut, scratch, counts=counts, pdl=pdl)
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        y = self.launch(cut, threshold, counts, pdl=pdl)
         seen = self.x if cut.dense else masked_input(self.x, threshold)
         assert relative_error(y, seen.double() @ _weights(self.table)) < 2 * LIMITS[self.dtype]
         assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))

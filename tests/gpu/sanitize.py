@@ -13,7 +13,6 @@ import torch
 from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
-from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import embed
 from teal_kernels.triton_gemv import GemvConfig, Scratch
 
@@ -50,8 +49,8 @@ def main() -> None:
             attended = HeadsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
             for cut in CUTS:
                 for dense in (False, True):
-                    case.launch(fitting(replace(cut, dense=dense), case.table, rows), scratch)
-                    attended.check(fitting(replace(cut, dense=dense), attended.table, rows))
+                    case.launch(replace(cut, dense=dense), scratch)
+                    attended.check(replace(cut, dense=dense))
         for width in (44, 200):
             gate, up = (torch.randn(152, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
             x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")

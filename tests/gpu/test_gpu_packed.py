@@ -70,10 +70,10 @@ def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, 
             case = random_case(
                 finish, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
             )
-            result = case.launch(fitting(replace(cut, dense=dense), case.table, rows))
+            result = case.launch(replace(cut, dense=dense))
             assert relative_error(result.y, case.expected()) < LIMITS[torch.bfloat16]
         merging = HeadsCase(rows, 16, 64, 700, dtype=torch.bfloat16, device="cuda", packed=weights)
-        merging.check(fitting(replace(cut, dense=dense), merging.table, rows))
+        merging.check(replace(cut, dense=dense))
 
 
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)

@@ -12,7 +12,6 @@ import torch
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, HeadsCase, random_case, relative_error
 
 from teal_kernels import active_inputs, triton_gemv
-from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
 
 CUTS = {
@@ -359,8 +358,7 @@ def test_heads_are_merged_line_by_line(
     for per_split in (32, 64):
         cut = replace(CUTS["one stretch"], inputs_per_split=per_split, dense=dense)
         HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40).check(cut)
-        in_groups = HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40, packed=(8, 32, True))
-        in_groups.check(fitting(cut, in_groups.table, rows))
+        HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40, packed=(8, 32, True)).check(cut)
 
 
 def test_heads_propagate_nan_to_their_own_row() -> None:

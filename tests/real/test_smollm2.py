@@ -145,6 +145,7 @@ def test_readme_commands(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> N
         arguments = shlex.split(command)[1:]
         verb = arguments[0]
         if verb == "run":
+            assert arguments[1] == "configs/demo.yaml"
             recipe = Path("demo.yaml")
             recipe.write_text(_quick_recipe(ROOT / arguments[1]), encoding="utf-8")
             arguments[1] = str(recipe)
