@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rounded, send
 from teal_kernels.jit_heads import head_stretches
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
-from teal_kernels.jit_sums import group_factors, no_sums, scaled_sums, sum_rows
+from teal_kernels.jit_sums import group_factors, no_sums, rows_from, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
@@ -120,10 +120,11 @@ def gemv_kernel(
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
+    first_rows = ()
+    if not LISTED and not SEVERAL_GROUPS:  # what is read whole is known before the inputs are
+        first_rows = rows_from(columns, inside, 0, last - first, stride, BLOCK_IN, UNROLL, EVICT)
     if PDL:
         gdc_wait()
-        # After the wait, so that whoever starts early may read what the kernel before this one wrote.
-        gdc_launch_dependents()
 
     dtype = x_ptr.dtype.element_ty
     scales = ()
@@ -184,9 +185,13 @@ def gemv_kernel(
             listed = end_list(entries, SHARED)
         if not LISTED:
             count = stop - begin
+        ahead = first_rows
+        if not LISTED and SEVERAL_GROUPS:
+            ahead = rows_from(columns, inside, begin - first, stop - first, stride, BLOCK_IN, UNROLL, EVICT)
         sums = sum_rows(
             columns,
             inside,
+            ahead,
             x_ptr + first,
             n_in,
             listed,
@@ -205,8 +210,11 @@ def gemv_kernel(
             BLOCK_IN,
             UNROLL,
             EVICT,
+            PDL and LISTED and not SEVERAL_GROUPS,
         )
         acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, BITS, PACK, ROWS, BLOCK_IN)
+    if PDL:
+        gdc_launch_dependents()  # late: see `launch_dependents`
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")

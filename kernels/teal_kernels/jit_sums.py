@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import LEAST_TILE, matmul
+from teal_kernels.jit_common import LEAST_TILE, launch_dependents, matmul
 from teal_kernels.jit_lists import listed_index, listed_value
 
 
@@ -111,9 +111,43 @@ def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl
 
 
 @triton.jit
+def _rows(columns, inside, which, there, stride, EVICT: tl.constexpr):
+    """A tile of weights: the rows `which`, where they are there."""
+    return tl.load(
+        columns[None, :] + (which * stride)[:, None],
+        mask=there[:, None] & inside[None, :],
+        other=0,
+        eviction_policy=EVICT,
+    )
+
+
+@triton.jit
+def rows_from(columns, inside, begin, stop, stride, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr, EVICT: tl.constexpr):
+    """Tiles of weights, a tuple: the rows from `begin`, as far as they are before `stop`."""
+    weights = ()
+    for step in tl.static_range(UNROLL):
+        which = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        weights = weights + (_rows(columns, inside, which, which < stop, stride, EVICT),)
+    return weights
+
+
+@triton.jit
+def _listed_from(
+    entries, begin, stop, dtype: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr
+):
+    """For each tile from slot `begin` the rows that a list names: a tuple."""
+    which = ()
+    for step in tl.static_range(UNROLL):
+        slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        which = which + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
+    return which
+
+
+@triton.jit
 def sum_rows(
     columns,
     inside,
+    ahead,
     x_ptr,
     n_in,
     entries,
@@ -132,41 +166,32 @@ def sum_rows(
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
     EVICT: tl.constexpr,
+    LAUNCH_DEPENDENTS: tl.constexpr,
 ):
     """Inputs times their rows of weights: for each weight of a word a tile of sums.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values are STORED in their slots.
+    `x_ptr` are the first, or of which the values are STORED in their slots. Without a list the first tiles, `ahead`,
+    are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are asked for.
     """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
     acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
     which = ()
-    for step in tl.static_range(UNROLL):
-        slots = begin + step * BLOCK_IN + tile
-        if LISTED:
-            slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
-        which = which + (slots,)
+    if LISTED:
+        which = _listed_from(entries, begin, stop, dtype, SHARED, BLOCK_IN, UNROLL)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
-        weights = ()
-        for step in tl.static_range(UNROLL):
-            there = start + step * BLOCK_IN + tile < stop
-            weights = weights + (
-                tl.load(
-                    columns[None, :] + (which[step] * stride)[:, None],
-                    mask=there[:, None] & inside[None, :],
-                    other=0,
-                    eviction_policy=EVICT,
-                ),
-            )
-        following = ()  # the next indices travel while these weights do
-        for step in tl.static_range(UNROLL):
-            slots = start + (UNROLL + step) * BLOCK_IN + tile
-            if LISTED:
-                slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
-            following = following + (slots,)
-        which = following
+        if LAUNCH_DEPENDENTS:
+            launch_dependents(start + BLOCK_IN * UNROLL >= stop)
+        weights = ahead
+        if LISTED:
+            weights = ()
+            for step in tl.static_range(UNROLL):
+                there = start + step * BLOCK_IN + tile < stop
+                weights = weights + (_rows(columns, inside, which[step], there, stride, EVICT),)
+            # The next indices travel while these weights do.
+            which = _listed_from(entries, start + UNROLL * BLOCK_IN, stop, dtype, SHARED, BLOCK_IN, UNROLL)
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             if ROWS == 1:
@@ -182,4 +207,6 @@ def sum_rows(
                 else:
                     values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
+        if not LISTED:
+            ahead = rows_from(columns, inside, start + UNROLL * BLOCK_IN, stop, stride, BLOCK_IN, UNROLL, EVICT)
     return acc

@@ -179,8 +179,8 @@ def output_logits(
         SQUARES=power_of_two(norm.squares.shape[1]),
         HAS_BIAS=bias is not None,
         BLOCK_OUT=_OUTPUT_BLOCK,
-        BLOCK_IN=min(512, power_of_two(n_in)),
-        warps=4,
+        BLOCK_IN=min(1024, power_of_two(n_in)),
+        warps=8,
         pdl=pdl,
     )
 

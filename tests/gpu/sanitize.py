@@ -1,12 +1,13 @@
 """Every kernel a few times, small, for compute-sanitizer:
 
-    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [ROWS ...]
 
 and again with `--tool racecheck`, which looks at shared memory only: that programs hand their partial
 sums over rightly is what the tests of equal bits show. The sanitizer slows kernels down a hundredfold,
-so this is not a test of results.
+so this is not a test of results. Batches have 1 and 3 rows; a process for each halves the time.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ PACKED = ((8, 200, False), (4, 128, True), (4, 32, True))
 
 def main() -> None:
     """Launch them."""
-    for rows in (1, 3):
+    for rows in [int(argument) for argument in sys.argv[1:]] or (1, 3):
         for finish in PARTS:
             for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 512)):
                 case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
