@@ -24,6 +24,7 @@ PRODUCTS = (
     (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=64, warps=1), (8, 64, False)),
     (3, GemvConfig(block_out=64, block_in=16, unroll=1, inputs_per_split=2048, warps=2), (4, 64, True)),
     (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=128, warps=2, dense=True), (4, 64, True)),
+    (3, GemvConfig(block_out=64, block_in=16, unroll=1, inputs_per_split=128, warps=2, dense=True), (8, 64, False)),
 )
 DTYPE = torch.bfloat16
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from teal_kernels import active_inputs, masked_input
+from teal_kernels.launching import hopper_or_later
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised, pack, side_by_side
 from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
@@ -26,6 +27,7 @@ SPARSITIES = {"plain": (0.3, 0.5, 0.7), "residual": (0.5,), "gated": (0.4, 0.6)}
 GUARD = 64
 SENTINEL = 7.0
 POSITIONS = 160
+PDL = torch.cuda.is_available() and hopper_or_later(torch.device("cuda"))
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

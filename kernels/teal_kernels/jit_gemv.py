@@ -120,9 +120,11 @@ def gemv_kernel(
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
-    first_rows = ()
-    if not LISTED and not SEVERAL_GROUPS:  # what is read whole is known before the inputs are
-        first_rows = rows_from(columns, inside, 0, last - first, stride, BLOCK_IN, UNROLL, EVICT)
+    # What is read whole is known before the inputs are. (In batches Triton itself sees to rows that are under way.)
+    whole: tl.constexpr = not LISTED and ROWS == 1 and not SEVERAL_GROUPS
+    ahead = ()
+    if whole:
+        ahead = rows_from(columns, inside, 0, last - first, stride, BLOCK_IN, UNROLL, EVICT)
     if PDL:
         gdc_wait()
 
@@ -185,9 +187,6 @@ def gemv_kernel(
             listed = end_list(entries, SHARED)
         if not LISTED:
             count = stop - begin
-        ahead = first_rows
-        if not LISTED and SEVERAL_GROUPS:
-            ahead = rows_from(columns, inside, begin - first, stop - first, stride, BLOCK_IN, UNROLL, EVICT)
         sums = sum_rows(
             columns,
             inside,
@@ -201,6 +200,7 @@ def gemv_kernel(
             dtype,
             LISTED,
             taken,
+            whole,
             BITS,
             PACK,
             WORDS,
@@ -210,11 +210,11 @@ def gemv_kernel(
             BLOCK_IN,
             UNROLL,
             EVICT,
-            PDL and LISTED and not SEVERAL_GROUPS,
+            PDL and LISTED and ROWS == 1 and not SEVERAL_GROUPS,  # no asm in a loop that Triton pipelines
         )
         acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, BITS, PACK, ROWS, BLOCK_IN)
     if PDL:
-        gdc_launch_dependents()  # late: see `launch_dependents`
+        gdc_launch_dependents()  # of an empty list, or where the loop did not: see `launch_dependents`
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):
             tl.atomic_add(counts_ptr + part, active.to(tl.int64), sem="relaxed")

@@ -132,14 +132,23 @@ def rows_from(columns, inside, begin, stop, stride, BLOCK_IN: tl.constexpr, UNRO
 
 
 @triton.jit
-def _listed_from(
-    entries, begin, stop, dtype: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr
+def _rows_of_slots(
+    entries,
+    begin,
+    stop,
+    dtype: tl.constexpr,
+    LISTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """For each tile from slot `begin` the rows that a list names: a tuple."""
+    """For each tile from slot `begin` the rows of weights, a tuple: those that a list names, or of the same number."""
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        which = which + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
+        if LISTED:
+            slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
+        which = which + (slots,)
     return which
 
 
@@ -157,6 +166,7 @@ def sum_rows(
     dtype: tl.constexpr,
     LISTED: tl.constexpr,
     STORED: tl.constexpr,
+    AHEAD: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
     WORDS: tl.constexpr,
@@ -171,27 +181,25 @@ def sum_rows(
     """Inputs times their rows of weights: for each weight of a word a tile of sums.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values are STORED in their slots. Without a list the first tiles, `ahead`,
-    are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are asked for.
+    `x_ptr` are the first, or of which the values are STORED in their slots. With AHEAD, and no list, the first tiles,
+    `ahead`, are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are asked for.
     """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
     acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
-    which = ()
-    if LISTED:
-        which = _listed_from(entries, begin, stop, dtype, SHARED, BLOCK_IN, UNROLL)
+    which = _rows_of_slots(entries, begin, stop, dtype, LISTED, SHARED, BLOCK_IN, UNROLL)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         if LAUNCH_DEPENDENTS:
             launch_dependents(start + BLOCK_IN * UNROLL >= stop)
         weights = ahead
-        if LISTED:
+        if not AHEAD:
             weights = ()
             for step in tl.static_range(UNROLL):
                 there = start + step * BLOCK_IN + tile < stop
                 weights = weights + (_rows(columns, inside, which[step], there, stride, EVICT),)
-            # The next indices travel while these weights do.
-            which = _listed_from(entries, start + UNROLL * BLOCK_IN, stop, dtype, SHARED, BLOCK_IN, UNROLL)
+        # The next indices travel while these weights do.
+        which = _rows_of_slots(entries, start + UNROLL * BLOCK_IN, stop, dtype, LISTED, SHARED, BLOCK_IN, UNROLL)
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             if ROWS == 1:
@@ -207,6 +215,6 @@ def sum_rows(
                 else:
                     values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
-        if not LISTED:
+        if AHEAD:
             ahead = rows_from(columns, inside, start + UNROLL * BLOCK_IN, stop, stride, BLOCK_IN, UNROLL, EVICT)
     return acc

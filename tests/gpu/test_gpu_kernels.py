@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LIMITS, PARTS, Attention, Case, HeadsCase, Output, random_case, relative_error
+from kernel_cases import LIMITS, PARTS, PDL, Attention, Case, HeadsCase, Output, random_case, relative_error
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from teal_kernels.launching import EMPTY, hopper_or_later
+from teal_kernels.launching import EMPTY
 from teal_kernels.triton_decode import attention_splits, decode_attention
 from teal_kernels.triton_gemv import GemvConfig, Heads, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
@@ -35,7 +35,6 @@ CUTS = {
     "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=4),
 }
 CUT_OF_256 = GemvConfig(block_out=64, block_in=8, unroll=4, inputs_per_split=256, warps=2)
-PDL = torch.cuda.is_available() and hopper_or_later(torch.device("cuda"))
 
 
 def _model_case(
@@ -143,7 +142,8 @@ def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
         assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
 
 
-def test_launches_that_overlap() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_launches_that_overlap(dense: bool) -> None:
     """Products and attention one right behind the other on one scratch memory, as decoding launches them.
 
     With programmatic dependent launch each begins while the one before runs. The bits must be those of
@@ -157,7 +157,7 @@ def test_launches_that_overlap() -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = Scratch(device)
-    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1)
+    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, dense=dense)
     tables = [
         {
             "qkv": random(size, 3 * size),
@@ -259,7 +259,7 @@ def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 576, 49152), (8, 70, 77)])
+@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 2560, 49152), (8, 70, 77)])
 def test_output_layer(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> None:
     case = Output.random(rows, hidden_size, vocabulary, bias=rows > 1, dtype=dtype, device="cuda")
     logits, token = case.launch()

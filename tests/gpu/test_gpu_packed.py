@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import LIMITS, PARTS, HeadsCase, random_case, random_packed, relative_error
+from kernel_cases import LIMITS, PARTS, PDL, HeadsCase, random_case, random_packed, relative_error
 from torch import Tensor
 
 from teal_kernels import masked_input
@@ -70,10 +70,10 @@ def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, 
             case = random_case(
                 finish, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
             )
-            result = case.launch(replace(cut, dense=dense))
+            result = case.launch(replace(cut, dense=dense), pdl=PDL)
             assert relative_error(result.y, case.expected()) < LIMITS[torch.bfloat16]
         merging = HeadsCase(rows, 16, 64, 700, dtype=torch.bfloat16, device="cuda", packed=weights)
-        merging.check(replace(cut, dense=dense))
+        merging.check(replace(cut, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)

@@ -86,7 +86,7 @@ def test_embed(rows: int, hidden_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "hidden_size", "vocabulary"), [(1, 70, 77), (3, 70, 77), (8, 16, 64), (2, 600, 24), (1, 16, 5)]
+    ("rows", "hidden_size", "vocabulary"), [(1, 70, 77), (3, 70, 77), (8, 16, 64), (2, 1100, 24), (1, 16, 5)]
 )
 def test_output_logits(rows: int, hidden_size: int, vocabulary: int, bias: bool) -> None:
     case = Output.random(rows, hidden_size, vocabulary, bias=bias)
