@@ -78,7 +78,7 @@ def test_quality_on_held_out_text(smollm2_run: Path) -> None:
             runs=smollm2_run,
             allocation=list(bounds),
             sparsity=[0.5],
-            tokens=6144,
+            tokens=4096,
             seq_len=1024,
             dense_prefix=512,
         ),
