@@ -41,11 +41,6 @@ def _weights(table: Tensor | Packed) -> Tensor:
     return dequantised(table, torch.float64) if isinstance(table, Packed) else table.double()
 
 
-def _fitting(config: GemvConfig, table: Tensor | Packed, rows: int) -> GemvConfig:
-    """The cut, as quantised weights allow it."""
-    return fitting(config, table, rows) if isinstance(table, Packed) else config
-
-
 @dataclass
 class Case:
     """The arguments of one launch, and its definition."""
@@ -92,7 +87,7 @@ class Case:
         """Run the kernel; what lies around its outputs must stay as it was."""
         scratch = scratch or Scratch(self.x.device)
         rows = self.x.shape[0]
-        config = _fitting(config, self.table, rows)
+        config = fitting(config, self.table, rows)
         y = _guarded(self.before)
         columns = squares_of(self.table, self.parts, config, rows, self.x.dtype)
         squares = _guarded(torch.zeros(rows, columns, device=self.x.device))
@@ -324,7 +319,7 @@ class HeadsCase:
     def launch(self, cut: GemvConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
         """Run the kernel: (rows, outputs)."""
         y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
-        config = _fitting(cut, self.table, self.rows)
+        config = fitting(cut, self.table, self.rows)
         gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
         return y
 

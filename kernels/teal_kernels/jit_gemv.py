@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rounded, send
 from teal_kernels.jit_heads import head_stretches
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
-from teal_kernels.jit_sums import group_factors, no_sums, rows_from, scaled_sums, sum_rows
+from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
@@ -121,10 +121,11 @@ def gemv_kernel(
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
     # What is read whole is known before the inputs are. (In batches Triton itself sees to rows that are under way.)
-    whole: tl.constexpr = not LISTED and ROWS == 1 and not SEVERAL_GROUPS
+    one_loop: tl.constexpr = ROWS == 1 and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
+    whole: tl.constexpr = not LISTED and one_loop
     ahead = ()
     if whole:
-        ahead = rows_from(columns, inside, 0, last - first, stride, BLOCK_IN, UNROLL, EVICT)
+        ahead = load_rows(columns, inside, (), 0, last - first, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
     if PDL:
         gdc_wait()
 
@@ -210,7 +211,7 @@ def gemv_kernel(
             BLOCK_IN,
             UNROLL,
             EVICT,
-            PDL and LISTED and ROWS == 1 and not SEVERAL_GROUPS,  # no asm in a loop that Triton pipelines
+            PDL and LISTED and one_loop,
         )
         acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, BITS, PACK, ROWS, BLOCK_IN)
     if PDL:

@@ -128,45 +128,45 @@ def _added(acc, values, words, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl
 
 
 @triton.jit
-def _rows(columns, inside, which, there, stride, EVICT: tl.constexpr):
-    """A tile of weights: the rows `which`, where they are there."""
-    return tl.load(
-        columns[None, :] + (which * stride)[:, None],
-        mask=there[:, None] & inside[None, :],
-        other=0,
-        eviction_policy=EVICT,
-    )
-
-
-@triton.jit
-def rows_from(columns, inside, begin, stop, stride, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr, EVICT: tl.constexpr):
-    """Tiles of weights, a tuple: the rows from `begin`, as far as they are before `stop`."""
-    weights = ()
-    for step in tl.static_range(UNROLL):
-        which = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        weights = weights + (_rows(columns, inside, which, which < stop, stride, EVICT),)
-    return weights
-
-
-@triton.jit
-def _rows_of_slots(
-    entries,
-    begin,
-    stop,
-    dtype: tl.constexpr,
-    LISTED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UNROLL: tl.constexpr,
+def _listed_rows(
+    entries, begin, stop, dtype: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """For each tile from slot `begin` the rows of weights, a tuple: those that a list names, or of the same number."""
+    """For each tile from slot `begin` the rows of weights that a list names, a tuple."""
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        if LISTED:
-            slots = listed_index(entries, slots, slots < stop, dtype, SHARED)
-        which = which + (slots,)
+        which = which + (listed_index(entries, slots, slots < stop, dtype, SHARED),)
     return which
+
+
+@triton.jit
+def load_rows(
+    columns,
+    inside,
+    which,
+    begin,
+    stop,
+    stride,
+    LISTED: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Tiles of weights, a tuple: of slots from `begin`, as far as they are before `stop`, the rows `which` that a list
+    names, or without one the rows of the same number."""
+    weights = ()
+    for step in tl.static_range(UNROLL):
+        slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        rows = which[step] if LISTED else slots
+        weights = weights + (
+            tl.load(
+                columns[None, :] + (rows * stride)[:, None],
+                mask=(slots < stop)[:, None] & inside[None, :],
+                other=0,
+                eviction_policy=EVICT,
+            ),
+        )
+    return weights
 
 
 @triton.jit
@@ -205,18 +205,18 @@ def sum_rows(
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
     acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
-    which = _rows_of_slots(entries, begin, stop, dtype, LISTED, SHARED, BLOCK_IN, UNROLL)
+    which = ()
+    if LISTED:
+        which = _listed_rows(entries, begin, stop, dtype, SHARED, BLOCK_IN, UNROLL)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         if LAUNCH_DEPENDENTS:
             launch_dependents(start + BLOCK_IN * UNROLL >= stop)
+        following = start + BLOCK_IN * UNROLL
         weights = ahead
         if not AHEAD:
-            weights = ()
-            for step in tl.static_range(UNROLL):
-                there = start + step * BLOCK_IN + tile < stop
-                weights = weights + (_rows(columns, inside, which[step], there, stride, EVICT),)
-        # The next indices travel while these weights do.
-        which = _rows_of_slots(entries, start + UNROLL * BLOCK_IN, stop, dtype, LISTED, SHARED, BLOCK_IN, UNROLL)
+            weights = load_rows(columns, inside, which, start, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
+        if LISTED:  # the next indices travel while these weights do
+            which = _listed_rows(entries, following, stop, dtype, SHARED, BLOCK_IN, UNROLL)
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             if ROWS == 1:
@@ -233,5 +233,5 @@ def sum_rows(
                     values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
             acc = _added(acc, values, weights[step], dtype, BITS, PACK, ROWS)
         if AHEAD:
-            ahead = rows_from(columns, inside, start + UNROLL * BLOCK_IN, stop, stride, BLOCK_IN, UNROLL, EVICT)
+            ahead = load_rows(columns, inside, which, following, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
     return acc

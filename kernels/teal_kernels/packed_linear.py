@@ -79,14 +79,16 @@ def _starts(groups: int, group: int) -> Tensor:
     return torch.arange(groups) * group
 
 
-def fitting(config: GemvConfig, packed: Packed, rows: int) -> GemvConfig:
-    """The cut, as the groups of these weights and a batch of so many rows allow it."""
-    splits, group, n_in = config.inputs_per_split, packed.group, packed.words.shape[0]
+def fitting(config: GemvConfig, table: Tensor | Packed, rows: int) -> GemvConfig:
+    """The cut, as the groups of quantised weights and a batch of so many rows allow it; of others as it is."""
+    if not isinstance(table, Packed):
+        return config
+    splits, group, n_in = config.inputs_per_split, table.group, table.words.shape[0]
     if group < n_in and splits > group and (splits % group or group % 32):
         splits = group
     elif splits < group < n_in and group % splits:
         splits = min(group, 32)
-    least = 32 // packed.bits * (LEAST_TILE if rows > 1 else 1)  # matrix units take tiles of words
+    least = 32 // table.bits * (LEAST_TILE if rows > 1 else 1)  # matrix units take tiles of words
     return replace(config, inputs_per_split=splits, block_out=max(config.block_out, least))
 
 

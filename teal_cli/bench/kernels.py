@@ -148,8 +148,7 @@ def bench_products(
                 finish=finish,
                 sparsity=sparsity,
             )
-            if isinstance(product.tables[0], Packed):
-                config = fitting(config, product.tables[0], batch)
+            config = fitting(config, product.tables[0], batch)
             spread = product.time(config, thresholds)
             read, realised = product.read_share(thresholds)
             read = 1.0 if config.dense else read

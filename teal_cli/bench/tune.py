@@ -48,7 +48,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
             config = GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
-            if not isinstance(table, Packed) or fitting(config, table, product.rows) == config:
+            if fitting(config, table, product.rows) == config:
                 found = True
                 yield config
     if not found:  # a product larger than such a GPU was thought to hold

@@ -20,7 +20,6 @@ from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.packed_linear import fitting
-from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import (
     LOGITS_BLOCK,
     Best,
@@ -120,7 +119,7 @@ class Launch:
         self.kept = torch.zeros(3, dtype=torch.int64, device=table.device)
         """Inputs that were kept, for each part; added to by every launch that skips."""
         skipped = sum(plan.sparsity * part for plan, part in zip(plans, parts, strict=True)) if enabled else 0.0
-        self.config = choose_config(
+        config = choose_config(
             table.device,
             inputs=table.shape[0],
             parts=parts,
@@ -129,8 +128,7 @@ class Launch:
             finish=product.finish,
             sparsity=skipped / sum(parts),
         )
-        if isinstance(table, Packed):
-            self.config = fitting(self.config, table, rows)
+        self.config = fitting(config, table, rows)
         self.squares = torch.empty(
             rows, squares_of(table, parts, self.config, rows, dtype), dtype=torch.float32, device=table.device
         )
