@@ -123,6 +123,8 @@ def gemv_kernel(
     # What is read whole is known before the inputs are. (In batches Triton itself sees to rows that are under way.)
     one_loop: tl.constexpr = ROWS == 1 and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not LISTED and one_loop
+    # Attention, which comes after a plain product, has too few programs to crowd: see `launch_dependents`.
+    early: tl.constexpr = PDL and one_loop and FINISH == PLAIN
     ahead = ()
     if whole:
         ahead = load_rows(columns, inside, (), 0, last - first, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
@@ -188,6 +190,8 @@ def gemv_kernel(
             listed = end_list(entries, SHARED)
         if not LISTED:
             count = stop - begin
+        if early:
+            gdc_launch_dependents()
         sums = sum_rows(
             columns,
             inside,
@@ -211,10 +215,10 @@ def gemv_kernel(
             BLOCK_IN,
             UNROLL,
             EVICT,
-            PDL and LISTED and one_loop,
+            PDL and LISTED and one_loop and not early,
         )
-        acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, BITS, PACK, ROWS, BLOCK_IN)
-    if PDL:
+        acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, dtype, BITS, PACK, ROWS, BLOCK_IN)
+    if PDL and not early:
         gdc_launch_dependents()  # of an empty list, or where the loop did not: see `launch_dependents`
     if LISTED:
         if (block == 0) | (block == blocks_0) | (block == blocks_0 + blocks_1):

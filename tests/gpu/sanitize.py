@@ -1,10 +1,11 @@
 """Every kernel a few times, small, for compute-sanitizer:
 
-    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [ROWS ...]
+    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [KERNELS [ROWS]]
 
 and again with `--tool racecheck`, which looks at shared memory only: that programs hand their partial
 sums over rightly is what the tests of equal bits show. The sanitizer slows kernels down a hundredfold,
-so this is not a test of results. Batches have 1 and 3 rows; a process for each halves the time.
+so this is not a test of results. KERNELS are `products`, `attention`, `packed` or `others`, ROWS of a batch
+1 or 3: a process for each is soonest done.
 """
 
 import sys
@@ -26,47 +27,67 @@ EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}
 PACKED = ((8, 200, False), (4, 128, True), (4, 32, True))
 
 
-def main() -> None:
-    """Launch them."""
-    for rows in [int(argument) for argument in sys.argv[1:]] or (1, 3):
-        for finish in PARTS:
-            for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 512)):
-                case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
-                scratch = Scratch(case.x.device)
-                for cut in CUTS:
-                    for dense in (False, True):
-                        case.launch(replace(cut, dense=dense), scratch)
-        for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
-            case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
-            case.launch(case.keys, case.values)
-            attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda")
-            for cut in CUTS:
-                for dense in (False, True):
-                    attended.check(replace(cut, dense=dense))
-        for weights in PACKED:
-            case = random_case(
-                "plain", rows, dtype=torch.bfloat16, inputs=200, parts=(152, 72, 40), packed=weights, device="cuda"
-            )
-            attended = HeadsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
+def products(rows: int) -> None:
+    for finish in PARTS:
+        for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 512)):
+            case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
+            scratch = Scratch(case.x.device)
             for cut in CUTS:
                 for dense in (False, True):
                     case.launch(replace(cut, dense=dense), scratch)
-                    attended.check(replace(cut, dense=dense))
-        for width in (44, 200):
-            gate, up = (torch.randn(152, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-            x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
-            gated_hidden(x, gate, None, up, None, GateActivation("relu"), "triton")
-            gate_first(x, torch.nn.functional.linear(x, gate), up, None, GateActivation("relu"), "triton")
-        output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
-        _, token = output.launch()
-        embed(
-            token,
-            output.weight,
-            torch.zeros(1, dtype=torch.int32, device="cuda"),
-            torch.empty_like(output.hidden),
-            torch.empty(rows, 1, device="cuda"),
-            pdl=False,
+
+
+def attention(rows: int) -> None:
+    for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
+        case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
+        case.launch(case.keys, case.values)
+        attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda")
+        for cut in CUTS:
+            for dense in (False, True):
+                attended.check(replace(cut, dense=dense))
+
+
+def packed(rows: int) -> None:
+    for weights in PACKED:
+        case = random_case(
+            "plain", rows, dtype=torch.bfloat16, inputs=200, parts=(152, 72, 40), packed=weights, device="cuda"
         )
+        attended = HeadsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
+        scratch = Scratch(case.x.device)
+        for cut in CUTS:
+            for dense in (False, True):
+                case.launch(replace(cut, dense=dense), scratch)
+                attended.check(replace(cut, dense=dense))
+
+
+def others(rows: int) -> None:
+    """Gate first, the output layer, the embedding."""
+    for width in (44, 200):
+        gate, up = (torch.randn(152, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+        gated_hidden(x, gate, None, up, None, GateActivation("relu"), "triton")
+        gate_first(x, torch.nn.functional.linear(x, gate), up, None, GateActivation("relu"), "triton")
+    output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
+    _, token = output.launch()
+    embed(
+        token,
+        output.weight,
+        torch.zeros(1, dtype=torch.int32, device="cuda"),
+        torch.empty_like(output.hidden),
+        torch.empty(rows, 1, device="cuda"),
+        pdl=False,
+    )
+
+
+KERNELS = {launches.__name__: launches for launches in (products, attention, packed, others)}
+
+
+def main() -> None:
+    """Launch them."""
+    arguments = sys.argv[1:]
+    for name in arguments[:1] or KERNELS:
+        for rows in [int(argument) for argument in arguments[1:]] or (1, 3):
+            KERNELS[name](rows)
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -62,6 +62,19 @@ def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_codes_of_16_bit_inputs(weights: tuple[int, int, bool], cut: str, dense: bool) -> None:
+    """They are multiplied with fewer bits to spare, of which rounding the result must leave nothing to be seen."""
+    case = random_case(
+        "plain", 1, dtype=torch.float16, norm=False, bias=False, listed=not dense, inputs=INPUTS, packed=weights
+    )
+    y = case.launch(replace(CUTS[cut], dense=dense)).y
+    expected = case.expected()
+    assert relative_error(y, expected) < 1.05 * relative_error(expected.to(torch.float16), expected)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("finish", PARTS)
 @pytest.mark.usefixtures("narrow_warps")
