@@ -337,7 +337,7 @@ def export_tiny(
 @pytest.fixture
 def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a warp is narrower than a stretch of inputs and does not hold all of its lines."""
-    monkeypatch.setattr(triton_gemv, "_lanes", lambda _: 8)
+    monkeypatch.setattr(triton_gemv, "_lanes", lambda *_: 8)
 
 
 @pytest.fixture(scope="session")

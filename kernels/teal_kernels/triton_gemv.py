@@ -215,9 +215,15 @@ def squares_of(
     return _blocks(parts, config) * _finishers(table, parts, config, rows, dtype)
 
 
-def _lanes(stretch: int) -> int:
-    """Inputs of a line: as many as a warp has threads. The interpreter, slow at each step, takes all at once."""
-    return stretch if interpreting() else _WARP
+def _lanes(stretch: int, config: GemvConfig) -> int:
+    """Inputs of a line: as many as a warp has threads, each warp takes all; as many as a program has, if none is counted.
+
+    The interpreter, slow at each step, takes all at once.
+    """
+    if interpreting():
+        return stretch
+    threads = _WARP * config.warps
+    return threads if config.dense and stretch >= threads else _WARP
 
 
 def _alike(head_size: int, piece: int, lanes: int, taken: int) -> int:
@@ -305,7 +311,7 @@ def gemv(
         raise ValueError(f"{splits} times {rows} rows of {sum(parts)} partial sums are more than {_MOST_ELEMENTS}")
     block_in, unroll = _tile(config, rows)
     list_bytes = _list_bytes(config, rows, x.itemsize)
-    lanes = _lanes(stretch)
+    lanes = _lanes(stretch, config)
     piece = min(stretch, group) if several else stretch
     # A power of two, so that steps of so many lines end where a full stretch does.
     taken = max(1, min(piece // lanes, _MOST_TAKEN // power_of_two(rows) // (1 if heads is None else 2)))

@@ -1,5 +1,6 @@
 """Every family that writes, on a real GPU: the text that the definition gives on the CPU, by kernels and graphs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ from teal_cli.decode.seq2seq import engine_for
 from teal_cli.models.architectures import architecture_of
 from teal_cli.models.loading import load_model
 from teal_cli.sparse import control_of, sparse_layers
+from teal_kernels.tuning import UNTUNED, Entry, trying
 
 WRITING = [name for name in FAMILIES if architecture_of(FAMILIES[name]["model_type"]).kind != "encoder"]
+
+# What a table of such small products would say if skipping paid at any sparsity. By those of real models, `auto` reads
+# whole what fisher drops less of than pays, as it should; then the text is another one.
+ALWAYS_SKIP = [
+    Entry(64, (64,), "float32", 1, "plain", 0.0, 2.0, replace(UNTUNED, dense=True)),
+    Entry(64, (64,), "float32", 1, "plain", 0.5, 1.0, UNTUNED),
+]
 
 
 class _Nearest:
@@ -59,7 +68,8 @@ def test_text_is_that_of_the_definition(family: str, allocation: str, tmp_path: 
         compared = sum(decided)
         if compared >= 8:
             break
-    tokens, _, on_gpu = _written(folder, "cuda", "auto", seed)
+    with trying(ALWAYS_SKIP):
+        tokens, _, on_gpu = _written(folder, "cuda", "auto", seed)
     assert compared >= 8
     assert tokens[:compared] == expected[:compared]
     assert on_gpu == pytest.approx(realised, abs=0.02)
