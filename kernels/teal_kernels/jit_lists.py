@@ -251,7 +251,7 @@ def take_inputs(
                     added = added + (sums[row] + values[row],)
                 sums = added
             stored = read
-            if SHARED > 0 and LANES < 32 * WARPS:  # what all warps hold, each stores in its turn: Triton sees to that elsewhere
+            if SHARED > 0 and LANES < 32 * WARPS:  # all warps hold a line, and take turns; else Triton sees to that
                 stored &= _warp() == line % WARPS
             if LISTED:
                 before, here = _counted(read, LANES)
