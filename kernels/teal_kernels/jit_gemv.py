@@ -123,7 +123,7 @@ def gemv_kernel(
     # What is read whole is known before the inputs are. (In batches Triton itself sees to rows that are under way.)
     one_loop: tl.constexpr = ROWS == 1 and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not LISTED and one_loop
-    # Attention, which comes after a plain product, has too few programs to crowd: see `launch_dependents`.
+    # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
     early: tl.constexpr = PDL and one_loop and FINISH == PLAIN
     ahead = ()
     if whole:

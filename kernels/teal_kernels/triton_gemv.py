@@ -216,7 +216,7 @@ def squares_of(
 
 
 def _lanes(stretch: int, config: GemvConfig) -> int:
-    """Inputs of a line: as many as a warp has threads, where each warp counts all; else as many as a program has.
+    """Inputs of a line: as many as a warp has threads, where each warp counts all; else as a program has, if so many.
 
     The interpreter, slow at each step, takes all at once.
     """
