@@ -218,6 +218,15 @@ def test_product_of_heads(rows: int, position: int, dense: bool) -> None:
                 case.check(replace(cut, dense=dense), pdl=PDL)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_lines_wider_than_a_head(rows: int) -> None:
+    """Read whole by four warps, a line of inputs is 128 wide: it begins and ends amid heads of 80."""
+    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=512, warps=4, dense=True)
+    for dtype in DTYPES:
+        for heads, dim in ((20, 80), (7, 64)):
+            HeadsCase(rows, heads, dim, 300, dtype=dtype, device="cuda").check(cut, pdl=PDL)
+
+
 def test_product_of_heads_in_much_shared_memory() -> None:
     """Tiles and a list together would be more shared memory than a launch has unasked: the list goes elsewhere."""
     cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
