@@ -346,6 +346,15 @@ def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
         _check(random_case(finish, rows, listed=not dense, inputs=inputs), cut)
 
 
+def test_lines_are_as_wide_as_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warp where it counts; otherwise the program, if the stretch is that long."""
+    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
+    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=1024, warps=4)
+    assert triton_gemv._lanes(1024, cut) == 32
+    assert triton_gemv._lanes(1024, replace(cut, dense=True)) == 128
+    assert triton_gemv._lanes(64, replace(cut, dense=True)) == 32
+
+
 # Heads, head size: heads narrower than what is taken at once, as wide, wider, and none of these.
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(16, 8), (4, 16), (2, 64), (4, 24)])
