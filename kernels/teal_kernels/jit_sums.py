@@ -247,9 +247,9 @@ def sum_rows(
     if LISTED:
         which = _listed_rows(entries, begin, stop, dtype, SHARED, BLOCK_IN, UNROLL)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
-        if LAUNCH_DEPENDENTS:
-            launch_dependents(start + BLOCK_IN * UNROLL >= stop)
         following = start + BLOCK_IN * UNROLL
+        if LAUNCH_DEPENDENTS:
+            launch_dependents(following >= stop)
         weights = ahead
         if not AHEAD:
             weights = load_rows(columns, inside, which, start, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
