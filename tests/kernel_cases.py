@@ -294,6 +294,8 @@ class HeadsCase:
     outputs: int = 72
     packed: tuple[int, int, bool] | None = None
     """As in `random_case`."""
+    splits: int = 16
+    """Lines that there can be."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.position)
@@ -302,7 +304,7 @@ class HeadsCase:
             return torch.randn(*shape, generator=generator).to(self.device)
 
         position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        self.read = Heads.empty(self.rows, self.heads, self.dim, 16, position, shortest=self.shortest)
+        self.read = Heads.empty(self.rows, self.heads, self.dim, self.splits, position, shortest=self.shortest)
         written = -(-(self.position + 1) // self.shortest)
         assert written <= self.read.splits
         self.read.sums[:written] = random(written, *self.read.sums.shape[1:])

@@ -21,9 +21,25 @@ def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
 
 
 @triton.jit
+def rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: tl.constexpr):
+    """`rms_scale` of the rows of a batch: (LEAST_TILE,) float32, 0 for those that there are not."""
+    rows = tl.arange(0, LEAST_TILE)
+    scales = tl.zeros((LEAST_TILE,), tl.float32)
+    for row in tl.static_range(ROWS):
+        scales = tl.where(rows == row, rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES), scales)
+    return scales
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 as the dtype would hold it. (The interpreter cannot multiply in bfloat16, and a GPU need not.)"""
     return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def normalised(x, scale, weight, dtype: tl.constexpr):
+    """What an RMS norm makes of x, float32, rounded where transformers rounds."""
+    return rounded(rounded(x.to(tl.float32) * scale, dtype) * weight.to(tl.float32), dtype)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import matmul, rms_scale, rounded
+from teal_kernels.jit_common import LEAST_TILE, matmul, normalised, rms_scale, rms_scales
 from teal_kernels.jit_heads import head_stretches
 
 
@@ -46,8 +46,8 @@ def _rotated(x, partner, norm, partner_norm, cos, sin, eps, DIM: tl.constexpr, N
     partner = partner.to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
-        x = rounded(rounded(x * scale, dtype) * norm[None, :], dtype)
-        partner = rounded(rounded(partner * scale, dtype) * partner_norm[None, :], dtype)
+        x = normalised(x, scale, norm[None, :], dtype)
+        partner = normalised(partner, scale, partner_norm[None, :], dtype)
     return (x * cos[None, :] + partner * sin[None, :]).to(dtype)
 
 
@@ -202,17 +202,22 @@ def output_kernel(
     BLOCK_IN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The norm and the dense output layer, whose weight is (V, H) row by row as the embedding's is."""
+    """The norm and the dense output layer, whose weight is (V, H) row by row as the embedding's is.
+
+    One row is multiplied element by element, as `jit_sums` does; more rows are what matrix units are for.
+    """
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    rows = tl.arange(0, LEAST_TILE)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    scales = ()
-    acc = ()
-    for row in tl.static_range(ROWS):
-        scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
-        acc = acc + (tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32),)
     dtype = x_ptr.dtype.element_ty
+    if ROWS == 1:
+        scale = rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES)
+        acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    else:
+        scale = rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES, ROWS)[None, :]
+        acc = tl.zeros((BLOCK_OUT, LEAST_TILE), tl.float32)
     for start in range(0, n_in, BLOCK_IN):
         ins = start + tl.arange(0, BLOCK_IN)
         inside = ins < n_in
@@ -222,15 +227,16 @@ def output_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        weight = tl.load(norm_ptr + ins, mask=inside, other=0.0)
-        added = ()
-        for row in tl.static_range(ROWS):
-            x = tl.load(x_ptr + row * n_in + ins, mask=inside, other=0.0).to(tl.float32)
-            x = rounded(rounded(x * scales[row], dtype) * weight.to(tl.float32), dtype)
-            added = added + (acc[row] + w.to(tl.float32) * x[None, :],)
-        acc = added
+        norm = tl.load(norm_ptr + ins, mask=inside, other=0.0)
+        if ROWS == 1:
+            x = normalised(tl.load(x_ptr + ins, mask=inside, other=0.0), scale, norm, dtype)
+            acc += w.to(tl.float32) * x[None, :]
+        else:
+            there = inside[:, None] & (rows < ROWS)[None, :]
+            x = tl.load(x_ptr + rows[None, :] * n_in + ins[:, None], mask=there, other=0.0)
+            acc = matmul(w, normalised(x, scale, norm[:, None], dtype).to(dtype), acc)
     for row in tl.static_range(ROWS):
-        y = tl.sum(acc[row], axis=1)
+        y = tl.sum(acc if ROWS == 1 else tl.where((rows == row)[None, :], acc, 0.0), axis=1)
         if HAS_BIAS:
             y += tl.load(bias_ptr + outs, mask=outs < vocabulary, other=0.0).to(tl.float32)
         y = y.to(dtype)

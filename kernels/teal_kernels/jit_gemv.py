@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rounded, send
+from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rms_scales, rounded, send
 from teal_kernels.jit_heads import head_stretches
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
@@ -50,6 +50,7 @@ def gemv_kernel(
     BATCH: tl.constexpr,
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
+    NORM_OF_TILES: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SPLITS: tl.constexpr,
     HEAD_SHORTEST: tl.constexpr,
@@ -133,7 +134,9 @@ def gemv_kernel(
 
     dtype = x_ptr.dtype.element_ty
     scales = ()
-    if NORM:
+    if NORM_OF_TILES:
+        scales = rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES, ROWS)
+    elif NORM:
         for row in tl.static_range(ROWS):
             scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
     active = 0
@@ -154,9 +157,9 @@ def gemv_kernel(
             # Or entries would be stored where a warp of the piece before still reads ahead, if for nothing.
             tl.debug_barrier()
         count = 0
-        totals = ()
-        if LISTED or taken or BITS < 16:
-            count, kept, totals = take_inputs(
+        x_sum = 0.0
+        if LISTED or taken or BITS < 16 and ROWS == 1:
+            count, kept, x_sum = take_inputs(
                 x_ptr,
                 heads_ptr,
                 logs_ptr,
@@ -173,8 +176,9 @@ def gemv_kernel(
                 LISTED,
                 NORM,
                 HEAD_SIZE,
+                HEAD_SPLITS,
                 ALIKE,
-                BITS < 16,
+                BITS < 16 and ROWS == 1,
                 ROWS,
                 SLOTS,
                 SHARED,
@@ -192,11 +196,13 @@ def gemv_kernel(
             count = stop - begin
         if early:
             gdc_launch_dependents()
-        sums = sum_rows(
+        sums, x_sums = sum_rows(
             columns,
             inside,
             ahead,
             x_ptr + first,
+            norm_ptr + first,
+            scales,
             n_in,
             listed,
             begin - first,
@@ -205,6 +211,8 @@ def gemv_kernel(
             dtype,
             LISTED,
             taken,
+            NORM_OF_TILES,
+            BITS < 16 and ROWS > 1,
             whole,
             BITS,
             PACK,
@@ -217,7 +225,11 @@ def gemv_kernel(
             EVICT,
             PDL and LISTED and one_loop and not early,
         )
-        acc = sums if BITS >= 16 else scaled_sums(acc, sums, totals, factors, zeros, dtype, BITS, PACK, ROWS, BLOCK_IN)
+        if BITS >= 16:
+            acc = sums
+        else:
+            x_sum = x_sum / BLOCK_IN if ROWS == 1 else x_sums[:, None]
+            acc = scaled_sums(acc, sums, x_sum, factors, zeros, dtype, BITS, PACK, ROWS)
     if PDL and not early:
         gdc_launch_dependents()  # of an empty list, or where the loop did not: see `launch_dependents`
     if LISTED:

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
+from teal_kernels import launching
 from teal_kernels.jit_common import lanes_inside
 
-# Lines of attention's heads that are read at a time: at first those of a short context.
-_FIRST_LINES = tl.constexpr(4)
+_FIRST_LINES = tl.constexpr(launching.FIRST_LINES)
 _MORE_LINES = tl.constexpr(6)
 
 
@@ -106,6 +106,7 @@ def merged_heads(
     begin,
     stop,
     HEAD_SIZE: tl.constexpr,
+    HEAD_SPLITS: tl.constexpr,
     ALIKE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -116,6 +117,7 @@ def merged_heads(
 
     So many lines of inputs one after the other are ALIKE: they lie in one head.
     """
+    first_lines: tl.constexpr = _FIRST_LINES if HEAD_SPLITS > _FIRST_LINES else HEAD_SPLITS
     tops = ()
     totals = ()
     merged = ()
@@ -135,7 +137,7 @@ def merged_heads(
         n_in,
         begin,
         stop,
-        _FIRST_LINES,
+        first_lines,
         HEAD_SIZE,
         ALIKE,
         ROWS,
@@ -143,26 +145,27 @@ def merged_heads(
         LINES,
         FULL,
     )
-    for first in range(_FIRST_LINES, head_lines, _MORE_LINES):
-        tops, totals, merged = _merge(
-            tops,
-            totals,
-            merged,
-            heads_ptr,
-            logs_ptr,
-            first,
-            head_lines,
-            n_in,
-            begin,
-            stop,
-            _MORE_LINES,
-            HEAD_SIZE,
-            ALIKE,
-            ROWS,
-            LANES,
-            LINES,
-            FULL,
-        )
+    if HEAD_SPLITS > first_lines:
+        for first in range(first_lines, head_lines, _MORE_LINES):
+            tops, totals, merged = _merge(
+                tops,
+                totals,
+                merged,
+                heads_ptr,
+                logs_ptr,
+                first,
+                head_lines,
+                n_in,
+                begin,
+                stop,
+                _MORE_LINES,
+                HEAD_SIZE,
+                ALIKE,
+                ROWS,
+                LANES,
+                LINES,
+                FULL,
+            )
     of_heads: tl.constexpr = (LINES + ALIKE - 1) // ALIKE
     inverses = ()
     for each in tl.static_range(of_heads * ROWS):

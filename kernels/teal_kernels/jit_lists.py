@@ -11,7 +11,7 @@ Where a list begins is a pointer to words in global memory, or an address in sha
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, lanes_inside, rounded
+from teal_kernels.jit_common import INTERPRETING, lanes_inside, normalised, rounded
 from teal_kernels.jit_heads import merged_heads
 
 
@@ -175,6 +175,7 @@ def take_inputs(
     LISTED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    HEAD_SPLITS: tl.constexpr,
     ALIKE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -199,15 +200,13 @@ def take_inputs(
         scales: of the norm, for each row.
 
     Returns:
-        Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
-        kept (of everything where nothing is dropped), 0 unless `SUMS`.
+        Entries of the list; inputs that were kept, of all rows together; with `SUMS` the sum of what was
+        kept of the one row (of everything where nothing is dropped), else 0.
     """
     dtype = x_ptr.dtype.element_ty
     count = tl.zeros((LANES,), tl.int32)
     kept = tl.zeros((LANES,), tl.int32)
-    sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((LANES,), tl.float32),)
+    sums = tl.zeros((LANES,), tl.float32)
     steps = 1 if AT_ONCE else tl.cdiv(stop - begin, LANES * LINES)
     for step in range(steps):
         start = begin + step * (LANES * LINES)
@@ -217,7 +216,19 @@ def take_inputs(
         raw = ()
         if HEAD_SIZE > 0:
             raw = merged_heads(
-                heads_ptr, logs_ptr, head_lines, n_in, start, stop, HEAD_SIZE, ALIKE, ROWS, LANES, LINES, FULL
+                heads_ptr,
+                logs_ptr,
+                head_lines,
+                n_in,
+                start,
+                stop,
+                HEAD_SIZE,
+                HEAD_SPLITS,
+                ALIKE,
+                ROWS,
+                LANES,
+                LINES,
+                FULL,
             )
         else:  # all loads first: they are under way together
             at = x_ptr + start + tl.arange(0, LANES)
@@ -236,8 +247,8 @@ def take_inputs(
                 value = raw[line * ROWS + row].to(tl.float32)
                 if HEAD_SIZE > 0:
                     value = rounded(value, dtype)
-                if NORM:  # rounded where transformers rounds
-                    value = rounded(rounded(value * scales[row], dtype) * of_norm[line].to(tl.float32), dtype)
+                if NORM:
+                    value = normalised(value, scales[row], of_norm[line], dtype)
                 if LISTED:
                     keep = _keeps(value, inside, threshold)
                     read |= keep  # one row of weights serves every row of x
@@ -247,10 +258,7 @@ def take_inputs(
                         value = tl.where(keep, value, 0.0)
                 values = values + (value,)
             if SUMS:
-                added = ()
-                for row in tl.static_range(ROWS):
-                    added = added + (sums[row] + values[row],)
-                sums = added
+                sums += values[0]
             stored = read
             if SHARED > 0 and LANES < 32 * WARPS:  # all warps hold a line, and take turns; else Triton sees to that
                 stored &= _warp() == line % WARPS
@@ -267,7 +275,7 @@ def take_inputs(
     active = count
     if ROWS > 1:
         active = tl.sum(kept, axis=0)
-    totals = ()
-    for row in tl.static_range(ROWS):
-        totals = totals + (tl.sum(sums[row], axis=0) if SUMS else 0.0,)
-    return count, active, totals
+    total = 0.0
+    if SUMS:
+        total = tl.sum(sums, axis=0)
+    return count, active, total

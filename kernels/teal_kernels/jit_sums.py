@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, launch_dependents, matmul
+from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, launch_dependents, matmul, normalised
 from teal_kernels.jit_lists import listed_index, listed_value
 
 
@@ -113,22 +113,20 @@ def group_factors(
 def scaled_sums(
     acc,
     sums,
-    totals,
+    x_sum,
     factors,
     zeros,
     dtype: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
 ):
-    """The sums before, and those of one group: of x (code - zero) scale = scale (sum of x code - zero sum of x)."""
-    if ROWS == 1:  # shared among the rows of the tile, which are added up in the end
-        x_sum = totals[0] / BLOCK_IN
-    else:
-        x_sum = tl.zeros((LEAST_TILE, 1), dtype=tl.float32)
-        for row in tl.static_range(ROWS):
-            x_sum = tl.where((tl.arange(0, LEAST_TILE) == row)[:, None], totals[row], x_sum)
+    """The sums before, and those of one group: of x (code - zero) scale = scale (sum of x code - zero sum of x).
+
+    Args:
+        x_sum: of a batch for each row, (LEAST_TILE, 1). Of one row its share of each row of the tile, which are added
+            up in the end.
+    """
     added = ()
     for k in tl.static_range(PACK):
         factor = factors[k]
@@ -212,6 +210,8 @@ def sum_rows(
     inside,
     ahead,
     x_ptr,
+    norm_ptr,
+    scales,
     n_in,
     entries,
     begin,
@@ -220,6 +220,8 @@ def sum_rows(
     dtype: tl.constexpr,
     LISTED: tl.constexpr,
     STORED: tl.constexpr,
+    NORM: tl.constexpr,
+    TOTALS: tl.constexpr,
     AHEAD: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
@@ -232,16 +234,19 @@ def sum_rows(
     EVICT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
 ):
-    """Inputs times their rows of weights: for each weight of a word a tile of sums.
+    """Inputs times their rows of weights: for each weight of a word a tile of sums; and with TOTALS the sums of the
+    inputs of a batch's rows, (LEAST_TILE,), else 0.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values are STORED in their slots. With AHEAD, and no list, the first tiles,
+    `x_ptr` are the first, or of which the values are STORED in their slots. With NORM inputs of a batch are normalised
+    here, by the `scales` of `rms_scales` and the weights from `norm_ptr` on. With AHEAD, and no list, the first tiles,
     `ahead`, are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are asked for.
     """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
     acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
+    seen = tl.zeros((LEAST_TILE, BLOCK_IN), tl.float32)
     one = _one()
     which = ()
     if LISTED:
@@ -269,7 +274,15 @@ def sum_rows(
                     values = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
                 else:
                     values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
+                    if NORM:
+                        of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
+                        values = normalised(values, scales[:, None], of_norm[None, :], dtype).to(dtype)
+                if TOTALS:
+                    seen += values.to(tl.float32)
             acc = _added(acc, values, weights[step], one, dtype, BITS, PACK, ROWS)
         if AHEAD:
             ahead = load_rows(columns, inside, which, following, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
-    return acc
+    totals = 0.0
+    if TOTALS:
+        totals = tl.sum(seen, axis=1)
+    return acc, totals

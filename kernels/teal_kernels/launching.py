@@ -20,6 +20,8 @@ EMPTY = -0x3F2153
 
 LEAST_TILE = 16
 """The shortest side of a tile that a matrix unit takes."""
+FIRST_LINES = 4
+"""Lines of attention's heads that are read at a time: at first those of a short context."""
 
 
 def interpreting() -> bool:

@@ -136,12 +136,19 @@ class Best:
     @classmethod
     def empty(cls, rows: int, vocabulary: int, device: torch.device, *, block: int = 0) -> "Best":
         """Uninitialised, for blocks of so many logits; by default those of `output_logits`."""
-        shape = (rows, -(-vocabulary // (block or _OUTPUT_BLOCK)))
+        shape = (rows, -(-vocabulary // (block or _output_block(rows))))
         return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
 
 
 _OUTPUT_BLOCK = 8
 """Logits of one program."""
+_BATCH_OUTPUT_BLOCK = 128
+"""Of one that takes a batch, whose sums are not kept for every input of a tile."""
+
+
+def _output_block(rows: int) -> int:
+    """Logits of one program of `output_logits`."""
+    return _OUTPUT_BLOCK if rows == 1 else _BATCH_OUTPUT_BLOCK
 
 
 def output_logits(
@@ -178,8 +185,8 @@ def output_logits(
         ROWS=rows,
         SQUARES=power_of_two(norm.squares.shape[1]),
         HAS_BIAS=bias is not None,
-        BLOCK_OUT=_OUTPUT_BLOCK,
-        BLOCK_IN=min(1024, power_of_two(n_in)),
+        BLOCK_OUT=_output_block(rows),
+        BLOCK_IN=min(1024 if rows == 1 else 256 // weight.itemsize, max(LEAST_TILE, power_of_two(n_in))),
         warps=8,
         pdl=pdl,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from teal_kernels.launching import (
     EMPTY,
+    FIRST_LINES,
     LEAST_TILE,
     TRITON_MISSING,
     interpreting,
@@ -139,6 +140,8 @@ _MOST_SHARED_BYTES = 49152
 _WARP = 32
 _MOST_TAKEN = 16
 """Lines of inputs that a warp holds, of all rows together."""
+_MOST_TAKEN_OF_HEADS = 32
+"""The same of attention's heads before they are merged: of each as many lines as are read at a time."""
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
@@ -314,8 +317,12 @@ def gemv(
     lanes = _lanes(stretch, config)
     piece = min(stretch, group) if several else stretch
     # A power of two, so that steps of so many lines end where a full stretch does.
-    taken = max(1, min(piece // lanes, _MOST_TAKEN // power_of_two(rows) // (1 if heads is None else 2)))
-    in_memory = list_bytes == 0 and (listed or norm is not None or heads is not None)
+    most = _MOST_TAKEN if heads is None else min(_MOST_TAKEN, _MOST_TAKEN_OF_HEADS // min(FIRST_LINES, heads.splits))
+    taken = max(1, min(piece // lanes, most // power_of_two(rows)))
+    # Inputs of a batch that is read whole are normalised as tiles of them are multiplied, and need no list.
+    norm_of_tiles = norm is not None and rows > 1 and not listed
+    norm_first = norm is not None and not norm_of_tiles
+    in_memory = list_bytes == 0 and (listed or norm_first or heads is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
     batch = power_of_two(rows)
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
@@ -358,7 +365,8 @@ def gemv(
         ROWS=rows,
         BATCH=batch,
         LISTED=listed,
-        NORM=norm is not None,
+        NORM=norm_first,
+        NORM_OF_TILES=norm_of_tiles,
         HEAD_SIZE=0 if heads is None else heads.head_size,
         HEAD_SPLITS=0 if heads is None else heads.splits,
         HEAD_SHORTEST=0 if heads is None else heads.shortest,

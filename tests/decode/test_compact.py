@@ -36,6 +36,7 @@ def _cuts_for_the_interpreter(own_tables: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 2)
     monkeypatch.setattr(triton_decode, "_ATTENTION_BLOCK", 128)
     monkeypatch.setattr(triton_decode, "_OUTPUT_BLOCK", 256)
+    monkeypatch.setattr(triton_decode, "_BATCH_OUTPUT_BLOCK", 256)
 
 
 def _plan(model: nn.Module, factor: float = 1.0) -> SparsityPlan:

@@ -218,6 +218,17 @@ def test_product_of_heads(rows: int, position: int, dense: bool) -> None:
                 case.check(replace(cut, dense=dense), pdl=PDL)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_heads_of_few_lines(splits: int, dense: bool) -> None:
+    """As a large batch's, whose rows are programs enough."""
+    for dtype in DTYPES:
+        for rows in (4, 8):
+            case = HeadsCase(rows, 32, 128, 64 * splits - 1, dtype=dtype, device="cuda", splits=splits)
+            for cut in (*CUTS.values(), CUT_OF_256):
+                case.check(replace(cut, dense=dense), pdl=PDL)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_lines_wider_than_a_head(rows: int) -> None:
     """Read whole by four warps, a line of inputs is 128 wide: it begins and ends amid heads of 80."""
@@ -268,7 +279,7 @@ def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 2560, 49152), (8, 70, 77)])
+@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 2560, 49152), (8, 70, 77), (8, 4096, 32003)])
 def test_output_layer(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> None:
     case = Output.random(rows, hidden_size, vocabulary, bias=rows > 1, dtype=dtype, device="cuda")
     logits, token = case.launch()

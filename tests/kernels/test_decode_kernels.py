@@ -86,7 +86,8 @@ def test_embed(rows: int, hidden_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "hidden_size", "vocabulary"), [(1, 70, 77), (3, 70, 77), (8, 16, 64), (2, 1100, 24), (1, 16, 5)]
+    ("rows", "hidden_size", "vocabulary"),
+    [(1, 70, 77), (3, 70, 77), (8, 16, 64), (2, 1100, 24), (1, 16, 5), (2, 70, 300), (5, 33, 129)],
 )
 def test_output_logits(rows: int, hidden_size: int, vocabulary: int, bias: bool) -> None:
     case = Output.random(rows, hidden_size, vocabulary, bias=bias)
@@ -109,16 +110,23 @@ def test_output_logits_in_float16() -> None:
     assert torch.equal(token, logits.argmax(-1))
 
 
-@pytest.mark.parametrize("tied", [(3, 4, 6), (7, 8), (0, 76), (20, 50, 76), (75, 76), (72, 73)], ids=str)
-def test_among_equal_logits_the_lowest_token_wins(tied: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "tied"),
+    [
+        *((1, 77, tied) for tied in ((3, 4, 6), (7, 8), (0, 76), (20, 50, 76), (75, 76), (72, 73))),
+        *((2, 300, tied) for tied in ((3, 4, 6), (127, 128), (0, 299), (20, 150, 299), (256, 257))),
+    ],
+    ids=str,
+)
+def test_among_equal_logits_the_lowest_token_wins(rows: int, vocabulary: int, tied: tuple[int, ...]) -> None:
     """Within a block of logits, and in different ones."""
-    case = Output.random(2, 16, 77, bias=True)
+    case = Output.random(rows, 16, vocabulary, bias=True)
     assert case.bias is not None
     case.weight[list(tied)] = 0.0
     case.bias[list(tied)] = 1000.0
     logits, token = case.launch()
-    assert (logits == 1000.0).sum(1).tolist() == [len(tied)] * 2
-    assert token.tolist() == [tied[0]] * 2
+    assert (logits == 1000.0).sum(1).tolist() == [len(tied)] * rows
+    assert token.tolist() == [tied[0]] * rows
 
 
 def test_ties_are_those_of_the_rounded_logits() -> None:

@@ -330,6 +330,14 @@ def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: b
     HeadsCase(rows, 4, dim, position, shortest=16, outputs=40).check(replace(CUTS[cut], dense=dense))
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("splits", "position"), [(1, 9), (2, 10), (2, 31), (3, 47), (4, 40), (6, 90)])
+def test_heads_of_few_lines(splits: int, position: int, dense: bool) -> None:
+    """As many as are read at first, fewer, and more."""
+    case = HeadsCase(5, 4, 16, position, shortest=16, outputs=40, splits=splits)
+    case.check(replace(CUTS["one stretch"], dense=dense))
+
+
 def test_heads_of_other_dtypes() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
