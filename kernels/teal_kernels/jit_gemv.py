@@ -158,7 +158,7 @@ def gemv_kernel(
             tl.debug_barrier()
         count = 0
         x_sum = 0.0
-        if LISTED or taken or BITS < 16 and ROWS == 1:
+        if LISTED or taken or (BITS < 16 and ROWS == 1):
             count, kept, x_sum = take_inputs(
                 x_ptr,
                 heads_ptr,

@@ -145,7 +145,7 @@ def merged_heads(
         LINES,
         FULL,
     )
-    if HEAD_SPLITS > first_lines:
+    if first_lines < HEAD_SPLITS:
         for first in range(first_lines, head_lines, _MORE_LINES):
             tops, totals, merged = _merge(
                 tops,

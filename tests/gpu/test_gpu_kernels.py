@@ -279,7 +279,9 @@ def test_attention_has_the_same_bits_on_100_runs(position: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 2560, 49152), (8, 70, 77), (8, 4096, 32003)])
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "vocabulary"), [(1, 4096, 32003), (3, 2560, 49152), (8, 70, 77), (8, 4096, 32003)]
+)
 def test_output_layer(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> None:
     case = Output.random(rows, hidden_size, vocabulary, bias=rows > 1, dtype=dtype, device="cuda")
     logits, token = case.launch()
