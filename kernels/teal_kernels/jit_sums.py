@@ -66,7 +66,9 @@ def _code_after_one(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.c
 def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
-    One row is multiplied with `_code_after_one` of a code u (`scaled_sums` takes it back), several rows with u itself.
+    One row is multiplied with `_code_after_one` of a code u (`scaled_sums` takes it back), several rows with u itself:
+    2**23 + u less 2**23, sooner than a conversion. (PTX here, and Triton would lay out each tile anew for matrix units,
+    where of plain arithmetic it lays out the words.)
     """
     if BITS >= 16:
         value = words
@@ -75,7 +77,8 @@ def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constex
     elif ROWS == 1:
         value = _code_after_one(words, one, k, dtype, BITS)
     else:
-        value = (words >> (k * BITS) & ((1 << BITS) - 1)).to(tl.float32).to(dtype)
+        bits = words >> (k * BITS) & ((1 << BITS) - 1) | 0x4B000000
+        value = (bits.to(tl.float32, bitcast=True) - 8388608.0).to(dtype)
     return value
 
 

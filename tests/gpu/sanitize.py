@@ -41,10 +41,11 @@ def attention(rows: int) -> None:
     for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
         case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
         case.launch(case.keys, case.values)
-        attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda")
-        for cut in CUTS:
-            for dense in (False, True):
-                attended.check(replace(cut, dense=dense))
+        for splits in (4, 16):
+            attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda", splits=splits)
+            for cut in CUTS:
+                for dense in (False, True):
+                    attended.check(replace(cut, dense=dense))
 
 
 def packed(rows: int) -> None:
