@@ -59,7 +59,7 @@ class Entry:
         return self.inputs, self.outputs, self.dtype, self.rows, self.finish
 
     def distance(self, inputs: int, outputs: tuple[int, ...], bits: int, rows: int, finish: str) -> float:
-        """How unlike another product is: 0 for the same. Weights of other bits are further than twice or half the rows."""
+        """How unlike another product is: 0 for the same. Weights of other bits are further than twice the rows."""
         size = abs(math.log2(self.inputs / inputs)) + abs(math.log2(sum(self.outputs) / sum(outputs)))
         unlike = abs(math.log2(_BITS[self.dtype] / bits)) + 4.0 * ((_BITS[self.dtype] < 16) != (bits < 16))
         return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 12.0 * unlike
