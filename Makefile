@@ -38,8 +38,9 @@ demo: setup
 test: setup
 	$(PYTEST) --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Most of it is compiling. Each process takes a few GB of the GPU, and the long tests are not spread evenly.
 test-gpu: setup
-	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu
+	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,12 +37,14 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     processors = multiprocessors(product.device)
     outputs = sum(product.parts)
     small = outputs // 64 * -(-product.inputs // 128) < 8 * processors
-    fewest = min(4 * processors, outputs // 32 * -(-product.inputs // 64) // 2)
+    one = product.rows == 1
+    fewest = min((4 if one else 3) * processors, outputs // 32 * -(-product.inputs // 64) // 2)
     found = False
     table = product.tables[0]
     bits = table.bits if isinstance(table, Packed) else 8 * product.dtype.itemsize
-    tiles = _tiles(128 // bits) if product.rows == 1 else _batch_tiles(128 // bits)
-    for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, (64, 128, 256, 512, 1024)):
+    tiles = _tiles(128 // bits) if one else _batch_tiles(128 // bits)
+    stretches = _STRETCHES if one else _BATCH_STRETCHES
+    for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, stretches):
         if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
             continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
@@ -56,6 +58,9 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
 
 
 _BLOCKS = (32, 64, 128, 256, 512)
+_STRETCHES = (64, 128, 256, 512, 1024)
+_BATCH_STRETCHES = (*_STRETCHES, 2048, 4096)
+"""Inputs of a program. What a batch reads whole has no list to make, and each program sends sums for every row."""
 
 
 def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
@@ -71,10 +76,10 @@ def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
 def _batch_tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
     """The same for several rows, whose tiles matrix units take."""
     for block_out, warps, block_in, unroll in itertools.product(
-        _BLOCKS[:-1], (2, 4, 8), (LEAST_TILE, 2 * LEAST_TILE, 4 * LEAST_TILE), (1, 2, 4)
+        _BLOCKS[:-1], (1, 2, 4), (LEAST_TILE, 2 * LEAST_TILE, 4 * LEAST_TILE), (1, 2, 4)
     ):
         loads = block_out * block_in // (lane * 32 * warps)
-        if loads >= 1 and loads * unroll <= 8:
+        if loads >= 1 and 4 <= loads * unroll <= 16:
             yield block_out, block_in, unroll, warps
 
 

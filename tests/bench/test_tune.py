@@ -1,5 +1,6 @@
 """Choosing cuts by the time of a token, whatever they are worth by themselves."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
+from teal_kernels import tuning
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
 
@@ -50,6 +52,22 @@ def test_there_is_something_to_time_for_every_shape(
         for config in found:
             loaded = config.block_in * config.block_out * torch.bfloat16.itemsize
             assert loaded % (16 * 32 * config.warps) == 0  # whole loads of 16 bytes a thread
+
+
+def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    table = json.loads((tuning._PACKAGED / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8"))
+    entries = [Entry.from_dict(entry) for entry in table["entries"]]
+    batches = [entry for entry in entries if entry.rows > 1 and entry.dtype == "bfloat16"]
+    assert {entry.rows for entry in batches} == {2, 4, 8}
+    for entry in batches:
+        product: Any = SimpleNamespace(
+            inputs=entry.inputs, parts=entry.outputs, rows=entry.rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
+        )
+        cut = replace(entry.config, evict_first=True)
+        if cut.inputs_per_split == 1792:  # an eighth of 14,336: a search takes powers of two
+            continue
+        assert cut in candidates(product, dense=cut.dense), entry
 
 
 @pytest.mark.parametrize("processors", [1, 16, 48])
