@@ -67,8 +67,8 @@ def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constex
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
     One row is multiplied with `_code_after_one` of a code u (`scaled_sums` takes it back), several rows with u itself:
-    2**23 + u less 2**23, sooner than a conversion. (PTX here, and Triton would lay out each tile anew for matrix units,
-    where of plain arithmetic it lays out the words.)
+    2**23 + u less 2**23, sooner than a conversion. (Plain arithmetic: Triton gives its words the layout of matrix units
+    beforehand. With PTX in between it would have to give it to each tile of weights.)
     """
     if BITS >= 16:
         value = words

@@ -146,6 +146,10 @@ _BATCH_OUTPUT_BLOCK = 128
 """Of one that takes a batch, whose sums are not kept for every input of a tile."""
 
 
+_BATCH_OUTPUT_BYTES = 256
+"""Of each row of weights that such a program takes at a time."""
+
+
 def _output_block(rows: int) -> int:
     """Logits of one program of `output_logits`."""
     return _OUTPUT_BLOCK if rows == 1 else _BATCH_OUTPUT_BLOCK
@@ -167,6 +171,7 @@ def output_logits(
     """
     rows, n_in = hidden.shape
     vocabulary = weight.shape[0]
+    most = 1024 if rows == 1 else _BATCH_OUTPUT_BYTES // weight.itemsize
     launch(
         output_kernel,
         (best.logits.shape[1],),
@@ -186,7 +191,7 @@ def output_logits(
         SQUARES=power_of_two(norm.squares.shape[1]),
         HAS_BIAS=bias is not None,
         BLOCK_OUT=_output_block(rows),
-        BLOCK_IN=min(1024 if rows == 1 else 256 // weight.itemsize, max(LEAST_TILE, power_of_two(n_in))),
+        BLOCK_IN=min(most, max(LEAST_TILE, power_of_two(n_in))),
         warps=8,
         pdl=pdl,
     )

@@ -317,10 +317,12 @@ def gemv(
     lanes = _lanes(stretch, config)
     piece = min(stretch, group) if several else stretch
     # A power of two, so that steps of so many lines end where a full stretch does.
-    most = _MOST_TAKEN if heads is None else min(_MOST_TAKEN, _MOST_TAKEN_OF_HEADS // min(FIRST_LINES, heads.splits))
+    most = _MOST_TAKEN
+    if heads is not None:
+        most = min(most, _MOST_TAKEN_OF_HEADS // power_of_two(min(FIRST_LINES, heads.splits)))
     taken = max(1, min(piece // lanes, most // power_of_two(rows)))
     # Inputs of a batch that is read whole are normalised as tiles of them are multiplied, and need no list.
-    norm_of_tiles = norm is not None and rows > 1 and not listed
+    norm_of_tiles = norm is not None and heads is None and rows > 1 and not listed
     norm_first = norm is not None and not norm_of_tiles
     in_memory = list_bytes == 0 and (listed or norm_first or heads is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value

@@ -42,7 +42,8 @@ class Entry:
     sparsity: float
     """Realised by every row; 0 for a dense read."""
     microseconds: float
-    """Of a launch by itself; at least the dense read's where skipping did not pay in the model."""
+    """Of a launch by itself; where skipping did not pay in the model, at least the dense read's, times how much longer
+    than a dense token one was that skipped."""
     config: GemvConfig
 
     @classmethod

@@ -31,6 +31,8 @@ _TRIED = 5
 def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
 
+    Of a batch, whose programs have more to do beside reading, fewer programs and longer stretches too.
+
     More programs than a GPU holds at a time would run in waves, with an idle tail each. A product too
     small to fill it is cut as finely as can be.
     """
@@ -123,7 +125,8 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
 
     Kernels that alternate rank otherwise than one that follows itself: what one leaves in the caches,
     and where it lets the next begin, counts. Where the token is no faster than the dense one, no
-    product is said to be: skipping in some products and not in others can lose what it gains.
+    product is said to be, and each to be as much slower: skipping in some products and not in others can lose
+    what it gains.
 
     Args:
         found: of each product.
@@ -147,7 +150,12 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
     return [
         entry
         if settled[sparsity] < settled[0.0] or entry.config.dense
-        else replace(entry, microseconds=max(entry.microseconds, product[0.0].microseconds))
+        else replace(
+            entry,
+            microseconds=max(
+                entry.microseconds, round(product[0.0].microseconds * settled[sparsity] / settled[0.0], 2)
+            ),
+        )
         for product in best
         for sparsity, entry in product.items()
     ]

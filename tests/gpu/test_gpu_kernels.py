@@ -219,13 +219,13 @@ def test_product_of_heads(rows: int, position: int, dense: bool) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
 def test_heads_of_few_lines(splits: int, dense: bool) -> None:
     """As a large batch's, whose rows are programs enough."""
     for dtype in DTYPES:
         for rows in (4, 8):
             case = HeadsCase(rows, 32, 128, 64 * splits - 1, dtype=dtype, device="cuda", splits=splits)
-            for cut in (*CUTS.values(), CUT_OF_256):
+            for cut in (*CUTS.values(), CUT_OF_256, replace(CUT_OF_256, inputs_per_split=512)):
                 case.check(replace(cut, dense=dense), pdl=PDL)
 
 
