@@ -79,6 +79,7 @@ def test_codes_of_16_bit_inputs(weights: tuple[int, int, bool], cut: str, dense:
 @pytest.mark.parametrize("finish", PARTS)
 @pytest.mark.usefixtures("narrow_warps")
 def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
+    """But by three rows read whole, which are normalised and added up as they are multiplied."""
     for weights, cut in itertools.product([(8, INPUTS, False), (4, 64, True), (4, 32, True)], CUTS.values()):
         case = random_case(
             finish, rows, norm=finish != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3
