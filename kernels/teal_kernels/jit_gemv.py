@@ -212,7 +212,6 @@ def gemv_kernel(
             LISTED,
             taken,
             NORM_OF_TILES,
-            BITS < 16 and ROWS > 1,
             whole,
             BITS,
             PACK,

@@ -224,7 +224,6 @@ def sum_rows(
     LISTED: tl.constexpr,
     STORED: tl.constexpr,
     NORM: tl.constexpr,
-    TOTALS: tl.constexpr,
     AHEAD: tl.constexpr,
     BITS: tl.constexpr,
     PACK: tl.constexpr,
@@ -237,8 +236,8 @@ def sum_rows(
     EVICT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
 ):
-    """Inputs times their rows of weights: for each weight of a word a tile of sums; and with TOTALS the sums of the
-    inputs of a batch's rows, (LEAST_TILE,), else 0.
+    """Inputs times their rows of weights: for each weight of a word a tile of sums. And the sums of the
+    inputs of a quantised batch's rows, (LEAST_TILE,); else 0.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
     `x_ptr` are the first, or of which the values are STORED in their slots. With NORM inputs of a batch are normalised
@@ -280,12 +279,9 @@ def sum_rows(
                     if NORM:
                         of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
                         values = normalised(values, scales[:, None], of_norm[None, :], dtype).to(dtype)
-                if TOTALS:
+                if BITS < 16:
                     seen += values.to(tl.float32)
             acc = _added(acc, values, weights[step], one, dtype, BITS, PACK, ROWS)
         if AHEAD:
             ahead = load_rows(columns, inside, which, following, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
-    totals = 0.0
-    if TOTALS:
-        totals = tl.sum(seen, axis=1)
-    return acc, totals
+    return acc, tl.sum(seen, axis=1)

@@ -144,8 +144,6 @@ _OUTPUT_BLOCK = 8
 """Logits of one program."""
 _BATCH_OUTPUT_BLOCK = 128
 """Of one that takes a batch, whose sums are not kept for every input of a tile."""
-
-
 _BATCH_OUTPUT_BYTES = 256
 """Of each row of weights that such a program takes at a time."""
 

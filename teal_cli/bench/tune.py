@@ -148,17 +148,17 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
             best[index][sparsity] = fastest
             settled[sparsity] = seconds[fastest]
     return [
-        entry
-        if settled[sparsity] < settled[0.0] or entry.config.dense
-        else replace(
-            entry,
-            microseconds=max(
-                entry.microseconds, round(product[0.0].microseconds * settled[sparsity] / settled[0.0], 2)
-            ),
-        )
+        _as_in_the_model(entry, product[0.0], settled[sparsity] / settled[0.0])
         for product in best
         for sparsity, entry in product.items()
     ]
+
+
+def _as_in_the_model(entry: Entry, dense: Entry, longer: float) -> Entry:
+    """An entry whose token took so many times as long as the dense one; `dense` is of the same product."""
+    if entry.config.dense or longer < 1.0:
+        return entry
+    return replace(entry, microseconds=max(entry.microseconds, round(dense.microseconds * longer, 2)))
 
 
 def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -> list[Entry]:

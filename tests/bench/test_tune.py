@@ -1,6 +1,5 @@
 """Choosing cuts by the time of a token, whatever they are worth by themselves."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,11 @@ def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvC
     return choose_config(CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, finish=finish, sparsity=sparsity)
 
 
+def _product(inputs: int, parts: tuple[int, ...], rows: int) -> Any:
+    """As much of a product as its cuts depend on."""
+    return SimpleNamespace(inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE])
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize(
     ("inputs", "parts"),
@@ -42,9 +46,7 @@ def test_there_is_something_to_time_for_every_shape(
     inputs: int, parts: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
-    product: Any = SimpleNamespace(
-        inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
-    )
+    product = _product(inputs, parts, rows)
     for dense in (True, False):
         found = list(candidates(product, dense=dense))
         assert 3 <= len(found) == len(set(found))
@@ -56,26 +58,20 @@ def test_there_is_something_to_time_for_every_shape(
 
 def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
-    table = json.loads((tuning._PACKAGED / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8"))
-    entries = [Entry.from_dict(entry) for entry in table["entries"]]
-    batches = [entry for entry in entries if entry.rows > 1 and entry.dtype == "bfloat16"]
+    packaged = tuning._entries("NVIDIA H100 80GB HBM3")
+    batches = [entry for entry in packaged if entry.rows > 1 and entry.dtype == "bfloat16"]
     assert {entry.rows for entry in batches} == {2, 4, 8}
     for entry in batches:
-        product: Any = SimpleNamespace(
-            inputs=entry.inputs, parts=entry.outputs, rows=entry.rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
-        )
         cut = replace(entry.config, evict_first=True)
         if cut.inputs_per_split == 1792:  # an eighth of 14,336: a search takes powers of two
             continue
-        assert cut in candidates(product, dense=cut.dense), entry
+        assert cut in candidates(_product(entry.inputs, entry.outputs, entry.rows), dense=cut.dense), entry
 
 
 @pytest.mark.parametrize("processors", [1, 16, 48])
 def test_a_product_too_large_for_a_gpu_is_timed_all_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: processors)
-    product: Any = SimpleNamespace(
-        inputs=5120, parts=(27648, 27648), rows=4, dtype=torch.bfloat16, device=CPU, tables=[TABLE]
-    )
+    product = _product(5120, (27648, 27648), rows=4)
     assert all(config.dense for config in candidates(product, dense=True))
     assert list(candidates(product, dense=True))
 
