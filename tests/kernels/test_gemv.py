@@ -325,7 +325,9 @@ def test_blocks_wider_than_one_line_of_registers(finish: str) -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize(("rows", "dim", "position"), [(1, 16, 0), (1, 16, 70), (2, 24, 100), (3, 16, 120)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "position"), [(1, 16, 0), (1, 16, 70), (2, 24, 100), (3, 16, 120), (8, 16, 90)]
+)
 def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: bool) -> None:
     HeadsCase(rows, 4, dim, position, shortest=16, outputs=40).check(replace(CUTS[cut], dense=dense))
 
