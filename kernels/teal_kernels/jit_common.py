@@ -9,6 +9,7 @@ EMPTY = tl.constexpr(launching.EMPTY)
 MINUS_INFINITY = tl.constexpr(0xFF800000)
 INTERPRETING = tl.constexpr(launching.interpreting())
 LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
+by_elements = triton.constexpr_function(launching.by_elements)
 
 
 @triton.jit

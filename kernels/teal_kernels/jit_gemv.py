@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import LEAST_TILE, look, received, received_both, rms_scale, rms_scales, rounded, send
+from teal_kernels.jit_common import (
+    LEAST_TILE,
+    by_elements,
+    look,
+    received,
+    received_both,
+    rms_scale,
+    rms_scales,
+    rounded,
+    send,
+)
 from teal_kernels.jit_heads import head_stretches
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
@@ -121,8 +131,9 @@ def gemv_kernel(
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
-    # What is read whole is known before the inputs are. (In batches Triton itself sees to rows that are under way.)
-    one_loop: tl.constexpr = ROWS == 1 and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
+    # What is read whole is known before the inputs are. (For matrix units Triton sees to rows under way.)
+    elementwise: tl.constexpr = by_elements(ROWS, BITS)
+    one_loop: tl.constexpr = elementwise and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not LISTED and one_loop
     # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
     early: tl.constexpr = PDL and one_loop and FINISH == PLAIN
@@ -140,7 +151,7 @@ def gemv_kernel(
         for row in tl.static_range(ROWS):
             scales = scales + (rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES),)
     active = 0
-    acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
+    acc = no_sums(PACK, WORDS, ROWS, BITS, BLOCK_IN)
     pieces = tl.cdiv(last - first, group) if SEVERAL_GROUPS else 1
     for nth in range(pieces):
         begin = first
@@ -157,9 +168,9 @@ def gemv_kernel(
             # Or entries would be stored where a warp of the piece before still reads ahead, if for nothing.
             tl.debug_barrier()
         count = 0
-        x_sum = 0.0
-        if LISTED or taken or (BITS < 16 and ROWS == 1):
-            count, kept, x_sum = take_inputs(
+        totals = ()
+        if LISTED or taken or (BITS < 16 and elementwise):
+            count, kept, totals = take_inputs(
                 x_ptr,
                 heads_ptr,
                 logs_ptr,
@@ -178,7 +189,7 @@ def gemv_kernel(
                 HEAD_SIZE,
                 HEAD_SPLITS,
                 ALIKE,
-                BITS < 16 and ROWS == 1,
+                BITS < 16 and elementwise,
                 ROWS,
                 SLOTS,
                 SHARED,
@@ -196,7 +207,7 @@ def gemv_kernel(
             count = stop - begin
         if early:
             gdc_launch_dependents()
-        sums, x_sums = sum_rows(
+        sums, of_tiles = sum_rows(
             columns,
             inside,
             ahead,
@@ -227,8 +238,13 @@ def gemv_kernel(
         if BITS >= 16:
             acc = sums
         else:
-            x_sum = x_sum / BLOCK_IN if ROWS == 1 else x_sums[:, None]
-            acc = scaled_sums(acc, sums, x_sum, factors, zeros, dtype, BITS, PACK, ROWS)
+            x_sums = ()
+            if elementwise:
+                for row in tl.static_range(ROWS):
+                    x_sums = x_sums + (totals[row] / BLOCK_IN,)
+            else:
+                x_sums = (of_tiles[:, None],)
+            acc = scaled_sums(acc, sums, x_sums, factors, zeros, dtype, BITS, PACK, ROWS)
     if PDL and not early:
         gdc_launch_dependents()  # of an empty list, or where the loop did not: see `launch_dependents`
     if LISTED:
@@ -248,8 +264,10 @@ def gemv_kernel(
             inside = out_start + words * PACK + k < out_stop
             if EVEN:
                 inside = tl.full((WORDS,), True, tl.int1)
-            if ROWS == 1:
-                send(partial_ptr + split * line_length + places, tl.sum(acc[k], axis=0), inside)
+            if elementwise:
+                for of_row in tl.static_range(ROWS):
+                    mine = partial_ptr + (split * ROWS + of_row) * line_length
+                    send(mine + places, tl.sum(acc[k * ROWS + of_row], axis=0), inside)
             else:
                 mine = partial_ptr + (split * ROWS + rows)[:, None] * line_length
                 send(mine + places[None, :], acc[k], (rows < ROWS)[:, None] & inside[None, :])

@@ -200,13 +200,15 @@ def take_inputs(
         scales: of the norm, for each row.
 
     Returns:
-        Entries of the list; inputs that were kept, of all rows together; with `SUMS` the sum of what was
-        kept of the one row (of everything where nothing is dropped), else 0.
+        Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
+        kept (of everything where nothing is dropped), 0 unless `SUMS`.
     """
     dtype = x_ptr.dtype.element_ty
     count = tl.zeros((LANES,), tl.int32)
     kept = tl.zeros((LANES,), tl.int32)
-    sums = tl.zeros((LANES,), tl.float32)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
     steps = 1 if AT_ONCE else tl.cdiv(stop - begin, LANES * LINES)
     for step in range(steps):
         start = begin + step * (LANES * LINES)
@@ -258,7 +260,10 @@ def take_inputs(
                         value = tl.where(keep, value, 0.0)
                 values = values + (value,)
             if SUMS:
-                sums += values[0]
+                added = ()
+                for row in tl.static_range(ROWS):
+                    added = added + (sums[row] + values[row],)
+                sums = added
             stored = read
             if SHARED > 0 and LANES < 32 * WARPS:  # all warps hold a line, and take turns; else Triton sees to that
                 stored &= _warp() == line % WARPS
@@ -275,7 +280,7 @@ def take_inputs(
     active = count
     if ROWS > 1:
         active = tl.sum(kept, axis=0)
-    total = 0.0
-    if SUMS:
-        total = tl.sum(sums, axis=0)
-    return count, active, total
+    totals = ()
+    for row in tl.static_range(ROWS):
+        totals = totals + (tl.sum(sums[row], axis=0) if SUMS else 0.0,)
+    return count, active, totals

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, launch_dependents, matmul, normalised
+from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, by_elements, launch_dependents, matmul, normalised
 from teal_kernels.jit_lists import listed_index, listed_value
 
 
@@ -66,15 +66,16 @@ def _code_after_one(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.c
 def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
-    One row is multiplied with `_code_after_one` of a code u (`scaled_sums` takes it back), several rows with u itself:
-    2**23 + u less 2**23, sooner than a conversion. (Plain arithmetic: Triton gives its words the layout of matrix units
-    beforehand. With PTX in between it would have to give it to each tile of weights.)
+    Element by element `_code_after_one` of a code u is multiplied (`scaled_sums` takes it back), on matrix units u
+    itself: 2**23 + u less 2**23, sooner than a conversion. (Plain arithmetic: Triton gives its words the layout of
+    matrix units beforehand. With PTX in between it would have to give it to each tile of weights.)
     """
+    elementwise: tl.constexpr = by_elements(ROWS, BITS)
     if BITS >= 16:
         value = words
-        if ROWS == 1:
+        if elementwise:
             value = words.to(tl.float32)
-    elif ROWS == 1:
+    elif elementwise:
         value = _code_after_one(words, one, k, dtype, BITS)
     else:
         bits = words >> (k * BITS) & ((1 << BITS) - 1) | 0x4B000000
@@ -116,7 +117,7 @@ def group_factors(
 def scaled_sums(
     acc,
     sums,
-    x_sum,
+    x_sums,
     factors,
     zeros,
     dtype: tl.constexpr,
@@ -127,41 +128,61 @@ def scaled_sums(
     """The sums before, and those of one group: of x (code - zero) scale = scale (sum of x code - zero sum of x).
 
     Args:
-        x_sum: of a batch for each row, (LEAST_TILE, 1). Of one row its share of each row of the tile, which are added
-            up in the end.
+        x_sums: for each tile of sums of one weight of a word. On matrix units there is one: (LEAST_TILE, 1), for each
+            row. Element by element there is one for each row: its share of each row of the tile, which are added up in
+            the end.
     """
+    elementwise: tl.constexpr = by_elements(ROWS, BITS)
+    tiles: tl.constexpr = ROWS if elementwise else 1
     added = ()
     for k in tl.static_range(PACK):
         factor = factors[k]
         zero = zeros[k]
-        if ROWS == 1:  # for the values of `_unpacked`
+        if elementwise:  # for the values of `_unpacked`
             unit = 1 << (23 - _place(k, BITS, dtype))
             factor = factor * unit
             zero = 1.0 + zero / unit
-        added = added + (acc[k] + factor[None, :] * (sums[k] - zero[None, :] * x_sum),)
+        for tile in tl.static_range(tiles):
+            scaled = factor[None, :] * (sums[k * tiles + tile] - zero[None, :] * x_sums[tile])
+            added = added + (acc[k * tiles + tile] + scaled,)
     return added
 
 
 @triton.jit
-def no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """For each weight of a word a tile of zeros, float32."""
+def no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """For each weight of a word a tile of zeros, float32; element by element one for each row, side by side."""
+    elementwise: tl.constexpr = by_elements(ROWS, BITS)
     acc = ()
-    for _ in tl.static_range(PACK):
-        acc = acc + (tl.zeros((BLOCK_IN if ROWS == 1 else LEAST_TILE, WORDS), dtype=tl.float32),)
+    for _ in tl.static_range(PACK * ROWS if elementwise else PACK):
+        acc = acc + (tl.zeros((BLOCK_IN if elementwise else LEAST_TILE, WORDS), dtype=tl.float32),)
     return acc
 
 
 @triton.jit
-def _added(acc, values, words, one, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
+def _added(
+    acc,
+    values,
+    words,
+    one,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The sums, and values times a tile of weights.
 
     One row is multiplied element by element, and its tile added up at the end: 16 instructions for 16
-    bytes of weights. More rows are what matrix units are for.
+    bytes of weights. More rows are what matrix units are for; but codes are sooner multiplied twice than made weights
+    of 16 bits and brought to where matrix units take them.
     """
+    elementwise: tl.constexpr = by_elements(ROWS, BITS)
+    tiles: tl.constexpr = ROWS if elementwise else 1
     added = ()
     for k in tl.static_range(PACK):
         weights = _unpacked(words, one, k, dtype, BITS, ROWS)
-        added = added + (acc[k] + values * weights if ROWS == 1 else matmul(values, weights, acc[k]),)
+        for tile in tl.static_range(tiles):
+            before = acc[k * tiles + tile]
+            added = added + (before + values[tile] * weights if elementwise else matmul(values[tile], weights, before),)
     return added
 
 
@@ -247,7 +268,7 @@ def sum_rows(
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
-    acc = no_sums(PACK, WORDS, ROWS, BLOCK_IN)
+    acc = no_sums(PACK, WORDS, ROWS, BITS, BLOCK_IN)
     seen = tl.zeros((LEAST_TILE, BLOCK_IN), tl.float32)
     one = _one()
     which = ()
@@ -264,23 +285,27 @@ def sum_rows(
             which = _listed_rows(entries, following, stop, dtype, SHARED, BLOCK_IN, UNROLL)
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
-            if ROWS == 1:
-                if LISTED or STORED:
-                    values = listed_value(entries, slots, slots < stop, dtype, SHARED)[:, None]
-                else:
-                    values = tl.load(x_ptr + slots, mask=slots < stop, other=0.0).to(tl.float32)[:, None]
+            values = ()
+            if by_elements(ROWS, BITS):
+                for row in tl.static_range(ROWS):
+                    if LISTED or STORED:
+                        value = listed_value(entries, row * SLOTS + slots, slots < stop, dtype, SHARED)
+                    else:
+                        value = tl.load(x_ptr + row * n_in + slots, mask=slots < stop, other=0.0).to(tl.float32)
+                    values = values + (value[:, None],)
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
                 if LISTED or STORED:
                     of_rows = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
-                    values = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
+                    value = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
                 else:
-                    values = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
+                    value = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
                     if NORM:
                         of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
-                        values = normalised(values, scales[:, None], of_norm[None, :], dtype).to(dtype)
+                        value = normalised(value, scales[:, None], of_norm[None, :], dtype).to(dtype)
                 if BITS < 16:
-                    seen += values.to(tl.float32)
+                    seen += value.to(tl.float32)
+                values = (value,)
             acc = _added(acc, values, weights[step], one, dtype, BITS, PACK, ROWS)
         if AHEAD:
             ahead = load_rows(columns, inside, which, following, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)

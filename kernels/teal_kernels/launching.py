@@ -24,6 +24,14 @@ FIRST_LINES = 4
 """Lines of attention's heads that are read at a time: at first those of a short context."""
 
 
+def by_elements(rows: int, bits: int) -> bool:
+    """Whether rows of a batch are multiplied element by element, not on matrix units.
+
+    Two rows of codes are: on an H100 a dense token of Llama-3-8B takes two thirds of the time in int4, 0.89 in int8.
+    """
+    return rows == 1 or (rows == 2 and bits < 16)
+
+
 def interpreting() -> bool:
     """True where kernels run in triton's interpreter, on CPU tensors (set before first import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_kernels.cpu import cut_of, offsets_of, select_active
-from teal_kernels.launching import LEAST_TILE
+from teal_kernels.launching import LEAST_TILE, by_elements
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
 from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv
@@ -88,7 +88,7 @@ def fitting(config: GemvConfig, table: Tensor | Packed, rows: int) -> GemvConfig
         splits = group
     elif splits < group < n_in and group % splits:
         splits = min(group, 32)
-    least = 32 // table.bits * (LEAST_TILE if rows > 1 else 1)  # matrix units take tiles of words
+    least = 32 // table.bits * (1 if by_elements(rows, table.bits) else LEAST_TILE)  # matrix units take tiles of words
     return replace(config, inputs_per_split=splits, block_out=max(config.block_out, least))
 
 

@@ -27,6 +27,7 @@ from teal_kernels.launching import (
     FIRST_LINES,
     LEAST_TILE,
     TRITON_MISSING,
+    by_elements,
     interpreting,
     launch,
     power_of_two,
@@ -149,42 +150,42 @@ _MOST_FINISHERS = 4
 _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 
-def _tile(config: GemvConfig, rows: int) -> tuple[int, int]:
+def _tile(config: GemvConfig, rows: int, bits: int) -> tuple[int, int]:
     """Rows of weights in a tile, and tiles in flight, as this batch runs them."""
-    if rows == 1 or config.block_in >= LEAST_TILE:
+    if by_elements(rows, bits) or config.block_in >= LEAST_TILE:
         return config.block_in, config.unroll
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
 
-def _slots(config: GemvConfig, rows: int) -> int:
+def _slots(config: GemvConfig, rows: int, bits: int) -> int:
     """Entries of a list in shared memory, for each row: as far as tiles reach that are read ahead."""
-    block_in, unroll = _tile(config, rows)
+    block_in, unroll = _tile(config, rows, bits)
     return power_of_two(config.inputs_per_split) + 2 * block_in * unroll
 
 
-def _tiles_bytes(config: GemvConfig, rows: int, itemsize: int, sets: int) -> int:
+def _tiles_bytes(config: GemvConfig, rows: int, bits: int, itemsize: int, sets: int) -> int:
     """Of a program's shared memory for matrix units: so many sets of tiles in flight, and a tile of values."""
-    if rows == 1:
+    if by_elements(rows, bits):
         return 0
-    block_in, unroll = _tile(config, rows)
+    block_in, unroll = _tile(config, rows, bits)
     return block_in * (sets * unroll * config.block_out + LEAST_TILE) * itemsize
 
 
-def _list_bytes(config: GemvConfig, rows: int, itemsize: int) -> int:
+def _list_bytes(config: GemvConfig, rows: int, bits: int, itemsize: int) -> int:
     """Of a program's list in shared memory, if it has one; 0 where that lies in global memory."""
-    needed = 0 if interpreting() else rows * _slots(config, rows) * 2 * itemsize
-    beside = _tiles_bytes(config, rows, itemsize, sets=2) + 1024
+    needed = 0 if interpreting() else rows * _slots(config, rows, bits) * 2 * itemsize
+    beside = _tiles_bytes(config, rows, bits, itemsize, sets=2) + 1024
     return needed if needed <= _MOST_LIST_BYTES and needed + beside <= _MOST_SHARED_BYTES else 0
 
 
-def _fitting(device: torch.device, config: GemvConfig, rows: int, itemsize: int) -> int:
+def _fitting(device: torch.device, config: GemvConfig, rows: int, bits: int, itemsize: int) -> int:
     """Programs that a multiprocessor holds at the least.
 
     Eight warps fit whatever registers they need. Of tiles in shared memory up to three sets lie there at a time.
     """
     fitting = max(1, 8 // config.warps)
     if device.type == "cuda":
-        needed = _list_bytes(config, rows, itemsize) + _tiles_bytes(config, rows, itemsize, sets=3) + 4096
+        needed = _list_bytes(config, rows, bits, itemsize) + _tiles_bytes(config, rows, bits, itemsize, sets=3) + 4096
         fitting = max(1, min(fitting, shared_memory(device) // needed))
     return fitting
 
@@ -197,7 +198,8 @@ def _finishers(
     They wait for one another, so all must run at one time; nothing else of ours runs beside them
     (one stream a device).
     """
-    fitting = _fitting(table.device, config, rows, dtype.itemsize)
+    bits = table.bits if isinstance(table, Packed) else 16
+    fitting = _fitting(table.device, config, rows, bits, dtype.itemsize)
     most = min(
         resident(table.device, fitting) // _blocks(parts, config),
         -(-table.shape[0] // config.inputs_per_split),
@@ -312,8 +314,8 @@ def gemv(
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     if splits * rows * blocks * config.block_out > _MOST_ELEMENTS:
         raise ValueError(f"{splits} times {rows} rows of {sum(parts)} partial sums are more than {_MOST_ELEMENTS}")
-    block_in, unroll = _tile(config, rows)
-    list_bytes = _list_bytes(config, rows, x.itemsize)
+    block_in, unroll = _tile(config, rows, bits)
+    list_bytes = _list_bytes(config, rows, bits, x.itemsize)
     lanes = _lanes(stretch, config)
     piece = min(stretch, group) if several else stretch
     # A power of two, so that steps of so many lines end where a full stretch does.
@@ -321,8 +323,8 @@ def gemv(
     if heads is not None:
         most = min(most, _MOST_TAKEN_OF_HEADS // power_of_two(min(FIRST_LINES, heads.splits)))
     taken = max(1, min(piece // lanes, most // power_of_two(rows)))
-    # Inputs of a batch that is read whole are normalised as tiles of them are multiplied, and need no list.
-    norm_of_tiles = norm is not None and heads is None and rows > 1 and not listed
+    # Inputs of a batch that is read whole are normalised as matrix units take tiles of them, and need no list.
+    norm_of_tiles = norm is not None and heads is None and not listed and not by_elements(rows, bits)
     norm_first = norm is not None and not norm_of_tiles
     in_memory = list_bytes == 0 and (listed or norm_first or heads is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
@@ -382,7 +384,7 @@ def gemv(
         LINES=max(1, threads // columns, min(power_of_two(splits), gathered * threads // columns)),
         FINISHERS=finishers,
         STRETCH=stretch,
-        SLOTS=_slots(config, rows) if list_bytes else stretch,
+        SLOTS=_slots(config, rows, bits) if list_bytes else stretch,
         SHARED=list_bytes,
         LANES=lanes,
         INPUT_LINES=taken,

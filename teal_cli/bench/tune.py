@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
-from teal_kernels.launching import LEAST_TILE, multiprocessors
+from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig
@@ -44,7 +44,8 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     found = False
     table = product.tables[0]
     bits = table.bits if isinstance(table, Packed) else 8 * product.dtype.itemsize
-    tiles = _tiles(128 // bits) if one else _batch_tiles(128 // bits)
+    # Loads of 16 bytes; of half bytes, whose sums take so many more registers, element by element 8.
+    tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
     stretches = _STRETCHES if one else _BATCH_STRETCHES
     for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, stretches):
         if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
@@ -66,7 +67,8 @@ _BATCH_STRETCHES = (*_STRETCHES, 2048, 4096)
 
 
 def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """(block_out, block_in, unroll, warps) of one row, from one or two loads of `lane` elements a thread."""
+    """(block_out, block_in, unroll, warps) for tiles that are multiplied element by element, from one or two loads of
+    `lane` elements a thread."""
     for block_out, warps, (loads, unroll) in itertools.product(
         _BLOCKS, (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6))
     ):
@@ -76,7 +78,7 @@ def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _batch_tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """The same for several rows, whose tiles matrix units take."""
+    """The same for tiles that matrix units take."""
     for block_out, warps, block_in, unroll in itertools.product(
         _BLOCKS[:-1], (1, 2, 4), (LEAST_TILE, 2 * LEAST_TILE, 4 * LEAST_TILE), (1, 2, 4)
     ):

@@ -10,6 +10,7 @@ import torch
 from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
 from teal_kernels import tuning
+from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
 
@@ -66,6 +67,19 @@ def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.Mo
         if cut.inputs_per_split == 1792:  # an eighth of 14,336: a search takes powers of two
             continue
         assert cut in candidates(_product(entry.inputs, entry.outputs, entry.rows), dense=cut.dense), entry
+
+
+def test_a_search_would_find_what_is_packaged_for_half_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    packaged = tuning._entries("NVIDIA H100 80GB HBM3")
+    by_elements = [entry for entry in packaged if entry.rows < 3 and entry.dtype == "int4"]
+    assert {entry.rows for entry in by_elements} == {1, 2}
+    for entry in by_elements:
+        product = _product(entry.inputs, entry.outputs, entry.rows)
+        words = torch.empty(entry.inputs, sum(entry.outputs) // 8, dtype=torch.int32, device="meta")
+        scales = torch.empty(entry.inputs // 128, sum(entry.outputs), device="meta")
+        product.tables = [Packed(words, scales, None, bits=4, group=128, parts=entry.outputs)]
+        assert replace(entry.config, evict_first=True) in candidates(product, dense=entry.config.dense), entry
 
 
 @pytest.mark.parametrize("processors", [1, 16, 48])

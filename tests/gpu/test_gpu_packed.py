@@ -60,7 +60,7 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("per_split", [128, 512], ids=["one group", "several groups"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("weights", [(8, 128, False), (4, 128, True), (4, 32, True)], ids=str)
 def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, per_split: int) -> None:
     """Norms and heads of attention before a product, what finishes it after."""

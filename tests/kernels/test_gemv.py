@@ -290,17 +290,17 @@ def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
     cut = GemvConfig(block_out=128, block_in=16, unroll=1, inputs_per_split=512, warps=2)
-    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, itemsize=4) == 2
+    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 2
     monkeypatch.setattr(triton_gemv, "_MOST_LIST_BYTES", 0)
-    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, itemsize=4) == 3
+    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 3
 
 
 def test_a_list_leaves_room_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton asks for more than 48 KiB of a program's shared memory only where its own tiles are more than that."""
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
     cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
-    assert triton_gemv._list_bytes(cut, rows=3, itemsize=2) == 0
-    assert triton_gemv._list_bytes(replace(cut, block_in=32), rows=3, itemsize=2) == 3 * (1024 + 128) * 4
+    assert triton_gemv._list_bytes(cut, rows=3, bits=16, itemsize=2) == 0
+    assert triton_gemv._list_bytes(replace(cut, block_in=32), rows=3, bits=16, itemsize=2) == 3 * (1024 + 128) * 4
 
 
 def test_a_program_reads_what_32_bits_can_count() -> None:

@@ -46,7 +46,7 @@ def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: b
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("finish", PARTS)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -75,7 +75,7 @@ def test_codes_of_16_bit_inputs(weights: tuple[int, int, bool], cut: str, dense:
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("finish", PARTS)
 @pytest.mark.usefixtures("narrow_warps")
 def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
@@ -89,14 +89,14 @@ def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("weights", [(8, 64, True), (4, 32, True)], ids=str)
 def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
     HeadsCase(rows, 8, 24, 100, shortest=16, outputs=40, packed=weights).check(replace(CUTS[cut], dense=dense))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
 @pytest.mark.parametrize("threshold", [-1.0, 0.7, 100.0])
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
 def test_layer_products_agree(bits: int, group: int, zeros: bool, threshold: float, rows: int) -> None:
