@@ -207,7 +207,7 @@ def gemv_kernel(
             count = stop - begin
         if early:
             gdc_launch_dependents()
-        sums, of_tiles = sum_rows(
+        sums, x_sums_of_tiles = sum_rows(
             columns,
             inside,
             ahead,
@@ -240,10 +240,10 @@ def gemv_kernel(
         else:
             x_sums = ()
             if elementwise:
-                for row in tl.static_range(ROWS):
-                    x_sums = x_sums + (totals[row] / BLOCK_IN,)
+                for of_row in tl.static_range(ROWS):
+                    x_sums = x_sums + (totals[of_row] / BLOCK_IN,)
             else:
-                x_sums = (of_tiles[:, None],)
+                x_sums = (x_sums_of_tiles[:, None],)
             acc = scaled_sums(acc, sums, x_sums, factors, zeros, dtype, BITS, PACK, ROWS)
     if PDL and not early:
         gdc_launch_dependents()  # of an empty list, or where the loop did not: see `launch_dependents`

@@ -7,9 +7,9 @@ from teal_kernels import launching
 from teal_kernels.jit_common import lanes_inside
 
 _FIRST_LINES = tl.constexpr(launching.FIRST_LINES)
-# Lines that a step of the loop over more takes, and of how many rows together. Loads of few suffice to keep memory
-# busy, while the time that Triton's coalescing takes to compile grows with the cube of them: 27 s for eight rows of
-# six, 5 s for eight of one.
+# Lines that a step of the loop over more takes: at most so many, and at most so many of all rows together. Loads of
+# few suffice to keep memory busy, while the time that Triton's coalescing takes to compile grows with the cube of
+# them: 27 s for six lines of eight rows, 5 s for one.
 _MORE_LINES = tl.constexpr(6)
 _MORE_LINES_OF_ROWS = tl.constexpr(12)
 
@@ -149,8 +149,8 @@ def merged_heads(
         LINES,
         FULL,
     )
-    of_rows: tl.constexpr = _MORE_LINES_OF_ROWS // ROWS
-    more_lines: tl.constexpr = _MORE_LINES if of_rows > _MORE_LINES else of_rows
+    share: tl.constexpr = _MORE_LINES_OF_ROWS // ROWS
+    more_lines: tl.constexpr = _MORE_LINES if share > _MORE_LINES else share
     if first_lines < HEAD_SPLITS:
         for first in range(first_lines, head_lines, more_lines):
             tops, totals, merged = _merge(

@@ -171,9 +171,9 @@ def _added(
 ):
     """The sums, and values times a tile of weights.
 
-    One row is multiplied element by element, and its tile added up at the end: 16 instructions for 16
-    bytes of weights. More rows are what matrix units are for; but codes are sooner multiplied twice than made weights
-    of 16 bits and brought to where matrix units take them.
+    One row, and two of codes (`by_elements`), are multiplied element by element, and their tiles added up at the end:
+    16 instructions for 16 bytes of weights and one row. More rows are what matrix units are for, but codes must first
+    be made weights of 16 bits and brought to where those take them.
     """
     elementwise: tl.constexpr = by_elements(ROWS, BITS)
     tiles: tl.constexpr = ROWS if elementwise else 1
@@ -181,8 +181,12 @@ def _added(
     for k in tl.static_range(PACK):
         weights = _unpacked(words, one, k, dtype, BITS, ROWS)
         for tile in tl.static_range(tiles):
-            before = acc[k * tiles + tile]
-            added = added + (before + values[tile] * weights if elementwise else matmul(values[tile], weights, before),)
+            total = acc[k * tiles + tile]
+            if elementwise:
+                total += values[tile] * weights
+            else:
+                total = matmul(values[tile], weights, total)
+            added = added + (total,)
     return added
 
 
@@ -257,13 +261,14 @@ def sum_rows(
     EVICT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
 ):
-    """Inputs times their rows of weights: for each weight of a word a tile of sums. And the sums of the
-    inputs of a quantised batch's rows, (LEAST_TILE,); else 0.
+    """Inputs times their rows of weights: for each weight of a word a tile of sums, or one for each row (`no_sums`).
+    And the sums of the inputs that matrix units multiply with codes, (LEAST_TILE,) of rows; else 0.
 
     Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values are STORED in their slots. With NORM inputs of a batch are normalised
-    here, by the `scales` of `rms_scales` and the weights from `norm_ptr` on. With AHEAD, and no list, the first tiles,
-    `ahead`, are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are asked for.
+    `x_ptr` are the first, or of which the values are STORED in their slots. With NORM what matrix units take is
+    normalised here, by the `scales` of `rms_scales` and the weights from `norm_ptr` on. With AHEAD, and no list, the
+    first tiles, `ahead`, are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are
+    asked for.
     """
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS

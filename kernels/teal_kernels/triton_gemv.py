@@ -47,7 +47,7 @@ class GemvConfig:
     block_out: int
     """Outputs of a program (power of two)."""
     block_in: int
-    """Rows of weights in a tile (power of two); of a batch at least 16, with as much less in flight."""
+    """Rows of weights in a tile (power of two); on matrix units at least 16, with as much less in flight."""
     unroll: int
     """Tiles in flight at a time."""
     inputs_per_split: int
@@ -143,6 +143,8 @@ _MOST_TAKEN = 16
 """Lines of inputs that a warp holds, of all rows together."""
 _MOST_TAKEN_OF_HEADS = 32
 """The same of attention's heads before they are merged: of each as many lines as are read at a time."""
+_MOST_SUMS = 32
+"""Of a thread, for each of two rows that are multiplied element by element."""
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
@@ -152,7 +154,10 @@ _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 def _tile(config: GemvConfig, rows: int, bits: int) -> tuple[int, int]:
     """Rows of weights in a tile, and tiles in flight, as this batch runs them."""
-    if by_elements(rows, bits) or config.block_in >= LEAST_TILE:
+    if by_elements(rows, bits) and rows > 1:  # a cut for matrix units would take more registers than there are
+        most = _MOST_SUMS * _WARP * config.warps // config.block_out
+        return max(1, min(config.block_in, most)), config.unroll
+    if rows == 1 or config.block_in >= LEAST_TILE:
         return config.block_in, config.unroll
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 

@@ -44,7 +44,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     found = False
     table = product.tables[0]
     bits = table.bits if isinstance(table, Packed) else 8 * product.dtype.itemsize
-    # Loads of 16 bytes; of half bytes, whose sums take so many more registers, element by element 8.
+    # Of half bytes, whose sums take twice the registers of bytes', element by element 8 or 16.
     tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
     stretches = _STRETCHES if one else _BATCH_STRETCHES
     for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, stretches):
@@ -63,12 +63,11 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
 _BLOCKS = (32, 64, 128, 256, 512)
 _STRETCHES = (64, 128, 256, 512, 1024)
 _BATCH_STRETCHES = (*_STRETCHES, 2048, 4096)
-"""Inputs of a program. What a batch reads whole has no list to make, and each program sends sums for every row."""
+"""Inputs of a program. What matrix units read whole has no list to make, and each program sends sums for every row."""
 
 
 def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """(block_out, block_in, unroll, warps) for tiles that are multiplied element by element, from one or two loads of
-    `lane` elements a thread."""
+    """(block_out, block_in, unroll, warps) of tiles for sums element by element, of one or two loads."""
     for block_out, warps, (loads, unroll) in itertools.product(
         _BLOCKS, (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6))
     ):

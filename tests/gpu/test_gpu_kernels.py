@@ -7,11 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LIMITS, PARTS, PDL, Attention, Case, HeadsCase, Output, random_case, relative_error
+from kernel_cases import (
+    LIMITS,
+    PARTS,
+    PDL,
+    Attention,
+    Case,
+    HeadsCase,
+    Output,
+    random_case,
+    random_packed,
+    relative_error,
+)
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from teal_kernels.launching import EMPTY
+from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import attention_splits, decode_attention
 from teal_kernels.triton_gemv import GemvConfig, Heads, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
@@ -143,7 +155,8 @@ def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_launches_that_overlap(dense: bool) -> None:
+@pytest.mark.parametrize(("rows", "bits"), [(1, 16), (1, 4), (2, 4), (2, 16)])
+def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
     """Products and attention one right behind the other on one scratch memory, as decoding launches them.
 
     With programmatic dependent launch each begins while the one before runs. The bits must be those of
@@ -155,15 +168,21 @@ def test_launches_that_overlap(dense: bool) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
 
+    def table(inputs: int, *parts: int) -> Tensor | Packed:
+        if bits == 16:
+            return random(inputs, sum(parts))
+        packed = random_packed(inputs, parts, bits, 128, zeros=True, device="cuda")
+        return replace(packed, scales=packed.scales.bfloat16() / 256)
+
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = Scratch(device)
     cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, dense=dense)
     tables = [
         {
-            "qkv": random(size, 3 * size),
-            "o": random(size, size),
-            "mlp": random(size, 2 * wide),
-            "down": random(wide, size),
+            "qkv": table(size, size, size, size),
+            "o": table(size, size),
+            "mlp": table(size, wide, wide),
+            "down": table(wide, size),
         }
         for _ in range(6)
     ]
@@ -171,28 +190,28 @@ def test_launches_that_overlap(dense: bool) -> None:
     nothing = torch.zeros(3, device=device)
     weight = torch.ones(size, dtype=torch.bfloat16, device=device)
     cos = torch.ones(256, size // heads, dtype=torch.bfloat16, device=device)
-    caches = [random(2, 1, heads, 256, size // heads) for _ in tables]
+    caches = [random(2, rows, heads, 256, size // heads) for _ in tables]
     position = torch.tensor([200], dtype=torch.int32, device=device)
-    start = random(1, size) * 30
-    hidden, qkv = start.clone(), random(1, 3 * size)
-    attended = Heads.empty(1, heads, size // heads, attention_splits(heads), position)
-    activation = random(1, wide)
-    columns = [squares_of(table, (size,), cut, 1, table.dtype) for table in (tables[0]["o"], tables[0]["down"])]
-    squares = [torch.zeros(1, count, device=device) for count in columns]
+    start = random(rows, size) * 30
+    hidden, qkv = start.clone(), random(rows, 3 * size)
+    attended = Heads.empty(rows, heads, size // heads, attention_splits(rows * heads), position)
+    activation = random(rows, wide)
+    columns = [squares_of(tables[0][name], (size,), cut, rows, hidden.dtype) for name in ("o", "down")]
+    squares = [torch.zeros(rows, count, device=device) for count in columns]
 
     def token(pdl: bool) -> None:
         hidden.copy_(start)
-        for layer, (table, cache) in enumerate(zip(tables, caches, strict=True)):
+        for layer, (weights, cache) in enumerate(zip(tables, caches, strict=True)):
             before = hidden.float().square().sum(1, keepdim=True) if layer == 0 else squares[1]
             norm = Norm(weight, 1e-5, before)
-            gemv(hidden, table["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
+            gemv(hidden, weights["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
             decode_attention(qkv, cache[0], cache[1], cos, cos, attended, scale=0.1, pdl=pdl)
             finish: dict[str, Any] = {"finish": "residual", "pdl": pdl}
-            gemv(attended, table["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **finish)
+            gemv(attended, weights["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **finish)
             norm = Norm(weight, 1e-5, squares[0])
             gated: dict[str, Any] = {"finish": "gated", "pdl": pdl, "norm": norm}
-            gemv(hidden, table["mlp"], (wide, wide), thresholds, activation, cut, scratch, **gated)
-            gemv(activation, table["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **finish)
+            gemv(hidden, weights["mlp"], (wide, wide), thresholds, activation, cut, scratch, **gated)
+            gemv(activation, weights["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **finish)
 
     token(pdl=False)
     expected = hidden.clone()

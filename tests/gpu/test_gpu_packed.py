@@ -76,10 +76,11 @@ def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, 
         merging.check(replace(cut, dense=dense), pdl=PDL)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
-def test_same_bits_on_every_run(bits: int, group: int, zeros: bool) -> None:
+def test_same_bits_on_every_run(bits: int, group: int, zeros: bool, rows: int) -> None:
     packed = random_packed(4096, (4096, 1024, 1024), bits, group or 4096, zeros=zeros, device="cuda")
-    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
-    thresholds, config = torch.full((3,), 0.67, device="cuda"), _config(packed, 1, 0.5)
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    thresholds, config = torch.full((3,), 0.67, device="cuda"), _config(packed, rows, 0.5)
     first = _run(x, packed, thresholds, config)
     assert all(torch.equal(_run(x, packed, thresholds, config), first) for _ in range(100))

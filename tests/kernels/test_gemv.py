@@ -295,6 +295,21 @@ def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 3
 
 
+def test_tiles_are_as_what_takes_them_needs() -> None:
+    """Matrix units 16 rows at least. Element by element, of two rows, no more than registers hold sums for."""
+    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=512, warps=1)
+    for rows, bits in ((1, 16), (1, 4), (2, 8), (2, 4)):
+        assert triton_gemv._tile(cut, rows, bits) == (4, 4)
+        assert triton_gemv._tiles_bytes(cut, rows, bits, itemsize=2, sets=3) == 0
+    for rows, bits in ((2, 16), (3, 8), (3, 4)):
+        assert triton_gemv._tile(cut, rows, bits) == (16, 1)
+        assert triton_gemv._tiles_bytes(cut, rows, bits, itemsize=2, sets=3) > 0
+    of_batches = replace(cut, block_in=64, unroll=2)
+    assert triton_gemv._tile(of_batches, 2, 4) == (8, 2)
+    assert triton_gemv._tile(replace(of_batches, block_out=2048), 2, 4) == (1, 2)
+    assert triton_gemv._tile(of_batches, 1, 4) == triton_gemv._tile(of_batches, 2, 16) == (64, 2)
+
+
 def test_a_list_leaves_room_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton asks for more than 48 KiB of a program's shared memory only where its own tiles are more than that."""
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)

@@ -64,10 +64,11 @@ def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_codes_of_16_bit_inputs(weights: tuple[int, int, bool], cut: str, dense: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: str, dense: bool) -> None:
     """They are multiplied with fewer bits to spare, of which rounding the result must leave nothing to be seen."""
     case = random_case(
-        "plain", 1, dtype=torch.float16, norm=False, bias=False, listed=not dense, inputs=INPUTS, packed=weights
+        "plain", rows, dtype=torch.float16, norm=False, bias=False, listed=not dense, inputs=INPUTS, packed=weights
     )
     y = case.launch(replace(CUTS[cut], dense=dense)).y
     expected = case.expected()
@@ -123,6 +124,12 @@ def test_what_does_not_fit_is_refused() -> None:
         pack(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(3, 8), None, bits=4, group=4)
     with pytest.raises(ValueError, match="different ways"):
         side_by_side([packed, random_packed(INPUTS, (16,), 8, 64, zeros=True)])
+
+
+def test_a_block_is_as_wide_as_what_takes_its_words() -> None:
+    packed = random_packed(INPUTS, (64,), 4, 64, zeros=True)
+    cut = GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1)
+    assert [fitting(cut, packed, rows).block_out for rows in (1, 2, 3, 8)] == [32, 32, 128, 128]
 
 
 def test_parts_borders_hold_their_own_thresholds() -> None:
