@@ -27,7 +27,7 @@ FIRST_LINES = 4
 def by_elements(rows: int, bits: int) -> bool:
     """Whether rows of a batch are multiplied element by element, not on matrix units.
 
-    Two rows of codes are: on an H100 a dense token of Llama-3-8B takes two thirds of the time in int4, 0.89 in int8.
+    Two rows of codes are: on an H100 a dense token of Llama-3-8B then takes 0.65 of the time in int4, 0.88 in int8.
     """
     return rows == 1 or (rows == 2 and bits < 16)
 
