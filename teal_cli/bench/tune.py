@@ -67,7 +67,7 @@ _BATCH_STRETCHES = (*_STRETCHES, 2048, 4096)
 
 
 def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """(block_out, block_in, unroll, warps) of tiles for sums element by element, of one or two loads."""
+    """(block_out, block_in, unroll, warps) of tiles for sums element by element: one or two loads a thread."""
     for block_out, warps, (loads, unroll) in itertools.product(
         _BLOCKS, (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6))
     ):
