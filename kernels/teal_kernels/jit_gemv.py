@@ -133,6 +133,7 @@ def gemv_kernel(
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
     # What is read whole is known before the inputs are. (For matrix units Triton sees to rows under way.)
     elementwise: tl.constexpr = by_elements(ROWS, BITS)
+    summed: tl.constexpr = elementwise and BITS < 16  # inputs as they are taken; matrix units sum those of their tiles
     one_loop: tl.constexpr = elementwise and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not LISTED and one_loop
     # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
@@ -169,7 +170,7 @@ def gemv_kernel(
             tl.debug_barrier()
         count = 0
         totals = ()
-        if LISTED or taken or (BITS < 16 and elementwise):
+        if LISTED or taken or summed:
             count, kept, totals = take_inputs(
                 x_ptr,
                 heads_ptr,
@@ -189,7 +190,7 @@ def gemv_kernel(
                 HEAD_SIZE,
                 HEAD_SPLITS,
                 ALIKE,
-                BITS < 16 and elementwise,
+                summed,
                 ROWS,
                 SLOTS,
                 SHARED,
@@ -239,7 +240,7 @@ def gemv_kernel(
             acc = sums
         else:
             x_sums = ()
-            if elementwise:
+            if summed:
                 for of_row in tl.static_range(ROWS):
                     x_sums = x_sums + (totals[of_row] / BLOCK_IN,)
             else:

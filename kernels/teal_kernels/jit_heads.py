@@ -149,9 +149,9 @@ def merged_heads(
         LINES,
         FULL,
     )
-    share: tl.constexpr = _MORE_LINES_OF_ROWS // ROWS
-    more_lines: tl.constexpr = _MORE_LINES if share > _MORE_LINES else share
     if first_lines < HEAD_SPLITS:
+        share: tl.constexpr = _MORE_LINES_OF_ROWS // ROWS
+        more_lines: tl.constexpr = _MORE_LINES if share > _MORE_LINES else share
         for first in range(first_lines, head_lines, more_lines):
             tops, totals, merged = _merge(
                 tops,

@@ -192,9 +192,8 @@ def take_inputs(
     A line of inputs is as wide as a warp, and each warp takes all lines: so a slot is found by counting
     bits of one word, and no warp waits for another before the end. The list begins at slot `begin - first`.
     What was merged, or normalised for sums element by element, and is read whole has all its inputs listed, each in its
-    own slot.
-    Where nothing is counted a line is as wide as the program, or every warp would take 1,024 inputs of eight rows of
-    heads in 16 steps, one after the other.
+    own slot. Where nothing is counted a line is as wide as the program, or every warp would take 1,024 inputs of eight
+    rows of heads in 16 steps, one after the other.
 
     Args:
         weights: of the norm, if the lines are taken at once.

@@ -19,6 +19,12 @@ def _place(k, bits, dtype):
     return 8 if bits == 8 else 16 - k % 2 * 4
 
 
+@triton.constexpr_function
+def _tiles(rows, bits):
+    """Tiles of sums for each weight of a word: one for each row element by element, or one of all rows."""
+    return rows if by_elements(rows, bits) else 1
+
+
 @triton.jit
 def _one():
     """The bits of 1.0, float32, in a register of whose value the compiler knows nothing (no lane has an empty mask).
@@ -133,7 +139,7 @@ def scaled_sums(
             the end.
     """
     elementwise: tl.constexpr = by_elements(ROWS, BITS)
-    tiles: tl.constexpr = ROWS if elementwise else 1
+    tiles: tl.constexpr = _tiles(ROWS, BITS)
     added = ()
     for k in tl.static_range(PACK):
         factor = factors[k]
@@ -151,24 +157,15 @@ def scaled_sums(
 @triton.jit
 def no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK_IN: tl.constexpr):
     """For each weight of a word a tile of zeros, float32; element by element one for each row, side by side."""
-    elementwise: tl.constexpr = by_elements(ROWS, BITS)
+    height: tl.constexpr = BLOCK_IN if by_elements(ROWS, BITS) else LEAST_TILE
     acc = ()
-    for _ in tl.static_range(PACK * ROWS if elementwise else PACK):
-        acc = acc + (tl.zeros((BLOCK_IN if elementwise else LEAST_TILE, WORDS), dtype=tl.float32),)
+    for _ in tl.static_range(PACK * _tiles(ROWS, BITS)):
+        acc = acc + (tl.zeros((height, WORDS), dtype=tl.float32),)
     return acc
 
 
 @triton.jit
-def _added(
-    acc,
-    values,
-    words,
-    one,
-    dtype: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def _added(acc, values, words, one, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
     """The sums, and values times a tile of weights.
 
     One row, and two of codes (`by_elements`), are multiplied element by element, and their tiles added up at the end:
@@ -176,7 +173,7 @@ def _added(
     be made weights of 16 bits and brought to where those take them.
     """
     elementwise: tl.constexpr = by_elements(ROWS, BITS)
-    tiles: tl.constexpr = ROWS if elementwise else 1
+    tiles: tl.constexpr = _tiles(ROWS, BITS)
     added = ()
     for k in tl.static_range(PACK):
         weights = _unpacked(words, one, k, dtype, BITS, ROWS)

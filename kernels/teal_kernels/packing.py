@@ -51,6 +51,11 @@ class Packed:
         return self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
 
+def bits_of(table: Tensor | Packed) -> int:
+    """Of a weight: of its code where weights are quantised."""
+    return table.bits if isinstance(table, Packed) else 8 * table.itemsize
+
+
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group: int) -> Packed:
     """Pack one projection.
 

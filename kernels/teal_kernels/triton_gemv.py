@@ -34,7 +34,7 @@ from teal_kernels.launching import (
     resident,
     shared_memory,
 )
-from teal_kernels.packing import Packed
+from teal_kernels.packing import Packed, bits_of
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
@@ -154,10 +154,11 @@ _FINISHES = {"plain": 0, "residual": 1, "gated": 2}
 
 def _tile(config: GemvConfig, rows: int, bits: int) -> tuple[int, int]:
     """Rows of weights in a tile, and tiles in flight, as this batch runs them."""
-    if by_elements(rows, bits) and rows > 1:  # a cut for matrix units would take more registers than there are
-        most = _MOST_SUMS * _WARP * config.warps // config.block_out
-        return max(1, min(config.block_in, most)), config.unroll
-    if rows == 1 or config.block_in >= LEAST_TILE:
+    if rows == 1:
+        return config.block_in, config.unroll
+    if by_elements(rows, bits):  # a cut for matrix units would take more registers than there are
+        return max(1, min(config.block_in, _MOST_SUMS * _WARP * config.warps // config.block_out)), config.unroll
+    if config.block_in >= LEAST_TILE:
         return config.block_in, config.unroll
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
@@ -203,8 +204,7 @@ def _finishers(
     They wait for one another, so all must run at one time; nothing else of ours runs beside them
     (one stream a device).
     """
-    bits = table.bits if isinstance(table, Packed) else 16
-    fitting = _fitting(table.device, config, rows, bits, dtype.itemsize)
+    fitting = _fitting(table.device, config, rows, bits_of(table), dtype.itemsize)
     most = min(
         resident(table.device, fitting) // _blocks(parts, config),
         -(-table.shape[0] // config.inputs_per_split),
@@ -295,7 +295,7 @@ def gemv(
     if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
         raise ValueError(f"a table of parts {parts} is not for a {finish} product")
     weights = table.words if isinstance(table, Packed) else table
-    bits, group = (table.bits, table.group) if isinstance(table, Packed) else (16, n_in)
+    bits, group = bits_of(table), table.group if isinstance(table, Packed) else n_in
     if isinstance(table, Packed) and (table.parts != parts or config.block_out * bits < 32):
         raise ValueError(f"parts {parts} in blocks of {config.block_out} do not fit a table of parts {table.parts}")
     per_split = config.inputs_per_split

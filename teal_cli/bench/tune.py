@@ -16,7 +16,7 @@ from torch import Tensor
 from teal_cli.bench.products import TimedProduct
 from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
 from teal_kernels.packed_linear import fitting
-from teal_kernels.packing import Packed
+from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import UNTUNED, Entry, kind_of, trying
 
@@ -43,7 +43,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
     fewest = min((4 if one else 3) * processors, outputs // 32 * -(-product.inputs // 64) // 2)
     found = False
     table = product.tables[0]
-    bits = table.bits if isinstance(table, Packed) else 8 * product.dtype.itemsize
+    bits = bits_of(table)
     # Of half bytes, whose sums take twice the registers of bytes', element by element 8 or 16.
     tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
     stretches = _STRETCHES if one else _BATCH_STRETCHES

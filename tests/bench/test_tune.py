@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
 from teal_kernels import tuning
+from teal_kernels.launching import by_elements
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import GemvConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
@@ -32,9 +34,9 @@ def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvC
     return choose_config(CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, finish=finish, sparsity=sparsity)
 
 
-def _product(inputs: int, parts: tuple[int, ...], rows: int) -> Any:
+def _product(inputs: int, parts: tuple[int, ...], rows: int, table: Tensor | Packed = TABLE) -> Any:
     """As much of a product as its cuts depend on."""
-    return SimpleNamespace(inputs=inputs, parts=parts, rows=rows, dtype=torch.bfloat16, device=CPU, tables=[TABLE])
+    return SimpleNamespace(inputs=inputs, parts=parts, rows=rows, device=CPU, tables=[table])
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -72,13 +74,13 @@ def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.Mo
 def test_a_search_would_find_what_is_packaged_for_half_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
     packaged = tuning._entries("NVIDIA H100 80GB HBM3")
-    by_elements = [entry for entry in packaged if entry.rows < 3 and entry.dtype == "int4"]
-    assert {entry.rows for entry in by_elements} == {1, 2}
-    for entry in by_elements:
-        product = _product(entry.inputs, entry.outputs, entry.rows)
+    elementwise = [entry for entry in packaged if entry.dtype == "int4" and by_elements(entry.rows, bits=4)]
+    assert {entry.rows for entry in elementwise} == {1, 2}
+    for entry in elementwise:
         words = torch.empty(entry.inputs, sum(entry.outputs) // 8, dtype=torch.int32, device="meta")
         scales = torch.empty(entry.inputs // 128, sum(entry.outputs), device="meta")
-        product.tables = [Packed(words, scales, None, bits=4, group=128, parts=entry.outputs)]
+        packed = Packed(words, scales, None, bits=4, group=128, parts=entry.outputs)
+        product = _product(entry.inputs, entry.outputs, entry.rows, packed)
         assert replace(entry.config, evict_first=True) in candidates(product, dense=entry.config.dense), entry
 
 

@@ -279,7 +279,7 @@ def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None
     """An RTX A6000: 84 multiprocessors of 100 KiB. Of 112 blocks of two tiles each in float32, two programs fit."""
     monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(triton_gemv, "resident", lambda device, each: 84 * each)
-    table: Any = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 28672))
+    table: Any = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 28672), itemsize=4)
     cut = GemvConfig(block_out=256, block_in=1, unroll=16, inputs_per_split=256, warps=1, dense=True)
     alone, batch = (squares_of(table, (14336, 14336), cut, rows, torch.float32) // 112 for rows in (1, 2))
     assert (alone, batch) == (4, 1)
