@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from teal_cli.config import (
@@ -23,6 +22,7 @@ from teal_cli.config import (
     SparseConfig,
 )
 from teal_cli.errors import UsageError, nearest
+from teal_cli.reading import read_yaml
 from teal_cli.resources import CONFIGS
 
 
@@ -73,31 +73,6 @@ def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str
         else:
             parts.append(message)
     return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
-
-
-def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """A YAML mapping from a file.
-
-    Args:
-        path: YAML, or JSON, which is YAML too.
-        what: names the file in errors.
-
-    Raises:
-        UsageError: missing file, broken YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{what} {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"{what} {path}: the top must be a mapping of keys to values")
-    return content
 
 
 def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ A message is one line: what is wrong, where, and what to do. `cli.main` prints i
 """
 
 import errno
+import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -35,11 +37,40 @@ class MachineError(TealError):
 
 EXIT_INTERRUPTED = 130
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
+_LONGEST_NAME = 100
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, cut to a few hundred characters whatever its size."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not write whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters and escape sequences written as `\\x1b`.
+
+    Line breaks and tabs stay. Applies to whatever a model, an artefact or a library names itself; overrides of the
+    direction of text are written out too.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char in "\n\t" or not (char in _DIRECTIONS or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"))
+        else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or the known names where none is close."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    close = get_close_matches(name[:_LONGEST_NAME], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}"
@@ -103,3 +134,29 @@ def reading(what: str, path: object, *expected: type[Exception]) -> Iterator[Non
     except expected as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtefactError(f"{what} {path} cannot be read ({detail}): make it again") from error
+
+
+@contextmanager
+def blame(message: str) -> Iterator[None]:
+    """Turn whatever a library raises on somebody's file or template into one ArtefactError.
+
+    Only around calls into other people's code: transformers and tokenizers raise any class of exception for a
+    damaged file, tokenizers' panics are not even an `Exception`. A TealError and the machine's faults stay what
+    they are.
+
+    Args:
+        message: what cannot be used; the reason is added.
+
+    Raises:
+        TealError: see above.
+    """
+    try:
+        yield
+    except TealError:
+        raise
+    except Exception as error:
+        raise artefact_error(error, message) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Ctrl-C and the like
+            raise
+        raise ArtefactError(f"{message}: its library panicked ({str(error).strip().splitlines()[0][:200]})") from error

@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from teal_cli.config_files import read_yaml
 from teal_cli.errors import UsageError, nearest
 from teal_cli.models.architectures import Projection
+from teal_cli.reading import read_yaml
 
 
 def by_pattern(patterns: Mapping[str, Any], projections: Iterable[Projection], origin: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from teal_cli.checkpoint.files import read_json
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.models.architectures import Projection
+from teal_cli.reading import read_json
 
 
 @dataclass(frozen=True)

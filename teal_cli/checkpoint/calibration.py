@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teal_cli.calibration import histogram, sensitivity
-from teal_cli.checkpoint.files import atomic_path, file_digest, read_json, write_json
+from teal_cli.checkpoint.files import atomic_path, file_digest, write_json
 from teal_cli.checkpoint.weights import fingerprint_of
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.models.architectures import Projection
+from teal_cli.reading import read_json
 from teal_cli.versions import now
 
 FORMAT_VERSION = 2

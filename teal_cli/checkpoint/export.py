@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from teal_cli import __version__
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.checkpoint.files import atomic_folder, read_json
+from teal_cli.checkpoint.files import atomic_folder
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError
+from teal_cli.reading import read_json
 from teal_cli.versions import now
 
 _SUMMARY = "teal.json"

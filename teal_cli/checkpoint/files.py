@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from teal_cli.errors import ArtefactError
-
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename inside the folder durable."""
@@ -91,23 +89,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return value
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON mapping.
-
-    Raises:
-        ArtefactError: missing, not JSON, or not a mapping.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{what} {path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{what} {path} is not valid JSON: it is truncated or was edited; make it again") from error
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{what} {path} does not hold a mapping; make it again")
-    return content
 
 
 def update_with_samples(

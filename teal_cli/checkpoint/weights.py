@@ -6,8 +6,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import read_json, update_with_samples
+from teal_cli.checkpoint.files import update_with_samples
 from teal_cli.errors import ArtefactError
+from teal_cli.reading import read_json
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1024
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself

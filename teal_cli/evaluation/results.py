@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import read_json
 from teal_cli.data import Half
 from teal_cli.evaluation.generation import Agreement
 from teal_cli.evaluation.perplexity import Comparison
 from teal_cli.evaluation.samples import Sample
 from teal_cli.evaluation.similarity import Similarity
+from teal_cli.reading import read_json
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Harness task -> dense or sparse -> metric -> value."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from teal_cli.config_files import read_yaml
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.reading import read_yaml
 from teal_cli.resources import CONFIGS
 
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
-from teal_cli.config_files import read_yaml
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.layers import is_stacked, linear_shape
+from teal_cli.reading import read_yaml
 
 Kind = Literal["causal", "encoder", "seq2seq"]
 _Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]

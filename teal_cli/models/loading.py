@@ -10,13 +10,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from teal_cli.checkpoint.export import check_weights
-from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.plan import carries_plan
 from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.reading import read_json
 
 # What transformers raises for a folder that it cannot make sense of.
 _UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)

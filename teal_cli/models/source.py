@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, nearest
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.quantise.scheme import kind_of_weights
+from teal_cli.reading import read_json
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

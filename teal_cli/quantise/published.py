@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal_cli.checkpoint.export import companions
-from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.weights import fingerprint, tensor_header, weight_files
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.conversion import ELSEWHERE, converted_once
 from teal_cli.models.loading import check_memory
 from teal_cli.quantise.files import tensors_of
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.reading import read_json
 from teal_kernels.packing import Packed, dequantised, pack
 
 _CODES = "codes-{}.safetensors"

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import read_summary
-from teal_cli.checkpoint.files import read_json
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.results import read_result
 from teal_cli.quantise.scheme import kind_of_weights
+from teal_cli.reading import read_json
 
 Kind = Literal["eval", "encoder", "bench", "generate"]
 """Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from teal_cli import __version__
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.files import file_digest, read_json, write_json
+from teal_cli.checkpoint.files import file_digest, write_json
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.config import (
     BenchConfig,
@@ -20,6 +20,7 @@ from teal_cli.config import (
 )
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.results import read_result
+from teal_cli.reading import read_json
 from teal_cli.report.console import Reporter
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
