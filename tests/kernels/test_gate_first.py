@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from torch import Tensor
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden, rounded_threshold
@@ -56,20 +57,14 @@ def _check(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert bool((y[expected == 0] == 0).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@covering(backend=BACKENDS, activation=ACTIVATIONS, dtype=list(LIMITS), shape=SHAPES)
 def test_against_float64(backend: str, activation: GateActivation, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, gate, weight, bias = _case(shape, 1, dtype)
     y = gate_first(x, gate, weight, bias, activation, backend)
     _check(y, _expected(x, gate, weight, bias, activation), dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [2, 3, 8, 11])
-@pytest.mark.parametrize("dead", [0.0, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@covering(backend=BACKENDS, rows=[2, 3, 8, 11], dead=[0.0, 0.6, 0.9, 1.0], dtype=[torch.float32, torch.bfloat16])
 def test_several_tokens_each_with_its_own_dead(backend: str, rows: int, dead: float, dtype: torch.dtype) -> None:
     activation = ACTIVATIONS[rows % 4]
     x, gate, weight, _ = _case((37, 65), rows, dtype, dead)
@@ -117,11 +112,7 @@ def _gate_layer(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Ten
     return weight.to(dtype), torch.randn(n_out, generator=generator).to(dtype) * 0.1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 9])
-@pytest.mark.parametrize("biased", [False, True])
+@covering(backend=BACKENDS, activation=ACTIVATIONS, dtype=list(LIMITS), rows=[1, 3, 9], biased=[False, True])
 def test_with_the_gate_product_computed_on_the_way(
     backend: str, activation: GateActivation, dtype: torch.dtype, rows: int, biased: bool
 ) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covering import covering
 from kernel_cases import PARTS, HeadsCase, random_case, random_packed, relative_error
 
 from teal_kernels.packed_linear import (
@@ -45,11 +46,7 @@ def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: b
     torch.testing.assert_close(dequantised(packed, torch.float64)[row], expected)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("finish", PARTS)
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@covering(weights=WEIGHTS, finish=list(PARTS), cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
 def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut: str, rows: int, dense: bool) -> None:
     case = random_case(
         finish, rows, norm=finish != "residual", bias=False, listed=not dense, inputs=INPUTS, packed=weights
@@ -61,10 +58,7 @@ def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut
         torch.testing.assert_close(result.squares.sum(1), result.y.square().sum(1))
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("rows", [1, 2])
+@covering(rows=[1, 2], weights=WEIGHTS, cut=list(CUTS), dense=[False, True])
 def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: str, dense: bool) -> None:
     """They are multiplied with fewer bits to spare, of which rounding the result must leave nothing to be seen."""
     case = random_case(
@@ -75,32 +69,31 @@ def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: 
     assert relative_error(y, expected) < 1.05 * relative_error(expected.to(torch.float16), expected)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("finish", PARTS)
+@covering(
+    finish=list(PARTS),
+    rows=[1, 2, 3],
+    dense=[False, True],
+    weights=[(8, INPUTS, False), (4, 64, True), (4, 32, True)],
+    cut=list(CUTS),
+)
 @pytest.mark.usefixtures("narrow_warps")
-def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
+def test_inputs_taken_line_by_line(
+    finish: str, rows: int, dense: bool, weights: tuple[int, int, bool], cut: str
+) -> None:
     """But by three rows read whole, which are normalised and added up as they are multiplied."""
-    for weights, cut in itertools.product([(8, INPUTS, False), (4, 64, True), (4, 32, True)], CUTS.values()):
-        case = random_case(
-            finish, rows, norm=finish != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3
-        )
-        result = case.launch(replace(cut, dense=dense))
-        assert relative_error(result.y, case.expected()) < 5e-6
+    case = random_case(finish, rows, norm=finish != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3)
+    result = case.launch(replace(CUTS[cut], dense=dense))
+    assert relative_error(result.y, case.expected()) < 5e-6
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("weights", [(8, 64, True), (4, 32, True)], ids=str)
+@covering(weights=[(8, 64, True), (4, 32, True)], cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
 def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
     HeadsCase(rows, 8, 24, 100, shortest=16, outputs=40, packed=weights).check(replace(CUTS[cut], dense=dense))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3])
-@pytest.mark.parametrize("threshold", [-1.0, 0.7, 100.0])
-@pytest.mark.parametrize(("bits", "group", "zeros"), WEIGHTS)
-def test_layer_products_agree(bits: int, group: int, zeros: bool, threshold: float, rows: int) -> None:
+@covering(weights=WEIGHTS, threshold=[-1.0, 0.7, 100.0], rows=[0, 1, 2, 3])
+def test_layer_products_agree(weights: tuple[int, int, bool], threshold: float, rows: int) -> None:
+    bits, group, zeros = weights
     packed = random_packed(INPUTS, (21,), bits, group, zeros=zeros)
     x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(3))
     bias, limit = torch.randn(21, generator=torch.Generator().manual_seed(4)), torch.tensor(threshold)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from covering import covering
 from torch.nn.functional import linear
 
 from teal_kernels import (
@@ -38,11 +39,7 @@ def _error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return float((y.double() - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 1.0])
+@covering(backend=BACKENDS, dtype=list(LIMITS), shape=SHAPES, rows=[1, 3], sparsity=[0.0, 0.37, 0.9, 1.0])
 def test_against_float64(backend: str, dtype: torch.dtype, shape: tuple[int, int], rows: int, sparsity: float) -> None:
     x, weight, bias = _case(shape, rows, dtype)
     cut = x.abs().float().quantile(sparsity) if sparsity else torch.tensor(-1.0)
