@@ -13,8 +13,8 @@ from teal_cli.config_values import is_allocation_file
 from teal_cli.data import token_blocks
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.loading import load_tokenizer
 from teal_cli.models.source import ModelSource
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import propagate_, sparsify_
