@@ -85,7 +85,7 @@ def test_self_is_sampled_from_the_model() -> None:
         ("", "empty.txt", "is empty"),
         ("too short", "short.txt", "fewer than one sequence of 64"),
         ('{"text": ', "broken.jsonl", "cannot be read"),
-        ('{"body": "x"}\n', "column.jsonl", "no column 'text', but body"),
+        ('{"body": "x"}\n', "column.jsonl", "no column 'text', but 'body'"),
         ("x", "page.html", "must be a .txt or .jsonl file"),
     ],
 )

@@ -112,7 +112,7 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     from lm_eval.api.instance import Instance
 
-    from teal_cli.evaluation.tasks import _adapter, run_tasks
+    from teal_cli.evaluation.tasks import _adapter, open_tasks
 
     out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse", sparsity=0.8)
     tasks = tmp_path / "tasks"
@@ -145,4 +145,4 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
             logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
     assert score == pytest.approx(expected, rel=1e-4)
     with pytest.raises(Exception, match="unknown task 'star'; did you mean 'stars'"):
-        run_tasks(model, tokenizer, control, ["star"], task_path=tasks, limit=None, seed=0)
+        open_tasks(["star"], tasks)
