@@ -83,10 +83,8 @@ def check_ids(tokenizer: Any, ids: Sequence[int]) -> None:
         ArtefactError: see above; it names the token and both sizes.
     """
     vocabulary = getattr(tokenizer, "teal_vocabulary", None)
-    if vocabulary is None or not ids:
-        return
-    strange = max(ids) if min(ids) >= 0 else min(ids)
-    if 0 <= strange < vocabulary:
+    strange = max(ids, default=0)
+    if vocabulary is None or strange < vocabulary:
         return
     with blame("the model's tokenizer does not know its own tokens"):
         token, size = tokenizer.convert_ids_to_tokens(strange), len(tokenizer)
