@@ -17,8 +17,9 @@ from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.data import token_blocks
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
 from teal_cli.models.source import find_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.versions import device_description, library_versions
 
 

@@ -23,7 +23,8 @@ from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.decode.engine import Engine
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, hold
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import sparsify_, use_backend

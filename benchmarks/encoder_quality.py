@@ -24,8 +24,9 @@ from teal_cli.checkpoint.files import write_json
 from teal_cli.config import CalibrateConfig, ExportConfig
 from teal_cli.data import half_of, load_documents
 from teal_cli.evaluation.similarity import compare_states
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
 from teal_cli.models.source import find_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, hold
 from teal_cli.report.console import QUIET
 from teal_cli.sparse import sparsify_

@@ -37,8 +37,9 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.data import token_blocks
 from teal_cli.evaluation.perplexity import _mean_and_error
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
 from teal_cli.models.source import find_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparseLinear, propagate_, sparse_layers, sparsify_
 from teal_cli.versions import device_description, library_versions
 

@@ -24,8 +24,9 @@ from teal_cli.checkpoint.files import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import CalibrateConfig, EvalConfig
 from teal_cli.data import token_blocks
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
 from teal_cli.models.source import find_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.steps.calibrate import calibrate

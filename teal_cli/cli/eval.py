@@ -1,6 +1,7 @@
 """`teal eval`."""
 
 from pathlib import Path
+from typing import Any
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import next_command, prepare, write_result
@@ -9,13 +10,22 @@ from teal_cli.config import EvalConfig
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(EvalConfig, "eval", flags, config_file)
+    from teal_cli.evaluation.results import EncoderResult, EvalResult
     from teal_cli.report.tables import eval_tables
     from teal_cli.steps.evaluate import evaluate
 
-    result = evaluate(config, reporter).to_json()
-    write_result(config, result)
-    for table in eval_tables(result):
-        reporter.show(table)
+    def show(found: EvalResult | EncoderResult) -> dict[str, Any]:
+        result = found.to_json()
+        write_result(config, result)
+        for table in eval_tables(result):
+            reporter.show(table)
+        return result
+
+    def keep(found: EvalResult) -> None:
+        reporter.say("what follows was finished before the error")
+        show(found)
+
+    result = show(evaluate(config, reporter, keep=keep))
     if result.get("kind") != "encoder":  # which decodes nothing
         reporter.say(f"next: {next_command('bench', config, sparsity=_joined(config.sparsity))}")
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.errors import UsageError
+from teal_cli.decode.templating import render
+from teal_cli.errors import UsageError, shown
+from teal_cli.models.tokenizing import encode
 
 Message = dict[str, str]
 """{"role": "user" or "assistant", "content": text}"""
@@ -28,20 +30,15 @@ def encode_prompt(tokenizer: Any, messages: list[Message], chat: bool) -> Tensor
     """(1, tokens) int64 of a conversation; without the template, of its last message alone.
 
     Raises:
-        UsageError: a conversation that the template does not know, such as of other roles.
+        UsageError: a conversation that the template refuses, such as of other roles.
+        ArtefactError: a template or tokenizer that fails, or a token that the model does not have.
     """
-    from jinja2 import TemplateError
-
-    if not chat:
-        ids = tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
-        return torch.as_tensor(ids, dtype=torch.int64)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UsageError(f"the model's chat template does not take this conversation: {error}") from error
-    # The template writes the special tokens itself.
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return torch.as_tensor(ids, dtype=torch.int64)
+    if chat:
+        # The template writes the special tokens itself.
+        ids = encode(tokenizer, render(tokenizer, messages), add_special_tokens=False)
+    else:
+        ids = encode(tokenizer, messages[-1]["content"])
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def stop_ids(model: Any, tokenizer: Any, further: Iterable[str] = ()) -> frozenset[int]:
@@ -49,18 +46,16 @@ def stop_ids(model: Any, tokenizer: Any, further: Iterable[str] = ()) -> frozens
 
     Raises:
         UsageError: a named token that the vocabulary does not have.
+        ArtefactError: one that the tokenizer has and the model has not.
     """
     ids: set[int] = set()
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        if isinstance(value, int):
-            ids.add(value)
-        elif isinstance(value, list | tuple):
-            ids.update(value)
+        ids.update(each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, int))
     for text in further:
-        encoded = tokenizer.encode(text, add_special_tokens=False)
+        encoded = encode(tokenizer, text, add_special_tokens=False)
         if len(encoded) != 1:
-            raise UsageError(f"stop (flag --stop): {text!r} is not one token of this model but {len(encoded)}")
+            raise UsageError(f"stop (flag --stop): {shown(text)} is not one token of this model but {len(encoded)}")
         ids.add(encoded[0])
     return frozenset(ids)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from teal_cli.evaluation.generation import Continuation
+from teal_cli.models.tokenizing import decode
 
 KEPT = 3
 """Samples that a result carries."""
@@ -34,7 +35,7 @@ def sample_of(tokenizer: Any, continuation: Continuation) -> Sample:
     """
     found = continuation
     return Sample(
-        prompt=tokenizer.decode(found.prompt),
+        prompt=decode(tokenizer, found.prompt),
         dense=_pieces(tokenizer, found.prompt, found.dense),
         sparse=_pieces(tokenizer, found.prompt, found.sparse),
         dense_choices=[
@@ -52,11 +53,11 @@ def _pieces(tokenizer: Any, context: Sequence[int], tokens: Sequence[int]) -> li
     broken; a last character that is not whole stays as it is.
     """
     ids = list(context)
-    shown = len(tokenizer.decode(ids).rstrip(_PART))
+    shown = len(decode(tokenizer, ids).rstrip(_PART))
     pieces = []
     for index, token in enumerate(tokens):
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = decode(tokenizer, ids)
         whole = text if index == len(tokens) - 1 else text.rstrip(_PART)
         pieces.append(whole[shown:])
         shown = max(shown, len(whole))

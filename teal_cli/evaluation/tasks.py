@@ -8,12 +8,14 @@ D) cannot show a difference.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from teal_cli.errors import ArtefactError, MachineError, nearest
+from teal_cli.errors import ArtefactError, MachineError, blame, nearest, shown
+from teal_cli.models.tokenizing import check_ids
 from teal_cli.sparse import SparsityControl
 
 
@@ -32,6 +34,7 @@ def _adapter(model: Any, tokenizer: Any, control: SparsityControl) -> Any:
         ) -> list[tuple[float, bool]]:
             scores = []
             for key, context, continuation in requests:
+                check_ids(tokenizer, context + continuation)
                 ids = torch.tensor((context + continuation)[-(self.max_length + 1) :][:-1], device=self.device)
                 count = len(continuation)
                 prefix = len(ids) - count + 1
@@ -51,13 +54,43 @@ def _adapter(model: Any, tokenizer: Any, control: SparsityControl) -> Any:
     return DecodeRuleLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
 
 
+def open_tasks(tasks: Sequence[str], task_path: Path | None) -> Any:
+    """The harness's `TaskManager`, which knows the tasks; nothing is downloaded.
+
+    Args:
+        tasks: names that the harness (or task_path) knows.
+        task_path: folder of task YAML files; then only those are known.
+
+    Raises:
+        MachineError: lm-evaluation-harness is not installed.
+        ArtefactError: an unknown task, or no such folder.
+    """
+    if task_path is not None and not task_path.is_dir():
+        raise ArtefactError(f"task_path (flag --task-path): there is no folder {task_path}")
+    missing = MachineError("--tasks needs lm-evaluation-harness: pip install 'teal-cli[eval]'")
+    if find_spec("lm_eval") is None:
+        raise missing
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise missing from error
+    with blame("the tasks cannot be listed"):
+        manager = TaskManager(
+            include_path=None if task_path is None else str(task_path), include_defaults=task_path is None
+        )
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ArtefactError(f"unknown task {shown(task)}{nearest(task, manager.all_tasks)}")
+    return manager
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
     control: SparsityControl,
     tasks: Sequence[str],
+    manager: Any,
     *,
-    task_path: Path | None,
     limit: int | None,
     seed: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -67,8 +100,8 @@ def run_tasks(
         model: a causal language model with sparse layers.
         tokenizer: its tokenizer.
         control: its control.
-        tasks: names that the harness (or task_path) knows.
-        task_path: folder of task YAML files; then only those are known, and nothing is downloaded.
+        tasks: names that the manager knows.
+        manager: of `open_tasks`.
         limit: examples a task, None for all.
         seed: of few-shot choice and bootstrap.
 
@@ -76,31 +109,25 @@ def run_tasks(
         task -> {"dense": {metric: value}, "sparse": {metric: value}}
 
     Raises:
-        MachineError: lm-evaluation-harness is not installed.
-        ArtefactError: unknown task, or its data cannot be had.
+        ArtefactError: the data of a task cannot be had, or the harness cannot score it.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MachineError("--tasks needs lm-evaluation-harness: pip install 'teal-cli[eval]'") from error
-    manager = TaskManager(
-        include_path=None if task_path is None else str(task_path), include_defaults=task_path is None
-    )
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise ArtefactError(f"unknown task {task!r}{nearest(task, manager.all_tasks)}")
+    from lm_eval import simple_evaluate
+
     adapter = _adapter(model, tokenizer, control)
     options = {f"{name}_random_seed": seed for name in ("numpy", "torch", "fewshot")} | {"random_seed": seed}
     results: dict[str, dict[str, dict[str, float]]] = {task: {} for task in tasks}
     for kind in ("dense", "sparse"):
-        try:
-            with control.switched_off() if kind == "dense" else nullcontext():
+        with (
+            blame(f"the tasks {', '.join(tasks)} cannot be scored"),
+            control.switched_off() if kind == "dense" else nullcontext(),
+        ):
+            try:
                 scored = simple_evaluate(
                     adapter, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, **options
                 )
-        except (ConnectionError, FileNotFoundError) as error:
-            raise ArtefactError(f"the data of the tasks cannot be had: {str(error).splitlines()[0]}") from error
+            except (ConnectionError, FileNotFoundError) as error:
+                reason = str(error).strip() or type(error).__name__
+                raise ArtefactError(f"the data of the tasks cannot be had: {reason.splitlines()[0]}") from error
         for task in tasks:
             metrics = scored["results"].get(task, {})
             results[task][kind] = {key: value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -238,19 +238,3 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
         return found
     except _UNREADABLE as error:
         raise artefact_error(error, f"{name} cannot be understood") from error
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.
-
-    Raises:
-        ArtefactError: there is none that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    import teal_cli.models.trained_sparse  # noqa: F401  (a tokenizer may be found by the model's type)
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _UNREADABLE as error:
-        raise artefact_error(error, f"{folder} has no usable tokenizer") from error

@@ -24,8 +24,9 @@ from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import Projection, architecture_of, find_projections, output_projection
-from teal_cli.models.loading import build_random_model, load_model, load_tokenizer
+from teal_cli.models.loading import build_random_model, load_model
 from teal_cli.models.source import ModelSource
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_

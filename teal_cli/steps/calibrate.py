@@ -13,13 +13,14 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.config import CalibrateConfig, ImportConfig
-from teal_cli.data import token_blocks
+from teal_cli.data import check_dataset, dataset_identity, token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
-from teal_cli.models.loading import load_model, load_tokenizer, outline, pick_device
+from teal_cli.models.loading import load_model, outline, pick_device
 from teal_cli.models.offload import computing_device, offload_, require_offload
 from teal_cli.models.passes import check_positions
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.files import read_quantised, require_weights, write_quantised
 from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
@@ -36,6 +37,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     Raises:
         TealError: anything wrong with model, text or machine.
     """
+    check_dataset(config.dataset)
     workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("calibrate")
     source = workspace.source
@@ -56,6 +58,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     model = None
     if config.dataset == "self":
         model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
+        check_positions(model, config.seq_len)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -66,6 +69,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         half="calibration",
         model=model,
     )
+    say_if_short(reporter, config.dataset, blocks, config.tokens)
     if model is None:
         where = "cpu" if config.offload else config.device
         model = load_model(source.folder, device=where, dtype=config.dtype, architecture=architecture)
@@ -163,6 +167,16 @@ def _block_count(model: Any) -> int:
     return sum(len(model.get_submodule(path)) for path in architecture_for(model).blocks)
 
 
+def say_if_short(reporter: Reporter, dataset: str, blocks: Tensor, tokens: int) -> None:
+    """Say where a text has fewer tokens than were asked for, in whole sequences."""
+    seq_len = blocks.shape[1]
+    if blocks.numel() < tokens // seq_len * seq_len:
+        reporter.say(
+            f"{blocks.numel():,} tokens, not {tokens:,} (flag --tokens): the text of {dataset} fills "
+            f"{len(blocks)} sequences of {seq_len}"
+        )
+
+
 def _first(blocks: Tensor, tokens: int) -> Tensor:
     """As many sequences as hold so many tokens, but no more than there are."""
     return blocks[: -(-tokens // blocks.shape[1])]
@@ -216,14 +230,3 @@ def _sensitivities(
 def run_folder(config: CalibrateConfig | ImportConfig, workspace: Workspace) -> Path:
     """Where this calibration is written."""
     return config.out or workspace.run
-
-
-def dataset_identity(dataset: str) -> str:
-    """A dataset's name as artefacts record it, so that eval recognises it: a file by its full path."""
-    path = Path(dataset).expanduser()
-    if path.suffix in (".txt", ".jsonl"):
-        return str(path.resolve())
-    if dataset in ("sotu", "self"):
-        return dataset
-    name, subset, split, column = (dataset.split(":") + [""] * 3)[:4]
-    return ":".join((name, subset, split or "train", column or "text"))

@@ -1,7 +1,7 @@
 """Evaluate: a sparse model on text that it was not calibrated on, beside its dense self."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,55 +11,81 @@ from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import EvalConfig
 from teal_cli.config_values import is_allocation_file
-from teal_cli.data import Half, token_blocks
+from teal_cli.data import Half, check_dataset, dataset_identity, recorded_datasets, token_blocks
+from teal_cli.decode.engine import Engine
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.generation import Agreement, agree
 from teal_cli.evaluation.perplexity import compare
 from teal_cli.evaluation.results import EncoderResult, EncoderRun, EvalResult, EvalRun, Scores
 from teal_cli.evaluation.samples import KEPT, sample_of
 from teal_cli.evaluation.similarity import compare_states
-from teal_cli.evaluation.tasks import run_tasks
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.evaluation.tasks import open_tasks, run_tasks
+from teal_cli.models.loading import load_model
 from teal_cli.models.passes import check_positions
 from teal_cli.models.source import ModelSource
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
-from teal_cli.steps.calibrate import dataset_identity
+from teal_cli.steps.calibrate import say_if_short
+from teal_cli.text_files import TextFile
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, with_other_weights
 from teal_kernels.packing import Packed
 
 
-def evaluate(config: EvalConfig, reporter: Reporter, workspace: Workspace | None = None) -> EvalResult | EncoderResult:
+def evaluate(
+    config: EvalConfig,
+    reporter: Reporter,
+    workspace: Workspace | None = None,
+    *,
+    keep: Callable[[EvalResult], None] = lambda result: None,
+) -> EvalResult | EncoderResult:
     """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
 
     Of an encoder, how near its hidden states stay. With `also_quantize`, the same once more for each.
 
+    Args:
+        config: what to measure.
+        reporter: told what goes on.
+        workspace: of the model, if it is there already.
+        keep: called with the figures that are finished, if what comes after them fails or is interrupted.
+
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    workspace = workspace or Workspace.of(config, reporter)
     dataset = config.dataset if config.text is None else str(config.text)
-    if config.text is not None and config.text.suffix not in (".txt", ".jsonl"):
+    if config.text is not None and TextFile.named(dataset) is None:
         raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
+    # Whatever can fail cheaply fails before the model is looked for, and calibrated, say.
+    check_dataset(dataset)
+    harness = open_tasks(config.tasks, config.task_path) if config.tasks else None
+    workspace = workspace or Workspace.of(config, reporter)
     others = with_other_weights(config, workspace, reporter)
     # All kinds of weights read one text, which none was calibrated on.
     halves = [_half(dataset, _calibrated_on(*each, reporter)) for each in ((config, workspace), *others)]
     half: Half = "evaluation" if "evaluation" in halves else "all"
-    result = _evaluate(config, dataset, half, reporter, workspace)
-    for other, its_workspace in others:
-        gc.collect()  # a GPU has no room for the model before it
-        more = _evaluate(other, dataset, half, reporter, its_workspace)
-        if isinstance(result, EvalResult) and isinstance(more, EvalResult):
-            result = result.beside(more)
-    return result
+    had: list[EvalResult | EncoderResult] = []
+    before: EvalResult | None = None
+    finished = False
+    try:
+        for its_config, its_workspace in ((config, workspace), *others):
+            gc.collect()  # a GPU has no room for the model before it
+            for found in _evaluate(its_config, dataset, half, reporter, its_workspace, harness):
+                had.append(before.beside(found) if before and isinstance(found, EvalResult) else found)
+            before = had[-1] if isinstance(had[-1], EvalResult) else None
+        finished = True
+    finally:
+        if not finished and had and isinstance(had[-1], EvalResult):
+            keep(had[-1])
+    return had[-1]
 
 
 def _evaluate(
-    config: EvalConfig, dataset: str, half: Half, reporter: Reporter, workspace: Workspace
-) -> EvalResult | EncoderResult:
+    config: EvalConfig, dataset: str, half: Half, reporter: Reporter, workspace: Workspace, harness: Any
+) -> Iterator[EvalResult | EncoderResult]:
+    """Results of one kind of weights: the same figures again and again, and further ones as they are had."""
     kind = workspace.kind(config)
     prefixes = config.prefixes if kind == "causal" else [0]
     if kind != "causal":
@@ -81,12 +107,15 @@ def _evaluate(
     blocks = None if dataset == "self" else text()
     model, plans, packs = _model_and_plans(config, workspace, reporter)
     check_positions(model, config.seq_len)
+    if config.generate:
+        Engine(model).check_length(config.prompt_tokens, config.new_tokens)
     quantization = config.quantization or workspace.source.quantization
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:
         with control.switched_off():
             blocks = text(model)
+    _say_what_there_is(config, dataset, blocks, reporter)
     machine: dict[str, Any] = {
         "device": device_description(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -97,56 +126,67 @@ def _evaluate(
         with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
             found = compare_states(model, plans, blocks, on_sequence=advance)
         runs = [EncoderRun(p.allocation, p.target_sparsity, entry) for p, entry in zip(plans, found, strict=True)]
-        return EncoderResult(workspace.source.name, dataset, half, config.seq_len, quantization, runs, **machine)
+        yield EncoderResult(workspace.source.name, dataset, half, config.seq_len, quantization, runs, **machine)
+        return
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
         compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
     written: list[Agreement] | list[None] = [None] * len(plans)
+    tasks: list[Scores] = [{} for _ in plans]
+
+    def result() -> EvalResult:
+        return EvalResult(
+            model=workspace.source.name,
+            dataset=dataset,
+            half=half,
+            seq_len=config.seq_len,
+            mode=config.mode,
+            runs=[
+                EvalRun(
+                    quantization=quantization,
+                    allocation=plan.allocation,
+                    target_sparsity=plan.target_sparsity,
+                    dense_prefix=prefix,
+                    comparison=comparison,
+                    bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
+                    dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
+                    neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
+                    if config.mode == "intrinsic"
+                    else None,
+                    generation=generation,
+                    samples=[sample_of(tokenizer, each) for each in generation.continuations[:KEPT]]
+                    if generation
+                    else [],
+                    tasks=dict(scores),
+                )
+                for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)
+                for prefix, comparison in zip(prefixes, of_plan, strict=True)
+            ],
+            **machine,
+        )
+
+    yield result()
     if config.generate:
         prompts = blocks[: config.prompts, : config.prompt_tokens]
         total = (len(plans) + 1) * len(prompts) * config.new_tokens
         with reporter.progress("writing", total) as advance:
             written = agree(model, plans, prompts, new_tokens=config.new_tokens, on_tokens=advance)
-    tasks: list[Scores] = [{} for _ in plans]
+        yield result()
     if config.tasks:
         reporter.say(f"tasks: {', '.join(config.tasks)}, dense and sparse")
-        for scores, plan in zip(tasks, plans, strict=True):
-            apply_plan_(model, plan)
-            scores |= run_tasks(
-                model,
-                tokenizer,
-                control,
-                config.tasks,
-                task_path=config.task_path,
-                limit=config.task_limit,
-                seed=config.seed,
-            )
-    return EvalResult(
-        model=workspace.source.name,
-        dataset=dataset,
-        half=half,
-        seq_len=config.seq_len,
-        mode=config.mode,
-        runs=[
-            EvalRun(
-                quantization=quantization,
-                allocation=plan.allocation,
-                target_sparsity=plan.target_sparsity,
-                dense_prefix=prefix,
-                comparison=comparison,
-                bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
-                dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
-                neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
-                if config.mode == "intrinsic"
-                else None,
-                generation=generation,
-                samples=[sample_of(tokenizer, each) for each in generation.continuations[:KEPT]] if generation else [],
-                tasks=scores,
-            )
-            for plan, of_plan, generation, scores in zip(plans, compared, written, tasks, strict=True)
-            for prefix, comparison in zip(prefixes, of_plan, strict=True)
-        ],
-        **machine,
-    )
+    for scores, plan in zip(tasks, plans, strict=True) if config.tasks else ():
+        apply_plan_(model, plan)
+        scores |= run_tasks(model, tokenizer, control, config.tasks, harness, limit=config.task_limit, seed=config.seed)
+        yield result()
+
+
+def _say_what_there_is(config: EvalConfig, dataset: str, blocks: Tensor, reporter: Reporter) -> None:
+    """Where the text is shorter than what was asked for."""
+    say_if_short(reporter, dataset, blocks, config.tokens)
+    if config.generate and len(blocks) < config.prompts:
+        reporter.say(
+            f"{len(blocks)} prompts, not {config.prompts} (flag --prompts): the text was read as {len(blocks)} "
+            "sequences, and each gives one; more --tokens or a smaller --seq-len give more"
+        )
 
 
 def _check_no_decoder(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> None:
@@ -221,4 +261,4 @@ def _half(dataset: str, calibrated_on: str) -> Half:
     """Held-out text: the other half of what calibration read, or all of another dataset."""
     if not calibrated_on:  # nobody knows: be careful
         return "evaluation"
-    return "evaluation" if dataset_identity(dataset) in (calibrated_on, *calibrated_on.split(" + ")) else "all"
+    return "evaluation" if dataset_identity(dataset) in (calibrated_on, *recorded_datasets(calibrated_on)) else "all"

@@ -12,7 +12,8 @@ from teal_cli.config import GenerateConfig
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, text_streamer, wants_chat
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
-from teal_cli.models.loading import load_model, load_tokenizer
+from teal_cli.models.loading import load_model
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
 from teal_cli.workspace import Workspace, checkpoint_for

@@ -27,6 +27,7 @@ from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.steps.export import export
 from teal_cli.steps.generate import Generator
+from teal_cli.text_files import TextFile
 from teal_cli.versions import now
 from teal_cli.workspace import Workspace
 
@@ -81,7 +82,9 @@ def _check(recipe: RunConfig) -> None:
 
 def _settings(config: SharedConfig) -> str:
     """What the result depends on: the configuration, the text of its files, and this teal."""
-    texts = [Path(str(getattr(config, key, None))) for key in ("dataset", "text", "allocation", "cost", "architecture")]
+    named = [TextFile.named(str(getattr(config, key, None))) for key in ("dataset", "text")]
+    texts = [file.path for file in named if file is not None]
+    texts += [Path(str(getattr(config, key, None))) for key in ("allocation", "cost", "architecture")]
     digests = [file_digest(path) for path in texts if path.is_file()]
     return "|".join([config.model_dump_json(exclude={"json_file", "quiet"}), *digests, __version__])
 

