@@ -417,6 +417,8 @@ class ReportConfig(OutputConfig):
 class InspectConfig(OutputConfig):
     """`teal inspect`."""
 
+    verify: bool = Field(False, description="read every byte of the weights and compare digests")
+
 
 STAGE_CONFIGS: dict[str, type[SharedConfig]] = {
     "calibrate": CalibrateConfig,
