@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import EvalConfig
 
 
@@ -13,9 +13,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     from teal_cli.steps.evaluate import evaluate
 
     result = evaluate(config, reporter).to_json()
-    write_result(config, result)
-    for table in eval_tables(result):
-        reporter.show(table)
+    finish(config, reporter, result, eval_tables)
     if result.get("kind") != "encoder":  # which decodes nothing
         reporter.say(f"next: {next_command('bench', config, sparsity=_joined(config.sparsity))}")
 

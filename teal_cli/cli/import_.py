@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import ImportConfig
 
 _FOLDER = inspect.Parameter(
@@ -28,8 +28,7 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     workspace = Workspace.of(config, reporter)
     calibration, files = import_reference(folder, config, reporter, workspace)
     result = {**calibration_summary(calibration), "allocations": [str(file) for file in files]}
-    write_result(config, result)
-    reporter.show(calibration_table(result))
+    finish(config, reporter, result, lambda result: [calibration_table(result)])
     for file in files:
         reporter.say(f"the lookup's allocation: --allocation {file}")
     onward = next_command("export", config, calibration=config.out, sparsity=config.sparsity[0])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import finish, prepare
 from teal_cli.config import InspectConfig
 
 _FOLDER = Parameter(
@@ -23,9 +23,7 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     from teal_cli.steps.inspect import inspect
 
     result = inspect(folder, verify=config.verify)
-    write_result(config, result)
-    for table in inspect_tables(result):
-        reporter.show(table)
+    finish(config, reporter, result, inspect_tables)
 
 
 command = with_options(InspectConfig, _run, arguments=(_FOLDER,))

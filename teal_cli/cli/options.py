@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -25,8 +26,8 @@ def with_options(
     body: Callable[..., None],
     *,
     arguments: tuple[inspect.Parameter, ...] = (),
-) -> Callable[..., None]:
-    """A function with one typer option for every field of `model`, that calls `body`.
+) -> Callable[..., Callable[[], None]]:
+    """A function with one typer option for every field of `model`, that returns a call of `body`.
 
     Options that were not given are not passed on, so that YAML and defaults can speak. Values are
     checked by the model, not by typer: there is one set of rules and one form of message.
@@ -37,11 +38,11 @@ def with_options(
         arguments: further typer parameters; their values are passed to body as keyword arguments.
     """
 
-    def command(**values: Any) -> None:
+    def command(**values: Any) -> Callable[[], None]:
         config_file = values.pop("config", None)
         extra = {parameter.name: values.pop(parameter.name) for parameter in arguments}
         given = {keys[name]: value for name, value in values.items() if value is not None}
-        body(given, config_file, **extra)
+        return partial(body, given, config_file, **extra)
 
     keys = {name: field.alias or name for name, field in model.model_fields.items()}
     config_option = typer.Option("--config", help="YAML file; every flag is a key", rich_help_panel=_SHARED_PANEL)

@@ -23,9 +23,10 @@ def _run(flags: Flags, config_file: Path | None, run: Path) -> None:
     from teal_cli.steps.report import report
 
     result = report(run, config, reporter)
-    write_result(config, asdict(result))
-    if not config.quiet:
-        print(result.page)
+    try:
+        reporter.show_text(result.page)
+    finally:
+        write_result(config, asdict(result))
 
 
 command = with_options(ReportConfig, _run, arguments=(_RUN,))

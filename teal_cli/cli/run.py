@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,12 +27,19 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     reporter = Reporter(loaded.quiet)
     quieten_libraries()
     from teal_cli.checkpoint.files import write_json
-    from teal_cli.report.tables import bench_tables, eval_tables, run_table
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)
-    if loaded.json_file is not None:
-        write_json(loaded.json_file, results)
+    try:
+        _show(results, reporter)
+    finally:
+        if loaded.json_file is not None:
+            write_json(loaded.json_file, results)
+
+
+def _show(results: dict[str, dict[str, Any]], reporter: Reporter) -> None:
+    from teal_cli.report.tables import bench_tables, eval_tables, run_table
+
     if "eval" in results:
         for table in eval_tables(results["eval"]):
             reporter.show(table)
@@ -42,7 +49,7 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
         reporter.show(run_table(results))
     if "generate" in results:
         sample = results["generate"]
-        reporter.out.print(f"\n> {sample['prompt']}\n{sample['text']}", markup=False)
+        reporter.show_text(f"\n> {sample['prompt']}\n{sample['text']}")
     if "export" in results:
         onward = next_command("generate", SharedConfig(model=results["export"]["folder"]))
         reporter.say(f"next: {onward}")
