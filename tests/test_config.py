@@ -49,7 +49,7 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("export", {"sparsity": "nan"}, "at least 0"),
         ("export", {"weights": "symlink"}, "'link' or 'copy'"),
         ("export", {"allocation": "fischer"}, "did you mean 'fisher'"),
-        ("export", {"allocation": "mine.yaml"}, "allocation file mine.yaml does not exist"),
+        ("export", {"allocation": "mine.yaml"}, "allocation file 'mine.yaml': there is no such file"),
         ("eval", {"allocation": "fisher,gready"}, "did you mean 'greedy'"),
         ("export", {"allocation": "uniform", "limits": "*=0:0.5"}, "--limits.*for allocation fisher"),
         ("export", {"limits": "*=0.6:0.5"}, "is not least:most"),

@@ -58,8 +58,7 @@ def read_stdin() -> str:
         text = stream.read(_LONGEST_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"the prompt on stdin is not {error.encoding} ({error.reason}): convert it, as "
-            "iconv does"
+            f"the prompt on stdin is not {error.encoding} ({error.reason}): convert it, as iconv does"
         ) from error
     except OSError as error:
         raise UsageError(f"stdin cannot be read: {error.strerror}") from error

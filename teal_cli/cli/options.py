@@ -1,11 +1,10 @@
 """Command-line options, made from the configuration models: each field is a flag."""
 
 import inspect
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -14,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from teal_cli.cli.completion import completer_for
 from teal_cli.config import OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name
+from teal_cli.config_values import plain_type
 
 Flags = dict[str, Any]
 """Outside key -> value, of the flags that were given."""
@@ -60,14 +60,14 @@ def with_options(
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = flag_name(field.alias or name)
-    is_switch = _plain_type(field.annotation) is bool
+    is_switch = plain_type(field.annotation) is bool
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_switch else flag,
         help=_help(field),
         metavar=None if is_switch else _metavar(field),
         rich_help_panel=_SHARED_PANEL if name in SharedConfig.model_fields else None,
         show_default=False,
-        autocompletion=None if is_switch else completer_for(field.alias or name, _plain_type(field.annotation)),
+        autocompletion=None if is_switch else completer_for(field.alias or name, plain_type(field.annotation)),
     )
     annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -82,18 +82,8 @@ def _help(field: FieldInfo) -> str:
     return f"{text} (default {shown})"
 
 
-def _plain_type(annotation: Any) -> Any:
-    """The type inside Optional and Annotated."""
-    if get_origin(annotation) is Annotated:
-        return _plain_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        inner = [part for part in get_args(annotation) if part is not type(None)]
-        return _plain_type(inner[0])
-    return annotation
-
-
 def _metavar(field: FieldInfo) -> str:
-    kind = _plain_type(field.annotation)
+    kind = plain_type(field.annotation)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is list:
