@@ -44,6 +44,8 @@ def check_plainly(value: object, annotation: Any) -> None:
             raise ValueError("there is a NUL in it")
         if part == "" and kind in (str, Path):
             raise ValueError("this is empty")
+        if isinstance(part, str) and kind is not Path and any("\ud800" <= char <= "\udfff" for char in part):
+            raise ValueError("this is not UTF-8")
 
 
 def _split_commas(value: object) -> object:

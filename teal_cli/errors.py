@@ -89,10 +89,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch.OutOfMemoryError is a RuntimeError; the CPU allocator and its mmap raise plain ones.
     text = str(error)
-    return isinstance(error, RuntimeError) and any(said in text for said in _NO_MEMORY)
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(said in text for said in _NO_MEMORY)
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "failed to map segment",
+)
 _SYSTEM = {
     errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
@@ -168,6 +175,8 @@ def _translated(error: BaseException) -> TealError | None:
     text = str(error)
     if "No space left on device" in text:
         return MachineError(": ".join(_SYSTEM[errno.ENOSPC]))
+    if "No usable temporary directory" in text:
+        return MachineError("no folder for temporary files can be written: name one in TMPDIR")
     if "Failed to find C compiler" in text:
         return MachineError("triton needs a C compiler to launch kernels: install gcc, or use --backend reference")
     if type(error).__module__.startswith("triton.") and type(error).__name__ in ("OutOfResources", "PTXASError"):

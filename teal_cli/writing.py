@@ -1,5 +1,6 @@
 """Places to write to, tried before the work: what cannot be written is said at once, and not after hours."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -57,11 +58,16 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _try(folder: Path, name: str) -> None:
     """Write a file of this name in the folder, or in the nearest one above that is there."""
+    missing = []
     while (found := _status(folder)) is None:
+        missing.append(folder.name)
         folder = folder.parent
     if not stat.S_ISDIR(found.st_mode):
         raise ValueError(f"it cannot be written ({folder} is no folder)")
     try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+        if any(len(os.fsencode(name)) > most for name in missing):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.NamedTemporaryFile(prefix=f".{name}.", suffix=".part", dir=folder) as stream:
             stream.write(b"x")
     except OSError as error:

@@ -140,4 +140,6 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 def main() -> None:
     """Entry point of the `teal` script."""
     prepare_streams()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    silence(sys.stderr)  # all is said; where memory is short, libraries print tracebacks as the process ends
+    sys.exit(code)
