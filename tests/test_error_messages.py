@@ -53,7 +53,7 @@ def test_a_terminal_shows_and_does_not_obey(text: str, wanted: str) -> None:
     assert printable(text) == wanted
 
 
-class PanicException(BaseException):  # noqa: N818 - as tokenizers calls it
+class PanicException(BaseException):
     pass
 
 

@@ -21,8 +21,6 @@ _LONGEST_PROMPT = 1 << 24
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(GenerateConfig, "generate", flags, config_file)
-    from teal_cli.steps.generate import Generator
-
     interactive = config.prompt is None
     if interactive and not sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
@@ -31,6 +29,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     prompt = read_stdin() if config.prompt == "-" else config.prompt
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt (flag --prompt) is empty")
+    from teal_cli.steps.generate import Generator
+
     generator = Generator(config, reporter)
     if prompt is None:
         converse(generator, reporter)
