@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from teal_cli import __version__
+from teal_cli.errors import printable
 from teal_cli.report.artefact_tables import calibration_facts, exports_table, projection_tables, versions_text
 from teal_cli.report.contents import describe_calibration, describe_export, describe_projections, describe_results
 from teal_cli.report.distributions import SHOWN_EXPORTS, distribution_plots
@@ -139,12 +140,21 @@ def content_of(material: Material, drawings: Drawings) -> Content:
 
 
 def render(content: Content) -> str:
-    """The page. Every text is escaped: models write whatever they like."""
+    """The page. Every text is escaped, control characters too: models write whatever they like."""
     import jinja2
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=folder,
+        autoescape=True,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html").render(vars(content))
 
