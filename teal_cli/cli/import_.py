@@ -1,20 +1,12 @@
 """`teal import`."""
 
-import inspect
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import ImportConfig
 
-_FOLDER = inspect.Parameter(
-    "folder",
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    annotation=Annotated[Path, typer.Argument(help="models/NAME of FasterDecoding/TEAL: histograms/, lookup/")],
-)
+_FOLDER = path_argument("folder", "models/NAME of FasterDecoding/TEAL: histograms/, lookup/")
 
 
 def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:

@@ -10,10 +10,11 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from teal_cli.cli.completion import completer_for
+from teal_cli.cli.completion import Completer, completer_for
 from teal_cli.config import OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name
 from teal_cli.config_values import plain_type
+from teal_cli.errors import UsageError
 
 Flags = dict[str, Any]
 """Outside key -> value, of the flags that were given."""
@@ -40,7 +41,7 @@ def with_options(
 
     def command(**values: Any) -> Callable[[], None]:
         config_file = values.pop("config", None)
-        extra = {parameter.name: values.pop(parameter.name) for parameter in arguments}
+        extra = {parameter.name: _path(parameter.name, values.pop(parameter.name)) for parameter in arguments}
         given = {keys[name]: value for name, value in values.items() if value is not None}
         return partial(body, given, config_file, **extra)
 
@@ -56,6 +57,24 @@ def with_options(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def path_argument(name: str, text: str, completer: Completer | None = None) -> inspect.Parameter:
+    """A path that a verb takes without a flag.
+
+    Args:
+        name: in errors and in the help.
+        text: the help.
+        completer: what a shell offers; None for files.
+    """
+    argument = typer.Argument(help=text, autocompletion=completer)
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[str, argument])
+
+
+def _path(name: str, given: str) -> Path:
+    if not given:
+        raise UsageError(f"{name.upper()} is empty: give a path")
+    return Path(given)
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -1,21 +1,13 @@
 """`teal report`."""
 
 from dataclasses import asdict
-from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import ReportConfig
 
-_RUN = Parameter(
-    "run",
-    Parameter.POSITIONAL_OR_KEYWORD,
-    annotation=Annotated[Path, typer.Argument(help="a run folder (runs/<model>), or a TEAL checkpoint in one")],
-)
+_RUN = path_argument("run", "a run folder (runs/<model>), or a TEAL checkpoint in one")
 
 
 def _run(flags: Flags, config_file: Path | None, run: Path) -> None:

@@ -1,23 +1,17 @@
 """`teal run`."""
 
-import inspect
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from teal_cli.cli.completion import among
-from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import next_command, quieten_libraries
 from teal_cli.config import SharedConfig
 from teal_cli.config_files import load_recipe, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
 
-_ARGUMENT = typer.Argument(
-    help=f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", autocompletion=among(recipe_names)
-)
-_RECIPE = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, _ARGUMENT])
+_RECIPE = path_argument("recipe", f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", among(recipe_names))
 
 
 def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
