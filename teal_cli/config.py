@@ -13,6 +13,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -26,12 +28,14 @@ from teal_cli.config_values import (
     Mode,
     NameList,
     OutputFile,
+    OutputFolder,
     PositionList,
     Quantization,
     QuantizationList,
     Sparsity,
     SparsityList,
     TokenList,
+    check_plainly,
 )
 from teal_cli.quantise.scheme import Scheme
 
@@ -47,6 +51,12 @@ class OutputConfig(BaseModel):
     # Named json on the outside; a field called json would hide BaseModel.json.
     json_file: OutputFile | None = Field(None, alias="json", description="also write the result here, as JSON")
     quiet: bool = Field(False, description="no progress, no tables")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        check_plainly(value, cls.model_fields[info.field_name or ""].annotation)
+        return value
 
     def settings(self) -> dict[str, Any]:
         """What a result depends on, by outside names, as JSON."""
@@ -136,7 +146,7 @@ class CalibrateConfig(ModelConfig):
     offload: bool = Field(
         False, description="keep the weights in main memory, and bring each layer's to the GPU when it runs"
     )
-    out: Path | None = Field(None, description="RUN folder (default RUNS/<model>)")
+    out: OutputFolder | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
     def _at_least_one_sequence(self) -> Self:
@@ -218,7 +228,7 @@ class ExportConfig(OneAllocation):
     """`teal export`."""
 
     sparsity: Sparsity = Field(0.5, description="share of the blocks' weights that a token is not to read, in [0, 1)")
-    out: Path | None = Field(None, description="folder to write (default RUNS/<model>/<allocation>-<sparsity>)")
+    out: OutputFolder | None = Field(None, description="folder to write (default RUNS/<model>/<allocation>-<sparsity>)")
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")
 
 
@@ -405,7 +415,7 @@ class ImportConfig(SharedConfig):
     sparsity: SparsityList = Field(
         [0.5], description="targets to write the lookup's allocation file for, comma-separated"
     )
-    out: Path | None = Field(None, description="RUN folder to write (default RUNS/<model>)")
+    out: OutputFolder | None = Field(None, description="RUN folder to write (default RUNS/<model>)")
 
 
 class InfoConfig(SharedConfig):
@@ -416,7 +426,7 @@ class ReportConfig(OutputConfig):
     """`teal report`."""
 
     out: OutputFile | None = Field(None, description="the page (default RUN/report.html)")
-    plots: Path | None = Field(
+    plots: OutputFolder | None = Field(
         None, description="folder of the plots as SVG and PNG files (default beside the page, without its .html)"
     )
     results: FileList = Field(
@@ -426,6 +436,8 @@ class ReportConfig(OutputConfig):
 
 class InspectConfig(OutputConfig):
     """`teal inspect`."""
+
+    verify: bool = Field(False, description="read every byte of the weights and compare digests")
 
 
 STAGE_CONFIGS: dict[str, type[SharedConfig]] = {

@@ -5,7 +5,7 @@ under a verb's name goes to that verb alone and beats the top. A flag beats the 
 packaged default.yaml, that the defaults of the fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from teal_cli.config import (
     SharedConfig,
     SparseConfig,
 )
-from teal_cli.errors import UsageError, nearest
+from teal_cli.errors import UsageError, nearest, shortened, shown
 from teal_cli.reading import read_yaml
 from teal_cli.resources import CONFIGS
 
@@ -39,6 +39,10 @@ def keys_of(model: type[BaseModel]) -> dict[str, str]:
 C = TypeVar("C", bound=OutputConfig)
 _OF_AN_EXPORT = {"sparsity", "calibration", "allocation", "limits", "cost", "propagate"}
 """Keys that say which export a later stage measures."""
+_MOST_PROBLEMS = 5
+"""In one line; a YAML file may have thousands."""
+_LONGEST_KEY = 80
+_LONGEST_MESSAGE = 300
 
 
 def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] | None = None) -> C:
@@ -61,18 +65,26 @@ def build(model: type[C], values: Mapping[str, Any], blamed: Mapping[str, str] |
 def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str, str]) -> str:
     parts = []
     files: set[str] = set()
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    for problem in problems[:_MOST_PROBLEMS]:
         key = str(problem["loc"][0]) if problem["loc"] else ""
         files |= {blamed[key]} if key in blamed else set() if key else set(blamed.values())
-        message = problem["msg"].removeprefix("Value error, ")
+        message = shortened(problem["msg"].removeprefix("Value error, "), _LONGEST_MESSAGE)
         if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r} (flag {flag_name(key)}){nearest(key, keys_of(model))}")
+            parts.append(_unknown(key, "", keys_of(model)))
         elif key:
             message = message[0].lower() + message[1:]
-            parts.append(f"{key} (flag {flag_name(key)}): {message}, got {problem['input']!r}")
+            parts.append(f"{key} (flag {flag_name(key)}): {message}, got {shown(problem['input'])}")
         else:
             parts.append(message)
+    if len(problems) > _MOST_PROBLEMS:
+        parts.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
     return "".join(f"{file}: " for file in sorted(files)) + "; ".join(parts)
+
+
+def _unknown(key: object, where: str, known: Iterable[str]) -> str:
+    name = shortened(str(key), _LONGEST_KEY)
+    return f"unknown key {name!r}{where} (flag {flag_name(name)}){nearest(name, known)}"
 
 
 def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -83,16 +95,11 @@ def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str,
             if not isinstance(value, dict):
                 raise UsageError(f"{origin}: {key!r} must hold a mapping of {key} options")
         elif key not in known:
-            raise UsageError(
-                f"{origin}: unknown key {key!r} (flag {flag_name(key)}){nearest(key, known | set(VERB_CONFIGS))}"
-            )
+            raise UsageError(f"{origin}: {_unknown(key, '', known | set(VERB_CONFIGS))}")
     for section, model in VERB_CONFIGS.items():
         for key in content.get(section, {}):
             if key not in keys_of(model):
-                raise UsageError(
-                    f"{origin}: unknown key {key!r} in {section} (flag {flag_name(str(key))})"
-                    f"{nearest(str(key), keys_of(model))}"
-                )
+                raise UsageError(f"{origin}: {_unknown(key, f' in {section}', keys_of(model))}")
     own = keys_of(VERB_CONFIGS[verb])
     shared = {key: value for key, value in content.items() if key in own and key not in VERB_CONFIGS}
     return shared | dict(content.get(verb, {}))
@@ -132,7 +139,7 @@ def recipe_names() -> list[str]:
 
 def find_recipe(named: Path) -> Path:
     """The file of a recipe: `named` itself, or the packaged one of this name, where there is no such file."""
-    is_packaged = not named.exists() and str(named) in recipe_names()
+    is_packaged = str(named) in recipe_names() and not named.exists()
     return CONFIGS / f"{named}.yaml" if is_packaged else named
 
 
@@ -156,7 +163,9 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
         raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
     for stage in wanted:
         if stage not in STAGES:
-            raise UsageError(f"{path}: unknown stage {stage!r}{nearest(str(stage), STAGES)}")
+            raise UsageError(
+                f"{path}: unknown stage {shown(stage)}{nearest(stage if isinstance(stage, str) else '', STAGES)}"
+            )
     ordered = [stage for stage in STAGES if stage in wanted]
     defaults = read_yaml(CONFIGS / "default.yaml")
     stages: dict[str, SharedConfig] = {}

@@ -1,17 +1,51 @@
 """Types of option values: how a flag's string or a YAML value becomes them, and what is refused."""
 
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from teal_cli.errors import nearest
+from teal_cli.errors import nearest, shown
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.writing import check_file, check_folder
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Mode = Literal["calibrated", "intrinsic"]
 ALLOCATION_NAMES = ("uniform", "greedy", "fisher", "fisher-site")
+
+
+def plain_type(annotation: Any) -> Any:
+    """The type inside Optional and Annotated."""
+    if get_origin(annotation) is Annotated:
+        return plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in get_args(annotation) if part is not type(None)]
+        return plain_type(inner[0])
+    return annotation
+
+
+def check_plainly(value: object, annotation: Any) -> None:
+    """Refuse what pydantic would take for something else: true for 1, an empty path for the working directory.
+
+    Args:
+        value: of a flag or a YAML file.
+        annotation: of its field.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    kind = plain_type(annotation)
+    for part in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(part, bool) and kind is not bool:
+            raise ValueError("this is true or false, and another value is needed (in YAML, no and off are false)")
+        if isinstance(part, str) and "\0" in part:
+            raise ValueError("there is a NUL in it")
+        if part == "" and kind in (str, Path):
+            raise ValueError("this is empty")
+        if isinstance(part, str) and kind is not Path and any("\ud800" <= char <= "\udfff" for char in part):
+            raise ValueError("this is not UTF-8")
 
 
 def _split_commas(value: object) -> object:
@@ -42,14 +76,21 @@ TokenList = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator
 
 
 def _check_output(path: Path) -> Path:
-    if path.is_dir():
-        raise ValueError("this is a folder, give a file")
+    check_file(path)
+    return path
+
+
+def _check_output_folder(path: Path) -> Path:
+    check_folder(path)
     return path
 
 
 def _check_input(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError("there is no such file")
+    try:
+        if not path.is_file():
+            raise ValueError("this is no ordinary file" if path.exists() else "there is no such file")
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
     return path
 
 
@@ -60,6 +101,7 @@ def _check_quantization(text: str) -> str:
 
 Quantization = Annotated[str, AfterValidator(_check_quantization)]
 QuantizationList = Annotated[list[Quantization], BeforeValidator(_split_commas)]
+OutputFolder = Annotated[Path, AfterValidator(_check_output_folder)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]
 InputFile = Annotated[Path, AfterValidator(_check_input)]
 FileList = Annotated[list[InputFile], BeforeValidator(_split_commas)]
@@ -72,8 +114,10 @@ def is_allocation_file(allocation: str) -> bool:
 
 def _check_allocation(name: str) -> str:
     if is_allocation_file(name):
-        if not Path(name).is_file():
-            raise ValueError(f"allocation file {name} does not exist")
+        try:
+            _check_input(Path(name))
+        except ValueError as error:
+            raise ValueError(f"allocation file {shown(name)}: {error}") from error
     elif name not in ALLOCATION_NAMES:
         raise ValueError(f"neither an allocation nor a .yaml or .json file{nearest(name, ALLOCATION_NAMES)}")
     return name
@@ -95,7 +139,7 @@ def _split_limits(value: object) -> object:
 def _check_limits(limits: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
     for pattern, (least, most) in limits.items():
         if not 0.0 <= least <= most <= MOST_SPARSITY:
-            raise ValueError(f"{pattern}: {least}:{most} is not least:most, both between 0 and {MOST_SPARSITY}")
+            raise ValueError(f"{shown(pattern)}: {least}:{most} is not least:most, both between 0 and {MOST_SPARSITY}")
     return limits
 
 

@@ -4,6 +4,7 @@ A message is one line: what is wrong, where, and what to do. `cli.main` prints i
 """
 
 import errno
+import re
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,7 @@ EXIT_INTERRUPTED = 130
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
 _LONGEST_NAME = 100
+_LONGEST_REASON = 300
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -67,6 +69,11 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """A text in a message, cut after so many characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} more characters)"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or the known names where none is close."""
     names = sorted(known)
@@ -78,11 +85,47 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the machine's or the GPU's memory was not enough."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _system_error(error) == errno.ENOMEM:
         return True
-    # torch.OutOfMemoryError is a RuntimeError; the CPU allocator raises a plain one.
+    # torch.OutOfMemoryError is a RuntimeError; the CPU allocator and its mmap raise plain ones.
     text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(said in text for said in _NO_MEMORY)
+
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "failed to map segment",
+)
+_SYSTEM = {
+    errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
+    errno.EFBIG: ("a file would become larger than this process may write", "raise the limit (ulimit -f)"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "close some programs"),
+    errno.EAGAIN: (
+        "this machine refuses further threads or processes",
+        "raise the limit (ulimit -u), or set OMP_NUM_THREADS=1",
+    ),
+    errno.EROFS: ("the file system is read-only", "write elsewhere (flags --runs, --out, --json)"),
+    errno.EIO: ("the disk or device reports an error", "look at its health, and run the same command again"),
+    errno.EBADF: ("stdin or stdout cannot be used as it was opened", "redirect it otherwise"),
+}
+"""What an operating system says that is no fault of a file -> what is wrong, and what to do."""
+_NO_THREAD = "can't start new thread"
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error; Rust and C++ libraries have it in their text only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if _NO_THREAD in str(error):
+        return errno.EAGAIN
+    found = re.search(r"\(os error (\d+)\)|\[errno (\d+)\]", str(error)[:10_000], re.IGNORECASE)
+    return int(found[1] or found[2]) if found else None
 
 
 def as_teal_error(error: BaseException) -> TealError | None:
@@ -92,15 +135,29 @@ def as_teal_error(error: BaseException) -> TealError | None:
     return found if found is not None or cause is None else as_teal_error(cause)
 
 
-def artefact_error(error: Exception, message: str) -> TealError:
-    """What to raise where reading an artefact failed: `message` and the reason, unless the machine is at fault."""
+def artefact_error(error: BaseException, message: str, advice: str = "") -> TealError:
+    """What to raise where reading an artefact failed, unless the machine is at fault.
+
+    Args:
+        error: what a library raised.
+        message: what cannot be used; the reason is added.
+        advice: what to do; stands behind the reason.
+    """
     machine = as_teal_error(error)
     if isinstance(machine, MachineError):
         return machine
-    reason = str(error.__cause__ or error).strip() or type(error).__name__
-    if "trust_remote_code" in reason:  # what transformers advises is what we never do
-        reason = "it comes with code of its own, which teal never runs"
-    return ArtefactError(f"{message}: {reason.splitlines()[0]}")
+    reason = _reason(error)
+    return ArtefactError(f"{message} ({reason}): {advice}" if advice else f"{message}: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library said, without advice to do what teal never does."""
+    text = str(error.__cause__ or error).strip() or type(error).__name__
+    if "trust_remote_code" in text:
+        return "it comes with code of its own, which teal never runs"
+    if "weights_only" in text:
+        return "it holds more than tensors, and teal unpickles nothing else"
+    return shortened(text.splitlines()[0], _LONGEST_REASON)
 
 
 def _translated(error: BaseException) -> TealError | None:
@@ -110,17 +167,20 @@ def _translated(error: BaseException) -> TealError | None:
         return MachineError(
             "out of memory: use a smaller model, --dtype bfloat16, or a shorter --seq-len or --max-new-tokens"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return MachineError(f"the disk is full{where}: free some space and run the same command again")
-    # safetensors reports the operating system's error only as text.
-    if "No space left on device" in str(error):
-        return MachineError("the disk is full: free some space and run the same command again")
-    if "Failed to find C compiler" in str(error):
+    number, named = _system_error(error), getattr(error, "filename", None)
+    if number in _SYSTEM:
+        wrong, advice = _SYSTEM[number]
+        where = f" ({named})" if named else ""
+        return MachineError(f"{wrong}{where}: {advice}")
+    text = str(error)
+    if "No space left on device" in text:
+        return MachineError(": ".join(_SYSTEM[errno.ENOSPC]))
+    if "No usable temporary directory" in text:
+        return MachineError("no folder for temporary files can be written: name one in TMPDIR")
+    if "Failed to find C compiler" in text:
         return MachineError("triton needs a C compiler to launch kernels: install gcc, or use --backend reference")
     if type(error).__module__.startswith("triton.") and type(error).__name__ in ("OutOfResources", "PTXASError"):
-        reason = str(error).strip().splitlines()[0]
-        return MachineError(f"this GPU cannot run a kernel ({reason}): tune for it, or use --backend reference")
+        return MachineError(f"this GPU cannot run a kernel ({_reason(error)}): tune for it, or use --backend reference")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return ArtefactError(f"{error.filename}: {error.strerror}")
     return None
@@ -128,12 +188,11 @@ def _translated(error: BaseException) -> TealError | None:
 
 @contextmanager
 def reading(what: str, path: object, *expected: type[Exception]) -> Iterator[None]:
-    """Turn the expected ways of failing to read an artefact into one ArtefactError."""
+    """Turn the expected ways of failing to read an artefact into one ArtefactError, or the machine's fault."""
     try:
         yield
     except expected as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtefactError(f"{what} {path} cannot be read ({detail}): make it again") from error
+        raise artefact_error(error, f"{what} {path} cannot be read", "make it again") from error
 
 
 @contextmanager
@@ -159,4 +218,4 @@ def blame(message: str) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Ctrl-C and the like
             raise
-        raise ArtefactError(f"{message}: its library panicked ({str(error).strip().splitlines()[0][:200]})") from error
+        raise ArtefactError(f"{message}: its library panicked ({_reason(error)})") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from teal_cli.errors import ArtefactError, TealError, UsageError
+from teal_cli.errors import ArtefactError, TealError, UsageError, shortened
 
 MOST_JSON_BYTES = 64 << 20
 """The index of a large sharded model has a few MB."""
@@ -15,6 +15,7 @@ MOST_YAML_BYTES = 256 << 10
 """PyYAML reads about 100 KB a second; the allocation file of a 70B model has 50 KB."""
 _MOST_YAML_NODES = 100_000
 """Values with every alias written out: a few lines can stand for billions of them."""
+_LONGEST_DETAIL = 500
 
 
 def read_bytes(path: Path, what: str, *, most: int, error: type[TealError] = ArtefactError) -> bytes:
@@ -97,7 +98,7 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
         OverflowError,
     ) as reason:
         detail = "it is nested too deep" if isinstance(reason, RecursionError) else " ".join(str(reason).split())
-        raise UsageError(f"{what} {path} is not valid YAML: {detail}") from reason
+        raise UsageError(f"{what} {path} is not valid YAML: {shortened(detail, _LONGEST_DETAIL)}") from reason
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

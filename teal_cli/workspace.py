@@ -19,6 +19,7 @@ from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.scheme import INT8, Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.sparse import make_intrinsic_
+from teal_cli.writing import check_folder, require
 
 _Comparing = TypeVar("_Comparing", bound=ComparingConfig)
 
@@ -233,6 +234,7 @@ def write_held(
     Raises:
         TealError: what `hold` and `write_checkpoint` raise.
     """
+    require(check_folder, folder.parent)
     plan, propagated = hold(config, plan, calibration, workspace.source, reporter, model)
     return write_checkpoint(
         workspace.source.folder,

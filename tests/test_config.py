@@ -1,5 +1,6 @@
 """Configuration: precedence, and mistakes that name key, flag and nearest name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("export", {"sparsity": "nan"}, "at least 0"),
         ("export", {"weights": "symlink"}, "'link' or 'copy'"),
         ("export", {"allocation": "fischer"}, "did you mean 'fisher'"),
-        ("export", {"allocation": "mine.yaml"}, "allocation file mine.yaml does not exist"),
+        ("export", {"allocation": "mine.yaml"}, "allocation file 'mine.yaml': there is no such file"),
         ("eval", {"allocation": "fisher,gready"}, "did you mean 'greedy'"),
         ("export", {"allocation": "uniform", "limits": "*=0:0.5"}, "--limits.*for allocation fisher"),
         ("export", {"limits": "*=0.6:0.5"}, "is not least:most"),
@@ -69,6 +70,20 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
         ("generate", {"temperature": "1e-9"}, "at least 0.01"),
         ("generate", {"stop": "a,,b"}, r"stop \(flag --stop\)"),
         ("export", {"json": "."}, r"json \(flag --json\): this is a folder"),
+        ("export", {"json": "/dev/full"}, r"json \(flag --json\): this is no ordinary file"),
+        ("inspect", {"json": "/proc/r.json"}, r"json \(flag --json\): it cannot be written in /proc"),
+        ("report", {"plots": "/dev/null/plots"}, r"plots \(flag --plots\): it cannot be written"),
+        ("calibrate", {"out": "x" * 300}, r"out \(flag --out\): it cannot be written \(File name too long\)"),
+        ("export", {"cost": "x" * 300}, r"cost \(flag --cost\): it cannot be read \(File name too long\)"),
+        ("export", {"cost": "/dev/zero"}, r"cost \(flag --cost\): this is no ordinary file"),
+        ("calibrate", {"runs": ""}, r"runs \(flag --runs\): this is empty"),
+        ("calibrate", {"model": ""}, r"model \(flag --model\): this is empty"),
+        ("calibrate", {"dataset": "a\0b"}, r"dataset \(flag --dataset\): there is a NUL in it"),
+        ("generate", {"prompt": "caf\udce9"}, r"prompt \(flag --prompt\): this is not UTF-8"),
+        ("calibrate", {"tokens": True}, r"tokens \(flag --tokens\): this is true or false"),
+        ("bench", {"sparsity": [0.5, False]}, r"sparsity \(flag --sparsity\): this is true or false"),
+        ("calibrate", {"seed": [[1]]}, r"seed \(flag --seed\): .*, got \[\[1\]\]"),
+        ("bench", {"sparsity": ["a"] * 9}, r"; and 4 more$"),
         ("calibrate", {"device": "tpu"}, r"device \(flag --device\)"),
     ],
 )
@@ -76,6 +91,36 @@ def test_mistakes_are_named(verb: str, flags: dict[str, object], message: str) -
     with pytest.raises(UsageError, match=message) as caught:
         load_verb(verb, flags, None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"m" * 9_000: 1},
+        {"export": {"m" * 9_000: 1}},
+        {"export": {1: 2}},
+        {"seed": "9" * 9_000},
+        {"allocation": "a" * 9_000},
+        {"limits": {"p" * 9_000: [2, 1]}},
+        {"weights": ["x" * 9_000] * 99},
+        {"stages": [["x" * 9_000]]},
+    ],
+)
+def test_messages_are_short_whatever_the_values(tmp_path: Path, content: object) -> None:
+    load = load_recipe if "stages" in content else lambda path, flags: load_verb("export", flags, path)
+    with pytest.raises(UsageError) as caught:
+        load(_file(tmp_path, content), {})
+    assert len(str(caught.value)) < 1_500
+
+
+def test_a_pipe_is_no_recipe() -> None:
+    """It would be waited for."""
+    os.mkfifo("pipe")
+    for path in (Path("pipe"), Path("/dev/zero")):
+        with pytest.raises(UsageError, match=f"recipe {path} is not an ordinary file"):
+            load_recipe(path, {})
+        with pytest.raises(UsageError, match=f"config file {path} is not an ordinary file"):
+            load_verb("export", {}, path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import typer
 
 import teal_cli
 from teal_cli.cli.completion import words_typed
-from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error
+from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error, printable
+from teal_cli.report.streams import prepare_streams, silence
 
 VERBS = {
     "calibrate": "Measure a model's hidden states on text.",
@@ -29,17 +30,19 @@ VERBS = {
     "info": "Say what this machine and its libraries can do, and list model aliases.",
 }
 
-
 _INTERRUPTED = "interrupted; finished stages are kept"
+_LONGEST_LINE = 2_000
+_READ = 4 * _LONGEST_LINE
+"""Of a message, before blanks are taken out."""
 
 
 def _placeholder() -> None:
     """Stands for a verb that is only listed."""
 
 
-def _command(verb: str) -> Callable[..., None]:
+def _command(verb: str) -> Callable[..., Callable[[], None]]:
     module = f"{verb}_" if iskeyword(verb) else verb
-    command: Callable[..., None] = import_module(f"teal_cli.cli.{module}").command
+    command: Callable[..., Callable[[], None]] = import_module(f"teal_cli.cli.{module}").command
     return command
 
 
@@ -72,8 +75,24 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"teal: {' '.join(message.split())}", file=sys.stderr)
+    line = printable(" ".join(message[:_READ].split()))
+    if max(len(line), len(message)) > _LONGEST_LINE:
+        line = f"{line[:_LONGEST_LINE]}... (cut)"
+    print(f"teal: {line}", file=sys.stderr)
     return code
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None] | int:
+    """What a command line asks for, ready to run; an exit code where that was said already, as of --help."""
+    try:
+        found: Callable[[], None] | int | None = build_app(arguments)(
+            args=list(arguments), prog_name="teal", standalone_mode=False
+        )
+    except SystemExit as stop:  # of completion; and typer and rich exit with 1 where a pipe has no reader
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0 if found is None else found
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,20 +102,33 @@ def run(arguments: Sequence[str]) -> int:
     """
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    code = _run(arguments, debug)
     try:
-        result = build_app(arguments)(args=list(arguments), prog_name="teal", standalone_mode=False)
-        if result == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
+        sys.stdout.flush()
+    except (OSError, ValueError):  # said already
+        silence(sys.stdout)
+    return code
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
+    try:
+        asked = _parse(arguments)
+        if asked == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
             return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
-        return result if isinstance(result, int) else 0
+        if isinstance(asked, int):
+            sys.stdout.flush()
+            return asked
+        asked()  # outside of typer, which takes an end of file for Ctrl-C and exits with 1 after a closed pipe
+        sys.stdout.flush()
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
-        sys.stderr.close()
         return 0
     except Exception as error:
         known = as_teal_error(error)
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr)
         if known is not None:
             return _fail(str(known), known.exit_code)
         format_message = getattr(error, "format_message", None)
@@ -107,4 +139,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the `teal` script."""
-    sys.exit(run(sys.argv[1:]))
+    prepare_streams()
+    code = run(sys.argv[1:])
+    silence(sys.stderr)  # all is said; where memory is short, libraries print tracebacks as the process ends
+    sys.exit(code)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import BenchConfig
 
 
@@ -13,9 +13,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     from teal_cli.steps.bench import bench
 
     result = bench(config, reporter).to_json()
-    write_result(config, result)
-    for table in bench_tables(result):
-        reporter.show(table)
+    finish(config, reporter, result, bench_tables)
     if not config.random_weights:
         own = [run for run in result["runs"] if run["quantization"] == result["quantization"]]
         fastest = max(own[1:] or own, key=lambda run: float(run["speedup"]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import CalibrateConfig
 
 
@@ -16,8 +16,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
 
     workspace = Workspace.of(config, reporter)
     result = calibration_summary(calibrate(config, reporter, workspace))
-    write_result(config, result)
-    reporter.show(calibration_table(result))
+    finish(config, reporter, result, lambda result: [calibration_table(result)])
     onward = next_command("export", config, calibration=config.out, sparsity=0.5)
     reporter.say(f"written to {run_folder(config, workspace)}; next: {onward}")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import EvalConfig
 
 
@@ -16,9 +16,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
 
     def show(found: EvalResult | EncoderResult) -> dict[str, Any]:
         result = found.to_json()
-        write_result(config, result)
-        for table in eval_tables(result):
-            reporter.show(table)
+        finish(config, reporter, result, eval_tables)
         return result
 
     def keep(found: EvalResult) -> None:

@@ -16,7 +16,6 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     from teal_cli.steps.export import export
 
     summary = export(config, reporter)
-    write_result(config, asdict(summary))
     how = "linked to" if summary.weights == "link" else "copied from"
     reporter.say(
         f"{summary.projections} projections at sparsity {summary.target_sparsity:g} ({summary.allocation}), "
@@ -24,6 +23,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     )
     onward = next_command("eval", config, **_OWN, model=summary.folder)
     reporter.say(f"written to {summary.folder}; next: {onward}")
+    write_result(config, asdict(summary))
 
 
 command = with_options(ExportConfig, _run)

@@ -1,41 +1,70 @@
 """`teal generate`: one prompt, stdin, or a conversation on a terminal."""
 
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import GenerateConfig
-from teal_cli.errors import TealError, UsageError
+from teal_cli.errors import TealError, UsageError, printable
 from teal_cli.report.console import Reporter
+from teal_cli.report.streams import silence
 
 if TYPE_CHECKING:  # importing the step imports torch, which --help must not
     from teal_cli.steps.generate import Generator, Reply
 
+_LONGEST_PROMPT = 1 << 24
+
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(GenerateConfig, "generate", flags, config_file)
-    from teal_cli.steps.generate import Generator
-
     interactive = config.prompt is None
     if interactive and not sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
-    prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
+    prompt = read_stdin() if config.prompt == "-" else config.prompt
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt (flag --prompt) is empty")
+    from teal_cli.steps.generate import Generator
+
     generator = Generator(config, reporter)
     if prompt is None:
         converse(generator, reporter)
         return
-    reply = generator.reply([{"role": "user", "content": prompt}], write=_write)
-    _write("\n")
+    write = _writer(stop_without_reader=config.json_file is None)
+    reply = generator.reply([{"role": "user", "content": prompt}], write=write)
+    write("\n")
     reporter.say(summary(reply))
     write_result(config, generator.to_json(prompt, reply))
     if reply.interrupted:
         raise KeyboardInterrupt
+
+
+def read_stdin() -> str:
+    """A prompt, as it is: white space at both ends and line ends are parts of it.
+
+    Raises:
+        UsageError: not UTF-8 (or what the locale says), too long, or not readable.
+    """
+    stream = sys.stdin
+    if isinstance(stream, io.TextIOWrapper):
+        encoding = "utf-8" if stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968") else stream.encoding
+        stream.reconfigure(encoding=encoding, errors="strict", newline="")
+    try:
+        text = stream.read(_LONGEST_PROMPT + 1)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt on stdin is not {error.encoding} ({error.reason}): convert it, as iconv does"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"stdin cannot be read: {error.strerror}") from error
+    if len(text) > _LONGEST_PROMPT:
+        raise UsageError(f"the prompt on stdin has more than {_LONGEST_PROMPT:,} characters")
+    return text
 
 
 def converse(generator: "Generator", reporter: Reporter) -> None:
@@ -45,9 +74,14 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
     sparsity = "intrinsic sparsity" if intrinsic else f"target sparsity {generator.target_sparsity:g}"
     reporter.say(f"{generator.name}, {sparsity}. {hint}.")
     messages: list[dict[str, str]] = []
+    write = _writer()
     while True:
         try:
             line = input("> ").strip()
+            line.encode()
+        except ValueError:
+            reporter.say("that line is not UTF-8: it was left out")
+            continue
         except EOFError:
             reporter.say("")
             return
@@ -65,12 +99,12 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
             [*messages, {"role": "user", "content": line}] if generator.chat else [{"role": "user", "content": line}]
         )
         try:
-            reply = generator.reply(messages, write=_write)
+            reply = generator.reply(messages, write=write)
         except TealError as error:  # the conversation has grown too long, say: the session goes on
             reporter.say(f"{error} (/new starts over)")
             messages = messages[:-1]
             continue
-        _write("\n")
+        write("\n")
         reporter.say(summary(reply) + (", interrupted" if reply.interrupted else ""))
         messages.append({"role": "assistant", "content": reply.text})
 
@@ -88,8 +122,23 @@ def summary(reply: "Reply") -> str:
     return ", ".join(parts)
 
 
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
+def _writer(*, stop_without_reader: bool = True) -> Callable[[str], None]:
+    """What writes a model's text as it comes: to a pipe or a file as it is, to a terminal what it can show.
+
+    Args:
+        stop_without_reader: end the reply where the reader of a pipe went away; else it goes on, for --json.
+    """
+    is_terminal = sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        try:
+            print(printable(text) if is_terminal else text, end="", flush=True)
+        except BrokenPipeError:
+            if stop_without_reader:
+                raise
+            silence(sys.stdout)
+
+    return write
 
 
 command = with_options(GenerateConfig, _run)

@@ -1,20 +1,12 @@
 """`teal import`."""
 
-import inspect
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import next_command, prepare, write_result
+from teal_cli.cli.options import Flags, path_argument, with_options
+from teal_cli.cli.output import finish, next_command, prepare
 from teal_cli.config import ImportConfig
 
-_FOLDER = inspect.Parameter(
-    "folder",
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    annotation=Annotated[Path, typer.Argument(help="models/NAME of FasterDecoding/TEAL: histograms/, lookup/")],
-)
+_FOLDER = path_argument("folder", "models/NAME of FasterDecoding/TEAL: histograms/, lookup/")
 
 
 def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
@@ -28,8 +20,7 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     workspace = Workspace.of(config, reporter)
     calibration, files = import_reference(folder, config, reporter, workspace)
     result = {**calibration_summary(calibration), "allocations": [str(file) for file in files]}
-    write_result(config, result)
-    reporter.show(calibration_table(result))
+    finish(config, reporter, result, lambda result: [calibration_table(result)])
     for file in files:
         reporter.say(f"the lookup's allocation: --allocation {file}")
     onward = next_command("export", config, calibration=config.out, sparsity=config.sparsity[0])

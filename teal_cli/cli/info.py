@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from teal_cli.cli.options import Flags, with_options
-from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.output import finish, prepare
 from teal_cli.config import InfoConfig
+from teal_cli.report.plain_table import PlainTable, facts_table
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
@@ -15,12 +14,13 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     from teal_cli.steps.info import machine, model_fit
 
     result = machine(config.device)
-    asked = "model" in flags or config_file is not None
-    if asked:
+    if "model" in flags or config_file is not None:
         result["model"] = model_fit(config)
-    write_result(config, result)
-    for table in (_machine(result), _backends(result), _model(result) if asked else _aliases(result)):
-        reporter.show(table)
+    finish(config, reporter, result, _tables)
+
+
+def _tables(result: dict[str, Any]) -> list[PlainTable]:
+    return [_machine(result), _backends(result), _model(result) if "model" in result else _aliases(result)]
 
 
 def _gib(size: int | None) -> str:
@@ -29,15 +29,15 @@ def _gib(size: int | None) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def _rows(title: str, rows: dict[str, str | None]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+def _rows(title: str, rows: dict[str, str | None]) -> PlainTable:
+    table = facts_table(title)
     for label, value in rows.items():
         if value is not None:
             table.add_row(label, value)
     return table
 
 
-def _machine(result: dict[str, Any]) -> Table:
+def _machine(result: dict[str, Any]) -> PlainTable:
     gpu = result["gpu"]
     rows: dict[str, str | None] = {
         "device": result["device"],
@@ -59,21 +59,21 @@ def _machine(result: dict[str, Any]) -> Table:
     return _rows("Machine", rows)
 
 
-def _backends(result: dict[str, Any]) -> Table:
-    table = Table("backend", "here", title=f"Backends (auto takes {result['auto_backend']})", title_justify="left")
+def _backends(result: dict[str, Any]) -> PlainTable:
+    table = PlainTable(f"Backends (auto takes {result['auto_backend']})", "backend", "here", figures=False)
     for name, state in result["backends"].items():
         table.add_row(name, state)
     return table
 
 
-def _aliases(result: dict[str, Any]) -> Table:
-    table = Table("alias", "hub id", "without a hub", title="Model aliases", title_justify="left")
+def _aliases(result: dict[str, Any]) -> PlainTable:
+    table = PlainTable("Model aliases", "alias", "hub id", "without a hub", figures=False)
     for name, entry in result["aliases"].items():
         table.add_row(name, entry["hub_id"], "installed" if entry["packaged"] else "")
     return table
 
 
-def _model(result: dict[str, Any]) -> Table:
+def _model(result: dict[str, Any]) -> PlainTable:
     """The model that was asked about: sizes, what fits, how it decodes."""
     model, where = result["model"], "on the GPU" if result["device_type"] == "cuda" else "in memory"
     verdict = {True: "fits", False: "too large", None: "unknown"}

@@ -1,18 +1,20 @@
 """Command-line options, made from the configuration models: each field is a flag."""
 
 import inspect
-import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from teal_cli.cli.completion import completer_for
+from teal_cli.cli.completion import Completer, completer_for
 from teal_cli.config import OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name
+from teal_cli.config_values import plain_type
+from teal_cli.errors import UsageError
 
 Flags = dict[str, Any]
 """Outside key -> value, of the flags that were given."""
@@ -25,8 +27,8 @@ def with_options(
     body: Callable[..., None],
     *,
     arguments: tuple[inspect.Parameter, ...] = (),
-) -> Callable[..., None]:
-    """A function with one typer option for every field of `model`, that calls `body`.
+) -> Callable[..., Callable[[], None]]:
+    """A function with one typer option for every field of `model`, that returns a call of `body`.
 
     Options that were not given are not passed on, so that YAML and defaults can speak. Values are
     checked by the model, not by typer: there is one set of rules and one form of message.
@@ -37,11 +39,11 @@ def with_options(
         arguments: further typer parameters; their values are passed to body as keyword arguments.
     """
 
-    def command(**values: Any) -> None:
+    def command(**values: Any) -> Callable[[], None]:
         config_file = values.pop("config", None)
-        extra = {parameter.name: values.pop(parameter.name) for parameter in arguments}
+        extra = {parameter.name: _path(parameter.name, values.pop(parameter.name)) for parameter in arguments}
         given = {keys[name]: value for name, value in values.items() if value is not None}
-        body(given, config_file, **extra)
+        return partial(body, given, config_file, **extra)
 
     keys = {name: field.alias or name for name, field in model.model_fields.items()}
     config_option = typer.Option("--config", help="YAML file; every flag is a key", rich_help_panel=_SHARED_PANEL)
@@ -57,16 +59,34 @@ def with_options(
     return command
 
 
+def path_argument(name: str, text: str, completer: Completer | None = None) -> inspect.Parameter:
+    """A path that a verb takes without a flag.
+
+    Args:
+        name: in errors and in the help.
+        text: the help.
+        completer: what a shell offers; None for files.
+    """
+    argument = typer.Argument(help=text, autocompletion=completer)
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[str, argument])
+
+
+def _path(name: str, given: str) -> Path:
+    if not given:
+        raise UsageError(f"{name.upper()} is empty: give a path")
+    return Path(given)
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = flag_name(field.alias or name)
-    is_switch = _plain_type(field.annotation) is bool
+    is_switch = plain_type(field.annotation) is bool
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_switch else flag,
         help=_help(field),
         metavar=None if is_switch else _metavar(field),
         rich_help_panel=_SHARED_PANEL if name in SharedConfig.model_fields else None,
         show_default=False,
-        autocompletion=None if is_switch else completer_for(field.alias or name, _plain_type(field.annotation)),
+        autocompletion=None if is_switch else completer_for(field.alias or name, plain_type(field.annotation)),
     )
     annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -81,18 +101,8 @@ def _help(field: FieldInfo) -> str:
     return f"{text} (default {shown})"
 
 
-def _plain_type(annotation: Any) -> Any:
-    """The type inside Optional and Annotated."""
-    if get_origin(annotation) is Annotated:
-        return _plain_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        inner = [part for part in get_args(annotation) if part is not type(None)]
-        return _plain_type(inner[0])
-    return annotation
-
-
 def _metavar(field: FieldInfo) -> str:
-    kind = _plain_type(field.annotation)
+    kind = plain_type(field.annotation)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is list:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from teal_cli.cli.options import Flags
 from teal_cli.config import VERB_CONFIGS, OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name, keys_of, load_as
 from teal_cli.report.console import Reporter
+from teal_cli.report.plain_table import PlainTable
 from teal_cli.versions import now
 
 C = TypeVar("C", bound=OutputConfig)
@@ -72,6 +74,28 @@ def next_command(verb: str, config: SharedConfig, **flags: object) -> str:
 def _first(value: object) -> object:
     """eval takes a list of what other verbs take one of."""
     return value[0] if isinstance(value, list) else value
+
+
+def finish(
+    config: OutputConfig,
+    reporter: Reporter,
+    result: dict[str, Any],
+    tables: Callable[[dict[str, Any]], Iterable[PlainTable]] = lambda result: (),
+) -> None:
+    """Show a result and write it where --json says; where one of the two fails, the other is done all the same.
+
+    Args:
+        config: of the verb.
+        reporter: shows the tables.
+        result: as JSON.
+        tables: makes them of the result.
+
+    """
+    try:
+        for table in tables(result):
+            reporter.show(table)
+    finally:
+        write_result(config, result)
 
 
 def write_result(config: OutputConfig, result: dict[str, Any]) -> None:

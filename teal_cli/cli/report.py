@@ -1,21 +1,13 @@
 """`teal report`."""
 
 from dataclasses import asdict
-from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import ReportConfig
 
-_RUN = Parameter(
-    "run",
-    Parameter.POSITIONAL_OR_KEYWORD,
-    annotation=Annotated[Path, typer.Argument(help="a run folder (runs/<model>), or a TEAL checkpoint in one")],
-)
+_RUN = path_argument("run", "a run folder (runs/<model>), or a TEAL checkpoint in one")
 
 
 def _run(flags: Flags, config_file: Path | None, run: Path) -> None:
@@ -23,9 +15,10 @@ def _run(flags: Flags, config_file: Path | None, run: Path) -> None:
     from teal_cli.steps.report import report
 
     result = report(run, config, reporter)
-    write_result(config, asdict(result))
-    if not config.quiet:
-        print(result.page)
+    try:
+        reporter.show_text(result.page)
+    finally:
+        write_result(config, asdict(result))
 
 
 command = with_options(ReportConfig, _run, arguments=(_RUN,))

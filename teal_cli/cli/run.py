@@ -1,23 +1,17 @@
 """`teal run`."""
 
-import inspect
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from teal_cli.cli.completion import among
-from teal_cli.cli.options import Flags, with_options
+from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import next_command, quieten_libraries
 from teal_cli.config import SharedConfig
 from teal_cli.config_files import load_recipe, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.report.console import Reporter
 
-_ARGUMENT = typer.Argument(
-    help=f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", autocompletion=among(recipe_names)
-)
-_RECIPE = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, _ARGUMENT])
+_RECIPE = path_argument("recipe", f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", among(recipe_names))
 
 
 def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
@@ -27,12 +21,19 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     reporter = Reporter(loaded.quiet)
     quieten_libraries()
     from teal_cli.checkpoint.files import write_json
-    from teal_cli.report.tables import bench_tables, eval_tables, run_table
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)
-    if loaded.json_file is not None:
-        write_json(loaded.json_file, results)
+    try:
+        _show(results, reporter)
+    finally:
+        if loaded.json_file is not None:
+            write_json(loaded.json_file, results)
+
+
+def _show(results: dict[str, dict[str, Any]], reporter: Reporter) -> None:
+    from teal_cli.report.tables import bench_tables, eval_tables, run_table
+
     if "eval" in results:
         for table in eval_tables(results["eval"]):
             reporter.show(table)
@@ -42,7 +43,7 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
         reporter.show(run_table(results))
     if "generate" in results:
         sample = results["generate"]
-        reporter.out.print(f"\n> {sample['prompt']}\n{sample['text']}", markup=False)
+        reporter.show_text(f"\n> {sample['prompt']}\n{sample['text']}")
     if "export" in results:
         onward = next_command("generate", SharedConfig(model=results["export"]["folder"]))
         reporter.say(f"next: {onward}")

@@ -10,7 +10,7 @@ histograms of Llama-3-8B fail this: they are Llama-2-7B's.
 """
 
 import csv
-import pickle
+import io
 from itertools import groupby
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from teal_cli.config_values import MOST_SPARSITY
-from teal_cli.errors import ArtefactError, reading
+from teal_cli.errors import ArtefactError, blame
 from teal_cli.importing.rebin import SignedHistogram
 from teal_cli.models.architectures import Projection
+from teal_cli.reading import read_bytes
 
 _SITES = {
     "attention_input": ("self_attn", "h1"),
@@ -31,6 +32,8 @@ _SITES = {
 """Our name of a site -> the folder and key of its histogram."""
 _LOST = 1e-6
 """Share of values that float32 counts may have lost."""
+_MOST_BYTES = 64 << 20
+"""Of a file; the published ones have less than one MB."""
 
 
 def histogram_folder(folder: Path) -> Path:
@@ -74,9 +77,9 @@ def read_histograms(folder: Path, projections: list[Projection]) -> dict[str, Si
 
 
 def _read_histogram(path: Path, key: str) -> SignedHistogram:
-    broken = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
-    with reading("histogram", path, *broken):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    stored = io.BytesIO(read_bytes(path, "histogram", most=_MOST_BYTES))
+    with blame(f"histogram {path} cannot be read"):  # by torch, which raises whatever its zip and pickle parts do
+        content = torch.load(stored, map_location="cpu", weights_only=True)
         centers, counts = content[f"{key}_centers"], content[key]
         if not (isinstance(centers, Tensor) and isinstance(counts, Tensor)):
             raise ValueError(f"{key} is not a tensor")
@@ -119,9 +122,9 @@ def read_lookup(folder: Path, projections: list[Projection]) -> dict[str, Tensor
     for number, (block, members) in enumerate(grouped):
         columns = [member.name.rpartition(".")[2].removesuffix("_proj") for member in members]
         path = folder / f"layer-{number}" / "results.csv"
-        with reading("lookup", path, OSError, ValueError, KeyError, csv.Error):
-            with path.open(newline="", encoding="utf-8") as stream:
-                rows = list(csv.DictReader(stream))
+        stored = read_bytes(path, "lookup", most=_MOST_BYTES)
+        with blame(f"lookup {path} cannot be read"):
+            rows = list(csv.DictReader(io.StringIO(stored.decode("utf-8-sig"), newline="")))
             missing = [column for column in columns if not rows or column not in rows[0]]
             if missing:
                 raise ValueError(f"no column {missing[0]!r}")

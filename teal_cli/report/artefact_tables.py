@@ -4,17 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from teal_cli.report.places import grid_of
-from teal_cli.report.tables import plain_table
+from teal_cli.report.plain_table import PlainTable, facts_table
 
 _Projection = dict[str, Any]
 
 
-def calibration_facts(calibration: dict[str, Any]) -> Table:
+def calibration_facts(calibration: dict[str, Any]) -> PlainTable:
     """What was measured, on what, and when."""
-    table = Table(title="Calibration", title_justify="left", show_header=False)
+    table = facts_table("Calibration")
     rows = {
         "model": calibration["model"],
         "weights": f"fingerprint {calibration['weights'][:16]}"
@@ -42,9 +40,9 @@ def versions_text(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def export_facts(export: dict[str, Any]) -> Table:
+def export_facts(export: dict[str, Any]) -> PlainTable:
     """One TEAL checkpoint."""
-    table = Table(title=f"TEAL checkpoint {export['name']}", title_justify="left", show_header=False)
+    table = facts_table(f"TEAL checkpoint {export['name']}")
     table.add_row("allocation", export["allocation"])
     table.add_row("target sparsity", f"{export['target_sparsity']:.3f}")
     table.add_row("realised sparsity", _realised(export))
@@ -76,13 +74,13 @@ def _quantisation(export: dict[str, Any]) -> str:
     return f"{scheme['projections']}" + (f", {scheme['output']} in 8 bits" if scheme["output"] else "")
 
 
-def exports_table(exports: Sequence[dict[str, Any]]) -> Table:
+def exports_table(exports: Sequence[dict[str, Any]]) -> PlainTable:
     """The checkpoints of a run, with the mean sparsity of each kind of projection in per cent.
 
     Target and realised sparsity share a column: with the output layer, a line is 80 characters.
     """
     kinds = list(dict.fromkeys(kind for export in exports for kind in export["mean_by_kind"]))
-    table = plain_table(
+    table = PlainTable(
         "TEAL checkpoints; mean sparsity of each kind of projection, %", "", "target /\nrealised", *kinds
     )
     for export in exports:
@@ -100,7 +98,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}"
 
 
-def projection_tables(projections: Sequence[_Projection]) -> list[Table]:
+def projection_tables(projections: Sequence[_Projection]) -> list[PlainTable]:
     """Layers down, projections across: sparsity in per cent, target and realised; and thresholds."""
     measured = any(entry["realised"] is not None for entry in projections)
 
@@ -114,34 +112,34 @@ def projection_tables(projections: Sequence[_Projection]) -> list[Table]:
     tables = [_by_place(what, projections, sparsity), _by_place("Thresholds on |x|", projections, threshold)]
     outside = [entry for entry in projections if entry["layer"] is None]
     if outside:
-        table = plain_table("Outside of the layers", "", what, "threshold")
+        table = PlainTable("Outside of the layers", "", what, "threshold")
         for entry in outside:
             table.add_row(entry["name"], sparsity(entry), threshold(entry))
         tables.append(table)
     return tables
 
 
-def _by_place(title: str, projections: Sequence[_Projection], cell: Callable[[_Projection], str]) -> Table:
+def _by_place(title: str, projections: Sequence[_Projection], cell: Callable[[_Projection], str]) -> PlainTable:
     entries = {entry["name"]: entry for entry in projections}
     grid = grid_of(entries)
-    table = plain_table(title, "layer", *grid.kinds)
+    table = PlainTable(title, "layer", *grid.kinds)
     for label, names in zip(grid.labels, grid.names, strict=True):
         table.add_row(label, *["" if name is None else cell(entries[name]) for name in names])
     return table
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> Table:
+def results_table(results: Sequence[dict[str, Any]]) -> PlainTable:
     """The JSON results of a run."""
-    table = Table("result", "verb", "finished", "device", title="Results", title_justify="left")
+    table = PlainTable("Results", "result", "verb", "finished", "device", figures=False)
     for result in results:
         device = ", ".join(filter(None, (result["device"], result["dtype"])))
         table.add_row(Path(result["file"]).name, result["verb"], result["finished"], device)
     return table
 
 
-def inspect_tables(result: dict[str, Any]) -> list[Table]:
+def inspect_tables(result: dict[str, Any]) -> list[PlainTable]:
     """What `teal inspect` prints."""
-    lines = Table(title=f"{result['kind']} {result['name']}", title_justify="left", show_header=False)
+    lines = facts_table(f"{result['kind']} {result['name']}")
     for label, text in result["summary"].items():
         lines.add_row(label, text)
     tables = [lines]

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
+
+from teal_cli.errors import printable
+from teal_cli.report.plain_table import PlainTable
+
+_NO_TERMINAL = 100_000
+"""Columns of a file or a pipe."""
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -14,7 +19,14 @@ class _TokensPerSecond(ProgressColumn):
         return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "", style="cyan")
 
 
-class _Console(Console):
+class _Results(Console):
+    """stdout. A terminal's width is kept to; a file or a pipe has lines of any length."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(quiet=quiet, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal:
+            self.width = _NO_TERMINAL
+
     def on_broken_pipe(self) -> None:
         """Let the caller see it: rich would exit with 1, as if something had failed."""
         raise BrokenPipeError
@@ -23,27 +35,34 @@ class _Console(Console):
 class Reporter:
     """Talks to the user; `quiet` silences all but errors.
 
-    Messages and progress go to stderr, so that stdout can be piped.
+    Messages and progress go to stderr, so that stdout can be piped. Whatever is said is shown as it is: names of
+    models and texts of artefacts are no markup, and their control characters do not reach the terminal.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.err = _Console(stderr=True, quiet=quiet, highlight=False)
-        self.out = _Console(quiet=quiet, highlight=False)
+        self.err = Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
+        self.out = _Results(quiet)
 
     def say(self, message: str) -> None:
         """One line about what happens now."""
-        self.err.print(message, markup=False, soft_wrap=True)
+        self.err.print(printable(message), soft_wrap=True)
 
-    def show(self, table: Table) -> None:
+    def show(self, table: PlainTable) -> None:
         """A result."""
-        self.out.print(table)
+        if table.heading:
+            self.out.print(Text(table.heading, style="table.title"), soft_wrap=True)
+        self.out.print(table, crop=False)
+
+    def show_text(self, text: str) -> None:
+        """A result in words, such as a sample of what a model wrote."""
+        self.out.print(printable(text), soft_wrap=True)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar over `total` tokens, with tokens/s and time left; yields the function that advances it."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             _TokensPerSecond(),
@@ -57,7 +76,7 @@ class Reporter:
             auto_refresh=False,
             disable=self.quiet or not self.err.is_terminal,
         ) as bars:
-            task = bars.add_task(description, total=total)
+            task = bars.add_task(printable(description), total=total)
             bars.refresh()
 
             def advance(tokens: int) -> None:

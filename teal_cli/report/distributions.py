@@ -128,7 +128,7 @@ def _drawer(sites: Sequence[_Site], lanes: Sequence[_Lane]) -> Callable[[Any], N
                 density.plot(site.x, site.density, color=MUTED, linewidth=0.6, alpha=0.35)
         for number, index in enumerate(told_apart):
             look = {**series(number), "marker": ""}
-            density.plot(sites[index].x, sites[index].density, label=sites[index].layer, **look)
+            density.plot(sites[index].x, sites[index].density, label=label(sites[index].layer), **look)
         density.set_xscale("log")
         density.set_xlim(min(site.ends[0] for site in sites), max(site.ends[1] for site in sites))
         density.set_ylim(bottom=0)
@@ -149,7 +149,7 @@ def _draw_thresholds(axes: Any, lanes: Sequence[_Lane]) -> None:
         axes.plot(ordered, [row] * len(ordered), "|", color=look["color"], markersize=8, markeredgewidth=0.8)
         axes.plot([ordered[len(ordered) // 2]], [row], look["marker"], color=look["color"], markersize=6)
         place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center", "fontsize": 8}
-        axes.annotate(lane.projections, (0.01, row), color=look["color"], **place)
+        axes.annotate(label(lane.projections), (0.01, row), color=look["color"], **place)
         if lane.first and row:
             axes.axhline(row - 0.5, color=GRID, linewidth=0.6)
     axes.set_yticks([row for row, lane in enumerate(lanes) if lane.first])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.files import atomic_path
-from teal_cli.errors import MachineError
+from teal_cli.errors import MachineError, printable
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5c646d", "#d5d9de", "#ffffff"
 BLACK, WHITE = "#010101", "#fefefe"
@@ -116,7 +116,7 @@ def name_of(*parts: str) -> str:
 
 def label(text: str) -> str:
     """A name as a text of a plot; between dollar signs matplotlib would read mathematics."""
-    return text.replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 def require_drawing() -> None:
@@ -155,7 +155,7 @@ def inline_svg(plot: Plot) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     box = re.search(r'viewBox="[^"]+"', text)
-    head = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(plot.alt)}">'
+    head = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(printable(plot.alt))}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1).strip()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from teal_cli.report.drawing import BLACK, INK, WHITE, Plot, name_of
+from teal_cli.report.drawing import BLACK, INK, WHITE, Plot, label, name_of
 from teal_cli.report.material import Export, Realised
 from teal_cli.report.places import Grid, grid_of
 
@@ -61,8 +61,8 @@ def _drawer(grid: Grid, rows: Sequence[Sequence[float | None]], scale: _Scale) -
                     axes.text(x + 0.5, y + 0.5, f"{100 * value:.0f}", color=ink, **place)
         slanted = any(len(kind) > _LEVEL_LETTERS for kind in grid.kinds)
         turned = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
-        axes.set_xticks([x + 0.5 for x in range(len(grid.kinds))], grid.kinds, **turned)
-        axes.set_yticks([y + 0.5 for y in range(len(grid.labels))], grid.labels)
+        axes.set_xticks([x + 0.5 for x in range(len(grid.kinds))], list(map(label, grid.kinds)), **turned)
+        axes.set_yticks([y + 0.5 for y in range(len(grid.labels))], list(map(label, grid.labels)))
         axes.tick_params(length=0, labelcolor=INK)
         axes.xaxis.tick_top()
         axes.invert_yaxis()

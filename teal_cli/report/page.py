@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.table import Table
-from rich.text import Text
 
 from teal_cli import __version__
+from teal_cli.errors import printable
 from teal_cli.report.artefact_tables import calibration_facts, exports_table, projection_tables, versions_text
 from teal_cli.report.contents import describe_calibration, describe_export, describe_projections, describe_results
 from teal_cli.report.distributions import SHOWN_EXPORTS, distribution_plots
 from teal_cli.report.drawing import Plot, inline_svg
 from teal_cli.report.maps import sparsity_plots
 from teal_cli.report.material import Export, Material, Result
+from teal_cli.report.plain_table import PlainTable
 from teal_cli.report.plots import quality_plots, speed_plots
 from teal_cli.report.samples import Passages, passages
 from teal_cli.report.summary import Line, how_to_measure, summary
@@ -140,25 +140,30 @@ def content_of(material: Material, drawings: Drawings) -> Content:
 
 
 def render(content: Content) -> str:
-    """The page. Every text is escaped: models write whatever they like."""
+    """The page. Every text is escaped, control characters too: models write whatever they like."""
     import jinja2
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=folder,
+        autoescape=True,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html").render(vars(content))
 
 
-def listed(table: Table) -> Listed:
-    """A Rich table as data, so that page and terminal show the same."""
-    rows = [[_plain(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
-    header = [_plain(column.header) for column in table.columns] if table.show_header else []
-    return Listed(_plain(table.title or ""), header, rows)
-
-
-def _plain(cell: Any) -> str:
-    return cell.plain if isinstance(cell, Text) else str(cell)
+def listed(table: PlainTable) -> Listed:
+    """A table as data, so that page and terminal show the same."""
+    rows = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+    header = [str(column.header) for column in table.columns] if table.show_header else []
+    return Listed(table.heading, header, rows)
 
 
 def _drawn(plots: Sequence[Plot]) -> list[Drawn]:
@@ -166,7 +171,7 @@ def _drawn(plots: Sequence[Plot]) -> list[Drawn]:
 
 
 def _measured(
-    plots: Sequence[Plot], results: Sequence[Result], tables: Callable[[dict[str, Any]], list[Table]]
+    plots: Sequence[Plot], results: Sequence[Result], tables: Callable[[dict[str, Any]], list[PlainTable]]
 ) -> list[Part]:
     if not results:
         return []

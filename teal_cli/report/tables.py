@@ -3,15 +3,7 @@
 import itertools
 from typing import Any
 
-from rich.table import Table
-
-
-def plain_table(title: str, *columns: str) -> Table:
-    """An empty table with a title to the left, names in its first column and figures in the others."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
+from teal_cli.report.plain_table import PlainTable, facts_table
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
@@ -23,9 +15,9 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f}"
 
 
-def calibration_table(result: dict[str, Any]) -> Table:
+def calibration_table(result: dict[str, Any]) -> PlainTable:
     """What `teal calibrate` measured."""
-    table = Table(title=f"Calibration of {result['model']}", title_justify="left", show_header=False)
+    table = facts_table(f"Calibration of {result['model']}")
     sites = ("sites", f"{result['sites']} hidden states feeding {result['projections']} projections")
     if result["imported"]:
         rows = [("imported", f"{result['imported']}, {result['tokens']:,} tokens"), sites]
@@ -48,7 +40,7 @@ def calibration_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def eval_tables(result: dict[str, Any]) -> list[Table]:
+def eval_tables(result: dict[str, Any]) -> list[PlainTable]:
     """Dense against sparse quality: one run in full, or several side by side; then what was written."""
     runs = result["runs"]
     if result.get("kind") == "encoder":
@@ -61,13 +53,13 @@ def eval_tables(result: dict[str, Any]) -> list[Table]:
     return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
 
 
-def _encoder(result: dict[str, Any]) -> Table:
+def _encoder(result: dict[str, Any]) -> PlainTable:
     first = result["runs"][0]
     title = (
         f"{_model(result)} on {result['dataset']}\n{first['sequences']} sequences of {result['seq_len']:,}, all sparse"
     )
     columns = ("allocation", "target", "realised", "cosine to dense", "least", "relative error")
-    table = plain_table(title, *columns)
+    table = PlainTable(title, *columns)
     for run in result["runs"]:
         table.add_row(
             run["allocation"],
@@ -80,9 +72,9 @@ def _encoder(result: dict[str, Any]) -> Table:
     return table
 
 
-def _one_run(title: str, result: dict[str, Any]) -> Table:
+def _one_run(title: str, result: dict[str, Any]) -> PlainTable:
     dense, sparse = result["dense"], result["sparse"]
-    table = plain_table(title, "", "dense", "sparse")
+    table = PlainTable(title, "", "dense", "sparse")
     own = sparse.get("neuron_sparsity")
     target = f"{sparse['target_sparsity']:.3f} ({sparse['allocation']})" if own is None else "the model's own"
     table.add_row("target sparsity", "0", target)
@@ -120,10 +112,10 @@ def _model(result: dict[str, Any]) -> str:
     return ", ".join(filter(None, (result["model"], *(kinds if len(kinds) == 1 else ()))))
 
 
-def _several_runs(title: str, result: dict[str, Any]) -> Table:
+def _several_runs(title: str, result: dict[str, Any]) -> PlainTable:
     kinds = list(dict.fromkeys(run.get("quantization", "") for run in result["runs"]))
     several = len(kinds) > 1
-    table = plain_table(
+    table = PlainTable(
         title,
         *(["weights"] if several else []),
         "allocation",
@@ -176,12 +168,12 @@ def _name(run: dict[str, Any]) -> str:
     return ", ".join([*([kind] if kind else []), run["sparse"]["allocation"], f"{run['sparse']['target_sparsity']:g}"])
 
 
-def _written(runs: list[dict[str, Any]]) -> list[Table]:
+def _written(runs: list[dict[str, Any]]) -> list[PlainTable]:
     """How continuations agree, where they were written."""
     first = runs[0]["generation"]
     if first is None:
         return []
-    table = plain_table(
+    table = PlainTable(
         f"Greedy continuations, {first['new_tokens']} tokens after each of {first['prompts']} prompts of "
         f"{first['prompt_tokens']}",
         "",
@@ -215,11 +207,11 @@ def _metrics(tasks: dict[str, Any]) -> list[tuple[str, str, float, float]]:
     ]
 
 
-def _scored(runs: list[dict[str, Any]]) -> list[Table]:
+def _scored(runs: list[dict[str, Any]]) -> list[PlainTable]:
     """Harness tasks of several plans."""
     if not runs[0]["tasks"]:
         return []
-    table = plain_table("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
+    table = PlainTable("Tasks", "", *[f"{task}: {metric}" for task, metric, _, _ in _metrics(runs[0]["tasks"])])
     table.add_row("dense", *[f"{dense:.4g}" for _, _, dense, _ in _metrics(runs[0]["tasks"])])
     for run in _plans(runs):
         table.add_row(_name(run), *[f"{sparse:.4g}" for _, _, _, sparse in _metrics(run["tasks"])])
@@ -241,12 +233,12 @@ def _share(value: float, limit: float | None) -> str:
     return "" if limit is None else f"{value / limit:.0%} of {limit:,.0f}"
 
 
-def bench_tables(result: dict[str, Any]) -> list[Table]:
+def bench_tables(result: dict[str, Any]) -> list[PlainTable]:
     """Decoding speed, and kernels where measured."""
     limit = result["reading_gb_s"]
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
     several = len({run.get("quantization", "") for run in result["runs"]}) > 1
-    table = plain_table(
+    table = PlainTable(
         f"{_model(result)}, {result['dtype']}, batch {result['batch']}, {result['device']}\n"
         f"{result['new_tokens']} tokens after {result['prompt_tokens']}; median of {result['repeats']} (min-max); "
         f"sparsity: target (realised){because}",
@@ -272,7 +264,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
         )
     tables = [table]
     if result["kernels"]:
-        kernels = plain_table(
+        kernels = PlainTable(
             "One product, weights out of cache; median (min-max)",
             "out x in",
             "backend",
@@ -304,12 +296,12 @@ def _of_first_weights(result: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [run for run in runs if run.get("quantization", "") == runs[0].get("quantization", "")]
 
 
-def run_table(results: dict[str, dict[str, Any]]) -> Table:
+def run_table(results: dict[str, dict[str, Any]]) -> PlainTable:
     """The end of a recipe: quality and speed side by side, dense against sparse."""
     quality, speed = results.get("eval"), results.get("bench")
     if quality and quality.get("kind") == "encoder":  # its measures stand in the table of eval
         quality = None
-    table = plain_table(
+    table = PlainTable(
         "Dense against sparse", "sparsity", "realised", "perplexity", "over dense", "tokens/s", "speedup"
     )
     timed = [run.get("allocation") for run in _of_first_weights(speed)]

@@ -28,6 +28,7 @@ from teal_cli.quantise.scheme import Scheme
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
+from teal_cli.writing import check_folder, require
 from teal_kernels.packing import Packed
 
 
@@ -42,6 +43,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     workspace.require_dense("calibrate")
     source = workspace.source
     # Whatever can fail cheaply fails before the model is loaded.
+    require(check_folder, run_folder(config, workspace))
     model_type = str(source.config.get("model_type"))
     architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
     if architecture is None:

@@ -19,6 +19,7 @@ from teal_cli.report.console import Reporter
 from teal_cli.steps.calibrate import run_folder
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace, digits_of
+from teal_cli.writing import check_folder, require
 
 _CROWDED = 0.01
 """Share of a site's values in one bin that is worth a word: more than any threshold should be off by."""
@@ -46,6 +47,7 @@ def import_reference(
     workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("import")
     run = run_folder(config, workspace)
+    require(check_folder, run)
     if calibration_file.exists(run) and not calibration_file.load(run).info.imported:
         raise ArtefactError(f"{run} holds a calibration that was measured, and knows more: give another --out")
     projections = find_projections(outline(workspace.source.folder))

@@ -9,6 +9,7 @@ from teal_cli.report.console import Reporter
 from teal_cli.report.drawing import require_drawing, write_files
 from teal_cli.report.material import Material, read_material
 from teal_cli.report.page import content_of, drawings_of, render
+from teal_cli.writing import check_file, check_folder, require
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
     require_drawing()
     material = read_material(folder, config.results)
     page = config.out or _default_page(material)
+    plots = config.plots or page.with_name(page.stem if page.suffix else f"{page.name}-plots")
+    require(check_file, page)
+    require(check_folder, plots)
     drawings = drawings_of(material)
     reporter.say(f"drawing {len(drawings.all())} plots")
     content = content_of(material, drawings)
     with atomic_path(page) as temporary:
-        temporary.write_text(render(content), encoding="utf-8")
-    plots = config.plots or page.with_name(page.stem if page.suffix else f"{page.name}-plots")
+        # A file's name may hold bytes that are no text.
+        temporary.write_text(render(content), encoding="utf-8", errors="backslashreplace")
     files = [str(file) for plot in drawings.all() for file in write_files(plot, plots)]
     return ReportResult(str(page), files, {line.label.lower(): line.text for line in content.summary})
 

@@ -30,6 +30,7 @@ from teal_cli.steps.generate import Generator
 from teal_cli.text_files import TextFile
 from teal_cli.versions import now
 from teal_cli.workspace import Workspace
+from teal_cli.writing import check_folder, require
 
 _STATE = "run.json"
 
@@ -48,6 +49,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
     """
     _check(recipe)
     workspace = Workspace.of(next(iter(recipe.stages.values())), reporter)
+    require(check_folder, workspace.run)
     path = workspace.run / _STATE
     state = read_json(path, "run state") if path.is_file() else {}
     results: dict[str, dict[str, Any]] = {}

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -293,10 +294,24 @@ def test_full_disk(calibrated, corpus, capsys, monkeypatch) -> None:
     assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == before
 
 
+def test_a_limit_of_file_sizes(tiny, corpus, capsys) -> None:
+    """As `ulimit -f` sets it."""
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ("--model", tiny, "--dataset", corpus, "--tokens", 64, "--seq-len", 64, "--sensitivity-tokens", 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        _fails(capsys, 4, "larger than this process may write: raise the limit (ulimit -f)", "calibrate", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert list(Path("runs/tiny").iterdir()) == []
+
+
 def test_result_that_cannot_be_written(calibrated, capsys) -> None:
     _fails(capsys, 2, "is a folder", "export", "--model", calibrated, "--json", ".")
+    _fails(capsys, 2, "no ordinary file", "calibrate", "--model", "nowhere", "--json", "/dev/null")
+    _fails(capsys, 2, "/proc/tiny: it cannot be written", "calibrate", "--model", calibrated, "--runs", "/proc")
     Path("file").write_text("")
-    _fails(capsys, 3, "file", "export", "--model", calibrated, "--out", "file/below")
+    _fails(capsys, 2, "it cannot be written (Not a directory)", "export", "--model", calibrated, "--out", "file/below")
 
 
 def test_generate_needs_a_prompt(tiny, capsys, monkeypatch) -> None:

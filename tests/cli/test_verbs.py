@@ -90,7 +90,7 @@ def test_generate(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "tokens/s" in first.err
     assert "realised sparsity 0." in first.err
     assert result["chat"] is True
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the stars\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the stars"))
     assert _teal("generate", *flags, "--prompt", "-") == 0
     assert capsys.readouterr().out == first.out
     assert _teal("generate", *flags, "--prompt", "the stars", "--no-chat") == 0

@@ -185,9 +185,15 @@ def test_damaged_files(tiny: Path, tmp_path: Path, capsys) -> None:
         (text.replace("gate", "gates"), "no column 'gate'"),
         (text.replace("0.2,0.05", "0.2,0.95"), "a path that rises from 0"),
         (text.replace("0.2,0.05", "0.2,much"), "could not convert"),
+        (text + "0.9\n", "cannot be read"),
+        (text + "9" * 200_000, "field larger than field limit"),
     ):
         table.write_text(damaged)
         _fails(capsys, 3, message, "import", teal, "--model", tiny)
+    for pipe in (table, path):  # which would be waited for
+        pipe.unlink()
+        os.mkfifo(pipe)
+        _fails(capsys, 3, f"{pipe} is not an ordinary file", "import", teal, "--model", tiny)
 
 
 def test_artefacts_of_before_imports_still_count(tiny: Path, corpus: Path, capsys) -> None:
@@ -213,7 +219,8 @@ class _Evil:
 def test_nothing_in_a_file_is_run(tiny: Path, tmp_path: Path, capsys) -> None:
     _published(tmp_path / "teal")
     torch.save({"h1": _Evil()}, tmp_path / "teal/histograms/layer-0/mlp/histograms.pt")
-    _fails(capsys, 3, "cannot be read", "import", tmp_path / "teal", "--model", tiny)
+    wanted = "histograms.pt cannot be read: it holds more than tensors, and teal unpickles nothing else"
+    _fails(capsys, 3, wanted, "import", tmp_path / "teal", "--model", tiny)
     assert not Path("executed").exists()
 
 

@@ -212,7 +212,7 @@ def test_a_checkpoint_that_lies_in_no_run(finished_run: Path, tmp_path: Path) ->
 
 def test_what_models_write_is_text(finished_run: Path, tmp_path: Path) -> None:
     quality = _json(finished_run / "eval.json")
-    evil = "</p><script>alert(1)</script>\n&amp;"
+    evil = "</p><script>alert(1)</script>\n&amp;\x1b[31m"
     quality["model"] = evil
     for entry in quality["runs"]:
         sample = entry["generation"]["samples"][0]
@@ -221,7 +221,8 @@ def test_what_models_write_is_text(finished_run: Path, tmp_path: Path) -> None:
     (run / "eval.json").write_text(json.dumps(quality))
     page, text = _page(run, tmp_path)
     assert "<script" not in text
-    assert evil in page.sections["tokens"]
+    assert evil.replace("\x1b", "\\x1b") in page.sections["tokens"]
+    assert "\x1b" not in text
 
 
 def test_names_of_sites_are_text(finished_run: Path, tmp_path: Path) -> None:

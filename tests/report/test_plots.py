@@ -1,6 +1,7 @@
 """What the plots draw, against the numbers that they are of."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_cells_of_a_heat_map(material: Material) -> None:
 
 
 _PATHS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+
+
+def test_names_are_no_mathematics_and_no_commands(material: Material) -> None:
+    export = material.exports[0]
+    entries = export.plan.projections.items()
+    plan = replace(export.plan, projections={name.replace("q_proj", "$\\x$\x1b"): entry for name, entry in entries})
+    (plot,) = sparsity_plots(replace(export, plan=plan), None)
+    assert r"$\x$\x1b" in inline_svg(plot)
 
 
 def test_drawings_are_the_same_every_time(material: Material) -> None:
