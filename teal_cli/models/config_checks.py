@@ -32,12 +32,12 @@ _FREE = ("quantization_config", "id2label", "label2id", "auto_map", "task_specif
 _DEEPEST = 16
 
 
-def check_config(config: dict[str, Any], where: object) -> None:
+def check_config(config: dict[str, Any], where: str) -> None:
     """Refuse a model configuration that no model can have.
 
     Args:
         config: config.json, parsed.
-        where: the folder, for the message.
+        where: what it is, for the message: `config.json of FOLDER`.
 
     Raises:
         ArtefactError: no model type, an unknown dtype, sizes below 1, numbers that are none, or weights that are
@@ -45,14 +45,12 @@ def check_config(config: dict[str, Any], where: object) -> None:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise ArtefactError(f"config.json of {where} names no model type (model_type is {shown(model_type)})")
+        raise ArtefactError(f"{where} names no model type (model_type is {shown(model_type)})")
     _check_quantisation(config, where)
     for key, value in _values(config, where):
         reason = _fault(key, value)
         if reason is not None:
-            raise ArtefactError(
-                f"config.json of {where} is damaged: {'.'.join(key)} is {shown(value)}, {reason}; download it again"
-            )
+            raise ArtefactError(f"{where} is damaged: {'.'.join(key)} is {shown(value)}, {reason}; download it again")
 
 
 def named_dtype(config: dict[str, Any]) -> str | None:
@@ -81,38 +79,38 @@ def method_of(config: dict[str, Any]) -> str | None:
     return found.lower() if isinstance(found, str) else None
 
 
-def _check_quantisation(config: dict[str, Any], where: object) -> None:
+def _check_quantisation(config: dict[str, Any], where: str) -> None:
     for place in ("quantization_config", "compression_config"):
         stored = config.get(place)
         if stored is None or stored == {}:
             continue
         if not isinstance(stored, dict):
-            raise ArtefactError(f"config.json of {where} is damaged: {place} is {shown(stored)}, not a mapping")
+            raise ArtefactError(f"{where} is damaged: {place} is {shown(stored)}, not a mapping")
         method = stored.get("quant_method")
         if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
             method = "bitsandbytes"
         if not isinstance(method, str):
             raise ArtefactError(
-                f"config.json of {where} says that its weights are quantised, but not how "
+                f"{where} says that its weights are quantised, but not how "
                 f"({place} has no quant_method): get config.json of this model again"
             )
         if place != "quantization_config" or method.lower() not in (*PUBLISHED_METHODS, QUANT_METHOD):
             raise ArtefactError(
-                f"the weights of {where} are quantised by {shown(method)}, which teal does not read: take the model's "
+                f"{where} says that the weights are quantised by {shown(method)}, which teal does not read: take the model's "
                 "unquantised weights, or those that GPTQ or AWQ quantised to 4 bits"
             )
     for key, value in config.items():
         if isinstance(value, dict) and value.get("quantization_config"):
             raise ArtefactError(
-                f"the weights of {where} are quantised in part ({key}.quantization_config), which teal does not read: "
+                f"{where} says that the weights are quantised in part ({key}.quantization_config), which teal does not read: "
                 "take the model's unquantised weights"
             )
 
 
-def _values(config: dict[str, Any], where: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _values(config: dict[str, Any], where: str, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of a configuration that is no mapping, with its keys."""
     if len(path) > _DEEPEST:
-        raise ArtefactError(f"config.json of {where} is damaged: {'.'.join(path)[:100]} is nested too deep")
+        raise ArtefactError(f"{where} is damaged: {'.'.join(path)[:100]} is nested too deep")
     for key, value in config.items():
         if isinstance(value, dict) and key not in _FREE:
             yield from _values(value, where, (*path, key))

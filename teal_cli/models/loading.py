@@ -178,7 +178,8 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     config = read_json(folder / "config.json", "model configuration")
     entries = [entry for file in weight_files(folder) for entry in tensor_header(file).values()]
     empty = outline(folder, architecture)
-    _check_size(empty, entries, folder)
+    stored = sum(math.prod(e["shape"]) * _CODES_A_VALUE.get(e["dtype"], 1) for e in entries)
+    check_size(empty, stored, f"config.json of {folder}")
     chosen = pick_dtype(dtype, stored_dtype(folder, config), target)
     # Codes keep their dtype, whatever the model's.
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
@@ -211,20 +212,22 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     return model
 
 
-def _check_size(empty: Any, entries: list[dict[str, Any]], folder: Path) -> None:
+def check_size(empty: Any, stored: int, what: str) -> None:
     """Refuse a configuration that describes a far larger model than is stored: transformers would make up the rest.
 
     Args:
         empty: the outline of what the configuration describes.
-        entries: of the weight files' headers.
-        folder: for the message.
+        stored: weights in the model's files.
+        what: the configuration, for the message.
+
+    Raises:
+        ArtefactError: see above.
     """
     described = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
-    stored = sum(math.prod(e["shape"]) * _CODES_A_VALUE.get(e["dtype"], 1) for e in entries)
     if described > _MOST_MADE_UP * stored + _SMALL:
         raise ArtefactError(
-            f"config.json of {folder} describes a model of {described:,} parameters, but its weight files hold "
-            f"{stored:,}: they do not belong together, or one is damaged; download the model again"
+            f"{what} describes a model of {described:,} parameters, but its weight files hold {stored:,}: "
+            "they do not belong together, or one is damaged; download the model again"
         )
 
 
@@ -273,8 +276,10 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
     from teal_cli.models.trained_sparse import check_activation  # the module registers model types too
 
     name = f"alias {model.name}" if isinstance(model, Alias) else model
-    if not isinstance(model, Alias):
-        check_config(read_json(model / "config.json", "model configuration"), model)
+    if isinstance(model, Alias):
+        check_config(model.shape, f"the shape of {name}")
+    else:
+        check_config(read_json(model / "config.json", "model configuration"), f"config.json of {model}")
     with blame(f"{name} cannot be understood"):
         if isinstance(model, Alias):
             config = AutoConfig.for_model(**model.shape)

@@ -277,7 +277,7 @@ def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("family", "flags", "message"),
     [
-        ("gemma3", [], "the weight files have no .*: checkpoints of this family cannot be quantised"),
+        ("gemma3", [], "the weight files have no .*their names are not those of the model"),
         ("headed bert", [], "the weight files have no encoder.layer.0.*: checkpoints of this family cannot"),
         ("gpt2", [], "only linear layers of their own can be quantised"),
         ("t5", ["--quantize-output"], "leave --quantize-output out"),
