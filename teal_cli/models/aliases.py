@@ -11,7 +11,6 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.reading import read_yaml
 from teal_cli.resources import CONFIGS
 
-
 _LONGEST_NAME = 200
 
 

@@ -16,8 +16,8 @@ PUBLISHED_METHODS = ("gptq", "awq")
 """Methods of quantisation whose codes are taken over (`teal_cli.quantise.published`)."""
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 _SIZES = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
     *("hidden_size", "d_model", "n_embd", "vocab_size", "intermediate_size", "d_ff", "d_kv", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"),
 )
@@ -92,22 +92,26 @@ def _check_quantisation(config: dict[str, Any], where: str) -> None:
         if not isinstance(method, str):
             raise ArtefactError(
                 f"{where} says that its weights are quantised, but not how "
-                f"({place} has no quant_method): get config.json of this model again"
+                f"({place} has no quant_method): download or export the model again"
             )
-        if place != "quantization_config" or method.lower() not in (*PUBLISHED_METHODS, QUANT_METHOD):
+        is_read = method == QUANT_METHOD or method.lower() in PUBLISHED_METHODS
+        if place != "quantization_config" or not is_read:
             raise ArtefactError(
-                f"{where} says that the weights are quantised by {shown(method)}, which teal does not read: take the model's "
-                "unquantised weights, or those that GPTQ or AWQ quantised to 4 bits"
+                f"{where} says that the weights are quantised by {shown(method)}, which teal does not read: "
+                "take the model's unquantised weights, or those that GPTQ or AWQ quantised to 4 bits"
             )
     for key, value in config.items():
         if isinstance(value, dict) and value.get("quantization_config"):
             raise ArtefactError(
-                f"{where} says that the weights are quantised in part ({key}.quantization_config), which teal does not read: "
-                "take the model's unquantised weights"
+                f"{where} says that a part of the weights is quantised ({key[:100]}.quantization_config), which teal "
+                "does not read: take the model's unquantised weights"
             )
 
 
-def _values(config: dict[str, Any], where: str, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+_Path = tuple[str, ...]
+
+
+def _values(config: dict[str, Any], where: str, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
     """Every value of a configuration that is no mapping, with its keys."""
     if len(path) > _DEEPEST:
         raise ArtefactError(f"{where} is damaged: {'.'.join(path)[:100]} is nested too deep")
@@ -129,9 +133,8 @@ def _fault(path: tuple[str, ...], value: Any) -> str | None:
         return "which is not a number"
     if value is None:
         return None
-    if key in (*_LAYERS, *_SIZES):
-        if not isinstance(value, list) and (type(value) is not int or value < 1):
-            return "not a whole number from 1 on"
+    if key in _SIZES and not isinstance(value, list) and (type(value) is not int or value < 1):
+        return "not a whole number from 1 on"
     most = next((most for pattern, most in _MOST if pattern.search(key)), _LARGEST)
     if any(isinstance(number, int) and abs(number) > most for number in numbers):
         return f"more than {most:,}"

@@ -105,7 +105,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
     name, found = find_outline(config.model)
     model = outline(found)
     if isinstance(found, Alias):  # on a hub, 16 bits are the rule; GGUF files become float32
-        stored = "bfloat16" if found.source is None else "float32"
+        stored: str | None = "bfloat16" if found.source is None else "float32"
     else:
         stored = stored_dtype(found, read_json(found / "config.json", "model configuration"))
     dtype = pick_dtype(config.dtype, stored, device)
