@@ -40,6 +40,7 @@ EXIT_INTERRUPTED = 130
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
 _LONGEST_NAME = 100
+_LONGEST_REASON = 400
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -100,7 +101,12 @@ def artefact_error(error: Exception, message: str) -> TealError:
     reason = str(error.__cause__ or error).strip() or type(error).__name__
     if "trust_remote_code" in reason:  # what transformers advises is what we never do
         reason = "it comes with code of its own, which teal never runs"
-    return ArtefactError(f"{message}: {reason.splitlines()[0]}")
+    return ArtefactError(f"{message}: {_cut(reason.splitlines()[0])}")
+
+
+def _cut(line: str) -> str:
+    """A line of a library's, which may repeat a value of any size."""
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
 
 
 def _translated(error: BaseException) -> TealError | None:
@@ -133,7 +139,7 @@ def reading(what: str, path: object, *expected: type[Exception]) -> Iterator[Non
         yield
     except expected as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtefactError(f"{what} {path} cannot be read ({detail}): make it again") from error
+        raise ArtefactError(f"{what} {path} cannot be read ({_cut(detail)}): make it again") from error
 
 
 @contextmanager

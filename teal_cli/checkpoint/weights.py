@@ -38,7 +38,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():  # transformers, too, takes this one first
         names = ["model.safetensors"]
-    elif index.is_file():
+    elif index.exists():
         table = read_json(index, "weight index").get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ArtefactError(f"weight index {index} has no weight_map; download the model again")

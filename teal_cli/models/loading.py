@@ -66,10 +66,8 @@ def stored_dtype(folder: Path, config: dict[str, Any]) -> str | None:
         folder: the model's; it may hold a configuration alone.
         config: its config.json.
     """
-    named = named_dtype(config)
-    if named is not None or not any(folder.glob("*.safetensors")):
-        return named
-    return floating_dtype(entry for file in weight_files(folder) for entry in tensor_header(file).values())
+    files = (file for file in folder.glob("*.safetensors") if file.is_file())
+    return named_dtype(config) or floating_dtype(entry for file in files for entry in tensor_header(file).values())
 
 
 def available_bytes(device: torch.device) -> int | None:
