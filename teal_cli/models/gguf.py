@@ -85,11 +85,14 @@ def _checked_headers(parts: list[Path]) -> list[GgufHeader]:
     values, tensors = headers[0].values, sum(len(header.tensors) for header in headers)
     if tensors == 0:
         raise ArtefactError(f"GGUF file {parts[0]} has no tensors: it is a vocabulary alone, or damaged")
-    for key, value in values.items():
-        if key.endswith(".block_count") and (type(value) is not int or value > tensors):
-            raise ArtefactError(
-                f"GGUF file {parts[0]} is damaged: {key} is {shown(value)}, and it has {tensors} tensors"
-            )
+    # What a file does not say, transformers takes from its defaults: a model of another size.
+    key = f"{values.get('general.architecture')}.block_count"
+    blocks = values.get(key)
+    if type(blocks) is not int or not 0 < blocks <= tensors:
+        raise ArtefactError(
+            f"GGUF file {parts[0]} is damaged: {shown(key)} is {shown(blocks)}, and it has {tensors} tensors; "
+            "download it again"
+        )
     return headers
 
 

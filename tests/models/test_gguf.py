@@ -274,9 +274,18 @@ DAMAGED = {
         struct.pack("<IQQ", 3, 1, 1) + ARCHITECTURE + _string("x") + struct.pack("<IQIQ", 1, 1 << 40, 0, 0),
         "beyond its end",
     ),
-    "defaults of a large model": (
+    "no number of blocks": (
         struct.pack("<IQQ", 3, 1, 1) + ARCHITECTURE + _string("x") + struct.pack("<IQIQ", 1, 1, 0, 0) + bytes(64),
-        "describes a model of|cannot be converted",
+        "block_count' is None",
+    ),
+    "defaults of a large model": (
+        struct.pack("<IQQ", 3, 1, 2)
+        + ARCHITECTURE
+        + _key("llama.block_count", 4, struct.pack("<I", 1))
+        + _string("x")
+        + struct.pack("<IQIQ", 1, 1, 0, 0)
+        + bytes(64),
+        "describes a model of",
     ),
     "big-endian": (struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "another version": (struct.pack("<IQQ", 1, 0, 0), "has version 1"),
