@@ -141,7 +141,8 @@ def _fault(path: tuple[str, ...], value: Any) -> str | None:
     in_rope = any(part in _ROPE for part in path)
     if isinstance(value, list) and not in_rope:
         return None  # limits may be infinite (time_step_limit of Mamba 2)
-    if "dropout" in key and not (numbers and 0 <= numbers[0] <= 1) and not isinstance(value, bool):
+    is_share = "dropout" in key or key in ("partial_rotary_factor", "rotary_pct")
+    if is_share and not (numbers and 0 <= numbers[0] <= 1) and not isinstance(value, bool):
         return "not a share from 0 to 1"
     if key.endswith("experts_per_tok") and (type(value) is not int or value < 1):
         return "not a whole number from 1 on"
