@@ -138,8 +138,9 @@ def _convert(parts: list[Path], folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.generation_config.eos_token_id = _ends(headers[0], model.generation_config.eos_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _ends(header: GgufHeader, known: int | list[int] | None) -> int | list[int] | None:
