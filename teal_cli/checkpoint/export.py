@@ -18,6 +18,8 @@ from teal_cli.versions import now
 
 _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
+_MOST_COMPANION_BYTES = 256 << 20
+"""The largest tokenizers have some 40 MB."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,24 @@ def companions(dense: Path, *, with_index: bool) -> list[Path]:
     Args:
         dense: a model folder.
         with_index: the index of sharded weights too, where these stay as they are.
+
+    Raises:
+        ArtefactError: one is no ordinary file, too large, or a link that leads out of the model (but for the links of
+            the hub's cache): copying it could give away what does not belong to the model.
     """
     wanted = {".json", ".jinja", ".txt", ".model", ".md"}
     skipped = {"config.json", _SUMMARY, *([] if with_index else ["model.safetensors.index.json"])}
-    return [file for file in sorted(dense.iterdir()) if file.suffix in wanted and file.name not in skipped]
+    found = [file for file in sorted(dense.iterdir()) if file.suffix in wanted and file.name not in skipped]
+    files = [file for file in found if not file.is_dir()]
+    inside = (dense.resolve(), dense.resolve().parent.parent / "blobs")
+    for file in files:
+        if not file.is_file():
+            raise ArtefactError(f"{file} is not an ordinary file, or a link to nothing: remove it")
+        if file.stat().st_size > _MOST_COMPANION_BYTES:
+            raise ArtefactError(f"{file} has more than {_MOST_COMPANION_BYTES:,} bytes: it is no part of a model")
+        if not any(file.resolve().is_relative_to(folder) for folder in inside):
+            raise ArtefactError(f"{file} is a link that leads out of the model's folder: put a copy of the file there")
+    return files
 
 
 def _place(source: Path, target: Path, weights: Literal["link", "copy"]) -> None:

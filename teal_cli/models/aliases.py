@@ -11,6 +11,8 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.reading import read_yaml
 from teal_cli.resources import CONFIGS
 
+_LONGEST_NAME = 200
+
 
 class PackagedFile(BaseModel):
     """Weights that an installable Python package carries."""
@@ -46,7 +48,10 @@ class Alias:
         """The file of the packaged source; None where the alias has none or it is not installed."""
         if self.source is None:
             return None
-        spec = find_spec(self.source.module)
+        try:
+            spec = find_spec(self.source.module)
+        except (ImportError, ValueError):  # a name that no module can have, or without its parent
+            return None
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / self.source.file).is_file():
                 return Path(folder) / self.source.file
@@ -69,6 +74,8 @@ def find_alias(name: str) -> Alias | None:
     Raises:
         UsageError: its file is not a valid alias.
     """
+    if len(name) > _LONGEST_NAME:  # a path perhaps, but no file's name
+        return None
     for folder in _alias_folders():
         path = folder / f"{name}.yaml"
         if path.parent == folder and path.is_file():

@@ -1,26 +1,31 @@
 """Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from teal_cli.checkpoint.export import check_weights
 from teal_cli.checkpoint.plan import carries_plan
-from teal_cli.checkpoint.weights import tensor_header, weight_files
-from teal_cli.errors import ArtefactError, MachineError, artefact_error
+from teal_cli.checkpoint.weights import floating_dtype, tensor_header, weight_files
+from teal_cli.errors import ArtefactError, MachineError, blame
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
+from teal_cli.models.config_checks import check_config, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.reading import read_json
 
-# What transformers raises for a folder that it cannot make sense of.
-_UNREADABLE = (ValueError, KeyError, OSError, ImportError, RuntimeError, TypeError, StrictDataclassError)
 _ITEMSIZES = {"I32": 4, "U8": 1}
+_CODES_A_VALUE = {"I32": 8}
+"""Weights that a stored value can hold."""
+_MOST_MADE_UP = 2
+_SMALL = 1 << 24
+"""Parameters and buffers that a model may have beyond what its weight files explain: tables of positions, masks."""
+_NUMBER = re.compile(r"\.\d+\.")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
 
@@ -42,13 +47,24 @@ def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dty
 
     Args:
         name: `auto`, `float32`, `bfloat16` or `float16`.
-        stored: the dtype that the model's configuration names, if any.
+        stored: the dtype of the model's weights (`stored_dtype`), if it is known.
         device: float32 weights run as bfloat16 on a GPU under `auto`.
     """
     if name != "auto":
         return _DTYPES[name]
     dtype = _DTYPES.get(stored or "", torch.float32)
     return torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+
+
+def stored_dtype(folder: Path, config: dict[str, Any]) -> str | None:
+    """The dtype of a model's weights: what its configuration names, else what most of the stored values have.
+
+    Args:
+        folder: the model's; it may hold a configuration alone.
+        config: its config.json.
+    """
+    files = (file for file in folder.glob("*.safetensors") if file.is_file())
+    return named_dtype(config) or floating_dtype(entry for file in files for entry in tensor_header(file).values())
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -116,10 +132,11 @@ def kind_of(config: dict[str, Any], architecture: Architecture | None) -> Kind:
     """
     if architecture is not None:
         return architecture.kind
-    own = (config.get("quantization_config") or {}).get("architecture") or {}
+    own = quantisation_of(config).get("architecture")
     model_type = str(config.get("model_type"))
     row = table().get(model_type)
-    kind: Kind = own.get("kind") or (row.kind if row is not None else _loadable_kind(model_type))
+    named = own.get("kind") if isinstance(own, dict) else None
+    kind: Kind = named or (row.kind if row is not None else _loadable_kind(model_type))
     return kind
 
 
@@ -149,14 +166,16 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
         MachineError: no such device, or out of memory.
     """
     import teal_cli.hf  # noqa: F401  (registers the format)
-    from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
+    from teal_cli.models.trained_sparse import set_activation_thresholds_
     from teal_cli.sparse import lay_out_, sparse_layers
 
     target = pick_device(device)
     config = read_json(folder / "config.json", "model configuration")
-    check_activation(config, folder)
-    chosen = pick_dtype(dtype, config.get("dtype") or config.get("torch_dtype"), target)
     entries = [entry for file in weight_files(folder) for entry in tensor_header(file).values()]
+    empty = outline(folder, architecture)
+    stored = sum(math.prod(e["shape"]) * _CODES_A_VALUE.get(e["dtype"], 1) for e in entries)
+    check_size(empty, stored, f"config.json of {folder}")
+    chosen = pick_dtype(dtype, stored_dtype(folder, config), target)
     # Codes keep their dtype, whatever the model's.
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
     check_memory(size, target, str(folder))
@@ -164,20 +183,18 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     is_sparse = carries_plan(config)
     if is_sparse:
         check_weights(folder)
-    try:
-        with _without_bars():
-            loaded: Any = auto_class(kind).from_pretrained(
-                folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
-            )
-        model, report = loaded
-    except _UNREADABLE as error:
-        raise artefact_error(error, f"{folder} cannot be loaded") from error
+    with blame(f"{folder} cannot be loaded"), _without_bars():
+        loaded: Any = auto_class(kind).from_pretrained(
+            folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
+        )
+    model, report = loaded
     # transformers only warns of tensors that it did not find, and fills them with random numbers.
     absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if kind == "encoder":  # what pools the hidden states is not used, and not every checkpoint has it
         absent = [name for name in absent if not name.startswith("pooler.")]
     if absent:
         raise ArtefactError(f"the weights of {folder} lack {len(absent)} tensors of the right shape, {absent[0]} first")
+    _check_blocks(empty, report["unexpected_keys"], folder)
     # transformers only warns of a format that it does not know and goes on densely.
     if is_sparse and not sparse_layers(model):
         raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
@@ -188,6 +205,36 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     model.to(target).eval()
     lay_out_(model)
     return model
+
+
+def check_size(empty: Any, stored: int, what: str) -> None:
+    """Refuse a configuration that describes a far larger model than is stored: transformers would make up the rest.
+
+    Args:
+        empty: the outline of what the configuration describes.
+        stored: weights in the model's files.
+        what: the configuration, for the message.
+
+    Raises:
+        ArtefactError: see above.
+    """
+    described = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    if described > _MOST_MADE_UP * stored + _SMALL:
+        raise ArtefactError(
+            f"{what} describes a model of {described:,} parameters, but its weight files hold {stored:,}: "
+            "they do not belong together, or one is damaged; download the model again"
+        )
+
+
+def _check_blocks(empty: Any, unexpected: Iterable[str], folder: Path) -> None:
+    """Refuse weights with more blocks than the configuration has: transformers leaves those out without a word."""
+    known = {_NUMBER.sub(".0.", name) for name in empty.state_dict()}
+    further = sorted(name for name in unexpected if _NUMBER.search(name) and _NUMBER.sub(".0.", name) in known)
+    if further:
+        raise ArtefactError(
+            f"the weights of {folder} have {further[0]}, which config.json has no layer for: "
+            "one of the two is damaged; download the model again"
+        )
 
 
 def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> Any:
@@ -224,7 +271,11 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
     from teal_cli.models.trained_sparse import check_activation  # the module registers model types too
 
     name = f"alias {model.name}" if isinstance(model, Alias) else model
-    try:
+    if isinstance(model, Alias):
+        check_config(model.shape, f"the shape of {name}")
+    else:
+        check_config(read_json(model / "config.json", "model configuration"), f"config.json of {model}")
+    with blame(f"{name} cannot be understood"):
         if isinstance(model, Alias):
             config = AutoConfig.for_model(**model.shape)
         else:
@@ -233,8 +284,6 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
         with torch.device("meta"):
             found = auto_class(kind_of(config.to_dict(), architecture)).from_config(config, trust_remote_code=False)
             unstack_experts_(found)
-        if architecture is not None:
-            found.teal_architecture = architecture
-        return found
-    except _UNREADABLE as error:
-        raise artefact_error(error, f"{name} cannot be understood") from error
+    if architecture is not None:
+        found.teal_architecture = architecture
+    return found

@@ -1,5 +1,6 @@
 """From what the user typed after --model to a transformers folder on disk."""
 
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
-from teal_cli.checkpoint.weights import weight_files
-from teal_cli.errors import ArtefactError, nearest
+from teal_cli.checkpoint.weights import tensor_header, weight_files
+from teal_cli.errors import ArtefactError, MachineError, nearest, shown
 from teal_cli.models.aliases import Alias, alias_names, find_alias
+from teal_cli.models.config_checks import PUBLISHED_METHODS, check_config, method_of
 from teal_cli.quantise.scheme import kind_of_weights
 from teal_cli.reading import read_json
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_LEGACY_QUANTISATION = ("quantize_config.json", "quant_config.json")
+_GGUF = ".gguf"
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -62,20 +67,18 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     Raises:
         ArtefactError: nothing by that name, no weights, or not cached and no network.
     """
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = _path(spec)
+    if path is not None and path.is_dir():
         return _folder_source(path, path.resolve().name, say)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ArtefactError(f"GGUF file {spec} does not exist")
-        return _converted_source(path, path.stem, say)
+    if path is not None and _is_gguf(path):
+        return _converted_source(path, None, say)
     alias = find_alias(spec)
     if alias is not None:
         return _alias_source(alias, say)
     if _HUB_ID.fullmatch(spec):
         return _folder_source(_download(spec), spec.replace("/", "--"), say)
     raise ArtefactError(
-        f"no model {spec!r}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
+        f"no model {shown(spec)}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
     )
 
 
@@ -85,37 +88,77 @@ def find_outline(spec: str) -> tuple[str, Path | Alias]:
     Raises:
         ArtefactError: as `find_model`.
     """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ArtefactError(f"model folder {path} has no config.json")
+    path = _path(spec)
+    if path is not None and path.is_dir():
+        _check_folder(path)
         return path.resolve().name, path
     alias = find_alias(spec)
     if alias is not None:
         return alias.name, alias
-    if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+    if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(_GGUF):
         return spec.replace("/", "--"), _download(spec, only_config=True)
     source = find_model(spec)  # a GGUF file tells its shape when it is converted
     return source.name, source.folder
 
 
-def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> ModelSource:
-    if not (folder / "config.json").is_file():
+def _path(spec: str) -> Path | None:
+    """What is typed, as a path; None where it can be none."""
+    try:
+        path = Path(spec).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, NUL
+        return None
+    return path
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == _GGUF
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no model of transformers, with a line that says what it is.
+
+    Raises:
+        ArtefactError: without config.json, of adapters, or of an older form of GPTQ or AWQ.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ArtefactError(
+            f"{folder} holds an adapter (LoRA, adapter_config.json), which teal does not apply: merge it into its base "
+            "model (merge_and_unload and save_pretrained of PEFT), and give that folder without adapter_config.json"
+        )
+    if not (folder / "config.json").exists():
         raise ArtefactError(f"model folder {folder} has no config.json")
+    config = read_json(folder / "config.json", "model configuration")
+    check_config(config, f"config.json of {folder}")
+    legacy = next((name for name in _LEGACY_QUANTISATION if (folder / name).exists()), None)
+    if legacy is not None and not config.get("quantization_config") and _holds_codes(folder):
+        raise ArtefactError(
+            f"{folder} is quantised as older GPTQ or AWQ programs wrote it: put the content of {legacy} into "
+            'config.json as "quantization_config", with "quant_method": "gptq" (or "awq")'
+        )
+
+
+def _holds_codes(folder: Path) -> bool:
+    """Whether weight files of any name hold codes of GPTQ or AWQ."""
+    files = (file for file in folder.glob("*.safetensors") if file.is_file())
+    return any(key.endswith(".qweight") for file in files for key in tensor_header(file))
+
+
+def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> ModelSource:
+    _check_folder(folder)
     weight_files(folder)
     found = ModelSource(name, folder)
-    method = (found.config.get("quantization_config") or {}).get("quant_method")
-    if method in ("gptq", "awq"):
+    if method_of(found.config) in PUBLISHED_METHODS:
         from teal_cli.quantise.published import converted_published
 
         return ModelSource(name, converted_published(folder, say))
     return found
 
 
-def _converted_source(file: Path, name: str, say: Callable[[str], None]) -> ModelSource:
-    from teal_cli.models.gguf import converted
+def _converted_source(file: Path, name: str | None, say: Callable[[str], None]) -> ModelSource:
+    from teal_cli.models.gguf import converted, model_name
 
-    return ModelSource(name, converted(file, say))
+    return ModelSource(name or model_name(file), converted(file, say))
 
 
 def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
@@ -135,24 +178,38 @@ def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
 def _download(hub_id: str, *, only_config: bool = False) -> Path:
     """The newest snapshot of a hub model, from the cache where the hub cannot be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         wanted = ["config.json"] if only_config else _HUB_FILES
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except HFValidationError as error:
+        raise ArtefactError(f"{shown(hub_id)} is neither a folder nor an id that the hub can have") from error
     except GatedRepoError as error:
         raise ArtefactError(f"{hub_id} is gated: accept its licence on the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise ArtefactError(f"the hub has no model {hub_id!r}, or it is private: `hf auth login`") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         # Every way of having no network ends here; a full disk has its own exit code.
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise MachineError(
+                f"the hub's cache cannot be written ({error.filename}: {error.strerror}): set the variable HF_HOME to "
+                "a folder that can"
+            ) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise
         raise ArtefactError(
             f"{hub_id} is not cached and the hub cannot be reached: connect once, or give --model a local folder"
         ) from error
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
+    _check_folder(folder)
     if not only_config:
         weight_files(folder)
     return folder

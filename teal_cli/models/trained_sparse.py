@@ -20,7 +20,7 @@ from transformers import (
 from transformers.activations import ACT2FN, ReLUSquaredActivation
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
-from teal_cli.errors import ArtefactError, nearest
+from teal_cli.errors import ArtefactError, nearest, shown
 from teal_kernels.gate_first import GateActivation
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
@@ -113,7 +113,7 @@ def set_activation_thresholds_(model: Any) -> None:
             threshold = getattr(model.config, "hidden_act_param", None)
             if isinstance(threshold, bool) or not isinstance(threshold, int | float):
                 raise ArtefactError(
-                    f"hidden_act fatrelu needs its threshold as hidden_act_param in config.json, not {threshold!r}"
+                    f"hidden_act fatrelu needs its threshold as hidden_act_param in config.json, not {shown(threshold)}"
                 )
             module.threshold = float(threshold)
 
@@ -131,7 +131,9 @@ def check_activation(config: dict[str, Any], where: object) -> None:
     for key in _ACTIVATION_KEYS:
         name = config.get(key)
         if isinstance(name, str) and name not in ACT2FN:
-            raise ArtefactError(f"{where}: unknown activation {name!r} ({key} in config.json){nearest(name, ACT2FN)}")
+            raise ArtefactError(
+                f"{where}: unknown activation {shown(name)} ({key} in config.json){nearest(name, ACT2FN)}"
+            )
 
 
 def zeroing_activation(mlp: nn.Module) -> GateActivation | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,38 +19,73 @@ _OUTPUT = "lm_head"
 _CODES, _SCALES, _ZEROS = "qweight", "scales", "zeros"
 
 
-def require_weights(shards: list[Path], names: Iterable[str]) -> None:
-    """Refuse a model whose weight files do not hold the weights of these layers under the names that it has for them.
+def model_keys(stored: Iterable[str], model: Any) -> dict[str, str]:
+    """What a model calls the tensors of its weight files: as `from_pretrained` finds them.
+
+    Files that were saved from the base model lack the prefix of the whole one (`model.`), and the base model's files
+    may have it (`bert.`): it is put before or taken away where only that gives a name that the model has.
+
+    Args:
+        stored: keys of the weight files.
+        model: the model, or its outline.
+
+    Returns:
+        Each stored key with the model's name for it, or with itself where the model has none.
+    """
+    names, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
+    found = {}
+    for key in stored:
+        candidates = (key, key.removeprefix(prefix), prefix + key)
+        found[key] = next((name for name in candidates if name in names), key)
+    return found
+
+
+def require_weights(shards: list[Path], layers: Iterable[str], model: Any) -> None:
+    """Refuse a model whose weight files do not hold the weights of these layers.
 
     Args:
         shards: the dense weight files.
-        names: module paths.
+        layers: module paths.
+        model: the model, or its outline.
 
     Raises:
-        ArtefactError: another name.
+        ArtefactError: a layer's weight has another name there than `model_keys` knows, or two layers share one.
     """
-    stored = {key.removesuffix(".weight") for shard in shards for key in tensor_header(shard)}
-    absent = set(names) - stored - {_OUTPUT}  # it may be tied
+    stored = {key for shard in shards for key in tensor_header(shard)}
+    keys = model_keys(stored, model)
+    absent = {f"{layer}.weight" for layer in layers if layer != _OUTPUT} - set(keys.values())  # it may be tied
     if absent:
+        wanted = min(absent)
+        last = wanted.split(".")[-2]
+        other = next((key for key in sorted(keys) if key.endswith(f".{last}.weight")), None)
+        hint = f"; they have {other}" if other is not None else ""
         raise ArtefactError(
-            f"the weight files have no {min(absent)}.weight: checkpoints of this family cannot be quantised"
+            f"the weight files have no {wanted}{hint}: their names are not those of the model, with or without the "
+            f"prefix {model.base_model_prefix!r}. Load the model with transformers, save it with save_pretrained, and "
+            "quantise that"
+        )
+    if len(set(keys.values())) < len(stored):
+        raise ArtefactError(
+            f"the weight files hold a tensor twice, with and without the prefix {model.base_model_prefix!r}: download "
+            "the model again"
         )
 
 
-def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path) -> None:
+def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path, model: Any) -> None:
     """Write the weights of a quantised model: qweight, scales and zeros of the layers in `packs`, all else as it was.
 
     Args:
         shards: the dense weight files, which hold the layers (`require_weights`).
         packs: by module path.
-        file: where to; it appears whole or not at all.
+        file: where to; it appears whole or not at all. Its keys are those of the model.
+        model: the model, or its outline.
     """
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as stream:
-            for key in stream.keys():  # noqa: SIM118  (not a mapping)
-                if key.removesuffix(".weight") not in packs:
-                    tensors[key] = stream.get_tensor(key)
+            for key, name in model_keys(stream.keys(), model).items():
+                if name.removesuffix(".weight") not in packs:
+                    tensors[name] = stream.get_tensor(key)
     tensors |= tensors_of(packs)
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -124,7 +124,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     run = run_folder(config, workspace)
     if packs:  # first: a calibration that is there has its weights
         result.quantised = calibration_file.quantised_file(run)
-        write_quantised(weight_files(source.folder), packs, result.quantised)
+        write_quantised(weight_files(source.folder), packs, result.quantised, model)
         info.quantised_weights = fingerprint_of([result.quantised])
     calibration_file.save(result, run)
     return result
@@ -135,7 +135,8 @@ def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None
     find_projections(model, output_layer=config.output_layer)
     if config.quantize is not None:
         scheme = Scheme.parse(config.quantize)
-        require_weights(weight_files(folder), quantised_layers(model, scheme, output_layer=config.quantize_output))
+        layers = quantised_layers(model, scheme, output_layer=config.quantize_output)
+        require_weights(weight_files(folder), layers, model)
     if config.offload:
         require_offload(model)
 

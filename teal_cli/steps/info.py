@@ -12,9 +12,10 @@ from teal_cli.config import InfoConfig
 from teal_cli.decode.compact import unsupported_on
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
-from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype
+from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype, stored_dtype
 from teal_cli.models.source import find_outline
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.reading import read_json
 from teal_cli.resources import teal_home
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import BACKENDS, backend_unavailable_reason, resolve_backend
@@ -103,9 +104,10 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     name, found = find_outline(config.model)
     model = outline(found)
-    stored = _name(model.config.dtype)
     if isinstance(found, Alias):  # on a hub, 16 bits are the rule; GGUF files become float32
-        stored = "bfloat16" if found.source is None else "float32"
+        stored: str | None = "bfloat16" if found.source is None else "float32"
+    else:
+        stored = stored_dtype(found, read_json(found / "config.json", "model configuration"))
     dtype = pick_dtype(config.dtype, stored, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     row = table().get(model.config.model_type)

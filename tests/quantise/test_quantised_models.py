@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,8 @@ def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("family", "flags", "message"),
     [
-        ("gemma3", [], "the weight files have no .*: checkpoints of this family cannot be quantised"),
-        ("headed bert", [], "the weight files have no encoder.layer.0.*: checkpoints of this family cannot"),
+        ("gemma3", [], "the weight files have no .*their names are not those of the model"),
+        ("renamed bert", [], "no encoder.layer.0.*they have other.encoder.*with or without the prefix 'bert'"),
         ("gpt2", [], "only linear layers of their own can be quantised"),
         ("t5", ["--quantize-output"], "leave --quantize-output out"),
         ("bert", ["--quantize-output"], "leave --quantize-output out"),
@@ -291,11 +292,9 @@ def test_what_cannot_be_is_known_before_the_model_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr("teal_cli.steps.calibrate.load_model", load)
-    dense = save_tiny(tmp_path / "tiny", family.removeprefix("headed "))
-    if family == "headed bert":  # as BertForMaskedLM saves it; transformers takes the prefix away
-        tensors = load_file(dense / "model.safetensors")
-        prefixed = {f"bert.{name}": tensor for name, tensor in tensors.items()}
-        save_file(prefixed, dense / "model.safetensors", metadata={"format": "pt"})
+    dense = save_tiny(tmp_path / "tiny", family.removeprefix("renamed "))
+    if family == "renamed bert":
+        _rename(dense, lambda name: f"other.{name}")
     assert run(["calibrate", "--model", str(dense), "--quantize", "int4:32", *flags]) == 3
     assert re.search(message, capsys.readouterr().err)
 
@@ -343,3 +342,41 @@ def test_weights_without_a_fingerprint(corpus: Path, tmp_path: Path, capsys: pyt
     meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "quantised_weights"}))
     assert run(["export", *shared]) == 3
     assert "made by an older teal: run `teal calibrate` again" in capsys.readouterr().err
+
+
+def _rename(folder: Path, name: Callable[[str], str]) -> None:
+    """Give the tensors of a model's file other names."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name(key): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama-bias", lambda key: key.removeprefix("model.")),  # as the base model saves them
+        ("bert", lambda key: f"bert.{key}"),  # as a model with a head saves them
+    ],
+    ids=["without", "with"],
+)
+def test_names_with_or_without_the_prefix_of_the_base_model(
+    family: str, name: Callable[[str], str], tmp_path: Path, corpus: Path
+) -> None:
+    """The export is that of the same weights under the model's own names, and loads."""
+    exported = []
+    for home, rename in (("plain", lambda key: key), ("renamed", name)):
+        dense = save_tiny(tmp_path / home / "m", family)
+        _rename(dense, rename)
+        shared = ["--model", str(dense), "--quantize", "int8", "--runs", str(tmp_path / home), "--dtype", "float32"]
+        text = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "32", "--sensitivity-tokens", "0"]
+        assert run(["calibrate", *shared, *text]) == 0
+        out = tmp_path / home / "out"
+        assert run(["export", *shared, "--sparsity", "0.4", "--allocation", "uniform", "--out", str(out)]) == 0
+        exported.append(out)
+    plain, renamed = (load_file(out / "model.safetensors") for out in exported)
+    assert plain.keys() == renamed.keys()
+    assert all(torch.equal(plain[key], renamed[key]) for key in plain)
+    models = [load_model(out, device="cpu", dtype="auto") for out in exported]
+    ids = torch.arange(5, 25)[None]
+    first, second = (model(input_ids=ids)[0] for model in models)
+    assert torch.equal(first, second)
