@@ -1,6 +1,7 @@
 """From a calibration to the thresholds of one export: allocate, then make the thresholds hold."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -96,8 +97,9 @@ def _text(calibration: Calibration, source: ModelSource) -> Tensor:
     info = calibration.info
     if info.imported:
         raise ArtefactError(f"it was imported from {info.imported}, which does not hold the text")
+    whole = Path(info.dataset).is_file()  # merged calibrations have several, and a file's name may look like it
     return token_blocks(
-        info.dataset.split(" + ")[0],
+        info.dataset if whole else info.dataset.split(" + ")[0],
         load_tokenizer(source.folder),
         tokens=max(min(KEPT_TOKENS, info.tokens), info.seq_len),
         seq_len=info.seq_len,

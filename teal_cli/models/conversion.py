@@ -1,6 +1,5 @@
 """Weights in other forms, converted once into ordinary transformers folders under TEAL_HOME."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +31,6 @@ def converted_once(name: str, convert: Callable[[Path], None], announce: Callabl
     with FileLock(str(folder) + ".lock"):
         if not folder.is_dir():
             announce(folder)
-            # Under the lock nobody else is writing: what lies here was left by an interrupted run.
-            for stale in folder.parent.glob(f".{folder.name}.*.part"):
-                shutil.rmtree(stale, ignore_errors=True)
             with atomic_folder(folder) as temporary:
                 convert(temporary)
                 weight_files(temporary)

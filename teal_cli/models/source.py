@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
+from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, nearest
 from teal_cli.models.aliases import Alias, alias_names, find_alias
@@ -104,7 +104,9 @@ def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> Model
         raise ArtefactError(f"model folder {folder} has no config.json")
     weight_files(folder)
     found = ModelSource(name, folder)
-    method = (found.config.get("quantization_config") or {}).get("quant_method")
+    config = found.config
+    check_is_whole(folder, config)
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method in ("gptq", "awq"):
         from teal_cli.quantise.published import converted_published
 
