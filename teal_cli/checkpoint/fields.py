@@ -1,6 +1,5 @@
 """Types of the values in JSON artefacts: strict, since 1 is not true and "64" is no number."""
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +14,19 @@ _MOST = 2**62
 """Of a count: sums of a few fit into an int64."""
 
 
-def _not_infinite(value: float) -> float:
-    if math.isinf(value):
-        raise ValueError("it is infinite")
+_GREATEST = 1e100
+"""Of a measure: no axis has room for more."""
+
+
+def _measured(value: float) -> float:
+    if abs(value) > _GREATEST:
+        raise ValueError("it is absurdly large")
+    return value
+
+
+def _above_zero(value: float) -> float:
+    if value <= 0.0:
+        raise ValueError("it is not above zero")
     return value
 
 
@@ -46,12 +55,15 @@ Count = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Size = Annotated[int, Field(strict=True, ge=1, le=2**40)]
 """Of a side of a matrix."""
 Whole = Annotated[int, Field(strict=True, ge=-_MOST, le=_MOST)]
-Amount = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(strict=True, ge=0.0, le=1e18, allow_inf_nan=False)]
 """Seconds, speeds, thresholds, bytes."""
 Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
 Sparsity = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
-Measure = Annotated[float, Field(strict=True), AfterValidator(_not_infinite)]
+Measure = Annotated[float, Field(strict=True), AfterValidator(_measured)]
 """A result, which may be NaN: null in JSON (`evaluation.results.read_result`)."""
+AboveZero = Annotated[float, Field(strict=True), AfterValidator(_measured), AfterValidator(_above_zero)]
+"""A result, a perplexity for one, which may be NaN too."""
+Positive = Annotated[float, Field(strict=True, gt=0.0, le=1e18, allow_inf_nan=False)]
 Moment = Annotated[str, Field(strict=True, max_length=64), AfterValidator(_is_moment)]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Versions = dict[Name, Name]

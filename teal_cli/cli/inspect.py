@@ -22,7 +22,7 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     from teal_cli.report.artefact_tables import inspect_tables
     from teal_cli.steps.inspect import inspect
 
-    result = inspect(folder)
+    result = inspect(folder, reporter=reporter)
     write_result(config, result)
     for table in inspect_tables(result):
         reporter.show(table)

@@ -27,7 +27,7 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
         TealError: nothing drawable there, a damaged artefact, or no matplotlib.
     """
     require_drawing()
-    material = read_material(folder, config.results)
+    material = read_material(folder, config.results, reporter.say)
     page = config.out or _default_page(material)
     drawings = drawings_of(material)
     reporter.say(f"drawing {len(drawings.all())} plots")
