@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.files import tidy
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError, nearest
@@ -63,6 +64,8 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
         ArtefactError: nothing by that name, no weights, or not cached and no network.
     """
     path = Path(spec).expanduser()
+    if not path.exists():
+        tidy(path)  # a killed export may have moved it
     if path.is_dir():
         return _folder_source(path, path.resolve().name, say)
     if path.suffix == ".gguf":

@@ -21,6 +21,10 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def _names(place: Path) -> list[str]:
+    return sorted(entry.name for entry in place.iterdir())
+
+
 def _write(folder: Path, text: str) -> None:
     with atomic_folder(folder) as temporary:
         for name in _FILES:
@@ -57,7 +61,7 @@ def test_killed_at_any_operation(exchange: bool, place: Path, monkeypatch: pytes
     found, step = set(), 0
     while True:
         _write(folder, "old")
-        assert os.listdir(place) == ["fisher-0.50"]
+        assert _names(place) == ["fisher-0.50"]
         if not _killed_at(step, lambda: _write(folder, "new")):
             break
         if not exchange:
@@ -68,7 +72,7 @@ def test_killed_at_any_operation(exchange: bool, place: Path, monkeypatch: pytes
     assert step > 15
     assert found == {"old", "new"}
     _write(folder, "old")
-    assert os.listdir(place) == ["fisher-0.50"]
+    assert _names(place) == ["fisher-0.50"]
 
 
 def test_a_killed_write_of_a_file_leaves_the_earlier_one(place: Path) -> None:
@@ -83,7 +87,7 @@ def test_a_killed_write_of_a_file_leaves_the_earlier_one(place: Path) -> None:
         assert path.read_text() in ("old", "new")
         step += 1
     write("old")
-    assert os.listdir(place) == [path.name]
+    assert _names(place) == [path.name]
 
 
 def test_what_others_are_writing_stays(place: Path) -> None:
@@ -95,7 +99,7 @@ def test_what_others_are_writing_stays(place: Path) -> None:
         _write(place / "out.more", "another")
         assert theirs.is_dir()
     assert (folder / "config.json").read_text() == "theirs"
-    assert sorted(os.listdir(place)) == ["out", "out.more"]
+    assert _names(place) == ["out", "out.more"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -119,15 +123,19 @@ def test_many_write_one_folder(exchange: bool, place: Path, monkeypatch: pytest.
         thread.join()
     assert not failed
     assert len({(folder / name).read_text() for name in _FILES}) == 1
-    assert os.listdir(place) == ["out"]
+    assert _names(place) == ["out"]
 
 
 def test_a_failed_write_leaves_nothing(place: Path) -> None:
+    def write_half() -> None:
+        with atomic_folder(place / "out") as temporary:
+            (temporary / "config.json").write_text("new")
+            raise KeyError
+
     _write(place / "out", "old")
-    with pytest.raises(KeyError), atomic_folder(place / "out") as temporary:
-        (temporary / "config.json").write_text("new")
-        raise KeyError
-    assert os.listdir(place) == ["out"]
+    with pytest.raises(KeyError):
+        write_half()
+    assert _names(place) == ["out"]
     assert (place / "out" / "config.json").read_text() == "old"
 
 
