@@ -1,6 +1,7 @@
 """The calibration artefact: RUN/calibration.safetensors and RUN/calibration.json."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ from teal_cli.versions import now
 
 FORMAT_VERSION = 2
 _TENSORS = "calibration.safetensors"
+_NEXT = ".calibration.next.safetensors"
+"""What the tensors are called until the JSON, which has their digest, is written."""
 _META = "calibration.json"
 _SENSITIVITY = "sensitivity/"
 _PATH = "greedy/"
@@ -163,7 +166,9 @@ def check_quantised(calibration: Calibration) -> None:
 
 
 def save(calibration: Calibration, run: Path) -> None:
-    """Write RUN/calibration.safetensors, then RUN/calibration.json with its digest.
+    """Write RUN/calibration.safetensors and RUN/calibration.json, which holds its digest.
+
+    Whenever this process is killed, the earlier calibration is there, or the new one.
 
     Raises:
         ArtefactError: figures that no plan can be made of, such as those of hidden states that are not finite.
@@ -181,16 +186,27 @@ def save(calibration: Calibration, run: Path) -> None:
         tensors[_PATH + block] = path.to(torch.float32).contiguous()
     if calibration.text is not None:
         tensors[_TEXT] = calibration.text.to(torch.int64).contiguous()
-    with atomic_path(run / _TENSORS) as temporary:
+    _settle(run)
+    with atomic_path(run / _NEXT) as temporary:
         save_file(tensors, temporary)
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "finished": now(),
         **asdict(calibration.info),
         "projections": [asdict(projection) for projection in calibration.projections],
-        "tensors_sha256": file_digest(run / _TENSORS),
+        "tensors_sha256": file_digest(run / _NEXT),
     }
     write_json(run / _META, sealed(meta))
+    with suppress(FileNotFoundError):  # another process, which saves the same, was quicker
+        (run / _NEXT).replace(run / _TENSORS)
+
+
+def _settle(run: Path) -> None:
+    """Finish what a process did that was killed before the tensors had their name."""
+    with suppress(ArtefactError):
+        left = run / _NEXT
+        if left.is_file() and read_json(run / _META, "calibration").get("tensors_sha256") == file_digest(left):
+            left.replace(run / _TENSORS)
 
 
 class _Projection(Content):
@@ -229,10 +245,12 @@ def load(run: Path) -> Calibration:
     check_seal(content, "calibration", path, _ADVICE)
     projections = [Projection(**entry.model_dump()) for entry in meta.projections]
     tensors = run / _TENSORS
-    if not tensors.is_file():
-        raise ArtefactError(f"calibration {tensors} is missing: calibrate again")
-    if tensors.stat().st_size > _most_bytes(projections) or file_digest(tensors) != meta.tensors_sha256:
-        raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
+    if not _has_digest(tensors, meta.tensors_sha256, projections):
+        if not tensors.exists() and not (run / _NEXT).exists():
+            raise ArtefactError(f"calibration {tensors} is missing: calibrate again")
+        if not _has_digest(run / _NEXT, meta.tensors_sha256, projections):
+            raise ArtefactError(f"calibration {tensors} is truncated or was altered: calibrate again")
+        tensors = run / _NEXT
     histograms, sensitivities, paths = {}, {}, {}
     with reading("calibration", tensors, OSError, safetensors.SafetensorError):
         found = load_file(tensors)
@@ -251,9 +269,10 @@ def load(run: Path) -> Calibration:
     return calibration
 
 
-def _most_bytes(projections: list[Projection]) -> int:
-    """More than the tensors of a calibration ever take, so that an endless file is not read."""
-    return (64 << 20) + len(projections) * 8 * (histogram.BINS + sensitivity.BINS + _MOST_POINTS)
+def _has_digest(file: Path, digest: str, projections: list[Projection]) -> bool:
+    """Whether this is the file with a digest; one larger than tensors of a calibration ever are is not read."""
+    most = (64 << 20) + len(projections) * 8 * (histogram.BINS + sensitivity.BINS + _MOST_POINTS)
+    return file.is_file() and file.stat().st_size <= most and file_digest(file) == digest
 
 
 def _check_figures(calibration: Calibration) -> None:

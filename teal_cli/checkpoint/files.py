@@ -67,7 +67,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 def tidy(path: Path) -> None:
     """Remove what killed processes left while they wrote `path`; an earlier folder that lost its name gets it back."""
     form = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.lock")
-    with suppress(OSError):  # no such folder, or a read-only one: then nothing can be done
+    with suppress(OSError, ValueError):  # no such folder, or a read-only one: then nothing can be done
         for lock in [entry for entry in path.parent.iterdir() if form.fullmatch(entry.name)]:
             with suppress(Timeout, NotImplementedError), FileLock(lock, timeout=0):
                 earlier = lock.with_suffix(".old")

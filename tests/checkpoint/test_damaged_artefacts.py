@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,33 @@ def test_verify_tells_what_changed(own: Path) -> None:
     check_checkpoint(folder)
     with pytest.raises(ArtefactError, match=f"is not what was exported: {name} changed"):
         inspect(own, verify=True)
+
+
+def test_a_calibration_is_the_earlier_or_the_new_one(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files cannot be renamed at once: here the process ends before each of its renames."""
+    earlier = calibration_file.load(own)
+    counts = {site: 2 * found for site, found in earlier.histograms.items()}
+    newer = replace(earlier, info=replace(earlier.info, tokens=512), histograms=counts)
+    rename = Path.replace
+    seen = []
+    for stop in range(5):
+        calls = iter(range(9))
+
+        def counted(path: Path, target: Path, calls: Iterator[int] = calls, stop: int = stop) -> Path:
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", counted)
+            calibration_file.save(newer, own)
+        found = calibration_file.load(own)
+        seen.append(found.info.tokens)
+        assert torch.equal(found.histograms[_SITE], (newer if seen[-1] == 512 else earlier).histograms[_SITE])
+        calibration_file.save(earlier, own)
+        assert calibration_file.load(own).info == earlier.info
+        assert not (own / ".calibration.next.safetensors").exists()
+    assert seen == [256, 256, 512, 512, 512]
 
 
 def test_pipes_and_devices_in_a_run_folder(own: Path) -> None:
