@@ -12,6 +12,7 @@ from teal_cli.checkpoint.files import file_digest
 from teal_cli.checkpoint.weights import tensor_header
 
 _PIECE = 4 << 20
+_READ = (".json", ".jinja", ".txt", ".model")
 _MOST_THREADS = 8
 """hashlib lets other threads run; more than these wait for memory and disk."""
 
@@ -54,6 +55,6 @@ def _of_file(file: Path, *identity: int) -> dict[str, str]:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256, in hex, of the files of a folder that hold no weights."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    """sha256, in hex, of the files that a model is loaded from, beside its weights: not of what is for people."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _READ]
     return {file.name: file_digest(file) for file in files}

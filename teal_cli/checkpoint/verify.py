@@ -1,4 +1,4 @@
-"""Whether a TEAL checkpoint is, byte for byte, what it was at its export."""
+"""Whether a TEAL checkpoint is, byte for byte, what it was at its export (`teal inspect --verify`)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _NAMED = 5
 
 
 def verified(folder: Path) -> int:
-    """Compare every tensor and every other file with the digests that teal.json has of them.
+    """Compare every tensor, and every other file that is loaded, with the digests that teal.json has of them.
 
     Returns:
         How many were compared.

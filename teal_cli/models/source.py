@@ -92,6 +92,7 @@ def find_outline(spec: str) -> tuple[str, Path | Alias]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ArtefactError(f"model folder {path} has no config.json")
+        check_is_whole(path, read_json(path / "config.json", "model configuration"))
         return path.resolve().name, path
     alias = find_alias(spec)
     if alias is not None:

@@ -241,7 +241,7 @@ def test_results(own: Path, verb: str) -> None:
 def test_a_checkpoint_that_lost_its_plan_is_no_dense_model(own: Path, broken: Any, capsys: Any) -> None:
     file = own / "uniform-0.50" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": broken}))
-    for verb in (["generate", "--prompt", "x", "--model"], ["calibrate", "--model"], ["inspect"]):
+    for verb in (["generate", "--prompt", "x", "--model"], ["calibrate", "--model"], ["info", "--model"], ["inspect"]):
         assert run([*verb, str(file.parent)]) == 3
         assert "quantization_config" in (line := capsys.readouterr().err) or "carries no thresholds" in line
 
