@@ -6,11 +6,17 @@ from typing import Any, Literal, TypeVar
 
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
-from teal_cli.checkpoint.export import ExportSummary, check_calibration_fits, read_summary, write_checkpoint
+from teal_cli.checkpoint.export import (
+    ExportSummary,
+    check_calibration_fits,
+    check_checkpoint,
+    read_summary,
+    write_checkpoint,
+)
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ComparingConfig, DecodingConfig, ModelConfig, SharedConfig, SparseConfig
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import Architecture, Kind, architecture_in, find_projections
+from teal_cli.models.architectures import Architecture, Kind, Projection, architecture_in, find_projections
 from teal_cli.models.loading import kind_of, load_model, outline
 from teal_cli.models.source import ModelSource, find_model
 from teal_cli.planning import allocate, allocations, hold
@@ -148,13 +154,13 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
             f"the calibration in {run} is of {found.info.quantization or 'unquantised'} weights, not of "
             f"{config.quantization or 'unquantised'} ones: run `teal calibrate` for these"
         )
-    _check_projections(found, outline(workspace.source.folder, workspace.architecture(config)))
+    _check_fits(found, outline(workspace.source.folder, workspace.architecture(config)))
     calibration_file.check_quantised(found)
     return found
 
 
-def _check_projections(calibration: Calibration, model: Any) -> None:
-    """Refuse histograms of other sites than the model's architecture, which may be a user's file, has now."""
+def _check_fits(calibration: Calibration, model: Any) -> None:
+    """Refuse what was measured at other sites or sizes than the model, whose architecture may be a user's file, has."""
     measured = calibration.projections
     with_output = any(projection.is_output for projection in measured)
     wanted = find_projections(model, output_layer=with_output)
@@ -164,6 +170,18 @@ def _check_projections(calibration: Calibration, model: Any) -> None:
             f"the calibration was made with another architecture, which differs at {min(odd)[0]}: "
             "run `teal calibrate` again"
         )
+    for own, its in zip(measured, wanted, strict=True):
+        if own != its:
+            raise ArtefactError(
+                f"the calibration has {_said(own)} where the model has {_said(its)}: run `teal calibrate` again"
+            )
+    if calibration.text is not None and int(calibration.text.max()) >= len(model.get_input_embeddings().weight):
+        raise ArtefactError("the calibration's text has tokens that the model does not: run `teal calibrate` again")
+
+
+def _said(projection: Projection) -> str:
+    copies = f", {projection.copies} times" if projection.copies > 1 else ""
+    return f"{projection.name} of {projection.in_features} inputs and {projection.out_features} outputs{copies}"
 
 
 def checkpoint_for(
@@ -260,18 +278,17 @@ def require_own_plan(config: SparseConfig, source: ModelSource) -> None:
 
 
 def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, propagate: bool) -> bool:
-    """Whether an export was made from this very calibration, with these sparsities, and such thresholds."""
+    """Whether an export is whole, made from this very calibration, with these sparsities, and such thresholds."""
     if not (folder / "config.json").is_file():
         return False
     try:
+        made = check_checkpoint(folder)
         summary = read_summary(folder)
-        made = {entry["name"]: entry["sparsity"] for entry in summary["projections"]}
-        wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
-        propagate = propagate and any(wanted.values())
-        return (
-            CalibrationInfo(**summary["calibration"]) == calibration.info
-            and made == wanted
-            and summary["propagated"] == propagate
-        )
-    except (ArtefactError, KeyError, TypeError):
+    except (ArtefactError, OSError):
         return False
+    wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
+    return (
+        CalibrationInfo(**summary["calibration"]) == calibration.info
+        and {name: entry.sparsity for name, entry in made.projections.items()} == wanted
+        and summary["propagated"] == (propagate and any(wanted.values()))
+    )

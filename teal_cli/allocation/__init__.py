@@ -16,7 +16,7 @@ from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.config_values import Limits, is_allocation_file
-from teal_cli.errors import UsageError, nearest
+from teal_cli.errors import UsageError, nearest, shown
 from teal_cli.models.architectures import block_weights
 
 Allocation = Callable[[Calibration, float], dict[str, float]]
@@ -60,7 +60,7 @@ def make_plan(
     elif target is None or not 0.0 <= target < 1.0:
         raise UsageError(f"sparsity must be at least 0 and below 1, got {target}")
     elif allocation not in ALLOCATIONS:
-        raise UsageError(f"unknown allocation {allocation!r}{nearest(allocation, ALLOCATIONS)}")
+        raise UsageError(f"unknown allocation {shown(allocation)}{nearest(allocation, ALLOCATIONS)}")
     elif allocation == "fisher":
         sparsity = fisher(
             calibration,

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from teal_cli.errors import UsageError, nearest
+from teal_cli.errors import UsageError, nearest, shown
 from teal_cli.models.architectures import Projection
 from teal_cli.reading import read_yaml
 
@@ -27,7 +27,7 @@ def by_pattern(patterns: Mapping[str, Any], projections: Iterable[Projection], o
             hint = nearest(pattern, names)
             if "did you mean" not in hint:  # the whole list would be hundreds of names
                 hint = f"; they are called like {names[0]!r}"
-            raise UsageError(f"{origin}: {pattern!r} matches no projection of this model{hint}")
+            raise UsageError(f"{origin}: {shown(pattern)} matches no projection of this model{hint}")
         found.update(dict.fromkeys(matching, value))
     return found
 
@@ -49,7 +49,9 @@ def read_allocation(path: Path, projections: Sequence[Projection]) -> dict[str, 
     for pattern, value in patterns.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (isinstance(pattern, str) and number and 0.0 <= value < 1.0):
-            raise UsageError(f"allocation file {path}: {pattern}: {value!r} is not a sparsity, at least 0 and below 1")
+            raise UsageError(
+                f"allocation file {path}: {shown(pattern)}: {shown(value)} is not a sparsity, at least 0 and below 1"
+            )
     found = by_pattern(patterns, projections, f"allocation file {path}")
     left = [p.name for p in projections if p.name not in found and not p.is_output]
     if left:

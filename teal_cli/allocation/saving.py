@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from teal_cli.errors import ArtefactError, reading
+from teal_cli.checkpoint.fields import checked
+from teal_cli.checkpoint.results import KernelTable
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
 from teal_cli.reading import read_json
 
@@ -50,13 +52,12 @@ def time_saved(table: Path, projections: Iterable[Projection]) -> dict[str, Savi
     """
     times: defaultdict[tuple[int, int], dict[float, float]] = defaultdict(dict)
     content = read_json(table, "kernel table")
-    with reading("kernel table", table, KeyError, TypeError, ValueError):
-        for entry in content["kernels"]:
-            shape = int(entry["out_features"]), int(entry["in_features"])
-            microseconds = float(entry["microseconds"]["median"])
-            # Of the dense products the faster one: it is what decoding takes.
-            sparsity = float(entry["realised_sparsity"])
-            times[shape][sparsity] = min(microseconds, times[shape].get(sparsity, microseconds))
+    advice = "write it with `teal bench --kernels --json FILE`"
+    for entry in checked(KernelTable, content, "kernel table", table, advice).kernels:
+        shape = (entry.out_features, entry.in_features)
+        # Of the dense products the faster one: it is what decoding takes.
+        before = times[shape].get(entry.realised_sparsity, entry.microseconds.median)
+        times[shape][entry.realised_sparsity] = min(entry.microseconds.median, before)
     sites: defaultdict[str, int] = defaultdict(int)
     found = list(projections)
     for projection in found:

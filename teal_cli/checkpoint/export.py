@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from teal_cli import __version__
-from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.checkpoint.files import atomic_folder
-from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
+from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
+from teal_cli.checkpoint.digests import file_digests, tensor_digests
+from teal_cli.checkpoint.fields import Amount, Content, Digest, Flag, Moment, Name, Share, Size, Sparsity, checked
+from teal_cli.checkpoint.files import atomic_folder, check_seal, sealed
+from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan, carries_plan, check_is_whole, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, shown
 from teal_cli.reading import read_json
 from teal_cli.versions import now
 
@@ -20,6 +24,8 @@ _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
 _MOST_COMPANION_BYTES = 256 << 20
 """The largest tokenizers have some 40 MB."""
+_MOST_READ = 32 << 30
+"""Bytes of linked weights that an export reads for their digests: some seconds, at 1.8 GB a second and thread."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,37 @@ def check_calibration_fits(calibration: Calibration, dense: Path) -> str:
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the weights of a TEAL checkpoint with those that its thresholds were made for.
+    """Compare weights and thresholds of a TEAL checkpoint with what its teal.json says of them.
 
     A folder that transformers saved again has no teal.json, and perhaps another dtype: it is not compared.
 
     Raises:
-        ArtefactError: other weights.
+        ArtefactError: other weights, or another export's thresholds.
     """
-    if (folder / _SUMMARY).is_file() and read_summary(folder).get("weights") != fingerprint(folder):
+    if (folder / _SUMMARY).exists():
+        check_checkpoint(folder)
+
+
+def check_checkpoint(folder: Path) -> SparsityPlan:
+    """The thresholds of a TEAL checkpoint as `teal export` wrote it, checked against its teal.json and its weights.
+
+    Raises:
+        ArtefactError: something is missing, damaged, or another export's.
+    """
+    summary = read_summary(folder)
+    config = read_json(folder / "config.json", "model configuration")
+    check_is_whole(folder, config)
+    plan = SparsityPlan.from_dict(config["quantization_config"])
+    own = (plan.allocation, plan.target_sparsity)
+    entries = {entry["name"]: ProjectionPlan(entry["sparsity"], entry["threshold"]) for entry in summary["projections"]}
+    if own != (summary["allocation"], summary["target_sparsity"]) or entries != plan.projections:
+        raise ArtefactError(
+            f"the thresholds in {folder}/config.json are not those of its {_SUMMARY}, but another export's: "
+            "export it again"
+        )
+    if summary["weights"] != fingerprint(folder):
         raise ArtefactError(f"the weights of {folder} are not those that its thresholds were made for: export it again")
+    return plan
 
 
 def write_checkpoint(
@@ -96,10 +124,11 @@ def write_checkpoint(
     """
     digest = check_calibration_fits(calibration, dense)
     config = read_json(dense / "config.json", "model configuration")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    stored = config.get("quantization_config")
+    if stored:
+        method = shown(stored.get("quant_method") if isinstance(stored, dict) else stored)
         raise ArtefactError(f"{dense} is already quantised ({method}): export from the dense model")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / _SUMMARY).is_file())):
+    if out.exists() and not _may_replace(out):
         raise ArtefactError(f"{out} exists and is not a TEAL checkpoint: it is not replaced; give another --out")
     with atomic_folder(out) as temporary:
         if quantization is None or calibration.quantised is None:
@@ -114,19 +143,59 @@ def write_checkpoint(
             shutil.copyfile(file, temporary / file.name)
         config["quantization_config"] = quantization_config(plan, quantization, architecture)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        summary = {**_summary(plan, calibration, digest), "propagated": propagated}
-        (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (temporary / _ALLOCATION).write_text(plan.allocation_yaml(), encoding="utf-8")
+        made = {"propagated": propagated, **_digests(temporary, weights)}
+        summary = sealed({**_summary(plan, calibration, digest), **made})
+        (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights, propagated)
 
 
+class _Projection(Content):
+    name: Name
+    in_features: Size
+    out_features: Size
+    sparsity: Sparsity
+    threshold: Amount
+
+
+class _Summary(Content):
+    """teal.json."""
+
+    teal_version: Name = ""
+    finished: Moment | None = None
+    weights: Name
+    tensors: dict[Name, Digest] = Field(default_factory=dict)
+    files: dict[Name, Digest] = Field(default_factory=dict)
+    calibration: CalibrationInfo
+    allocation: Name
+    target_sparsity: Share
+    projections: list[_Projection]
+    propagated: Flag | None = None
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is empty or a TEAL checkpoint, perhaps a damaged one."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()) or (folder / _SUMMARY).is_file():
+        return True
+    try:
+        return carries_plan(read_json(folder / "config.json", "model configuration"))
+    except ArtefactError:
+        return False
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
-    """teal.json of a TEAL checkpoint.
+    """teal.json of a TEAL checkpoint, with defaults for what older versions did not write.
 
     Raises:
         ArtefactError: missing or damaged.
     """
-    return read_json(folder / _SUMMARY, "checkpoint summary")
+    path = folder / _SUMMARY
+    content = read_json(path, "checkpoint summary")
+    found = checked(_Summary, content, "checkpoint summary", path, "export it again")
+    check_seal(content, "checkpoint summary", path, "export it again")
+    return found.model_dump()
 
 
 def companions(dense: Path, *, with_index: bool) -> list[Path]:
@@ -164,6 +233,13 @@ def _place(source: Path, target: Path, weights: Literal["link", "copy"]) -> None
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         target.symlink_to(source)
+
+
+def _digests(folder: Path, weights: Literal["link", "copy"]) -> dict[str, dict[str, str]]:
+    """What `verify.verified` compares with; not of weights that are only linked and take long to read."""
+    files = weight_files(folder)
+    quick = weights == "copy" or sum(file.stat().st_size for file in files) <= _MOST_READ
+    return {"tensors": tensor_digests(files) if quick else {}, "files": file_digests(folder)}
 
 
 def _summary(plan: SparsityPlan, calibration: Calibration, digest: str) -> dict[str, Any]:

@@ -2,24 +2,82 @@
 
 import hashlib
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, Field
 
-from teal_cli.errors import ArtefactError
+from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
+from teal_cli.checkpoint.files import check_seal, sealed
+from teal_cli.errors import ArtefactError, shown
+from teal_cli.models.architectures import Architecture
+from teal_cli.quantise.scheme import Scheme
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
 QUANT_METHOD = "teal"
 """The name under which transformers knows the format."""
+_SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
+"""The keys whose change is noticed; transformers may add some of its own."""
+_SUMMARY = "teal.json"
+_ADVICE = "export it again"
 
 
-def carries_plan(config: dict[str, Any]) -> bool:
+def carries_plan(config: Mapping[str, Any]) -> bool:
     """Whether a model configuration (config.json, parsed) is that of a TEAL checkpoint."""
-    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
+
+
+def check_is_whole(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a TEAL checkpoint whose thresholds were lost or damaged, which would pass for a dense model.
+
+    Args:
+        folder: of any model.
+        config: its config.json.
+
+    Raises:
+        ArtefactError: a folder with teal.json and without thresholds, damaged ones, or a `quantization_config` that
+            is no mapping.
+    """
+    stored = config.get("quantization_config")
+    if stored is not None and not isinstance(stored, dict):
+        raise ArtefactError(f"the quantization_config of {folder}/config.json is no mapping: make the model again")
+    if carries_plan(config):
+        SparsityPlan.from_dict(config["quantization_config"])
+    elif (folder / _SUMMARY).exists():
+        raise ArtefactError(
+            f"{folder} is a TEAL checkpoint (it has {_SUMMARY}) and its config.json carries no thresholds: {_ADVICE}"
+        )
+
+
+def _is_scheme(text: str) -> str:
+    Scheme.parse(text)
+    return text
+
+
+class _Entry(Content):
+    sparsity: Sparsity
+    threshold: Amount
+
+
+class _Quantization(Content):
+    projections: Annotated[Name, AfterValidator(_is_scheme)]
+    output: Name | None
+
+
+class _Stored(Content):
+    """What is read of a `quantization_config`."""
+
+    allocation: Name
+    target_sparsity: Share
+    projections: Annotated[dict[Name, _Entry], Field(min_length=1)]
+    quantization: _Quantization | None = None
+    architecture: Architecture | None = None
 
 
 @dataclass(frozen=True)
@@ -62,45 +120,24 @@ class SparsityPlan:
         """Read and check a `quantization_config`.
 
         Raises:
-            ArtefactError: another version, missing keys, or values that cannot be.
+            ArtefactError: another version, missing keys, values that cannot be, or a change.
         """
         version = content.get("version")
         if version != (QUANTISED_VERSION if "quantization" in content else FORMAT_VERSION):
             raise ArtefactError(
-                f"this TEAL checkpoint has format version {version!r}, this teal reads {FORMAT_VERSION}: "
-                "export it again"
+                f"this TEAL checkpoint has format version {shown(version)}, this teal reads {FORMAT_VERSION}: {_ADVICE}"
             )
-        try:
-            plan = cls(
-                allocation=str(content["allocation"]),
-                target_sparsity=float(content["target_sparsity"]),
-                projections={
-                    str(name): ProjectionPlan(float(entry["sparsity"]), float(entry["threshold"]))
-                    for name, entry in content["projections"].items()
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(
-                f"the thresholds of this TEAL checkpoint are damaged ({error!r}): export it again"
-            ) from error
-        plan.check()
+        what, where = "the quantization_config of a TEAL checkpoint, in", Path("config.json")
+        found = checked(_Stored, content, what, where, _ADVICE)
+        plan = cls(
+            found.allocation,
+            found.target_sparsity,
+            {name: ProjectionPlan(entry.sparsity, entry.threshold) for name, entry in found.projections.items()},
+        )
         if content.get("sha256") != plan.digest():
-            raise ArtefactError("the thresholds of this TEAL checkpoint were altered: export it again")
+            raise ArtefactError(f"the thresholds of this TEAL checkpoint were altered: {_ADVICE}")
+        check_seal(content, what, where, _ADVICE, only=_SEALED)
         return plan
-
-    def check(self) -> None:
-        """Refuse values that cannot be.
-
-        Raises:
-            ArtefactError: no projections, or a sparsity or threshold out of range.
-        """
-        if not self.projections:
-            raise ArtefactError("this TEAL checkpoint names no projections: export it again")
-        for name, entry in self.projections.items():
-            if not 0.0 <= entry.sparsity < 1.0:
-                raise ArtefactError(f"{name}: sparsity {entry.sparsity} is not in [0, 1): export it again")
-            if not (math.isfinite(entry.threshold) and entry.threshold >= 0.0):
-                raise ArtefactError(f"{name}: threshold {entry.threshold} is not a number >= 0: export it again")
 
 
 def quantization_config(
@@ -110,4 +147,6 @@ def quantization_config(
     found = plan.to_dict()
     if quantization is not None:
         found |= {"version": QUANTISED_VERSION, "quantization": quantization}
-    return found if architecture is None else {**found, "architecture": architecture}
+    if architecture is not None:
+        found["architecture"] = architecture
+    return sealed(found, only=_SEALED)

@@ -14,7 +14,7 @@ def _run(flags: Flags, config_file: Path | None, folder: Path) -> None:
     from teal_cli.report.artefact_tables import inspect_tables
     from teal_cli.steps.inspect import inspect
 
-    result = inspect(folder, verify=config.verify)
+    result = inspect(folder, verify=config.verify, reporter=reporter)
     finish(config, reporter, result, inspect_tables)
 
 

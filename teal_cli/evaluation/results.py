@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.data import Half
+from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.generation import Agreement
 from teal_cli.evaluation.perplexity import Comparison
 from teal_cli.evaluation.samples import Sample
@@ -19,6 +20,8 @@ _NUMBERS = {
     *("cosine", "least_cosine", "relative_error"),
 }
 """Measures that are a number in any result; whatever else is null was not measured."""
+_DEEPEST = 50
+"""Mappings and lists inside one another: more than any result has."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +168,28 @@ def read_result(file: Path) -> dict[str, Any]:
     """A JSON result of any verb, in which measures that were no finite number, null in JSON, are NaN again.
 
     Raises:
-        ArtefactError: missing, not JSON, or not a mapping.
+        ArtefactError: missing, not JSON, not a mapping, or nested deeper than any result.
     """
-    found: dict[str, Any] = _numbers_back(read_json(file, "result"))
+    try:
+        found: dict[str, Any] = _numbers_back(read_json(file, "result"))
+    except RecursionError as error:
+        raise ArtefactError(f"result {file} is nested too deep; make it again, or take it away") from error
     return found
 
 
-def _numbers_back(value: Any, key: str = "", of_tasks: bool = False) -> Any:
+def _numbers_back(value: Any, key: str = "", of_tasks: bool = False, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        raise RecursionError
     if isinstance(value, dict):
         of_tasks = of_tasks or key == "tasks"
-        return {name: _numbers_back(entry, name, of_tasks) for name, entry in value.items()}
+        return {_whole(name): _numbers_back(entry, name, of_tasks, depth + 1) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_numbers_back(entry) for entry in value]
+        return [_numbers_back(entry, depth=depth + 1) for entry in value]
+    if isinstance(value, str):
+        return _whole(value)
     return math.nan if value is None and (of_tasks or key in _NUMBERS) else value
+
+
+def _whole(text: str) -> str:
+    """Text without halves of characters, which JSON can hold and no file."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -18,6 +18,10 @@ from teal_cli.calibration import histogram
 _EVEN = 0.01
 """How much the width of a bin may differ from the others: centres are float32 (0.1 % in the published files)."""
 
+_MOST_BINS = 1 << 20
+_MOST_COUNTED = 2.0**53
+"""Beyond, float64 does not tell whole numbers apart."""
+
 
 @cache
 def _upper_edges() -> NDArray[np.float64]:
@@ -45,17 +49,26 @@ class SignedHistogram:
         Raises:
             ValueError: shapes, values or widths that such a histogram cannot have.
         """
-        if centers.dim() != 1 or centers.shape != counts.shape or len(centers) < 5:
+        if centers.dim() != 1 or centers.shape != counts.shape or not 5 <= len(centers) <= _MOST_BINS:
             raise ValueError(f"centres of shape {tuple(centers.shape)} and counts of {tuple(counts.shape)}")
+        if any(
+            tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() for tensor in (centers, counts)
+        ):
+            raise ValueError("its numbers are not plain ones")
         middle, held = centers.double().numpy(), counts.double().numpy()
-        if not (np.isfinite(middle).all() and np.isfinite(held).all() and (held >= 0).all() and held.sum() > 0):
+        if not (
+            np.isfinite(middle).all()
+            and np.isfinite(held).all()
+            and (held >= 0).all()
+            and 0 < held.sum() < _MOST_COUNTED
+        ):
             raise ValueError("its numbers are not those of a histogram")
         width = (middle[-2] - middle[1]) / (len(middle) - 3)
-        if width <= 0 or np.abs(np.diff(middle[1:-1]) / width - 1.0).max() > _EVEN:
+        if not 0 < width < np.inf or np.abs(np.diff(middle[1:-1]) / width - 1.0).max() > _EVEN:
             raise ValueError("its bins between the outliers are not equally wide")
         inner = middle[1] - width / 2 + width * np.arange(len(middle) - 1)
         least, most = 2 * middle[0] - inner[0], 2 * middle[-1] - inner[-1]
-        if not least <= inner[0] < inner[-1] <= most:
+        if not -np.inf < least <= inner[0] < inner[-1] <= most < np.inf:
             raise ValueError("its outliers lie between the other values")
         return cls(np.concatenate([[least], inner, [most]]), held)
 

@@ -1,8 +1,6 @@
 """Weights in other forms, converted once into ordinary transformers folders under TEAL_HOME."""
 
-import glob
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,9 +58,6 @@ def converted_once(folder: Path, convert: Callable[[Path], None], announce: Call
     try:
         if not folder.is_dir():
             announce(folder)
-            # Under the lock nobody else is writing: what lies here was left by an interrupted run.
-            for stale in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
-                shutil.rmtree(stale, ignore_errors=True)
             with atomic_folder(folder) as temporary:
                 convert(temporary)
                 weight_files(temporary)

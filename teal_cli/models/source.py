@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
+from teal_cli.checkpoint.files import tidy
+from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, nearest, shown
 from teal_cli.models.aliases import Alias, alias_names, find_alias
@@ -68,6 +69,8 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
         ArtefactError: nothing by that name, no weights, or not cached and no network.
     """
     path = _path(spec)
+    if path is not None and not path.exists():
+        tidy(path)  # a killed export may have moved it
     if path is not None and path.is_dir():
         return _folder_source(path, path.resolve().name, say)
     if path is not None and _is_gguf(path):
@@ -129,6 +132,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise ArtefactError(f"model folder {folder} has no config.json")
     config = read_json(folder / "config.json", "model configuration")
+    check_is_whole(folder, config)
     check_config(config, f"config.json of {folder}")
     legacy = next((name for name in _LEGACY_QUANTISATION if (folder / name).exists()), None)
     if legacy is not None and not config.get("quantization_config") and _holds_codes(folder):

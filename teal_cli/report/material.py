@@ -1,53 +1,22 @@
 """What a report is made of: the artefacts of a run folder, and JSON results, read and checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import read_summary
-from teal_cli.checkpoint.plan import SparsityPlan, carries_plan
+from teal_cli.checkpoint.fields import moment
+from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
+from teal_cli.checkpoint.results import Kind, kind_of_result
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.results import read_result
 from teal_cli.quantise.scheme import kind_of_weights
 from teal_cli.reading import read_json
-
-Kind = Literal["eval", "encoder", "bench", "generate"]
-"""Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
-_EVAL_RUN = {
-    *("dense_prefix", "tokens", "sequences", "dense", "sparse", "perplexity_ratio", "perplexity_ratio_stderr"),
-    *("generation", "tasks"),
-}
-_KEYS: dict[Kind, tuple[set[str], set[str]]] = {
-    "eval": (
-        {"model", "dataset", "half", "seq_len", "dense_bytes_per_token", "runs", "device", "dtype", "versions"}
-        | _EVAL_RUN,
-        _EVAL_RUN,
-    ),
-    "encoder": (
-        {"model", "dataset", "half", "seq_len", "kind", "runs", "device", "dtype", "versions"},
-        {
-            *("allocation", "target_sparsity", "realised_sparsity", "sequences", "tokens"),
-            *("cosine", "cosine_stderr", "least_cosine", "relative_error"),
-        },
-    ),
-    "bench": (
-        {
-            *("model", "device", "dtype", "versions", "batch", "prompt_tokens", "new_tokens", "repeats"),
-            *("general_because", "reading_gb_s", "runs", "kernels"),
-        },
-        {
-            *("backend", "sparsity", "realised_sparsity", "tokens_per_second", "speedup"),
-            *("bytes_per_token", "bandwidth_gb_s", "limit_tokens_per_second"),
-        },
-    ),
-    "generate": ({"model", "prompt", "text", "tokens", "target_sparsity", "realised_sparsity"}, set()),
-}
-"""What a result of each kind has at the top, and in each of its runs."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +166,8 @@ class Material:
 def when(file: Path, content: dict[str, Any]) -> str:
     """When an artefact was made, to the minute: as it says itself, else the date of its file."""
     stated = content.get("finished")
-    time = datetime.fromisoformat(stated) if stated else datetime.fromtimestamp(file.stat().st_mtime, UTC)
-    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    time = moment(stated) if stated else datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def read_export(folder: Path) -> Export:
@@ -208,6 +177,7 @@ def read_export(folder: Path) -> Export:
         ArtefactError: no TEAL checkpoint, or a damaged one.
     """
     config = read_json(folder / "config.json", "model configuration")
+    check_is_whole(folder, config)
     if not carries_plan(config):
         raise ArtefactError(f"{folder} is no TEAL checkpoint: its config.json carries no thresholds")
     content = config["quantization_config"]
@@ -215,12 +185,15 @@ def read_export(folder: Path) -> Export:
     return Export(folder, SparsityPlan.from_dict(content), content.get("quantization"), summary)
 
 
-def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
+def read_material(
+    folder: Path, further: Sequence[Path] = (), say: Callable[[str], None] = lambda message: None
+) -> Material:
     """Everything of a run folder, or of one checkpoint and the run folder that it lies in.
 
     Args:
         folder: RUN, or a TEAL checkpoint.
         further: JSON results from elsewhere.
+        say: told which files of the run folder are left out, and why.
 
     Raises:
         ArtefactError: neither a run folder nor a checkpoint, or something in it is damaged.
@@ -234,7 +207,7 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
     # A checkpoint may lie anywhere; what lies beside it there is not its run's.
     run = parent if own is None or calibration is not None else None
     exports = [own] if own is not None else [read_export(each) for each in _checkpoints(folder)]
-    results = list(_results_in(run)) if run is not None else []
+    results = list(_results_in(run, say)) if run is not None else []
     if calibration is None and not exports and not results:
         raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
@@ -248,7 +221,11 @@ def read_material(folder: Path, further: Sequence[Path] = ()) -> Material:
 
 def _is_checkpoint(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and carries_plan(read_json(file, "model configuration"))
+    if not file.is_file():
+        return False
+    config = read_json(file, "model configuration")
+    check_is_whole(folder, config)
+    return carries_plan(config)
 
 
 def _checkpoints(run: Path) -> Iterator[Path]:
@@ -256,29 +233,28 @@ def _checkpoints(run: Path) -> Iterator[Path]:
     return (each for each in folders if _is_checkpoint(each))
 
 
-def _results_in(run: Path) -> Iterator[Result]:
+def _results_in(run: Path, say: Callable[[str], None]) -> Iterator[Result]:
     """Stage results first, in the order of the stages, then whatever else --json wrote here."""
     stages = [run / f"{stage}.json" for stage in STAGES]
     others = [file for file in sorted(run.glob("*.json")) if file not in stages]
     for file in [*filter(Path.is_file, stages), *others]:
         try:
-            content = read_result(file)
-        except ArtefactError:
+            result = _result_of(file, read_result(file))
+        except ArtefactError as error:
             if file in stages:
                 raise
-            continue  # somebody else's
-        result = _result_of(file, content)
+            say(f"left out: {error}")
+            continue
         if result is not None:
             yield result
+        elif file in stages and file.stem not in ("calibrate", "export"):
+            say(f"left out: {file} is no result of teal {file.stem}")
 
 
 def _result_of(file: Path, content: dict[str, Any]) -> Result | None:
     """The result in a file; None of other files."""
-    for kind, (top, each) in _KEYS.items():
-        runs = content.get("runs", [])
-        if top <= set(content) and (not each or runs) and all(each <= set(run) for run in runs):
-            return Result(file, kind, content)
-    return None
+    kind = kind_of_result(content, file)
+    return None if kind is None else Result(file, kind, content)
 
 
 def _focus(material: Material) -> Export | None:

@@ -44,7 +44,7 @@ def how_to_measure(verb: str, material: Material) -> str:
 
 def _model_option(material: Material) -> str:
     """What --model was: results tell, their name for it may be that of a folder."""
-    given = (result.content.get("config", {}).get("model") for result in material.results)
+    given = ((result.content.get("config") or {}).get("model") for result in material.results)
     return next((str(model) for model in given if model), material.model)
 
 

@@ -3,18 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.verify import verified
+from teal_cli.report.console import QUIET, Reporter
 from teal_cli.report.contents import describe
 from teal_cli.report.material import read_material
 
 
-def inspect(folder: Path, *, verify: bool = False) -> dict[str, Any]:
+def inspect(folder: Path, *, verify: bool = False, reporter: Reporter = QUIET) -> dict[str, Any]:
     """The contract of `teal inspect --json` (docs/formats.md).
 
     Args:
-        folder: a run folder or a TEAL checkpoint.
-        verify: read every byte of the weights and compare digests.
+        folder: RUN, or a TEAL checkpoint.
+        verify: read every byte of the checkpoints and compare digests.
+        reporter: told which files are left out, and which checkpoints are what they were.
 
     Raises:
-        ArtefactError: neither of the two, or damaged.
+        ArtefactError: neither of the two, damaged, or not what it was at the export.
     """
-    return describe(read_material(folder))
+    material = read_material(folder, say=reporter.say)
+    if verify:
+        for export in material.exports:
+            reporter.say(f"{export.folder}: {verified(export.folder)} tensors and files are what they were")
+    return describe(material)

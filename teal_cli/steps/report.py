@@ -28,7 +28,7 @@ def report(folder: Path, config: ReportConfig, reporter: Reporter) -> ReportResu
         TealError: nothing drawable there, a damaged artefact, or no matplotlib.
     """
     require_drawing()
-    material = read_material(folder, config.results)
+    material = read_material(folder, config.results, reporter.say)
     page = config.out or _default_page(material)
     plots = config.plots or page.with_name(page.stem if page.suffix else f"{page.name}-plots")
     require(check_file, page)

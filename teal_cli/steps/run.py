@@ -7,8 +7,10 @@ from typing import Any
 
 from teal_cli import __version__
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.export import check_checkpoint
 from teal_cli.checkpoint.files import file_digest, write_json
-from teal_cli.checkpoint.weights import fingerprint, weight_files
+from teal_cli.checkpoint.results import check_stage
+from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import (
     BenchConfig,
     CalibrateConfig,
@@ -51,7 +53,10 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
     workspace = Workspace.of(next(iter(recipe.stages.values())), reporter)
     require(check_folder, workspace.run)
     path = workspace.run / _STATE
-    state = read_json(path, "run state") if path.is_file() else {}
+    for file in (path, *(workspace.run / f"{stage}.json" for stage in recipe.stages)):
+        if file.is_dir():
+            raise ArtefactError(f"{file} is a folder where a result is to be written: take it away")
+    state = _state(path, reporter)
     results: dict[str, dict[str, Any]] = {}
     key = fingerprint(workspace.source.folder)
     for number, (stage, config) in enumerate(recipe.stages.items(), start=1):
@@ -59,7 +64,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         key = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()
         title = f"[{number}/{len(recipe.stages)}] {stage}"
         result_file = workspace.run / f"{stage}.json"
-        if state.get(stage) == key and _whole(config, workspace, result_file):
+        if state.get(stage) == key and _whole(stage, config, workspace, result_file):
             reporter.say(f"{title}: done before, kept")
             results[stage] = read_result(result_file)
             continue
@@ -91,16 +96,27 @@ def _settings(config: SharedConfig) -> str:
     return "|".join([config.model_dump_json(exclude={"json_file", "quiet"}), *digests, __version__])
 
 
-def _whole(config: SharedConfig, workspace: Workspace, result_file: Path) -> bool:
-    """Whether a finished stage's artefacts are still there and readable."""
+def _state(path: Path, reporter: Reporter) -> dict[str, Any]:
+    """Which stages are done: none where nobody can read it, and they are run again."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path, "run state")
+    except ArtefactError as error:
+        reporter.say(f"{error}; running all stages")
+        return {}
+
+
+def _whole(stage: str, config: SharedConfig, workspace: Workspace, result_file: Path) -> bool:
+    """Whether a finished stage's artefacts are still there, and what they were."""
     try:
         result = read_result(result_file)
+        check_stage(stage, result, result_file)
         if isinstance(config, CalibrateConfig):
             calibration_file.check_quantised(calibration_file.load(run_folder(config, workspace)))
         if isinstance(config, ExportConfig):
-            weight_files(Path(result["folder"]))
-            read_json(Path(result["folder"]) / "config.json", "model configuration")
-    except (ArtefactError, KeyError, OSError):
+            check_checkpoint(Path(result["folder"]))
+    except (ArtefactError, OSError):
         return False
     return True
 

@@ -52,7 +52,7 @@ def test_json_too(tmp_path: Path) -> None:
         ({"projections": {"*.up": 0.5}}, r"says nothing of 2 projections, layers\.0\.down first"),
         ({"projections": {"*": 0.5, "*.dwn": 0.1}}, r"'\*\.dwn' matches no projection"),
         ({"projections": {"layers.0.upp": 0.5}}, "did you mean 'layers.0.up'"),
-        ({"projections": {"*": 1.0}}, r"\*: 1\.0 is not a sparsity"),
+        ({"projections": {"*": 1.0}}, r"\*': 1\.0 is not a sparsity"),
         ({"projections": {"*": True}}, "is not a sparsity"),
         ({"projections": {"*": "half"}}, "is not a sparsity"),
         ({"projections": [0.5]}, "must hold a mapping 'projections'"),

@@ -86,7 +86,7 @@ def test_slower_below_break_even_is_not_bought(calibration: Calibration, tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({}, "cannot be read"), ({"kernels": []}, "has no times of .*q_proj"), ({"kernels": [{}]}, "cannot be read")],
+    [({}, "is damaged"), ({"kernels": []}, "has no times of .*q_proj"), ({"kernels": [{}]}, "is damaged")],
 )
 def test_tables_that_do_not_fit(content: object, message: str, calibration: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "t.json"

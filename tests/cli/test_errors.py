@@ -183,10 +183,13 @@ def test_damaged_calibration_meta(calibrated, capsys) -> None:
     meta.write_text(json.dumps(content | {"format_version": 99}))
     _fails(capsys, 3, "format version 99, this teal reads 2", "export", "--model", calibrated)
     meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
+    _fails(capsys, 3, "was altered: calibrate again", "export", "--model", calibrated)
+    del content["content_sha256"]  # as older versions wrote it
+    meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
     _fails(capsys, 3, "do not match its histograms", "export", "--model", calibrated)
     del content["seed"]
     meta.write_text(json.dumps(content))
-    _fails(capsys, 3, "cannot be read ('seed')", "export", "--model", calibrated)
+    _fails(capsys, 3, "is damaged (seed: Field required)", "export", "--model", calibrated)
 
 
 def test_calibration_of_another_model(calibrated, tmp_path, capsys) -> None:
@@ -199,10 +202,11 @@ def test_calibration_of_another_model(calibrated, tmp_path, capsys) -> None:
     ("change", "message"),
     [
         ({"version": 2}, "format version 2, this teal reads 1"),
-        ({"projections": {}}, "names no projections"),
-        ({"projections": {"a": {"sparsity": 1.5, "threshold": 0.1}}}, "sparsity 1.5 is not in [0, 1)"),
-        ({"projections": {"a": {"sparsity": 0.5, "threshold": -1}}}, "threshold -1.0 is not a number >= 0"),
-        ({"projections": {"a": {"sparsity": 0.5}}}, "are damaged"),
+        ({"projections": {}}, "is damaged (projections: "),
+        ({"projections": {"a": {"sparsity": 1.5, "threshold": 0.1}}}, "(projections.a.sparsity: Input should be less"),
+        ({"projections": {"a": {"sparsity": 0.5, "threshold": -1}}}, "(projections.a.threshold: Input should be gr"),
+        ({"projections": {"a": {"sparsity": 0.5}}}, "(projections.a.threshold: Field required)"),
+        ({"architecture": None}, "was altered"),
         ({"target_sparsity": 0.4}, "were altered"),
         ({"projections": {"a": {"sparsity": 0.5, "threshold": 0.1}}}, "were altered"),
     ],

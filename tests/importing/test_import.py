@@ -197,13 +197,13 @@ def test_damaged_files(tiny: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_artefacts_of_before_imports_still_count(tiny: Path, corpus: Path, capsys) -> None:
-    """They lack `imported`: the calibration is read, and its export is not made again."""
+    """They lack `imported` and a digest: the calibration is read, and its export is not made again."""
     flags = ["--dataset", corpus, "--tokens", 256, "--seq-len", 64]
     assert _teal("calibrate", "--model", tiny, *flags) == 0
     assert _teal("export", "--model", tiny) == 0
     for path in (Path("runs/tiny/calibration.json"), Path("runs/tiny/fisher-0.50/teal.json")):
         content = json.loads(path.read_text())
-        del content.get("calibration", content)["imported"]
+        del content.get("calibration", content)["imported"], content["content_sha256"]
         path.write_text(json.dumps(content))
     capsys.readouterr()
     assert _teal("generate", "--model", tiny, "--sparsity", 0.5, "--prompt", "a", "--max-new-tokens", 2) == 0

@@ -1,0 +1,80 @@
+"""A recipe makes anew what was damaged since it last ran."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import save_tiny, write_corpus
+
+from teal_cli.cli import run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished recipe: calibrate and export. Not to be changed."""
+    home = tmp_path_factory.mktemp("home")
+    save_tiny(home / "tiny")
+    write_corpus(home / "corpus.txt")
+    _recipe(home)
+    return home
+
+
+def _recipe(home: Path) -> None:
+    (home / "r.yaml").write_text(
+        f"model: {home / 'tiny'}\nstages: [calibrate, export]\nruns: {home / 'runs'}\ndataset: {home / 'corpus.txt'}\n"
+        "tokens: 128\nseq_len: 64\npropagate: false\nweights: copy\n"
+    )
+    assert run(["run", str(home / "r.yaml")]) == 0
+
+
+def _threshold(folder: Path) -> None:
+    config = json.loads((folder / "fisher-0.50/config.json").read_text())
+    next(iter(config["quantization_config"]["projections"].values()))["threshold"] *= 2
+    (folder / "fisher-0.50/config.json").write_text(json.dumps(config))
+
+
+def _weights(folder: Path) -> None:
+    file = folder / "fisher-0.50/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+
+
+_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "nothing": (lambda folder: None, []),
+    "a threshold": (_threshold, ["export"]),
+    "weights": (_weights, ["export"]),
+    "no teal.json": (lambda folder: (folder / "fisher-0.50/teal.json").unlink(), ["export"]),
+    "broken config.json": (lambda folder: (folder / "fisher-0.50/config.json").write_text("{"), ["export"]),
+    "another plan": (lambda folder: (folder / "fisher-0.50/config.json").write_text('{"a": 1}'), ["export"]),
+    "broken state": (lambda folder: (folder / "run.json").write_text("{"), ["calibrate", "export"]),
+    "a list as state": (lambda folder: (folder / "run.json").write_text("[1]"), ["calibrate", "export"]),
+    "broken result": (lambda folder: (folder / "export.json").write_text('{"folder": 3}'), ["export"]),
+    "tensors": (lambda folder: (folder / "calibration.safetensors").write_bytes(b"x"), ["calibrate"]),
+    "a size": (
+        lambda folder: (folder / "calibration.json").write_text(
+            (folder / "calibration.json").read_text().replace('"out_features": 64', '"out_features": 640', 1)
+        ),
+        ["calibrate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGE)
+def test_a_recipe_repairs(damage: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, expected = _DAMAGE[damage]
+    plan = json.loads((home / "runs/tiny/fisher-0.50/config.json").read_text())["quantization_config"]
+    folder = Path(shutil.copytree(home / "runs", tmp_path / "kept")) / "tiny"
+    # The recipe names the folder, so the copy that is damaged lies there, and the whole one elsewhere.
+    try:
+        change(home / "runs/tiny")
+        capsys.readouterr()
+        assert run(["run", str(home / "r.yaml")]) == 0
+        said = capsys.readouterr().err
+        made = [stage for stage in ("calibrate", "export") if f"{stage}: done before" not in said]
+        assert made == expected
+        config = json.loads((home / "runs/tiny/fisher-0.50/config.json").read_text())
+        assert config["quantization_config"] == plan
+    finally:
+        shutil.rmtree(home / "runs/tiny")
+        shutil.copytree(folder, home / "runs/tiny")
