@@ -10,7 +10,7 @@ from typing import Any
 from teal_cli.checkpoint.files import tidy
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.checkpoint.weights import tensor_header, weight_files
-from teal_cli.errors import ArtefactError, MachineError, nearest, shown
+from teal_cli.errors import ArtefactError, MachineError, artefact_error, nearest, shown
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.config_checks import PUBLISHED_METHODS, check_config, method_of
 from teal_cli.quantise.scheme import kind_of_weights
@@ -184,7 +184,6 @@ def _download(hub_id: str, *, only_config: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -199,8 +198,12 @@ def _download(hub_id: str, *, only_config: bool = False) -> Path:
         raise ArtefactError(f"{hub_id} is gated: accept its licence on the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise ArtefactError(f"the hub has no model {hub_id!r}, or it is private: `hf auth login`") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        # Every way of having no network ends here; a full disk has its own exit code.
+    except LocalEntryNotFoundError as error:  # every way of having no network ends here
+        raise ArtefactError(
+            f"{hub_id} is not cached as a whole and the hub cannot be reached: connect once, or give --model a local "
+            "folder"
+        ) from error
+    except Exception as error:  # a connection breaks as httpx says it, whose classes are not the hub library's own
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise MachineError(
                 f"the hub's cache cannot be written ({error.filename}: {error.strerror}): set the variable HF_HOME to "
@@ -208,12 +211,14 @@ def _download(hub_id: str, *, only_config: bool = False) -> Path:
             ) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise
-        raise ArtefactError(
-            f"{hub_id} is not cached and the hub cannot be reached: connect once, or give --model a local folder"
+        raise artefact_error(
+            error, f"the download of {hub_id} broke off", "run the same command again, files that came whole are kept"
         ) from error
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
     _check_folder(folder)
+    if not only_config and not any(folder.glob("*.safetensors")):
+        raise ArtefactError(f"{hub_id} has no safetensors weights, and teal loads no pickled ones: convert them first")
     if not only_config:
         weight_files(folder)
     return folder
