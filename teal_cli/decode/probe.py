@@ -1,0 +1,90 @@
+"""The first decoded steps against a forward that uses no cache: a state that gets lost must not pass as text.
+
+transformers has over a hundred decoders. One that takes its state under another name, ignores it, or counts its
+positions anew gives fluent nonsense and no error (issue 21).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from teal_cli.errors import ArtefactError, blame
+
+if TYPE_CHECKING:
+    from teal_cli.decode.engine import Engine
+
+PROMPT = 12
+"""Tokens of the prompt that are tried."""
+STEPS = 3
+"""On a GPU the first is launched, the second captured, the third a replay."""
+
+TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Most that two ways of computing may differ, as a share of the norm of the logits about their mean. Measured:
+MEASURED"""
+
+
+@torch.no_grad()
+def check_decoding(engine: "Engine", prompt: Tensor) -> None:
+    """Decode a few tokens, and compare their logits with those of one pass over the whole sequence.
+
+    The median of the steps counts, since one of them may choose other experts, or drop other inputs beside a
+    threshold, by rounding. Nothing is counted, and no random number is drawn.
+
+    Args:
+        engine: on the path that is to be checked: dense, or sparse (then the pass drops inputs by masking).
+        prompt: (batch, tokens) int64; its first tokens are enough.
+
+    Raises:
+        ArtefactError: they differ, are not numbers, or the model cannot take a step at all.
+    """
+    ids = prompt[:, : max(min(PROMPT, engine.max_length - STEPS), 1)].to(engine.device)
+    if ids.shape[1] + STEPS > engine.max_length:
+        return
+    kind = engine.model.config.model_type
+    if engine.decoder is not None:
+        got, expected = _both_ways(engine, ids)
+    else:
+        with blame(f"model type {kind} cannot be decoded token by token"):
+            got, expected = _both_ways(engine, ids)
+    errors = difference(got, expected).median(dim=1).values.max()
+    if not float(errors) <= TOLERANCE[engine.model.dtype]:  # NaN too
+        sparse = engine.control is not None and engine.control.decodes_sparse
+        way = ("compact path, " if engine.decoder is not None else "") + ("sparse" if sparse else "dense")
+        raise ArtefactError(
+            f"decoding a token of model type {kind} ({way}) does not give the logits of a pass over the whole text "
+            f"(they differ by {float(errors):.0%}), so its replies would be wrong: "
+            + (
+                "use --backend reference, and report it"
+                if engine.decoder is not None
+                else "its state does not last from token to token; use transformers' generate"
+            )
+        )
+
+
+def difference(got: Tensor, expected: Tensor) -> Tensor:
+    """How far logits are apart: (..., vocabulary) twice -> (...), a share of the expected ones' norm about their mean.
+
+    Not about 0: a constant added to all logits changes no choice, and in some models it is most of the norm.
+    """
+    found, wanted = got.float(), expected.float()
+    found, wanted = found - found.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True)
+    return (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+
+
+def _both_ways(engine: "Engine", ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, STEPS, vocabulary) logits of steps after a prompt, and of a pass over all of it."""
+    from teal_cli.decode.engine import TokenLoop
+    from teal_cli.decode.sampling import Sampler, SamplingConfig
+
+    cache = engine.new_cache(ids.shape[1] + STEPS)
+    sampler = Sampler(SamplingConfig(), engine.device)
+    token = sampler.next_token(engine.prefill(ids, cache))
+    loop = TokenLoop(engine, cache, token, sampler)
+    tokens, logits = [], []
+    for _ in range(STEPS):
+        tokens.append(token)
+        token = loop.advance().clone()
+        logits.append(loop.logits.clone())
+    expected = engine.without_cache(ids, torch.cat(tokens, dim=1))
+    return torch.stack(logits, dim=1), expected
