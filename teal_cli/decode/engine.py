@@ -129,7 +129,7 @@ class Engine:
             return self._run_again(input_ids, cache)
         arguments = self._states.arguments(input_ids, cache)
         output = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **arguments)
-        self._states.keep(cache, output)
+        self._states.keep(cache, input_ids, output)
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -185,6 +185,17 @@ class Engine:
             check_decoding(self, prompt)
         self._checked.add((*path, prompt.shape[0]))
 
+    def check_prompt(self, input_ids: Tensor, new_tokens: int) -> None:
+        """Everything that can be said before a reply; what takes time does so once (`check`).
+
+        Raises:
+            ArtefactError: an empty prompt, more positions than the model has, or a model that loses its state.
+        """
+        if input_ids.shape[1] == 0:
+            raise ArtefactError("the prompt has no tokens")
+        self.check_length(input_ids.shape[1], new_tokens)
+        self.check(input_ids)
+
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Fail before the work where the model's context cannot hold it.
 
@@ -215,10 +226,7 @@ class Engine:
             ArtefactError: an empty prompt, more positions than the model has, logits that are not numbers, or steps
                 that do not give what a pass without a cache gives.
         """
-        if input_ids.shape[1] == 0:
-            raise ArtefactError("the prompt has no tokens")
-        self.check_length(input_ids.shape[1], max_new_tokens)
-        self.check(input_ids)
+        self.check_prompt(input_ids, max_new_tokens)
         sampler = Sampler(sampling, self.device)
         cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
         logits = self.prefill(input_ids.to(self.device), cache)

@@ -18,6 +18,8 @@ class CarriedState:
     """A state that the model makes by itself: nothing before the prompt, then what each forward gives back."""
 
     value: Any = None
+    length: int = 0
+    """Tokens that it has seen."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ class StateNames:
         """Whether the state is a `CarriedState`, not a cache of transformers that fits any attention."""
         self.is_recurrent = bool(getattr(model, "_is_stateful", False))
         """Whether blocks keep a state of fixed size (hybrids of Mamba and attention, linear attention)."""
-        # As transformers' generate does: a hybrid may count its positions from 0 at every step (Bamba).
-        self.takes_positions = self.is_recurrent and not self.makes_its_own and "position_ids" in parameters
+        # As transformers' generate does: a hybrid may count its positions from 0 at every step (Bamba, MiniMax).
+        self.takes_positions = (self.is_recurrent or self.makes_its_own) and "position_ids" in parameters
         if self.name is None:
             _check_plain_tokens(model)
 
@@ -71,18 +73,19 @@ class StateNames:
 
     def arguments(self, input_ids: Tensor, state: Any) -> dict[str, Any]:
         """What forward takes besides tokens: (batch, tokens) int64 after the state."""
-        if isinstance(state, CarriedState):
-            return {str(self.name): state.value}
-        if not self.takes_positions:
-            return {"past_key_values": state}
-        start, tokens = state.get_seq_length(), input_ids.shape[1]
-        positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
-        return {"past_key_values": state, "position_ids": positions.expand(input_ids.shape[0], -1)}
+        carried = isinstance(state, CarriedState)
+        found: dict[str, Any] = {str(self.name): state.value if carried else state}
+        if self.takes_positions:
+            start, tokens = state.length if carried else state.get_seq_length(), input_ids.shape[1]
+            positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
+            found["position_ids"] = positions.expand(input_ids.shape[0], -1)
+        return found
 
-    def keep(self, state: Any, output: Any) -> None:
-        """Take what a forward gave back."""
+    def keep(self, state: Any, input_ids: Tensor, output: Any) -> None:
+        """Take what a forward of these tokens gave back."""
         if isinstance(state, CarriedState):
             state.value = output[self.name]
+            state.length += input_ids.shape[1]
 
 
 def _check_plain_tokens(model: Any) -> None:
