@@ -154,19 +154,10 @@ class Engine:
             prompt: (batch, prompt tokens) int64, dense.
             tokens: (batch, tokens) int64, as decoding runs them: sparse by masking, where that is on.
         """
-        start, ids = self._joined(prompt, tokens)
-        with self.control.masked(start) if self.control else nullcontext():
-            logits: Tensor = self._whole(prompt, ids, tokens.shape[1])
-        return logits[:, -tokens.shape[1] :]
-
-    def _joined(self, prompt: Tensor, tokens: Tensor) -> tuple[int, Tensor]:
-        """How many positions stay dense, and the sequence that the decoder reads."""
-        return prompt.shape[1], torch.cat([prompt, tokens], dim=1)
-
-    def _whole(self, prompt: Tensor, ids: Tensor, keep: int) -> Tensor:
-        """Logits of a sequence, of its last positions at least."""
-        logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-        return logits
+        ids, keep = torch.cat([prompt, tokens], dim=1), tokens.shape[1]
+        with self.control.masked(prompt.shape[1]) if self.control else nullcontext():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        return logits[:, -keep:]
 
     def check(self, prompt: Tensor) -> None:
         """Make sure, once for a path, that a step gives what a pass without a cache gives (`probe.check_decoding`).
@@ -177,13 +168,17 @@ class Engine:
         Raises:
             ArtefactError: it does not.
         """
-        control = self.control
-        path = (False, "") if control is None else (control.decodes_sparse, control.backend)
-        if (*path, prompt.shape[0]) in self._checked or not self.keeps_state:
+        control, rows = self.control, prompt.shape[0]
+        if not self.keeps_state:
             return
         with control.uncounted() if control else nullcontext():
-            check_decoding(self, prompt)
-        self._checked.add((*path, prompt.shape[0]))
+            if (path := (False, "", rows)) not in self._checked:
+                with control.switched_off() if control else nullcontext():
+                    check_decoding(self, prompt)
+                self._checked.add(path)
+            if control is not None and (path := (*control.decoding[:2], rows)) not in self._checked:
+                check_decoding(self, prompt)
+                self._checked.add(path)
 
     def check_prompt(self, input_ids: Tensor, new_tokens: int) -> None:
         """Everything that can be said before a reply; what takes time does so once (`check`).
@@ -230,7 +225,7 @@ class Engine:
         sampler = Sampler(sampling, self.device)
         cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
         logits = self.prefill(input_ids.to(self.device), cache)
-        self._check_numbers(logits)  # the host waits for the first token anyway
+        self.check_numbers(logits)  # the host waits for the first token anyway
         token = sampler.next_token(logits)
         loop = TokenLoop(self, cache, token, sampler)
         under_way = deque([_Reading(token)])
@@ -245,13 +240,20 @@ class Engine:
                 return
             yield value
 
+    def check_numbers(self, logits: Tensor) -> None:
+        """Refuse logits among which nothing can be chosen. Some may be -inf: a model can rule tokens out.
 
-    def _check_numbers(self, logits: Tensor) -> None:
-        """Refuse logits among which nothing can be chosen. Some may be -inf: a model can rule tokens out."""
+        Args:
+            logits: (..., vocabulary).
+
+        Raises:
+            ArtefactError: a NaN, an infinite one, or nothing but -inf.
+        """
         if not bool(logits.amax(-1).isfinite().all()):
+            dtype = str(self.model.dtype).removeprefix("torch.")
             raise ArtefactError(
-                f"after the prompt the model's logits are not numbers (NaN or infinite) in {self.model.dtype}: its "
-                "weights are damaged, or that dtype is too narrow for them (--dtype float32)"
+                f"the model's logits are not numbers (NaN or infinite) in {dtype}: its weights are damaged, or that "
+                "dtype is too narrow for them (--dtype float32)"
             )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, blame
 
 if TYPE_CHECKING:
@@ -19,9 +20,18 @@ PROMPT = 12
 STEPS = 3
 """On a GPU the first is launched, the second captured, the third a replay."""
 
-TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.25, torch.float16: 0.1}
-"""Most that two ways of computing may differ, as a share of the norm of the logits about their mean. Measured:
-MEASURED"""
+TOLERANCE = {
+    False: {torch.float32: 0.02, torch.bfloat16: 0.15, torch.float16: 0.05},
+    True: {torch.float32: 0.5, torch.bfloat16: 1.2, torch.float16: 1.2},
+}
+"""Most that the two may differ, dense (False) and sparse (True), as a share of the norm of the logits about their mean.
+
+Measured, worst of 6 prompts: SmolLM2-135M dense 2e-6 in float32, 0.013 in bfloat16, 0.002 in float16; nine tiny random
+models 1.1e-6, 0 and 6e-4. A lost state gives 1.07 on SmolLM2-135M, 0.25 (positions that start anew, MiniMax) to 1.4
+(Mamba) on tiny models. Sparse, an input beside its threshold may fall on the other side by rounding, and others follow:
+1.1e-6 in float32 as long as none does, but 0.3 on SmolLM2-135M and up to 0.84 (Mixtral) on tiny models in 16 bits.
+There only logits that have nothing in common are refused (about 1.4): a state passes through the same code dense.
+"""
 
 
 @torch.no_grad()
@@ -48,8 +58,8 @@ def check_decoding(engine: "Engine", prompt: Tensor) -> None:
         with blame(f"model type {kind} cannot be decoded token by token"):
             got, expected = _both_ways(engine, ids)
     errors = difference(got, expected).median(dim=1).values.max()
-    if not float(errors) <= TOLERANCE[engine.model.dtype]:  # NaN too
-        sparse = engine.control is not None and engine.control.decodes_sparse
+    sparse = engine.control is not None and engine.control.decodes_sparse
+    if not float(errors) <= TOLERANCE[sparse][engine.model.dtype]:  # NaN too
         way = ("compact path, " if engine.decoder is not None else "") + ("sparse" if sparse else "dense")
         raise ArtefactError(
             f"decoding a token of model type {kind} ({way}) does not give the logits of a pass over the whole text "
@@ -69,22 +79,25 @@ def difference(got: Tensor, expected: Tensor) -> Tensor:
     """
     found, wanted = got.float(), expected.float()
     found, wanted = found - found.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True)
-    return (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    error: Tensor = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return error
 
 
 def _both_ways(engine: "Engine", ids: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, STEPS, vocabulary) logits of steps after a prompt, and of a pass over all of it."""
-    from teal_cli.decode.engine import TokenLoop
-    from teal_cli.decode.sampling import Sampler, SamplingConfig
+    from teal_cli.decode.engine import TokenLoop  # which imports this module
 
     cache = engine.new_cache(ids.shape[1] + STEPS)
     sampler = Sampler(SamplingConfig(), engine.device)
-    token = sampler.next_token(engine.prefill(ids, cache))
+    after_prompt = engine.prefill(ids, cache)
+    engine.check_numbers(after_prompt)
+    token = sampler.next_token(after_prompt)
     loop = TokenLoop(engine, cache, token, sampler)
     tokens, logits = [], []
     for _ in range(STEPS):
         tokens.append(token)
         token = loop.advance().clone()
         logits.append(loop.logits.clone())
-    expected = engine.without_cache(ids, torch.cat(tokens, dim=1))
-    return torch.stack(logits, dim=1), expected
+    got = torch.stack(logits, dim=1)
+    engine.check_numbers(got)
+    return got, engine.without_cache(ids, torch.cat(tokens, dim=1))

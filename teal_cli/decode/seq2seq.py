@@ -54,28 +54,32 @@ class Seq2SeqEngine(Engine):
             return self.model.get_encoder()(input_ids=input_ids)
 
     def _start(self, input_ids: Tensor) -> Tensor:
-        """(batch, 1 or 2) int64: what the decoder reads first, dense. BART and its like are told the first token too."""
+        """(batch, 1 or 2) int64: what the decoder reads first, dense; BART is told the first token too."""
         forced = self._forced
         start = torch.full_like(input_ids[:, :1], self.model.config.decoder_start_token_id or 0)
         return start if forced is None else torch.cat([start, torch.full_like(start, forced)], dim=1)
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
-        output = self.model(
-            encoder_outputs=cache.prompt, decoder_input_ids=input_ids, past_key_values=cache, use_cache=True
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return self._run(input_ids, cache)[:, -1]
 
-    def _joined(self, prompt: Tensor, tokens: Tensor) -> tuple[int, Tensor]:
-        """As the decoder reads it: what it starts with stays dense."""
-        start = self._start(prompt)
-        return start.shape[1], torch.cat([start, tokens], dim=1)
-
-    def _whole(self, prompt: Tensor, ids: Tensor, keep: int) -> Tensor:
+    def _run(self, input_ids: Tensor, cache: Any) -> Tensor:
         logits: Tensor = self.model(
-            encoder_outputs=self._encode(prompt), decoder_input_ids=ids, use_cache=False
+            encoder_outputs=cache.prompt, decoder_input_ids=input_ids, past_key_values=cache, use_cache=True
         ).logits
         return logits
+
+    @torch.no_grad()
+    def without_cache(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """As of `Engine`. Sparse, the cache holds what the encoder and the start token gave, which stay dense."""
+        if self.control is not None and self.control.decodes_sparse:
+            cache = self.new_cache(tokens.shape[1])
+            self.prefill(prompt, cache)
+            with self.control.masked(0):
+                logits: Tensor = self._run(tokens, cache)
+            return logits
+        ids = torch.cat([self._start(prompt), tokens], dim=1)
+        output = self.model(encoder_outputs=self._encode(prompt), decoder_input_ids=ids, use_cache=False)
+        return output.logits[:, -tokens.shape[1] :]  # type: ignore[no-any-return]
 
 
 def engine_for(model: Any) -> Engine:

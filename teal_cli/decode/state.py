@@ -51,7 +51,7 @@ class StateNames:
     """
 
     def __init__(self, model: Any) -> None:
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(type(model).forward).parameters
         self.name = next((name for name in _NAMES if name in parameters), None)
         """Of the parameter and of the output's field; None for a model without a state."""
         self.makes_its_own = self.name is not None and not (
@@ -91,7 +91,7 @@ class StateNames:
 def _check_plain_tokens(model: Any) -> None:
     """Refuse a model without a state whose own generation runs on something else than the tokens so far."""
     ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
-    if "mems" not in inspect.signature(model.forward).parameters:
+    if "mems" not in inspect.signature(type(model).forward).parameters:
         inputs = model.prepare_inputs_for_generation(ids, use_cache=False)
         if torch.equal(inputs["input_ids"], ids):
             return
