@@ -208,3 +208,9 @@ def test_logits_that_are_not_numbers_are_no_reply(tmp_path: Path, value: float) 
     generator = Generator(GenerateConfig(model=str(tmp_path / "broken"), sparsity=0.0, max_new_tokens=4), QUIET)
     with pytest.raises(ArtefactError, match="not numbers"):
         generator.reply([{"role": "user", "content": "the stars"}])
+
+
+def test_how_far_logits_are_apart() -> None:
+    logits = torch.tensor([[1.0, 2.0, 4.0, -torch.inf], [0.0, 0.0, 0.0, 0.0]])
+    assert probe.difference(logits + 5.0, logits).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert float(probe.difference(-logits[:1].nan_to_num(neginf=0.0), logits[:1])) == pytest.approx(2.0)
