@@ -234,6 +234,7 @@ def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int,
                 min_new_tokens=seq_len - 1,
                 max_new_tokens=seq_len - 1,
                 pad_token_id=start,
+                use_cache=True,  # whatever the model's configuration says: without, each token reads all before it
             ).cpu()
         )
     return torch.cat(blocks)

@@ -9,9 +9,12 @@ Importing it imports transformers, which is why `import teal_cli` does not. With
 transformers warns of an unknown quantisation type and loads the dense model.
 """
 
+import warnings
+from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,7 +25,7 @@ from teal_cli.models.architectures import Architecture
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
 from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
-from teal_cli.sparse import apply_plan_, replace_projections_
+from teal_cli.sparse import apply_plan_, control_of, replace_projections_
 
 
 class TealConfig(QuantizationConfigMixin):
@@ -100,6 +103,7 @@ class TealQuantizer(HfQuantizer):
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
         apply_plan_(model, self.quantization_config.plan)
         set_activation_thresholds_(model)
+        _decode_with_cache_(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -115,6 +119,33 @@ class TealQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes; the default would switch off `generate`'s own compilation."""
         return True
+
+
+def _decode_with_cache_(model: Any) -> None:
+    """Let `generate` use a cache, which training with checkpointing leaves switched off in a configuration.
+
+    Without one every step reads the whole text, which looks like a prompt and runs dense.
+    """
+    configs = [model.config, *(value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig))]
+    if model.can_generate():
+        configs.append(model.generation_config)
+        model.generate = partial(_generate, model)  # a partial: copies of the model generate with themselves
+    for config in configs:
+        if getattr(config, "use_cache", None) is False:
+            config.use_cache = True
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `generate`, which says so where it cannot be sparse."""
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    use_cache = kwargs.get("use_cache")
+    if (config.use_cache if use_cache is None else use_cache) is False and control_of(model).decodes_sparse:
+        warnings.warn(
+            "generate with use_cache=False runs dense: without a cache every step reads the whole text as a prompt, "
+            "and prompts are dense; leave use_cache out",
+            stacklevel=2,
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice raises

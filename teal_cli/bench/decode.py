@@ -129,6 +129,7 @@ def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, ne
         apply_plan_(engine.model, plan)
     warm_up = TokenLoop.first_steps(engine)
     with control.switched_off() if plan is None else nullcontext():
+        engine.check(prompt)
         cache = engine.new_cache(prompt.shape[1] + warm_up + new_tokens)
         sampler = Sampler(SamplingConfig(), engine.device)
         loop = TokenLoop(engine, cache, sampler.next_token(engine.prefill(prompt.to(engine.device), cache)), sampler)
@@ -160,10 +161,18 @@ def bench_decode(
         quantization: of the model's weights, for the results to say.
         reading_gb_s: what the device's memory gives at most, if measured.
         on_tokens: called with the steps decoded after each repeat.
+
+    Raises:
+        ArtefactError: a model without a state, whose steps run the whole sequence again; or one that loses its state.
     """
     control = engine.control
     if control is None:
         raise ValueError("bench_decode needs a model with sparse layers")
+    if not engine.keeps_state:
+        raise ArtefactError(
+            f"model type {engine.model.config.model_type} has no cache: each step reads the whole text again, so a "
+            "speed of decoding would say nothing"
+        )
     settings: list[SparsityPlan | None] = [None, *plans]
     realised: list[dict[str, float]] = []
     model_wide: list[float] = []

@@ -1,14 +1,17 @@
-"""Prompts and replies: chat templates, stop tokens, and text that streams as tokens arrive."""
+"""Prompts and replies: chat templates and stop tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from teal_cli.decode.streaming import text_streamer
 from teal_cli.decode.templating import render
 from teal_cli.errors import UsageError, shown
 from teal_cli.models.tokenizing import encode
+
+__all__ = ["Message", "encode_prompt", "stop_ids", "text_streamer", "wants_chat"]
 
 Message = dict[str, str]
 """{"role": "user" or "assistant", "content": text}"""
@@ -58,15 +61,3 @@ def stop_ids(model: Any, tokenizer: Any, further: Iterable[str] = ()) -> frozens
             raise UsageError(f"stop (flag --stop): {shown(text)} is not one token of this model but {len(encoded)}")
         ids.add(encoded[0])
     return frozenset(ids)
-
-
-def text_streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
-    """A transformers `TextStreamer` that hands finished text to `write` (whole words, whole characters)."""
-    from transformers import TextStreamer
-
-    class _Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                write(text)
-
-    return _Streamer(tokenizer, skip_special_tokens=True)

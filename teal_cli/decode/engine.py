@@ -16,7 +16,9 @@ from transformers import DynamicCache, StaticCache
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.compact import CompactDecoder, Session, unsupported_reason
+from teal_cli.decode.probe import check_decoding
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, control_of, lay_out_, replace_projections_
@@ -35,6 +37,9 @@ class Engine:
         model: a causal language model in eval mode. On a GPU the projections of a dense one are laid
             out for the kernels (their weights move, they are not copied).
         compact: whether the compact path may be taken.
+
+    Raises:
+        ArtefactError: a model whose state teal does not know.
     """
 
     captures = True
@@ -50,10 +55,15 @@ class Engine:
             self.control = None
         self.decoder: CompactDecoder | None = None
         self._session: Session | None = None
+        self._states: StateNames | None = self._state_names()
+        self._checked: set[tuple[bool, str, int]] = set()
         self.general_because: str | None = None
         """Why the compact path is not taken, where a GPU could take it."""
         if compact and self.device.type != "cpu":
             self.decoder = self._compact_decoder()
+
+    def _state_names(self) -> StateNames | None:
+        return StateNames(self.model)
 
     def _compact_decoder(self) -> CompactDecoder | None:
         control = self.control
@@ -73,16 +83,21 @@ class Engine:
         return int(limit) if limit else 1 << 31
 
     def new_cache(self, length: int) -> Any:
-        """An empty KV cache for `length` positions: fixed memory on a GPU, growing on a CPU.
+        """An empty KV cache for `length` positions: fixed memory on a GPU, growing on a CPU; or another state.
 
         On the CPU the growing cache is not slower (15.6 against 14.7 tokens/s on SmolLM2-135M, two
         Zen cores) and attends to the written positions only. So does it for ALiBi on a GPU: transformers' Falcon
-        makes its biases for the written positions, and a fixed cache has more.
+        makes its biases for the written positions, and a fixed cache has more. The states of recurrent blocks have
+        no positions, and whether there is one yet is the host's knowledge, which a graph would freeze.
         """
         if self.decoder is not None:
             self._session = None  # the memory of the last cache, before that of the next
             return self.decoder.new_cache(length)
-        if self.device.type == "cpu" or getattr(self.model.config, "alibi", False):
+        states = self._states
+        if states is not None and (own := states.new()) is not None:
+            return own
+        recurrent = states is not None and states.is_recurrent
+        if self.device.type == "cpu" or recurrent or getattr(self.model.config, "alibi", False):
             return DynamicCache(config=self.model.config)
         return StaticCache(config=self.model.config, max_cache_len=length)
 
@@ -108,9 +123,73 @@ class Engine:
         return self._session
 
     def _forward(self, input_ids: Tensor, cache: Any) -> Tensor:
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if self._states is None:
+            raise TypeError("an engine without names of states has a forward of its own")
+        if isinstance(cache, WholeSequence):
+            return self._run_again(input_ids, cache)
+        arguments = self._states.arguments(input_ids, cache)
+        output = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **arguments)
+        self._states.keep(cache, input_ids, output)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _run_again(self, input_ids: Tensor, sequence: WholeSequence) -> Tensor:
+        """A step without a state: all tokens, and those after the prompt drop inputs by masking."""
+        is_step = sequence.ids is not None
+        ids = sequence.extend(input_ids)
+        with self.control.masked(sequence.prompt) if self.control and is_step else nullcontext():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a step costs one token; False where every step runs the whole sequence again."""
+        return self._states is None or self._states.name is not None
+
+    @torch.no_grad()
+    def without_cache(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """What decoding must give: (batch, tokens, vocabulary) logits after each token, from one pass over all.
+
+        Args:
+            prompt: (batch, prompt tokens) int64, dense.
+            tokens: (batch, tokens) int64, as decoding runs them: sparse by masking, where that is on.
+        """
+        ids, keep = torch.cat([prompt, tokens], dim=1), tokens.shape[1]
+        with self.control.masked(prompt.shape[1]) if self.control else nullcontext():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        return logits[:, -keep:]
+
+    def check(self, prompt: Tensor) -> None:
+        """Make sure, once for a path, that a step gives what a pass without a cache gives (`probe.check_decoding`).
+
+        Args:
+            prompt: (batch, tokens) int64 that is going to be decoded.
+
+        Raises:
+            ArtefactError: it does not.
+        """
+        control, rows = self.control, prompt.shape[0]
+        if not self.keeps_state:
+            return
+        with control.uncounted() if control else nullcontext():
+            if (path := (False, "", rows)) not in self._checked:
+                with control.switched_off() if control else nullcontext():
+                    check_decoding(self, prompt)
+                self._checked.add(path)
+            if control is not None and (path := (*control.decoding[:2], rows)) not in self._checked:
+                check_decoding(self, prompt)
+                self._checked.add(path)
+
+    def check_prompt(self, input_ids: Tensor, new_tokens: int) -> None:
+        """Everything that can be said before a reply; what takes time does so once (`check`).
+
+        Raises:
+            ArtefactError: an empty prompt, more positions than the model has, or a model that loses its state.
+        """
+        if input_ids.shape[1] == 0:
+            raise ArtefactError("the prompt has no tokens")
+        self.check_length(input_ids.shape[1], new_tokens)
+        self.check(input_ids)
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Fail before the work where the model's context cannot hold it.
@@ -139,14 +218,15 @@ class Engine:
             stop: token ids that end the reply.
 
         Raises:
-            ArtefactError: an empty prompt, or more positions than the model has.
+            ArtefactError: an empty prompt, more positions than the model has, logits that are not numbers, or steps
+                that do not give what a pass without a cache gives.
         """
-        if input_ids.shape[1] == 0:
-            raise ArtefactError("the prompt has no tokens")
-        self.check_length(input_ids.shape[1], max_new_tokens)
+        self.check_prompt(input_ids, max_new_tokens)
         sampler = Sampler(sampling, self.device)
         cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
-        token = sampler.next_token(self.prefill(input_ids.to(self.device), cache))
+        logits = self.prefill(input_ids.to(self.device), cache)
+        self.check_numbers(logits)  # the host waits for the first token anyway
+        token = sampler.next_token(logits)
         loop = TokenLoop(self, cache, token, sampler)
         under_way = deque([_Reading(token)])
         launched = 1
@@ -159,6 +239,22 @@ class Engine:
             if value in stop:
                 return
             yield value
+
+    def check_numbers(self, logits: Tensor) -> None:
+        """Refuse logits among which nothing can be chosen. Some may be -inf: a model can rule tokens out.
+
+        Args:
+            logits: (..., vocabulary).
+
+        Raises:
+            ArtefactError: a NaN, an infinite one, or nothing but -inf.
+        """
+        if not bool(logits.amax(-1).isfinite().all()):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ArtefactError(
+                f"the model's logits are not numbers (NaN or infinite) in {dtype}: its weights are damaged, or that "
+                "dtype is too narrow for them (--dtype float32)"
+            )
 
 
 class _Reading:
@@ -199,6 +295,8 @@ class TokenLoop:
         self._engine, self._cache, self._sampler = engine, cache, sampler
         self._session = engine.open(cache)
         self._token = token.clone()
+        self.logits: Tensor
+        """(batch, vocabulary), of the last step; a replay overwrites them."""
         if self._session is not None:
             self._token = self._session.token.view(-1, 1)
             self._token.copy_(token)
@@ -206,7 +304,7 @@ class TokenLoop:
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         # A sliding cache moves by rules in Python and a growing one takes memory anew, which a graph would freeze.
-        moves = isinstance(cache, DynamicCache) or any(getattr(cache, "is_sliding", ()))
+        moves = isinstance(cache, DynamicCache | CarriedState | WholeSequence) or any(getattr(cache, "is_sliding", ()))
         self.captures = engine.captures and engine.device.type == "cuda" and not moves
         """Whether steps are, or are going to be, replays of a graph."""
 
@@ -252,13 +350,14 @@ class TokenLoop:
     def _body(self) -> None:
         session = self._session
         if session is None:
-            self._token.copy_(self._sampler.next_token(self._engine._forward(self._token, self._cache)))
+            self.logits = self._engine._forward(self._token, self._cache)
+            self._token.copy_(self._sampler.next_token(self.logits))
             return
-        logits = session.launch()
+        self.logits = session.launch()
         if self._sampler.greedy:
             session.pick()
         else:
-            session.token.copy_(self._sampler.next_token(logits).view(-1))
+            session.token.copy_(self._sampler.next_token(self.logits).view(-1))
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

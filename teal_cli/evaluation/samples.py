@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from teal_cli.decode.streaming import TextStream
 from teal_cli.evaluation.generation import Continuation
-from teal_cli.models.tokenizing import decode
 
 KEPT = 3
 """Samples that a result carries."""
-_PART = "\ufffd"
-"""What a tokenizer writes for bytes that are not a whole character."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ def sample_of(tokenizer: Any, continuation: Continuation) -> Sample:
     """
     found = continuation
     return Sample(
-        prompt=decode(tokenizer, found.prompt),
+        prompt=TextStream(tokenizer, lambda piece: None, skip_special_tokens=False, before=found.prompt).before,
         dense=_pieces(tokenizer, found.prompt, found.dense),
         sparse=_pieces(tokenizer, found.prompt, found.sparse),
         dense_choices=[
@@ -47,18 +45,18 @@ def sample_of(tokenizer: Any, continuation: Continuation) -> Sample:
 
 
 def _pieces(tokenizer: Any, context: Sequence[int], tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text before it.
+    """What each token adds to the text before it; put together and behind `context`'s text they are the whole text.
 
-    A character spread over several tokens goes to the last of them, the others being empty, so that no piece is
-    broken; a last character that is not whole stays as it is.
+    What a later token can still change goes to a later piece: a character spread over several tokens to the last of
+    them, the others being empty. The last piece has the rest, a character that is not whole among it.
     """
-    ids = list(context)
-    shown = len(decode(tokenizer, ids).rstrip(_PART))
-    pieces = []
+    pieces: list[str] = []
+    written: list[str] = []
+    stream = TextStream(tokenizer, written.append, skip_special_tokens=False, before=context)
     for index, token in enumerate(tokens):
-        ids.append(token)
-        text = decode(tokenizer, ids)
-        whole = text if index == len(tokens) - 1 else text.rstrip(_PART)
-        pieces.append(whole[shown:])
-        shown = max(shown, len(whole))
+        written.clear()
+        stream.put([token])
+        if index == len(tokens) - 1:
+            stream.end()
+        pieces.append("".join(written))
     return pieces

@@ -149,6 +149,15 @@ class SparsityControl:
         finally:
             self.counter = before
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Nothing is counted inside the block."""
+        before, self.counter = self.counter, None
+        try:
+            yield
+        finally:
+            self.counter = before
+
 
 def control_of(model: nn.Module) -> SparsityControl:
     """The control of a sparse model.

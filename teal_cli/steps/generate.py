@@ -6,12 +6,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from teal_cli.config import GenerateConfig
-from teal_cli.decode.chat import Message, encode_prompt, stop_ids, text_streamer, wants_chat
+from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
+from teal_cli.decode.streaming import text_streamer
 from teal_cli.models.loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.report.console import Reporter
@@ -102,15 +101,10 @@ class Generator:
             config, turn = self.config, self._turns
             self._turns += 1
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
-        pieces: list[str] = []
-
-        def emit(text: str) -> None:
-            pieces.append(text)
-            write(text)
-
-        streamer = text_streamer(self.tokenizer, emit)
+        streamer = text_streamer(self.tokenizer, write)
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
+        self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
@@ -121,13 +115,13 @@ class Generator:
                     last = time.perf_counter()
                     first = last if count == 0 else first
                     count += 1
-                    streamer.put(torch.tensor([token]))
+                    streamer.put([token])
                     counter.active = count % _COUNT_EVERY == 1
             except KeyboardInterrupt:
                 interrupted = True
-            streamer.end()
+            text = streamer.end()
         return Reply(
-            text="".join(pieces),
+            text=text,
             prompt_tokens=prompt.shape[1],
             tokens=count,
             prefill_seconds=first - started,
