@@ -5,6 +5,7 @@ Three ways to take a step. On a GPU a Llama-family model takes the compact path
 become one CUDA graph a token (`TokenLoop`). On a CPU, and for ALiBi, it is transformers' forward with a growing cache.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -360,9 +361,7 @@ class TokenLoop:
             session.token.copy_(self._sampler.next_token(self.logits).view(-1))
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        if self._sampler.generator is not None:
-            graph.register_generator_state(self._sampler.generator)
+        graph = self._empty_graph()
         try:
             with torch.cuda.graph(graph):
                 self._body()
@@ -372,5 +371,15 @@ class TokenLoop:
                 raise
             self.captures = False
             torch.cuda.synchronize(self._engine.device)
+            # torch leaves random generators in the middle of a capture that failed, and no number could be drawn from
+            # them any more ("Offset increment outside graph capture"). One that succeeds lets them go.
+            with warnings.catch_warnings(), torch.cuda.graph(self._empty_graph()):
+                warnings.simplefilter("ignore")  # it captures nothing
             return
         self._graph = graph
+
+    def _empty_graph(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self._sampler.generator is not None:
+            graph.register_generator_state(self._sampler.generator)
+        return graph
