@@ -123,7 +123,7 @@ class Model:
 
         Args:
             prompt: text, or messages [{"role": "user", "content": ..}, ..].
-            write: handed the text as it comes, word by word.
+            write: handed the text as it comes, each character as soon as no later token can change it.
             options: max_new_tokens, temperature, top_k, top_p or seed of this reply.
 
         Raises:

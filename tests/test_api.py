@@ -72,6 +72,7 @@ def test_a_model_answers(calibrated: Path, capsys: pytest.CaptureFixture[str]) -
     assert 0.2 < (reply.realised_sparsity or 0.0) < 0.8
     assert model.generate("the stars") == reply.text
     assert model.generate([{"role": "user", "content": "the stars"}]) == reply.text
+    assert model.reply(" the stars\n").prompt_tokens > reply.prompt_tokens  # a prompt is taken as it is
     assert model.reply("the stars", max_new_tokens=3).tokens == 3
     assert model.reply("the stars").tokens == 6  # the options of one reply are not kept
     assert teal_cli.generate("the stars", calibrated, 0.5, max_new_tokens=6) == reply.text

@@ -18,8 +18,8 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """A block's hidden states, whatever else it returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """A block's hidden states, whatever else it returns: a tensor, or a tuple or list (GPT-1) that begins with it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

@@ -128,7 +128,7 @@ def _forward(
     def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # No parameter takes a gradient, so the graph begins here, behind all blocks.
         last.append(hidden_of(output).detach().requires_grad_())
-        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+        return (last[0], *output[1:]) if isinstance(output, tuple | list) else last[0]
 
     inputs = _Inputs(behind)
     with recorded(blocks) as calls, hooked([blocks[-1].register_forward_hook(cut), *inputs.handles]):

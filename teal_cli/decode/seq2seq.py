@@ -37,7 +37,12 @@ class Seq2SeqEngine(Engine):
         Raises:
             ArtefactError: more positions than the model has.
         """
-        super().check_length(max(prompt_tokens, new_tokens + (1 if self._forced is None else 2)), 0)
+        longest = max(prompt_tokens, new_tokens + (1 if self._forced is None else 2))
+        if longest > self.max_length:
+            raise ArtefactError(
+                f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit: encoder and decoder have "
+                f"{self.max_length} positions each; shorten the prompt or --max-new-tokens"
+            )
 
     def new_cache(self, length: int) -> Any:
         """An empty cache, which grows."""

@@ -54,8 +54,8 @@ class TextStream:
         self._cleans = _cleans_up(tokenizer)
         self._streams = _is_local(tokenizer)
         self._bytes = _byte_tokens(tokenizer) if self._streams else frozenset()
-        added = tokenizer.added_tokens_decoder.items() if skip_special_tokens else ()
-        self._skipped = frozenset(token for token, content in added if content.special)
+        added = getattr(tokenizer, "added_tokens_decoder", {}) if skip_special_tokens else {}
+        self._skipped = frozenset(token for token, content in added.items() if content.special)
         self._ids = list(before)
         self._window = [token for token in before if token not in self._skipped]
         text = self._decode(self._window)
@@ -125,7 +125,7 @@ def _cleans_up(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     is_bpe = backend is not None and type(backend.model).__name__ == "BPE"
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
-    return bool(tokenizer.clean_up_tokenization_spaces) and (not is_bpe or forced)
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)) and (not is_bpe or forced)
 
 
 def _decoders(tokenizer: Any) -> list[dict[str, Any]]:

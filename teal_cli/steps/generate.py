@@ -78,6 +78,10 @@ class Generator:
         self.engine = engine_for(self.model)
         if self.engine.general_because is not None:
             reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
+        if not self.engine.keeps_state:
+            reporter.say(
+                f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
+            )
         self._turns = 0
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:

@@ -113,7 +113,7 @@ def test_bart_is_told_its_first_token() -> None:
     written = model.generate(ids, max_new_tokens=9, do_sample=False, num_beams=1)
     engine = engine_for(model)
     assert list(engine.generate(ids, max_new_tokens=8, sampling=GREEDY)) == written[0, 2:].tolist()
-    with pytest.raises(ArtefactError, match="context of 32"):
+    with pytest.raises(ArtefactError, match="have 32 positions each"):
         list(engine.generate(ids, max_new_tokens=31, sampling=GREEDY))
 
 
