@@ -381,6 +381,11 @@ class EvalConfig(ComparingConfig):
         return self.allocation
 
     @property
+    def named_text(self) -> str:
+        """What is read: the text file or the dataset."""
+        return self.dataset if self.text is None else str(self.text)
+
+    @property
     def prefixes(self) -> list[int]:
         """Dense positions at the start of each sequence."""
         return [self.seq_len // 2] if self.dense_prefix is None else self.dense_prefix

@@ -30,6 +30,7 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.cli import run as run_command
+from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns the families that are sparse by training)
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_

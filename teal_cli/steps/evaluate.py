@@ -55,12 +55,8 @@ def evaluate(
     Raises:
         TealError: anything wrong with model, text or machine.
     """
-    dataset = config.dataset if config.text is None else str(config.text)
-    if config.text is not None and TextFile.named(dataset) is None:
-        raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
-    # Whatever can fail cheaply fails before the model is looked for, and calibrated, say.
-    check_dataset(dataset)
-    harness = open_tasks(config.tasks, config.task_path) if config.tasks else None
+    harness = check_inputs(config)
+    dataset = config.named_text
     workspace = workspace or Workspace.of(config, reporter)
     others = with_other_weights(config, workspace, reporter)
     # All kinds of weights read one text, which none was calibrated on.
@@ -80,6 +76,21 @@ def evaluate(
         if not finished and had and isinstance(had[-1], EvalResult):
             keep(had[-1])
     return had[-1]
+
+
+def check_inputs(config: EvalConfig) -> Any:
+    """Fail before the model is looked for, and calibrated, say, where text, packages or tasks are missing.
+
+    Returns:
+        What `open_tasks` returns; None without tasks.
+
+    Raises:
+        TealError: one of them is.
+    """
+    if config.text is not None and TextFile.named(config.named_text) is None:
+        raise ArtefactError(f"text file {config.text} must be a .txt or .jsonl file")
+    check_dataset(config.named_text)
+    return open_tasks(config.tasks, config.task_path) if config.tasks else None
 
 
 def _evaluate(

@@ -20,13 +20,14 @@ from teal_cli.config import (
     RunConfig,
     SharedConfig,
 )
+from teal_cli.data import check_dataset
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.results import read_result
 from teal_cli.reading import read_json
 from teal_cli.report.console import Reporter
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
-from teal_cli.steps.evaluate import evaluate
+from teal_cli.steps.evaluate import check_inputs, evaluate
 from teal_cli.steps.export import export
 from teal_cli.steps.generate import Generator
 from teal_cli.text_files import TextFile
@@ -57,25 +58,31 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         if file.is_dir():
             raise ArtefactError(f"{file} is a folder where a result is to be written: take it away")
     state = _state(path, reporter)
+    keys = _keys(recipe, workspace)
+    done = {
+        stage
+        for stage, config in recipe.stages.items()
+        if state.get(stage) == keys[stage] and _whole(stage, config, workspace, workspace.run / f"{stage}.json")
+    }
+    for stage, config in recipe.stages.items():
+        if stage not in done:
+            _check_inputs(config)
     results: dict[str, dict[str, Any]] = {}
-    key = fingerprint(workspace.source.folder)
     for number, (stage, config) in enumerate(recipe.stages.items(), start=1):
-        # Each stage's key covers those before it: a changed calibration runs everything again.
-        key = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()
         title = f"[{number}/{len(recipe.stages)}] {stage}"
         result_file = workspace.run / f"{stage}.json"
-        if state.get(stage) == key and _whole(stage, config, workspace, result_file):
+        if stage in done:
             reporter.say(f"{title}: done before, kept")
             results[stage] = read_result(result_file)
             continue
         reporter.say(title)
-        # run.json is written when the stage is done, so a stage that is cut short runs again.
-        results[stage] = {"config": config.settings(), **_run_stage(config, reporter, workspace), "finished": now()}
+        results[stage] = _stated(config, _run_stage(config, reporter, workspace, result_file))
         write_json(result_file, results[stage])
+        # run.json is written when the stage is done, so a stage that is cut short runs again.
+        state[stage] = keys[stage]
+        write_json(path, state)
         if config.json_file is not None:
             write_json(config.json_file, results[stage])
-        state[stage] = key
-        write_json(path, state)
     reporter.say(f"all of it lies in {workspace.run}; next, for one page with plots: teal report {workspace.run}")
     return results
 
@@ -85,6 +92,22 @@ def _check(recipe: RunConfig) -> None:
     generate = recipe.stages.get("generate")
     if isinstance(generate, GenerateConfig) and generate.prompt in (None, "-"):
         raise UsageError("the recipe's generate stage needs a prompt (key prompt): teal run does not ask for one")
+
+
+def _keys(recipe: RunConfig, workspace: Workspace) -> dict[str, str]:
+    """Of each stage what its result depends on; it covers the stages before: a changed calibration runs all again."""
+    keys, key = {}, fingerprint(workspace.source.folder)
+    for stage, config in recipe.stages.items():
+        key = keys[stage] = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()
+    return keys
+
+
+def _check_inputs(config: SharedConfig) -> None:
+    """Fail before the first stage runs where a later one would miss its text, a package or a task."""
+    if isinstance(config, CalibrateConfig):
+        check_dataset(config.dataset)
+    if isinstance(config, EvalConfig):
+        check_inputs(config)
 
 
 def _settings(config: SharedConfig) -> str:
@@ -121,15 +144,25 @@ def _whole(stage: str, config: SharedConfig, workspace: Workspace, result_file: 
     return True
 
 
-def _run_stage(config: SharedConfig, reporter: Reporter, workspace: Workspace) -> dict[str, Any]:
-    """One stage's result, as JSON."""
+def _stated(config: SharedConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """A stage's result with what it was made by, and when."""
+    return {"config": config.settings(), **result, "finished": now()}
+
+
+def _run_stage(config: SharedConfig, reporter: Reporter, workspace: Workspace, result_file: Path) -> dict[str, Any]:
+    """One stage's result, as JSON; of an evaluation that ends early what it had goes to the file."""
     match config:
         case CalibrateConfig():
             return calibration_summary(calibrate(config, reporter, workspace))
         case ExportConfig():
             return asdict(export(config, reporter, workspace))
         case EvalConfig():
-            return evaluate(config, reporter, workspace).to_json()
+            return evaluate(
+                config,
+                reporter,
+                workspace,
+                keep=lambda found: write_json(result_file, _stated(config, found.to_json())),
+            ).to_json()
         case BenchConfig():
             return bench(config, reporter, workspace).to_json()
         case GenerateConfig():

@@ -9,6 +9,7 @@ import pytest
 from conftest import save_tiny, write_corpus
 
 from teal_cli.cli import run
+from teal_cli.errors import ArtefactError
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,31 @@ def test_a_recipe_repairs(damage: str, home: Path, tmp_path: Path, capsys: pytes
     finally:
         shutil.rmtree(home / "runs/tiny")
         shutil.copytree(folder, home / "runs/tiny")
+
+
+def test_a_later_stage_that_misses_its_text_is_said_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = (home / "r.yaml").read_text().replace("[calibrate, export]", "[calibrate, eval]")
+    Path("r.yaml").write_text(recipe.replace(str(home / "runs"), "here") + "eval:\n  dataset: none.txt\n")
+    assert run(["run", "r.yaml"]) == 3
+    assert "none.txt" in capsys.readouterr().err
+    assert not list(Path("here").rglob("calibration.json"))
+
+
+def test_figures_of_a_stage_that_ends_early_are_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = (home / "r.yaml").read_text().replace("[calibrate, export]", "[calibrate, export, eval]")
+    Path("r.yaml").write_text(
+        recipe.replace(str(home / "runs"), "here") + "eval:\n  generate: true\n  prompt_tokens: 8\n  new_tokens: 4\n"
+    )
+
+    def fail(*args: object, **options: object) -> None:
+        raise ArtefactError("the prompts cannot be written on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("teal_cli.steps.evaluate.agree", fail)
+        assert run(["run", "r.yaml"]) == 3
+    kept = json.loads(Path("here/tiny/eval.json").read_text())
+    assert kept["generation"] is None
+    assert run(["run", "r.yaml"]) == 0  # the stage was not finished
+    whole = json.loads(Path("here/tiny/eval.json").read_text())
+    assert whole["generation"] is not None
+    assert whole["sparse"]["perplexity"] == kept["sparse"]["perplexity"]
