@@ -200,8 +200,7 @@ def _download(hub_id: str, *, only_config: bool = False) -> Path:
         raise ArtefactError(f"the hub has no model {hub_id!r}, or it is private: `hf auth login`") from error
     except LocalEntryNotFoundError as error:  # every way of having no network ends here
         raise ArtefactError(
-            f"{hub_id} is not cached as a whole and the hub cannot be reached: connect once, or give --model a local "
-            "folder"
+            f"{hub_id} is not cached and the hub cannot be reached: connect once, or give --model a local folder"
         ) from error
     except Exception as error:  # a connection breaks as httpx says it, whose classes are not the hub library's own
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:

@@ -73,7 +73,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dtype of a list": ({"dtype": ["float32"]}, "dtype is"),
     **{f"type {v}": ({"model_type": v}, "names no model type") for v in (None, [], 3, "")},
     "unknown type": ({"model_type": "x" * 9999}, "cannot be understood"),
-    "no mapping": ({"quantization_config": [1]}, "not a mapping"),
+    "no mapping": ({"quantization_config": [1]}, "no mapping"),
     "no method": ({"quantization_config": {"bits": 4}}, "has no quant_method"),
     "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "quantised by 'fp8'"),
     "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "quantised by 'bitsandbytes'"),
