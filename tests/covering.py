@@ -1,6 +1,6 @@
 """Covering sets: few cases of many, in which any values of three arguments meet.
 
-Pairs are not enough where one argument is the backend: of thirteen planted faults pairs missed two, one of them
+Pairs are not enough where one argument is the backend: of twelve planted faults pairs missed two, one of them
 "relu2 is not squared with three rows" of one backend; triples, like the whole matrices, found them all.
 """
 
