@@ -10,4 +10,8 @@ CONFIGS = Path(str(files("teal_cli") / "configs"))
 
 def teal_home() -> Path:
     """`$TEAL_HOME`, or ~/.cache/teal: converted models. Not created here."""
-    return Path(os.environ.get("TEAL_HOME") or Path.home() / ".cache" / "teal")
+    named = Path(os.environ.get("TEAL_HOME") or Path.home() / ".cache" / "teal")
+    try:
+        return named.expanduser()
+    except RuntimeError:  # ~ of nobody
+        return named

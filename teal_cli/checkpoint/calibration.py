@@ -78,6 +78,8 @@ class CalibrationInfo:
     """Fingerprint of the quantised weights."""
     imported: Name = ""
     """Whose files this was read from (`teal import`); empty where it was measured."""
+    configuration: Name = ""
+    """Of the model (`checkpoint.digests.configuration_digest`); empty in files of older versions."""
 
 
 @dataclass

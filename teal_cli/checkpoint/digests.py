@@ -1,6 +1,7 @@
 """Full digests of a checkpoint: sha256 of every tensor and every other file, which the fingerprint only samples."""
 
 import hashlib
+import json
 import os
 import struct
 from collections.abc import Iterable
@@ -10,11 +11,29 @@ from pathlib import Path
 
 from teal_cli.checkpoint.files import file_digest
 from teal_cli.checkpoint.weights import tensor_header
+from teal_cli.reading import read_json
 
+_NOT_OF_THE_FORWARD = {
+    *("quantization_config", "tie_word_embeddings", "transformers_version", "_name_or_path", "architectures"),
+    *("dtype", "torch_dtype", "use_cache", "auto_map"),
+}
 _PIECE = 4 << 20
 _READ = (".json", ".jinja", ".txt", ".model")
 _MOST_THREADS = 8
 """hashlib lets other threads run; more than these wait for memory and disk."""
+
+
+def configuration_digest(folder: Path) -> str:
+    """sha256, in hex, of what a model's config.json says about its forward.
+
+    Left out: what an export changes or adds, names and versions, and the dtype, which is chosen by a flag.
+
+    Raises:
+        ArtefactError: no such file, or not JSON.
+    """
+    content = read_json(folder / "config.json", "model configuration")
+    said = {key: value for key, value in content.items() if key not in _NOT_OF_THE_FORWARD}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_digests(files: Iterable[Path], *, again: bool = False) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from teal_cli import __version__
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
-from teal_cli.checkpoint.digests import file_digests, tensor_digests
+from teal_cli.checkpoint.digests import configuration_digest, file_digests, tensor_digests
 from teal_cli.checkpoint.fields import Amount, Content, Digest, Flag, Moment, Name, Share, Size, Sparsity, checked
 from teal_cli.checkpoint.files import atomic_folder, check_seal, sealed
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan, carries_plan, check_is_whole, quantization_config
@@ -46,13 +46,18 @@ def check_calibration_fits(calibration: Calibration, dense: Path) -> str:
     """The fingerprint of the dense weights, if the calibration was made with them.
 
     Raises:
-        ArtefactError: calibrated with other weights.
+        ArtefactError: calibrated with other weights or another configuration.
     """
     digest = fingerprint(dense)
     if calibration.info.weights != digest:
         raise ArtefactError(
             f"the calibration was made with another model ({calibration.info.model}, weights "
             f"{calibration.info.weights[:12]}) than {dense} (weights {digest[:12]}): run `teal calibrate` for this one"
+        )
+    if calibration.info.configuration not in ("", configuration_digest(dense)):
+        raise ArtefactError(
+            f"config.json of {dense} has changed since the calibration: run `teal calibrate` again, or take back what "
+            "was changed"
         )
     return digest
 
@@ -88,6 +93,10 @@ def check_checkpoint(folder: Path) -> SparsityPlan:
         )
     if summary["weights"] != fingerprint(folder):
         raise ArtefactError(f"the weights of {folder} are not those that its thresholds were made for: export it again")
+    if summary["calibration"].get("configuration", "") not in ("", configuration_digest(folder)):
+        raise ArtefactError(
+            f"config.json of {folder} was altered: export it again, from the model with that configuration"
+        )
     return plan
 
 

@@ -35,13 +35,16 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     if prompt is None:
         converse(generator, reporter)
         return
-    write = _writer(stop_without_reader=config.json_file is None)
+    failed: list[OSError] = []
+    write = _writer(stop_without_reader=config.json_file is None, failed=failed)
     reply = generator.reply([{"role": "user", "content": prompt}], write=write)
     write("\n")
     reporter.say(summary(reply))
     write_result(config, generator.to_json(prompt, reply))
     if reply.interrupted:
         raise KeyboardInterrupt
+    if failed and not isinstance(failed[0], BrokenPipeError):
+        raise failed[0]
 
 
 def read_stdin() -> str:
@@ -56,9 +59,9 @@ def read_stdin() -> str:
         stream.reconfigure(encoding=encoding, errors="strict", newline="")
     try:
         text = stream.read(_LONGEST_PROMPT + 1)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise UsageError(
-            f"the prompt on stdin is not {error.encoding} ({error.reason}): convert it, as iconv does"
+            f"the prompt on stdin is not {stream.encoding} ({error}): convert it, as iconv does"
         ) from error
     except OSError as error:
         raise UsageError(f"stdin cannot be read: {error.strerror}") from error
@@ -122,20 +125,23 @@ def summary(reply: "Reply") -> str:
     return ", ".join(parts)
 
 
-def _writer(*, stop_without_reader: bool = True) -> Callable[[str], None]:
+def _writer(*, stop_without_reader: bool = True, failed: list[OSError] | None = None) -> Callable[[str], None]:
     """What writes a model's text as it comes: to a pipe or a file as it is, to a terminal what it can show.
 
     Args:
-        stop_without_reader: end the reply where the reader of a pipe went away; else it goes on, for --json.
+        stop_without_reader: end the reply where stdout cannot be written; else it goes on, for --json.
+        failed: takes what stdout failed with.
     """
     is_terminal = sys.stdout.isatty()
+    failed = [] if failed is None else failed
 
     def write(text: str) -> None:
         try:
             print(printable(text) if is_terminal else text, end="", flush=True)
-        except BrokenPipeError:
+        except OSError as error:
             if stop_without_reader:
                 raise
+            failed.append(error)
             silence(sys.stdout)
 
     return write

@@ -105,6 +105,8 @@ class Engine:
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, cache: Any) -> Tensor:
         """Run a prompt densely: (batch, tokens) int64 -> (batch, vocabulary) logits of the last."""
+        if self._states is not None:
+            self._states.forget(input_ids.shape[0])
         with self.control.dense() if self.control else nullcontext():
             return self._forward(input_ids, cache)
 
@@ -371,8 +373,8 @@ class TokenLoop:
                 raise
             self.captures = False
             torch.cuda.synchronize(self._engine.device)
-            # torch leaves random generators in the middle of a capture that failed, and no number could be drawn from
-            # them any more ("Offset increment outside graph capture"). One that succeeds lets them go.
+            # Seen once (H200, torch 2.11): after a capture that failed no random number could be drawn in the process
+            # ("Offset increment outside graph capture"). A capture that succeeds takes the generators out of it.
             with warnings.catch_warnings(), torch.cuda.graph(self._empty_graph()):
                 warnings.simplefilter("ignore")  # it captures nothing
             return

@@ -52,6 +52,7 @@ class StateNames:
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(type(model).forward).parameters
+        self._model = model
         self.name = next((name for name in _NAMES if name in parameters), None)
         """Of the parameter and of the output's field; None for a model without a state."""
         self.makes_its_own = self.name is not None and not (
@@ -64,6 +65,12 @@ class StateNames:
         self.takes_positions = (self.is_recurrent or self.makes_its_own) and "position_ids" in parameters
         if self.name is None:
             _check_plain_tokens(model)
+
+    def forget(self, batch: int) -> None:
+        """Clear a state that the layers themselves hold (RecurrentGemma), where one text would run into the next."""
+        clear = getattr(self._model, "_setup_cache", None)
+        if self.is_recurrent and clear is not None:
+            clear(self._model.config, batch, self._model.device, self._model.dtype)
 
     def new(self) -> CarriedState | WholeSequence | None:
         """An empty state; None where a cache of transformers is one."""

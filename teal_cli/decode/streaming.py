@@ -58,7 +58,10 @@ class TextStream:
         self._skipped = frozenset(token for token, content in added.items() if content.special)
         self._ids = list(before)
         self._window = [token for token in before if token not in self._skipped]
-        text = self._decode(self._window)
+        whole = len(self._window)
+        while whole and self._window[whole - 1] in self._bytes:  # a run that may go on
+            whole -= 1
+        text = self._decode(self._window[:whole])
         self._shown = text[: self._settled(text)]
         """The text of the window, as far as it was written."""
         self._pieces = [self._shown]
@@ -97,7 +100,7 @@ class TextStream:
         if not text.startswith(self._shown):  # not as local as it should be: what is written stays, the rest waits
             self._streams = False
             return
-        settled = self._settled(text)
+        settled = max(self._settled(text), len(self._shown))  # what is shown may look open again: "' n"
         piece, self._shown = text[len(self._shown) : settled], text[:settled]
         if len(self._window) >= _WINDOW:
             # While nothing settles, fewer looks: the work stays proportional to the tokens.

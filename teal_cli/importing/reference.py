@@ -11,6 +11,7 @@ histograms of Llama-3-8B fail this: they are Llama-2-7B's.
 
 import csv
 import io
+import zipfile
 from itertools import groupby
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def read_histograms(folder: Path, projections: list[Projection]) -> dict[str, Si
 
 def _read_histogram(path: Path, key: str) -> SignedHistogram:
     stored = io.BytesIO(read_bytes(path, "histogram", most=_MOST_BYTES))
+    if zipfile.is_zipfile(stored):
+        with blame(f"histogram {path} cannot be read"), zipfile.ZipFile(stored) as archive:
+            whole = sum(entry.file_size for entry in archive.infolist())
+        if whole > _MOST_BYTES:  # torch compresses nothing: a few bytes that stand for many are somebody's trap
+            raise ArtefactError(f"histogram {path} unpacks to {whole:,} bytes; more than {_MOST_BYTES:,} are not read")
+    stored.seek(0)
     with blame(f"histogram {path} cannot be read"):  # by torch, which raises whatever its zip and pickle parts do
         content = torch.load(stored, map_location="cpu", weights_only=True)
         centers, counts = content[f"{key}_centers"], content[key]

@@ -4,6 +4,7 @@ Tokenizers come with a model, so what is wrong inside them is an error of the mo
 raise any class of exception for it; every call into them goes through `load_tokenizer`, `encode` and `decode`.
 """
 
+import math
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ _PREFIXES = (
 _TEMPLATES = "additional_chat_templates"
 _MOST_TEMPLATE_BYTES = 1 << 20
 """Published chat templates have up to 40 KB."""
+_MOST_GROWTH = 256
+"""Published tokenizers write a space or a quote as up to four characters."""
+_MOST_RULES = 1_000
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -34,6 +38,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     with blame(f"{folder} has no usable tokenizer"):
         _check_files(folder)
+        _check_growth(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.teal_vocabulary = _vocabulary(folder)
     return tokenizer
@@ -103,6 +108,34 @@ def _vocabulary(folder: Path) -> int:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = config.get_text_config(decoder=True).vocab_size
     return int(size)
+
+
+def _check_growth(folder: Path) -> None:
+    """Refuse replacement rules that multiply a text: twenty that write a letter twice make a million of it.
+
+    Raises:
+        ArtefactError: they may make it more than `_MOST_GROWTH` times as long.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return
+    content = read_json(folder / "tokenizer.json", "tokenizer")
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if _growth(content.get(part)) > _MOST_GROWTH:
+            raise ArtefactError(f"the {part} rules of {folder / 'tokenizer.json'} make texts of any length: not used")
+
+
+def _growth(rules: Any) -> float:
+    """How many times as long its replacements, one after another, may make a text."""
+    if isinstance(rules, list):
+        return math.prod(map(_growth, rules[:_MOST_RULES])) if len(rules) <= _MOST_RULES else math.inf
+    if not isinstance(rules, dict):
+        return 1.0
+    inside = math.prod(_growth(value) for value in rules.values() if isinstance(value, dict | list))
+    content, pattern = rules.get("content"), rules.get("pattern")
+    if not isinstance(content, str) or pattern is None:
+        return inside
+    plain = pattern.get("String") if isinstance(pattern, dict) else None
+    return inside * max(1.0, len(content) / max(1, len(plain) if isinstance(plain, str) else 1))
 
 
 def _check_files(folder: Path) -> None:

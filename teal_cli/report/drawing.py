@@ -5,6 +5,7 @@ drawing follows the reader's choice of light or dark; texts stay texts, which ca
 """
 
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Plot:
     @cached_property
     def images(self) -> "Images":
         """The drawing, in the colours of light pages."""
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's, which this environment may lack, is refused at the import
         import matplotlib
         from matplotlib.figure import Figure
 

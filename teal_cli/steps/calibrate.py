@@ -11,6 +11,7 @@ from teal_cli.calibration.block_error import GreedyPaths, measure_paths, require
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
+from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.data import check_dataset, dataset_identity, token_blocks
@@ -99,6 +100,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     info = CalibrationInfo(
         model=source.name,
         weights=fingerprint(source.folder),
+        configuration=configuration_digest(source.folder),
         dataset=dataset_identity(config.dataset),
         tokens=blocks.numel(),
         seq_len=config.seq_len,

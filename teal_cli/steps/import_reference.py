@@ -6,6 +6,7 @@ from pathlib import Path
 from teal_cli.allocation import make_plan
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
+from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.files import atomic_path
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import ImportConfig
@@ -61,6 +62,7 @@ def import_reference(
     info = CalibrationInfo(
         model=workspace.source.name,
         weights=fingerprint(workspace.source.folder),
+        configuration=configuration_digest(workspace.source.folder),
         dataset="",
         tokens=tokens,
         seq_len=0,

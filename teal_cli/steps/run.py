@@ -7,7 +7,8 @@ from typing import Any
 
 from teal_cli import __version__
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.export import check_checkpoint
+from teal_cli.checkpoint.digests import configuration_digest
+from teal_cli.checkpoint.export import check_checkpoint, companions
 from teal_cli.checkpoint.files import file_digest, write_json
 from teal_cli.checkpoint.results import check_stage
 from teal_cli.checkpoint.weights import fingerprint
@@ -96,7 +97,9 @@ def _check(recipe: RunConfig) -> None:
 
 def _keys(recipe: RunConfig, workspace: Workspace) -> dict[str, str]:
     """Of each stage what its result depends on; it covers the stages before: a changed calibration runs all again."""
-    keys, key = {}, fingerprint(workspace.source.folder)
+    folder = workspace.source.folder
+    read = [file_digest(file) for file in companions(folder, with_index=False)]  # by the tokenizer, mostly
+    keys, key = {}, "|".join([fingerprint(folder), configuration_digest(folder), *read])
     for stage, config in recipe.stages.items():
         key = keys[stage] = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()
     return keys

@@ -107,3 +107,24 @@ def test_figures_of_a_stage_that_ends_early_are_kept(home: Path, monkeypatch: py
     whole = json.loads(Path("here/tiny/eval.json").read_text())
     assert whole["generation"] is not None
     assert whole["sparse"]["perplexity"] == kept["sparse"]["perplexity"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_changed_model_folder_is_noticed(home: Path, tmp_path: Path, capsys, name: str) -> None:
+    """The weights are the same; hidden states, or the tokens of the text, are not."""
+    model = Path(shutil.copytree(home / "tiny", tmp_path / "tiny"))
+    recipe = (home / "r.yaml").read_text().replace(str(home / "runs"), "here")
+    Path("r.yaml").write_text(recipe.replace(str(home / "tiny"), str(model)))
+    assert run(["run", "r.yaml"]) == 0
+    content = json.loads((model / name).read_text())
+    content |= {"rms_norm_eps": 0.5} if name == "config.json" else {"bos_token": "</s>"}
+    (model / name).write_text(json.dumps(content))
+    generate = ["generate", "--model", str(model), "--runs", "here", "--prompt", "a fox", "--max-new-tokens", "2"]
+    assert run([*generate, "--sparsity", "0.5"]) == (3 if name == "config.json" else 0)
+    capsys.readouterr()
+    assert run(["run", "r.yaml"]) == 0
+    assert "done before" not in capsys.readouterr().err
+    (export,) = Path("here/tiny").glob("fisher-*")
+    altered = json.loads((export / "config.json").read_text()) | {"rms_norm_eps": 0.25}
+    (export / "config.json").write_text(json.dumps(altered))
+    assert run(["generate", "--model", str(export), "--prompt", "a fox"]) == 3

@@ -1,7 +1,10 @@
 """`teal report` and `teal inspect` at the command line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +180,10 @@ def test_from_inside_of_a_run(
     monkeypatch.chdir(own_run / "uniform-0.50")
     assert _teal("report", ".", "--quiet") == 0
     assert (own_run / "report-uniform-0.50.html").is_file()
+
+
+def test_a_backend_of_a_notebook_is_no_matter(own_run: Path) -> None:
+    """Jupyter hands its own to what it starts; matplotlib refuses one that is not installed."""
+    environment = os.environ | {"MPLBACKEND": "module://not_installed.backend_inline"}
+    command = [sys.executable, "-m", "teal_cli", "report", str(own_run), "--quiet"]
+    assert subprocess.run(command, env=environment, check=False).returncode == 0

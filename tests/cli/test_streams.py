@@ -187,3 +187,13 @@ def test_an_error_is_one_line_that_is_short_and_not_obeyed(capsys, monkeypatch) 
     assert as_teal_error(EOFError()) is None
     monkeypatch.setattr("teal_cli.steps.inspect.inspect", lambda *_, **__: (_ for _ in ()).throw(EOFError("cut off")))
     assert run(["inspect", "."]) == 1  # and not "interrupted"
+
+
+def test_a_reply_is_kept_where_stdout_is_full(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    code, _, said = _shell(
+        f"{_TEAL} generate --model {model} --sparsity 0 --prompt fox --max-new-tokens 3 --json r.json >/dev/full"
+    )
+    assert code == 4
+    assert "the disk is full" in said.splitlines()[-1]
+    assert json.loads(Path("r.json").read_text())["tokens"] == 3

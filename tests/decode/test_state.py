@@ -214,3 +214,12 @@ def test_how_far_logits_are_apart() -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0, -torch.inf], [0.0, 0.0, 0.0, 0.0]])
     assert probe.difference(logits + 5.0, logits).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     assert float(probe.difference(-logits[:1].nan_to_num(neginf=0.0), logits[:1])) == pytest.approx(2.0)
+
+
+def test_a_state_that_layers_hold_is_cleared() -> None:
+    """Of RecurrentGemma: one text would run into the next, as it does with transformers' generate."""
+    shape = {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16}
+    fresh, used = (engine_for(_build("recurrent_gemma", **shape)) for _ in range(2))
+    list(used.generate(_prompt(), max_new_tokens=4, sampling=GREEDY))
+    texts = [list(engine.generate(_prompt(length=1), max_new_tokens=8, sampling=GREEDY)) for engine in (fresh, used)]
+    assert texts[0] == texts[1]

@@ -215,3 +215,25 @@ def test_work_for_a_token_does_not_grow_with_the_text(monkeypatch: pytest.Monkey
         stream.put([token] * 5000)
         assert time.perf_counter() - started < 5.0
         assert decoded < 5000 * 3 * streaming._WINDOW
+
+
+def test_what_is_shown_stays_shown_where_it_looks_open_again() -> None:
+    """A quote and an n alone: " ' n" may become "'n" or stay, and what was written must not be written twice."""
+    vocabulary = ["<unk>", "▁", "▁'", "'", "n", "▁n", "x"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in vocabulary], unk_id=0))
+    tokenizer.decoder = decoders.Metaspace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    ids = made.convert_tokens_to_ids(["▁'", "▁", "n", "▁", "▁", "n", "▁", "▁'", "▁", "n", "▁'"])
+    _, joined, whole = _stream(made, ids)
+    assert joined == whole == made.decode(ids)
+
+
+@pytest.mark.parametrize("after", [["<0xA5>"], ["<0xFF>", "<0x41>"], []])
+def test_a_character_that_begins_before_the_stream(after: list[str]) -> None:
+    make, decoder = KINDS["byte fallback"]
+    tokenizer, pieces = _tokenizer(make(), decoder), list[str]()
+    before = tokenizer.convert_tokens_to_ids(["<0x41>", "<0xE6>", "<0x97>"])
+    ids = tokenizer.convert_tokens_to_ids(after)
+    stream = TextStream(tokenizer, pieces.append, before=before)
+    stream.put(ids)
+    assert stream.before + stream.end() == stream.before + "".join(pieces) == tokenizer.decode(before + ids)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,17 @@ def test_damaged_files(tiny: Path, tmp_path: Path, capsys) -> None:
         pipe.unlink()
         os.mkfifo(pipe)
         _fails(capsys, 3, f"{pipe} is not an ordinary file", "import", teal, "--model", tiny)
+
+
+def test_a_file_that_unpacks_to_much(tiny: Path, tmp_path: Path, capsys) -> None:
+    """torch stores its parts as they are; a few bytes that stand for many would fill the memory."""
+    teal = tmp_path / "teal"
+    _published(teal)
+    file = next((teal / "histograms").rglob("histograms.pt"))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(70 << 20))
+    assert file.stat().st_size < 1 << 20
+    _fails(capsys, 3, "unpacks to 73,400,320 bytes", "import", teal, "--model", tiny)
 
 
 def test_artefacts_of_before_imports_still_count(tiny: Path, corpus: Path, capsys) -> None:

@@ -100,9 +100,9 @@ def _holding(text: str) -> Callable[[Path], object]:
         (_pipe, "not an ordinary file"),
         (_endless, "not an ordinary file"),
         (_giant, "are not read"),
-        (_holding("[" * 100_000), "no usable tokenizer"),
-        (_holding("[]"), "no usable tokenizer"),
-        (_holding('{"model": '), "no usable tokenizer"),
+        (_holding("[" * 100_000), "no usable tokenizer|not valid JSON"),
+        (_holding("[]"), "no usable tokenizer|does not hold a mapping"),
+        (_holding('{"model": '), "no usable tokenizer|not valid JSON"),
     ],
 )
 def test_files_that_are_no_tokenizer(folder: Path, name: str, damage: Callable[[Path], object], message: str) -> None:
@@ -115,4 +115,15 @@ def test_files_that_are_no_tokenizer(folder: Path, name: str, damage: Callable[[
 def test_giant_chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("x" * (2 << 20))
     with pytest.raises(ArtefactError, match="are not read"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("rules", [[("a", "aa")] * 40, [("a", "a" * 1_000_000)]], ids=["doubles", "writes a million"])
+def test_rules_that_multiply_a_text(folder: Path, part: str, rules: list[tuple[str, str]]) -> None:
+    file = folder / "tokenizer.json"
+    entries = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in rules]
+    kind = "normalizers" if part == "normalizer" else "decoders"
+    file.write_text(json.dumps({**json.loads(file.read_text()), part: {"type": "Sequence", kind: entries}}))
+    with pytest.raises(ArtefactError, match=f"the {part} rules of .* make texts of any length"):
         load_tokenizer(folder)
