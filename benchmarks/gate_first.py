@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from teal_cli.bench.timing import Spread, graph_microseconds, seconds_of
 from teal_cli.checkpoint.files import write_json
-from teal_cli.report.tables import plain_table
+from teal_cli.report.console import Reporter
+from teal_cli.report.plain_table import PlainTable
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import input_major, sparse_linear
 from teal_kernels.gate_first import GateActivation, gate_first, rounded_threshold
@@ -381,11 +381,11 @@ def measure(mlp: OnCpu | OnGpu, share: float, repeats: int) -> dict[str, Any]:
     }
 
 
-def table_of(runs: list[dict[str, Any]], title: str) -> Table:
+def table_of(runs: list[dict[str, Any]], title: str) -> PlainTable:
     """The runs, to look at."""
     parts = [name for name in ("gate", "up", "gate and up", "down") if name in runs[0]["parts_microseconds"]]
     columns = ("dtype", "dead", "dense us", "gate first us", *parts, "GB/s", "speedup", "error")
-    table = plain_table(title, *columns)
+    table = PlainTable(title, *columns)
 
     def spread(entry: dict[str, float]) -> str:
         return f"{entry['median']:.1f} ({entry['min']:.1f}-{entry['max']:.1f})"
@@ -464,7 +464,7 @@ def main() -> None:
     }
     if arguments.json:
         write_json(arguments.json, result)
-    Console(width=170).print(
+    Reporter().show(
         table_of(runs, f"MLP {arguments.hidden} x {arguments.neurons}, one token, {described}; median (min-max)")
     )
 

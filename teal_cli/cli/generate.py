@@ -47,6 +47,14 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise failed[0]
 
 
+def _expect_utf8(newline: str | None = None) -> None:
+    """Take ASCII, which a locale says that knows no better, for UTF-8."""
+    stream = sys.stdin
+    if isinstance(stream, io.TextIOWrapper):
+        encoding = "utf-8" if stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968") else stream.encoding
+        stream.reconfigure(encoding=encoding, errors="strict", newline=newline)
+
+
 def read_stdin() -> str:
     """A prompt, as it is: white space at both ends and line ends are parts of it.
 
@@ -54,9 +62,7 @@ def read_stdin() -> str:
         UsageError: not UTF-8 (or what the locale says), too long, or not readable.
     """
     stream = sys.stdin
-    if isinstance(stream, io.TextIOWrapper):
-        encoding = "utf-8" if stream.encoding.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968") else stream.encoding
-        stream.reconfigure(encoding=encoding, errors="strict", newline="")
+    _expect_utf8(newline="")
     try:
         text = stream.read(_LONGEST_PROMPT + 1)
     except UnicodeError as error:
@@ -77,6 +83,7 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
     sparsity = "intrinsic sparsity" if intrinsic else f"target sparsity {generator.target_sparsity:g}"
     reporter.say(f"{generator.name}, {sparsity}. {hint}.")
     messages: list[dict[str, str]] = []
+    _expect_utf8()
     write = _writer()
     while True:
         try:

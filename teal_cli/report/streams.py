@@ -6,6 +6,9 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+_MOST_DIGITS = 4
+"""Of a terminal's width."""
+
 
 def prepare_streams() -> None:
     """Make stdin, stdout and stderr usable, once, before anything else opens a file.
@@ -19,6 +22,8 @@ def prepare_streams() -> None:
                 os.open(os.devnull, os.O_RDWR)
                 stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
                 setattr(sys, name, stream)
+    if len(os.environ.get("COLUMNS", "")) > _MOST_DIGITS:  # rich would fill a line of it with blanks
+        del os.environ["COLUMNS"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper):

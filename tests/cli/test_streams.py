@@ -197,3 +197,9 @@ def test_a_reply_is_kept_where_stdout_is_full(tmp_path: Path) -> None:
     assert code == 4
     assert "the disk is full" in said.splitlines()[-1]
     assert json.loads(Path("r.json").read_text())["tokens"] == 3
+
+
+def test_a_width_that_no_terminal_has() -> None:
+    code, shown, _ = _shell(f"timeout 20 {_TEAL} --help", COLUMNS="9999999999")
+    assert code == 0
+    assert len(shown) < 100_000
