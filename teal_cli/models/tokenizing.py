@@ -5,8 +5,10 @@ raise any class of exception for it; every call into them goes through `load_tok
 """
 
 import math
+import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def load_tokenizer(folder: Path) -> Any:
     with blame(f"{folder} has no usable tokenizer"):
         _check_files(folder)
         _check_growth(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _panics_unsaid():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.teal_vocabulary = _vocabulary(folder)
     return tokenizer
 
@@ -55,7 +58,7 @@ def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
     Raises:
         ArtefactError: the tokenizer fails, or gives a token that its model does not have.
     """
-    with blame("the model's tokenizer cannot encode a text"):
+    with blame("the model's tokenizer cannot encode a text"), _panics_unsaid():
         # verbose=False: texts are longer than the model's context on purpose; they are cut later.
         ids = [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
     check_ids(tokenizer, ids)
@@ -73,7 +76,7 @@ def decode(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
     Raises:
         ArtefactError: the tokenizer fails.
     """
-    with blame("the model's tokenizer cannot decode tokens"):
+    with blame("the model's tokenizer cannot decode tokens"), _panics_unsaid():
         return str(tokenizer.decode(list(ids), **options))
 
 
@@ -108,6 +111,23 @@ def _vocabulary(folder: Path) -> int:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = config.get_text_config(decoder=True).vocab_size
     return int(size)
+
+
+@contextmanager
+def _panics_unsaid() -> Iterator[None]:
+    """Rust says of a panic what it has to say to stderr, before anybody can catch it; the error line says it again."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stderr is closed
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_growth(folder: Path) -> None:

@@ -11,6 +11,7 @@ from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.decode.streaming import text_streamer
+from teal_cli.errors import ArtefactError
 from teal_cli.models.loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.report.console import Reporter
@@ -19,6 +20,7 @@ from teal_cli.workspace import Workspace, checkpoint_for
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
 _COUNT_EVERY = 8
+_LONG_PROMPT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Generator:
         if config is None:
             config, turn = self.config, self._turns
             self._turns += 1
+        self._check_characters(messages)
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         streamer = text_streamer(self.tokenizer, write)
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
@@ -134,6 +137,18 @@ class Generator:
             neuron_sparsity=self._neuron_sparsity(counter),
             interrupted=interrupted,
         )
+
+    def _check_characters(self, messages: list[Message]) -> None:
+        """Refuse what is longer than the model's context whatever its tokens: encoding 10 MB takes many seconds."""
+        characters = sum(len(message["content"]) for message in messages)
+        if characters <= _LONG_PROMPT:
+            return
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        if characters > self.engine.max_length * longest:
+            raise ArtefactError(
+                f"a prompt of {characters:,} characters exceeds the model's context of {self.engine.max_length:,} tokens: "
+                "shorten it"
+            )
 
     def to_json(self, prompt: str, reply: Reply) -> dict[str, Any]:
         """The contract of `teal generate --json` (docs/formats.md)."""

@@ -329,6 +329,12 @@ def test_context_overflow(tiny, capsys) -> None:
     _fails(capsys, 3, "exceed the model's context of 256", *flags)
 
 
+def test_a_prompt_that_no_context_holds(tiny, capsys) -> None:
+    """Refused by its characters, before it is encoded."""
+    flags = ("generate", "--model", tiny, "--sparsity", "0", "--max-new-tokens", "1", "--prompt", "stars " * 200_000)
+    _fails(capsys, 3, "1,200,000 characters exceeds the model's context of 256 tokens", *flags)
+
+
 def test_recipe_without_prompt(tiny, capsys) -> None:
     Path("r.yaml").write_text(f"model: {tiny}\n")
     _fails(capsys, 2, "needs a prompt", "run", "r.yaml")

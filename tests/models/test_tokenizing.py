@@ -127,3 +127,14 @@ def test_rules_that_multiply_a_text(folder: Path, part: str, rules: list[tuple[s
     file.write_text(json.dumps({**json.loads(file.read_text()), part: {"type": "Sequence", kind: entries}}))
     with pytest.raises(ArtefactError, match=f"the {part} rules of .* make texts of any length"):
         load_tokenizer(folder)
+
+
+def test_a_panic_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """tokenizers panics where a rule matches nothing everywhere; Rust's own words would come first."""
+    file = folder / "tokenizer.json"
+    rule = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": rule}))
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(ArtefactError, match="cannot encode a text"):
+        encode(tokenizer, "a fox")
+    assert capfd.readouterr().err == ""
