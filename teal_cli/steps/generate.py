@@ -144,10 +144,10 @@ class Generator:
         if characters <= _LONG_PROMPT:
             return
         longest = max(map(len, self.tokenizer.get_vocab()), default=1)
-        if characters > self.engine.max_length * longest:
+        context = self.engine.max_length
+        if characters > context * longest:
             raise ArtefactError(
-                f"a prompt of {characters:,} characters exceeds the model's context of {self.engine.max_length:,} tokens: "
-                "shorten it"
+                f"a prompt of {characters:,} characters exceeds the model's context of {context:,} tokens: shorten it"
             )
 
     def to_json(self, prompt: str, reply: Reply) -> dict[str, Any]:
