@@ -248,7 +248,7 @@ def test_run_resumes_after_an_interruption(
 ) -> None:
     recipe = _recipe(dense, corpus)
     with monkeypatch.context() as patch:
-        patch.setattr("teal_cli.steps.run.evaluate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("teal_cli.steps.run.evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _teal("run", recipe) == 130
     assert "interrupted; finished stages are kept" in capsys.readouterr().err
     assert set(_json(Path("runs/tiny/run.json"))) == {"calibrate", "export"}
