@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 from teal_cli.errors import ArtefactError, blame, shown
+from teal_cli.text_files import Documents
 
 _FOLDERS = ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 """Variables that say where hub datasets are kept, the narrowest first."""
 
 
-class Column(Sequence[str]):
+class Column(Documents):
     """The texts of a column that are not blank; they stay on disk.
 
     Args:
@@ -25,13 +26,8 @@ class Column(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def text_at(self, index: int) -> str:
+        """Read one row."""
         return str(self._texts[self._rows[index]])
 
 

@@ -7,6 +7,7 @@ its documents begin.
 import codecs
 import json
 import stat
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,24 @@ class TextFile:
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-class JsonLines(Sequence[str]):
+class Documents(Sequence[str]):
+    """Texts that stay where they are; each is read when it is asked for."""
+
+    @abstractmethod
+    def text_at(self, index: int) -> str:
+        """Read one."""
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.text_at(each) for each in range(*index.indices(len(self)))]
+        return self.text_at(index)
+
+
+class JsonLines(Documents):
     """The texts of a .jsonl file, each read when it is asked for.
 
     Args:
@@ -151,13 +169,8 @@ class JsonLines(Sequence[str]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def text_at(self, index: int) -> str:
+        """Read one line anew."""
         number = self._numbers[index]
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[index])
