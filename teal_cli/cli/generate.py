@@ -36,7 +36,7 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         converse(generator, reporter)
         return
     failed: list[OSError] = []
-    write = _writer(stop_without_reader=config.json_file is None, failed=failed)
+    write = _writer(None if config.json_file is None else failed)
     reply = generator.reply([{"role": "user", "content": prompt}], write=write)
     write("\n")
     reporter.say(summary(reply))
@@ -132,21 +132,19 @@ def summary(reply: "Reply") -> str:
     return ", ".join(parts)
 
 
-def _writer(*, stop_without_reader: bool = True, failed: list[OSError] | None = None) -> Callable[[str], None]:
+def _writer(failed: list[OSError] | None = None) -> Callable[[str], None]:
     """What writes a model's text as it comes: to a pipe or a file as it is, to a terminal what it can show.
 
     Args:
-        stop_without_reader: end the reply where stdout cannot be written; else it goes on, for --json.
-        failed: takes what stdout failed with.
+        failed: takes what stdout fails with, and the reply goes on, for --json; without it the reply ends there.
     """
     is_terminal = sys.stdout.isatty()
-    failed = [] if failed is None else failed
 
     def write(text: str) -> None:
         try:
             print(printable(text) if is_terminal else text, end="", flush=True)
         except OSError as error:
-            if stop_without_reader:
+            if failed is None:
                 raise
             failed.append(error)
             silence(sys.stdout)
