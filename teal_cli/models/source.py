@@ -216,8 +216,10 @@ def _download(hub_id: str, *, only_config: bool = False) -> Path:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{hub_id} has no config.json: it is not a transformers model")
     _check_folder(folder)
-    if not only_config and not any(folder.glob("*.safetensors")):
-        raise ArtefactError(f"{hub_id} has no safetensors weights, and teal loads no pickled ones: convert them first")
     if not only_config:
+        if not any(folder.glob("*.safetensors")):
+            raise ArtefactError(
+                f"{hub_id} has no safetensors weights, and teal loads no pickled ones: convert them first"
+            )
         weight_files(folder)
     return folder
