@@ -22,7 +22,7 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import build_random_model
-from teal_cli.sparse import propagate_, sparsify_
+from teal_cli.sparse import recalibrate_, sparsify_
 from teal_cli.versions import device_description, library_versions
 
 SINK_TOKENS = 4
@@ -78,7 +78,7 @@ def main() -> None:
     calibration = Calibration(info, projections, histograms, sensitivities)
     plan = timed("allocation fisher", lambda: make_plan(calibration, options.sparsity, "fisher"))
     sparsify_(model, plan)
-    timed("propagation", lambda: propagate_(model, plan, text, dense_prefix=options.seq_len // 2))
+    timed("propagation", lambda: recalibrate_(model, plan, text, dense_prefix=options.seq_len // 2))
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "calibration": asdict(info),

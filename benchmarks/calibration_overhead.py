@@ -13,7 +13,7 @@ import torch
 
 from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.calibration.collect import collect
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.data import token_blocks
 from teal_cli.models.architectures import find_projections

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
 from teal_cli.bench.timing import Spread, seconds_of, synchronize
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.decode.engine import Engine

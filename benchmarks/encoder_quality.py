@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.config import CalibrateConfig, ExportConfig
 from teal_cli.data import half_of, load_documents
 from teal_cli.evaluation.similarity import compare_states

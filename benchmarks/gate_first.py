@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from teal_cli.bench.timing import Spread, graph_microseconds, seconds_of
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.report.console import Reporter
 from teal_cli.report.plain_table import PlainTable
 from teal_cli.versions import device_description, library_versions
@@ -36,7 +36,7 @@ from teal_kernels import input_major, sparse_linear
 from teal_kernels.gate_first import GateActivation, gate_first, rounded_threshold
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.triton_gate_first import UNTUNED, UNTUNED_FUSED, GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
 from teal_kernels.tuning import choose_config
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.89, 0.95)
@@ -55,10 +55,10 @@ UP_CUTS = [
     )
 ]
 GATE_CUTS = [
-    GemvConfig(block_out=256, block_in=1, unroll=6, inputs_per_split=256, warps=1, dense=True),
-    GemvConfig(block_out=128, block_in=2, unroll=6, inputs_per_split=256, warps=1, dense=True),
-    GemvConfig(block_out=64, block_in=4, unroll=8, inputs_per_split=256, warps=1, dense=True),
-    GemvConfig(block_out=64, block_in=8, unroll=8, inputs_per_split=512, warps=2, dense=True),
+    TileConfig(block_out=256, block_in=1, unroll=6, inputs_per_chunk=256, warps=1, dense=True),
+    TileConfig(block_out=128, block_in=2, unroll=6, inputs_per_chunk=256, warps=1, dense=True),
+    TileConfig(block_out=64, block_in=4, unroll=8, inputs_per_chunk=256, warps=1, dense=True),
+    TileConfig(block_out=64, block_in=8, unroll=8, inputs_per_chunk=512, warps=2, dense=True),
 ]
 FUSED_CUTS = [
     GateFirstConfig(
@@ -74,7 +74,7 @@ FUSED_CUTS = [
     )
 ]
 DOWN_CUTS = [
-    GemvConfig(block_out=block_out, block_in=block_in, unroll=unroll, inputs_per_split=per_split, warps=warps)
+    TileConfig(block_out=block_out, block_in=block_in, unroll=unroll, inputs_per_chunk=per_split, warps=warps)
     for (block_out, warps), (block_in, unroll), per_split in itertools.product(
         ((64, 1), (128, 1)), ((4, 6), (8, 4)), (256, 512)
     )
@@ -176,16 +176,16 @@ class OnGpu(Mlp):
         self.pdl = hopper_or_later(device)
         self.up_cut, self.fused_cut = UNTUNED, UNTUNED_FUSED
         self.down_cut = self._chosen(neurons, (hidden,), "plain", TUNED_AT)
-        self.gate_cut: GemvConfig | None = None
+        self.gate_cut: TileConfig | None = None
         """None: cuBLAS."""
         self.dense_cuts = (
             self._chosen(hidden, (neurons, neurons), "gated", 0.0),
             self._chosen(neurons, (hidden,), "plain", 0.0),
         )
 
-    def _chosen(self, inputs: int, parts: tuple[int, ...], finish: str, sparsity: float) -> GemvConfig:
+    def _chosen(self, inputs: int, parts: tuple[int, ...], epilogue: str, sparsity: float) -> TileConfig:
         return choose_config(
-            self.device, inputs=inputs, parts=parts, dtype=self.dtype, rows=1, finish=finish, sparsity=sparsity
+            self.device, inputs=inputs, parts=parts, dtype=self.dtype, rows=1, epilogue=epilogue, sparsity=sparsity
         )
 
     def cublas(self, index: int) -> Tensor:
@@ -216,10 +216,10 @@ class OnGpu(Mlp):
         parts: tuple[int, ...],
         thresholds: Tensor,
         y: Tensor,
-        cut: GemvConfig,
-        finish: str = "plain",
+        cut: TileConfig,
+        epilogue: str = "plain",
     ) -> None:
-        gemv(x, table, parts, thresholds, y, cut, self.scratch, finish=finish, pdl=self.pdl)
+        gemv(x, table, parts, thresholds, y, cut, self.scratch, epilogue=epilogue, pdl=self.pdl)
 
     def gate_product(self, index: int) -> Tensor:
         if self.gate_cut is None:
@@ -298,11 +298,11 @@ class OnGpu(Mlp):
             self.up_cut = cut
             return self.microseconds(lambda index: self.up_product(index, self.gates[index]))
 
-        def time_gate(cut: GemvConfig | None) -> Spread:
+        def time_gate(cut: TileConfig | None) -> Spread:
             self.gate_cut = cut
             return self.microseconds(self.gate_product)
 
-        def time_down(cut: GemvConfig) -> Spread:
+        def time_down(cut: TileConfig) -> Spread:
             self.down_cut = cut
             return self.microseconds(lambda index: self.down_product(index, hiddens[index]))
 
@@ -469,7 +469,7 @@ def main() -> None:
     )
 
 
-def _gate_time(mlp: OnGpu, cut: GemvConfig | None) -> float:
+def _gate_time(mlp: OnGpu, cut: TileConfig | None) -> float:
     mlp.gate_cut = None if cut is None else replace(cut, dense=True)
     return mlp.microseconds(mlp.gate_product).median
 

@@ -21,7 +21,7 @@ import torch
 
 from teal_cli.bench.decode import decode_seconds, random_prompt
 from teal_cli.bench.timing import Spread, seconds_of
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig

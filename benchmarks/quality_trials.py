@@ -8,7 +8,7 @@
 With --only, a JSON that is there keeps its results and gets those of the named variants under "added".
 
 Every variant drops inputs of the same model in one masked pass, settles its own thresholds on the
-calibration's text as `sparse.propagate_` does, and reads the same share of bytes: what a variant reads
+calibration's text as `sparse.recalibrate_` does, and reads the same share of bytes: what a variant reads
 besides is taken from what it may keep. docs/method.md says what was learnt.
 """
 
@@ -40,7 +40,7 @@ from teal_cli.evaluation.perplexity import _mean_and_error
 from teal_cli.models.loading import load_model
 from teal_cli.models.source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.sparse import SparseLinear, propagate_, sparse_layers, sparsify_
+from teal_cli.sparse import SparseLinear, recalibrate_, sparse_layers, sparsify_
 from teal_cli.versions import device_description, library_versions
 
 PREFIX = 512
@@ -426,7 +426,7 @@ def main() -> None:
     plan = make_plan(calibration, options.sparsity, "fisher")
     for number in range(1, options.rounds + 1):
         projections = {name: replace(entry, sparsity=sparsity[name]) for name, entry in plan.projections.items()}
-        propagate_(model, replace(plan, projections=projections), trial.text, dense_prefix=PREFIX)
+        recalibrate_(model, replace(plan, projections=projections), trial.text, dense_prefix=PREFIX)
         found = relinearised(trial)
         sparsity = fisher(replace(calibration, sensitivities=found), options.sparsity)
         measure(VARIANTS[0], f"re-linearised {number} times", sparsity)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from teal_cli.checkpoint.files import write_json
+from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import CalibrateConfig, EvalConfig
 from teal_cli.data import token_blocks

@@ -17,7 +17,7 @@ from teal_cli.models.source import ModelSource
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import Reporter
-from teal_cli.sparse import propagate_, sparsify_
+from teal_cli.sparse import recalibrate_, sparsify_
 
 DEFAULT_SPARSITY = 0.5
 
@@ -82,7 +82,7 @@ def hold(
         reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
     # As `teal eval` runs text: encoders have no prompt that runs dense.
     prefix = text.shape[1] // 2 if architecture_for(model).kind == "causal" else 0
-    held = propagate_(model, plan, text, dense_prefix=prefix)
+    held = recalibrate_(model, plan, text, dense_prefix=prefix)
     if loaded:
         del model
         gc.collect()  # hooks and sites refer to one another; a GPU has no room for a second copy

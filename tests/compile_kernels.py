@@ -17,14 +17,14 @@ from triton.backends.compiler import GPUTarget
 from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.triton_gemv import TileConfig
 
 # Rows, cut, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
-    (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=64, warps=1), (8, 64, False)),
-    (3, GemvConfig(block_out=64, block_in=16, unroll=1, inputs_per_split=2048, warps=2), (4, 64, True)),
-    (1, GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=128, warps=2, dense=True), (4, 64, True)),
-    (3, GemvConfig(block_out=64, block_in=16, unroll=1, inputs_per_split=128, warps=2, dense=True), (8, 64, False)),
+    (1, TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=64, warps=1), (8, 64, False)),
+    (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=2048, warps=2), (4, 64, True)),
+    (1, TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=128, warps=2, dense=True), (4, 64, True)),
+    (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=128, warps=2, dense=True), (8, 64, False)),
 )
 DTYPE = torch.bfloat16
 
@@ -58,8 +58,8 @@ def main(capability: int) -> None:
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, cut, quantised in PRODUCTS:
-        for finish in PARTS:
-            random_case(finish, rows, dtype=DTYPE).launch(cut, pdl=pdl)
+        for epilogue in PARTS:
+            random_case(epilogue, rows, dtype=DTYPE).launch(cut, pdl=pdl)
         for packed in (None, quantised):
             HeadsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(cut, torch.zeros(1), pdl=pdl)
     for rows in (1, 3):

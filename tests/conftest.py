@@ -108,7 +108,7 @@ TINY_CONFIGS = {
     "qwen2": {"model_type": "qwen2", **_TINY},
     "qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 16},
 }
-"""What the compact path knows: tests of kernels and of quantised weights run on these."""
+"""What the fused path knows: tests of kernels and of quantised weights run on these."""
 
 _T5 = {
     "vocab_size": VOCABULARY,

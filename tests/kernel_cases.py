@@ -12,7 +12,7 @@ from teal_kernels.launching import hopper_or_later
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised, pack, side_by_side
 from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, GemvConfig, Heads, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import EMPTY, Heads, Norm, Scratch, TileConfig, gemv, squares_of
 
 # Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -45,7 +45,7 @@ def _weights(table: Tensor | Packed) -> Tensor:
 class Case:
     """The arguments of one launch, and its definition."""
 
-    finish: str
+    epilogue: str
     parts: tuple[int, ...]
     x: Tensor
     table: Tensor | Packed
@@ -77,12 +77,12 @@ class Case:
         y = torch.cat(columns, dim=1)
         if self.bias is not None:
             y = y + self.bias.double()
-        if self.finish == "gated":
+        if self.epilogue == "gated":
             y = silu(y[:, : self.parts[0]]) * y[:, self.parts[0] :]
-        return y + self.before.double() if self.finish == "residual" else y
+        return y + self.before.double() if self.epilogue == "residual" else y
 
     def launch(
-        self, config: GemvConfig, scratch: Scratch | None = None, counts: Tensor | None = None, *, pdl: bool = False
+        self, config: TileConfig, scratch: Scratch | None = None, counts: Tensor | None = None, *, pdl: bool = False
     ) -> "Result":
         """Run the kernel; what lies around its outputs must stay as it was."""
         scratch = scratch or Scratch(self.x.device)
@@ -101,8 +101,8 @@ class Case:
             scratch,
             bias=self.bias,
             norm=self.norm,
-            finish=self.finish,
-            squares=squares if self.finish == "residual" else None,
+            epilogue=self.epilogue,
+            squares=squares if self.epilogue == "residual" else None,
             counts=counts,
             pdl=pdl,
         )
@@ -132,7 +132,7 @@ def _assert_guard(values: Tensor) -> None:
 
 
 def random_case(
-    finish: str,
+    epilogue: str,
     rows: int,
     *,
     dtype: torch.dtype = torch.float32,
@@ -152,7 +152,7 @@ def random_case(
     to so many bits in groups of so many inputs, with zero points or without.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts = parts or PARTS[finish]
+    parts = parts or PARTS[epilogue]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
@@ -161,18 +161,18 @@ def random_case(
     x = random(rows, inputs)
     squares = torch.stack([chunk.float().square().sum(1) for chunk in x.split(16, dim=1)], dim=1)
     case = Case(
-        finish,
+        epilogue,
         parts,
         x,
         table=random(inputs, total) if packed is None else random_packed(inputs, parts, *packed, device=device),
         thresholds=torch.full((len(parts),), -1.0, device=device),
-        before=random(rows, parts[0] if finish == "gated" else total),
+        before=random(rows, parts[0] if epilogue == "gated" else total),
         bias=random(total) if bias else None,
         norm=Norm(random(inputs), EPS, squares) if norm else None,
     )
     if listed:
         magnitudes = case.seen.abs().float()
-        shares = SPARSITIES[finish][: len(parts)] if sparsity is None else (sparsity,) * len(parts)
+        shares = SPARSITIES[epilogue][: len(parts)] if sparsity is None else (sparsity,) * len(parts)
         case.thresholds = torch.stack([magnitudes.quantile(share) for share in shares])
     return case
 
@@ -318,14 +318,14 @@ class HeadsCase:
         if self.packed is not None:
             self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
 
-    def launch(self, cut: GemvConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+    def launch(self, cut: TileConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
         """Run the kernel: (rows, outputs)."""
         y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
         config = fitting(cut, self.table, self.rows)
         gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
         return y
 
-    def check(self, cut: GemvConfig, *, pdl: bool = False) -> None:
+    def check(self, cut: TileConfig, *, pdl: bool = False) -> None:
         """Against float64, at a threshold that no input is near."""
         sizes = self.x.abs().flatten().float().sort().values
         middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]

@@ -11,10 +11,11 @@ from teal_kernels.ops import (
     resolve_backend,
     sparse_linear,
 )
-from teal_kernels.reference import active_inputs, masked_input, reference_linear
+from teal_kernels.reference import KEEP_ALL, active_inputs, masked_input, reference_linear
 
 __all__ = [
     "BACKENDS",
+    "KEEP_ALL",
     "BackendUnavailableError",
     "active_inputs",
     "backend_unavailable_reason",

@@ -47,7 +47,7 @@ def gemv_kernel(
     part_0,
     part_1,
     part_2,
-    inputs_per_split,
+    inputs_per_chunk,
     n_splits,
     group,
     n_squares,
@@ -65,7 +65,7 @@ def gemv_kernel(
     HEAD_SPLITS: tl.constexpr,
     HEAD_SHORTEST: tl.constexpr,
     ALIKE: tl.constexpr,
-    FINISH: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     FULL: tl.constexpr,
@@ -115,8 +115,8 @@ def gemv_kernel(
     inside = out_start + words * PACK < out_stop
     if EVEN:
         inside = tl.full((WORDS,), True, tl.int1)
-    first = split * inputs_per_split
-    last = tl.minimum(first + inputs_per_split, n_in)
+    first = split * inputs_per_chunk
+    last = tl.minimum(first + inputs_per_chunk, n_in)
     threshold = 0.0
     if LISTED:
         threshold = tl.load(threshold_ptr + part)
@@ -137,7 +137,7 @@ def gemv_kernel(
     one_loop: tl.constexpr = elementwise and not SEVERAL_GROUPS  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not LISTED and one_loop
     # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
-    early: tl.constexpr = PDL and one_loop and FINISH == PLAIN
+    early: tl.constexpr = PDL and one_loop and EPILOGUE == PLAIN
     ahead = ()
     if whole:
         ahead = load_rows(columns, inside, (), 0, last - first, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
@@ -254,7 +254,7 @@ def gemv_kernel(
 
     # The stretches' sums meet in memory. The last programs of a block finish a slice of it each,
     # for all rows side by side; with a gated table those of its second half do.
-    meet: tl.constexpr = SPLIT or FINISH == GATED or ROWS > 1 or PACK > 1
+    meet: tl.constexpr = SPLIT or EPILOGUE == GATED or ROWS > 1 or PACK > 1
     piece = 0
     width: tl.constexpr = BLOCK_OUT // FINISHERS
     line_length = tl.num_programs(0) * BLOCK_OUT
@@ -273,7 +273,7 @@ def gemv_kernel(
                 mine = partial_ptr + (split * ROWS + rows)[:, None] * line_length
                 send(mine + places[None, :], acc[k], (rows < ROWS)[:, None] & inside[None, :])
         piece = split - (n_splits - FINISHERS)
-        if FINISH == GATED:
+        if EPILOGUE == GATED:
             piece = tl.where(block >= blocks_0, piece, -1)
         if piece < 0:
             return
@@ -292,10 +292,10 @@ def gemv_kernel(
     at = outs
     line_place = block * BLOCK_OUT + place
     gate_place = line_place
-    if FINISH == GATED:
+    if EPILOGUE == GATED:
         at = outs - part_0
         gate_place = line_place - blocks_0 * BLOCK_OUT
-    if FINISH == RESIDUAL:  # travels while the sums are gathered
+    if EPILOGUE == RESIDUAL:  # travels while the sums are gathered
         residual = tl.load(y_ptr + row * total + outs, mask=inside, other=0.0)
     if meet:  # in a fixed order, a few lines at a time
         y = tl.zeros((BATCH * width,), dtype=tl.float32)
@@ -306,7 +306,7 @@ def gemv_kernel(
             line = partial_ptr + (lines * ROWS)[:, None] * line_length
             gate_at = line + (row * line_length + gate_place)[None, :]
             bits = look(gate_at, there)
-            if FINISH == GATED:
+            if EPILOGUE == GATED:
                 up_at = line + (row * line_length + line_place)[None, :]
                 gate_sums, up_sums = received_both(bits, gate_at, look(up_at, there), up_at, there)
                 y += tl.sum(gate_sums, axis=0)
@@ -318,14 +318,14 @@ def gemv_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = y.to(dtype)
-    if FINISH == GATED:
+    if EPILOGUE == GATED:
         if HAS_BIAS:
             up += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)
         gate = y.to(tl.float32)
         y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
         tl.store(y_ptr + row * part_0 + at, y, mask=inside)
     else:
-        if FINISH == RESIDUAL:
+        if EPILOGUE == RESIDUAL:
             y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
             square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
             each = tl.arange(0, BATCH)

@@ -11,7 +11,7 @@ from teal_kernels.cpu import cut_of, offsets_of, select_active
 from teal_kernels.launching import LEAST_TILE, by_elements
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
 
 _ROW_END = 8
 """Bytes behind each row of a byte table: its scale and its offset, float32."""
@@ -79,17 +79,17 @@ def _starts(groups: int, group: int) -> Tensor:
     return torch.arange(groups) * group
 
 
-def fitting(config: GemvConfig, table: Tensor | Packed, rows: int) -> GemvConfig:
+def fitting(config: TileConfig, table: Tensor | Packed, rows: int) -> TileConfig:
     """The cut, as the groups of quantised weights and a batch of so many rows allow it; of others as it is."""
     if not isinstance(table, Packed):
         return config
-    splits, group, n_in = config.inputs_per_split, table.group, table.words.shape[0]
+    splits, group, n_in = config.inputs_per_chunk, table.group, table.words.shape[0]
     if group < n_in and splits > group and (splits % group or group % 32):
         splits = group
     elif splits < group < n_in and group % splits:
         splits = min(group, 32)
     least = 32 // table.bits * (1 if by_elements(rows, table.bits) else LEAST_TILE)  # matrix units take tiles of words
-    return replace(config, inputs_per_split=splits, block_out=max(config.block_out, least))
+    return replace(config, inputs_per_chunk=splits, block_out=max(config.block_out, least))
 
 
 def reference_packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, threshold: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def reference_packed_linear(x: Tensor, packed: Packed, bias: Tensor | None, thre
 
 
 def triton_packed_linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, threshold: Tensor, config: GemvConfig
+    x: Tensor, packed: Packed, bias: Tensor | None, threshold: Tensor, config: TileConfig
 ) -> Tensor:
     """Sparse product on a GPU (or in the interpreter)."""
     n_in, n_out = packed.shape

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KEEP_ALL = float("-inf")
+"""The threshold of a projection that drops nothing: no |x| is below it, and so none is a special case of a kernel."""
+
 
 def active_inputs(x: Tensor, threshold: Tensor) -> Tensor:
     """Which inputs are kept.

@@ -41,7 +41,7 @@ if TRITON_MISSING is None:
 
 
 @dataclass(frozen=True)
-class GemvConfig:
+class TileConfig:
     """How one product is cut up."""
 
     block_out: int
@@ -50,7 +50,7 @@ class GemvConfig:
     """Rows of weights in a tile (power of two); on matrix units at least 16, with as much less in flight."""
     unroll: int
     """Tiles in flight at a time."""
-    inputs_per_split: int
+    inputs_per_chunk: int
     """Inputs of a program; with a list at most `MAX_LISTED`."""
     warps: int
     dense: bool = False
@@ -149,10 +149,10 @@ MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
 _MOST_FINISHERS = 4
 """Of one block. More were no faster on an H100."""
-_FINISHES = {"plain": 0, "residual": 1, "gated": 2}
+_EPILOGUES = {"plain": 0, "residual": 1, "gated": 2}
 
 
-def _tile(config: GemvConfig, rows: int, bits: int) -> tuple[int, int]:
+def _tile(config: TileConfig, rows: int, bits: int) -> tuple[int, int]:
     """Rows of weights in a tile, and tiles in flight, as this batch runs them."""
     if rows == 1:
         return config.block_in, config.unroll
@@ -163,13 +163,13 @@ def _tile(config: GemvConfig, rows: int, bits: int) -> tuple[int, int]:
     return LEAST_TILE, max(1, config.unroll * config.block_in // LEAST_TILE)
 
 
-def _slots(config: GemvConfig, rows: int, bits: int) -> int:
+def _slots(config: TileConfig, rows: int, bits: int) -> int:
     """Entries of a list in shared memory, for each row: as far as tiles reach that are read ahead."""
     block_in, unroll = _tile(config, rows, bits)
-    return power_of_two(config.inputs_per_split) + 2 * block_in * unroll
+    return power_of_two(config.inputs_per_chunk) + 2 * block_in * unroll
 
 
-def _tiles_bytes(config: GemvConfig, rows: int, bits: int, itemsize: int, sets: int) -> int:
+def _tiles_bytes(config: TileConfig, rows: int, bits: int, itemsize: int, sets: int) -> int:
     """Of a program's shared memory for matrix units: so many sets of tiles in flight, and a tile of values."""
     if by_elements(rows, bits):
         return 0
@@ -177,14 +177,14 @@ def _tiles_bytes(config: GemvConfig, rows: int, bits: int, itemsize: int, sets: 
     return block_in * (sets * unroll * config.block_out + LEAST_TILE) * itemsize
 
 
-def _list_bytes(config: GemvConfig, rows: int, bits: int, itemsize: int) -> int:
+def _list_bytes(config: TileConfig, rows: int, bits: int, itemsize: int) -> int:
     """Of a program's list in shared memory, if it has one; 0 where that lies in global memory."""
     needed = 0 if interpreting() else rows * _slots(config, rows, bits) * 2 * itemsize
     beside = _tiles_bytes(config, rows, bits, itemsize, sets=2) + 1024
     return needed if needed <= _MOST_LIST_BYTES and needed + beside <= _MOST_SHARED_BYTES else 0
 
 
-def _fitting(device: torch.device, config: GemvConfig, rows: int, bits: int, itemsize: int) -> int:
+def _fitting(device: torch.device, config: TileConfig, rows: int, bits: int, itemsize: int) -> int:
     """Programs that a multiprocessor holds at the least.
 
     Eight warps fit whatever registers they need. Of tiles in shared memory up to three sets lie there at a time.
@@ -197,7 +197,7 @@ def _fitting(device: torch.device, config: GemvConfig, rows: int, bits: int, ite
 
 
 def _finishers(
-    table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int, dtype: torch.dtype
+    table: Tensor | Packed, parts: tuple[int, ...], config: TileConfig, rows: int, dtype: torch.dtype
 ) -> int:
     """Programs that share the end of one block.
 
@@ -207,25 +207,25 @@ def _finishers(
     fitting = _fitting(table.device, config, rows, bits_of(table), dtype.itemsize)
     most = min(
         resident(table.device, fitting) // _blocks(parts, config),
-        -(-table.shape[0] // config.inputs_per_split),
+        -(-table.shape[0] // config.inputs_per_chunk),
         config.block_out // 32,
         _MOST_FINISHERS,
     )
     return 1 << max(0, most.bit_length() - 1)
 
 
-def _blocks(parts: tuple[int, ...], config: GemvConfig) -> int:
+def _blocks(parts: tuple[int, ...], config: TileConfig) -> int:
     return sum(-(-part // config.block_out) for part in parts)
 
 
 def squares_of(
-    table: Tensor | Packed, parts: tuple[int, ...], config: GemvConfig, rows: int, dtype: torch.dtype
+    table: Tensor | Packed, parts: tuple[int, ...], config: TileConfig, rows: int, dtype: torch.dtype
 ) -> int:
     """Partial sums of squares that a `residual` product of a batch of `rows` in `dtype` writes for each row."""
     return _blocks(parts, config) * _finishers(table, parts, config, rows, dtype)
 
 
-def _lanes(stretch: int, config: GemvConfig) -> int:
+def _lanes(stretch: int, config: TileConfig) -> int:
     """Inputs of a line: as many as a warp has threads, where each warp counts all; else as a program has, if so many.
 
     The interpreter, slow at each step, takes all at once.
@@ -250,12 +250,12 @@ def gemv(
     parts: tuple[int, ...],
     thresholds: Tensor,
     y: Tensor,
-    config: GemvConfig,
+    config: TileConfig,
     scratch: Scratch,
     *,
     bias: Tensor | None = None,
     norm: Norm | None = None,
-    finish: str = "plain",
+    epilogue: str = "plain",
     squares: Tensor | None = None,
     counts: Tensor | None = None,
     pdl: bool = False,
@@ -274,7 +274,7 @@ def gemv(
         scratch: memory between programs, and the lists.
         bias: (out,) or None.
         norm: an RMS norm of x before all else.
-        finish: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
+        epilogue: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
@@ -292,29 +292,29 @@ def gemv(
         heads, x = x, y  # of x the kernel then takes the dtype only
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that one launch takes")
-    if len(parts) > 3 or (finish == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
-        raise ValueError(f"a table of parts {parts} is not for a {finish} product")
+    if len(parts) > 3 or (epilogue == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
+        raise ValueError(f"a table of parts {parts} is not for a {epilogue} product")
     weights = table.words if isinstance(table, Packed) else table
     bits, group = bits_of(table), table.group if isinstance(table, Packed) else n_in
     if isinstance(table, Packed) and (table.parts != parts or config.block_out * bits < 32):
         raise ValueError(f"parts {parts} in blocks of {config.block_out} do not fit a table of parts {table.parts}")
-    per_split = config.inputs_per_split
+    per_split = config.inputs_per_chunk
     several = per_split > group
     if group < n_in and (per_split % group if several else group % per_split):
-        raise ValueError(f"{config.inputs_per_split} inputs a program and groups of {group}: one must divide the other")
+        raise ValueError(f"{config.inputs_per_chunk} inputs a program and groups of {group}: one must divide the other")
     several = several and group < n_in
     if several and group % 32:
         raise ValueError(f"a program cannot take several groups of {group} inputs: that is no multiple of 32")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     blocks = _blocks(parts, config)
     finishers = _finishers(table, parts, config, rows, x.dtype) if alone else 1
-    if finish == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
+    if epilogue == "residual" and (squares is None or squares.shape != (rows, blocks * finishers)):
         raise ValueError(f"a residual product needs squares of shape {(rows, blocks * finishers)}")
-    splits = -(-n_in // config.inputs_per_split)
-    stretch = power_of_two(config.inputs_per_split)
+    splits = -(-n_in // config.inputs_per_chunk)
+    stretch = power_of_two(config.inputs_per_chunk)
     listed = not config.dense
-    if listed and config.inputs_per_split > MAX_LISTED:
-        raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_split}")
+    if listed and config.inputs_per_chunk > MAX_LISTED:
+        raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {config.inputs_per_chunk}")
     if min(per_split, n_in) * weights.stride(0) > _MOST_ELEMENTS:
         raise ValueError(f"a program reads at most {_MOST_ELEMENTS} elements of a table, not so many of {n_in} rows")
     if splits * rows * blocks * config.block_out > _MOST_ELEMENTS:
@@ -335,7 +335,7 @@ def gemv(
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
     batch = power_of_two(rows)
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
-    gathered = _GATHERED_REGISTERS // (2 if finish == "gated" else 1)
+    gathered = _GATHERED_REGISTERS // (2 if epilogue == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
     alike = 1 if heads is None else _alike(heads.head_size, group if several else per_split, lanes, taken)
     launch(
@@ -362,7 +362,7 @@ def gemv(
         part_0,
         part_1,
         part_2,
-        config.inputs_per_split,
+        config.inputs_per_chunk,
         splits,
         group,
         1 if norm is None else norm.squares.shape[1],
@@ -380,7 +380,7 @@ def gemv(
         HEAD_SPLITS=0 if heads is None else heads.splits,
         HEAD_SHORTEST=0 if heads is None else heads.shortest,
         ALIKE=alike,
-        FINISH=_FINISHES[finish],
+        EPILOGUE=_EPILOGUES[epilogue],
         HAS_BIAS=bias is not None,
         EVEN=even,
         FULL=stretch % lanes == 0 and n_in % stretch == 0 and stretch == per_split and not several,

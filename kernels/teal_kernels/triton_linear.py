@@ -30,7 +30,7 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
             parts=(n_out,),
             dtype=x.dtype,
             rows=part.shape[0],
-            finish="plain",
+            epilogue="plain",
             sparsity=_ASSUMED_SPARSITY,
         )
         if config.dense:  # right for a known sparsity only

@@ -1,6 +1,6 @@
 """Which cut a product gets: tables of measured configurations, per GPU, shape, dtype and sparsity.
 
-A table is JSON: the device, what measured it, and entries `{inputs, outputs, dtype, rows, finish,
+A table is JSON: the device, what measured it, and entries `{inputs, outputs, dtype, rows, epilogue,
 sparsity, microseconds, config}`. `teal bench --kernels --tune` writes a user's own, which goes
 before the packaged ones. Choosing reads tables only: nothing is timed while a model decodes.
 """
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.triton_gemv import TileConfig
 
 _PACKAGED = Path(__file__).with_name("tuning_tables")
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 
 
 class TuningTableError(RuntimeError):
@@ -38,32 +38,32 @@ class Entry:
     dtype: str
     """Of the weights; int8 or int4 where they are quantised."""
     rows: int
-    finish: str
+    epilogue: str
     sparsity: float
     """Realised by every row; 0 for a dense read."""
     microseconds: float
     """Of a launch by itself; where skipping did not pay in the model, at least the dense read's, times how much longer
     than a dense token one was that skipped."""
-    config: GemvConfig
+    config: TileConfig
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Entry":
         """Inverse of `asdict`."""
         fields = dict(content)
         fields["outputs"] = tuple(fields["outputs"])
-        fields["config"] = GemvConfig(**fields["config"])
+        fields["config"] = TileConfig(**fields["config"])
         return cls(**fields)
 
     @property
     def product(self) -> tuple[int, tuple[int, ...], str, int, str]:
         """What was measured, whatever the sparsity."""
-        return self.inputs, self.outputs, self.dtype, self.rows, self.finish
+        return self.inputs, self.outputs, self.dtype, self.rows, self.epilogue
 
-    def distance(self, inputs: int, outputs: tuple[int, ...], bits: int, rows: int, finish: str) -> float:
+    def distance(self, inputs: int, outputs: tuple[int, ...], bits: int, rows: int, epilogue: str) -> float:
         """How unlike another product is: 0 for the same. Weights of other bits are further than twice the rows."""
         size = abs(math.log2(self.inputs / inputs)) + abs(math.log2(sum(self.outputs) / sum(outputs)))
         unlike = abs(math.log2(_BITS[self.dtype] / bits)) + 4.0 * ((_BITS[self.dtype] < 16) != (bits < 16))
-        return size + 10.0 * abs(math.log2(self.rows / rows)) + (finish != self.finish) + 12.0 * unlike
+        return size + 10.0 * abs(math.log2(self.rows / rows)) + (epilogue != self.epilogue) + 12.0 * unlike
 
 
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
@@ -155,7 +155,7 @@ def trying(entries: Iterable[Entry]) -> Iterator[None]:
         _tried = before
 
 
-UNTUNED = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=256, warps=1)
+UNTUNED = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=256, warps=1)
 """What any product can run with."""
 _WORTHWHILE = 0.2
 """Without a table: the sparsity from which skipping is taken to pay."""
@@ -172,9 +172,9 @@ def choose_config(
     parts: tuple[int, ...],
     dtype: torch.dtype | str,
     rows: int,
-    finish: str,
+    epilogue: str,
     sparsity: float,
-) -> GemvConfig:
+) -> TileConfig:
     """How to run a product: from the nearest measured one, sparse only where that was faster than dense.
 
     Args:
@@ -183,7 +183,7 @@ def choose_config(
         parts: outputs of each projection.
         dtype: of the weights, or int8 or int4.
         rows: of the batch. Between batches that were measured, what they do not read counts.
-        finish: what follows the product, as `gemv` takes it.
+        epilogue: what follows the product, as `gemv` takes it.
         sparsity: expected of each row, weighted by outputs; 0 where everything is read.
     """
     kind = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
@@ -192,7 +192,7 @@ def choose_config(
     entries = (*_tried, *(entry for entry in _entries(name) if entry.product not in shadowed))
     nearest = min(
         (entry for entry in entries if entry.config.dense),
-        key=lambda e: (e.distance(inputs, parts, _BITS[kind], rows, finish), e.dtype != kind),
+        key=lambda e: (e.distance(inputs, parts, _BITS[kind], rows, epilogue), e.dtype != kind),
         default=None,
     )
     # A weight is read if any row of the batch needs it. Rows drop inputs of their own, or more alike.
@@ -210,7 +210,7 @@ def choose_config(
     return _rescaled(min(sparse, key=lambda e: abs(e.sparsity - sparsity)), _BITS[kind])
 
 
-def _rescaled(entry: Entry, bits: int) -> GemvConfig:
+def _rescaled(entry: Entry, bits: int) -> TileConfig:
     """The cut of an entry for weights of so many bits: as many bytes of them in a tile."""
     if bits >= 16 or _BITS[entry.dtype] == bits:
         return entry.config

@@ -8,10 +8,10 @@ in `config_values.ALLOCATION_NAMES`. A file with every projection's sparsity is 
 from collections.abc import Callable
 from pathlib import Path
 
-from teal_cli.allocation.files import by_pattern, read_allocation
+from teal_cli.allocation.allocation_file import by_pattern, read_allocation
+from teal_cli.allocation.cost import time_saved
 from teal_cli.allocation.fisher import fisher, fisher_site
 from teal_cli.allocation.greedy import greedy
-from teal_cli.allocation.saving import time_saved
 from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from teal_cli.allocation.saving import Saving, weights_saved
+from teal_cli.allocation.cost import Saving, weights_saved
 from teal_cli.calibration import sensitivity
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.config_values import MOST_SPARSITY

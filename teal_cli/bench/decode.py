@@ -17,7 +17,7 @@ from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.sparse import INTRINSIC, SparseLinear, apply_plan_, neuron_sparsity, sparse_layers
-from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.quantised import QuantisedLinear
 from teal_kernels.packing import Packed
 
 
@@ -69,7 +69,7 @@ def weight_bytes_per_token(
     output = model.get_output_embeddings()  # type: ignore[operator]
     parameters = {id(p): p for module in (decoder, output) for p in module.parameters()}
     total = float(sum(parameter.nbytes for parameter in parameters.values()))
-    of_output = None if isinstance(output, QuantizedLinear) else output.weight
+    of_output = None if isinstance(output, QuantisedLinear) else output.weight
     for module in decoder.modules():
         if isinstance(module, nn.Embedding) and module.weight is not of_output:
             total -= module.weight.nbytes - module.weight[:1].nbytes
@@ -93,7 +93,7 @@ def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:
     """Bytes of quantised layers beyond those of their parameters; where weights stand for packs, fewer than none."""
     found = {name: packed.nbytes - _storage(model, name, {}).nbytes for name, packed in packs.items()}
     layers = sparse_layers(model).items()
-    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantizedLinear)}
+    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantisedLinear)}
 
 
 def _share_read(model: Any, architecture: Architecture, projection: Projection) -> float:

@@ -121,7 +121,7 @@ def bench_products(
     runs = []
     for wanted in products:
         product = wanted.timed(dtype=dtype, rows=batch, device=device, seed=seed)
-        inputs, parts, finish = wanted.inputs, wanted.parts, wanted.finish
+        inputs, parts, epilogue = wanted.inputs, wanted.parts, wanted.epilogue
         fixed = product.tables[0].fixed_bytes if isinstance(product.tables[0], Packed) else 0
         shape = (sum(parts), inputs)
         cublas = product.time_cublas()
@@ -145,7 +145,7 @@ def bench_products(
                 parts=parts,
                 dtype=kind_of(product.tables[0]),
                 rows=batch,
-                finish=finish,
+                epilogue=epilogue,
                 sparsity=sparsity,
             )
             config = fitting(config, product.tables[0], batch)

@@ -13,7 +13,7 @@ from teal_cli.quantise.scheme import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import GemvConfig, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
 
 _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:
@@ -28,7 +28,7 @@ class ProductShape:
     inputs: int
     parts: tuple[int, ...]
     """Outputs of each projection."""
-    finish: str
+    epilogue: str
     """What follows, as `gemv` takes it."""
     scheme: Scheme | None = None
     """How the weights are quantised, if they are."""
@@ -38,7 +38,7 @@ class ProductShape:
         return TimedProduct(
             self.inputs,
             self.parts,
-            self.finish,
+            self.epilogue,
             dtype=dtype,
             rows=rows,
             device=device,
@@ -53,7 +53,7 @@ class TimedProduct:
     Args:
         inputs: of the product.
         parts: outputs of each projection.
-        finish: what follows, as `gemv` takes it; anything but `residual` has an RMS norm in front.
+        epilogue: what follows, as `gemv` takes it; anything but `residual` has an RMS norm in front.
         dtype: of weights and inputs.
         rows: tokens decoded together; each row drops inputs of its own.
         device: a GPU.
@@ -66,7 +66,7 @@ class TimedProduct:
         self,
         inputs: int,
         parts: tuple[int, ...],
-        finish: str,
+        epilogue: str,
         *,
         dtype: torch.dtype,
         rows: int,
@@ -75,7 +75,7 @@ class TimedProduct:
         scheme: Scheme | None = None,
         rotated_bytes: int = _ROTATED_BYTES,
     ) -> None:
-        self.inputs, self.parts, self.finish, self.rows = inputs, parts, finish, rows
+        self.inputs, self.parts, self.epilogue, self.rows = inputs, parts, epilogue, rows
         self.device, self.dtype, self.scheme = device, dtype, scheme
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -94,13 +94,13 @@ class TimedProduct:
         self.x = random(rows, inputs)
         self.norm: Norm | None = None
         seen = self.x
-        if finish != "residual":
+        if epilogue != "residual":
             squares = self.x.float().square().sum(-1, keepdim=True)
             self.norm = Norm(random(inputs).abs() + 0.5, _EPS, squares)
             seen = (self.x.float() * torch.rsqrt(squares / inputs + _EPS)).to(dtype) * self.norm.weight
         self.seen = seen
         """(rows, inputs): what the threshold is compared with."""
-        self.y = torch.zeros(rows, parts[0] if finish == "gated" else sum(parts), device=device, dtype=dtype)
+        self.y = torch.zeros(rows, parts[0] if epilogue == "gated" else sum(parts), device=device, dtype=dtype)
         self.scratch = Scratch(device)
         self.pdl = hopper_or_later(device)
 
@@ -114,7 +114,7 @@ class TimedProduct:
         active = active_inputs(self.seen, thresholds[0])
         return float(active.any(0).float().mean()), 1.0 - float(active.float().mean())
 
-    def launch(self, index: int, thresholds: Tensor, config: GemvConfig, *, compile_only: bool = False) -> None:
+    def launch(self, index: int, thresholds: Tensor, config: TileConfig, *, compile_only: bool = False) -> None:
         """One product with the index-th copy of the weights."""
         gemv(
             self.x,
@@ -125,19 +125,19 @@ class TimedProduct:
             config,
             self.scratch,
             norm=self.norm,
-            finish=self.finish,
-            squares=self._squares(config) if self.finish == "residual" else None,
+            epilogue=self.epilogue,
+            squares=self._squares(config) if self.epilogue == "residual" else None,
             pdl=self.pdl,
             compile_only=compile_only,
         )
 
-    def _squares(self, config: GemvConfig) -> Tensor:
+    def _squares(self, config: TileConfig) -> Tensor:
         columns = squares_of(self.tables[0], self.parts, config, self.rows, self.dtype)
         return self.scratch.tensor("squares", self.rows * columns, torch.float32)[: self.rows * columns].view(
             self.rows, columns
         )
 
-    def time(self, config: GemvConfig, thresholds: Tensor) -> Spread:
+    def time(self, config: TileConfig, thresholds: Tensor) -> Spread:
         """Microseconds a launch."""
         return self._time(lambda index: self.launch(index, thresholds, config))
 

@@ -17,7 +17,7 @@ from teal_cli.bench.products import TimedProduct
 from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
-from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning import UNTUNED, Entry, kind_of, trying
 
 _COMPILERS = 12
@@ -28,7 +28,7 @@ _TRIED = 5
 """Cuts of a product that are tried in the model."""
 
 
-def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
+def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
     """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
 
     Of a batch, whose programs have more to do beside reading, fewer programs and longer stretches too.
@@ -52,7 +52,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[GemvConfig]:
             continue
         programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
-            config = GemvConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+            config = TileConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
             if fitting(config, table, product.rows) == config:
                 found = True
                 yield config
@@ -162,7 +162,7 @@ def _as_in_the_model(entry: Entry, dense: Entry, longer: float) -> Entry:
     return replace(entry, microseconds=max(entry.microseconds, round(dense.microseconds * longer, 2)))
 
 
-def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -> list[Entry]:
+def _ranked(product: TimedProduct, configs: list[TileConfig], sparsity: float) -> list[Entry]:
     """Fastest first."""
     thresholds = product.thresholds(sparsity)
     entries = [
@@ -171,7 +171,7 @@ def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -
             outputs=product.parts,
             dtype=kind_of(product.tables[0]),
             rows=product.rows,
-            finish=product.finish,
+            epilogue=product.epilogue,
             sparsity=sparsity,
             microseconds=round(product.time(config, thresholds).median, 2),
             config=config,
@@ -182,7 +182,7 @@ def _ranked(product: TimedProduct, configs: list[GemvConfig], sparsity: float) -
     return sorted(entries, key=lambda entry: entry.microseconds)
 
 
-def _launches(product: TimedProduct, config: GemvConfig, thresholds: Tensor) -> bool:
+def _launches(product: TimedProduct, config: TileConfig, thresholds: Tensor) -> bool:
     """Whether a cut can be compiled and has room on this GPU."""
     try:
         product.launch(0, thresholds, config)
@@ -193,13 +193,13 @@ def _launches(product: TimedProduct, config: GemvConfig, thresholds: Tensor) -> 
     return True
 
 
-def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -> None:
+def _compile(product: TimedProduct, configs: list[TileConfig], pool: Executor) -> None:
     """Compile in other processes; what fails fails again when it is timed."""
     small = partial(
         TimedProduct,
         product.inputs,
         product.parts,
-        product.finish,
+        product.epilogue,
         dtype=product.dtype,
         rows=product.rows,
         device=product.device,
@@ -212,7 +212,7 @@ def _compile(product: TimedProduct, configs: list[GemvConfig], pool: Executor) -
             job.result()
 
 
-def _compile_some(build: Callable[[], TimedProduct], configs: list[GemvConfig]) -> None:
+def _compile_some(build: Callable[[], TimedProduct], configs: list[TileConfig]) -> None:
     with suppress(Exception):
         product = build()
         thresholds = product.thresholds(0.0)

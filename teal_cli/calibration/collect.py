@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from teal_cli.calibration import histogram
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
+from teal_cli.models.forward import watched
 from teal_cli.models.layers import Routed, rows_from, unflattened
 from teal_cli.models.offload import computing_device
-from teal_cli.models.passes import watched
 
 
 class HiddenStateCollector:

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.architectures import Architecture, Projection, architecture_for
+from teal_cli.models.forward import halves, run_text
 from teal_cli.models.layers import rows_from
 from teal_cli.models.offload import computing_device
-from teal_cli.models.passes import halves, run_text
 
 _FINE_BITS = 5
 """2**5 bins of the histogram are one bin here: eight to a doubling of |x|."""

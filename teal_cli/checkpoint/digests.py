@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from teal_cli.checkpoint.files import file_digest
+from teal_cli.checkpoint.atomic import file_digest
 from teal_cli.checkpoint.weights import tensor_header
 from teal_cli.reading import read_json
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from teal_cli import __version__
+from teal_cli.checkpoint.atomic import atomic_folder, check_seal, sealed
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest, file_digests, tensor_digests
 from teal_cli.checkpoint.fields import Amount, Content, Digest, Flag, Moment, Name, Share, Size, Sparsity, checked
-from teal_cli.checkpoint.files import atomic_folder, check_seal, sealed
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan, carries_plan, check_is_whole, quantization_config
 from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError, shown
@@ -123,7 +123,7 @@ def write_checkpoint(
         calibration: what the plan was made from; must be of the same weights.
         out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
-        propagated: whether the thresholds are the sparse network's own (`sparse.propagate_`).
+        propagated: whether the thresholds are the sparse network's own (`sparse.recalibrate_`).
         quantization: how the weights are quantised (`teal_cli.hf.TealConfig.quantization`), those of the calibration.
         architecture: the model's row, where the table of architectures does not have it.
 

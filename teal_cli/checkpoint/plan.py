@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field
 
+from teal_cli.checkpoint.atomic import check_seal, sealed
 from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
-from teal_cli.checkpoint.files import check_seal, sealed
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.architectures import Architecture
 from teal_cli.quantise.scheme import Scheme

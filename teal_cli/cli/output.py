@@ -101,7 +101,7 @@ def finish(
 def write_result(config: OutputConfig, result: dict[str, Any]) -> None:
     """Write --json, if asked, with the command that made it."""
     if config.json_file is not None:
-        from teal_cli.checkpoint.files import write_json
+        from teal_cli.checkpoint.atomic import write_json
 
         made = {"command": shlex.join(["teal", *sys.argv[1:]]), "config": config.settings(), "finished": now()}
         write_json(config.json_file, {**made, **result})

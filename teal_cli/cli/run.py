@@ -20,7 +20,7 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     loaded = load_recipe(recipe, flags)
     reporter = Reporter(loaded.quiet)
     quieten_libraries()
-    from teal_cli.checkpoint.files import write_json
+    from teal_cli.checkpoint.atomic import write_json
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)

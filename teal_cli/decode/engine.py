@@ -1,7 +1,7 @@
 """The decode engine: a KV cache, a dense prefill, and steps of one token.
 
-Three ways to take a step. On a GPU a Llama-family model takes the compact path
-(`teal_cli.decode.compact`), any other model transformers' own forward with a static cache; both
+Three ways to take a step. On a GPU a Llama-family model takes the fused path
+(`teal_cli.decode.paths.fused`), any other model transformers' own forward with a static cache; both
 become one CUDA graph a token (`TokenLoop`). On a CPU, and for ALiBi, it is transformers' forward with a growing cache.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.compact import CompactDecoder, Session, unsupported_reason
+from teal_cli.decode.paths.fused import FusedDecoder, Session, unsupported_reason
 from teal_cli.decode.probe import check_decoding
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
@@ -37,7 +37,7 @@ class Engine:
     Args:
         model: a causal language model in eval mode. On a GPU the projections of a dense one are laid
             out for the kernels (their weights move, they are not copied).
-        compact: whether the compact path may be taken.
+        compact: whether the fused path may be taken.
 
     Raises:
         ArtefactError: a model whose state teal does not know.
@@ -54,19 +54,19 @@ class Engine:
             self.control = control_of(model)
         except LookupError:
             self.control = None
-        self.decoder: CompactDecoder | None = None
+        self.decoder: FusedDecoder | None = None
         self._session: Session | None = None
         self._states: StateNames | None = self._state_names()
         self._checked: set[tuple[bool, str, int]] = set()
         self.general_because: str | None = None
-        """Why the compact path is not taken, where a GPU could take it."""
+        """Why the fused path is not taken, where a GPU could take it."""
         if compact and self.device.type != "cpu":
             self.decoder = self._compact_decoder()
 
     def _state_names(self) -> StateNames | None:
         return StateNames(self.model)
 
-    def _compact_decoder(self) -> CompactDecoder | None:
+    def _compact_decoder(self) -> FusedDecoder | None:
         control = self.control
         self.general_because = unsupported_reason(self.model, control or SparsityControl())
         if self.general_because is not None:
@@ -75,7 +75,7 @@ class Engine:
             names = [projection.name for projection in find_projections(self.model)]
             control = replace_projections_(self.model, names)
             lay_out_(self.model)
-        return CompactDecoder(self.model, control)
+        return FusedDecoder(self.model, control)
 
     @property
     def max_length(self) -> int:
@@ -117,7 +117,7 @@ class Engine:
         return self._forward(token, cache) if session is None else session.step(token).clone()
 
     def open(self, cache: Any) -> Session | None:
-        """The compact path's session on a prefilled cache; None where another path decodes."""
+        """The fused path's session on a prefilled cache; None where another path decodes."""
         if self.decoder is None or not isinstance(cache, FixedCache):
             return None
         if self._session is None or self._session.cache is not cache or self._session.stale:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.passes import halves, run_text
+from teal_cli.models.forward import halves, run_text
 from teal_cli.sparse import SparsityCounter, control_of, set_thresholds_
 
 

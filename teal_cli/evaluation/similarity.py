@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.models.passes import run_text
+from teal_cli.models.forward import run_text
 from teal_cli.sparse import SparsityCounter, control_of, set_thresholds_
 
 

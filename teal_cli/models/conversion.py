@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from teal_cli.checkpoint.files import atomic_folder
+from teal_cli.checkpoint.atomic import atomic_folder
 from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import MachineError
 from teal_cli.resources import teal_home

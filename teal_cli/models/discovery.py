@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor, nn
 
 from teal_cli.calibration.blocks import hooked
-from teal_cli.checkpoint.files import atomic_path
+from teal_cli.checkpoint.atomic import atomic_path
 from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
+from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts, is_stacked, linear_shape
 from teal_cli.models.loading import kind_of, load_model
-from teal_cli.models.passes import run_text
 from teal_cli.models.source import ModelSource
 
 _BATCH, _TOKENS = 2, 11  # odd: an encoder's half has another length than a decoder's

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import update_with_samples
+from teal_cli.checkpoint.atomic import update_with_samples
 from teal_cli.errors import ArtefactError, MachineError, blame, shown
 from teal_cli.models.conversion import ELSEWHERE, conversion_folder, converted_once
 from teal_cli.models.gguf_header import (

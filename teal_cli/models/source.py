@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.files import tidy
+from teal_cli.checkpoint.atomic import tidy
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error, nearest, shown

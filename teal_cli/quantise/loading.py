@@ -8,8 +8,8 @@ from teal_cli.config import ModelConfig
 from teal_cli.models.architectures import architecture_in, find_projections, output_projection
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.dequantise import dequantise_
-from teal_cli.quantise.files import read_quantised
 from teal_cli.quantise.model import schemes_of
+from teal_cli.quantise.storage import read_quantised
 from teal_cli.reading import read_json
 from teal_kernels.packing import Packed
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, find_projections, output_projection
+from teal_cli.quantise.blockwise import quantise_blocks_
 from teal_cli.quantise.dequantise import dequantise_
+from teal_cli.quantise.rounding import quantise
 from teal_cli.quantise.scheme import INT8, Scheme
-from teal_cli.quantise.values import quantise
-from teal_cli.quantise.walk import quantise_blocks_
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.sparse.replace import lay_out_
 from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed
@@ -124,7 +124,7 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
         layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), site=Site())
         layer.is_planned = False
     site = layer.site
-    quantized = QuantizedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
+    quantized = QuantisedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
     site.layers.pop()  # it added itself at the end; it takes the other's place
     site.layers[layer.number] = quantized
     quantized.number = layer.number

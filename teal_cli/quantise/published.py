@@ -17,16 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teal_cli.checkpoint.atomic import file_digest
 from teal_cli.checkpoint.export import companions
-from teal_cli.checkpoint.files import file_digest
 from teal_cli.checkpoint.weights import fingerprint, floating_dtype, tensor_header, weight_files
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.config_checks import named_dtype
 from teal_cli.models.conversion import ELSEWHERE, conversion_folder, converted_once
 from teal_cli.models.loading import check_memory
-from teal_cli.quantise.files import tensors_of
 from teal_cli.quantise.published_config import Published, published_format
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.storage import tensors_of
 from teal_cli.reading import read_json
 from teal_kernels.packing import Packed, dequantised, pack
 

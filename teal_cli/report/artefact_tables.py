@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teal_cli.report.places import grid_of
+from teal_cli.report.layers import grid_of
 from teal_cli.report.plain_table import PlainTable, facts_table
 
 _Projection = dict[str, Any]

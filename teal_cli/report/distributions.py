@@ -10,8 +10,8 @@ from torch import Tensor
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.report.drawing import GRID, INK, MUTED, Plot, label, name_of, series
-from teal_cli.report.material import Export
-from teal_cli.report.places import layer_label, places_of, short_name, site_kind
+from teal_cli.report.inputs import Export
+from teal_cli.report.layers import layer_label, places_of, short_name, site_kind
 
 _STEPS = 8
 """Points of a density to each doubling of |x|."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from teal_cli.report.drawing import BLACK, INK, WHITE, Plot, label, name_of
-from teal_cli.report.material import Export, Realised
-from teal_cli.report.places import Grid, grid_of
+from teal_cli.report.inputs import Export, Realised
+from teal_cli.report.layers import Grid, grid_of
 
 _Scale = tuple[float, float]
 _LEVEL_LETTERS = 6

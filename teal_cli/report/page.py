@@ -13,8 +13,8 @@ from teal_cli.report.artefact_tables import calibration_facts, exports_table, pr
 from teal_cli.report.contents import describe_calibration, describe_export, describe_projections, describe_results
 from teal_cli.report.distributions import SHOWN_EXPORTS, distribution_plots
 from teal_cli.report.drawing import Plot, inline_svg
+from teal_cli.report.inputs import Export, Material, Result
 from teal_cli.report.maps import sparsity_plots
-from teal_cli.report.material import Export, Material, Result
 from teal_cli.report.plain_table import PlainTable
 from teal_cli.report.plots import quality_plots, speed_plots
 from teal_cli.report.samples import Passages, passages

@@ -7,7 +7,7 @@ from typing import Any
 
 from teal_cli.config_values import ALLOCATION_NAMES
 from teal_cli.report.drawing import GRID, MUTED, Plot, label, series
-from teal_cli.report.material import Material
+from teal_cli.report.inputs import Material
 
 _LOGARITHMIC_ABOVE = 5.0
 """Times dense; beyond, a linear axis would hide the differences at the sparsities that matter."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from teal_cli.report.material import Material
+from teal_cli.report.inputs import Material
 
 
 @dataclass(frozen=True)

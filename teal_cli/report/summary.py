@@ -7,7 +7,7 @@ from typing import Any
 
 from teal_cli.config import VERB_CONFIGS
 from teal_cli.config_files import keys_of
-from teal_cli.report.material import Material, Result
+from teal_cli.report.inputs import Material, Result
 
 
 @dataclass(frozen=True)

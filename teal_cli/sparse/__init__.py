@@ -3,7 +3,7 @@
 from teal_cli.sparse.control import SparsityControl, SparsityCounter, control_of, use_backend
 from teal_cli.sparse.intrinsic import INTRINSIC, make_intrinsic_, neuron_sparsity
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.propagate import propagate_
+from teal_cli.sparse.recalibrate import recalibrate_
 from teal_cli.sparse.replace import (
     apply_plan_,
     lay_out_,
@@ -23,7 +23,7 @@ __all__ = [
     "lay_out_",
     "make_intrinsic_",
     "neuron_sparsity",
-    "propagate_",
+    "recalibrate_",
     "replace_projections_",
     "set_thresholds_",
     "sparse_layers",

@@ -155,7 +155,7 @@ class Site:
         if name == "reference":
             return reference_packed_linear(x, packed, layer.bias, threshold)
         if name == "triton":
-            # The compact path chooses cuts; here each layer is by itself.
+            # The fused path chooses cuts; here each layer is by itself.
             return triton_packed_linear(x, packed, layer.bias, threshold, replace(UNTUNED, block_in=8))
         if table is None or not self._alike or not _tells_changes(x):
             return cpu_packed_linear(x, self._byte_table(number, packed), packed, layer.bias, threshold)

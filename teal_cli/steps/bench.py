@@ -18,8 +18,8 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
-from teal_cli.decode.compact import FINISHES
 from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.paths.fused import EPILOGUES
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.aliases import require_alias
@@ -37,12 +37,12 @@ from teal_cli.sparse import (
     apply_plan_,
     control_of,
     make_intrinsic_,
-    propagate_,
+    recalibrate_,
     sparse_layers,
     sparsify_,
     use_backend,
 )
-from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
 from teal_kernels.tuning import keep_entries
@@ -200,15 +200,15 @@ def site_products(model: Any) -> list[ProductShape]:
         parts.setdefault(projection.site, []).append(projection)
     first = next(iter(parts)).rpartition(".")[0]
     of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
-    groups = [(group, FINISHES.get(site, "plain")) for site, group in of_block]
+    groups = [(group, EPILOGUES.get(site, "plain")) for site, group in of_block]
     output = model.get_output_embeddings()
     if isinstance(output, SparseLinear) and not output.stays_as_it_is:
         groups.append(([output_projection(model, "--output-layer")], "plain"))
     shapes = []
-    for group, finish in groups:
+    for group, epilogue in groups:
         layer = layers.get(group[0].name)
-        scheme = layer.scheme if isinstance(layer, QuantizedLinear) else None
-        shapes.append(ProductShape(group[0].in_features, tuple(p.out_features for p in group), finish, scheme))
+        scheme = layer.scheme if isinstance(layer, QuantisedLinear) else None
+        shapes.append(ProductShape(group[0].in_features, tuple(p.out_features for p in group), epilogue, scheme))
     return shapes
 
 
@@ -326,6 +326,6 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     plans = [allocate(config, calibration, value, allocation) for value in _wanted(config)]
     sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
     if config.propagate:
-        plans = [propagate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
+        plans = [recalibrate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
     return Prepared(name, config.quantization, model, plans, prompt)

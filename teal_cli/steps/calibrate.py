@@ -18,14 +18,14 @@ from teal_cli.data import check_dataset, dataset_identity, token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
+from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import load_model, outline, pick_device
 from teal_cli.models.offload import computing_device, offload_, require_offload
-from teal_cli.models.passes import check_positions
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.quantise.files import read_quantised, require_weights, write_quantised
 from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.quantise.storage import read_quantised, require_weights, write_quantised
 from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace

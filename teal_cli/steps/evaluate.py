@@ -20,8 +20,8 @@ from teal_cli.evaluation.results import EncoderResult, EncoderRun, EvalResult, E
 from teal_cli.evaluation.samples import KEPT, sample_of
 from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import open_tasks, run_tasks
+from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import load_model
-from teal_cli.models.passes import check_positions
 from teal_cli.models.source import ModelSource
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations

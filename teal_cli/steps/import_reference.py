@@ -5,9 +5,9 @@ from pathlib import Path
 
 from teal_cli.allocation import make_plan
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.atomic import atomic_path
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest
-from teal_cli.checkpoint.files import atomic_path
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import ImportConfig
 from teal_cli.errors import ArtefactError

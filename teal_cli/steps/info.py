@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from teal_cli.config import InfoConfig
-from teal_cli.decode.compact import unsupported_on
+from teal_cli.decode.paths.fused import unsupported_on
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
 from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype, stored_dtype

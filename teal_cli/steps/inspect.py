@@ -6,7 +6,7 @@ from typing import Any
 from teal_cli.checkpoint.verify import verified
 from teal_cli.report.console import QUIET, Reporter
 from teal_cli.report.contents import describe
-from teal_cli.report.material import read_material
+from teal_cli.report.inputs import read_material
 
 
 def inspect(folder: Path, *, verify: bool = False, reporter: Reporter = QUIET) -> dict[str, Any]:

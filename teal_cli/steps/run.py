@@ -7,9 +7,9 @@ from typing import Any
 
 from teal_cli import __version__
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.atomic import file_digest, write_json
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.export import check_checkpoint, companions
-from teal_cli.checkpoint.files import file_digest, write_json
 from teal_cli.checkpoint.results import check_stage
 from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import (

@@ -13,25 +13,27 @@ from teal_cli.bench.tune import candidates, settle
 from teal_kernels import tuning
 from teal_kernels.launching import by_elements
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
 
 pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
 TABLE = torch.empty(0, dtype=torch.bfloat16)
-CUT = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1)
+CUT = TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=128, warps=1)
 FIRST, SECOND = (256, (512,), "residual"), (512, (256, 256), "gated")
 
 
 def _entry(product: tuple[int, tuple[int, ...], str], sparsity: float, warps: int) -> Entry:
-    inputs, outputs, finish = product
+    inputs, outputs, epilogue = product
     config = replace(CUT, warps=warps, dense=sparsity == 0.0)
-    return Entry(inputs, outputs, "float32", 1, finish, sparsity, 10.0 - 5.0 * sparsity, config)
+    return Entry(inputs, outputs, "float32", 1, epilogue, sparsity, 10.0 - 5.0 * sparsity, config)
 
 
-def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> GemvConfig:
-    inputs, parts, finish = product
-    return choose_config(CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, finish=finish, sparsity=sparsity)
+def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> TileConfig:
+    inputs, parts, epilogue = product
+    return choose_config(
+        CPU, inputs=inputs, parts=parts, dtype=torch.float32, rows=1, epilogue=epilogue, sparsity=sparsity
+    )
 
 
 def _product(inputs: int, parts: tuple[int, ...], rows: int, table: Tensor | Packed = TABLE) -> Any:
@@ -66,7 +68,7 @@ def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.Mo
     assert {entry.rows for entry in batches} == {2, 4, 8}
     for entry in batches:
         cut = replace(entry.config, evict_first=True)
-        if cut.inputs_per_split == 1792:  # an eighth of 14,336: a search takes powers of two
+        if cut.inputs_per_chunk == 1792:  # an eighth of 14,336: a search takes powers of two
             continue
         assert cut in candidates(_product(entry.inputs, entry.outputs, entry.rows), dense=cut.dense), entry
 
@@ -95,7 +97,7 @@ def test_a_product_too_large_for_a_gpu_is_timed_all_the_same(processors: int, mo
 def test_a_cut_that_cannot_be_launched_is_passed_over() -> None:
     errors = pytest.importorskip("triton.runtime.errors")
 
-    def launch(index: int, thresholds: Any, config: GemvConfig) -> None:
+    def launch(index: int, thresholds: Any, config: TileConfig) -> None:
         if config.warps == 2:
             raise errors.OutOfResources(135168, 101376, "shared memory")
         if config.warps == 4:
@@ -119,7 +121,7 @@ def test_the_model_has_the_last_word() -> None:
         return 3.0 - sum(_chosen(p, sparsity).warps == liked[p, sparsity] for p in (FIRST, SECOND))
 
     entries = settle(found, token_seconds)
-    got = {((e.inputs, e.outputs, e.finish), e.sparsity): e.config.warps for e in entries}
+    got = {((e.inputs, e.outputs, e.epilogue), e.sparsity): e.config.warps for e in entries}
     assert got == liked
     assert sorted(asked) == [0.0] * 6 + [0.5] * 6
 

@@ -9,7 +9,7 @@ from threading import Barrier, Thread
 import pytest
 
 from teal_cli.checkpoint import files
-from teal_cli.checkpoint.files import atomic_folder, atomic_path, check_seal, file_digest, sealed, tidy
+from teal_cli.checkpoint.atomic import atomic_folder, atomic_path, check_seal, file_digest, sealed, tidy
 from teal_cli.errors import ArtefactError
 
 _FILES = ("config.json", "teal.json")

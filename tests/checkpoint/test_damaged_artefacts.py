@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from teal_cli.allocation import make_plan
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.atomic import file_digest, sealed
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_checkpoint, write_checkpoint
-from teal_cli.checkpoint.files import file_digest, sealed
 from teal_cli.checkpoint.weights import tensor_header
 from teal_cli.cli import run
 from teal_cli.config import ExportConfig
@@ -29,7 +29,7 @@ from teal_cli.models.source import find_model
 from teal_cli.report.artefact_tables import inspect_tables
 from teal_cli.report.console import QUIET
 from teal_cli.report.contents import describe
-from teal_cli.report.material import read_material
+from teal_cli.report.inputs import read_material
 from teal_cli.report.page import Drawings, content_of, render
 from teal_cli.report.plots import quality_plots, speed_plots
 from teal_cli.steps.inspect import inspect

@@ -9,8 +9,8 @@ import yaml
 from conftest import FAMILIES, build_model
 
 from teal_cli.cli import run
+from teal_cli.quantise.rounding import quantise
 from teal_cli.quantise.scheme import Scheme
-from teal_cli.quantise.values import quantise
 from teal_cli.steps import info
 
 _GIB = 2**30

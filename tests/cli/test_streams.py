@@ -167,7 +167,7 @@ def test_figures_are_shown_where_json_cannot_be_written(monkeypatch, capsys) -> 
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("teal_cli.checkpoint.files.write_json", full)
+        patch.setattr("teal_cli.checkpoint.atomic.write_json", full)
         with pytest.raises(OSError, match="full"):
             finish(config, Reporter(), {"a": 1}, _tables)
     assert "the figures" in capsys.readouterr().out

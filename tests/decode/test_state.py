@@ -13,8 +13,8 @@ from teal_cli.bench.decode import bench_decode
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.config import GenerateConfig
 from teal_cli.decode import probe
-from teal_cli.decode.compact import Session
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths.fused import Session
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError
@@ -181,7 +181,7 @@ def test_a_wrong_compact_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Session, "launch", at_the_start)
     engine._checked.clear()
-    with pytest.raises(ArtefactError, match=r"\(compact path, dense\) does not give .* use --backend reference"):
+    with pytest.raises(ArtefactError, match=r"\(fused path, dense\) does not give .* use --backend reference"):
         engine.check(_prompt())
 
 

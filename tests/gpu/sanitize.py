@@ -16,21 +16,21 @@ from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.triton_decode import embed
-from teal_kernels.triton_gemv import GemvConfig, Scratch
+from teal_kernels.triton_gemv import Scratch, TileConfig
 
 CUTS = (
-    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=64, warps=1),
-    GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
-    GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=512, warps=2),
+    TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=64, warps=1),
+    TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=8, warps=2),
+    TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=512, warps=2),
 )
 EVEN = {"plain": (256, 128, 128), "residual": (256,), "gated": (128, 128)}
 PACKED = ((8, 200, False), (4, 128, True), (4, 32, True))
 
 
 def products(rows: int) -> None:
-    for finish in PARTS:
-        for parts, inputs in ((PARTS[finish], 44), (EVEN[finish], 512)):
-            case = random_case(finish, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
+    for epilogue in PARTS:
+        for parts, inputs in ((PARTS[epilogue], 44), (EVEN[epilogue], 512)):
+            case = random_case(epilogue, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
             scratch = Scratch(case.x.device)
             for cut in CUTS:
                 for dense in (False, True):

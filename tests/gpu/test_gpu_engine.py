@@ -1,4 +1,4 @@
-"""Whole models on a real GPU: the compact path against transformers' forward, memory, the real SmolLM2."""
+"""Whole models on a real GPU: the fused path against transformers' forward, memory, the real SmolLM2."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ from teal_cli.models.loading import build_random_model, load_model
 from teal_cli.report.console import QUIET
 from teal_cli.sparse import control_of, sparse_layers, sparsify_
 from teal_cli.steps.evaluate import evaluate
-from teal_kernels.triton_gemv import GemvConfig
+from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning import choose_config
 
 GREEDY = SamplingConfig()
@@ -49,7 +49,7 @@ def _decoded(model: torch.nn.Module, rows: int, backend: str) -> tuple[torch.Ten
 def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch skips as one row would, however little is left out: the reference masks always."""
 
-    def choose(device: torch.device, *, rows: int, **product: Any) -> GemvConfig:
+    def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
         return choose_config(device, rows=1, **product)
 
     monkeypatch.setattr(compact, "choose_config", choose)
@@ -156,7 +156,7 @@ def test_prefill_is_as_fast_as_transformers() -> None:
 
 
 def test_smollm2_says_what_the_reference_says(smollm2_run: Path, tmp_path: Path) -> None:
-    """Greedy text of the compact path, each token against the reference's choice after the same text.
+    """Greedy text of the fused path, each token against the reference's choice after the same text.
 
     In float32 rounding decides for an input this near to its threshold every few tokens, and two texts
     that once differ go on differently. (On a CPU, backend cpu against the reference: 57 of 64 agree.)

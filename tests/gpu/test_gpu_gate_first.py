@@ -118,7 +118,7 @@ def test_a_model_decodes_as_dense_inside_a_graph(tmp_path: Path, kind: str, rows
     control = control_of(model)
     assert use_backend(control, "auto", model.device, model.dtype) == "triton"
     engine = Engine(model)
-    assert engine.decoder is None  # the compact path knows no gate first
+    assert engine.decoder is None  # the fused path knows no gate first
     ids = torch.randint(2, VOCABULARY, (rows, 12), generator=torch.Generator().manual_seed(0)).cuda()
     greedy = SamplingConfig()
 

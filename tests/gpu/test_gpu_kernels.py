@@ -25,7 +25,7 @@ from torch.nn.functional import rms_norm
 from teal_kernels.launching import EMPTY
 from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import attention_splits, decode_attention
-from teal_kernels.triton_gemv import GemvConfig, Heads, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import Heads, Norm, Scratch, TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,23 +42,23 @@ PRODUCTS = {
     "no multiple of anything": (1234, (517, 130, 66), "plain"),
 }
 CUTS = {
-    "one program a finish": GemvConfig(block_out=16, block_in=4, unroll=2, inputs_per_split=32, warps=1),
-    "four programs a finish": GemvConfig(block_out=128, block_in=4, unroll=2, inputs_per_split=8, warps=2),
-    "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=4),
+    "one program a block": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
+    "four programs a block": TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=8, warps=2),
+    "one stretch": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=4),
 }
-CUT_OF_256 = GemvConfig(block_out=64, block_in=8, unroll=4, inputs_per_split=256, warps=2)
+CUT_OF_256 = TileConfig(block_out=64, block_in=8, unroll=4, inputs_per_chunk=256, warps=2)
 
 
 def _model_case(
     name: str, rows: int, dtype: torch.dtype, sparsity: float, *, chosen_for: int | None = None
-) -> tuple[Case, GemvConfig]:
+) -> tuple[Case, TileConfig]:
     """A product of a real model, cut as decoding would for a batch of `rows` (or `chosen_for`)."""
-    inputs, parts, finish = PRODUCTS[name]
+    inputs, parts, epilogue = PRODUCTS[name]
     case = random_case(
-        finish,
+        epilogue,
         rows,
         dtype=dtype,
-        norm=finish != "residual",
+        norm=epilogue != "residual",
         bias=False,
         listed=sparsity > 0,
         inputs=inputs,
@@ -72,7 +72,7 @@ def _model_case(
         parts=parts,
         dtype=dtype,
         rows=chosen_for or rows,
-        finish=finish,
+        epilogue=epilogue,
         sparsity=sparsity,
     )
     if config.dense:  # reads, and takes, every input
@@ -80,7 +80,7 @@ def _model_case(
     return case, config
 
 
-def _check(case: Case, config: GemvConfig) -> None:
+def _check(case: Case, config: TileConfig) -> None:
     counts = torch.zeros(3, dtype=torch.int64, device="cuda")
     result = case.launch(config, counts=counts, pdl=PDL)
     # Sums of n terms: rounding grows with their number, to far below the 16-bit dtypes' own.
@@ -88,18 +88,18 @@ def _check(case: Case, config: GemvConfig) -> None:
     assert relative_error(result.y, case.expected()) < limit
     used = len(case.parts)
     assert counts.tolist()[:used] == ([0] * used if config.dense else case.kept)
-    if case.finish == "residual":
+    if case.epilogue == "residual":
         squares = result.y.float().square().sum(1)
         torch.testing.assert_close(result.squares.sum(1), squares, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("finish", PARTS)
+@pytest.mark.parametrize("epilogue", PARTS)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_every_finish_and_dtype(finish: str, cut: str, dtype: torch.dtype, rows: int) -> None:
+def test_every_finish_and_dtype(epilogue: str, cut: str, dtype: torch.dtype, rows: int) -> None:
     for listed in (True, False):
-        case = random_case(finish, rows, dtype=dtype, listed=listed, device="cuda")
+        case = random_case(epilogue, rows, dtype=dtype, listed=listed, device="cuda")
         _check(case, replace(CUTS[cut], dense=not listed))
 
 
@@ -108,7 +108,7 @@ def test_every_finish_and_dtype(finish: str, cut: str, dtype: torch.dtype, rows:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_long_lists(rows: int, per_split: int, warps: int, dtype: torch.dtype) -> None:
     """Of more lines than a warp takes at a time, stored by two warps, and so long that they lie in global memory."""
-    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=per_split, warps=warps)
+    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=per_split, warps=warps)
     for listed, inputs in itertools.product((True, False), (3000, 3072)):
         case = random_case("plain", rows, dtype=dtype, listed=listed, inputs=inputs, parts=(200, 72), device="cuda")
         _check(case, replace(cut, dense=not listed))
@@ -142,11 +142,11 @@ def _same_bits(launch: Callable[[Scratch], Tensor], device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("finish", PARTS)
-def test_not_finite_inputs_propagate(finish: str, value: float) -> None:
+@pytest.mark.parametrize("epilogue", PARTS)
+def test_not_finite_inputs_propagate(epilogue: str, value: float) -> None:
     """A NaN is also what an absent partial sum looks like: it must neither hang nor get lost."""
     for cut in CUTS.values():
-        case = random_case(finish, 2, norm=False, device="cuda")
+        case = random_case(epilogue, 2, norm=False, device="cuda")
         case.x[1, 7] = value
         y, expected = case.launch(cut, pdl=PDL).y, case.expected()
         assert torch.equal(y.isnan(), expected.isnan())
@@ -176,7 +176,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = Scratch(device)
-    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=128, warps=1, dense=dense)
+    cut = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=128, warps=1, dense=dense)
     tables = [
         {
             "qkv": table(size, size, size, size),
@@ -206,12 +206,12 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
             norm = Norm(weight, 1e-5, before)
             gemv(hidden, weights["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
             decode_attention(qkv, cache[0], cache[1], cos, cos, attended, scale=0.1, pdl=pdl)
-            finish: dict[str, Any] = {"finish": "residual", "pdl": pdl}
-            gemv(attended, weights["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **finish)
+            epilogue: dict[str, Any] = {"epilogue": "residual", "pdl": pdl}
+            gemv(attended, weights["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **epilogue)
             norm = Norm(weight, 1e-5, squares[0])
-            gated: dict[str, Any] = {"finish": "gated", "pdl": pdl, "norm": norm}
+            gated: dict[str, Any] = {"epilogue": "gated", "pdl": pdl, "norm": norm}
             gemv(hidden, weights["mlp"], (wide, wide), thresholds, activation, cut, scratch, **gated)
-            gemv(activation, weights["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **finish)
+            gemv(activation, weights["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **epilogue)
 
     token(pdl=False)
     expected = hidden.clone()
@@ -244,14 +244,14 @@ def test_product_of_heads(rows: int, position: int, heads: int, dim: int, dense:
 def test_heads_of_few_lines(splits: int, rows: int, dense: bool, dtype: torch.dtype) -> None:
     """As a large batch's, whose rows are programs enough."""
     case = HeadsCase(rows, 32, 128, 64 * splits - 1, dtype=dtype, device="cuda", splits=splits)
-    for cut in (*CUTS.values(), CUT_OF_256, replace(CUT_OF_256, inputs_per_split=512)):
+    for cut in (*CUTS.values(), CUT_OF_256, replace(CUT_OF_256, inputs_per_chunk=512)):
         case.check(replace(cut, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_lines_wider_than_a_head(rows: int) -> None:
     """Read whole by four warps, a line of inputs is 128 wide: it begins and ends amid heads of 80."""
-    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=512, warps=4, dense=True)
+    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=512, warps=4, dense=True)
     for dtype in DTYPES:
         for heads, dim in ((20, 80), (7, 64)):
             HeadsCase(rows, heads, dim, 300, dtype=dtype, device="cuda").check(cut, pdl=PDL)
@@ -259,7 +259,7 @@ def test_lines_wider_than_a_head(rows: int) -> None:
 
 def test_product_of_heads_in_much_shared_memory() -> None:
     """Tiles and a list together would be more shared memory than a launch has unasked: the list goes elsewhere."""
-    cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
+    cut = TileConfig(block_out=64, block_in=64, unroll=2, inputs_per_chunk=1024, warps=4)
     for dense in (False, True):
         HeadsCase(3, 32, 128, 150, dtype=torch.bfloat16, device="cuda").check(replace(cut, dense=dense), pdl=PDL)
 

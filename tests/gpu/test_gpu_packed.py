@@ -10,27 +10,27 @@ from torch import Tensor
 from teal_kernels import masked_input
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
 from teal_kernels.tuning import choose_config, kind_of
 
 SHAPES = [(4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192)), (200, (152, 72, 40))]
 WEIGHTS = [(8, 0, False), (4, 128, True), (4, 32, True)]
 
 
-def _run(x: Tensor, packed: Packed, thresholds: Tensor, config: GemvConfig) -> Tensor:
+def _run(x: Tensor, packed: Packed, thresholds: Tensor, config: TileConfig) -> Tensor:
     y = torch.empty(x.shape[0], sum(packed.parts), dtype=x.dtype, device=x.device)
     gemv(x, packed, packed.parts, thresholds, y, config, Scratch(x.device))
     return y
 
 
-def _config(packed: Packed, rows: int, sparsity: float) -> GemvConfig:
+def _config(packed: Packed, rows: int, sparsity: float) -> TileConfig:
     config = choose_config(
         packed.device,
         inputs=packed.shape[0],
         parts=packed.parts,
         dtype=kind_of(packed),
         rows=rows,
-        finish="plain",
+        epilogue="plain",
         sparsity=sparsity,
     )
     return fitting(config, packed, rows)
@@ -63,12 +63,12 @@ def test_against_float64(
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("weights", [(8, 128, False), (4, 128, True), (4, 32, True)], ids=str)
 def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, per_split: int) -> None:
-    """Norms and heads of attention before a product, what finishes it after."""
-    cut = GemvConfig(block_out=128, block_in=8, unroll=2, inputs_per_split=per_split, warps=2)
+    """Norms and heads of attention before a product, what follows it after."""
+    cut = TileConfig(block_out=128, block_in=8, unroll=2, inputs_per_chunk=per_split, warps=2)
     for dense in (False, True):
-        for finish in PARTS:
+        for epilogue in PARTS:
             case = random_case(
-                finish, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
+                epilogue, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
             )
             result = case.launch(replace(cut, dense=dense), pdl=PDL)
             assert relative_error(result.y, case.expected()) < LIMITS[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""The fused product against its definition in float64: every finish, with and without what goes before it."""
+"""The fused product against its definition in float64: every epilogue, with and without what goes before it."""
 
 import itertools
 from collections.abc import Callable
@@ -12,37 +12,37 @@ import torch
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, HeadsCase, random_case, relative_error
 
 from teal_kernels import active_inputs, triton_gemv
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv, squares_of
 
 CUTS = {
-    "one stretch": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=128, warps=1),
-    "two stretches": GemvConfig(block_out=16, block_in=4, unroll=2, inputs_per_split=32, warps=1),
+    "one stretch": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
+    "two stretches": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
 }
-FINISHES = list(PARTS)
+EPILOGUES = list(PARTS)
 
 
-def _check(case: Case, config: GemvConfig) -> None:
+def _check(case: Case, config: TileConfig) -> None:
     result = case.launch(config)
     assert relative_error(result.y, case.expected()) < LIMITS[case.x.dtype]
-    if case.finish == "residual":
+    if case.epilogue == "residual":
         # The squares are those of y as it is stored, block by block.
         blocks = [chunk.float().square().sum(1) for chunk in result.y.split(config.block_out, dim=1)]
         torch.testing.assert_close(result.squares, torch.stack(blocks, dim=1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(("rows", "cut"), [*itertools.product([1, 3], CUTS), (2, "one stretch"), (8, "two stretches")])
-def test_against_float64(rows: int, finish: str, listed: bool, cut: str) -> None:
-    case = random_case(finish, rows, listed=listed)
+def test_against_float64(rows: int, epilogue: str, listed: bool, cut: str) -> None:
+    case = random_case(epilogue, rows, listed=listed)
     _check(case, replace(CUTS[cut], dense=not listed))
 
 
 @pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
-@pytest.mark.parametrize("finish", FINISHES)
-def test_without_bias_or_norm(finish: str, listed: bool, bias: bool, norm: bool) -> None:
-    case = random_case(finish, 2, listed=listed, bias=bias, norm=norm)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_without_bias_or_norm(epilogue: str, listed: bool, bias: bool, norm: bool) -> None:
+    case = random_case(epilogue, 2, listed=listed, bias=bias, norm=norm)
     _check(case, replace(CUTS["two stretches"], dense=not listed))
 
 
@@ -76,11 +76,11 @@ def bfloat16_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.usefixtures("bfloat16_arithmetic")
-def test_16_bit_dtypes(rows: int, finish: str, listed: bool, dtype: torch.dtype) -> None:
-    case = random_case(finish, rows, listed=listed, dtype=dtype)
+def test_16_bit_dtypes(rows: int, epilogue: str, listed: bool, dtype: torch.dtype) -> None:
+    case = random_case(epilogue, rows, listed=listed, dtype=dtype)
     _check(case, replace(CUTS["two stretches"], dense=not listed))
 
 
@@ -89,31 +89,31 @@ def test_even_and_tiny_sizes(inputs: int, parts: tuple[int, ...]) -> None:
     _check(random_case("plain", 1, inputs=inputs, parts=parts, norm=False), CUTS["two stretches"])
 
 
-@pytest.mark.parametrize("finish", FINISHES)
-def test_more_stretches_than_are_gathered_at_a_time(finish: str) -> None:
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_more_stretches_than_are_gathered_at_a_time(epilogue: str) -> None:
     """A wide block leaves registers for two lines of partial sums; here are six."""
-    _check(random_case(finish, 2), GemvConfig(block_out=512, block_in=4, unroll=2, inputs_per_split=8, warps=1))
+    _check(random_case(epilogue, 2), TileConfig(block_out=512, block_in=4, unroll=2, inputs_per_chunk=8, warps=1))
 
 
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_everything_dropped(finish: str, rows: int) -> None:
-    case = random_case(finish, rows)
+def test_everything_dropped(epilogue: str, rows: int) -> None:
+    case = random_case(epilogue, rows)
     case.thresholds.fill_(1e9)
     result = case.launch(CUTS["two stretches"], counts=(counts := torch.zeros(3, dtype=torch.int64)))
     torch.testing.assert_close(result.y, case.expected().float(), rtol=1e-6, atol=1e-6)
     assert not counts.any()
-    bare = random_case(finish, rows, bias=False)
+    bare = random_case(epilogue, rows, bias=False)
     bare.thresholds.fill_(1e9)
     y = bare.launch(CUTS["two stretches"]).y
-    assert torch.equal(y, bare.before if finish == "residual" else torch.zeros_like(y))
+    assert torch.equal(y, bare.before if epilogue == "residual" else torch.zeros_like(y))
 
 
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_nothing_dropped(finish: str, rows: int) -> None:
+def test_nothing_dropped(epilogue: str, rows: int) -> None:
     """A threshold below zero keeps zeros too."""
-    case = random_case(finish, rows, listed=False, norm=False)
+    case = random_case(epilogue, rows, listed=False, norm=False)
     case.x[:, ::5] = 0.0
     counts = torch.zeros(3, dtype=torch.int64)
     result = case.launch(CUTS["one stretch"], counts=counts)
@@ -122,10 +122,10 @@ def test_nothing_dropped(finish: str, rows: int) -> None:
     assert counts.tolist() == [rows * INPUTS] * used + [0] * (3 - used)
 
 
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(("rows", "cut"), [(1, "two stretches"), (3, "one stretch")])
-def test_counts_are_added_to(finish: str, rows: int, cut: str) -> None:
-    case = random_case(finish, rows)
+def test_counts_are_added_to(epilogue: str, rows: int, cut: str) -> None:
+    case = random_case(epilogue, rows)
     counts = torch.tensor([5, 6, 7])
     scratch = Scratch(case.x.device)
     for _ in range(2):
@@ -158,11 +158,11 @@ def test_weights_that_no_row_needs_are_not_used(rows: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_not_finite_inputs_propagate(finish: str, listed: bool, value: float) -> None:
+def test_not_finite_inputs_propagate(epilogue: str, listed: bool, value: float) -> None:
     """As in the masked product, and into the row that holds them only."""
-    case = random_case(finish, 2, listed=listed, norm=False)
+    case = random_case(epilogue, 2, listed=listed, norm=False)
     case.x[1, 7] = value
     y, expected = case.launch(replace(CUTS["two stretches"], dense=not listed)).y, case.expected()
     assert torch.equal(y.isnan(), expected.isnan())
@@ -219,9 +219,9 @@ def test_one_workspace_for_all_shapes_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
-@pytest.mark.parametrize("finish", FINISHES)
-def test_same_bits_on_every_run(finish: str, listed: bool) -> None:
-    case, config = random_case(finish, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_same_bits_on_every_run(epilogue: str, listed: bool) -> None:
+    case, config = random_case(epilogue, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
     scratch = Scratch(case.x.device)
     first = case.launch(config, scratch)
     for _ in range(2):
@@ -242,7 +242,7 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
                 y,
                 CUTS["one stretch"],
                 Scratch(x.device),
-                finish="residual",
+                epilogue="residual",
                 squares=squares,
             )
 
@@ -254,7 +254,7 @@ def test_squares_of_counts_blocks_of_each_part() -> None:
 
 def test_a_list_holds_indices_of_15_bits() -> None:
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
-    config = replace(CUTS["one stretch"], inputs_per_split=1 << 16)
+    config = replace(CUTS["one stretch"], inputs_per_chunk=1 << 16)
     with pytest.raises(ValueError, match="32768"):
         gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
 
@@ -264,7 +264,7 @@ def test_offsets_of_32_bits(most: int, match: str, monkeypatch: pytest.MonkeyPat
     """A program reads 2 of 8 inputs times 40 outputs, and there are 4 times 64 partial sums."""
     monkeypatch.setattr(triton_gemv, "_MOST_ELEMENTS", most)
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
-    config = replace(CUTS["one stretch"], inputs_per_split=2)
+    config = replace(CUTS["one stretch"], inputs_per_chunk=2)
     with pytest.raises(ValueError, match=match):
         gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
 
@@ -280,7 +280,7 @@ def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(triton_gemv, "resident", lambda device, each: 84 * each)
     table: Any = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 28672), itemsize=4)
-    cut = GemvConfig(block_out=256, block_in=1, unroll=16, inputs_per_split=256, warps=1, dense=True)
+    cut = TileConfig(block_out=256, block_in=1, unroll=16, inputs_per_chunk=256, warps=1, dense=True)
     alone, batch = (squares_of(table, (14336, 14336), cut, rows, torch.float32) // 112 for rows in (1, 2))
     assert (alone, batch) == (4, 1)
 
@@ -289,7 +289,7 @@ def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 KiB: tiles take 29 KiB a program, the list of two rows 8.5 more."""
     monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = GemvConfig(block_out=128, block_in=16, unroll=1, inputs_per_split=512, warps=2)
+    cut = TileConfig(block_out=128, block_in=16, unroll=1, inputs_per_chunk=512, warps=2)
     assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 2
     monkeypatch.setattr(triton_gemv, "_MOST_LIST_BYTES", 0)
     assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 3
@@ -297,7 +297,7 @@ def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tiles_are_as_what_takes_them_needs() -> None:
     """Matrix units 16 rows at least. Element by element, of two rows, no more than registers hold sums for."""
-    cut = GemvConfig(block_out=128, block_in=4, unroll=4, inputs_per_split=512, warps=1)
+    cut = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=512, warps=1)
     for rows, bits in ((1, 16), (1, 4), (2, 8), (2, 4)):
         assert triton_gemv._tile(cut, rows, bits) == (4, 4)
         assert triton_gemv._tiles_bytes(cut, rows, bits, itemsize=2, sets=3) == 0
@@ -313,29 +313,29 @@ def test_tiles_are_as_what_takes_them_needs() -> None:
 def test_a_list_leaves_room_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton asks for more than 48 KiB of a program's shared memory only where its own tiles are more than that."""
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = GemvConfig(block_out=64, block_in=64, unroll=2, inputs_per_split=1024, warps=4)
+    cut = TileConfig(block_out=64, block_in=64, unroll=2, inputs_per_chunk=1024, warps=4)
     assert triton_gemv._list_bytes(cut, rows=3, bits=16, itemsize=2) == 0
     assert triton_gemv._list_bytes(replace(cut, block_in=32), rows=3, bits=16, itemsize=2) == 3 * (1024 + 128) * 4
 
 
 def test_a_program_reads_what_32_bits_can_count() -> None:
     table = torch.empty_strided((8, 40), (1 << 29, 1), device="meta")
-    config = replace(CUTS["one stretch"], inputs_per_split=8, dense=True)
+    config = replace(CUTS["one stretch"], inputs_per_chunk=8, dense=True)
     with pytest.raises(ValueError, match="2147483647 elements"):
         gemv(torch.ones(1, 8), table, (40,), torch.zeros(1), torch.zeros(1, 40), config, Scratch(torch.device("cpu")))
 
 
-@pytest.mark.parametrize(("finish", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
-def test_parts_that_do_not_fit_the_finish(finish: str, parts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("epilogue", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
+def test_parts_that_do_not_fit_the_finish(epilogue: str, parts: tuple[int, ...]) -> None:
     """A gated product would wait for sums that nobody sends."""
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
     with pytest.raises(ValueError, match="parts"):
-        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Scratch(x.device), finish=finish)
+        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Scratch(x.device), epilogue=epilogue)
 
 
-@pytest.mark.parametrize("finish", FINISHES)
-def test_blocks_wider_than_one_line_of_registers(finish: str) -> None:
-    _check(random_case(finish, 1), GemvConfig(block_out=2048, block_in=1, unroll=1, inputs_per_split=22, warps=1))
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_blocks_wider_than_one_line_of_registers(epilogue: str) -> None:
+    _check(random_case(epilogue, 1), TileConfig(block_out=2048, block_in=1, unroll=1, inputs_per_chunk=22, warps=1))
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -362,22 +362,22 @@ def test_heads_of_other_dtypes() -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 5])
-@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.usefixtures("narrow_warps")
-def test_inputs_taken_line_by_line(finish: str, rows: int, dense: bool) -> None:
+def test_inputs_taken_line_by_line(epilogue: str, rows: int, dense: bool) -> None:
     """Stretches of eight lines, all full or the last one not; of five rows a warp holds two at a time.
 
     (Three and five rows read whole are normalised as they are multiplied, in no lines.)
     """
-    cut = GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=64, warps=1, dense=dense)
+    cut = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=1, dense=dense)
     for inputs in (INPUTS, 128):
-        _check(random_case(finish, rows, listed=not dense, inputs=inputs), cut)
+        _check(random_case(epilogue, rows, listed=not dense, inputs=inputs), cut)
 
 
 def test_lines_are_as_wide_as_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warp where it counts; otherwise the program, if the stretch is that long."""
     monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = GemvConfig(block_out=64, block_in=16, unroll=2, inputs_per_split=1024, warps=4)
+    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=1024, warps=4)
     assert triton_gemv._lanes(1024, cut) == 32
     assert triton_gemv._lanes(1024, replace(cut, dense=True)) == 128
     assert triton_gemv._lanes(64, replace(cut, dense=True)) == 32
@@ -394,7 +394,7 @@ def test_heads_are_merged_line_by_line(
     monkeypatch.setattr(triton_gemv, "_MOST_TAKEN", 64)  # so that a warp of three rows takes eight lines, too
     monkeypatch.setattr(triton_gemv, "_MOST_TAKEN_OF_HEADS", 128)
     for per_split in (32, 64):
-        cut = replace(CUTS["one stretch"], inputs_per_split=per_split, dense=dense)
+        cut = replace(CUTS["one stretch"], inputs_per_chunk=per_split, dense=dense)
         HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40).check(cut)
         HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40, packed=(8, 32, True)).check(cut)
 

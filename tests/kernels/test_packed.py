@@ -16,14 +16,14 @@ from teal_kernels.packed_linear import (
     triton_packed_linear,
 )
 from teal_kernels.packing import codes_of, dequantised, pack, side_by_side
-from teal_kernels.triton_gemv import GemvConfig, Scratch, gemv
+from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
 from teal_kernels.tuning import UNTUNED
 
 INPUTS = 200
 WEIGHTS = [(8, INPUTS, False), (8, 64, True), (4, 64, True), (4, 32, True), (4, 64, False)]
 CUTS = {
-    "one group": GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1),
-    "several groups": GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=128, warps=1),
+    "one group": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
+    "several groups": TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
 }
 
 
@@ -46,15 +46,17 @@ def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: b
     torch.testing.assert_close(dequantised(packed, torch.float64)[row], expected)
 
 
-@covering(weights=WEIGHTS, finish=list(PARTS), cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
-def test_kernel_against_float64(weights: tuple[int, int, bool], finish: str, cut: str, rows: int, dense: bool) -> None:
+@covering(weights=WEIGHTS, epilogue=list(PARTS), cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
+def test_kernel_against_float64(
+    weights: tuple[int, int, bool], epilogue: str, cut: str, rows: int, dense: bool
+) -> None:
     case = random_case(
-        finish, rows, norm=finish != "residual", bias=False, listed=not dense, inputs=INPUTS, packed=weights
+        epilogue, rows, norm=epilogue != "residual", bias=False, listed=not dense, inputs=INPUTS, packed=weights
     )
     result = case.launch(replace(CUTS[cut], dense=dense))
     # Codes are added up with their offset: more is cancelled than in a product of plain weights.
     assert relative_error(result.y, case.expected()) < 5e-6
-    if finish == "residual":
+    if epilogue == "residual":
         torch.testing.assert_close(result.squares.sum(1), result.y.square().sum(1))
 
 
@@ -70,7 +72,7 @@ def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: 
 
 
 @covering(
-    finish=list(PARTS),
+    epilogue=list(PARTS),
     rows=[1, 2, 3],
     dense=[False, True],
     weights=[(8, INPUTS, False), (4, 64, True), (4, 32, True)],
@@ -78,10 +80,12 @@ def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: 
 )
 @pytest.mark.usefixtures("narrow_warps")
 def test_inputs_taken_line_by_line(
-    finish: str, rows: int, dense: bool, weights: tuple[int, int, bool], cut: str
+    epilogue: str, rows: int, dense: bool, weights: tuple[int, int, bool], cut: str
 ) -> None:
     """But by three rows read whole, which are normalised and added up as they are multiplied."""
-    case = random_case(finish, rows, norm=finish != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3)
+    case = random_case(
+        epilogue, rows, norm=epilogue != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3
+    )
     result = case.launch(replace(CUTS[cut], dense=dense))
     assert relative_error(result.y, case.expected()) < 5e-6
 
@@ -108,7 +112,7 @@ def test_layer_products_agree(weights: tuple[int, int, bool], threshold: float, 
 def test_what_does_not_fit_is_refused() -> None:
     packed = random_packed(INPUTS, (16,), 4, 64, zeros=True)
     x, y = torch.zeros(1, INPUTS), torch.zeros(1, 16)
-    for config in (GemvConfig(32, 4, 2, 96, 1), GemvConfig(32, 4, 2, 48, 1)):
+    for config in (TileConfig(32, 4, 2, 96, 1), TileConfig(32, 4, 2, 48, 1)):
         with pytest.raises(ValueError, match="one must divide the other"):
             gemv(x, packed, (16,), torch.zeros(1), y, config, Scratch(x.device))
         fitted = fitting(config, packed, 1)
@@ -121,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_block_is_as_wide_as_what_takes_its_words() -> None:
     packed = random_packed(INPUTS, (64,), 4, 64, zeros=True)
-    cut = GemvConfig(block_out=32, block_in=4, unroll=2, inputs_per_split=32, warps=1)
+    cut = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=32, warps=1)
     assert [fitting(cut, packed, rows).block_out for rows in (1, 2, 3, 8)] == [32, 32, 128, 128]
 
 

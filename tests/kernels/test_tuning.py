@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from teal_kernels import tuning
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig
+from teal_kernels.triton_gemv import MAX_ROWS, TileConfig
 from teal_kernels.tuning import TABLE_VERSION, UNTUNED, Entry, TuningTableError, choose_config, keep_entries, user_table
 
 pytestmark = pytest.mark.usefixtures("own_tables")
@@ -24,15 +24,15 @@ LLAMA_3_8B = [
     (4096, (14336, 14336), "gated"),
     (14336, (4096,), "residual"),
 ]
-DENSE = GemvConfig(block_out=64, block_in=4, unroll=2, inputs_per_split=256, warps=1, dense=True)
+DENSE = TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=256, warps=1, dense=True)
 SPARSE = replace(DENSE, dense=False)
 
 Write = Callable[..., None]
 
 
-def _entry(sparsity: float, microseconds: float, config: GemvConfig | None = None, **product: Any) -> Entry:
+def _entry(sparsity: float, microseconds: float, config: TileConfig | None = None, **product: Any) -> Entry:
     """One of a 1024 x 1024 product in bfloat16, unless said otherwise."""
-    product = {"inputs": 1024, "outputs": (1024,), "dtype": "bfloat16", "rows": 1, "finish": "plain"} | product
+    product = {"inputs": 1024, "outputs": (1024,), "dtype": "bfloat16", "rows": 1, "epilogue": "plain"} | product
     config = config or (DENSE if sparsity == 0.0 else SPARSE)
     return Entry(**product, sparsity=sparsity, microseconds=microseconds, config=config)
 
@@ -51,8 +51,8 @@ def write() -> Write:
     return _write
 
 
-def _choose(sparsity: float, *, device: torch.device = CPU, **product: Any) -> GemvConfig:
-    product = {"inputs": 1024, "parts": (1024,), "dtype": torch.bfloat16, "rows": 1, "finish": "plain"} | product
+def _choose(sparsity: float, *, device: torch.device = CPU, **product: Any) -> TileConfig:
+    product = {"inputs": 1024, "parts": (1024,), "dtype": torch.bfloat16, "rows": 1, "epilogue": "plain"} | product
     return choose_config(device, sparsity=sparsity, **product)
 
 
@@ -61,12 +61,12 @@ def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
 
 
-@pytest.mark.parametrize(("inputs", "parts", "finish"), LLAMA_3_8B, ids=str)
+@pytest.mark.parametrize(("inputs", "parts", "epilogue"), LLAMA_3_8B, ids=str)
 @pytest.mark.usefixtures("on_h100")
-def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], finish: str) -> None:
-    product = {"inputs": inputs, "parts": parts, "finish": finish, "device": GPU}
+def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], epilogue: str) -> None:
+    product = {"inputs": inputs, "parts": parts, "epilogue": epilogue, "device": GPU}
     entries = [
-        e for e in tuning._entries(H100) if (e.inputs, e.outputs, e.finish, e.rows) == (inputs, parts, finish, 1)
+        e for e in tuning._entries(H100) if (e.inputs, e.outputs, e.epilogue, e.rows) == (inputs, parts, epilogue, 1)
     ]
     measured = {entry.sparsity: entry.config for entry in entries if entry.dtype == "bfloat16"}
     assert _choose(0.0, **product) == measured[0.0]
@@ -77,16 +77,16 @@ def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], finish: str) -
     assert not _choose(0.95, **product).dense
 
 
-@pytest.mark.parametrize(("inputs", "parts", "finish"), LLAMA_3_8B, ids=str)
+@pytest.mark.parametrize(("inputs", "parts", "epilogue"), LLAMA_3_8B, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, MAX_ROWS])
 @pytest.mark.usefixtures("on_h100")
-def test_every_product_gets_a_cut(inputs: int, parts: tuple[int, ...], finish: str, rows: int) -> None:
+def test_every_product_gets_a_cut(inputs: int, parts: tuple[int, ...], epilogue: str, rows: int) -> None:
     """Whatever the shape, the dtype, the batch and the sparsity; at sparsity zero a dense read."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for factor in (1, 3, 64):
             shape = {"inputs": inputs // factor, "parts": tuple(part // factor for part in parts)}
             for sparsity in (0.0, 0.01, 0.3, 0.6, 0.99):
-                config = _choose(sparsity, **shape, dtype=dtype, rows=rows, finish=finish, device=GPU)
+                config = _choose(sparsity, **shape, dtype=dtype, rows=rows, epilogue=epilogue, device=GPU)
                 assert config.dense or sparsity > 0.0
 
 
@@ -104,10 +104,10 @@ def test_packaged_tables_load(path: Path) -> None:
         assert 1 <= entry.rows <= MAX_ROWS
         assert 1 <= len(entry.outputs) <= 3
         assert entry.dtype in ("float32", "float16", "bfloat16", "int8", "int4")
-        assert entry.finish in ("plain", "residual", "gated")
+        assert entry.epilogue in ("plain", "residual", "gated")
         assert config.dense == (entry.sparsity == 0.0)
         assert config.unroll > 0
-        assert config.inputs_per_split > 0
+        assert config.inputs_per_chunk > 0
         sizes = [config.block_out, config.block_in, config.warps]
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
     dense = {entry.product for entry in entries if entry.config.dense}
@@ -168,9 +168,9 @@ def test_a_batch_reads_what_any_row_needs(write: Write) -> None:
     assert [_choose(sparsity, rows=8).dense for sparsity in (0.65, 0.68)] == [True, False]
 
 
-def _marked(number: int) -> GemvConfig:
+def _marked(number: int) -> TileConfig:
     """A dense cut that can be told from others."""
-    return replace(DENSE, inputs_per_split=1000 + number)
+    return replace(DENSE, inputs_per_chunk=1000 + number)
 
 
 def test_nearest_shape(write: Write) -> None:
@@ -191,15 +191,15 @@ def test_nearest_rows_finish_and_size_of_dtype(write: Write) -> None:
     write(
         _entry(0.0, 10.0, _marked(1)),
         _entry(0.0, 10.0, _marked(8), rows=8),
-        _entry(0.0, 10.0, _marked(2), finish="gated"),
+        _entry(0.0, 10.0, _marked(2), epilogue="gated"),
         _entry(0.0, 10.0, _marked(4), dtype="float32"),
     )
     assert _choose(0.0, rows=2) == _marked(1)
     assert _choose(0.0, rows=3) == _marked(8)
     assert _choose(0.0, rows=6) == _marked(8)
     assert _choose(0.0, rows=8, inputs=4096) == _marked(8)  # rows matter more than the shape
-    assert _choose(0.0, finish="gated") == _marked(2)
-    assert _choose(0.0, finish="residual") == _marked(1)
+    assert _choose(0.0, epilogue="gated") == _marked(2)
+    assert _choose(0.0, epilogue="residual") == _marked(1)
     assert _choose(0.0, dtype=torch.float32) == _marked(4)
     assert _choose(0.0, dtype=torch.float16) == _marked(1)
 
@@ -217,12 +217,12 @@ def test_other_bits_are_further_than_twice_the_rows(write: Write) -> None:
 
 @pytest.mark.usefixtures("on_h100")
 def test_a_users_table_goes_before_the_packaged_one(write: Write) -> None:
-    inputs, parts, finish = LLAMA_3_8B[0]
-    product = {"inputs": inputs, "parts": parts, "finish": finish, "device": GPU}
-    other = {"inputs": 14336, "parts": (4096,), "finish": "residual", "device": GPU}
+    inputs, parts, epilogue = LLAMA_3_8B[0]
+    product = {"inputs": inputs, "parts": parts, "epilogue": epilogue, "device": GPU}
+    other = {"inputs": 14336, "parts": (4096,), "epilogue": "residual", "device": GPU}
     packaged, packaged_other = _choose(0.5, **product), _choose(0.5, **other)
-    own = replace(SPARSE, inputs_per_split=1024)
-    measured = {"inputs": inputs, "outputs": parts, "finish": finish}
+    own = replace(SPARSE, inputs_per_chunk=1024)
+    measured = {"inputs": inputs, "outputs": parts, "epilogue": epilogue}
     write(_entry(0.0, 10.0, **measured), _entry(0.5, 5.0, own, **measured), device=H100)
     assert packaged != own
     assert _choose(0.5, **product) == own
@@ -287,7 +287,7 @@ def test_a_product_without_a_dense_measurement_is_passed_over(write: Write) -> N
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"version": 2}', '{"version": 2, "entries": [{}]}', '{"version": 2, "entries": 3}'],
+    ["", "{", "[]", "{}", '{"version": 3}', '{"version": 3, "entries": [{}]}', '{"version": 3, "entries": 3}'],
 )
 def test_a_damaged_table_is_named(content: str) -> None:
     path = user_table("cpu")

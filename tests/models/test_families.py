@@ -26,12 +26,12 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
+from teal_cli.models.forward import check_positions, halves, run_text
 from teal_cli.models.loading import auto_class, load_model
-from teal_cli.models.passes import check_positions, halves, run_text
 from teal_cli.quantise.loading import load_dense
 from teal_cli.report.console import QUIET
 from teal_cli.report.tables import eval_tables
-from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_
+from teal_cli.sparse import control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.steps.export import export
@@ -271,7 +271,7 @@ def test_thresholds_hold_in_the_sparse_network(made: Made) -> None:
     prefix = 16 if made.kind == "causal" else 0
     plan = made.sparse().config.quantization_config.plan
     sparsify_(model, plan)
-    propagate_(model, plan, text, dense_prefix=prefix)
+    recalibrate_(model, plan, text, dense_prefix=prefix)
     control = control_of(model)
     with control.masked(prefix), control.counting() as counter:
         _output(model, text)

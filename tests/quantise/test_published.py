@@ -17,8 +17,8 @@ from teal_cli.cli import run
 from teal_cli.errors import ArtefactError
 from teal_cli.models.loading import load_model
 from teal_cli.models.source import ModelSource, find_model
+from teal_cli.quantise.rounding import quantise
 from teal_cli.quantise.scheme import Scheme
-from teal_cli.quantise.values import quantise
 from teal_cli.resources import teal_home
 from teal_kernels.packing import codes_of, pack
 

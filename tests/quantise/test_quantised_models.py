@@ -19,17 +19,17 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
 from teal_cli.config import CalibrateConfig
-from teal_cli.decode.compact import CompactDecoder, unsupported_reason
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import load_model
 from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.quantise.scheme import Scheme
-from teal_cli.quantise.values import gptq, quantise
 from teal_cli.sparse import sparsify_
-from teal_cli.sparse.quantized import QuantizedLinear
+from teal_cli.sparse.quantised import QuantisedLinear
 from teal_kernels.packing import dequantised
 
 assert teal_cli.hf
@@ -163,10 +163,10 @@ def test_shared_product_notices_other_inputs_and_modes() -> None:
     attention = packed.model.layers[0].self_attn
     x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
 
-    def alone(layer: QuantizedLinear, threshold: float) -> Tensor:
+    def alone(layer: QuantisedLinear, threshold: float) -> Tensor:
         return torch.nn.functional.linear(x * (x.abs() > threshold), layer.weight, layer.bias)
 
-    def close(layer: QuantizedLinear, threshold: float) -> None:
+    def close(layer: QuantisedLinear, threshold: float) -> None:
         torch.testing.assert_close(layer(x), alone(layer, threshold), rtol=1e-5, atol=1e-5)
 
     close(attention.q_proj, 0.3)
@@ -186,7 +186,7 @@ def test_compact_path(scheme: str, output: bool) -> None:
     plain, packed, (_, control) = _packed("llama-bias", scheme, output)
     assert unsupported_reason(packed, control) is None
     engine, reference = Engine(packed), Engine(plain)
-    engine.decoder = CompactDecoder(packed, control)
+    engine.decoder = FusedDecoder(packed, control)
     ids = _tokens(8)
     caches = engine.new_cache(12), reference.new_cache(12)
     logits = engine.prefill(ids, caches[0])
@@ -225,8 +225,8 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     size = (folder / "model.safetensors").stat().st_size
     assert size < (0.75 if not output else 0.62) * (dense / "model.safetensors").stat().st_size
     model = load_model(folder, device="cpu", dtype="float32")
-    assert isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
-    assert isinstance(model.lm_head, QuantizedLinear) == output
+    assert isinstance(model.model.layers[0].mlp.down_proj, QuantisedLinear)
+    assert isinstance(model.lm_head, QuantisedLinear) == output
     # What transformers loads is the network that was calibrated: the quantised one.
     config = CalibrateConfig(model=str(dense), quantize="int4:32", quantize_output=output, device="cpu")
     calibration = calibration_file.load(folder.parent)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from teal_cli.calibration import histogram
 from teal_cli.report.distributions import distribution_plots
 from teal_cli.report.drawing import Plot, inline_svg
+from teal_cli.report.inputs import Material, read_material
 from teal_cli.report.maps import sparsity_plots
-from teal_cli.report.material import Material, read_material
 from teal_cli.report.plots import quality_plots, speed_plots
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCa
 
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
-from teal_cli.decode.compact import unsupported_reason
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths.fused import unsupported_reason
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections

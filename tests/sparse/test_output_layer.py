@@ -16,12 +16,12 @@ from teal_cli.allocation import make_plan
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
-from teal_cli.decode.compact import CompactDecoder, unsupported_reason
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
 from teal_cli.models.loading import load_model
-from teal_cli.sparse import SparseLinear, control_of, propagate_, sparse_layers, sparsify_
+from teal_cli.sparse import SparseLinear, control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.sparse.replace import set_thresholds_
 
 assert teal_cli.hf
@@ -138,7 +138,7 @@ def test_thresholds_that_hold(dense: Path, calibration: Calibration) -> None:
     plan = make_plan(calibration, 0.5, "fisher")
     sparsify_(model, plan)
     text = torch.randint(2, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(9))
-    held = propagate_(model, plan, text, dense_prefix=32)
+    held = recalibrate_(model, plan, text, dense_prefix=32)
     control = control_of(model)
     with control.masked(32), control.counting() as counter, torch.no_grad():
         model(input_ids=text)
@@ -169,7 +169,7 @@ def test_thresholds_are_of_what_it_is_given(dense: Path, calibration: Calibratio
     sparsify_(model, plan)
     model.lm_head.register_forward_pre_hook(lambda module, args: (0.1 * args[0],))
     text = torch.randint(2, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(9))
-    propagate_(model, plan, text, dense_prefix=32)
+    recalibrate_(model, plan, text, dense_prefix=32)
     control = control_of(model)
     with control.masked(32), control.counting() as counter, torch.no_grad():
         model(input_ids=text)
@@ -213,11 +213,11 @@ def test_a_dense_one_is_left_where_it_lies(dense: Path, calibration: Calibration
     control = sparsify_(model, make_plan(calibration, 0.5, "uniform"))
     assert model.lm_head.weight.is_contiguous()
     assert unsupported_reason(model, control) is None
-    assert CompactDecoder(model, control).output() is None
+    assert FusedDecoder(model, control).output() is None
     set_thresholds_(model, make_plan(calibration, 0.5, "fisher-site"))
     assert model.lm_head.weight.is_contiguous()
     assert unsupported_reason(model, control) is None
-    assert CompactDecoder(model, control).output() is not None
+    assert FusedDecoder(model, control).output() is not None
     assert model.lm_head.weight.t().is_contiguous()
 
 

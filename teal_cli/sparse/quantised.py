@@ -16,7 +16,7 @@ _FEW_ROWS = 2
 """Rows for which the codes are multiplied as they are, dense too."""
 
 
-class QuantizedLinear(SparseLinear):
+class QuantisedLinear(SparseLinear):
     """A `SparseLinear` that holds codes, scales and zero points in place of `weight`.
 
     `qweight` (in, words) int32, `scales` (groups, out) and `zeros` (groups, out) float16 are what
@@ -86,7 +86,7 @@ class QuantizedLinear(SparseLinear):
         super().plan_(plan)
         self._nothing_dropped = torch.full_like(self.threshold, -1.0)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedLinear":
         kept = {"scales": self.scales, "zeros": self.zeros}
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
         super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teal_cli.checkpoint.files import atomic_path
+from teal_cli.checkpoint.atomic import atomic_path
 from teal_cli.checkpoint.weights import tensor_header
 from teal_cli.errors import ArtefactError, reading
 from teal_cli.quantise.scheme import Scheme

@@ -8,7 +8,7 @@ import yaml
 from conftest import calibrate_tiny, save_tiny
 
 from teal_cli.allocation import make_plan
-from teal_cli.allocation.files import by_pattern, read_allocation
+from teal_cli.allocation.allocation_file import by_pattern, read_allocation
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import OUTPUT_SITE, Projection

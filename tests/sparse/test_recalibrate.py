@@ -9,7 +9,7 @@ from conftest import VOCABULARY, build_model, calibrate_tiny, save_tiny
 from teal_cli.allocation import make_plan
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.perplexity import compare
-from teal_cli.sparse import control_of, propagate_, sparse_layers, sparsify_
+from teal_cli.sparse import control_of, recalibrate_, sparse_layers, sparsify_
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -20,7 +20,7 @@ def test_realised_is_the_target(family: str, allocation: str, tmp_path: Path) ->
     plan = make_plan(calibration, 0.65, allocation)
     sparsify_(model, plan)
     text = torch.randint(2, VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(1))
-    held = propagate_(model, plan, text, dense_prefix=32)
+    held = recalibrate_(model, plan, text, dense_prefix=32)
     assert {n: e.sparsity for n, e in held.projections.items()} == {n: e.sparsity for n, e in plan.projections.items()}
     ((before,), (after,)) = compare(model, [plan, held], text, dense_prefixes=[32])
     assert after.realised_sparsity == pytest.approx(0.65, abs=0.002)
@@ -36,7 +36,7 @@ def test_dense_projections_stay_dense(tmp_path: Path) -> None:
     model = build_model("llama")
     plan = make_plan(calibration, 0.0, "uniform")
     sparsify_(model, plan)
-    assert propagate_(model, plan, torch.randint(2, VOCABULARY, (2, 32)), dense_prefix=16) == plan
+    assert recalibrate_(model, plan, torch.randint(2, VOCABULARY, (2, 32)), dense_prefix=16) == plan
 
 
 def test_hidden_states_without_a_threshold(tmp_path: Path) -> None:
@@ -47,4 +47,4 @@ def test_hidden_states_without_a_threshold(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
     with pytest.raises(ArtefactError, match="layers.1.self_attn.q_proj: .*not finite"):
-        propagate_(model, plan, torch.randint(2, VOCABULARY, (2, 32)), dense_prefix=16)
+        recalibrate_(model, plan, torch.randint(2, VOCABULARY, (2, 32)), dense_prefix=16)

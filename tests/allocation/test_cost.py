@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from conftest import calibrate_tiny, save_tiny
 
+from teal_cli.allocation.cost import Saving, time_saved
 from teal_cli.allocation.fisher import fisher
-from teal_cli.allocation.saving import Saving, time_saved
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import ArtefactError, UsageError
 

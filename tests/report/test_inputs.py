@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from teal_cli.report.material import read_material, when
-from teal_cli.report.places import grid_of, places_of
+from teal_cli.report.inputs import read_material, when
+from teal_cli.report.layers import grid_of, places_of
 from teal_cli.report.summary import how_to_measure
 
 

@@ -1,4 +1,4 @@
-"""The compact decode path: a token of a Llama-family model in five launches a block.
+"""The fused decode path: a token of a Llama-family model in five launches a block.
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
@@ -34,7 +34,7 @@ from teal_kernels.triton_gemv import MAX_ROWS, Heads, Norm, Scratch, gemv, squar
 from teal_kernels.tuning import TuningTableError, choose_config, kind_of
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
-FINISHES = {
+EPILOGUES = {
     "attention_input": "plain",
     "attention_output": "residual",
     "mlp_input": "gated",
@@ -44,7 +44,7 @@ FINISHES = {
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
-    """Why a model cannot take the compact path on a device, wherever it is now; None where it can."""
+    """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
     config = model.config
     try:
         known = architecture_for(model).compact
@@ -67,7 +67,7 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
 
 
 def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
-    """Why a model cannot take the compact path; None where it can."""
+    """Why a model cannot take the fused path; None where it can."""
     parameter = next(model.parameters())
     reason = unsupported_on(model, parameter.device, parameter.dtype, control.backend)
     if reason is not None:
@@ -83,9 +83,9 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
 class Product:
     """The projections of one site, which one launch computes."""
 
-    def __init__(self, layers: list[nn.Module], finish: str) -> None:
+    def __init__(self, layers: list[nn.Module], epilogue: str) -> None:
         self.layers: list[SparseLinear] = layers  # type: ignore[assignment]
-        self.finish = finish
+        self.epilogue = epilogue
         self.table = self.layers[0].site.table
         self.parts = tuple(layer.out_features for layer in self.layers)
         self.bias: Tensor | None = None
@@ -125,7 +125,7 @@ class Launch:
             parts=parts,
             dtype=kind_of(table),
             rows=rows,
-            finish=product.finish,
+            epilogue=product.epilogue,
             sparsity=skipped / sum(parts),
         )
         self.config = fitting(config, table, rows)
@@ -146,8 +146,8 @@ class Launch:
             scratch,
             bias=self.product.bias,
             norm=norm,
-            finish=self.product.finish,
-            squares=self.squares if self.product.finish == "residual" else None,
+            epilogue=self.product.epilogue,
+            squares=self.squares if self.product.epilogue == "residual" else None,
             counts=self.kept,
             pdl=pdl,
         )
@@ -176,7 +176,7 @@ def _window(config: Any, attention: nn.Module) -> int:
     return int(getattr(attention, "sliding_window", default) or 0)
 
 
-class CompactDecoder:
+class FusedDecoder:
     """Launches the tokens of one model.
 
     Args:
@@ -195,10 +195,10 @@ class CompactDecoder:
             attention, mlp = layer.self_attn, layer.mlp
             self.blocks.append(
                 _Block(
-                    qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], FINISHES["attention_input"]),
-                    o=Product([attention.o_proj], FINISHES["attention_output"]),
-                    gate_up=Product([mlp.gate_proj, mlp.up_proj], FINISHES["mlp_input"]),
-                    down=Product([mlp.down_proj], FINISHES["mlp_intermediate"]),
+                    qkv=Product([attention.q_proj, attention.k_proj, attention.v_proj], EPILOGUES["attention_input"]),
+                    o=Product([attention.o_proj], EPILOGUES["attention_output"]),
+                    gate_up=Product([mlp.gate_proj, mlp.up_proj], EPILOGUES["mlp_input"]),
+                    down=Product([mlp.down_proj], EPILOGUES["mlp_intermediate"]),
                     attention_norm=layer.input_layernorm.weight,
                     mlp_norm=layer.post_attention_layernorm.weight,
                     eps=layer.input_layernorm.variance_epsilon,
@@ -252,7 +252,7 @@ class Session:
     one after the plan or the control changed.
     """
 
-    def __init__(self, decoder: CompactDecoder, cache: FixedCache, rows: int) -> None:
+    def __init__(self, decoder: FusedDecoder, cache: FixedCache, rows: int) -> None:
         self.decoder, self.cache, self.rows = decoder, cache, rows
         self._made_for = decoder.control.decoding
         self.enabled = decoder.control.decodes_sparse

@@ -1,4 +1,4 @@
-"""The compact decode path in Triton's interpreter, against transformers' forward with the reference backend."""
+"""The fused decode path in Triton's interpreter, against transformers' forward with the reference backend."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.compact import CompactDecoder, Session, unsupported_reason
 from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.paths.fused import FusedDecoder, Session, unsupported_reason
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, apply_plan_, sparse_layers, sparsify_
 from teal_kernels import triton_decode
-from teal_kernels.triton_gemv import MAX_ROWS, GemvConfig
+from teal_kernels.triton_gemv import MAX_ROWS, TileConfig
 from teal_kernels.tuning import Entry, keep_entries
 
 LIMIT = 1e-5  # relative; float32 sums in another order give 1e-6
@@ -30,7 +30,7 @@ STEPS = 8
 @pytest.fixture(autouse=True)
 def _cuts_for_the_interpreter(own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, which is what the interpreter pays for; two stretches of inputs and two blocks of outputs stay."""
-    cuts = {0.0: GemvConfig(64, 64, 1, 64, 1, dense=True), 0.5: GemvConfig(64, 64, 1, 64, 1)}
+    cuts = {0.0: TileConfig(64, 64, 1, 64, 1, dense=True), 0.5: TileConfig(64, 64, 1, 64, 1)}
     entries = [Entry(64, (64,), "float32", 1, "plain", s, 10.0 - 10.0 * s, cut) for s, cut in cuts.items()]
     keep_entries("cpu", entries, {})
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 2)
@@ -50,7 +50,7 @@ def _tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 class Pair:
-    """One sparse model, decoded by the reference backend and by the compact path."""
+    """One sparse model, decoded by the reference backend and by the fused path."""
 
     def __init__(self, model: Any, control: SparsityControl | None = None) -> None:
         self.model = model
@@ -58,7 +58,7 @@ class Pair:
         self.plain = Engine(model)
         self.compact = Engine(model)
         assert unsupported_reason(model, self.control) is None
-        self.compact.decoder = CompactDecoder(model, self.control)
+        self.compact.decoder = FusedDecoder(model, self.control)
 
     def caches(self, rows: int, positions: int = 60, prompt: int = PROMPT) -> tuple[Any, FixedCache]:
         """Both caches, after the same prompt."""
@@ -320,7 +320,7 @@ def test_token_loop_follows_a_change_of_plan(pair: Pair) -> None:
 
 
 def test_generate(pair: Pair) -> None:
-    """The same tokens as without the compact path, and the same counts."""
+    """The same tokens as without the fused path, and the same counts."""
     found = {}
     for engine, backend in ((pair.plain, "reference"), (pair.compact, "triton")):
         pair.control.backend = backend

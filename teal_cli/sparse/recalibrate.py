@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.errors import ArtefactError
+from teal_cli.models.forward import watched
 from teal_cli.models.layers import rows_from
-from teal_cli.models.passes import watched
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.replace import set_thresholds_, sparse_layers
 
 
 @torch.no_grad()
-def propagate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefix: int) -> SparsityPlan:
+def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_prefix: int) -> SparsityPlan:
     """The plan's sparsities, with the thresholds that give them in the sparse network.
 
     One forward pass. Every site counts the hidden states that reach it through the sites before, sets

@@ -1,0 +1,1 @@
+"""Ways to decode a token, behind one interface."""
