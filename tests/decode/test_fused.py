@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.engine import Engine, TokenLoop
-from teal_cli.decode.paths.fused import FusedDecoder, Session, unsupported_reason
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.loop import TokenLoop
+from teal_cli.decode.paths.fused import FusedPath
+from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import find_projections
@@ -56,16 +58,14 @@ class Pair:
         self.model = model
         self.control = control or sparsify_(model, _plan(model))
         self.plain = Engine(model)
-        self.compact = Engine(model)
-        assert unsupported_reason(model, self.control) is None
-        self.compact.decoder = FusedDecoder(model, self.control)
+        self.fused = Engine(model, path="fused")
 
     def caches(self, rows: int, positions: int = 60, prompt: int = PROMPT) -> tuple[Any, FixedCache]:
         """Both caches, after the same prompt."""
         ids = _tokens(rows, prompt)
-        caches = self.plain.new_cache(positions), self.compact.new_cache(positions)
+        caches = self.plain.new_cache(positions), self.fused.new_cache(positions)
         assert isinstance(caches[1], FixedCache)
-        expected, got = self.plain.prefill(ids, caches[0]), self.compact.prefill(ids, caches[1])
+        expected, got = self.plain.prefill(ids, caches[0]), self.fused.prefill(ids, caches[1])
         assert torch.equal(got, expected)
         return caches
 
@@ -74,9 +74,9 @@ class Pair:
         self.control.backend = "reference"
         expected = self.plain.step(token, caches[0])
         self.control.backend = "triton"
-        got = self.compact.step(token, caches[1])
+        got = self.fused.step(token, caches[1])
         assert _error(got, expected) < LIMIT
-        assert caches[1].length == caches[0].get_seq_length()
+        assert caches[1].length == caches[0].length
         return got
 
 
@@ -84,9 +84,9 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def _session(pair: Pair, cache: FixedCache) -> Session:
-    session = pair.compact.open(cache)
-    assert session is not None
+def _session(pair: Pair, cache: FixedCache) -> FusedSession:
+    session = pair.fused.open(cache)
+    assert isinstance(session, FusedSession)
     return session
 
 
@@ -101,7 +101,7 @@ def test_logits_and_counts_equal_the_reference(family: str, rows: int) -> None:
         expected = [pair.plain.step(tokens[:, i : i + 1], caches[0]) for i in range(STEPS)]
     control.backend = "triton"
     with control.counting() as counter:
-        got = [pair.compact.step(tokens[:, i : i + 1], caches[1]) for i in range(STEPS)]
+        got = [pair.fused.step(tokens[:, i : i + 1], caches[1]) for i in range(STEPS)]
     for step in range(STEPS):
         assert got[step].shape == (rows, VOCABULARY)
         assert _error(got[step], expected[step]) < LIMIT
@@ -129,20 +129,20 @@ def test_dense_equals_dense_eager() -> None:
     """With sparsity switched off, and for a plan that drops nothing."""
     model = build_model("llama-bias")
     pair = Pair(build_model("llama-bias"))
-    cache, compact_cache = DynamicCache(config=model.config), pair.caches(2)[1]
+    cache, fused_cache = DynamicCache(config=model.config), pair.caches(2)[1]
     with torch.no_grad():
         model(input_ids=_tokens(2, PROMPT), past_key_values=cache)
         with pair.control.switched_off(), pair.control.counting() as counter:
             for position in range(3):
                 token = _tokens(2, 1, position)
                 expected = model(input_ids=token, past_key_values=cache).logits[:, -1]
-                assert _error(pair.compact.step(token, compact_cache), expected) < LIMIT
+                assert _error(pair.fused.step(token, fused_cache), expected) < LIMIT
         assert counter.model_wide() is None
         nothing = {name: ProjectionPlan(0.0, 0.0) for name in sparse_layers(pair.model)}
         apply_plan_(pair.model, SparsityPlan("uniform", 0.0, nothing))
         token = _tokens(2, 1, 9)
         expected = model(input_ids=token, past_key_values=cache).logits[:, -1]
-        assert _error(pair.compact.step(token, compact_cache), expected) < LIMIT
+        assert _error(pair.fused.step(token, fused_cache), expected) < LIMIT
 
 
 def test_a_projection_without_sparsity_keeps_everything() -> None:
@@ -193,7 +193,7 @@ def test_what_makes_a_session_stale(pair: Pair, change: str) -> None:
     elif change == "dense":
         context = control.dense()
     else:
-        for engine, cache in zip((pair.plain, pair.compact), caches, strict=True):
+        for engine, cache in zip((pair.plain, pair.fused), caches, strict=True):
             engine.prefill(_tokens(1, 5, 7), cache)
     with context:
         assert session.stale
@@ -214,7 +214,7 @@ def test_a_cache_is_filled_to_its_last_position_and_not_beyond(pair: Pair) -> No
     caches = pair.caches(1, positions=PROMPT + 1)
     pair.step(_tokens(1, 1), caches)
     with pytest.raises(ArtefactError, match=f"cache is full: it was made for {PROMPT + 1} positions"):
-        pair.compact.step(_tokens(1, 1), caches[1])
+        pair.fused.step(_tokens(1, 1), caches[1])
 
 
 def test_a_cache_that_was_reset(pair: Pair) -> None:
@@ -222,7 +222,7 @@ def test_a_cache_that_was_reset(pair: Pair) -> None:
     pair.step(_tokens(1, 1), caches)
     caches[1].reset()
     fresh = pair.plain.new_cache(60)
-    for engine, cache in ((pair.plain, fresh), (pair.compact, caches[1])):
+    for engine, cache in ((pair.plain, fresh), (pair.fused, caches[1])):
         engine.prefill(_tokens(1, 6, 8), cache)
     pair.step(_tokens(1, 1, 1), (fresh, caches[1]))
 
@@ -234,17 +234,17 @@ def test_a_prompt_of_one_token(pair: Pair) -> None:
 
 def test_logits_of_a_step_are_not_overwritten_by_the_next(pair: Pair) -> None:
     cache = pair.caches(1)[1]
-    first = pair.compact.step(_tokens(1, 1), cache)
+    first = pair.fused.step(_tokens(1, 1), cache)
     kept = first.clone()
-    pair.compact.step(_tokens(1, 1, 1), cache)
+    pair.fused.step(_tokens(1, 1, 1), cache)
     assert torch.equal(first, kept)
 
 
 def test_a_batch_of_nine_is_refused(pair: Pair) -> None:
-    cache = pair.compact.new_cache(8)
-    pair.compact.prefill(_tokens(MAX_ROWS + 1, 4), cache)
+    cache = pair.fused.new_cache(8)
+    pair.fused.prefill(_tokens(MAX_ROWS + 1, 4), cache)
     with pytest.raises(UsageError, match=r"a batch of 9 is more than .* \(8\)"):
-        pair.compact.step(_tokens(MAX_ROWS + 1, 1), cache)
+        pair.fused.step(_tokens(MAX_ROWS + 1, 1), cache)
 
 
 def test_counting_begins_and_ends_with_its_block(pair: Pair) -> None:
@@ -253,7 +253,7 @@ def test_counting_begins_and_ends_with_its_block(pair: Pair) -> None:
     control.backend = "triton"
     realised = []
     reference = []
-    for engine, cache, into in ((pair.plain, caches[0], reference), (pair.compact, caches[1], realised)):
+    for engine, cache, into in ((pair.plain, caches[0], reference), (pair.fused, caches[1], realised)):
         control.backend = "reference" if engine is pair.plain else "triton"
         engine.step(_tokens(1, 1), cache)
         with control.counting() as counter:
@@ -274,9 +274,9 @@ def test_counting_begins_and_ends_with_its_block(pair: Pair) -> None:
 def test_a_counter_stays_as_it_was_when_its_block_ended(pair: Pair) -> None:
     cache = pair.caches(1)[1]
     with pair.control.counting() as counter:
-        pair.compact.step(_tokens(1, 1), cache)
+        pair.fused.step(_tokens(1, 1), cache)
         at_the_end = counter.by_projection()
-    pair.compact.step(_tokens(1, 1, 1), cache)
+    pair.fused.step(_tokens(1, 1, 1), cache)
     assert counter.by_projection() == at_the_end
 
 
@@ -291,7 +291,7 @@ def test_token_loop_equals_stepping_by_hand(pair: Pair, temperature: float) -> N
         token = by_hand.next_token(pair.plain.step(token, plain_cache))
         expected.append(token.tolist())
     pair.control.backend = "triton"
-    loop = TokenLoop(pair.compact, cache, _tokens(2, 1), Sampler(sampling, pair.compact.device))
+    loop = TokenLoop(pair.fused, cache, _tokens(2, 1), Sampler(sampling, pair.fused.device))
     assert [loop.advance().tolist() for _ in range(5)] == expected
     assert len({str(tokens) for tokens in expected}) > 1
     assert cache.length == PROMPT + 5
@@ -309,7 +309,7 @@ def test_token_loop_follows_a_change_of_plan(pair: Pair) -> None:
             token = greedy.next_token(pair.plain.step(token, plain_cache))
         expected.append(int(token))
     apply_plan_(pair.model, plans[0])
-    loop = TokenLoop(pair.compact, cache, _tokens(1, 1), greedy)
+    loop = TokenLoop(pair.fused, cache, _tokens(1, 1), greedy)
     got = []
     for step in range(4):
         if step == 2:
@@ -322,7 +322,7 @@ def test_token_loop_follows_a_change_of_plan(pair: Pair) -> None:
 def test_generate(pair: Pair) -> None:
     """The same tokens as without the fused path, and the same counts."""
     found = {}
-    for engine, backend in ((pair.plain, "reference"), (pair.compact, "triton")):
+    for engine, backend in ((pair.plain, "reference"), (pair.fused, "triton")):
         pair.control.backend = backend
         with pair.control.counting() as counter:
             tokens = list(engine.generate(_tokens(1, 9), max_new_tokens=5, sampling=SamplingConfig()))
@@ -331,7 +331,7 @@ def test_generate(pair: Pair) -> None:
     assert len(found["triton"][0]) == 5
 
 
-def test_a_dense_model_is_laid_out_for_the_compact_path() -> None:
+def test_a_dense_model_is_laid_out_for_the_fused_path() -> None:
     """What an engine does on a GPU: layers of sparsity zero, no second copy of the weights, the same logits."""
     model = build_model("qwen3")
     cache = DynamicCache(config=model.config)
@@ -340,8 +340,7 @@ def test_a_dense_model_is_laid_out_for_the_compact_path() -> None:
         model(input_ids=_tokens(1, PROMPT), past_key_values=cache)
         expected = model(input_ids=token, past_key_values=cache).logits[:, -1]
     size = sum(parameter.nbytes for parameter in model.parameters())
-    engine = Engine(model)
-    engine.decoder = engine._compact_decoder()
+    engine = Engine(model, path="fused")
     assert engine.general_because is None
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == size
@@ -350,19 +349,21 @@ def test_a_dense_model_is_laid_out_for_the_compact_path() -> None:
     assert _error(engine.step(token, fixed), expected) < LIMIT
 
 
-def test_an_unknown_model_takes_the_general_path() -> None:
+def test_an_unknown_model_takes_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    engine = Engine(AutoModelForCausalLM.from_config(config).eval())
-    assert engine._compact_decoder() is None
-    assert engine.general_because == "model type gpt2"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(FusedPath, "devices", ("cpu",))  # as on a GPU
+    engine = Engine(model)
+    assert (engine.path.name, engine.general_because) == ("general", "model type gpt2")
+    with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type gpt2"):
+        Engine(model, path="fused")
 
 
-def test_a_dense_model_that_cannot_take_the_compact_path_is_left_alone() -> None:
+def test_a_dense_model_that_cannot_take_the_fused_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama")
     model.config.hidden_act = "gelu"
-    engine = Engine(model)
-    assert engine._compact_decoder() is None
-    assert engine.general_because == "activation gelu"
+    monkeypatch.setattr(FusedPath, "devices", ("cpu",))
+    assert Engine(model).general_because == "activation gelu"
     assert not sparse_layers(model)
 
 
@@ -370,7 +371,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
     model = build_model("llama")
     plan = _plan(model)
     plan.projections["model.layers.1.self_attn.k_proj"] = ProjectionPlan(0.5, 0.7)
-    assert unsupported_reason(model, sparsify_(model, plan)) == "projections that are not side by side"
+    assert FusedPath.unsupported(model, sparsify_(model, plan)) == "projections that are not side by side"
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
         ("moved", "projections that are not side by side"),
     ],
 )
-def test_unsupported_reason(pair: Pair, what: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported(pair: Pair, what: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = pair.model, pair.model.config
     if what == "family":
         config.model_type = "gemma"
@@ -407,7 +408,7 @@ def test_unsupported_reason(pair: Pair, what: str, reason: str, monkeypatch: pyt
         model.model.layers[1]._hf_hook = object()
     else:
         model.to(torch.bfloat16)
-    assert unsupported_reason(model, pair.control) == reason
+    assert FusedPath.unsupported(model, pair.control) == reason
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
-from teal_cli.decode import compact
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths import fused_session
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import find_projections
@@ -37,7 +37,7 @@ def _decoded(model: torch.nn.Module, rows: int, backend: str) -> tuple[torch.Ten
     control = control_of(model)
     control.backend = backend
     engine = Engine(model)  # takes the backend's path
-    assert (engine.decoder is not None) == (backend == "triton")
+    assert engine.path.own_kernels == (backend == "triton")
     cache = engine.new_cache(40)
     engine.prefill(ids[:, :20], cache)
     with control.counting() as counter:
@@ -52,7 +52,7 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
         return choose_config(device, rows=1, **product)
 
-    monkeypatch.setattr(compact, "choose_config", choose)
+    monkeypatch.setattr(fused_session, "choose_config", choose)
 
 
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
@@ -61,7 +61,7 @@ def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("rows", [1, 3])
-def test_compact_path_against_the_reference(tmp_path: Path, family: str, rows: int) -> None:
+def test_fused_path_against_the_reference(tmp_path: Path, family: str, rows: int) -> None:
     out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
     model = load_model(out, device="cuda", dtype="float32")
     assert all(layer.weight.is_cuda and layer.threshold.is_cuda for layer in sparse_layers(model).values())
