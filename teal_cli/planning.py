@@ -64,7 +64,7 @@ def hold(
     Raises:
         ArtefactError: propagation was asked for by name, and the text of the calibration cannot be had.
     """
-    if not config.propagate or not any(entry.sparsity for entry in plan.projections.values()):
+    if not config.propagate or not any(entry.expected_sparsity for entry in plan.projections.values()):
         return plan, False
     try:
         text = _text(calibration, source)

@@ -130,6 +130,6 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
     quantized.number = layer.number
     quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
     if not quantized.storage.is_meta:
-        quantized.plan_(layer.plan)
+        quantized.set_rule_(layer.rule)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, quantized)

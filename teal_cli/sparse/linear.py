@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.plan import ProjectionPlan
+from teal_cli.checkpoint.rules import Dense, Rule
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.site import Site
 from teal_kernels import active_inputs
@@ -23,7 +23,7 @@ class SparseLinear(nn.Linear):
 
     `weight` stays (out, in) with the dense model's key and values; its site lays it out input-major
     in memory. `threshold` is a 0-d float32 buffer that is not saved: it lives in the
-    checkpoint's configuration. A layer with sparsity 0 is an ordinary linear layer.
+    checkpoint's configuration. A layer whose rule is `Dense` is an ordinary linear layer.
     """
 
     threshold: Tensor
@@ -45,7 +45,7 @@ class SparseLinear(nn.Linear):
         self.control = control
         self.site = site
         self.number = site.add(self)
-        self.plan = ProjectionPlan(sparsity=0.0, threshold=0.0)
+        self.rule: Rule = Dense()
         self.is_planned = True
         """Whether plans name this layer. Only a quantised output layer may be without; then nothing is dropped."""
         self.is_output = False
@@ -76,17 +76,17 @@ class SparseLinear(nn.Linear):
     @property
     def stays_as_it_is(self) -> bool:
         """Whether its weights need no other layout: an output layer that drops nothing and is not quantised."""
-        return self.is_output and self.plan.sparsity == 0.0 and self.packed is None
+        return self.is_output and isinstance(self.rule, Dense) and self.packed is None
 
     @property
     def storage(self) -> Tensor:
         """What the weights are held in."""
         return self.weight
 
-    def plan_(self, plan: ProjectionPlan) -> None:
-        """Set sparsity and threshold, on the device of the weight."""
-        self.plan = plan
-        self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.storage.device)
+    def set_rule_(self, rule: Rule) -> None:
+        """Skip inputs by this rule; the threshold goes to the device of the weight."""
+        self.rule = rule
+        self.threshold = torch.tensor(rule.threshold, dtype=torch.float32, device=self.storage.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         before = self.storage.data_ptr()
@@ -94,7 +94,7 @@ class SparseLinear(nn.Linear):
         if self.storage.data_ptr() != before:
             self.site.forget_layout()
         if not self.storage.is_meta:
-            self.plan_(self.plan)  # a cast of the model must not round the threshold
+            self.set_rule_(self.rule)  # a cast of the model must not round the threshold
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -103,8 +103,8 @@ class SparseLinear(nn.Linear):
         destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     def extra_repr(self) -> str:
-        """Shape, sparsity and threshold, for `print(model)`."""
-        return f"{super().extra_repr()}, sparsity={self.plan.sparsity:.3f}, threshold={self.plan.threshold:.4g}"
+        """Shape and rule, for `print(model)`."""
+        return f"{super().extra_repr()}, rule={self.rule}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
@@ -127,7 +127,7 @@ class SparseLinear(nn.Linear):
         masked = mode == "masked"
         prefix = max(control.dense_prefix - before, 0) if masked else 0
         counter = control.counter if control.counter is not None and control.counter.active else None
-        if self.plan.sparsity == 0.0:
+        if isinstance(self.rule, Dense):
             if (
                 counter is not None and self.is_planned
             ):  # a projection that is left dense counts in the model's sparsity

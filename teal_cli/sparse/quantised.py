@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.plan import ProjectionPlan
+from teal_cli.checkpoint.rules import Rule
 from teal_cli.quantise.scheme import Scheme
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.site import Site
+from teal_kernels import KEEP_ALL
 from teal_kernels.packing import Packed, dequantised
 
 _FEW_ROWS = 2
@@ -58,7 +59,7 @@ class QuantisedLinear(SparseLinear):
         self.register_buffer("qweight", packed.words)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
-        self._nothing_dropped = torch.tensor(-1.0)
+        self._nothing_dropped = torch.tensor(KEEP_ALL)
         self.train(linear.training)
 
     @property
@@ -81,10 +82,10 @@ class QuantisedLinear(SparseLinear):
         """What the weights are held in."""
         return self.qweight
 
-    def plan_(self, plan: ProjectionPlan) -> None:
+    def set_rule_(self, rule: Rule) -> None:
         """As for any sparse layer."""
-        super().plan_(plan)
-        self._nothing_dropped = torch.full_like(self.threshold, -1.0)
+        super().set_rule_(rule)
+        self._nothing_dropped = torch.full_like(self.threshold, KEEP_ALL)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedLinear":
         kept = {"scales": self.scales, "zeros": self.zeros}

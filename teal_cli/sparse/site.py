@@ -84,7 +84,7 @@ class Site:
         if all(layer.stays_as_it_is for layer in self.layers):
             return
         weights = [layer.weight for layer in self.layers]
-        self._alike = len({layer.plan for layer in self.layers}) == 1
+        self._alike = len({layer.rule for layer in self.layers}) == 1
         one_table = len({(w.shape[1], w.dtype, w.device) for w in weights}) == 1
         if len(weights) == 1 or not one_table or not (self._alike or weights[0].is_cuda):
             self._table = None
@@ -102,7 +102,7 @@ class Site:
     def _lay_out_packed_(self) -> None:
         """One table of codes; each layer holds its part of it."""
         self._bytes.clear()
-        self._alike = len({layer.plan for layer in self.layers}) == 1
+        self._alike = len({layer.rule for layer in self.layers}) == 1
         if self._packed is not None:
             return
         table = side_by_side([layer.packed for layer in self.layers if layer.packed is not None])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teal_cli.checkpoint.rules import Dense
 from teal_cli.models.layers import Routed, StackedLinear
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
@@ -85,14 +86,18 @@ class SparseExperts(SparseLinear):
         counter = control.counter if control.counter is not None and control.counter.active else None
         active: Tensor | None = None
         if not dense and (counter is not None or masked):
-            active = active_inputs(x, self.threshold) if self.plan.sparsity else torch.ones_like(x, dtype=torch.bool)
+            active = (
+                active_inputs(x, self.threshold)
+                if not isinstance(self.rule, Dense)
+                else torch.ones_like(x, dtype=torch.bool)
+            )
             sparse_rows = routed.positions >= (control.dense_prefix if masked else 0)
             if counter is not None:
                 counted = active[sparse_rows]
                 dropped = counted.numel() - counted.count_nonzero()
                 counter.add(self.name, self.copies * self.in_features * self.out_features, counted.numel(), dropped)
             active |= ~sparse_rows[:, None]
-        plain = dense or masked or self.plan.sparsity == 0.0
+        plain = dense or masked or isinstance(self.rule, Dense)
         if plain and active is not None:
             x = x * active
         outputs = []

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import Attention, Product, RMSNorm
 from teal_cli.decode.cache import FixedCache, FixedLayer
 from teal_cli.decode.paths.base import Session
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparsityCounter
-from teal_kernels import KEEP_ALL
 from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import (
     LOGITS_BLOCK,
@@ -49,12 +49,13 @@ class Launch:
     def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype) -> None:
         self.product = product
         table, parts = product.table, product.parts
-        plans = [layer.plan for layer in product.layers]
-        values = [plan.threshold if enabled and plan.sparsity > 0 else KEEP_ALL for plan in plans]
+        rules = [layer.rule if enabled else Dense() for layer in product.layers]
+        values = [rule.threshold for rule in rules]
         self.thresholds = torch.tensor(values, dtype=torch.float32, device=table.device)
         self.kept = torch.zeros(3, dtype=torch.int64, device=table.device)
         """Inputs that were kept, for each part; added to by every launch that skips."""
-        skipped = sum(plan.sparsity * part for plan, part in zip(plans, parts, strict=True)) if enabled else 0.0
+        expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
+        skipped = sum(share * part for share, part in zip(expected, parts, strict=True))
         config = choose_config(
             table.device,
             inputs=table.shape[0],
