@@ -108,8 +108,9 @@ class GeneralPath(Path):
             return f"model type {kind} has no cache"
         if states is None or states.is_recurrent or not isinstance(cache.state, DynamicCache | StaticCache):
             return f"model type {kind} keeps a state that padding would change"
-        if any(cache.state.is_sliding):
-            return f"model type {kind} sees a window, which padding would fill"
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or 0
+        if any(cache.state.is_sliding) and window < cache.positions:
+            return f"model type {kind} sees a window of {window} positions, which padding would fill"
         if getattr(self.model.config, "alibi", False):
             return f"model type {kind} counts distances with padding (ALiBi)"
         parameters = inspect.signature(type(self.model).forward).parameters
