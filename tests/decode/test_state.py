@@ -175,7 +175,7 @@ def test_a_wrong_fused_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Session.launch
 
     def at_the_start(self: Session) -> torch.Tensor:
-        self.position.zero_()
+        self.positions.zero_()
         return launch(self)
 
     monkeypatch.setattr(Session, "launch", at_the_start)

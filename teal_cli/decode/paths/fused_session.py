@@ -26,7 +26,7 @@ from teal_kernels.triton_decode import (
     output_logits,
     pick,
 )
-from teal_kernels.triton_gemv import Heads, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config, kind_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ class Launch:
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
-    def run(self, x: Tensor | Heads, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None) -> None:
+    def run(
+        self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None
+    ) -> None:
         """Launch it."""
         gemv(
             x,
@@ -109,7 +111,7 @@ class FusedSession(Session):
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
         lengths = cache.row_lengths()
-        self.position = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device=device)
+        self.positions = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device=device)
         self.cos, self.sin = path.rotary(cache.positions)
         embedding = path.model.get_input_embeddings()
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -138,10 +140,10 @@ class FusedSession(Session):
         """Bind every step of every block to its buffers, in order; the squares of what the last one leaves."""
         scratch, pdl = self.scratch, self.path.pdl
         layers = iter(self.cache.layers)
-        heads: Heads | None = None
+        partials: AttentionPartials | None = None
         squares = self.squares
         for block in self.path.blocks:
-            x: Tensor | Heads = self.hidden
+            x: Tensor | AttentionPartials = self.hidden
             norm: Norm | None = None
             product: Product | None = None
             for step in block:
@@ -151,9 +153,9 @@ class FusedSession(Session):
                     if product is None or not isinstance(x, Tensor):
                         raise TypeError("attention reads the product of queries, keys and values")
                     layer = next(layers)
-                    heads = self._heads(product, step, layer, heads)
-                    self._steps.append(self._attention(step, x, layer, heads))
-                    x = heads
+                    partials = self._partials(product, step, layer, partials)
+                    self._steps.append(self._attention(step, x, layer, partials))
+                    x = partials
                 else:
                     launch = Launch(step, self.enabled, self.rows, self.path.dtype)
                     self.launches.append(launch)
@@ -165,15 +167,19 @@ class FusedSession(Session):
                     x, norm, product = y, None, step
         return squares
 
-    def _heads(self, qkv: Product, step: Attention, layer: FixedLayer, before: Heads | None) -> Heads:
+    def _partials(
+        self, qkv: Product, step: Attention, layer: FixedLayer, before: AttentionPartials | None
+    ) -> AttentionPartials:
         """What attention leaves for the product after it: the same memory in every block."""
         if before is None:
             kv_heads, dim = layer.keys.shape[1], layer.keys.shape[3]
             splits = attention_splits(self.rows * kv_heads)
-            before = Heads.empty(self.rows, qkv.parts[0] // dim, dim, splits, self.position)
+            before = AttentionPartials.empty(self.rows, qkv.parts[0] // dim, dim, splits, self.positions)
         return replace(before, window=step.window)
 
-    def _attention(self, step: Attention, qkv: Tensor, layer: FixedLayer, heads: Heads) -> Callable[[], None]:
+    def _attention(
+        self, step: Attention, qkv: Tensor, layer: FixedLayer, partials: AttentionPartials
+    ) -> Callable[[], None]:
         return partial(
             decode_attention,
             qkv,
@@ -181,7 +187,7 @@ class FusedSession(Session):
             layer.values,
             self.cos,
             self.sin,
-            heads,
+            partials,
             scale=step.scale,
             q_norm=step.q_norm,
             k_norm=step.k_norm,
@@ -193,7 +199,7 @@ class FusedSession(Session):
     def launch(self) -> Tensor:
         """As `Session.launch`; nothing waits."""
         model, pdl = self.path.model, self.path.pdl
-        embed(self.token, model.get_input_embeddings().weight, self.position, self.hidden, self.squares, pdl=pdl)
+        embed(self.token, model.get_input_embeddings().weight, self.positions, self.hidden, self.squares, pdl=pdl)
         for step in self._steps:
             step()
         if self.output is not None:
