@@ -84,7 +84,9 @@ def test_general_path(family: str, kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "shape"), [("bloom", {"n_layer": 1, "n_head": 4}), ("openai-gpt", {"n_layer": 1})])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("bloom", {"n_layer": 1, "n_head": 4}), ("openai-gpt", {"n_layer": 1, "n_head": 4})]
+)
 def test_models_without_positions_are_refused(kind: str, shape: dict[str, int]) -> None:
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, n_embd=32, hidden_size=32, n_positions=64, **shape)
     engine = Engine(AutoModelForCausalLM.from_config(config).eval())
