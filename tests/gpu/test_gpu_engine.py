@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from teal_cli.bench.decode import random_prompt
 from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Dense
+from teal_cli.checkpoint.rules import Dense, Threshold
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
 from teal_cli.decode import choice

@@ -51,11 +51,11 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
     [
         (
             _row(NORM, QKV, ATTENTION, OUT, more="  compact: true"),
-            "m: compact is not a key: leave it out; .* a program",
+            "compact is not a key: leave it out; .* a program",
         ),
         (
             _row(NORM, QKV, ATTENTION, OUT, "{route: gate}"),
-            "program.block.4: a step has one of the keys norm, .* route",
+            "block.4: a step has one of the keys norm, .* route",
         ),
         (_row(NORM, QKV, ATTENTION, OUT, "3"), "program.block.4: a step is a mapping"),
         (_row(NORM, QKV, "{attention: a, wide: 3}", OUT), "program.block.2.wide is not a key"),
