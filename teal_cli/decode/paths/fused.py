@@ -2,8 +2,8 @@
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-It works on the modules that `from_pretrained` gave: their weights are read where they lie, side by
-side (`teal_cli.sparse.site`). Nothing synchronises with the host, so a token is one CUDA graph.
+It works on the modules that `from_pretrained` gave: their weights are read where they lie, in
+one table for each launch (`teal_cli.sparse.merged`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
 from dataclasses import dataclass, replace
@@ -76,7 +76,7 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    if not all(layer.site.side_by_side or layer.is_output for layer in layers):
+    if not all(layer.merged.one_table or layer.is_output for layer in layers):
         return "projections that are not side by side"
     return None
 
@@ -87,7 +87,7 @@ class Product:
     def __init__(self, layers: list[nn.Module], epilogue: str) -> None:
         self.layers: list[SparseLinear] = layers  # type: ignore[assignment]
         self.epilogue = epilogue
-        self.table = self.layers[0].site.table
+        self.table = self.layers[0].merged.table
         self.parts = tuple(layer.out_features for layer in self.layers)
         self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in self.layers):
@@ -216,8 +216,8 @@ class FusedDecoder:
         output = self.model.get_output_embeddings()
         if not isinstance(output, SparseLinear):
             return None
-        output.site.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
-        return Product([output], "plain") if output.site.side_by_side else None
+        output.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
+        return Product([output], "plain") if output.merged.one_table else None
 
     def new_cache(self, positions: int) -> FixedCache:
         """An empty cache."""
