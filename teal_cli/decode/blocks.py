@@ -30,7 +30,7 @@ class Product:
         self.name = name
         self.layers: list[SparseLinear] = list(layers)  # type: ignore[arg-type]
         self.epilogue = epilogue
-        self.table = self.layers[0].site.table
+        self.table = self.layers[0].merged.table
         self.parts = tuple(layer.out_features for layer in self.layers)
         self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in self.layers):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import Rule
 from teal_cli.quantise.scheme import Scheme
+from teal_cli.sparse.context import PassContext
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.site import Site
+from teal_cli.sparse.merged import MergedProjections
 from teal_kernels import KEEP_ALL
 from teal_kernels.packing import Packed, dequantised
 
@@ -36,11 +37,13 @@ class QuantisedLinear(SparseLinear):
         *,
         name: str,
         control: SparsityControl,
-        site: Site,
+        merged: MergedProjections,
+        part: int | None = None,
         packed: Packed | None = None,
     ) -> None:
         n_in, n_out = linear.in_features, linear.out_features
-        super().__init__(n_in, n_out, linear.bias is not None, name=name, control=control, site=site, device="meta")
+        shared: dict[str, Any] = {"name": name, "control": control, "merged": merged, "part": part}
+        super().__init__(n_in, n_out, linear.bias is not None, **shared, device="meta")
         del self._parameters["weight"]
         self.bias = linear.bias
         self.scheme = scheme
@@ -102,7 +105,7 @@ class QuantisedLinear(SparseLinear):
             if f"{prefix}{name}" in destination:
                 destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
 
-    def _dense(self, x: Tensor, several: bool) -> Tensor:
+    def _dense(self, x: Tensor, context: PassContext, exact: bool) -> Tensor:
         if x.numel() <= _FEW_ROWS * self.in_features:
-            return self.site.packed_product(self.number, x, self.control.backend, self._nothing_dropped)
+            return self.merged.packed_product(self, x, context, self.control.backend, self._nothing_dropped)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

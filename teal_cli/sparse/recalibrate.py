@@ -41,15 +41,15 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
     """
     set_thresholds_(model, plan)
     layers = sparse_layers(model)
-    sites: defaultdict[int, list[SparseLinear]] = defaultdict(list)
+    waiting: defaultdict[int, list[SparseLinear]] = defaultdict(list)
     for layer in layers.values():
-        sites[id(layer.site)].append(layer)
+        waiting[id(layer.merged)].append(layer)
 
     def settle(layer: SparseLinear, x: Tensor, *rest: Any) -> None:
-        if id(layer.site) not in sites:  # settled, by the layer of it that was called first
+        if id(layer.merged) not in waiting:  # settled, by the layer of it that was called first
             return
         counts = histogram.count(rows_from(dense_prefix, x, rest, sequences.shape)).cpu()
-        for reader in sites.pop(id(layer.site)):
+        for reader in waiting.pop(id(layer.merged)):
             rule = plan.projections[reader.name]
             if isinstance(rule, Zeros):
                 continue

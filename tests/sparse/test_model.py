@@ -215,8 +215,8 @@ def test_changed_weights_are_used(pair, change: str) -> None:
     control = control_of(changed)
     got = changed(input_ids=token).logits
     control.backend = "reference"
-    for site in {layer.site for layer in sparse_layers(changed).values()}:
-        site.forget_layout()
+    for merged in {layer.merged for layer in sparse_layers(changed).values()}:
+        merged.forget_layout()
     torch.testing.assert_close(got, changed(input_ids=token).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -243,11 +243,11 @@ def test_replaced_weights_under_inference_mode(pair, replaced: str) -> None:
 @torch.no_grad()
 def test_a_move_that_moves_nothing_keeps_the_layout(pair) -> None:
     _, sparse = pair
-    site = sparse.model.layers[0].mlp.gate_proj.site
-    table = site._table
+    merged = sparse.model.layers[0].mlp.gate_proj.merged
+    table = merged._table
     assert table is not None
     sparse.to("cpu")
-    assert site._table is table
+    assert merged._table is table
 
 
 @torch.no_grad()

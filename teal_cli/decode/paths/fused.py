@@ -4,8 +4,9 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-It works on the modules that `from_pretrained` gave: their weights are read where they lie. What a block computes is
-data (`teal_cli.decode.blocks`); nothing synchronises with the host, so a token is one CUDA graph.
+It works on the modules that `from_pretrained` gave: their weights are read where they lie, in one table for each
+product (`teal_cli.sparse.merged`). What a block computes is data (`teal_cli.decode.blocks`). Nothing synchronises with
+the host, so a token is one CUDA graph.
 """
 
 from typing import Any
@@ -90,7 +91,7 @@ class FusedPath(Path):
         if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
             return "weights on several devices"
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-        if not all(layer.site.side_by_side or layer.is_output for layer in layers):
+        if not all(layer.merged.one_table or layer.is_output for layer in layers):
             return "projections that are not side by side"
         return None
 
@@ -99,8 +100,8 @@ class FusedPath(Path):
         output = self.model.get_output_embeddings()
         if not isinstance(output, SparseLinear):
             return None
-        output.site.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
-        return Product("output", [output], "plain") if output.site.side_by_side else None
+        output.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
+        return Product("output", [output], "plain") if output.merged.one_table else None
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""
