@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, Product, RMSNorm
+from teal_cli.decode.blocks import Attention, BlockStep, Product, RMSNorm
 from teal_cli.decode.cache import FixedCache, FixedLayer
 from teal_cli.decode.paths.base import Session
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError
-from teal_cli.sparse import SparsityCounter
+from teal_cli.sparse import SparsityControl, SparsityCounter
 from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import (
     LOGITS_BLOCK,
@@ -29,11 +29,28 @@ from teal_kernels.triton_decode import (
 from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config, kind_of
 
-if TYPE_CHECKING:
-    from teal_cli.decode.paths.fused import FusedPath
-
 _HIDDEN = "hidden"
 """The buffer of the residual stream."""
+
+
+class FusedModel(Protocol):
+    """What a session needs of the fused path (which imports this module)."""
+
+    model: Any
+    control: SparsityControl
+    device: torch.device
+    dtype: torch.dtype
+    pdl: bool
+    blocks: list[list[BlockStep]]
+    last_norm: RMSNorm
+
+    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position: (positions, head size) each."""
+        ...
+
+    def output(self) -> Product | None:
+        """Of an output layer that is launched as the products of a block are."""
+        ...
 
 
 class Launch:
@@ -102,7 +119,7 @@ class FusedSession(Session):
     own_kernels = True
     counts_by_layer = False
 
-    def __init__(self, path: "FusedPath", cache: FixedCache, rows: int) -> None:
+    def __init__(self, path: FusedModel, cache: FixedCache, rows: int) -> None:
         self.path, self.cache, self.rows = path, cache, rows
         self.captures = path.device.type == "cuda"
         self._made_for = path.control.decoding
