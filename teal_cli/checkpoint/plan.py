@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
 ZEROS_VERSION = 3
-"""Of a checkpoint with a projection that skips exact zeros, quantised or not: older readers must refuse it."""
+"""Of a checkpoint with a projection that skips exact zeros: older readers must refuse it."""
 QUANT_METHOD = "teal"
 """The name under which transformers knows the format."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
@@ -165,6 +165,8 @@ class SparsityPlan:
             )
         what, where = "the quantization_config of a TEAL checkpoint, in", Path("config.json")
         found = checked(_Stored, content, what, where, _ADVICE)
+        if version == ZEROS_VERSION and found.quantization is not None:
+            raise ArtefactError(f"this TEAL checkpoint has zeros to skip in quantised weights, unknown here: {_ADVICE}")
         if content.get("sha256") != _digest(
             _content(found.allocation, found.target_sparsity, found.projections)  # of what the file has
         ):
@@ -198,7 +200,9 @@ def quantization_config(
     """The `quantization_config` of a checkpoint, whose weights may be quantised, and whose architecture its own."""
     found = plan.to_dict()
     if quantization is not None:
-        found |= {"version": max(found["version"], QUANTISED_VERSION), "quantization": quantization}
+        if plan.has_zeros:
+            raise ArtefactError(f"zeros are skipped in weights that are not quantised: {_ADVICE} without --quantize")
+        found |= {"version": QUANTISED_VERSION, "quantization": quantization}
     if architecture is not None:
         found["architecture"] = architecture
     return sealed(found, only=_SEALED)

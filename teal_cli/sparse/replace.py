@@ -12,6 +12,7 @@ from teal_cli.models.layers import StackedLinear, is_conv1d
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.conv1d import SparseConv1D
 from teal_cli.sparse.experts import ExpertTables, SparseExperts
+from teal_cli.sparse.gated import decode_gate_first_, mlps_of_plan
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.merged import MergedProjections
 
@@ -111,7 +112,12 @@ def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
 
 
 def sparsify_(model: nn.Module, plan: SparsityPlan) -> SparsityControl:
-    """Make a dense model, loaded already, decode sparsely by a plan. The weights are not copied."""
+    """Make a dense model, loaded already, decode sparsely by a plan. The weights are not copied.
+
+    A gated MLP with zeros before its down decodes gate first, where the plan names neither its gate nor its up.
+    """
+    gated = mlps_of_plan(model, plan)
     control = replace_projections_(model, plan.projections)
+    decode_gate_first_(model, gated, control)
     apply_plan_(model, plan)
     return control
