@@ -43,9 +43,10 @@ from teal_cli.sparse import (
     use_backend,
 )
 from teal_cli.sparse.quantised import QuantisedLinear
-from teal_cli.versions import device_description, library_versions
+from teal_cli.versions import commit, device_description, library_versions
 from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
-from teal_kernels.tuning import keep_entries
+from teal_kernels.tuning_entries import Provenance
+from teal_kernels.tuning_files import keep_entries
 
 _TUNED_TOKENS = 64
 """Decoded to time one cut."""
@@ -243,7 +244,8 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     else:
         reporter.say("trying the best in the model")
         entries = settle(found, token_seconds)
-    path = keep_entries(torch.cuda.get_device_name(device), entries, library_versions())
+    name = torch.cuda.get_device_name(device)
+    path = keep_entries(entries, name, Provenance.here(name, commit()))
     reporter.say(f"kept in {path}")
 
 
