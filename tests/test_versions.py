@@ -4,7 +4,6 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -76,13 +75,12 @@ def test_a_checkout_around_it_is_not_asked(package: Path) -> None:
     assert versions.commit() is None
 
 
-def _commit_of(content: Any) -> Any:
-    return content.get("commit") or content.get("recorded_in") or content.get("versions", {}).get("commit")
-
-
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_every_result_names_a_commit(path: Path) -> None:
     """That was measured; of old ones, the commit that brought the file as it is."""
-    commit = str(_commit_of(json.loads(path.read_text())))
-    assert len(commit.removesuffix("-dirty")) == 40
-    assert set(commit.removesuffix("-dirty")) <= set("0123456789abcdef")
+    content = json.loads(path.read_text())
+    measured = content["environments"].values() if "environments" in content else [content]
+    for part in measured:
+        commit = part.get("commit") or part.get("recorded_in") or part["versions"]["commit"]
+        assert len(commit.removesuffix("-dirty")) == 40
+        assert set(commit.removesuffix("-dirty")) <= set("0123456789abcdef")

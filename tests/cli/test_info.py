@@ -131,6 +131,7 @@ def test_a_gpu_that_the_kernels_refuse(free, tiny: Path, monkeypatch: pytest.Mon
     out = " ".join(capsys.readouterr().out.split())
     assert "auto takes reference" in out
     assert "PTX" in out
+    assert "tile configs" not in out
 
 
 def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
