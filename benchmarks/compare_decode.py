@@ -13,26 +13,28 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from teal_cli.atomic import write_json
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
 from teal_cli.bench.timing import Spread, seconds_of, synchronize
-from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
+from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.planning import allocate, hold
-from teal_cli.report.console import Reporter
+from teal_cli.planning import allocate, recalibrate
 from teal_cli.sparse import sparsify_, use_backend
+from teal_cli.steps.artefacts import calibration_for
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for
+from teal_cli.workspace import Workspace
 
 
-def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
+def transformers_speed(model: Any, prompt: torch.Tensor, new_tokens: int) -> float:
     """Tokens a second of `generate`, greedy, without the first token."""
 
     def seconds(count: int) -> float:
@@ -46,12 +48,13 @@ def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens:
 class CompiledStep:
     """The strongest dense decoding of plain transformers: static cache, compiled step (needs a C++ compiler)."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
         def step(token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
             logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            return logits[:, -1:].argmax(-1)
+            chosen: torch.Tensor = logits[:, -1:].argmax(-1)
+            return chosen
 
         self.step = torch.compile(step, fullgraph=True)
 
@@ -97,7 +100,7 @@ def main() -> None:
         allocate(config, calibration, target, name) for name in options.allocation.split(",") for target in targets
     ]
     control = sparsify_(model, plans[0])
-    plans = [hold(config, plan, calibration, workspace.source, reporter, model)[0] for plan in plans]
+    plans = [recalibrate(config, plan, calibration, workspace.source, reporter, model)[0] for plan in plans]
     engine = Engine(model)
     use_backend(control, "auto", engine.device, model.dtype)
     prompt = text_prompt(load_tokenizer(folder), options.prompt_tokens, seed=0).to(options.device)
@@ -121,7 +124,7 @@ def main() -> None:
         entry = asdict(first) | {
             "allocation": plans[index - 1].allocation if index else None,
             "tokens_per_second": asdict(speed),
-            "bandwidth_gb_s": first.bytes_per_token * speed.median / 1e9,
+            "bandwidth_gb_s": (first.bytes_per_token or 0) * speed.median / 1e9,
             "speedup": speed.median / dense.median,
             "speedup_by_round": [r[index].tokens_per_second.median / r[0].tokens_per_second.median for r in rounds],
         }

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from teal_cli.checkpoint.atomic import write_json
+from teal_cli.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import CalibrateConfig, EvalConfig
+from teal_cli.console import Reporter
 from teal_cli.data import token_blocks
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
+from teal_cli.evaluation.results import EvalResult
+from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.quantise.loading import load_dense
-from teal_cli.report.console import Reporter
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.versions import device_description, library_versions
@@ -99,42 +99,45 @@ def main() -> None:
     dense, device = losses(model, blocks), model.device
     sparse_alone = math.nan
     runs = []
-    for quantize, output, method in SCHEMES:
+    for quantise, output, method in SCHEMES:
         with tempfile.TemporaryDirectory() as folder:
             shared = {
                 "model": MODEL,
-                "quantize": quantize,
-                "quantize_output": output,
+                "quantise": quantise,
+                "quantise_output": output,
                 "runs": Path(folder),
                 "device": arguments.device,
                 "dtype": "float32",
             }
-            how = {} if method == "gptq" else {"quantize_tokens": 0}
+            how = {} if method == "gptq" else {"quantise_tokens": 0}
             # In the blocks alone: what quantising adds to sparsity there is the question.
             config = CalibrateConfig(**shared, **how, output_layer=False)
             calibration = calibrate(config, reporter)
             model, _ = load_dense(source.folder, config, calibration)
             alone, error = ratio_of(losses(model, blocks), dense)
             del model
-            found = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter).runs[0]
-        both = alone * found.comparison.ratio
-        if quantize is None:
-            sparse_alone = found.comparison.ratio
+            result = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter)
+            if not isinstance(result, EvalResult):
+                raise TypeError(f"{MODEL} was evaluated as an encoder")
+            comparison = result.runs[0].comparison
+        both = alone * comparison.ratio
+        if quantise is None:
+            sparse_alone = comparison.ratio
         run = {
-            "quantize": quantize,
+            "quantize": quantise,
             "quantize_output": output,
             "method": method,
             "quantize_seconds": calibration.info.quantize_seconds,
             "perplexity_ratio": alone,
             "stderr": error,
             "and_sparse_ratio": both,
-            "and_sparse_stderr": alone * (found.comparison.ratio_stderr or 0.0),
-            "realised_sparsity": found.comparison.realised_sparsity,
+            "and_sparse_stderr": alone * (comparison.ratio_stderr or 0.0),
+            "realised_sparsity": comparison.realised_sparsity,
             "both_over_product": both / (alone * sparse_alone),
         }
         runs.append(run)
         print(
-            f"{quantize or 'as it is':9} {'and output layer' if output else '':16} {method:8}"
+            f"{quantise or 'as it is':9} {'and output layer' if output else '':16} {method:8}"
             f"{alone:.4f} +- {run['stderr']:.4f}, and sparse {both:.4f} +- {run['and_sparse_stderr']:.4f} "
             f"(realised {run['realised_sparsity']:.3f}), over the product {run['both_over_product']:.4f}, "
             f"quantised in {calibration.info.quantize_seconds:.0f} s",

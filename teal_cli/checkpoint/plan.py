@@ -11,20 +11,19 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from teal_cli.checkpoint.atomic import check_seal, sealed
+from teal_cli.atomic import check_seal, sealed
 from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
 from teal_cli.checkpoint.rules import ZEROS, Rule, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.architectures import Architecture
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.models.config_checks import QUANT_METHOD
+from teal_cli.schemes import Scheme
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
 ZEROS_VERSION = 3
-"""Of a checkpoint with a projection that skips exact zeros: older readers must refuse it."""
-QUANT_METHOD = "teal"
-"""The name under which transformers knows the format."""
+"""Of a checkpoint with a projection that skips exact zeros, quantised or not: older readers must refuse it."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
 """The keys whose change is noticed; transformers may add some of its own."""
 _SUMMARY = "teal.json"

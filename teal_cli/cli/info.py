@@ -6,7 +6,7 @@ from typing import Any
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import finish, prepare
 from teal_cli.config import InfoConfig
-from teal_cli.report.plain_table import PlainTable, facts_table
+from teal_cli.plain_table import PlainTable, facts_table
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
@@ -47,9 +47,10 @@ def _machine(result: dict[str, Any]) -> PlainTable:
         rows["no GPU"] = result["no_gpu_because"]
     else:
         rows["compute capability"] = gpu["compute_capability"]
-        rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda']}"
+        rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda'] or 'none'}"
         whose = "this GPU" if gpu["tuned"] else "another GPU: `teal bench --kernels --tune`"
-        rows["kernels"] = f"cut as measured on {whose}"
+        if result["backends"]["triton"] == "available":
+            rows["kernels"] = f"tile configs as measured on {whose}"
         rows["main memory available"] = _gib(result["main_memory_available_bytes"])
     if gpu is not None and result["c_compiler"] is None:
         rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"
@@ -102,7 +103,7 @@ def _advice(model: dict[str, Any]) -> str:
     if kind is None:
         return "nothing: too large for this machine"
     if kind.startswith("int"):
-        return f"{kind}: --quantize {kind} (if the dense weights do not fit: configs/llama-3-70b.yaml shows how)"
+        return f"{kind}: --quantise {kind} (if the dense weights do not fit: configs/llama-3-70b.yaml shows how)"
     return kind if kind == model["dtype"] else f"{kind}: --dtype {kind}"
 
 

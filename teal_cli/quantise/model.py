@@ -12,7 +12,7 @@ from teal_cli.models.architectures import architecture_for, find_projections, ou
 from teal_cli.quantise.blockwise import quantise_blocks_
 from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.rounding import quantise
-from teal_cli.quantise.scheme import INT8, Scheme
+from teal_cli.schemes import INT8, Scheme
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.merged import MergedProjections
@@ -83,13 +83,13 @@ def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[
         if not issubclass(kind, nn.Linear):
             raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     if output_layer:
-        schemes[output_projection(model, "--quantize-output").name] = INT8
+        schemes[output_projection(model, "--quantise-output").name] = INT8
     return schemes
 
 
-def schemes_of(names: Iterable[str], quantize: str, output: str | None) -> dict[str, Scheme]:
+def schemes_of(names: Iterable[str], scheme: Scheme, output: str | None) -> dict[str, Scheme]:
     """Module path -> scheme: as asked for, and 8 bits for the output layer where it has a name."""
-    schemes = dict.fromkeys(names, Scheme.parse(quantize))
+    schemes = dict.fromkeys(names, scheme)
     return schemes if output is None else schemes | {output: INT8}
 
 
@@ -124,9 +124,9 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
         layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), merged=MergedProjections(name))
         layer.is_planned = False
     shared: dict[str, Any] = {"name": name, "control": layer.control, "merged": layer.merged, "part": layer.part}
-    quantized = QuantisedLinear(layer, scheme, **shared, packed=packed)
-    quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
-    if not quantized.storage.is_meta:
-        quantized.set_rule_(layer.rule)
+    quantised = QuantisedLinear(layer, scheme, **shared, packed=packed)
+    quantised.is_output, quantised.is_planned = layer.is_output, layer.is_planned
+    if not quantised.storage.is_meta:
+        quantised.set_rule_(layer.rule)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, quantized)
+    setattr(model.get_submodule(parent), child, quantised)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import Rule
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.sparse.context import PassContext
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear

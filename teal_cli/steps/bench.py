@@ -18,10 +18,13 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
+from teal_cli.console import Reporter
 from teal_cli.decode.choice import Choice
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
+from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_source import ModelSource
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import (
     Projection,
@@ -30,14 +33,10 @@ from teal_cli.models.architectures import (
     find_projections,
     output_projection,
 )
-from teal_cli.models.loading import build_random_model, load_model
-from teal_cli.models.source import ModelSource
+from teal_cli.models.loading import build_random_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
-from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
-from teal_cli.quantise.scheme import Scheme
-from teal_cli.report.console import Reporter
 from teal_cli.sparse import (
     SparseLinear,
     apply_plan_,
@@ -49,9 +48,12 @@ from teal_cli.sparse import (
     use_backend,
 )
 from teal_cli.sparse.quantised import QuantisedLinear
-from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
-from teal_kernels.tuning import keep_entries
+from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
+from teal_cli.versions import commit, device_description, library_versions
+from teal_cli.workspace import Workspace
+from teal_kernels import backend_unavailable_reason
+from teal_kernels.tuning_entries import Provenance
+from teal_kernels.tuning_files import keep_entries
 
 _TUNED_TOKENS = 64
 """Decoded to time one cut."""
@@ -79,7 +81,7 @@ class BenchResult:
     """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
     quantization: str
-    """As `ModelConfig.quantization`: empty, int8, int4-128, with -output where the output layer is too."""
+    """As `ModelConfig.quantisation`: empty, int8, int4-128, with -output where the output layer is too."""
     seed: int
     versions: dict[str, str]
     runs: list[DecodeRun]
@@ -102,7 +104,7 @@ class Prepared:
 
     name: str
     quantization: str
-    """Of its weights, as `ModelConfig.quantization`; empty where they are not."""
+    """Of its weights, as `ModelConfig.quantisation`; empty where they are not."""
     model: Any
     plans: Sequence[SparsityPlan]
     prompt: Tensor
@@ -112,7 +114,7 @@ class Prepared:
 def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> BenchResult:
     """Time decoding of a real model, or of an alias's shape with random weights.
 
-    With `also_quantize`, once more for each, one after another.
+    With `also_quantise`, once more for each, one after another.
 
     Raises:
         TealError: anything wrong with model, calibration or machine.
@@ -226,11 +228,13 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     """Search the products of a model on this GPU, and keep what is found for every later command.
 
     Raises:
-        MachineError: no GPU.
+        MachineError: no GPU, or one that the kernels do not run on.
     """
     device, batch = engine.device, prepared.prompt.shape[0]
     if device.type != "cuda":
         raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
+    if (reason := backend_unavailable_reason("triton", device, prepared.model.dtype)) is not None:
+        raise MachineError(f"tuning times the GPU kernels: {reason}")
     plans: dict[float, SparsityPlan | None] = {0.0: None, **{plan.target_sparsity: plan for plan in prepared.plans}}
     sparsities = [sparsity for sparsity in plans if sparsity > 0]
     if not sparsities:
@@ -253,7 +257,8 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     else:
         reporter.say("trying the best in the model")
         entries = settle(found, token_seconds)
-    path = keep_entries(torch.cuda.get_device_name(device), entries, library_versions())
+    name = torch.cuda.get_device_name(device)
+    path = keep_entries(entries, name, Provenance.here(name, commit()))
     reporter.say(f"kept in {path}")
 
 
@@ -278,7 +283,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
-        return Prepared(source.name, source.quantization, model, [plan], prompt)
+        return Prepared(source.name, source.quantisation, model, [plan], prompt)
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
@@ -290,7 +295,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
         folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
     pack_(model, packs)
-    return Prepared(source.name, config.quantization, model, plans, prompt)
+    return Prepared(source.name, config.quantisation, model, plans, prompt)
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
@@ -306,8 +311,8 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if config.mode == "intrinsic":
         return Prepared(name, "", model, [make_intrinsic_(model)], prompt)
     packs = {}
-    if config.quantize is not None:
-        packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
+    if config.quantise is not None:
+        packs = quantise_(model, config.quantise, output_layer=config.quantise_output)
     # There is nothing to be sensitive to in random weights: uniform, unless another was asked for.
     allocation = config.allocation if "allocation" in config.model_fields_set else "uniform"
     projections = find_projections(model, output_layer=None)
@@ -335,7 +340,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     )
     plans = [allocate(config, calibration, value, allocation) for value in _wanted(config)]
     sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
-    if config.propagate:
+    if config.recalibrate:
         plans = [recalibrate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
-    return Prepared(name, config.quantization, model, plans, prompt)
+    return Prepared(name, config.quantisation, model, plans, prompt)

@@ -9,10 +9,11 @@ from conftest import FAMILIES, VOCABULARY, export_tiny, save_tiny
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import architecture_of
-from teal_cli.models.loading import load_model
 from teal_cli.sparse import control_of, sparse_layers
-from teal_kernels.tuning import UNTUNED, Entry, trying
+from teal_kernels.tuning import UNTUNED, trying
+from teal_kernels.tuning_entries import Entry
 
 WRITING = [name for name in FAMILIES if architecture_of(FAMILIES[name]["model_type"]).kind != "encoder"]
 

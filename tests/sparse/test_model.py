@@ -15,7 +15,7 @@ from teal_cli.allocation import make_plan
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Threshold, threshold_rule
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import apply_plan_, control_of, lay_out_, sparse_layers, sparsify_
 from teal_kernels import masked_input
 

@@ -25,7 +25,7 @@ from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
-from teal_kernels.tuning import TuningTableError
+from teal_kernels.tuning_files import TuningTableError
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 _ACTIVATIONS = ("silu", "swish")

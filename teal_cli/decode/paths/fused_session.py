@@ -27,7 +27,8 @@ from teal_kernels.triton_decode import (
     pick,
 )
 from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, gemv, squares_of
-from teal_kernels.tuning import choose_config, kind_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
 
 _HIDDEN = "hidden"
 """The buffer of the residual stream."""
