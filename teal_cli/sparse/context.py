@@ -1,7 +1,8 @@
 """The context of one pass through a model, and the one place that decides whether a layer skips inputs.
 
 A pass is one call of a model. Hooks of the model begin and end it (`sparse.replace` sets them), so every
-caller of a model gives its layers a context: transformers' `generate`, the engine, the evaluator.
+caller of a model gives its layers a context: transformers' `generate`, the engine, the evaluator. What is
+asked of a pass, `SparsityControl` says. A layer that is called outside of a pass goes by the shape of its input.
 """
 
 from dataclasses import dataclass, field

@@ -75,7 +75,7 @@ class SparsityControl:
     def context_alone(self, x: Tensor) -> PassContext:
         """The context of a layer that is called by itself with (..., tokens, in)."""
         tokens = x.shape[-2] if x.dim() > 1 else 1
-        return self.context_of(x.numel() // (tokens * x.shape[-1]), tokens)
+        return self.context_of(x.numel() // max(tokens * x.shape[-1], 1), tokens)
 
     def begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook: the pass of a model, or of a stack of its blocks, begins."""

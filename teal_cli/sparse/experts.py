@@ -31,7 +31,7 @@ class ExpertTables(MergedProjections):
 
 
 class SparseExperts(SparseLinear):
-    """In the place of a `StackedLinear`: one plan for all experts, each of which drops inputs of its own rows.
+    """In the place of a `StackedLinear`: one rule for all experts, each of which skips inputs of its own rows.
 
     `weight` is (experts, out, in), saved under the key that transformers has for it.
     """
@@ -48,7 +48,7 @@ class SparseExperts(SparseLinear):
         destination[prefix[:-1]] = weight.contiguous()
 
     def forward(self, x: Tensor, routed: Routed) -> Tensor:  # type: ignore[override]
-        """(rows, in), sorted by expert -> (rows, out)."""
+        """(rows, in), sorted by expert -> (rows, out). Outside of a pass, all rows are taken for one sequence."""
         control = self.control
         context = control.context or control.context_of(1, routed.states)
         decision = decide(self.rule, context, routed.states)
