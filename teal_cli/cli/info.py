@@ -49,7 +49,7 @@ def _machine(result: dict[str, Any]) -> PlainTable:
         rows["compute capability"] = gpu["compute_capability"]
         rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda']}"
         whose = "this GPU" if gpu["tuned"] else "another GPU: `teal bench --kernels --tune`"
-        rows["kernels"] = f"cut as measured on {whose}"
+        rows["kernels"] = f"tile configs measured on {whose}"
         rows["main memory available"] = _gib(result["main_memory_available_bytes"])
     if gpu is not None and result["c_compiler"] is None:
         rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"
@@ -90,7 +90,7 @@ def _model(result: dict[str, Any]) -> PlainTable:
     if model["kind"] in ("causal", "seq2seq"):
         rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
         rows["decodes by"] = (
-            "our own kernels from end to end (compact)"
+            "fused decode path (our own kernels from end to end)"
             if model["path"] == "compact"
             else f"transformers' forward, backend {result['auto_backend']} ({model['general_because']})"
         )
