@@ -28,6 +28,7 @@ from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, replace_projections_
+from teal_cli.sparse.gated import decode_gate_first_, mlps_of_plan
 
 
 class TealConfig(QuantizationConfigMixin):
@@ -103,8 +104,10 @@ class TealQuantizer(HfQuantizer):
             unstack_experts_(model)
             replace_projections_(model, self.quantization_config.plan.projections)
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
-        apply_plan_(model, self.quantization_config.plan)
-        set_activation_thresholds_(model)
+        set_activation_thresholds_(model)  # by which gated MLPs are known
+        plan = self.quantization_config.plan
+        decode_gate_first_(model, mlps_of_plan(model, plan), control_of(model))
+        apply_plan_(model, plan)
         _decode_with_cache_(model)
         return model
 

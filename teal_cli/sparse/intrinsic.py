@@ -1,72 +1,63 @@
 """Sparsity that a model was trained for: nothing is calibrated, and only exact zeros are skipped."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
-
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Rule, Zeros
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Projection, find_projections
-from teal_cli.models.trained_sparse import computes_gated, zeroing_activation
-from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.models.architectures import find_projections
+from teal_cli.models.trained_sparse import zeroing_activation
+from teal_cli.sparse.gated import decode_gate_first_, gated_mlps, intermediates
 from teal_cli.sparse.replace import apply_plan_, replace_projections_
-from teal_kernels.gate_first import GateActivation
 
 INTRINSIC = "intrinsic"
 """What stands in place of an allocation."""
 
-_DENSE = ProjectionPlan(sparsity=0.0, threshold=0.0)
-# With a threshold of 0 the sparsity is what the model makes of it; the number lets the layer skip at all.
-_ZEROS = ProjectionPlan(sparsity=0.9, threshold=0.0)
 
-
-def make_intrinsic_(model: Any) -> SparsityPlan:
+def make_intrinsic_(model: Any, elsewhere: SparsityPlan | None = None) -> SparsityPlan:
     """Let a dense model, loaded already, skip the zeros that its activation makes. The weights are not copied.
 
     A gated MLP decodes gate first; of an MLP without a gate, the inputs of its second layer that are
-    zero are skipped. Everything else stays dense.
+    zero are skipped.
+
+    Args:
+        model: plain, as `load_model` gives it.
+        elsewhere: rules for the other projections (thresholds on attention, for one); without it they stay dense.
+            What it says of layers of gated MLPs is left out.
 
     Returns:
-        The plan that the model now has: threshold 0 before each `down`.
+        The plan that the model now has: zeros before each `down`. Exported, it loads back as it is.
 
     Raises:
         ArtefactError: an unsupported model type, or an activation that makes no zeros.
     """
     projections = find_projections(model)
-    downs = _intermediates(projections)
+    downs = intermediates(projections)
     if not downs:
         raise ArtefactError(f"--mode intrinsic knows no MLP of model type {model.config.model_type}: leave --mode out")
-    inputs: dict[str, list[Projection]] = {}
-    for projection in projections:
-        inputs.setdefault(projection.site, []).append(projection)
-    gated: dict[str, tuple[GateActivation, list[str]]] = {}
     for down in downs:
-        path = down.name.rpartition(".")[0]
-        activation = zeroing_activation(model.get_submodule(path))
-        if activation is None:
+        if zeroing_activation(model.get_submodule(down.name.rpartition(".")[0])) is None:
             named = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation_function", "none")
             raise ArtefactError(
                 f"the activation of this model ({named}) makes no zeros to skip: --mode intrinsic is for models "
                 "trained with relu, fatrelu, drelu or relu2; leave --mode out"
             )
-        block = down.site.rpartition(".")[0]
-        layers = [p.name for p in (*inputs.get(f"{block}.mlp_input", []), down)]
-        if _is_gated(model, path, layers, activation):
-            gated[path] = activation, layers
-    skipped = {name for _, layers in gated.values() for name in layers[:2]}
-    control = replace_projections_(model, [p.name for p in projections if p.name not in skipped])
-    for path, (activation, layers) in gated.items():
-        gate, up, down_name = (name.removeprefix(f"{path}.") for name in layers)
-        parent, _, child = path.rpartition(".")
-        mlp = GateFirstMLP(model.get_submodule(path), (gate, up, down_name), activation, path=path, control=control)
-        setattr(model.get_submodule(parent), child, mlp)
-    names = {down.name for down in downs}
+    gated = gated_mlps(model, {down.name for down in downs})
+    left_out = {name for mlp in gated for name in mlp.inputs}
+    rules: dict[str, Rule] = {} if elsewhere is None else dict(elsewhere.projections)
+    zeros = {down.name for down in downs}
     plan = SparsityPlan(
-        allocation=INTRINSIC,
-        target_sparsity=0.0,
-        projections={p.name: _ZEROS if p.name in names else _DENSE for p in projections if p.name not in skipped},
+        allocation=INTRINSIC if elsewhere is None else f"{INTRINSIC} and {elsewhere.allocation}",
+        target_sparsity=0.0 if elsewhere is None else elsewhere.target_sparsity,
+        projections={
+            p.name: Zeros() if p.name in zeros else rules.get(p.name, Dense())
+            for p in projections
+            if p.name not in left_out
+        },
     )
+    control = replace_projections_(model, plan.projections)
+    decode_gate_first_(model, gated, control)
     apply_plan_(model, plan)
     return plan
 
@@ -78,18 +69,5 @@ def neuron_sparsity(model: Any, realised: Mapping[str, float]) -> float | None:
         model: after `make_intrinsic_`.
         realised: projection name -> realised sparsity.
     """
-    shares = [realised[down.name] for down in _intermediates(find_projections(model)) if down.name in realised]
+    shares = [realised[down.name] for down in intermediates(find_projections(model)) if down.name in realised]
     return sum(shares) / len(shares) if shares else None
-
-
-def _intermediates(projections: list[Projection]) -> list[Projection]:
-    """The projections that read the neurons."""
-    return [p for p in projections if p.site.rpartition(".")[2] == "mlp_intermediate"]
-
-
-def _is_gated(model: nn.Module, path: str, layers: list[str], activation: GateActivation) -> bool:
-    """Whether these are gate, up and down of the MLP at `path`, and it computes with them what ours does."""
-    if not path or len(layers) != 3 or any(name.rpartition(".")[0] != path for name in layers):
-        return False
-    gate, up, down = (cast(nn.Linear, model.get_submodule(name)) for name in layers)
-    return computes_gated(model.get_submodule(path), gate, up, down, activation)

@@ -9,7 +9,8 @@ from conftest import TINY_CONFIGS, VOCABULARY, build_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Threshold
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.paths.fused import FusedDecoder, Session, unsupported_reason
@@ -42,7 +43,7 @@ def _cuts_for_the_interpreter(own_tables: None, monkeypatch: pytest.MonkeyPatch)
 def _plan(model: nn.Module, factor: float = 1.0) -> SparsityPlan:
     """About half of the inputs; `factor` moves the thresholds."""
     thresholds = {p.name: factor * THRESHOLDS[p.site.rpartition(".")[2]] for p in find_projections(model)}
-    return SparsityPlan("uniform", 0.5, {name: ProjectionPlan(0.5, value) for name, value in thresholds.items()})
+    return SparsityPlan("uniform", 0.5, {name: Threshold(value, 0.5) for name, value in thresholds.items()})
 
 
 def _tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -138,7 +139,7 @@ def test_dense_equals_dense_eager() -> None:
                 expected = model(input_ids=token, past_key_values=cache).logits[:, -1]
                 assert _error(pair.compact.step(token, compact_cache), expected) < LIMIT
         assert counter.model_wide() is None
-        nothing = {name: ProjectionPlan(0.0, 0.0) for name in sparse_layers(pair.model)}
+        nothing = {name: Dense() for name in sparse_layers(pair.model)}
         apply_plan_(pair.model, SparsityPlan("uniform", 0.0, nothing))
         token = _tokens(2, 1, 9)
         expected = model(input_ids=token, past_key_values=cache).logits[:, -1]
@@ -151,7 +152,7 @@ def test_a_projection_without_sparsity_keeps_everything() -> None:
     plan = _plan(model)
     for name in plan.projections:
         if name.endswith(("o_proj", "down_proj")):
-            plan.projections[name] = ProjectionPlan(0.0, 9.0)
+            plan.projections[name] = Dense()
     pair = Pair(model, sparsify_(model, plan))
     caches = pair.caches(1)
     with pair.control.counting() as counter:
@@ -369,7 +370,7 @@ def test_a_dense_model_that_cannot_take_the_compact_path_is_left_alone() -> None
 def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> None:
     model = build_model("llama")
     plan = _plan(model)
-    plan.projections["model.layers.1.self_attn.k_proj"] = ProjectionPlan(0.5, 0.7)
+    plan.projections["model.layers.1.self_attn.k_proj"] = Threshold(0.7, 0.5)
     assert unsupported_reason(model, sparsify_(model, plan)) == "projections that are not side by side"
 
 

@@ -10,7 +10,8 @@ from conftest import VOCABULARY, build_family, build_model, build_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from teal_cli.bench.decode import bench_decode
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.config import GenerateConfig
 from teal_cli.console import QUIET
 from teal_cli.decode import probe
@@ -78,7 +79,7 @@ def test_a_model_without_a_state_drops_the_inputs_that_a_cached_one_would() -> N
         blocks=("transformer.h",), sites={"mlp_input": ("mlp.c_fc",)}, dense=("attn.*", "mlp.c_proj")
     )
     names = [f"transformer.h.{layer}.mlp.c_fc" for layer in range(2)]
-    plan = SparsityPlan("uniform", 0.5, dict.fromkeys(names, ProjectionPlan(0.5, 0.7)))
+    plan = SparsityPlan("uniform", 0.5, dict.fromkeys(names, Threshold(0.7, 0.5)))
     control, ids = sparsify_(model, plan), _prompt()
     engine = Engine(model)
     with control.counting() as counter:
@@ -135,7 +136,7 @@ def _forgetful(method: Callable[..., Any]) -> Callable[..., Any]:
 def _sparse(family: str, dtype: torch.dtype = torch.float32) -> Engine:
     model: Any = build_family(family).to(dtype)
     names = [projection.name for projection in find_projections(model)]
-    sparsify_(model, SparsityPlan("uniform", 0.5, dict.fromkeys(names, ProjectionPlan(0.5, 0.6))))
+    sparsify_(model, SparsityPlan("uniform", 0.5, dict.fromkeys(names, Threshold(0.6, 0.5))))
     return engine_for(model)
 
 

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from teal_cli.bench.decode import random_prompt
 from teal_cli.bench.timing import seconds_of
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
 from teal_cli.console import QUIET
@@ -115,7 +116,7 @@ def test_sampling_is_repeatable_and_counted(tmp_path: Path) -> None:
 
 
 def _dense_plan(model: torch.nn.Module) -> SparsityPlan:
-    return SparsityPlan("uniform", 0.0, {p.name: ProjectionPlan(0.0, 0.0) for p in find_projections(model)})
+    return SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(model)})
 
 
 def test_weights_are_on_the_gpu_once() -> None:

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.cli import run
 from teal_cli.config import CalibrateConfig
 from teal_cli.decode.engine import Engine
@@ -128,7 +129,7 @@ def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
     models = [build_model(family).requires_grad_(False) for _ in range(2)]
     packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
     names = [projection.name for projection in find_projections(models[0])]
-    plan = SparsityPlan("uniform", 0.4, {name: ProjectionPlan(0.4, 0.3) for name in names})
+    plan = SparsityPlan("uniform", 0.4, {name: Threshold(0.3, 0.4) for name in names})
     controls = [sparsify_(model, plan) for model in models]
     pack_(models[1], packs[1])
     return models[0], models[1], controls

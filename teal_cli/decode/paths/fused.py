@@ -2,8 +2,8 @@
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-It works on the modules that `from_pretrained` gave: their weights are read where they lie, side by
-side (`teal_cli.sparse.site`). Nothing synchronises with the host, so a token is one CUDA graph.
+It works on the modules that `from_pretrained` gave: their weights are read where they lie, in
+one table for each launch (`teal_cli.sparse.merged`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.cache import FixedCache
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_for
@@ -75,7 +76,7 @@ def unsupported_reason(model: Any, control: SparsityControl) -> str | None:
     if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
         return "weights on several devices"
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    if not all(layer.site.side_by_side or layer.is_output for layer in layers):
+    if not all(layer.merged.one_table or layer.is_output for layer in layers):
         return "projections that are not side by side"
     return None
 
@@ -86,7 +87,7 @@ class Product:
     def __init__(self, layers: list[nn.Module], epilogue: str) -> None:
         self.layers: list[SparseLinear] = layers  # type: ignore[assignment]
         self.epilogue = epilogue
-        self.table = self.layers[0].site.table
+        self.table = self.layers[0].merged.table
         self.parts = tuple(layer.out_features for layer in self.layers)
         self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in self.layers):
@@ -113,12 +114,13 @@ class Launch:
     def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype) -> None:
         self.product = product
         table, parts = product.table, product.parts
-        plans = [layer.plan for layer in product.layers]
-        values = [plan.threshold if enabled and plan.sparsity > 0 else -1.0 for plan in plans]
+        rules = [layer.rule if enabled else Dense() for layer in product.layers]
+        values = [rule.threshold for rule in rules]
         self.thresholds = torch.tensor(values, dtype=torch.float32, device=table.device)
         self.kept = torch.zeros(3, dtype=torch.int64, device=table.device)
         """Inputs that were kept, for each part; added to by every launch that skips."""
-        skipped = sum(plan.sparsity * part for plan, part in zip(plans, parts, strict=True)) if enabled else 0.0
+        expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
+        skipped = sum(share * part for share, part in zip(expected, parts, strict=True))
         config = choose_config(
             table.device,
             inputs=table.shape[0],
@@ -214,8 +216,8 @@ class FusedDecoder:
         output = self.model.get_output_embeddings()
         if not isinstance(output, SparseLinear):
             return None
-        output.site.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
-        return Product([output], "plain") if output.site.side_by_side else None
+        output.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
+        return Product([output], "plain") if output.merged.one_table else None
 
     def new_cache(self, positions: int) -> FixedCache:
         """An empty cache."""
