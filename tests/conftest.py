@@ -35,7 +35,7 @@ from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.loading import auto_class
 from teal_cli.models.weights import fingerprint
-from teal_kernels import masked_input, triton_gemv, tuning
+from teal_kernels import masked_input, triton_gemv, tuning_files
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     from quick_interpreter import quicken
@@ -316,9 +316,9 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No user's tuning table but the test's own, and none remembered."""
     monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
-    tuning._entries.cache_clear()
+    tuning_files.table_of.cache_clear()
     yield
-    tuning._entries.cache_clear()
+    tuning_files.table_of.cache_clear()
 
 
 def export_tiny(

@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
 ZEROS_VERSION = 3
-"""Of a checkpoint with a projection that skips exact zeros: older readers must refuse it."""
+"""Of a checkpoint with a projection that skips exact zeros, quantised or not: older readers must refuse it."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
 """The keys whose change is noticed; transformers may add some of its own."""
 _SUMMARY = "teal.json"

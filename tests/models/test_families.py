@@ -24,8 +24,8 @@ from teal_cli.checkpoint.rules import Dense
 from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig
 from teal_cli.console import QUIET
 from teal_cli.data import token_blocks
+from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
@@ -338,7 +338,7 @@ def test_greedy_at_sparsity_zero_equals_generate(made: Made) -> None:
         return
     dense.generation_config.eos_token_id = None
     written = dense.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()
-    engine = engine_for(load_model(made.checkpoint, device="cpu", dtype="auto"))
+    engine = Engine(load_model(made.checkpoint, device="cpu", dtype="auto"))
     assert engine.control is not None
     with engine.control.switched_off():
         got = list(engine.generate(prompt, max_new_tokens=20, sampling=SamplingConfig()))

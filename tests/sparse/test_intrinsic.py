@@ -15,7 +15,7 @@ import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import unsupported_reason
+from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
@@ -106,11 +106,11 @@ def test_greedy_equals_dense(folder: Path) -> None:
     assert got == expected[0, 12:].tolist()
 
 
-def test_the_compact_path_is_not_taken(tmp_path: Path) -> None:
+def test_the_fused_path_is_not_taken(tmp_path: Path) -> None:
     model = load_model(save_kind(tmp_path / "m", "relu"), device="cpu", dtype="auto")
-    assert unsupported_reason(model, SparsityControl()) == "activation relu"
+    assert FusedPath.unsupported(model, SparsityControl()) == "activation relu"
     make_intrinsic_(model)
-    assert unsupported_reason(model, SparsityControl()) == "MLPs that decode gate first"
+    assert FusedPath.unsupported(model, SparsityControl()) == "MLPs that decode gate first"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
+from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
@@ -214,12 +214,12 @@ def test_a_dense_one_is_left_where_it_lies(dense: Path, calibration: Calibration
     model = load_model(dense, device="cpu", dtype="float32")
     control = sparsify_(model, make_plan(calibration, 0.5, "uniform"))
     assert model.lm_head.weight.is_contiguous()
-    assert unsupported_reason(model, control) is None
-    assert FusedDecoder(model, control).output() is None
+    assert FusedPath.unsupported(model, control) is None
+    assert FusedPath(model, control).output() is None
     set_thresholds_(model, make_plan(calibration, 0.5, "fisher-site"))
     assert model.lm_head.weight.is_contiguous()
-    assert unsupported_reason(model, control) is None
-    assert FusedDecoder(model, control).output() is not None
+    assert FusedPath.unsupported(model, control) is None
+    assert FusedPath(model, control).output() is not None
     assert model.lm_head.weight.t().is_contiguous()
 
 
