@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from teal_cli.atomic import write_json
-from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
+from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt
 from teal_cli.bench.timing import Spread, seconds_of, synchronize
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
@@ -29,6 +29,7 @@ from teal_cli.model_loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, recalibrate
 from teal_cli.sparse import sparsify_, use_backend
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace

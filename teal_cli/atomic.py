@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from teal_cli.errors import ArtefactError
+from teal_cli.reading import is_ordinary
 
 _SEAL = "content_sha256"
 """Key of the digest that a JSON artefact has of all its other keys."""
@@ -219,7 +219,7 @@ def file_digest(path: Path) -> str:
     Raises:
         ArtefactError: a pipe, a device or a folder, of which nobody knows where it ends.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not is_ordinary(path.stat()):
         raise ArtefactError(f"{path} is not an ordinary file")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Reading files that somebody else wrote: kind, size and encoding are checked before the content."""
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ _MOST_YAML_NODES = 100_000
 _LONGEST_DETAIL = 500
 
 
+def is_ordinary(status: os.stat_result) -> bool:
+    """Whether a path is an ordinary file: no folder, and no pipe or device, whose end nobody knows.
+
+    Args:
+        status: what `Path.stat` says of it, of a link what it leads to.
+    """
+    return stat.S_ISREG(status.st_mode)
+
+
 def read_bytes(path: Path, what: str, *, most: int, error: type[TealError] = ArtefactError) -> bytes:
     """The content of an ordinary file.
 
@@ -32,7 +42,7 @@ def read_bytes(path: Path, what: str, *, most: int, error: type[TealError] = Art
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if not is_ordinary(status):
             raise error(f"{what} {path} is not an ordinary file")
         if status.st_size > most:
             raise error(f"{what} {path} has {status.st_size:,} bytes; more than {most:,} are not read")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, overload
 
-from teal_cli.errors import ArtefactError, UsageError, shown
-from teal_cli.reading import read_bytes
+from teal_cli.errors import ArtefactError, UsageError, shortened, shown
+from teal_cli.reading import is_ordinary, read_bytes
 
 COLUMN = "text"
 """The field of a .jsonl file that holds the text, unless another is named."""
@@ -58,6 +58,11 @@ class TextFile:
         """As artefacts record it: the full path, and the column where it is not `text`."""
         return str(self.path.resolve()) + ("" if self.column == COLUMN else f":{self.column}")
 
+    @property
+    def _shown(self) -> str:
+        """The path in a message; what is longer than paths are is cut."""
+        return shortened(str(self.path), _LONGEST_PATH)
+
     def check(self) -> None:
         """Refuse what cannot be read, without reading it.
 
@@ -65,7 +70,7 @@ class TextFile:
             ArtefactError: no such file, of another kind, empty, or not an ordinary file.
             UsageError: a column of a .txt file.
         """
-        name = f"text file {_short(self.path)}"
+        name = f"text file {self._shown}"
         try:
             status = self.path.stat()
         except FileNotFoundError as error:
@@ -73,12 +78,12 @@ class TextFile:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise ArtefactError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if stat.S_ISDIR(status.st_mode):
-            raise ArtefactError(f"dataset {_short(self.path)} must be a .txt or .jsonl file, and it is a folder here")
-        if not stat.S_ISREG(status.st_mode):
+            raise ArtefactError(f"dataset {self._shown} must be a .txt or .jsonl file, and it is a folder here")
+        if not is_ordinary(status):
             raise ArtefactError(f"{name} is not an ordinary file")
         if not _is_text(self.path):
             advice = "; write it as .jsonl, one object a line" if self.path.suffix.lower() == ".json" else ""
-            raise ArtefactError(f"dataset {_short(self.path)} must be a .txt or .jsonl file{advice}")
+            raise ArtefactError(f"dataset {self._shown} must be a .txt or .jsonl file{advice}")
         if status.st_size == 0:
             raise ArtefactError(f"{name} is empty")
         if self.path.suffix.lower() == ".txt":
@@ -244,11 +249,6 @@ def _decoded(content: bytes, name: str) -> str:
 
 def _is_text(path: Path) -> bool:
     return path.suffix.lower() in (".txt", ".jsonl")
-
-
-def _short(path: Path) -> str:
-    """A path in a message; what is longer than paths are is cut."""
-    return str(path) if len(str(path)) <= _LONGEST_PATH else shown(str(path))
 
 
 def _exists(path: Path) -> bool:

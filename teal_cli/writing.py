@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from teal_cli.errors import UsageError
+from teal_cli.reading import is_ordinary
 
 
 def check_file(path: Path) -> None:
@@ -21,7 +22,7 @@ def check_file(path: Path) -> None:
     found = _status(path)
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise ValueError("this is a folder, give a file")
-    if found is not None and not stat.S_ISREG(found.st_mode):
+    if found is not None and not is_ordinary(found):
         raise ValueError("this is no ordinary file")
     _try(path.parent, path.name)
 

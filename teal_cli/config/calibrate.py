@@ -17,31 +17,35 @@ class CalibrateConfig(ModelConfig):
         "dataset NAME[:SUBSET[:SPLIT[:COLUMN]]]",
     )
     tokens: int = Field(32768, ge=1, lt=MOST, description="tokens to read")
-    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens a sequence")
+    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens per sequence")
 
     sensitivity_tokens: int = Field(
-        8192, ge=0, lt=MOST, description="of those, tokens to measure sensitivities on (a backward pass); 0 for none"
+        8192, ge=0, lt=MOST, description="of those, tokens to measure sensitivities on (a backward pass); 0: none"
     )
     quantise_tokens: int = Field(
         16384,
         ge=0,
         lt=MOST,
-        description="with 4 bits: of those, tokens to choose the codes on (GPTQ); 0 for the nearest codes",
+        description="with 4 bits: of those, tokens on which GPTQ chooses the codes; 0: nearest codes",
     )
     greedy_tokens: int = Field(
-        0, ge=0, lt=MOST, description="of those, tokens to walk the paths of allocation greedy on; 0 for none"
+        0,
+        ge=0,
+        lt=MOST,
+        description="of those, tokens to measure allocation greedy on; 0: greedy cannot be used",
     )
     greedy_inputs: Literal["dense", "sparse"] = Field(
-        "dense", description="what each block reads then: the dense network's hidden states, or the sparse one's"
+        "dense", description="for greedy: a block reads the hidden states of the dense network, or of the sparse one"
     )
-    greedy_sparsity: Sparsity = Field(0.5, description="how sparse the blocks before are, where they are")
+    greedy_sparsity: Sparsity = Field(0.5, description="with greedy_inputs sparse: sparsity of the blocks before")
     output_layer: bool | None = Field(
-        None, description="measure the output layer's input too, for fisher to drop some of it (default: if it can)"
+        None,
+        description="measure the output layer too, so that fisher can drop inputs of it (default: if possible)",
     )
     sink_tokens: int = Field(4, ge=0, lt=MOST, description="first tokens of each sequence that are not counted")
-    batch_size: int = Field(1, ge=1, lt=MOST, description="sequences a forward pass")
+    batch_size: int = Field(1, ge=1, lt=MOST, description="sequences per forward pass")
     offload: bool = Field(
-        False, description="keep the weights in main memory, and bring each layer's to the GPU when it runs"
+        False, description="keep the weights in main memory; copy each layer's to the GPU when it runs"
     )
     out: OutputFolder | None = Field(None, description="RUN folder (default RUNS/<model>)")
 

@@ -27,8 +27,8 @@ class DecodingConfig(SparseConfig):
 
     mode: Mode = Field(
         "calibrated",
-        description="calibrated: inputs below thresholds; intrinsic: only the zeros that a model trained with relu, "
-        "fatrelu, drelu or relu2 makes, without a calibration",
+        description="calibrated: skip inputs below thresholds; intrinsic: skip only the zeros of a model that was "
+        "trained with relu, fatrelu, drelu or relu2 (no calibration)",
     )
 
     @model_validator(mode="after")
@@ -50,13 +50,13 @@ class GenerateConfig(OneAllocation, DecodingConfig):
     sparsity: Sparsity | None = Field(
         None, description="target in [0, 1); 0 is dense (default 0.5, or the folder's own)"
     )
-    max_new_tokens: int = Field(256, ge=1, lt=MOST, description="at most this many tokens a reply")
+    max_new_tokens: int = Field(256, ge=1, lt=MOST, description="at most so many tokens per reply")
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy; else at least 0.01")
     top_k: int = Field(0, ge=0, lt=MOST, description="sample among the k likeliest tokens; 0 is off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this joint probability")
     chat: bool | None = Field(None, description="use the model's chat template (default: if it has one)")
-    stop: TokenList = Field(default_factory=list, description="further stop tokens, comma-separated")
-    backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
+    stop: TokenList = Field(default_factory=list, description="more stop tokens, comma-separated")
+    backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
 
     @model_validator(mode="after")
     def _sampling_needs_temperature(self) -> Self:
@@ -73,7 +73,8 @@ class ComparingConfig(DecodingConfig):
     """Measuring a model, with several kinds of weights if need be."""
 
     also_quantise: QuantisationList = Field(
-        default_factory=list, description="measure that too, with weights of these kinds: as quantise, comma-separated"
+        default_factory=list,
+        description="also measure these kinds of weights, comma-separated, each as for quantise",
     )
 
     def others(self) -> list[Self]:
@@ -98,7 +99,7 @@ class BenchConfig(OneAllocation, ComparingConfig):
 
     sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
     prompt_tokens: int = Field(64, ge=1, lt=MOST, description="length of the prompt")
-    new_tokens: int = Field(64, ge=2, lt=MOST, description="tokens decoded a repeat")
+    new_tokens: int = Field(64, ge=2, lt=MOST, description="tokens to decode per repeat")
     repeats: int = Field(
         5, ge=1, lt=MOST, description="timed repeats of each, in turn; 5 or more for a result to quote"
     )
@@ -106,9 +107,11 @@ class BenchConfig(OneAllocation, ComparingConfig):
         False, description="build the alias's shape with random weights; nothing is downloaded"
     )
     kernels: bool = Field(False, description="also time the sparse product of each projection shape")
-    tune: bool = Field(False, description="with kernels, on a GPU: search how to cut each product, and keep it")
+    tune: bool = Field(
+        False, description="with kernels, on a GPU: find and keep the fastest tile config of each product"
+    )
     batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
-    backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
+    backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
 
     @model_validator(mode="after")
     def _tuning_is_of_kernels(self) -> Self:

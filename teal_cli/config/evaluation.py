@@ -17,23 +17,23 @@ class EvalConfig(ComparingConfig):
         None, description="targets in [0, 1), comma-separated (default 0.5, or the folder's own)"
     )
     allocation: AllocationList = Field(
-        ["fisher"], description="as for export; several, comma-separated, are each taken at every sparsity"
+        ["fisher"], description="as for export; several, comma-separated: each is measured at every sparsity"
     )
     text: Path | None = Field(None, description="a .txt or .jsonl file, or FILE.jsonl:COLUMN, in place of --dataset")
-    dataset: str = Field("sotu", description="as for calibrate; the half that calibration does not read")
+    dataset: str = Field("sotu", description="as for calibrate; reads the half that calibration does not")
     tokens: int = Field(16384, ge=1, lt=MOST, description="tokens to read")
-    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens a sequence")
+    seq_len: int = Field(1024, ge=8, lt=MOST, description="tokens per sequence")
     dense_prefix: PositionList | None = Field(
-        None, description="first positions that run dense (default: half); several, comma-separated, one after another"
+        None, description="first positions that run dense (default: half); several, comma-separated: each is measured"
     )
-    generate: bool = Field(False, description="also let dense and sparse write, and compare what they write")
-    prompts: int = Field(8, ge=1, lt=MOST, description="for generate: prompts, from the text")
-    prompt_tokens: int = Field(64, ge=1, lt=MOST, description="for generate: length of a prompt")
-    new_tokens: int = Field(64, ge=2, lt=MOST, description="for generate: tokens to write after it")
+    generate: bool = Field(False, description="also generate text, dense and sparse, and compare the two")
+    prompts: int = Field(8, ge=1, lt=MOST, description="with generate: prompts, taken from the text")
+    prompt_tokens: int = Field(64, ge=1, lt=MOST, description="with generate: tokens per prompt")
+    new_tokens: int = Field(64, ge=2, lt=MOST, description="with generate: tokens to write after each prompt")
     tasks: NameList = Field(default_factory=list, description="lm-evaluation-harness tasks, comma-separated")
-    task_path: Path | None = Field(None, description="folder of task YAML files; only these tasks are known then")
-    task_limit: int | None = Field(None, ge=1, lt=MOST, description="examples a task")
-    backend: Backend = Field("auto", description="sparse kernels for the tasks; a name runs or fails")
+    task_path: Path | None = Field(None, description="folder of task YAML files (then only these tasks are known)")
+    task_limit: int | None = Field(None, ge=1, lt=MOST, description="examples per task")
+    backend: Backend = Field("auto", description="sparse kernels for the tasks; a backend that is named runs or fails")
 
     @property
     def allocations(self) -> list[str]:

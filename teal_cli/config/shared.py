@@ -56,12 +56,12 @@ class ModelConfig(SharedConfig):
     """Options of every verb that runs a model."""
 
     quantise: Quantisation | None = Field(
-        None, description="weights of 8 or 4 bits: int8, int4 or int4:GROUP (inputs that share a scale; 128)"
+        None, description="weights of 8 or 4 bits: int8, int4 or int4:GROUP (GROUP inputs share a scale; 128)"
     )
     architecture: InputFile | None = Field(
-        None, description="layers of model types that teal does not know, as YAML (docs/add-a-model-family.md)"
+        None, description="YAML file that describes a model type unknown to teal (docs/add-a-model-family.md)"
     )
-    quantise_output: bool = Field(False, description="with quantise: the output layer too, to 8 bits")
+    quantise_output: bool = Field(False, description="with quantise: also quantise the output layer, to 8 bits")
 
     @property
     def quantisation(self) -> str:

@@ -27,7 +27,7 @@ class SparseConfig(ModelConfig):
         description="fisher: least and greatest sparsity of projections, as PATTERN=LEAST:MOST,..",
     )
     cost: InputFile | None = Field(
-        None, description="fisher: result of teal bench --kernels --json; buys time by it in place of bytes"
+        None, description="fisher: a result of teal bench --kernels --json; weighs its measured times, not bytes"
     )
     recalibrate: bool = Field(True, description="measure the thresholds again in the sparse network (one more pass)")
 
@@ -62,6 +62,8 @@ class OneAllocation(SparseConfig):
 class ExportConfig(OneAllocation):
     """`teal export`."""
 
-    sparsity: Sparsity = Field(0.5, description="share of the blocks' weights that a token is not to read, in [0, 1)")
+    sparsity: Sparsity = Field(
+        0.5, description="target in [0, 1): share of the blocks' weights that a token does not read"
+    )
     out: OutputFolder | None = Field(None, description="folder to write (default RUNS/<model>/<allocation>-<sparsity>)")
     weights: Literal["link", "copy"] = Field("link", description="link to the dense weight files, or copy them")

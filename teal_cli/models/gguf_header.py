@@ -6,13 +6,13 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import mmap
 import re
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import ArtefactError, shown
+from teal_cli.reading import is_ordinary
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -88,10 +88,10 @@ def check_magic(file: Path) -> None:
         ArtefactError: see above.
     """
     try:
-        kind = file.stat().st_mode
+        status = file.stat()
     except OSError as error:
         raise ArtefactError(f"GGUF file {file} does not exist") from error
-    if not stat.S_ISREG(kind):
+    if not is_ordinary(status):
         raise ArtefactError(f"GGUF file {file} is not an ordinary file")
     with file.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:

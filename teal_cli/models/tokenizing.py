@@ -6,14 +6,13 @@ raise any class of exception for it; every call into them goes through `load_tok
 
 import math
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from teal_cli.errors import ArtefactError, blame, shown
-from teal_cli.reading import MOST_JSON_BYTES, read_json
+from teal_cli.reading import MOST_JSON_BYTES, is_ordinary, read_json
 
 _PREFIXES = (
     *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens_map", "chat_template"),
@@ -172,7 +171,7 @@ def _check_files(folder: Path) -> None:
             continue
         status = path.stat()
         most = _MOST_TEMPLATE_BYTES if path.suffix == ".jinja" else MOST_JSON_BYTES
-        if not stat.S_ISREG(status.st_mode):
+        if not is_ordinary(status):
             raise ArtefactError(f"{path} is not an ordinary file: a tokenizer is not read from pipes or devices")
         if status.st_size > most:
             raise ArtefactError(f"{path} has {status.st_size:,} bytes; tokenizers of more than {most:,} are not read")

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import EvalConfig
@@ -27,6 +26,7 @@ from teal_cli.models.forward import check_positions
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, with_other_weights
 from teal_cli.steps.calibrate import say_if_short
 from teal_cli.text_files import TextFile

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import teal_cli.hf
-from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
@@ -31,6 +30,7 @@ from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_kernels.packing import dequantised
 
 assert teal_cli.hf

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCausalLM
 
 import teal_cli.hf
-from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import FusedPath
@@ -23,6 +22,7 @@ from teal_cli.models.architectures import find_projections
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparseLinear, SparsityControl, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
 assert teal_cli.hf
 

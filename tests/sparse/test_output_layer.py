@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import teal_cli.hf
 from teal_cli.allocation import make_plan
-from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
 from teal_cli.decode.engine import Engine
@@ -23,6 +22,7 @@ from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
 from teal_cli.sparse import SparseLinear, control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.sparse.replace import set_thresholds_
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
 assert teal_cli.hf
 PROMPT, LENGTH = 20, 40

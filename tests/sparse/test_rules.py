@@ -16,7 +16,7 @@ from teal_cli.allocation import make_plan
 from teal_cli.checkpoint.export import check_checkpoint, write_checkpoint
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import (
     Dense,
     SparseLinear,

@@ -4,13 +4,13 @@ import pytest
 from conftest import FAMILIES, build_family
 from torch import nn
 
-from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
 _DECODERS = sorted(name for name, config in FAMILIES.items() if architecture_of(config["model_type"]).kind != "encoder")
 
