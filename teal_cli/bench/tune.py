@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
-from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
+from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
@@ -45,7 +45,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
     table = product.tables[0]
     bits = bits_of(table)
     # Of half bytes, whose sums take twice the registers of bytes', element by element 8 or 16.
-    tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
+    tiles = _tiles(min(16, 128 // bits)) if uses_fma(product.rows, bits) else _batch_tiles(128 // bits)
     stretches = _STRETCHES if one else _BATCH_STRETCHES
     for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, stretches):
         if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
