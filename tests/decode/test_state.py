@@ -176,7 +176,7 @@ def test_a_wrong_compact_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     launch = Session.launch
 
     def at_the_start(self: Session) -> torch.Tensor:
-        self.position.zero_()
+        self.positions.zero_()
         return launch(self)
 
     monkeypatch.setattr(Session, "launch", at_the_start)

@@ -30,7 +30,7 @@ from teal_kernels.triton_decode import (
     output_logits,
     pick,
 )
-from teal_kernels.triton_gemv import MAX_ROWS, Heads, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import MAX_ROWS, AttentionPartials, Norm, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 from teal_kernels.tuning_files import TuningTableError
@@ -136,7 +136,9 @@ class Launch:
         )
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
 
-    def run(self, x: Tensor | Heads, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None) -> None:
+    def run(
+        self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: Norm | None = None
+    ) -> None:
         """Launch it."""
         gemv(
             x,
@@ -275,14 +277,14 @@ class Session:
             return torch.empty(rows, columns, dtype=kind, device=device)
 
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.position = torch.tensor([cache.length - 1], dtype=torch.int32, device=device)
+        self.positions = torch.full((rows,), cache.length - 1, dtype=torch.int32, device=device)
         self.cos, self.sin = decoder.rotary(cache.positions)
         self.hidden = buffer(config.hidden_size)
         self.qkv = buffer(sum(block.qkv.parts))
         _, kv_heads, _, dim = cache.layers[0].keys.shape
         query_heads, splits = block.o.table.shape[0] // dim, attention_splits(rows * kv_heads)
-        heads = Heads.empty(rows, query_heads, dim, splits, self.position)
-        self.heads = [replace(heads, window=block.window) for block in decoder.blocks]
+        partials = AttentionPartials.empty(rows, query_heads, dim, splits, self.positions)
+        self.partials = [replace(partials, window=block.window) for block in decoder.blocks]
         self.activation = buffer(block.gate_up.parts[0])
         self.logits = buffer(decoder.model.get_output_embeddings().out_features)
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
@@ -296,10 +298,10 @@ class Session:
         """One token for every row: `token` in, (rows, vocabulary) logits out; nothing waits."""
         decoder, scratch, pdl = self.decoder, self.scratch, self.decoder.pdl
         hidden = self.hidden
-        embed(self.token, decoder.model.get_input_embeddings().weight, self.position, hidden, self.squares, pdl=pdl)
+        embed(self.token, decoder.model.get_input_embeddings().weight, self.positions, hidden, self.squares, pdl=pdl)
         squares = self.squares
-        steps = zip(decoder.blocks, self.launches, self.heads, self.cache.layers, strict=True)
-        for block, launches, heads, layer in steps:
+        steps = zip(decoder.blocks, self.launches, self.partials, self.cache.layers, strict=True)
+        for block, launches, partials, layer in steps:
             qkv, o, gate_up, down = launches
             qkv.run(hidden, self.qkv, scratch, pdl, Norm(block.attention_norm, block.eps, squares))
             decode_attention(
@@ -308,14 +310,14 @@ class Session:
                 layer.values,
                 self.cos,
                 self.sin,
-                heads,
+                partials,
                 scale=block.scale,
                 q_norm=block.q_norm,
                 k_norm=block.k_norm,
                 eps=block.eps,
                 pdl=pdl,
             )
-            o.run(heads, hidden, scratch, pdl)
+            o.run(partials, hidden, scratch, pdl)
             norm = Norm(block.mlp_norm, block.eps, o.squares)
             gate_up.run(hidden, self.activation, scratch, pdl, norm)
             down.run(self.activation, hidden, scratch, pdl)
