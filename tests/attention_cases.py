@@ -47,7 +47,7 @@ class Attention:
     dtype: torch.dtype = torch.float32
     positions: int = POSITIONS
     device: str = "cpu"
-    shortest: int = 64
+    split_multiple: int = 64
     """As in `AttentionPartials`."""
     splits: int = 0
     """Stretches of the cache at most; by default those that a model gets."""
@@ -106,7 +106,7 @@ class Attention:
         positions = torch.tensor(self.at, dtype=torch.int32, device=self.device)
         splits = self.splits or attention_splits(self.rows * self.kv_heads)
         sizes = (self.rows, self.kv_heads * self.group, self.dim, splits)
-        partials = AttentionPartials.empty(*sizes, positions, window=self.window, shortest=self.shortest)
+        partials = AttentionPartials.empty(*sizes, positions, window=self.window, split_multiple=self.split_multiple)
         partials.sums.fill_(torch.nan)
         partials.logs.fill_(-torch.inf)
         decode_attention(
@@ -155,7 +155,7 @@ class HeadsCase:
     heads: int
     dim: int
     position: Position
-    shortest: int = 64
+    split_multiple: int = 64
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     outputs: int = 72
@@ -175,9 +175,9 @@ class HeadsCase:
 
         positions = torch.tensor(at, dtype=torch.int32, device=self.device)
         sizes = (self.rows, self.heads, self.dim, self.splits)
-        self.read = AttentionPartials.empty(*sizes, positions, window=self.window, shortest=self.shortest)
+        self.read = AttentionPartials.empty(*sizes, positions, window=self.window, split_multiple=self.split_multiple)
         seen = [min(position + 1, self.window or position + 1) for position in at]
-        written = [-(-length // self.shortest) for length in seen]
+        written = [-(-length // self.split_multiple) for length in seen]
         assert max(written) <= self.splits
         sums = random(max(written), *self.read.sums.shape[1:])
         logs = random(max(written), *self.read.logs.shape[1:]) * 3

@@ -35,7 +35,7 @@ from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.loading import auto_class
 from teal_cli.models.weights import fingerprint
-from teal_kernels import masked_input, triton_gemv, tuning_files
+from teal_kernels import masked_input, plan_gemv, tuning_files
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     from quick_interpreter import quicken
@@ -332,8 +332,8 @@ def export_tiny(
 
 @pytest.fixture
 def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a warp is narrower than a stretch of inputs and does not hold all of its lines."""
-    monkeypatch.setattr(triton_gemv, "_lanes", lambda *_: 8)
+    """As on a GPU, where a warp is narrower than a chunk of inputs and does not hold all of its vectors."""
+    monkeypatch.setattr(plan_gemv, "_lanes", lambda *_: 8)
 
 
 @pytest.fixture(scope="session")

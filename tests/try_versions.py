@@ -1,6 +1,6 @@
 """The oldest and the newest versions that pyproject.toml allows, each in an environment of its own.
 
-    make test-versions            (or: python tests/try_versions.py [--keep FOLDER] [lowest] [newest])
+    make test-versions            (or: python tests/try_versions.py [--keep FOLDER] [--only SUBSET] [lowest] [newest])
 
 makes two environments, `lowest` with the lower bound of every dependency and `newest` with whatever the
 ranges let in today, runs the same tests in both, prints a table and writes benchmarks/results/versions.json.
@@ -31,7 +31,6 @@ from xml.etree import ElementTree
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 RESULT = ROOT / "benchmarks" / "results" / "versions.json"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TOOLS = ("pytest", "covertable")
@@ -56,6 +55,8 @@ class Outcome:
     """Names of tests, or what pytest said where it ran none."""
     skipped: int = 0
     seconds: float = 0.0
+    commit: str | None = None
+    finished: str = ""
 
 
 def ranges() -> list[str]:
@@ -134,10 +135,13 @@ def run(python: Path, arguments: list[str], report: Path) -> Outcome:
 
 
 def keep(made: dict[str, dict[str, Any]]) -> None:
-    """Write the result: environments that were not made now stay as they were."""
+    """Write the result: what was not run now, with the same versions, stays as it was."""
     lock = RESULT.with_suffix(".lock")
     with FileLock(lock):
         before = json.loads(RESULT.read_text(encoding="utf-8"))["environments"] if RESULT.is_file() else {}
+        for name, environment in made.items():
+            same = before.get(name, {}).get("versions") == environment["versions"]
+            environment["tests"] = (before[name]["tests"] if same else {}) | environment["tests"]
         content = {
             "command": "python tests/try_versions.py",
             "torch": "as in constraints.txt, CPU build, in every environment",
@@ -151,12 +155,14 @@ def keep(made: dict[str, dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", nargs="*", help="lowest, newest; both if none is named")
+    parser.add_argument("--only", choices=SUBSETS, help="run these tests; the results of the others stay")
     parser.add_argument("--keep", type=Path, help="folder for the environments, which are used again if they are there")
     options = parser.parse_args()
     wanted = {"lowest": [lowest(r) for r in ranges()], "newest": ranges()}
     names = options.environments or list(wanted)
     if unknown := set(names) - set(wanted):
         parser.error(f"no environment {', '.join(sorted(unknown))}: there are {', '.join(wanted)}")
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     from teal_cli.versions import commit, now
 
     checkout = commit()
@@ -171,11 +177,14 @@ def main() -> int:
             tests = {}
             print(f"\n{name}: {', '.join(f'{package} {number}' for package, number in installed.items())}")
             for subset, arguments in SUBSETS.items():
+                if options.only not in (None, subset):
+                    continue
                 outcome = tests[subset] = run(python, arguments, home / f"{name}-{subset.replace(' ', '-')}.xml")
+                outcome.commit, outcome.finished = checkout, now()
                 counts = f"{outcome.passed:5} passed {len(outcome.failed):3} failed {outcome.skipped:3} skipped"
                 print(f"  {subset:10}{counts} {outcome.seconds:6.1f} s", *outcome.failed, sep="\n    ", flush=True)
-            about = {"finished": now(), "commit": checkout, "python": platform.python_version(), "ranges": ranges()}
-            made[name] = about | {"versions": installed, "tests": {subset: vars(tests[subset]) for subset in tests}}
+            about = {"python": platform.python_version(), "ranges": ranges(), "versions": installed}
+            made[name] = about | {"tests": {subset: vars(tests[subset]) for subset in tests}}
     keep(made)
     return int(any(outcome["failed"] for each in made.values() for outcome in each["tests"].values()))
 

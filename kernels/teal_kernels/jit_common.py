@@ -9,14 +9,13 @@ EMPTY = tl.constexpr(launching.EMPTY)
 MINUS_INFINITY = tl.constexpr(0xFF800000)
 INTERPRETING = tl.constexpr(launching.interpreting())
 LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
-by_elements = triton.constexpr_function(launching.by_elements)
 
 
 @triton.jit
 def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
     """What an RMS norm multiplies one row with, from partial sums of its squares."""
-    lines = tl.arange(0, SQUARES)
-    squares = tl.load(squares_ptr + lines, mask=lines < n_squares, other=0.0)
+    each = tl.arange(0, SQUARES)
+    squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
     # The quotient is ready before the squares are: dividing their sum would wait for them.
     return tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / n_in) + eps)
 
@@ -123,7 +122,7 @@ def received_both(bits, at, other_bits, other_at, inside):
 
 
 @triton.jit
-def lanes_inside(begin, stop, line, LANES: tl.constexpr, FULL: tl.constexpr):
-    """Which inputs there are of a line, so many lines after input `begin`."""
-    index = begin + line * LANES + tl.arange(0, LANES)
+def lanes_inside(begin, stop, vector, LANES: tl.constexpr, FULL: tl.constexpr):
+    """Which inputs there are of a vector, so many vectors after input `begin`."""
+    index = begin + vector * LANES + tl.arange(0, LANES)
     return tl.full((LANES,), True, tl.int1) if FULL else index < stop

@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from teal_kernels.jit_common import LEAST_TILE, matmul, normalised, rms_scale, rms_scales
-from teal_kernels.jit_heads import head_stretches
+from teal_kernels.jit_partials import split_of_cache
 
 
 @triton.jit
@@ -73,14 +73,14 @@ def attention_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    SHORTEST: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One key/value head and one stretch of the cache a program.
+    """One key/value head and one split of the KV cache a program.
 
-    It leaves a line for each query head: what the values of its stretch average to, and the logarithm of their
-    weights' sum. The product that follows merges the lines.
+    It leaves a partial for each query head: what the values of its split average to, and the logarithm of their
+    weights' sum. The product that follows merges the partials.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -88,11 +88,11 @@ def attention_kernel(
     # Everything up to the wait was written before the kernel that this one follows: it depends on
     # the row's position and on its older tokens, not on this token's projections.
     position = tl.load(positions_ptr + row)  # of the new token
-    lowest, stretch, used = head_stretches(position, window, SPLITS, SHORTEST)
+    lowest, length, used = split_of_cache(position, window, SPLITS, MULTIPLE)
     if split >= used:
         return
-    start = lowest + split * stretch
-    stop = tl.minimum(start + stretch, position)
+    start = lowest + split * length
+    stop = tl.minimum(start + length, position)
 
     dtype = qkv_ptr.dtype.element_ty
     group = tl.arange(0, PADDED_GROUP)
@@ -118,10 +118,10 @@ def attention_kernel(
     written = (t < stop)[:, None] & in_head[None, :]
     next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
     next_v = tl.load(values_ptr + at, mask=written, other=0.0)
-    line = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
-    q_heads = line + (head * GROUP + group)[:, None] * DIM
+    projections = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
+    q_heads = projections + (head * GROUP + group)[:, None] * DIM
     q_inside = in_group[:, None] & in_head[None, :]
-    k_head = line + (GROUP * kv_heads + head + tl.arange(0, 1))[:, None] * DIM
+    k_head = projections + (GROUP * kv_heads + head + tl.arange(0, 1))[:, None] * DIM
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -130,11 +130,11 @@ def attention_kernel(
     q_partner = tl.load(q_heads + other_half[None, :], mask=q_inside, other=0.0)
     k_new = tl.load(k_head + d[None, :], mask=in_head[None, :], other=0.0)
     k_partner = tl.load(k_head + other_half[None, :], mask=in_head[None, :], other=0.0)
-    v_new = tl.load(line + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=in_head, other=0.0)
+    v_new = tl.load(projections + ((GROUP + 1) * kv_heads + head) * DIM + d, mask=in_head, other=0.0)
     q = _rotated(q, q_partner, q_norm, q_partner_norm, cos, sin, eps, DIM, NORM, dtype)
     k_new = _rotated(k_new, k_partner, k_norm, k_partner_norm, cos, sin, eps, DIM, NORM, dtype)
 
-    # The new token belongs to the last stretch, before all others of it.
+    # The new token belongs to the last split, before all others of it.
     last = split == used - 1
     top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
     maximum = tl.where(last, top, float("-inf"))
@@ -203,7 +203,7 @@ def output_kernel(
 ):
     """The norm and the dense output layer, whose weight is (V, H) row by row as the embedding's is.
 
-    One row is multiplied element by element, as `jit_sums` does; more rows are what matrix units are for.
+    One row is multiplied by FMA instructions, as `jit_sums` does; more rows are what tensor cores are for.
     """
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     rows = tl.arange(0, LEAST_TILE)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from teal_kernels.jit_common import INTERPRETING, lanes_inside, normalised, rounded
-from teal_kernels.jit_heads import merged_heads
+from teal_kernels.jit_partials import merged_partials
 
 
 @triton.jit
@@ -148,22 +148,24 @@ def _warp():
 
 
 @triton.jit
-def norm_weights(norm_ptr, begin, stop, LANES: tl.constexpr, LINES: tl.constexpr, FULL: tl.constexpr):
-    """Of some lines of inputs, a tuple."""
-    at = norm_ptr + begin + tl.arange(0, LANES)  # from here to the other lines is a constant, part of the instruction
+def norm_weights(norm, begin, stop, INPUTS: tl.constexpr):
+    """Of some vectors of inputs, a tuple."""
+    LANES: tl.constexpr = INPUTS.lanes
+    VECTORS: tl.constexpr = INPUTS.vectors
+    at = norm.weight + begin + tl.arange(0, LANES)  # from here to the other vectors is a constant in the instruction
     weights = ()
-    for line in tl.static_range(LINES):
-        weights = weights + (tl.load(at + line * LANES, mask=lanes_inside(begin, stop, line, LANES, FULL), other=0.0),)
+    for vector in tl.static_range(VECTORS):
+        inside = lanes_inside(begin, stop, vector, LANES, INPUTS.full)
+        weights = weights + (tl.load(at + vector * LANES, mask=inside, other=0.0),)
     return weights
 
 
 @triton.jit
 def take_inputs(
     x_ptr,
-    heads_ptr,
-    logs_ptr,
+    partials,
     partial_counts,
-    norm_ptr,
+    norm,
     weights,
     scales,
     entries,
@@ -172,32 +174,22 @@ def take_inputs(
     begin,
     stop,
     threshold,
-    LISTED: tl.constexpr,
-    NORM: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SPLITS: tl.constexpr,
-    ALIKE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    LANES: tl.constexpr,
-    LINES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    FULL: tl.constexpr,
     WARPS: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):
     """Inputs `begin` to `stop` of a program, whose own are from `first`: merged or normalised, listed, added up.
 
-    A line of inputs is as wide as a warp, and each warp takes all lines: so a slot is found by counting
+    A vector of inputs is as wide as a warp, and each warp takes all vectors: so a slot is found by counting
     bits of one word, and no warp waits for another before the end. The list begins at slot `begin - first`.
-    What was merged, or normalised for sums element by element, and is read whole has all its inputs listed, each in its
-    own slot. Where nothing is counted a line is as wide as the program, or every warp would take 1,024 inputs of eight
-    rows of heads in 16 steps, one after the other.
+    What was merged, or normalised for the FMA path, and is read whole has all its inputs listed, each in its
+    own slot. Where nothing is counted a vector is as wide as the program, or every warp would take 1,024 inputs of
+    eight rows of partials in 16 steps, one after the other.
 
     Args:
         partial_counts: of attention, how many partials each row has.
-        weights: of the norm, if the lines are taken at once.
+        weights: of the norm, if the vectors are taken at once.
         scales: of the norm, for each row.
 
     Returns:
@@ -205,54 +197,43 @@ def take_inputs(
         kept (of everything where nothing is dropped), 0 unless `SUMS`.
     """
     dtype = x_ptr.dtype.element_ty
+    LANES: tl.constexpr = INPUTS.lanes
+    VECTORS: tl.constexpr = INPUTS.vectors
+    SLOTS: tl.constexpr = INPUTS.slots
     count = tl.zeros((LANES,), tl.int32)
     kept = tl.zeros((LANES,), tl.int32)
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((LANES,), tl.float32),)
-    steps = 1 if AT_ONCE else tl.cdiv(stop - begin, LANES * LINES)
+    steps = 1 if INPUTS.at_once else tl.cdiv(stop - begin, LANES * VECTORS)
     for step in range(steps):
-        start = begin + step * (LANES * LINES)
+        start = begin + step * (LANES * VECTORS)
         of_norm = weights
-        if NORM and not AT_ONCE:
-            of_norm = norm_weights(norm_ptr, start, stop, LANES, LINES, FULL)
+        if INPUTS.norm and not INPUTS.at_once:
+            of_norm = norm_weights(norm, start, stop, INPUTS)
         raw = ()
-        if HEAD_SIZE > 0:
-            raw = merged_heads(
-                heads_ptr,
-                logs_ptr,
-                partial_counts,
-                n_in,
-                start,
-                stop,
-                HEAD_SIZE,
-                HEAD_SPLITS,
-                ALIKE,
-                ROWS,
-                LANES,
-                LINES,
-                FULL,
-            )
+        if INPUTS.head_size > 0:
+            raw = merged_partials(partials, partial_counts, n_in, start, stop, ROWS, INPUTS)
         else:  # all loads first: they are under way together
             at = x_ptr + start + tl.arange(0, LANES)
-            for line in tl.static_range(LINES):
-                inside = lanes_inside(start, stop, line, LANES, FULL)
+            for vector in tl.static_range(VECTORS):
+                inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
                 for row in tl.static_range(ROWS):
-                    raw = raw + (tl.load(at + row * n_in + line * LANES, mask=inside, other=0.0),)
-        for line in tl.static_range(LINES):
-            index = start - first + line * LANES + tl.arange(0, LANES)
-            inside = lanes_inside(start, stop, line, LANES, FULL)
+                    raw = raw + (tl.load(at + row * n_in + vector * LANES, mask=inside, other=0.0),)
+        for vector in tl.static_range(VECTORS):
+            index = start - first + vector * LANES + tl.arange(0, LANES)
+            inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
             values = ()
             read = inside
-            if LISTED:
+            if INPUTS.listed:
                 read = inside & False
             for row in tl.static_range(ROWS):
-                value = raw[line * ROWS + row].to(tl.float32)
-                if HEAD_SIZE > 0:
+                value = raw[vector * ROWS + row].to(tl.float32)
+                if INPUTS.head_size > 0:
                     value = rounded(value, dtype)
-                if NORM:
-                    value = normalised(value, scales[row], of_norm[line], dtype)
-                if LISTED:
+                if INPUTS.norm:
+                    value = normalised(value, scales[row], of_norm[vector], dtype)
+                if INPUTS.listed:
                     keep = _keeps(value, inside, threshold)
                     read |= keep  # one row of weights serves every row of x
                     if ROWS > 1:
@@ -266,17 +247,19 @@ def take_inputs(
                     added = added + (sums[row] + values[row],)
                 sums = added
             stored = read
-            if SHARED > 0 and LANES < 32 * WARPS:  # all warps hold a line, and take turns; else Triton sees to that
-                stored &= _warp() == line % WARPS
-            if LISTED:
+            if (
+                INPUTS.shared_bytes > 0 and LANES < 32 * WARPS
+            ):  # all warps hold a vector, and take turns; else Triton sees to that
+                stored &= _warp() == vector % WARPS
+            if INPUTS.listed:
                 before, here = _counted(read, LANES)
                 for row in tl.static_range(ROWS):
                     slots = row * SLOTS + begin - first + count + before
-                    put(entries, slots, index, values[row], stored, dtype, SHARED)
+                    put(entries, slots, index, values[row], stored, dtype, INPUTS.shared_bytes)
                 count += here
-            elif NORM or HEAD_SIZE > 0:
+            elif INPUTS.taken:
                 for row in tl.static_range(ROWS):
-                    put(entries, row * SLOTS + index, index, values[row], stored, dtype, SHARED)
+                    put(entries, row * SLOTS + index, index, values[row], stored, dtype, INPUTS.shared_bytes)
     count = tl.max(count, axis=0)  # the same in every lane
     active = count
     if ROWS > 1:

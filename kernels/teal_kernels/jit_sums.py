@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, by_elements, launch_dependents, matmul, normalised
+from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, launch_dependents, matmul, normalised
 from teal_kernels.jit_lists import listed_index, listed_value
 
 
@@ -20,9 +20,9 @@ def _place(k, bits, dtype):
 
 
 @triton.constexpr_function
-def _tiles(rows, bits):
-    """Tiles of sums for each weight of a word: one for each row element by element, or one of all rows."""
-    return rows if by_elements(rows, bits) else 1
+def _tiles(rows, fma):
+    """Tiles of sums for each weight of a word: one for each row on the FMA path, or one of all rows."""
+    return rows if fma else 1
 
 
 @triton.jit
@@ -69,83 +69,64 @@ def _code_after_one(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
-def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+def _unpacked(words, one, k: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
     """The k-th weight of each word, as what is multiplied; of quantised weights their codes.
 
-    Element by element `_code_after_one` of a code u is multiplied (`scaled_sums` takes it back), on matrix units u
+    On the FMA path `_code_after_one` of a code u is multiplied (`scaled_sums` takes it back), on tensor cores u
     itself: 2**23 + u less 2**23, sooner than a conversion. (Plain arithmetic: Triton gives its words the layout of
-    matrix units beforehand. With PTX in between it would have to give it to each tile of weights.)
+    tensor cores beforehand. With PTX in between it would have to give it to each tile of weights.)
     """
-    elementwise: tl.constexpr = by_elements(ROWS, BITS)
-    if BITS >= 16:
+    if TILE.bits >= 16:
         value = words
-        if elementwise:
+        if TILE.fma:
             value = words.to(tl.float32)
-    elif elementwise:
-        value = _code_after_one(words, one, k, dtype, BITS)
+    elif TILE.fma:
+        value = _code_after_one(words, one, k, dtype, TILE.bits)
     else:
-        bits = words >> (k * BITS) & ((1 << BITS) - 1) | 0x4B000000
+        bits = words >> (k * TILE.bits) & ((1 << TILE.bits) - 1) | 0x4B000000
         value = (bits.to(tl.float32, bitcast=True) - 8388608.0).to(dtype)
     return value
 
 
 @triton.jit
-def group_factors(
-    scale_ptr,
-    zero_ptr,
-    line,
-    columns,
-    out_stop,
-    ZEROS: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """Scales and zero points of one group of inputs: for each weight of a word those of its outputs, (WORDS,) float32.
+def group_factors(table, start, columns, out_stop, TILE: tl.constexpr):
+    """Scales and zero points of one group of inputs: for each weight of a word those of its outputs, (words,) float32.
 
     Args:
-        line: where the group's begin.
+        start: where the group's begin.
         columns: the output of each word's first weight.
     """
+    PACK: tl.constexpr = TILE.pack
+    WORDS: tl.constexpr = TILE.words
     factors = ()
     zeros = ()
     for k in tl.static_range(PACK):
         inside = columns + k < out_stop
-        factors = factors + (tl.load(scale_ptr + line + columns + k, mask=inside, other=0.0).to(tl.float32),)
-        zero = tl.full((WORDS,), 1 << (BITS - 1), tl.float32)
-        if ZEROS:
-            zero = tl.load(zero_ptr + line + columns + k, mask=inside, other=0).to(tl.float32)
+        factors = factors + (tl.load(table.scales + start + columns + k, mask=inside, other=0.0).to(tl.float32),)
+        zero = tl.full((WORDS,), 1 << (TILE.bits - 1), tl.float32)
+        if table.zeros is not None:
+            zero = tl.load(table.zeros + start + columns + k, mask=inside, other=0).to(tl.float32)
         zeros = zeros + (zero,)
     return factors, zeros
 
 
 @triton.jit
-def scaled_sums(
-    acc,
-    sums,
-    x_sums,
-    factors,
-    zeros,
-    dtype: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def scaled_sums(acc, sums, x_sums, factors, zeros, dtype: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The sums before, and those of one group: of x (code - zero) scale = scale (sum of x code - zero sum of x).
 
     Args:
-        x_sums: for each tile of sums of one weight of a word. On matrix units there is one: (LEAST_TILE, 1), for each
-            row. Element by element there is one for each row: its share of each row of the tile, which are added up in
+        x_sums: for each tile of sums of one weight of a word. On tensor cores there is one: (LEAST_TILE, 1), for each
+            row. On the FMA path there is one for each row: its share of each row of the tile, which are added up in
             the end.
     """
-    elementwise: tl.constexpr = by_elements(ROWS, BITS)
-    tiles: tl.constexpr = _tiles(ROWS, BITS)
+    PACK: tl.constexpr = TILE.pack
+    tiles: tl.constexpr = _tiles(ROWS, TILE.fma)
     added = ()
     for k in tl.static_range(PACK):
         factor = factors[k]
         zero = zeros[k]
-        if elementwise:  # for the values of `_unpacked`
-            unit = 1 << (23 - _place(k, BITS, dtype))
+        if TILE.fma:  # for the values of `_unpacked`
+            unit = 1 << (23 - _place(k, TILE.bits, dtype))
             factor = factor * unit
             zero = 1.0 + zero / unit
         for tile in tl.static_range(tiles):
@@ -155,31 +136,33 @@ def scaled_sums(
 
 
 @triton.jit
-def no_sums(PACK: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """For each weight of a word a tile of zeros, float32; element by element one for each row, side by side."""
-    height: tl.constexpr = BLOCK_IN if by_elements(ROWS, BITS) else LEAST_TILE
+def no_sums(ROWS: tl.constexpr, TILE: tl.constexpr):
+    """For each weight of a word a tile of zeros, float32; on the FMA path one for each row, side by side."""
+    height: tl.constexpr = TILE.block_in if TILE.fma else LEAST_TILE
+    words: tl.constexpr = TILE.words
     acc = ()
-    for _ in tl.static_range(PACK * _tiles(ROWS, BITS)):
-        acc = acc + (tl.zeros((height, WORDS), dtype=tl.float32),)
+    tiles: tl.constexpr = TILE.pack * _tiles(ROWS, TILE.fma)
+    for _ in tl.static_range(tiles):
+        acc = acc + (tl.zeros((height, words), dtype=tl.float32),)
     return acc
 
 
 @triton.jit
-def _added(acc, values, words, one, dtype: tl.constexpr, BITS: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
+def _added(acc, values, words, one, dtype: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The sums, and values times a tile of weights.
 
-    One row, and two of codes (`by_elements`), are multiplied element by element, and their tiles added up at the end:
-    16 instructions for 16 bytes of weights and one row. More rows are what matrix units are for, but codes must first
+    One row, and two of codes, are multiplied by FMA instructions (`uses_fma`), and their tiles added up at the end:
+    16 instructions for 16 bytes of weights and one row. More rows are what tensor cores are for, but codes must first
     be made weights of 16 bits and brought to where those take them.
     """
-    elementwise: tl.constexpr = by_elements(ROWS, BITS)
-    tiles: tl.constexpr = _tiles(ROWS, BITS)
+    PACK: tl.constexpr = TILE.pack
+    tiles: tl.constexpr = _tiles(ROWS, TILE.fma)
     added = ()
     for k in tl.static_range(PACK):
-        weights = _unpacked(words, one, k, dtype, BITS, ROWS)
+        weights = _unpacked(words, one, k, dtype, TILE)
         for tile in tl.static_range(tiles):
             total = acc[k * tiles + tile]
-            if elementwise:
+            if TILE.fma:
                 total += values[tile] * weights
             else:
                 total = matmul(values[tile], weights, total)
@@ -188,10 +171,10 @@ def _added(acc, values, words, one, dtype: tl.constexpr, BITS: tl.constexpr, PAC
 
 
 @triton.jit
-def _listed_rows(
-    entries, begin, stop, dtype: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr, UNROLL: tl.constexpr
-):
+def _listed_rows(entries, begin, stop, dtype: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr):
     """For each tile from slot `begin` the rows of weights that a list names, a tuple."""
+    BLOCK_IN: tl.constexpr = TILE.block_in
+    UNROLL: tl.constexpr = TILE.unroll
     which = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -200,20 +183,11 @@ def _listed_rows(
 
 
 @triton.jit
-def load_rows(
-    columns,
-    inside,
-    which,
-    begin,
-    stop,
-    stride,
-    LISTED: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVICT: tl.constexpr,
-):
+def load_rows(columns, inside, which, begin, stop, stride, LISTED: tl.constexpr, TILE: tl.constexpr):
     """Tiles of weights, a tuple: of slots from `begin`, as far as they are before `stop`, the rows `which` that a list
     names, or without one the rows of the same number."""
+    BLOCK_IN: tl.constexpr = TILE.block_in
+    UNROLL: tl.constexpr = TILE.unroll
     weights = ()
     for step in tl.static_range(UNROLL):
         slots = begin + step * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -223,7 +197,7 @@ def load_rows(
                 columns[None, :] + (rows * stride)[:, None],
                 mask=(slots < stop)[:, None] & inside[None, :],
                 other=0,
-                eviction_policy=EVICT,
+                eviction_policy=TILE.evict,
             ),
         )
     return weights
@@ -235,80 +209,79 @@ def sum_rows(
     inside,
     ahead,
     x_ptr,
-    norm_ptr,
+    norm,
     scales,
     n_in,
+    first,
     entries,
     begin,
     stop,
     stride,
     dtype: tl.constexpr,
-    LISTED: tl.constexpr,
-    STORED: tl.constexpr,
-    NORM: tl.constexpr,
     AHEAD: tl.constexpr,
-    BITS: tl.constexpr,
-    PACK: tl.constexpr,
-    WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVICT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):
     """Inputs times their rows of weights: for each weight of a word a tile of sums, or one for each row (`no_sums`).
-    And the sums of the inputs that matrix units multiply with codes, (LEAST_TILE,) of rows; else 0.
+    And the sums of the inputs that tensor cores multiply with codes, (LEAST_TILE,) of rows; else 0.
 
-    Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop`, of which `columns` and
-    `x_ptr` are the first, or of which the values are STORED in their slots. With NORM what matrix units take is
-    normalised here, by the `scales` of `rms_scales` and the weights from `norm_ptr` on. With AHEAD, and no list, the
+    Those of slots `begin` to `stop` of the list, or without one inputs `begin` to `stop` of the chunk, whose first is
+    `first` and whose weights begin at `columns`; their values are in their slots if they were `taken`. What tensor
+    cores take is normalised here with `norm_in_tiles`, by the `scales` of `rms_scales`. With AHEAD, and no list, the
     first tiles, `ahead`, are under way already. With LAUNCH_DEPENDENTS the next kernel may begin when the last are
     asked for.
     """
+    x_ptr += first
+    norm_ptr = x_ptr
+    if INPUTS.norm_in_tiles:
+        norm_ptr = norm.weight + first
+    BLOCK_IN: tl.constexpr = TILE.block_in
+    UNROLL: tl.constexpr = TILE.unroll
+    SHARED: tl.constexpr = INPUTS.shared_bytes
     rows = tl.arange(0, LEAST_TILE)
     in_rows = rows < ROWS
     tile = tl.arange(0, BLOCK_IN)
-    acc = no_sums(PACK, WORDS, ROWS, BITS, BLOCK_IN)
+    acc = no_sums(ROWS, TILE)
     seen = tl.zeros((LEAST_TILE, BLOCK_IN), tl.float32)
     one = _one()
     which = ()
-    if LISTED:
-        which = _listed_rows(entries, begin, stop, dtype, SHARED, BLOCK_IN, UNROLL)
+    if INPUTS.listed:
+        which = _listed_rows(entries, begin, stop, dtype, TILE, SHARED)
     for start in range(begin, stop, BLOCK_IN * UNROLL):
         following = start + BLOCK_IN * UNROLL
         if LAUNCH_DEPENDENTS:
             launch_dependents(following >= stop)
         weights = ahead
         if not AHEAD:
-            weights = load_rows(columns, inside, which, start, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
-        if LISTED:  # the next indices travel while these weights do
-            which = _listed_rows(entries, following, stop, dtype, SHARED, BLOCK_IN, UNROLL)
+            weights = load_rows(columns, inside, which, start, stop, stride, INPUTS.listed, TILE)
+        if INPUTS.listed:  # the next indices travel while these weights do
+            which = _listed_rows(entries, following, stop, dtype, TILE, SHARED)
         for step in tl.static_range(UNROLL):
             slots = start + step * BLOCK_IN + tile
             values = ()
-            if by_elements(ROWS, BITS):
+            if TILE.fma:
                 for row in tl.static_range(ROWS):
-                    if LISTED or STORED:
-                        value = listed_value(entries, row * SLOTS + slots, slots < stop, dtype, SHARED)
+                    if INPUTS.taken:
+                        value = listed_value(entries, row * INPUTS.slots + slots, slots < stop, dtype, SHARED)
                     else:
                         value = tl.load(x_ptr + row * n_in + slots, mask=slots < stop, other=0.0).to(tl.float32)
                     values = values + (value[:, None],)
             else:
                 there = in_rows[:, None] & (slots < stop)[None, :]
-                if LISTED or STORED:
-                    of_rows = tl.where(in_rows, rows, 0)[:, None] * SLOTS + slots[None, :]
+                if INPUTS.taken:
+                    of_rows = tl.where(in_rows, rows, 0)[:, None] * INPUTS.slots + slots[None, :]
                     value = listed_value(entries, of_rows, there, dtype, SHARED).to(dtype)
                 else:
                     value = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
-                    if NORM:
+                    if INPUTS.norm_in_tiles:
                         of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
                         value = normalised(value, scales[:, None], of_norm[None, :], dtype).to(dtype)
-                if BITS < 16:
+                if TILE.bits < 16:
                     seen += value.to(tl.float32)
                 values = (value,)
-            acc = _added(acc, values, weights[step], one, dtype, BITS, PACK, ROWS)
+            acc = _added(acc, values, weights[step], one, dtype, ROWS, TILE)
         if AHEAD:
-            ahead = load_rows(columns, inside, which, following, stop, stride, LISTED, BLOCK_IN, UNROLL, EVICT)
+            ahead = load_rows(columns, inside, which, following, stop, stride, INPUTS.listed, TILE)
     return acc, tl.sum(seen, axis=1)

@@ -1,6 +1,7 @@
 """Launching Triton kernels one right behind the other."""
 
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,13 +20,13 @@ EMPTY = -0x3F2153
 
 
 LEAST_TILE = 16
-"""The shortest side of a tile that a matrix unit takes."""
-FIRST_LINES = 4
-"""Lines of attention's heads that are read at a time: at first those of a short context."""
+"""The shortest side of a tile that tensor cores take."""
+FIRST_PARTIALS = 4
+"""Split-KV partials that are read at a time: at first those of a short context."""
 
 
-def by_elements(rows: int, bits: int) -> bool:
-    """Whether rows of a batch are multiplied element by element, not on matrix units.
+def uses_fma(rows: int, bits: int) -> bool:
+    """Whether rows of a batch are multiplied by FMA instructions, not on tensor cores.
 
     Two rows of codes are: on an H100 a dense token of Llama-3-8B then takes 0.65 of the time in int4, 0.88 in int8.
     """
@@ -49,15 +50,24 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What planning a launch must know of a device."""
+
+    multiprocessors: int
+    """0 where programs run one after the other: without a GPU, and in the interpreter."""
+    shared_memory: int
+    """Bytes of a multiprocessor."""
+    interpreter: bool = False
+
+
 @lru_cache(maxsize=16)
-def shared_memory(device: torch.device) -> int:
-    """Bytes of a GPU's multiprocessor."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
-
-
-def resident(device: torch.device, each: int) -> int:
-    """Programs that run at one time where a multiprocessor has room for `each`; in the interpreter, one."""
-    return 1 if device.type != "cuda" or interpreting() else multiprocessors(device) * each
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Of a GPU; of others that they are none."""
+    if device.type != "cuda" or interpreting():
+        return DeviceFacts(multiprocessors=0, shared_memory=0, interpreter=interpreting())
+    shared_memory = int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+    return DeviceFacts(multiprocessors(device), shared_memory)
 
 
 def power_of_two(number: int) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_kernels.cpu import cut_of, offsets_of, select_active
-from teal_kernels.launching import LEAST_TILE, by_elements
+from teal_kernels.launching import LEAST_TILE, uses_fma
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
 from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
@@ -88,7 +88,7 @@ def fitting(config: TileConfig, table: Tensor | Packed, rows: int) -> TileConfig
         splits = group
     elif splits < group < n_in and group % splits:
         splits = min(group, 32)
-    least = 32 // table.bits * (1 if by_elements(rows, table.bits) else LEAST_TILE)  # matrix units take tiles of words
+    least = 32 // table.bits * (1 if uses_fma(rows, table.bits) else LEAST_TILE)  # matrix units take tiles of words
     return replace(config, inputs_per_chunk=splits, block_out=max(config.block_out, least))
 
 
@@ -119,6 +119,6 @@ def triton_packed_linear(
             fitting(config, packed, part.shape[0]),
             scratch,
             bias=bias,
-            alone=False,
+            exclusive_device=False,
         )
     return y.view(*x.shape[:-1], n_out)

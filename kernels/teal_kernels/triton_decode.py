@@ -117,7 +117,7 @@ def decode_attention(
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=partials.splits,
-        SHORTEST=partials.shortest,
+        MULTIPLE=partials.split_multiple,
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

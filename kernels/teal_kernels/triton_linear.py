@@ -36,5 +36,5 @@ def triton_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, thresho
         if config.dense:  # right for a known sparsity only
             config = UNTUNED
         out = y[first : first + MAX_ROWS]
-        gemv(part, table, (n_out,), thresholds, out, config, scratch, bias=bias, alone=False)
+        gemv(part, table, (n_out,), thresholds, out, config, scratch, bias=bias, exclusive_device=False)
     return y.view(*x.shape[:-1], n_out)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from teal_kernels.triton_gemv import TileConfig
+from teal_kernels.plan_gemv import TileConfig
 from teal_kernels.tuning_entries import BITS, Entry
 from teal_kernels.tuning_files import table_of
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import TileConfig
+from teal_kernels.plan_gemv import TileConfig
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 """Of one weight, by the kind of the weights."""

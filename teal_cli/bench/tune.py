@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
-from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
+from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
@@ -46,7 +46,7 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
     table = product.tables[0]
     bits = bits_of(table)
     # Of half bytes, whose sums take twice the registers of bytes', on the FMA path 8 or 16.
-    tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
+    tiles = _tiles(min(16, 128 // bits)) if uses_fma(product.rows, bits) else _batch_tiles(128 // bits)
     chunks = _CHUNKS if one else _BATCH_CHUNKS
     for (block_out, block_in, unroll, warps), per_chunk in itertools.product(tiles, chunks):
         if per_chunk < 2 * block_in * unroll or (not small and (block_out < 64 or per_chunk < 128)):

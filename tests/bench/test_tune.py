@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
-from teal_kernels.launching import by_elements
+from teal_kernels.launching import uses_fma
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning import choose_config, trying
@@ -77,7 +77,7 @@ def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.Mo
 def test_a_search_would_find_what_is_packaged_for_half_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
     packaged = table_of("NVIDIA H100 80GB HBM3")
-    elementwise = [entry for entry in packaged if entry.dtype == "int4" and by_elements(entry.rows, bits=4)]
+    elementwise = [entry for entry in packaged if entry.dtype == "int4" and uses_fma(entry.rows, bits=4)]
     assert {entry.rows for entry in elementwise} == {1, 2}
     for entry in elementwise:
         words = torch.empty(entry.inputs, sum(entry.outputs) // 8, dtype=torch.int32, device="meta")

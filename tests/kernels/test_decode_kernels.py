@@ -48,14 +48,14 @@ def test_attention_windows(window: int, norm: bool) -> None:
 @pytest.mark.parametrize(("rows", "kv_heads", "group", "dim"), [(2, 1, 2, 16), (1, 2, 3, 24)])
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int) -> None:
-    Attention(rows, kv_heads, group, dim, position, window, shortest=16).check()
+    Attention(rows, kv_heads, group, dim, position, window, split_multiple=16).check()
 
 
 @pytest.mark.parametrize("position", [(0, 150), (40, 3, 97), (15, 16, 0, 31)], ids=str)
 @pytest.mark.parametrize(("window", "norm"), [(0, False), (20, True)])
 def test_attention_of_rows_of_different_lengths(position: tuple[int, ...], window: int, norm: bool) -> None:
     """Each gets what it gets alone, bit for bit."""
-    case = Attention(len(position), 2, 2, 16, position, window, norm, shortest=16, splits=4)
+    case = Attention(len(position), 2, 2, 16, position, window, norm, split_multiple=16, splits=4)
     case.check()
     together = case.partials(case.keys.clone(), case.values.clone())
     for row in range(case.rows):
@@ -74,7 +74,7 @@ def test_partials_need_a_position_a_row() -> None:
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_float16(position: int) -> None:
     """bfloat16 is tested on a GPU: the interpreter cannot multiply it."""
-    Attention(1, 1, 2, 64, position, dtype=torch.float16, shortest=16).check()
+    Attention(1, 1, 2, 64, position, dtype=torch.float16, split_multiple=16).check()
 
 
 @pytest.mark.usefixtures("few_splits")

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from attention_cases import HeadsCase
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
-from teal_kernels import active_inputs, triton_gemv
-from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv, squares_of
+from teal_kernels import active_inputs, plan_gemv
+from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
 
 CUTS = {
     "one stretch": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
@@ -248,84 +247,6 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
             )
 
 
-def test_squares_of_counts_blocks_of_each_part() -> None:
-    for parts, blocks in (((64,), 2), ((65, 1), 4), ((32, 32, 31), 3)):
-        assert squares_of(torch.empty(128, sum(parts)), parts, CUTS["one stretch"], 1, torch.float32) == blocks
-
-
-def test_a_list_holds_indices_of_15_bits() -> None:
-    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
-    config = replace(CUTS["one stretch"], inputs_per_chunk=1 << 16)
-    with pytest.raises(ValueError, match="32768"):
-        gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
-
-
-@pytest.mark.parametrize(("most", "match"), [(79, "elements of a table"), (200, "partial sums")])
-def test_offsets_of_32_bits(most: int, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program reads 2 of 8 inputs times 40 outputs, and there are 4 times 64 partial sums."""
-    monkeypatch.setattr(triton_gemv, "_MOST_ELEMENTS", most)
-    x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
-    config = replace(CUTS["one stretch"], inputs_per_chunk=2)
-    with pytest.raises(ValueError, match=match):
-        gemv(x, table, (40,), torch.zeros(1), y, config, Scratch(x.device))
-
-
-def test_no_more_rows_than_are_finished() -> None:
-    x, table, y = torch.ones(MAX_ROWS + 1, 8), torch.ones(8, 40), torch.zeros(MAX_ROWS + 1, 40)
-    with pytest.raises(ValueError, match="9 rows"):
-        gemv(x, table, (40,), torch.zeros(1), y, CUTS["one stretch"], Scratch(x.device))
-
-
-def test_finishers_of_a_batch_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An RTX A6000: 84 multiprocessors of 100 KiB. Of 112 blocks of two tiles each in float32, two programs fit."""
-    monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
-    monkeypatch.setattr(triton_gemv, "resident", lambda device, each: 84 * each)
-    table: Any = SimpleNamespace(device=torch.device("cuda"), shape=(4096, 28672), itemsize=4)
-    cut = TileConfig(block_out=256, block_in=1, unroll=16, inputs_per_chunk=256, warps=1, dense=True)
-    alone, batch = (squares_of(table, (14336, 14336), cut, rows, torch.float32) // 112 for rows in (1, 2))
-    assert (alone, batch) == (4, 1)
-
-
-def test_lists_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 100 KiB: tiles take 29 KiB a program, the list of two rows 8.5 more."""
-    monkeypatch.setattr(triton_gemv, "shared_memory", lambda device: 100 << 10)
-    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = TileConfig(block_out=128, block_in=16, unroll=1, inputs_per_chunk=512, warps=2)
-    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 2
-    monkeypatch.setattr(triton_gemv, "_MOST_LIST_BYTES", 0)
-    assert triton_gemv._fitting(torch.device("cuda"), cut, rows=2, bits=16, itemsize=4) == 3
-
-
-def test_tiles_are_as_what_takes_them_needs() -> None:
-    """Matrix units 16 rows at least. Element by element, of two rows, no more than registers hold sums for."""
-    cut = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=512, warps=1)
-    for rows, bits in ((1, 16), (1, 4), (2, 8), (2, 4)):
-        assert triton_gemv._tile(cut, rows, bits) == (4, 4)
-        assert triton_gemv._tiles_bytes(cut, rows, bits, itemsize=2, sets=3) == 0
-    for rows, bits in ((2, 16), (3, 8), (3, 4)):
-        assert triton_gemv._tile(cut, rows, bits) == (16, 1)
-        assert triton_gemv._tiles_bytes(cut, rows, bits, itemsize=2, sets=3) > 0
-    of_batches = replace(cut, block_in=64, unroll=2)
-    assert triton_gemv._tile(of_batches, 2, 4) == (8, 2)
-    assert triton_gemv._tile(replace(of_batches, block_out=2048), 2, 4) == (1, 2)
-    assert triton_gemv._tile(of_batches, 1, 4) == triton_gemv._tile(of_batches, 2, 16) == (64, 2)
-
-
-def test_a_list_leaves_room_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton asks for more than 48 KiB of a program's shared memory only where its own tiles are more than that."""
-    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = TileConfig(block_out=64, block_in=64, unroll=2, inputs_per_chunk=1024, warps=4)
-    assert triton_gemv._list_bytes(cut, rows=3, bits=16, itemsize=2) == 0
-    assert triton_gemv._list_bytes(replace(cut, block_in=32), rows=3, bits=16, itemsize=2) == 3 * (1024 + 128) * 4
-
-
-def test_a_program_reads_what_32_bits_can_count() -> None:
-    table = torch.empty_strided((8, 40), (1 << 29, 1), device="meta")
-    config = replace(CUTS["one stretch"], inputs_per_chunk=8, dense=True)
-    with pytest.raises(ValueError, match="2147483647 elements"):
-        gemv(torch.ones(1, 8), table, (40,), torch.zeros(1), torch.zeros(1, 40), config, Scratch(torch.device("cpu")))
-
-
 @pytest.mark.parametrize(("epilogue", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
 def test_parts_that_do_not_fit_the_finish(epilogue: str, parts: tuple[int, ...]) -> None:
     """A gated product would wait for sums that nobody sends."""
@@ -345,14 +266,14 @@ def test_blocks_wider_than_one_line_of_registers(epilogue: str) -> None:
     ("rows", "dim", "position"), [(1, 16, 0), (1, 16, 70), (2, 24, 100), (3, 16, 120), (8, 16, 90)]
 )
 def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: bool) -> None:
-    HeadsCase(rows, 4, dim, position, shortest=16, outputs=40).check(replace(CUTS[cut], dense=dense))
+    HeadsCase(rows, 4, dim, position, split_multiple=16, outputs=40).check(replace(CUTS[cut], dense=dense))
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(("splits", "position"), [(1, 9), (2, 10), (2, 31), (3, 47), (4, 40), (6, 90)])
 def test_heads_of_few_lines(splits: int, position: int, dense: bool) -> None:
     """As many as are read at first, fewer, and more."""
-    case = HeadsCase(5, 4, 16, position, shortest=16, outputs=40, splits=splits)
+    case = HeadsCase(5, 4, 16, position, split_multiple=16, outputs=40, splits=splits)
     case.check(replace(CUTS["one stretch"], dense=dense))
 
 
@@ -370,7 +291,7 @@ def test_heads_of_rows_of_different_lengths(
     """
     cut = replace(CUTS["one stretch"], inputs_per_chunk=32, dense=dense)
     rows = len(position)
-    case = HeadsCase(rows, 4, 16, position, shortest=16, outputs=40, packed=packed, window=window)
+    case = HeadsCase(rows, 4, 16, position, split_multiple=16, outputs=40, packed=packed, window=window)
     case.check(cut)
     threshold = torch.full((1,), -torch.inf)
     together = case.launch(cut, threshold)
@@ -380,7 +301,7 @@ def test_heads_of_rows_of_different_lengths(
 
 def test_heads_of_other_dtypes() -> None:
     for dtype in (torch.float16, torch.bfloat16):
-        HeadsCase(1, 4, 16, 70, shortest=16, dtype=dtype).check(CUTS["one stretch"])
+        HeadsCase(1, 4, 16, 70, split_multiple=16, dtype=dtype).check(CUTS["one stretch"])
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -397,15 +318,6 @@ def test_inputs_taken_line_by_line(epilogue: str, rows: int, dense: bool) -> Non
         _check(random_case(epilogue, rows, listed=not dense, inputs=inputs), cut)
 
 
-def test_lines_are_as_wide_as_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warp where it counts; otherwise the program, if the stretch is that long."""
-    monkeypatch.setattr(triton_gemv, "interpreting", lambda: False)
-    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=1024, warps=4)
-    assert triton_gemv._lanes(1024, cut) == 32
-    assert triton_gemv._lanes(1024, replace(cut, dense=True)) == 128
-    assert triton_gemv._lanes(64, replace(cut, dense=True)) == 32
-
-
 # Heads, head size: heads narrower than what is taken at once, as wide, wider, and none of these.
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(16, 8), (4, 16), (2, 64), (4, 24)])
@@ -414,16 +326,16 @@ def test_lines_are_as_wide_as_what_takes_them(monkeypatch: pytest.MonkeyPatch) -
 def test_heads_are_merged_line_by_line(
     rows: int, heads: int, dim: int, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_gemv, "_MOST_TAKEN", 64)  # so that a warp of three rows takes eight lines, too
-    monkeypatch.setattr(triton_gemv, "_MOST_TAKEN_OF_HEADS", 128)
+    monkeypatch.setattr(plan_gemv, "_MAX_VECTORS", 64)  # so that a warp of three rows takes eight lines, too
+    monkeypatch.setattr(plan_gemv, "_MAX_VECTORS_OF_PARTIALS", 128)
     for per_split in (32, 64):
         cut = replace(CUTS["one stretch"], inputs_per_chunk=per_split, dense=dense)
-        HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40).check(cut)
-        HeadsCase(rows, heads, dim, 100, shortest=16, outputs=40, packed=(8, 32, True)).check(cut)
+        HeadsCase(rows, heads, dim, 100, split_multiple=16, outputs=40).check(cut)
+        HeadsCase(rows, heads, dim, 100, split_multiple=16, outputs=40, packed=(8, 32, True)).check(cut)
 
 
 def test_heads_propagate_nan_to_their_own_row() -> None:
-    case = HeadsCase(2, 4, 16, 40, shortest=16)
+    case = HeadsCase(2, 4, 16, 40, split_multiple=16)
     case.read.sums[1, 1, 5] = torch.nan
     y = torch.zeros(2, case.outputs)
     everything = torch.full((1,), torch.inf)

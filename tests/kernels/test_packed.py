@@ -93,7 +93,7 @@ def test_inputs_taken_line_by_line(
 
 @covering(weights=[(8, 64, True), (4, 32, True)], cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
 def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
-    HeadsCase(rows, 8, 24, 100, shortest=16, outputs=40, packed=weights).check(replace(CUTS[cut], dense=dense))
+    HeadsCase(rows, 8, 24, 100, split_multiple=16, outputs=40, packed=weights).check(replace(CUTS[cut], dense=dense))
 
 
 @covering(weights=WEIGHTS, threshold=[-1.0, 0.7, 100.0], rows=[0, 1, 2, 3])

@@ -1,0 +1,145 @@
+"""Attention's split-KV partials, which the product after it merges. Triton's language, so not type-checked."""
+
+import triton
+import triton.language as tl
+
+from teal_kernels import launching
+from teal_kernels.jit_common import lanes_inside
+
+_FIRST_PARTIALS = tl.constexpr(launching.FIRST_PARTIALS)
+# Partials that a step of the loop over more takes: at most so many, and at most so many of all rows together. Loads of
+# few suffice to keep memory busy, while the time that Triton's coalescing takes to compile grows with the cube of
+# them: 27 s for six partials of eight rows, 5 s for one.
+_MORE_PARTIALS = tl.constexpr(6)
+_MORE_PARTIALS_OF_ROWS = tl.constexpr(12)
+
+
+@triton.jit
+def split_of_cache(position, window, SPLITS: tl.constexpr, MULTIPLE: tl.constexpr):
+    """How attention splits the KV cache for a token at `position`.
+
+    Returns:
+        The first position that is seen, positions of a split, splits.
+    """
+    lowest = 0
+    if window > 0:
+        lowest = tl.maximum(position + 1 - window, 0)
+    length = position + 1 - lowest
+    split = tl.cdiv(tl.cdiv(length, SPLITS), MULTIPLE) * MULTIPLE
+    return lowest, split, tl.cdiv(length, split)
+
+
+@triton.jit
+def _merge(
+    tops,
+    totals,
+    merged,
+    partials,
+    partial_counts,
+    first,
+    n_in,
+    begin,
+    stop,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Partials `first` and on, `COUNT` of them or as many as a row has, added to those before.
+
+    What lies beyond a row's own number was written for no token of this step, or never: it is not read.
+
+    For each head and row the highest logarithm yet and the sum of the shares, for each vector of inputs and row
+    the sum of the values.
+    """
+    LANES: tl.constexpr = INPUTS.lanes
+    HEAD_SIZE: tl.constexpr = INPUTS.head_size
+    VECTORS: tl.constexpr = INPUTS.vectors
+    PER_HEAD: tl.constexpr = INPUTS.vectors_per_head
+    lane = tl.arange(0, LANES)
+    heads = n_in // HEAD_SIZE
+    logs = ()  # all loads first
+    sums = ()
+    for step in tl.static_range(COUNT):
+        which = tl.full((LANES,), first + step, tl.int32)
+        for row in tl.static_range(ROWS):
+            of_row = (first + step) * ROWS + row
+            sums_at = partials.sums + of_row * n_in + begin + lane
+            for vector in tl.static_range(VECTORS):
+                inside = lanes_inside(begin, stop, vector, LANES, INPUTS.full)
+                there = inside & (which < partial_counts[row])
+                if vector % PER_HEAD == 0:
+                    at = partials.logs + of_row * heads + (begin + vector * LANES + lane) // HEAD_SIZE
+                    logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
+                sums = sums + (tl.load(sums_at + vector * LANES, mask=there, other=0.0),)
+    of_heads: tl.constexpr = (VECTORS + PER_HEAD - 1) // PER_HEAD
+    higher = ()
+    new_totals = ()
+    shrinks = ()
+    shares = ()
+    for row in tl.static_range(ROWS):
+        for head in tl.static_range(of_heads):
+            before = tops[row * of_heads + head]
+            top = before
+            for step in tl.static_range(COUNT):
+                top = tl.maximum(top, logs[(step * ROWS + row) * of_heads + head])
+            shrink = tl.exp2(before - top)
+            total = totals[row * of_heads + head] * shrink
+            for step in tl.static_range(COUNT):
+                share = tl.exp2(logs[(step * ROWS + row) * of_heads + head] - top)
+                shares = shares + (share,)
+                total += share
+            higher = higher + (top,)
+            shrinks = shrinks + (shrink,)
+            new_totals = new_totals + (total,)
+    added = ()
+    for vector in tl.static_range(VECTORS):
+        for row in tl.static_range(ROWS):
+            value = merged[vector * ROWS + row] * shrinks[row * of_heads + vector // PER_HEAD]
+            for step in tl.static_range(COUNT):
+                share = shares[(row * of_heads + vector // PER_HEAD) * COUNT + step]
+                value += share * sums[(step * ROWS + row) * VECTORS + vector]
+            added = added + (value,)
+    return higher, new_totals, added
+
+
+@triton.jit
+def merged_partials(partials, partial_counts, n_in, begin, stop, ROWS: tl.constexpr, INPUTS: tl.constexpr):
+    """Inputs that are split-KV partials, merged: for each vector of inputs and row (lanes,) float32.
+
+    Rows are at positions of their own: each has as many partials as `partial_counts` says, one at the least.
+    """
+    SPLITS: tl.constexpr = INPUTS.splits
+    LANES: tl.constexpr = INPUTS.lanes
+    VECTORS: tl.constexpr = INPUTS.vectors
+    PER_HEAD: tl.constexpr = INPUTS.vectors_per_head
+    at_first: tl.constexpr = _FIRST_PARTIALS if SPLITS > _FIRST_PARTIALS else SPLITS
+    tops = ()
+    totals = ()
+    merged = ()
+    for _ in tl.static_range((VECTORS + PER_HEAD - 1) // PER_HEAD * ROWS):
+        tops = tops + (tl.full((LANES,), float("-inf"), tl.float32),)
+        totals = totals + (tl.zeros((LANES,), tl.float32),)
+    for _ in tl.static_range(VECTORS * ROWS):
+        merged = merged + (tl.zeros((LANES,), tl.float32),)
+    tops, totals, merged = _merge(
+        tops, totals, merged, partials, partial_counts, 0, n_in, begin, stop, at_first, ROWS, INPUTS
+    )
+    if at_first < SPLITS:
+        share: tl.constexpr = _MORE_PARTIALS_OF_ROWS // ROWS
+        more: tl.constexpr = _MORE_PARTIALS if share > _MORE_PARTIALS else share
+        most = partial_counts[0]
+        for row in tl.static_range(1, ROWS):
+            most = tl.maximum(most, partial_counts[row])
+        for first in range(at_first, most, more):
+            tops, totals, merged = _merge(
+                tops, totals, merged, partials, partial_counts, first, n_in, begin, stop, more, ROWS, INPUTS
+            )
+    of_heads: tl.constexpr = (VECTORS + PER_HEAD - 1) // PER_HEAD
+    inverses = ()
+    for each in tl.static_range(of_heads * ROWS):
+        inverses = inverses + (1.0 / totals[each],)
+    divided = ()
+    for vector in tl.static_range(VECTORS):
+        for row in tl.static_range(ROWS):
+            divided = divided + (merged[vector * ROWS + row] * inverses[row * of_heads + vector // PER_HEAD],)
+    return divided
