@@ -50,7 +50,7 @@ class Attention:
     split_multiple: int = 64
     """As in `AttentionPartials`."""
     splits: int = 0
-    """Stretches of the cache at most; by default those that a model gets."""
+    """Splits of the cache at most; by default those that a model gets."""
 
     def __post_init__(self) -> None:
         self.at = _of_rows(self.position, self.rows)
@@ -141,15 +141,15 @@ class Attention:
 
 
 def merged(partials: AttentionPartials) -> Tensor:
-    """(rows, heads D) float32: what the lines that were written (whose logarithm is finite, or NaN) stand for."""
+    """(rows, heads D) float32: what the partials that were written (whose logarithm is finite, or NaN) stand for."""
     shares = (partials.logs * math.log(2)).softmax(0)[..., None]
     sums = partials.sums.view(*partials.logs.shape, -1)
     return torch.where(shares == 0, 0.0, shares * sums).sum(0).flatten(1)
 
 
 @dataclass
-class HeadsCase:
-    """A product of what attention left, at positions where that is several lines."""
+class PartialsCase:
+    """A product of what attention left, at positions where those are several."""
 
     rows: int
     heads: int
@@ -162,7 +162,7 @@ class HeadsCase:
     packed: tuple[int, int, bool] | None = None
     """As in `random_case`."""
     splits: int = 16
-    """Lines that there can be."""
+    """Of the cache at most."""
     window: int = 0
     """As in `AttentionPartials`."""
 
@@ -193,7 +193,7 @@ class HeadsCase:
         if self.packed is not None:
             self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
 
-    def all_at(self, row: int) -> "HeadsCase":
+    def all_at(self, row: int) -> "PartialsCase":
         """All rows as long as that one is."""
         same = replace(self)
         count = int(self.read.logs[:, row, 0].isfinite().sum())
@@ -204,21 +204,23 @@ class HeadsCase:
         same.read, same.table = replace(self.read, sums=fill[0], logs=fill[1], positions=positions), self.table
         return same
 
-    def launch(self, cut: TileConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+    def launch(
+        self, tuned: TileConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False
+    ) -> Tensor:
         """Run the kernel: (rows, outputs)."""
         y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
-        config = fitting(cut, self.table, self.rows)
+        config = fitting(tuned, self.table, self.rows)
         gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
         return y
 
-    def check(self, cut: TileConfig, *, pdl: bool = False) -> None:
+    def check(self, tuned: TileConfig, *, pdl: bool = False) -> None:
         """Against float64, at a threshold that no input is near."""
         sizes = self.x.abs().flatten().float().sort().values
         middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]
         gap = int(middle.diff().argmax())
         threshold = torch.full((1,), float(middle[gap] + middle[gap + 1]) / 2, device=self.device)
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
-        y = self.launch(cut, threshold, counts, pdl=pdl)
-        seen = self.x if cut.dense else masked_input(self.x, threshold)
+        y = self.launch(tuned, threshold, counts, pdl=pdl)
+        seen = self.x if tuned.dense else masked_input(self.x, threshold)
         assert relative_error(y, seen.double() @ weights_of(self.table)) < 2 * LIMITS[self.dtype]
-        assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))
+        assert int(counts[0]) == (0 if tuned.dense else int(active_inputs(self.x, threshold).sum()))

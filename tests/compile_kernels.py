@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import triton
-from attention_cases import Attention, HeadsCase
+from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
@@ -20,7 +20,7 @@ from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import TileConfig
 
-# Rows, cut, quantised weights of the product after attention: lists in shared and in global memory, and none.
+# Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
     (1, TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=64, warps=1), (8, 64, False)),
     (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=2048, warps=2), (4, 64, True)),
@@ -58,11 +58,11 @@ def main(capability: int) -> None:
     for module in (triton_gemv, triton_decode, triton_gate_first):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
-    for rows, cut, quantised in PRODUCTS:
+    for rows, config, quantised in PRODUCTS:
         for epilogue in PARTS:
-            random_case(epilogue, rows, dtype=DTYPE).launch(cut, pdl=pdl)
+            random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
         for packed in (None, quantised):
-            HeadsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(cut, torch.zeros(1), pdl=pdl)
+            PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)

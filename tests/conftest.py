@@ -331,9 +331,12 @@ def export_tiny(
 
 
 @pytest.fixture
-def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a GPU, where a warp is narrower than a chunk of inputs and does not hold all of its vectors."""
     monkeypatch.setattr(plan_gemv, "_lanes", lambda *_: 8)
+    plan_gemv.plan_product.cache_clear()
+    yield
+    plan_gemv.plan_product.cache_clear()
 
 
 @pytest.fixture(scope="session")

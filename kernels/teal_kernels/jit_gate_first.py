@@ -39,7 +39,7 @@ def _products(
     """The rows `outs` of a weight times each row of x: for each of these (BLOCK_OUT,), rounded as its dtype is."""
     dtype = x_ptr.dtype.element_ty
     ins = tl.arange(0, BLOCK_IN)
-    lines = weight_ptr + outs.to(tl.int64)[:, None] * stride + ins[None, :]
+    rows_of_weight = weight_ptr + outs.to(tl.int64)[:, None] * stride + ins[None, :]
     acc = ()
     for _ in tl.static_range(ROWS):
         acc = acc + (tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32),)
@@ -48,7 +48,12 @@ def _products(
         for step in tl.static_range(UNROLL):
             at = start + step * BLOCK_IN
             weights = weights + (
-                tl.load(lines + at, mask=there[:, None] & (at + ins < n_in)[None, :], other=0.0, eviction_policy=EVICT),
+                tl.load(
+                    rows_of_weight + at,
+                    mask=there[:, None] & (at + ins < n_in)[None, :],
+                    other=0.0,
+                    eviction_policy=EVICT,
+                ),
             )
         for step in tl.static_range(UNROLL):
             at = start + step * BLOCK_IN + ins

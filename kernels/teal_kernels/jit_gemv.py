@@ -225,10 +225,10 @@ def gemv_kernel(
             return
     columns_here = tl.arange(0, BATCH * width)
     row = 0
-    place = reducer * width + columns_here % width
-    outs = out_start + place
-    if PACK > 1:  # not place % WORDS * PACK + place // WORDS: with that, triton 3.6 computes wrong addresses
-        outs = out_start + place * PACK % BLOCK_OUT + place * PACK // BLOCK_OUT
+    column = reducer * width + columns_here % width
+    outs = out_start + column
+    if PACK > 1:  # not column % WORDS * PACK + column // WORDS: with that, triton 3.6 computes wrong addresses
+        outs = out_start + column * PACK % BLOCK_OUT + column * PACK // BLOCK_OUT
     inside = outs < out_stop
     if EPILOGUE.even:
         inside = tl.full((BATCH * width,), True, tl.int1)
@@ -236,7 +236,7 @@ def gemv_kernel(
         row = columns_here // width
         inside = (outs < out_stop) & (row < ROWS)
     at = outs
-    own_column = block * BLOCK_OUT + place
+    own_column = block * BLOCK_OUT + column
     gate_column = own_column
     if EPILOGUE.kind == GATED:
         at = outs - part_0

@@ -80,7 +80,7 @@ def _starts(groups: int, group: int) -> Tensor:
 
 
 def fitting(config: TileConfig, table: Tensor | Packed, rows: int) -> TileConfig:
-    """The cut, as the groups of quantised weights and a batch of so many rows allow it; of others as it is."""
+    """The tile config, as the groups of quantised weights and a batch of so many rows allow it; of others as it is."""
     if not isinstance(table, Packed):
         return config
     splits, group, n_in = config.inputs_per_chunk, table.group, table.words.shape[0]
@@ -88,7 +88,7 @@ def fitting(config: TileConfig, table: Tensor | Packed, rows: int) -> TileConfig
         splits = group
     elif splits < group < n_in and group % splits:
         splits = min(group, 32)
-    least = 32 // table.bits * (1 if uses_fma(rows, table.bits) else LEAST_TILE)  # matrix units take tiles of words
+    least = 32 // table.bits * (1 if uses_fma(rows, table.bits) else LEAST_TILE)  # tensor cores take tiles of words
     return replace(config, inputs_per_chunk=splits, block_out=max(config.block_out, least))
 
 

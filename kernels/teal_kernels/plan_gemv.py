@@ -8,6 +8,7 @@ Importable without triton.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from teal_kernels.launching import FIRST_PARTIALS, LEAST_TILE, DeviceFacts, power_of_two, uses_fma
@@ -182,10 +183,11 @@ class ProductPlan:
         return self.grid[0] * self.epilogue.reducers
 
 
+@lru_cache(maxsize=4096)  # planning takes several times as long as the rest of a launch
 def plan_product(
     shape: ProductShape, config: TileConfig, device: DeviceFacts, *, exclusive_device: bool = True
 ) -> ProductPlan:
-    """Plan one launch.
+    """Plan one launch. Remembered.
 
     Args:
         shape: what is multiplied.

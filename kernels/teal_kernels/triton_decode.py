@@ -51,13 +51,13 @@ _ATTENTION_BLOCK = 64
 _ATTENTION_WARPS = 4
 _ATTENTION_PROGRAMS = 128
 """Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
-_MOST_LINES = 16
-"""Stretches at most: the programs of the product that follows read the lines of all."""
+_MAX_SPLITS = 16
+"""Splits at most: the programs of the product that follows read the partials of all."""
 
 
 def attention_splits(programs: int) -> int:
-    """Stretches into which the cache is cut, for `programs` rows times key/value heads."""
-    return max(1, min(_MOST_LINES, power_of_two(_ATTENTION_PROGRAMS // programs)))
+    """Splits of the KV cache, for `programs` rows times key/value heads."""
+    return max(1, min(_MAX_SPLITS, power_of_two(_ATTENTION_PROGRAMS // programs)))
 
 
 def decode_attention(

@@ -12,14 +12,14 @@ import sys
 from dataclasses import replace
 
 import torch
-from attention_cases import Attention, HeadsCase
+from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.triton_decode import embed
 from teal_kernels.triton_gemv import Scratch, TileConfig
 
-CUTS = (
+CONFIGS = (
     TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=64, warps=1),
     TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=8, warps=2),
     TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=512, warps=2),
@@ -33,9 +33,9 @@ def products(rows: int) -> None:
         for parts, inputs in ((PARTS[epilogue], 44), (EVEN[epilogue], 512)):
             case = random_case(epilogue, rows, dtype=torch.bfloat16, inputs=inputs, parts=parts, device="cuda")
             scratch = Scratch(case.x.device)
-            for cut in CUTS:
+            for config in CONFIGS:
                 for dense in (False, True):
-                    case.launch(replace(cut, dense=dense), scratch)
+                    case.launch(replace(config, dense=dense), scratch)
 
 
 def attention(rows: int) -> None:
@@ -44,10 +44,10 @@ def attention(rows: int) -> None:
         case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
         case.launch(case.keys, case.values)
         for splits in (4, 16):
-            attended = HeadsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda", splits=splits)
-            for cut in CUTS:
+            attended = PartialsCase(rows, 3, 64, position, dtype=torch.bfloat16, device="cuda", splits=splits)
+            for config in CONFIGS:
                 for dense in (False, True):
-                    attended.check(replace(cut, dense=dense))
+                    attended.check(replace(config, dense=dense))
 
 
 def packed(rows: int) -> None:
@@ -55,12 +55,12 @@ def packed(rows: int) -> None:
         case = random_case(
             "plain", rows, dtype=torch.bfloat16, inputs=200, parts=(152, 72, 40), packed=weights, device="cuda"
         )
-        attended = HeadsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
+        attended = PartialsCase(rows, 8, 24, 150, dtype=torch.bfloat16, device="cuda", packed=weights)
         scratch = Scratch(case.x.device)
-        for cut in CUTS:
+        for config in CONFIGS:
             for dense in (False, True):
-                case.launch(replace(cut, dense=dense), scratch)
-                attended.check(replace(cut, dense=dense))
+                case.launch(replace(config, dense=dense), scratch)
+                attended.check(replace(config, dense=dense))
 
 
 def others(rows: int) -> None:

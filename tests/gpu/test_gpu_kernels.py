@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Attention, HeadsCase
+from attention_cases import Attention, PartialsCase
 from kernel_cases import (
     LIMITS,
     PARTS,
@@ -40,18 +40,18 @@ PRODUCTS = {
     "qwen2.5-0.5b down": (4864, (896,), "residual"),
     "no multiple of anything": (1234, (517, 130, 66), "plain"),
 }
-CUTS = {
+CONFIGS = {
     "one program a block": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
     "four programs a block": TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=8, warps=2),
-    "one stretch": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=4),
+    "one chunk": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=4),
 }
-CUT_OF_256 = TileConfig(block_out=64, block_in=8, unroll=4, inputs_per_chunk=256, warps=2)
+CONFIG_OF_256 = TileConfig(block_out=64, block_in=8, unroll=4, inputs_per_chunk=256, warps=2)
 
 
 def _model_case(
     name: str, rows: int, dtype: torch.dtype, sparsity: float, *, chosen_for: int | None = None
 ) -> tuple[Case, TileConfig]:
-    """A product of a real model, cut as decoding would for a batch of `rows` (or `chosen_for`)."""
+    """A product of a real model, config as decoding would for a batch of `rows` (or `chosen_for`)."""
     inputs, parts, epilogue = PRODUCTS[name]
     case = random_case(
         epilogue,
@@ -93,13 +93,13 @@ def _check(case: Case, config: TileConfig) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("epilogue", PARTS)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_every_finish_and_dtype(epilogue: str, cut: str, dtype: torch.dtype, rows: int) -> None:
+def test_every_finish_and_dtype(epilogue: str, config: str, dtype: torch.dtype, rows: int) -> None:
     for listed in (True, False):
         case = random_case(epilogue, rows, dtype=dtype, listed=listed, device="cuda")
-        _check(case, replace(CUTS[cut], dense=not listed))
+        _check(case, replace(CONFIGS[config], dense=not listed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,10 +107,10 @@ def test_every_finish_and_dtype(epilogue: str, cut: str, dtype: torch.dtype, row
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_long_lists(rows: int, per_split: int, warps: int, dtype: torch.dtype) -> None:
     """Of more lines than a warp takes at a time, stored by two warps, and so long that they lie in global memory."""
-    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=per_split, warps=warps)
+    config = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=per_split, warps=warps)
     for listed, inputs in itertools.product((True, False), (3000, 3072)):
         case = random_case("plain", rows, dtype=dtype, listed=listed, inputs=inputs, parts=(200, 72), device="cuda")
-        _check(case, replace(cut, dense=not listed))
+        _check(case, replace(config, dense=not listed))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5])
@@ -144,10 +144,10 @@ def _same_bits(launch: Callable[[Scratch], Tensor], device: torch.device) -> Non
 @pytest.mark.parametrize("epilogue", PARTS)
 def test_not_finite_inputs_propagate(epilogue: str, value: float) -> None:
     """A NaN is also what an absent partial sum looks like: it must neither hang nor get lost."""
-    for cut in CUTS.values():
+    for config in CONFIGS.values():
         case = random_case(epilogue, 2, norm=False, device="cuda")
         case.x[1, 7] = value
-        y, expected = case.launch(cut, pdl=PDL).y, case.expected()
+        y, expected = case.launch(config, pdl=PDL).y, case.expected()
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.isinf(), expected.isinf())
         assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
@@ -175,7 +175,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = Scratch(device)
-    cut = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=128, warps=1, dense=dense)
+    config = TileConfig(block_out=128, block_in=4, unroll=4, inputs_per_chunk=128, warps=1, dense=dense)
     tables = [
         {
             "qkv": table(size, size, size, size),
@@ -195,7 +195,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
     hidden, qkv = start.clone(), random(rows, 3 * size)
     attended = AttentionPartials.empty(rows, heads, size // heads, attention_splits(rows * heads), positions)
     activation = random(rows, wide)
-    columns = [squares_of(tables[0][name], (size,), cut, rows, hidden.dtype) for name in ("o", "down")]
+    columns = [squares_of(tables[0][name], (size,), config, rows, hidden.dtype) for name in ("o", "down")]
     squares = [torch.zeros(rows, count, device=device) for count in columns]
 
     def token(pdl: bool) -> None:
@@ -203,14 +203,14 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
         for layer, (weights, cache) in enumerate(zip(tables, caches, strict=True)):
             before = hidden.float().square().sum(1, keepdim=True) if layer == 0 else squares[1]
             norm = Norm(weight, 1e-5, before)
-            gemv(hidden, weights["qkv"], (size,) * 3, thresholds, qkv, cut, scratch, norm=norm, pdl=pdl)
+            gemv(hidden, weights["qkv"], (size,) * 3, thresholds, qkv, config, scratch, norm=norm, pdl=pdl)
             decode_attention(qkv, cache[0], cache[1], cos, cos, attended, scale=0.1, pdl=pdl)
             epilogue: dict[str, Any] = {"epilogue": "residual", "pdl": pdl}
-            gemv(attended, weights["o"], (size,), nothing, hidden, cut, scratch, squares=squares[0], **epilogue)
+            gemv(attended, weights["o"], (size,), nothing, hidden, config, scratch, squares=squares[0], **epilogue)
             norm = Norm(weight, 1e-5, squares[0])
             gated: dict[str, Any] = {"epilogue": "gated", "pdl": pdl, "norm": norm}
-            gemv(hidden, weights["mlp"], (wide, wide), thresholds, activation, cut, scratch, **gated)
-            gemv(activation, weights["down"], (size,), nothing, hidden, cut, scratch, squares=squares[1], **epilogue)
+            gemv(hidden, weights["mlp"], (wide, wide), thresholds, activation, config, scratch, **gated)
+            gemv(activation, weights["down"], (size,), nothing, hidden, config, scratch, squares=squares[1], **epilogue)
 
     token(pdl=False)
     expected = hidden.clone()
@@ -231,36 +231,36 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
 @pytest.mark.parametrize(("heads", "dim"), [(8, 64), (4, 128), (5, 80)])
 @pytest.mark.parametrize(("rows", "position"), [(1, 150), (1, 1000), (3, 300), (8, 60), (8, 700)])
 def test_product_of_heads(rows: int, position: int, heads: int, dim: int, dense: bool, dtype: torch.dtype) -> None:
-    case = HeadsCase(rows, heads, dim, position, dtype=dtype, device="cuda")
-    for cut in (*CUTS.values(), CUT_OF_256):
-        case.check(replace(cut, dense=dense), pdl=PDL)
+    case = PartialsCase(rows, heads, dim, position, dtype=dtype, device="cuda")
+    for config in (*CONFIGS.values(), CONFIG_OF_256):
+        case.check(replace(config, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("rows", [4, 8])
 @pytest.mark.parametrize("splits", [1, 2, 3, 4])
-def test_heads_of_few_lines(splits: int, rows: int, dense: bool, dtype: torch.dtype) -> None:
+def test_partials_of_few_lines(splits: int, rows: int, dense: bool, dtype: torch.dtype) -> None:
     """As a large batch's, whose rows are programs enough."""
-    case = HeadsCase(rows, 32, 128, 64 * splits - 1, dtype=dtype, device="cuda", splits=splits)
-    for cut in (*CUTS.values(), CUT_OF_256, replace(CUT_OF_256, inputs_per_chunk=512)):
-        case.check(replace(cut, dense=dense), pdl=PDL)
+    case = PartialsCase(rows, 32, 128, 64 * splits - 1, dtype=dtype, device="cuda", splits=splits)
+    for config in (*CONFIGS.values(), CONFIG_OF_256, replace(CONFIG_OF_256, inputs_per_chunk=512)):
+        case.check(replace(config, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_lines_wider_than_a_head(rows: int) -> None:
     """Read whole by four warps, a line of inputs is 128 wide: it begins and ends amid heads of 80."""
-    cut = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=512, warps=4, dense=True)
+    config = TileConfig(block_out=64, block_in=16, unroll=2, inputs_per_chunk=512, warps=4, dense=True)
     for dtype in DTYPES:
         for heads, dim in ((20, 80), (7, 64)):
-            HeadsCase(rows, heads, dim, 300, dtype=dtype, device="cuda").check(cut, pdl=PDL)
+            PartialsCase(rows, heads, dim, 300, dtype=dtype, device="cuda").check(config, pdl=PDL)
 
 
 def test_product_of_heads_in_much_shared_memory() -> None:
     """Tiles and a list together would be more shared memory than a launch has unasked: the list goes elsewhere."""
-    cut = TileConfig(block_out=64, block_in=64, unroll=2, inputs_per_chunk=1024, warps=4)
+    config = TileConfig(block_out=64, block_in=64, unroll=2, inputs_per_chunk=1024, warps=4)
     for dense in (False, True):
-        HeadsCase(3, 32, 128, 150, dtype=torch.bfloat16, device="cuda").check(replace(cut, dense=dense), pdl=PDL)
+        PartialsCase(3, 32, 128, 150, dtype=torch.bfloat16, device="cuda").check(replace(config, dense=dense), pdl=PDL)
 
 
 # Rows, key/value heads, query heads of each, head size.
@@ -290,7 +290,7 @@ def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
         case.check(pdl=PDL)
 
 
-# Of one, several and all lines of attention; a batch's last row is the longest, its first, or one in the middle.
+# Of one, several and all splits; a batch's last row is the longest, its first, or one in the middle.
 MIXED = [(0, 63, 900), (2000, 5, 64), (1, 4000, 128, 700)]
 
 
@@ -306,9 +306,9 @@ def test_attention_of_rows_of_different_lengths(position: tuple[int, ...], windo
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("position", [(0, 700), (63, 5, 1000), (130, 64, 0, 1, 1023, 2, 300, 500)], ids=str)
 def test_product_of_rows_of_different_lengths(position: tuple[int, ...], dense: bool, dtype: torch.dtype) -> None:
-    case = HeadsCase(len(position), 8, 128, position, dtype=dtype, device="cuda")
-    for cut in (*CUTS.values(), CUT_OF_256):
-        case.check(replace(cut, dense=dense), pdl=PDL)
+    case = PartialsCase(len(position), 8, 128, position, dtype=dtype, device="cuda")
+    for config in (*CONFIGS.values(), CONFIG_OF_256):
+        case.check(replace(config, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("position", [40, 300, 2000, 4000])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import HeadsCase
+from attention_cases import PartialsCase
 from kernel_cases import LIMITS, PARTS, PDL, random_case, random_packed, relative_error
 from torch import Tensor
 
@@ -66,16 +66,16 @@ def test_against_float64(
 @pytest.mark.parametrize("weights", [(8, 128, False), (4, 128, True), (4, 32, True)], ids=str)
 def test_what_comes_before_and_after(weights: tuple[int, int, bool], rows: int, per_split: int) -> None:
     """Norms and heads of attention before a product, what follows it after."""
-    cut = TileConfig(block_out=128, block_in=8, unroll=2, inputs_per_chunk=per_split, warps=2)
+    config = TileConfig(block_out=128, block_in=8, unroll=2, inputs_per_chunk=per_split, warps=2)
     for dense in (False, True):
         for epilogue in PARTS:
             case = random_case(
                 epilogue, rows, dtype=torch.bfloat16, listed=not dense, inputs=1000, packed=weights, device="cuda"
             )
-            result = case.launch(replace(cut, dense=dense), pdl=PDL)
+            result = case.launch(replace(config, dense=dense), pdl=PDL)
             assert relative_error(result.y, case.expected()) < LIMITS[torch.bfloat16]
-        merging = HeadsCase(rows, 16, 64, 700, dtype=torch.bfloat16, device="cuda", packed=weights)
-        merging.check(replace(cut, dense=dense), pdl=PDL)
+        merging = PartialsCase(rows, 16, 64, 700, dtype=torch.bfloat16, device="cuda", packed=weights)
+        merging.check(replace(config, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -23,7 +23,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More stretches than blocks, as in a long cache."""
+    """More splits than blocks, as in a long cache."""
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 16)
 
 

@@ -82,7 +82,7 @@ def test_all_dead_and_all_live(backend: str, activation: GateActivation, dead: f
     assert bool((y == 0).all()) == (dead == 1.0)
 
 
-CUTS = [
+CONFIGS = [
     GateFirstConfig(neurons=4, block_out=1, block_in=64, unroll=1, warps=1),
     GateFirstConfig(neurons=16, block_out=8, block_in=64, unroll=2, warps=1, evict_first=False),
     GateFirstConfig(neurons=64, block_out=2, block_in=128, unroll=4, warps=1),
@@ -90,7 +90,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("config", CUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_cut_gives_the_same(config: GateFirstConfig, rows: int) -> None:
     x, gate, weight, bias = _case((77, 300), rows, torch.float32, 0.7)

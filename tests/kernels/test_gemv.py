@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import HeadsCase
+from attention_cases import PartialsCase
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
 from teal_kernels import active_inputs, plan_gemv
 from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
 
-CUTS = {
-    "one stretch": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
-    "two stretches": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
+CONFIGS = {
+    "one chunk": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
+    "two chunks": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
 }
 EPILOGUES = list(PARTS)
 
@@ -32,10 +32,10 @@ def _check(case: Case, config: TileConfig) -> None:
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize(("rows", "cut"), [*itertools.product([1, 3], CUTS), (2, "one stretch"), (8, "two stretches")])
-def test_against_float64(rows: int, epilogue: str, listed: bool, cut: str) -> None:
+@pytest.mark.parametrize(("rows", "config"), [*itertools.product([1, 3], CONFIGS), (2, "one chunk"), (8, "two chunks")])
+def test_against_float64(rows: int, epilogue: str, listed: bool, config: str) -> None:
     case = random_case(epilogue, rows, listed=listed)
-    _check(case, replace(CUTS[cut], dense=not listed))
+    _check(case, replace(CONFIGS[config], dense=not listed))
 
 
 @pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
@@ -43,7 +43,7 @@ def test_against_float64(rows: int, epilogue: str, listed: bool, cut: str) -> No
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_without_bias_or_norm(epilogue: str, listed: bool, bias: bool, norm: bool) -> None:
     case = random_case(epilogue, 2, listed=listed, bias=bias, norm=norm)
-    _check(case, replace(CUTS["two stretches"], dense=not listed))
+    _check(case, replace(CONFIGS["two chunks"], dense=not listed))
 
 
 @pytest.fixture
@@ -81,17 +81,17 @@ def bfloat16_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("bfloat16_arithmetic")
 def test_16_bit_dtypes(rows: int, epilogue: str, listed: bool, dtype: torch.dtype) -> None:
     case = random_case(epilogue, rows, listed=listed, dtype=dtype)
-    _check(case, replace(CUTS["two stretches"], dense=not listed))
+    _check(case, replace(CONFIGS["two chunks"], dense=not listed))
 
 
 @pytest.mark.parametrize(("inputs", "parts"), [(1, (32, 16, 16)), (8, (1, 1)), (33, (16, 1, 33)), (64, (32,))], ids=str)
 def test_even_and_tiny_sizes(inputs: int, parts: tuple[int, ...]) -> None:
-    _check(random_case("plain", 1, inputs=inputs, parts=parts, norm=False), CUTS["two stretches"])
+    _check(random_case("plain", 1, inputs=inputs, parts=parts, norm=False), CONFIGS["two chunks"])
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_more_stretches_than_are_gathered_at_a_time(epilogue: str) -> None:
-    """A wide block leaves registers for two lines of partial sums; here are six."""
+def test_more_chunks_than_are_gathered_at_a_time(epilogue: str) -> None:
+    """A wide block leaves registers for the partial sums of two chunks; here are six."""
     _check(random_case(epilogue, 2), TileConfig(block_out=512, block_in=4, unroll=2, inputs_per_chunk=8, warps=1))
 
 
@@ -100,12 +100,12 @@ def test_more_stretches_than_are_gathered_at_a_time(epilogue: str) -> None:
 def test_everything_dropped(epilogue: str, rows: int) -> None:
     case = random_case(epilogue, rows)
     case.thresholds.fill_(1e9)
-    result = case.launch(CUTS["two stretches"], counts=(counts := torch.zeros(3, dtype=torch.int64)))
+    result = case.launch(CONFIGS["two chunks"], counts=(counts := torch.zeros(3, dtype=torch.int64)))
     torch.testing.assert_close(result.y, case.expected().float(), rtol=1e-6, atol=1e-6)
     assert not counts.any()
     bare = random_case(epilogue, rows, bias=False)
     bare.thresholds.fill_(1e9)
-    y = bare.launch(CUTS["two stretches"]).y
+    y = bare.launch(CONFIGS["two chunks"]).y
     assert torch.equal(y, bare.before if epilogue == "residual" else torch.zeros_like(y))
 
 
@@ -116,44 +116,44 @@ def test_nothing_dropped(epilogue: str, rows: int) -> None:
     case = random_case(epilogue, rows, listed=False, norm=False)
     case.x[:, ::5] = 0.0
     counts = torch.zeros(3, dtype=torch.int64)
-    result = case.launch(CUTS["one stretch"], counts=counts)
+    result = case.launch(CONFIGS["one chunk"], counts=counts)
     assert relative_error(result.y, case.expected()) < LIMITS[torch.float32]
     used = len(case.parts)
     assert counts.tolist() == [rows * INPUTS] * used + [0] * (3 - used)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize(("rows", "cut"), [(1, "two stretches"), (3, "one stretch")])
-def test_counts_are_added_to(epilogue: str, rows: int, cut: str) -> None:
+@pytest.mark.parametrize(("rows", "config"), [(1, "two chunks"), (3, "one chunk")])
+def test_counts_are_added_to(epilogue: str, rows: int, config: str) -> None:
     case = random_case(epilogue, rows)
     counts = torch.tensor([5, 6, 7])
     scratch = Scratch(case.x.device)
     for _ in range(2):
-        case.launch(CUTS[cut], scratch, counts)
+        case.launch(CONFIGS[config], scratch, counts)
     kept = [*case.kept, 0, 0][:3]
     assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
     assert len(set(case.kept)) == len(case.parts)  # or a count could go to the wrong part
-    case.launch(replace(CUTS[cut], dense=True), scratch, counts)  # a dense read counts nothing
+    case.launch(replace(CONFIGS[config], dense=True), scratch, counts)  # a dense read counts nothing
     assert counts.tolist() == [start + 2 * more for start, more in zip((5, 6, 7), kept, strict=True)]
 
 
 def test_drops_exactly_the_inputs_at_or_below_the_threshold() -> None:
     x = torch.tensor([[0.5, -0.5, 0.25, 0.75, -1.0]])
     case = Case("plain", (5,), x, torch.eye(5), torch.tensor([0.5]), torch.zeros(1, 5), None, None)
-    assert case.launch(CUTS["one stretch"]).y.tolist() == [[0.0, 0.0, 0.0, 0.75, -1.0]]
+    assert case.launch(CONFIGS["one chunk"]).y.tolist() == [[0.0, 0.0, 0.0, 0.75, -1.0]]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_weights_that_no_row_needs_are_not_used(rows: int) -> None:
     case = random_case("plain", rows)
-    clean = case.launch(CUTS["two stretches"]).y
+    clean = case.launch(CONFIGS["two chunks"]).y
     start = 0
     for part, threshold in zip(case.parts, case.thresholds, strict=True):
         dropped = ~active_inputs(case.seen, threshold).any(0)
         assert dropped.any()
         case.table[dropped, start : start + part] = float("nan")
         start += part
-    assert torch.equal(case.launch(CUTS["two stretches"]).y, clean)
+    assert torch.equal(case.launch(CONFIGS["two chunks"]).y, clean)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -164,7 +164,7 @@ def test_not_finite_inputs_propagate(epilogue: str, listed: bool, value: float) 
     """As in the masked product, and into the row that holds them only."""
     case = random_case(epilogue, 2, listed=listed, norm=False)
     case.x[1, 7] = value
-    y, expected = case.launch(replace(CUTS["two stretches"], dense=not listed)).y, case.expected()
+    y, expected = case.launch(replace(CONFIGS["two chunks"], dense=not listed)).y, case.expected()
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[y.isinf()].double(), expected[expected.isinf()])
     assert torch.equal(y.isinf(), expected.isinf())
@@ -179,7 +179,7 @@ def test_not_finite_inputs_propagate_through_the_norm(value: float) -> None:
     case.x[1, 7] = value
     assert case.norm is not None
     case.norm.squares[1, 0] = value
-    y, expected = case.launch(CUTS["two stretches"]).y, case.expected()
+    y, expected = case.launch(CONFIGS["two chunks"]).y, case.expected()
     assert torch.equal(y.isnan(), expected.isnan())
     assert y[1].isnan().all()
     assert relative_error(y[:1], expected[:1]) < LIMITS[torch.float32]
@@ -193,24 +193,24 @@ def test_an_infinite_threshold_drops_infinity_and_keeps_nan(rows: int) -> None:
     case.x[0, 7], case.x[0, 40] = torch.inf, -torch.inf
     second = slice(case.parts[0], case.parts[0] + case.parts[1])
     assert case.bias is not None
-    y = case.launch(CUTS["two stretches"]).y
+    y = case.launch(CONFIGS["two chunks"]).y
     assert torch.equal(y[0, second], case.bias[second])
     assert not y[0, : case.parts[0]].isfinite().any()
     case.x[0, 7] = torch.nan
-    assert case.launch(CUTS["two stretches"]).y[0].isnan().all()
+    assert case.launch(CONFIGS["two chunks"]).y[0].isnan().all()
 
 
 def test_one_workspace_for_all_shapes_and_dtypes() -> None:
     """Scratch that was used, outgrown or of another dtype leaves no trace in the results."""
     shared = Scratch(torch.device("cpu"))
     launches = [
-        (random_case("plain", 1), CUTS["two stretches"]),
-        (random_case("gated", 3, dtype=torch.float16), CUTS["two stretches"]),
-        (random_case("residual", 1, inputs=20, parts=(5,)), CUTS["two stretches"]),
-        (random_case("gated", 2, listed=False), replace(CUTS["two stretches"], dense=True)),
-        (random_case("plain", 2, dtype=torch.float16, inputs=70), CUTS["two stretches"]),
-        (random_case("plain", MAX_ROWS), CUTS["one stretch"]),
-        (random_case("plain", 1), CUTS["two stretches"]),
+        (random_case("plain", 1), CONFIGS["two chunks"]),
+        (random_case("gated", 3, dtype=torch.float16), CONFIGS["two chunks"]),
+        (random_case("residual", 1, inputs=20, parts=(5,)), CONFIGS["two chunks"]),
+        (random_case("gated", 2, listed=False), replace(CONFIGS["two chunks"], dense=True)),
+        (random_case("plain", 2, dtype=torch.float16, inputs=70), CONFIGS["two chunks"]),
+        (random_case("plain", MAX_ROWS), CONFIGS["one chunk"]),
+        (random_case("plain", 1), CONFIGS["two chunks"]),
     ]
     for case, config in launches:
         own, taken = case.launch(config), case.launch(config, shared)
@@ -221,7 +221,7 @@ def test_one_workspace_for_all_shapes_and_dtypes() -> None:
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_same_bits_on_every_run(epilogue: str, listed: bool) -> None:
-    case, config = random_case(epilogue, 2, listed=listed), replace(CUTS["two stretches"], dense=not listed)
+    case, config = random_case(epilogue, 2, listed=listed), replace(CONFIGS["two chunks"], dense=not listed)
     scratch = Scratch(case.x.device)
     first = case.launch(config, scratch)
     for _ in range(2):
@@ -230,7 +230,7 @@ def test_same_bits_on_every_run(epilogue: str, listed: bool) -> None:
         assert torch.equal(again.squares, first.squares)
 
 
-def test_a_residual_product_needs_squares_of_its_cut() -> None:
+def test_a_residual_product_needs_squares_of_its_config() -> None:
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
     for squares in (None, torch.zeros(1, 1), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match=r"squares of shape \(1, 2\)"):
@@ -240,7 +240,7 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
                 (40,),
                 torch.zeros(1),
                 y,
-                CUTS["one stretch"],
+                CONFIGS["one chunk"],
                 Scratch(x.device),
                 epilogue="residual",
                 squares=squares,
@@ -248,33 +248,33 @@ def test_a_residual_product_needs_squares_of_its_cut() -> None:
 
 
 @pytest.mark.parametrize(("epilogue", "parts"), [("gated", (16, 24)), ("gated", (40,)), ("plain", (10, 10, 10, 10))])
-def test_parts_that_do_not_fit_the_finish(epilogue: str, parts: tuple[int, ...]) -> None:
+def test_parts_that_do_not_fit_the_epilogue(epilogue: str, parts: tuple[int, ...]) -> None:
     """A gated product would wait for sums that nobody sends."""
     x, table, y = torch.ones(1, 8), torch.ones(8, 40), torch.zeros(1, 40)
     with pytest.raises(ValueError, match="parts"):
-        gemv(x, table, parts, torch.zeros(4), y, CUTS["one stretch"], Scratch(x.device), epilogue=epilogue)
+        gemv(x, table, parts, torch.zeros(4), y, CONFIGS["one chunk"], Scratch(x.device), epilogue=epilogue)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_blocks_wider_than_one_line_of_registers(epilogue: str) -> None:
+def test_blocks_wider_than_the_registers_of_a_warp(epilogue: str) -> None:
     _check(random_case(epilogue, 1), TileConfig(block_out=2048, block_in=1, unroll=1, inputs_per_chunk=22, warps=1))
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     ("rows", "dim", "position"), [(1, 16, 0), (1, 16, 70), (2, 24, 100), (3, 16, 120), (8, 16, 90)]
 )
-def test_heads_are_merged(rows: int, dim: int, position: int, cut: str, dense: bool) -> None:
-    HeadsCase(rows, 4, dim, position, split_multiple=16, outputs=40).check(replace(CUTS[cut], dense=dense))
+def test_partials_are_merged(rows: int, dim: int, position: int, config: str, dense: bool) -> None:
+    PartialsCase(rows, 4, dim, position, split_multiple=16, outputs=40).check(replace(CONFIGS[config], dense=dense))
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(("splits", "position"), [(1, 9), (2, 10), (2, 31), (3, 47), (4, 40), (6, 90)])
-def test_heads_of_few_lines(splits: int, position: int, dense: bool) -> None:
+def test_partials_of_few_lines(splits: int, position: int, dense: bool) -> None:
     """As many as are read at first, fewer, and more."""
-    case = HeadsCase(5, 4, 16, position, split_multiple=16, outputs=40, splits=splits)
-    case.check(replace(CUTS["one stretch"], dense=dense))
+    case = PartialsCase(5, 4, 16, position, split_multiple=16, outputs=40, splits=splits)
+    case.check(replace(CONFIGS["one chunk"], dense=dense))
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -282,40 +282,40 @@ def test_heads_of_few_lines(splits: int, position: int, dense: bool) -> None:
 @pytest.mark.parametrize(
     ("position", "window"), [((0, 90), 0), ((70, 15, 130), 0), ((16, 100, 3, 95, 40), 35)], ids=str
 )
-def test_heads_of_rows_of_different_lengths(
+def test_partials_of_rows_of_different_lengths(
     position: tuple[int, ...], window: int, packed: tuple[int, int, bool] | None, dense: bool
 ) -> None:
-    """Each gets what it gets in a batch of which all are as long, bit for bit; beyond its own lines lies NaN.
+    """Each gets what it gets in a batch of which all are as long, bit for bit; beyond its own partials lies NaN.
 
     (Of all inputs: what other rows drop decides in which order those of a list are added up.)
     """
-    cut = replace(CUTS["one stretch"], inputs_per_chunk=32, dense=dense)
+    config = replace(CONFIGS["one chunk"], inputs_per_chunk=32, dense=dense)
     rows = len(position)
-    case = HeadsCase(rows, 4, 16, position, split_multiple=16, outputs=40, packed=packed, window=window)
-    case.check(cut)
+    case = PartialsCase(rows, 4, 16, position, split_multiple=16, outputs=40, packed=packed, window=window)
+    case.check(config)
     threshold = torch.full((1,), -torch.inf)
-    together = case.launch(cut, threshold)
+    together = case.launch(config, threshold)
     for row in range(rows):
-        assert torch.equal(case.all_at(row).launch(cut, threshold)[row], together[row])
+        assert torch.equal(case.all_at(row).launch(config, threshold)[row], together[row])
 
 
-def test_heads_of_other_dtypes() -> None:
+def test_partials_of_other_dtypes() -> None:
     for dtype in (torch.float16, torch.bfloat16):
-        HeadsCase(1, 4, 16, 70, split_multiple=16, dtype=dtype).check(CUTS["one stretch"])
+        PartialsCase(1, 4, 16, 70, split_multiple=16, dtype=dtype).check(CONFIGS["one chunk"])
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.usefixtures("narrow_warps")
-def test_inputs_taken_line_by_line(epilogue: str, rows: int, dense: bool) -> None:
-    """Stretches of eight lines, all full or the last one not; of five rows a warp holds two at a time.
+def test_inputs_taken_vector_by_vector(epilogue: str, rows: int, dense: bool) -> None:
+    """Chunks of eight vectors, all full or the last one not; of five rows a warp holds two at a time.
 
-    (Three and five rows read whole are normalised as they are multiplied, in no lines.)
+    (Three and five rows read whole are normalised as they are multiplied, in no vectors.)
     """
-    cut = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=1, dense=dense)
+    config = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=1, dense=dense)
     for inputs in (INPUTS, 128):
-        _check(random_case(epilogue, rows, listed=not dense, inputs=inputs), cut)
+        _check(random_case(epilogue, rows, listed=not dense, inputs=inputs), config)
 
 
 # Heads, head size: heads narrower than what is taken at once, as wide, wider, and none of these.
@@ -323,22 +323,22 @@ def test_inputs_taken_line_by_line(epilogue: str, rows: int, dense: bool) -> Non
 @pytest.mark.parametrize(("heads", "dim"), [(16, 8), (4, 16), (2, 64), (4, 24)])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.usefixtures("narrow_warps")
-def test_heads_are_merged_line_by_line(
+def test_partials_are_merged_vector_by_vector(
     rows: int, heads: int, dim: int, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_gemv, "_MAX_VECTORS", 64)  # so that a warp of three rows takes eight lines, too
+    monkeypatch.setattr(plan_gemv, "_MAX_VECTORS", 64)  # so that a warp of three rows takes eight vectors, too
     monkeypatch.setattr(plan_gemv, "_MAX_VECTORS_OF_PARTIALS", 128)
     for per_split in (32, 64):
-        cut = replace(CUTS["one stretch"], inputs_per_chunk=per_split, dense=dense)
-        HeadsCase(rows, heads, dim, 100, split_multiple=16, outputs=40).check(cut)
-        HeadsCase(rows, heads, dim, 100, split_multiple=16, outputs=40, packed=(8, 32, True)).check(cut)
+        config = replace(CONFIGS["one chunk"], inputs_per_chunk=per_split, dense=dense)
+        PartialsCase(rows, heads, dim, 100, split_multiple=16, outputs=40).check(config)
+        PartialsCase(rows, heads, dim, 100, split_multiple=16, outputs=40, packed=(8, 32, True)).check(config)
 
 
-def test_heads_propagate_nan_to_their_own_row() -> None:
-    case = HeadsCase(2, 4, 16, 40, split_multiple=16)
+def test_partials_propagate_nan_to_their_own_row() -> None:
+    case = PartialsCase(2, 4, 16, 40, split_multiple=16)
     case.read.sums[1, 1, 5] = torch.nan
     y = torch.zeros(2, case.outputs)
     everything = torch.full((1,), torch.inf)
-    gemv(case.read, case.table, (case.outputs,), everything, y, CUTS["one stretch"], Scratch(y.device))
+    gemv(case.read, case.table, (case.outputs,), everything, y, CONFIGS["one chunk"], Scratch(y.device))
     assert y[0].eq(0).all()
     assert y[1].isnan().all()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import HeadsCase
+from attention_cases import PartialsCase
 from covering import covering
 from kernel_cases import PARTS, random_case, random_packed, relative_error
 
@@ -22,7 +22,7 @@ from teal_kernels.tuning import UNTUNED
 
 INPUTS = 200
 WEIGHTS = [(8, INPUTS, False), (8, 64, True), (4, 64, True), (4, 32, True), (4, 64, False)]
-CUTS = {
+CONFIGS = {
     "one group": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
     "several groups": TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),
 }
@@ -47,27 +47,27 @@ def test_codes_come_back(parts: tuple[int, ...], bits: int, group: int, zeros: b
     torch.testing.assert_close(dequantised(packed, torch.float64)[row], expected)
 
 
-@covering(weights=WEIGHTS, epilogue=list(PARTS), cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
+@covering(weights=WEIGHTS, epilogue=list(PARTS), config=list(CONFIGS), rows=[1, 2, 3], dense=[False, True])
 def test_kernel_against_float64(
-    weights: tuple[int, int, bool], epilogue: str, cut: str, rows: int, dense: bool
+    weights: tuple[int, int, bool], epilogue: str, config: str, rows: int, dense: bool
 ) -> None:
     case = random_case(
         epilogue, rows, norm=epilogue != "residual", bias=False, listed=not dense, inputs=INPUTS, packed=weights
     )
-    result = case.launch(replace(CUTS[cut], dense=dense))
+    result = case.launch(replace(CONFIGS[config], dense=dense))
     # Codes are added up with their offset: more is cancelled than in a product of plain weights.
     assert relative_error(result.y, case.expected()) < 5e-6
     if epilogue == "residual":
         torch.testing.assert_close(result.squares.sum(1), result.y.square().sum(1))
 
 
-@covering(rows=[1, 2], weights=WEIGHTS, cut=list(CUTS), dense=[False, True])
-def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: str, dense: bool) -> None:
+@covering(rows=[1, 2], weights=WEIGHTS, config=list(CONFIGS), dense=[False, True])
+def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], config: str, dense: bool) -> None:
     """They are multiplied with fewer bits to spare, of which rounding the result must leave nothing to be seen."""
     case = random_case(
         "plain", rows, dtype=torch.float16, norm=False, bias=False, listed=not dense, inputs=INPUTS, packed=weights
     )
-    y = case.launch(replace(CUTS[cut], dense=dense)).y
+    y = case.launch(replace(CONFIGS[config], dense=dense)).y
     expected = case.expected()
     assert relative_error(y, expected) < 1.05 * relative_error(expected.to(torch.float16), expected)
 
@@ -77,23 +77,25 @@ def test_codes_of_16_bit_inputs(rows: int, weights: tuple[int, int, bool], cut: 
     rows=[1, 2, 3],
     dense=[False, True],
     weights=[(8, INPUTS, False), (4, 64, True), (4, 32, True)],
-    cut=list(CUTS),
+    config=list(CONFIGS),
 )
 @pytest.mark.usefixtures("narrow_warps")
-def test_inputs_taken_line_by_line(
-    epilogue: str, rows: int, dense: bool, weights: tuple[int, int, bool], cut: str
+def test_inputs_taken_vector_by_vector(
+    epilogue: str, rows: int, dense: bool, weights: tuple[int, int, bool], config: str
 ) -> None:
     """But by three rows read whole, which are normalised and added up as they are multiplied."""
     case = random_case(
         epilogue, rows, norm=epilogue != "residual", listed=not dense, inputs=INPUTS, packed=weights, seed=3
     )
-    result = case.launch(replace(CUTS[cut], dense=dense))
+    result = case.launch(replace(CONFIGS[config], dense=dense))
     assert relative_error(result.y, case.expected()) < 5e-6
 
 
-@covering(weights=[(8, 64, True), (4, 32, True)], cut=list(CUTS), rows=[1, 2, 3], dense=[False, True])
-def test_heads_are_merged(weights: tuple[int, int, bool], cut: str, rows: int, dense: bool) -> None:
-    HeadsCase(rows, 8, 24, 100, split_multiple=16, outputs=40, packed=weights).check(replace(CUTS[cut], dense=dense))
+@covering(weights=[(8, 64, True), (4, 32, True)], config=list(CONFIGS), rows=[1, 2, 3], dense=[False, True])
+def test_partials_are_merged(weights: tuple[int, int, bool], config: str, rows: int, dense: bool) -> None:
+    PartialsCase(rows, 8, 24, 100, split_multiple=16, outputs=40, packed=weights).check(
+        replace(CONFIGS[config], dense=dense)
+    )
 
 
 @covering(weights=WEIGHTS, threshold=[-1.0, 0.7, 100.0], rows=[0, 1, 2, 3])
@@ -126,8 +128,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_block_is_as_wide_as_what_takes_its_words() -> None:
     packed = random_packed(INPUTS, (64,), 4, 64, zeros=True)
-    cut = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=32, warps=1)
-    assert [fitting(cut, packed, rows).block_out for rows in (1, 2, 3, 8)] == [32, 32, 128, 128]
+    config = TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=32, warps=1)
+    assert [fitting(config, packed, rows).block_out for rows in (1, 2, 3, 8)] == [32, 32, 128, 128]
 
 
 def test_parts_borders_hold_their_own_thresholds() -> None:
@@ -136,7 +138,7 @@ def test_parts_borders_hold_their_own_thresholds() -> None:
     x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(5))
     thresholds = torch.tensor([-1.0, 100.0, -1.0])
     y = torch.full((1, 33), 7.0)
-    gemv(x, packed, packed.parts, thresholds, y, CUTS["one group"], Scratch(x.device))
+    gemv(x, packed, packed.parts, thresholds, y, CONFIGS["one group"], Scratch(x.device))
     starts = list(itertools.accumulate(packed.parts))
     assert torch.equal(y[:, starts[0] : starts[1]], torch.zeros(1, 9))
     assert bool((y[:, : starts[0]] != 0).all() and (y[:, starts[1] :] != 0).all())
