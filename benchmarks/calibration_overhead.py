@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
+from teal_cli.atomic import write_json
 from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.calibration.collect import collect
-from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.data import token_blocks
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import find_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.versions import device_description, library_versions
 

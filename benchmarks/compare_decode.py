@@ -17,19 +17,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
+from teal_cli.atomic import write_json
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
 from teal_cli.bench.timing import Spread, seconds_of, synchronize
-from teal_cli.checkpoint.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
+from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.planning import allocate, hold
-from teal_cli.report.console import Reporter
+from teal_cli.planning import allocate, recalibrate
 from teal_cli.sparse import sparsify_, use_backend
+from teal_cli.steps.artefacts import calibration_for
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for
+from teal_cli.workspace import Workspace
 
 
 def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
@@ -97,7 +98,7 @@ def main() -> None:
         allocate(config, calibration, target, name) for name in options.allocation.split(",") for target in targets
     ]
     control = sparsify_(model, plans[0])
-    plans = [hold(config, plan, calibration, workspace.source, reporter, model)[0] for plan in plans]
+    plans = [recalibrate(config, plan, calibration, workspace.source, reporter, model)[0] for plan in plans]
     engine = Engine(model)
     use_backend(control, "auto", engine.device, model.dtype)
     prompt = text_prompt(load_tokenizer(folder), options.prompt_tokens, seed=0).to(options.device)

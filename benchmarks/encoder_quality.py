@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teal_cli.checkpoint.atomic import write_json
+from teal_cli.atomic import write_json
 from teal_cli.config import CalibrateConfig, ExportConfig
+from teal_cli.console import QUIET
 from teal_cli.data import half_of, load_documents
 from teal_cli.evaluation.similarity import compare_states
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.planning import allocate, hold
-from teal_cli.report.console import QUIET
+from teal_cli.planning import allocate, recalibrate
 from teal_cli.sparse import sparsify_
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.versions import device_description, library_versions
@@ -84,7 +84,7 @@ def main() -> None:
         for allocation in ALLOCATIONS:
             for sparsity in map(float, options.sparsity.split(",")):
                 plan = allocate(config, calibration, sparsity, allocation)
-                plan, _ = hold(config, plan, calibration, source, QUIET, model)
+                plan, _ = recalibrate(config, plan, calibration, source, QUIET, model)
                 (found,) = compare_states(model, [plan], texts)
                 runs.append({"allocation": allocation, "target_sparsity": sparsity, **asdict(found)})
                 print(

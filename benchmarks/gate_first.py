@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from teal_cli.atomic import write_json
 from teal_cli.bench.timing import Spread, graph_microseconds, seconds_of
-from teal_cli.checkpoint.atomic import write_json
-from teal_cli.report.console import Reporter
-from teal_cli.report.plain_table import PlainTable
+from teal_cli.console import Reporter
+from teal_cli.plain_table import PlainTable
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import input_major, sparse_linear
 from teal_kernels.gate_first import GateActivation, gate_first, rounded_threshold

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from teal_cli.allocation import make_plan
 from teal_cli.allocation.fisher import fisher
 from teal_cli.calibration import sensitivity
-from teal_cli.calibration.blocks import hooked
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.data import token_blocks
 from teal_cli.evaluation.perplexity import _mean_and_error
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import find_model
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparseLinear, recalibrate_, sparse_layers, sparsify_
 from teal_cli.versions import device_description, library_versions

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from quantised_quality import MODEL, evaluation_blocks, losses, made_how, ratio_of
 
-from teal_cli.checkpoint.atomic import write_json
+from teal_cli.atomic import write_json
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import find_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.quantise.rounding import quantise
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import dequantised
 
 GROUPS = (128, 64)

@@ -20,15 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from teal_cli.checkpoint.atomic import write_json
+from teal_cli.atomic import write_json
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import CalibrateConfig, EvalConfig
+from teal_cli.console import Reporter
 from teal_cli.data import token_blocks
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import find_model
+from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.quantise.loading import load_dense
-from teal_cli.report.console import Reporter
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.steps.evaluate import evaluate
 from teal_cli.versions import device_description, library_versions
@@ -99,17 +98,17 @@ def main() -> None:
     dense, device = losses(model, blocks), model.device
     sparse_alone = math.nan
     runs = []
-    for quantize, output, method in SCHEMES:
+    for quantise, output, method in SCHEMES:
         with tempfile.TemporaryDirectory() as folder:
             shared = {
                 "model": MODEL,
-                "quantize": quantize,
-                "quantize_output": output,
+                "quantise": quantise,
+                "quantise_output": output,
                 "runs": Path(folder),
                 "device": arguments.device,
                 "dtype": "float32",
             }
-            how = {} if method == "gptq" else {"quantize_tokens": 0}
+            how = {} if method == "gptq" else {"quantise_tokens": 0}
             # In the blocks alone: what quantising adds to sparsity there is the question.
             config = CalibrateConfig(**shared, **how, output_layer=False)
             calibration = calibrate(config, reporter)
@@ -118,10 +117,10 @@ def main() -> None:
             del model
             found = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter).runs[0]
         both = alone * found.comparison.ratio
-        if quantize is None:
+        if quantise is None:
             sparse_alone = found.comparison.ratio
         run = {
-            "quantize": quantize,
+            "quantize": quantise,
             "quantize_output": output,
             "method": method,
             "quantize_seconds": calibration.info.quantize_seconds,
@@ -134,7 +133,7 @@ def main() -> None:
         }
         runs.append(run)
         print(
-            f"{quantize or 'as it is':9} {'and output layer' if output else '':16} {method:8}"
+            f"{quantise or 'as it is':9} {'and output layer' if output else '':16} {method:8}"
             f"{alone:.4f} +- {run['stderr']:.4f}, and sparse {both:.4f} +- {run['and_sparse_stderr']:.4f} "
             f"(realised {run['realised_sparsity']:.3f}), over the product {run['both_over_product']:.4f}, "
             f"quantised in {calibration.info.quantize_seconds:.0f} s",

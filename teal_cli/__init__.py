@@ -15,18 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "calibrate", "evaluate", "export", "generate", "load"]
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # a third of the time of `teal --help`
-
-    try:
-        return version("teal-cli")
-    except PackageNotFoundError:  # a source tree on the path, not installed
-        return "0+uninstalled"
-
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        return import_module("teal_cli.version").__version__
     if name in __all__:
         return getattr(import_module("teal_cli.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

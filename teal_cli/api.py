@@ -17,10 +17,10 @@ from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import ExportSummary
 from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig, SharedConfig
 from teal_cli.config_files import load_as
+from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message
 from teal_cli.errors import UsageError, nearest
 from teal_cli.evaluation.results import EncoderResult, EvalResult
-from teal_cli.report.console import Reporter
 from teal_cli.steps import calibrate as calibrate_step
 from teal_cli.steps import evaluate as evaluate_step
 from teal_cli.steps import export as export_step
@@ -67,7 +67,7 @@ def export(model: str | Path, sparsity: float = 0.5, **options: Any) -> ExportSu
     Args:
         model: the dense model.
         sparsity: share of the blocks' weights that a token is not to read, in [0, 1).
-        options: keys of export: allocation, out, weights, quantize, ..
+        options: keys of export: allocation, out, weights, quantise, ..
 
     Raises:
         TealError: anything wrong with options, model, calibration or disk.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from teal_cli.config import (
+    OTHER_SPELLINGS,
     STAGE_CONFIGS,
     STAGES,
     VERB_CONFIGS,
@@ -37,7 +38,7 @@ def keys_of(model: type[BaseModel]) -> dict[str, str]:
 
 
 C = TypeVar("C", bound=OutputConfig)
-_OF_AN_EXPORT = {"sparsity", "calibration", "allocation", "limits", "cost", "propagate"}
+_OF_AN_EXPORT = {"sparsity", "calibration", "allocation", "limits", "cost", "recalibrate"}
 """Keys that say which export a later stage measures."""
 _MOST_PROBLEMS = 5
 """In one line; a YAML file may have thousands."""
@@ -87,8 +88,28 @@ def _unknown(key: object, where: str, known: Iterable[str]) -> str:
     return f"unknown key {name!r}{where} (flag {flag_name(name)}){nearest(name, known)}"
 
 
+def _one_spelling(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Values by the names that configurations have, whichever spelling was given.
+
+    Raises:
+        UsageError: both spellings of one key.
+    """
+    names = {other: key for key, other in OTHER_SPELLINGS.items()}
+    for other, key in names.items():
+        if other in values and key in values:
+            raise UsageError(
+                f"{where}{other} (flag {flag_name(other)}) is another spelling of {key} (flag {flag_name(key)}): "
+                "give one of the two"
+            )
+    return {names.get(key, key): value for key, value in values.items()}
+
+
 def _values_for(verb: str, content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """What a YAML file says to one verb; every key of the file is checked against some verb."""
+    content = {
+        key: _one_spelling(value, f"{origin} ({key}): ") if key in VERB_CONFIGS and isinstance(value, dict) else value
+        for key, value in _one_spelling(content, f"{origin}: ").items()
+    }
     known = set().union(*(keys_of(model) for model in VERB_CONFIGS.values())) | {"stages"}
     for key, value in content.items():
         if key in VERB_CONFIGS:
@@ -113,7 +134,7 @@ def load_verb(verb: str, flags: Mapping[str, Any], config_file: Path | None) -> 
         flags: outside key -> value, only those that were given.
         config_file: the user's YAML, or None.
     """
-    model = VERB_CONFIGS[verb]
+    model, flags = VERB_CONFIGS[verb], _one_spelling(flags)
     values = _values_for(verb, read_yaml(CONFIGS / "default.yaml"), "default.yaml")
     content = {} if config_file is None else read_yaml(config_file)
     own = _values_for(verb, content, str(config_file))
@@ -153,7 +174,7 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     Raises:
         UsageError: anything wrong in the file, or stages that name different models.
     """
-    path = find_recipe(path)
+    path, flags = find_recipe(path), _one_spelling(flags)
     content = read_yaml(path, "recipe")
     # At the top, these two speak of the whole run; under a stage's name, of that stage.
     own = {key: content.pop(key) for key in ("json", "quiet") if key in content}

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSerializer
 
 from teal_cli.errors import nearest, shown
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.writing import check_file, check_folder
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -94,13 +94,15 @@ def _check_input(path: Path) -> Path:
     return path
 
 
-def _check_quantization(text: str) -> str:
-    Scheme.parse(text)
-    return text
+def _parse_scheme(value: object) -> object:
+    return Scheme.parse(value) if isinstance(value, str) else value
 
 
-Quantization = Annotated[str, AfterValidator(_check_quantization)]
-QuantizationList = Annotated[list[Quantization], BeforeValidator(_split_commas)]
+# Parsed here and nowhere else; a result says it as text.
+Quantisation = Annotated[
+    InstanceOf[Scheme], BeforeValidator(_parse_scheme), PlainSerializer(lambda scheme: scheme.text, return_type=str)
+]
+QuantisationList = Annotated[list[Quantisation], BeforeValidator(_split_commas)]
 OutputFolder = Annotated[Path, AfterValidator(_check_output_folder)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]
 InputFile = Annotated[Path, AfterValidator(_check_input)]

@@ -19,12 +19,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from teal_cli.checkpoint.plan import QUANT_METHOD, SparsityPlan, quantization_config
+from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture
+from teal_cli.models.config_checks import QUANT_METHOD
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
 from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, replace_projections_
 
 
@@ -90,7 +92,7 @@ class TealQuantizer(HfQuantizer):
         if quantization is not None:
             try:
                 of_blocks = [name for name in names if name != control.output]
-                schemes = schemes_of(of_blocks, quantization["projections"], quantization["output"])
+                schemes = schemes_of(of_blocks, Scheme.parse(quantization["projections"]), quantization["output"])
             except (KeyError, ValueError, TypeError) as error:
                 raise ArtefactError(f"this TEAL checkpoint is quantised in a way unknown here ({error})") from error
             make_room_(model, schemes)

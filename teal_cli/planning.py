@@ -1,4 +1,4 @@
-"""From a calibration to the thresholds of one export: allocate, then make the thresholds hold."""
+"""From a calibration to the thresholds of one export: allocate, then recalibrate in the sparse network."""
 
 import gc
 from typing import Any
@@ -10,13 +10,13 @@ from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import SparseConfig
 from teal_cli.config_values import is_allocation_file
+from teal_cli.console import Reporter
 from teal_cli.data import recorded_datasets, token_blocks
 from teal_cli.errors import ArtefactError
+from teal_cli.model_loading import load_dense
+from teal_cli.model_source import ModelSource
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.source import ModelSource
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.quantise.loading import load_dense
-from teal_cli.report.console import Reporter
 from teal_cli.sparse import recalibrate_, sparsify_
 
 DEFAULT_SPARSITY = 0.5
@@ -43,7 +43,7 @@ def allocate(config: SparseConfig, calibration: Calibration, target: float | Non
     return make_plan(calibration, target, allocation, limits=config.limits, cost=config.cost)
 
 
-def hold(
+def recalibrate(
     config: SparseConfig,
     plan: SparsityPlan,
     calibration: Calibration,
@@ -51,7 +51,7 @@ def hold(
     reporter: Reporter,
     model: Any = None,
 ) -> tuple[SparsityPlan, bool]:
-    """The plan with thresholds that hold in the sparse network, and whether they were to be had.
+    """The plan with thresholds that were measured in the sparse network, and whether that could be done.
 
     Args:
         config: whether to, and where.
@@ -62,31 +62,29 @@ def hold(
         model: with sparse layers, to save loading it; takes on other thresholds.
 
     Raises:
-        ArtefactError: propagation was asked for by name, and the text of the calibration cannot be had.
+        ArtefactError: recalibration was asked for by name, and the text of the calibration cannot be had.
     """
-    if not config.propagate or not any(entry.sparsity for entry in plan.projections.values()):
+    if not config.recalibrate or not any(entry.sparsity for entry in plan.projections.values()):
         return plan, False
     try:
         text = _text(calibration, source)
     except ArtefactError as error:
-        if "propagate" in config.model_fields_set:
+        if "recalibrate" in config.model_fields_set:
             raise
-        reporter.say(
-            f"thresholds are the dense network's, those of the sparse one need the calibration's text: {error}"
-        )
+        reporter.say(f"thresholds of the dense network: recalibrating them needs the calibration's text ({error})")
         return plan, False
     loaded = model is None
     if loaded:
         model, _ = load_dense(source.folder, config, calibration)
         sparsify_(model, plan)
-        reporter.say(f"setting thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
+        reporter.say(f"recalibrating thresholds on {text.numel():,} tokens of {calibration.info.dataset}")
     # As `teal eval` runs text: encoders have no prompt that runs dense.
     prefix = text.shape[1] // 2 if architecture_for(model).kind == "causal" else 0
-    held = recalibrate_(model, plan, text, dense_prefix=prefix)
+    measured = recalibrate_(model, plan, text, dense_prefix=prefix)
     if loaded:
         del model
         gc.collect()  # hooks and sites refer to one another; a GPU has no room for a second copy
-    return held, True
+    return measured, True
 
 
 def _text(calibration: Calibration, source: ModelSource) -> Tensor:

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from teal_cli import __version__
+from teal_cli.version import __version__
 
 _PACKAGES = ("torch", "transformers", "triton", "datasets", "safetensors")
 

@@ -28,13 +28,14 @@ from teal_cli.calibration.sensitivity import measure
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import write_checkpoint
-from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.cli import run as run_command
+from teal_cli.model_loading import load_model
 from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns the families that are sparse by training)
 from teal_cli.models.aliases import find_alias
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
-from teal_cli.models.loading import auto_class, load_model
+from teal_cli.models.loading import auto_class
+from teal_cli.models.weights import fingerprint
 from teal_kernels import masked_input, triton_gemv, tuning
 
 
@@ -344,7 +345,7 @@ def narrow_warps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M, converted once into the user's cache."""
-    from teal_cli.models.source import find_model
+    from teal_cli.model_source import find_model
 
     alias = find_alias("smollm2-135m")
     if alias is None or alias.packaged_file() is None:
@@ -356,7 +357,7 @@ def smollm2() -> Path:
 def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RUNS folder with a calibration of SmolLM2 on 8,192 tokens, made once."""
     from teal_cli.config import CalibrateConfig
-    from teal_cli.report.console import QUIET
+    from teal_cli.console import QUIET
     from teal_cli.steps.calibrate import calibrate
 
     runs = tmp_path_factory.mktemp("runs")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from teal_cli.config import STAGES, VERB_CONFIGS, EvalConfig, GenerateConfig
+from teal_cli.config import OTHER_SPELLINGS, STAGES, VERB_CONFIGS, EvalConfig, GenerateConfig
 from teal_cli.config_files import flag_name, keys_of, load_recipe, load_verb, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.models.aliases import alias_names, find_alias
@@ -184,12 +184,37 @@ def test_recipe_measures_what_it_exports(tmp_path: Path) -> None:
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "generate": {"prompt": "x"}}), {}).stages
     assert stages["eval"].sparsity == [stages["generate"].sparsity] == [0.4]
     assert stages["eval"].allocation == [stages["export"].allocation] == ["fisher"]
-    export = {"limits": {"*.0.*": [0, 0.3]}, "propagate": False}
+    export = {"limits": {"*.0.*": [0, 0.3]}, "recalibrate": False}
     stages = load_recipe(_file(tmp_path, {"export": export, "generate": {"prompt": "x"}}), {}).stages
     assert stages["eval"].limits == stages["generate"].limits == stages["bench"].limits == {"*.0.*": (0.0, 0.3)}
-    assert (stages["eval"].propagate, stages["generate"].propagate) == (False, False)
+    assert (stages["eval"].recalibrate, stages["generate"].recalibrate) == (False, False)
     stages = load_recipe(_file(tmp_path, {"export": {"sparsity": 0.4}, "eval": {"sparsity": 0.2}}), {}).stages
     assert stages["eval"].sparsity == [0.2]
+
+
+@pytest.mark.parametrize(("key", "other"), OTHER_SPELLINGS.items())
+def test_keys_have_two_spellings(key: str, other: str, tmp_path: Path) -> None:
+    """As flags, at the top of a YAML file and under a verb's name; both at once are an error that names the two."""
+    verb = "calibrate" if key == "quantise_tokens" else "bench"
+    values = {"quantise_tokens": 7, "recalibrate": False, "quantise_output": True, "also_quantise": ["int8"]}
+    wanted = {"quantise": "int4", **{key: values.get(key, "int4")}}
+    rest: dict[str, object] = {name: value for name, value in wanted.items() if name != key}
+    given = {other: wanted[key]}
+
+    def found(flags: dict[str, object], file: dict[str, object]) -> object:
+        return getattr(load_verb(verb, flags, _file(tmp_path, file)), key)
+
+    as_flag = found(rest | given, {})
+    assert as_flag == found(wanted, {}) == found({}, rest | given) == found({}, {**rest, verb: given})
+    assert as_flag != getattr(load_verb(verb, {}, None), key)
+    for both in (wanted | given, {verb: wanted | given}):
+        with pytest.raises(UsageError, match=f"{other} .*is another spelling of {key} .*give one of the two"):
+            found({}, both)
+    with pytest.raises(UsageError, match=f"^{other} "):
+        found(wanted | given, {})
+    # A flag beats the file, whichever spelling each of them has.
+    if key == "quantise":
+        assert str(found({other: "int8"}, wanted)) == str(found({key: "int8"}, given)) == "int8"
 
 
 def test_stop_tokens_may_be_blanks(tmp_path: Path) -> None:
@@ -217,7 +242,7 @@ def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "qwen2.5-0.5b"
     seventy = load_recipe(Path("llama-3-70b"), {}).stages
     assert list(seventy) == ["calibrate", "export", "generate"]
-    assert (seventy["calibrate"].offload, seventy["generate"].quantization) == (True, "int8")
+    assert (seventy["calibrate"].offload, seventy["generate"].quantisation) == (True, "int8")
     Path("laptop").write_text("model: mine\ngenerate: {prompt: x}\n")
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "mine"
     with pytest.raises(UsageError, match="recipe desktop does not exist"):

@@ -26,7 +26,7 @@ class DecodeRun:
     """Decoding speed at one sparsity."""
 
     quantization: str
-    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
+    """Of the weights, as `ModelConfig.quantisation`; empty where they are not."""
     backend: str
     """`dense`, or the sparse backend that ran."""
     allocation: str | None

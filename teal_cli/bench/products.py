@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_cli.bench.timing import Spread, graph_microseconds
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.packing import Packed

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
-from teal_cli.calibration.blocks import BlockCall, recorded
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import Architecture, Projection, architecture_for
+from teal_cli.models.block_calls import BlockCall, recorded
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Routed, unflattened
 from teal_cli.models.offload import computing_device

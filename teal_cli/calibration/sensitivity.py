@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
-from teal_cli.calibration.blocks import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.architectures import Architecture, Projection, architecture_for
+from teal_cli.models.block_calls import BlockCall, hidden_of, hooked, recorded
 from teal_cli.models.forward import halves, run_text
 from teal_cli.models.layers import rows_from
 from teal_cli.models.offload import computing_device

@@ -12,12 +12,12 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from teal_cli.atomic import atomic_path, check_seal, file_digest, sealed, write_json
 from teal_cli.calibration import histogram, sensitivity
-from teal_cli.checkpoint.atomic import atomic_path, check_seal, file_digest, sealed, write_json
 from teal_cli.checkpoint.fields import Amount, Content, Count, Digest, Moment, Name, Size, Versions, Whole, checked
-from teal_cli.checkpoint.weights import fingerprint_of
 from teal_cli.errors import ArtefactError, reading, shown
 from teal_cli.models.architectures import Projection
+from teal_cli.models.weights import fingerprint_of
 from teal_cli.reading import read_json
 from teal_cli.versions import now
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from teal_cli.checkpoint.atomic import file_digest
-from teal_cli.checkpoint.weights import tensor_header
+from teal_cli.atomic import file_digest
+from teal_cli.models.weights import tensor_header
 from teal_cli.reading import read_json
 
 _NOT_OF_THE_FORWARD = {

@@ -9,21 +9,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from teal_cli import __version__
-from teal_cli.checkpoint.atomic import atomic_folder, check_seal, sealed
+from teal_cli.atomic import atomic_folder, check_seal, sealed
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest, file_digests, tensor_digests
 from teal_cli.checkpoint.fields import Amount, Content, Digest, Flag, Moment, Name, Share, Size, Sparsity, checked
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan, carries_plan, check_is_whole, quantization_config
-from teal_cli.checkpoint.weights import fingerprint, weight_files
 from teal_cli.errors import ArtefactError, shown
+from teal_cli.models.companions import companion_files
+from teal_cli.models.weights import fingerprint, weight_files
 from teal_cli.reading import read_json
+from teal_cli.version import __version__
 from teal_cli.versions import now
 
 _SUMMARY = "teal.json"
 _ALLOCATION = "allocation.yaml"
-_MOST_COMPANION_BYTES = 256 << 20
-"""The largest tokenizers have some 40 MB."""
 _MOST_READ = 32 << 30
 """Bytes of linked weights that an export reads for their digests: some seconds, at 1.8 GB a second and thread."""
 
@@ -107,7 +106,7 @@ def write_checkpoint(
     out: Path,
     weights: Literal["link", "copy"],
     *,
-    propagated: bool = False,
+    recalibrated: bool = False,
     quantization: dict[str, Any] | None = None,
     architecture: dict[str, Any] | None = None,
 ) -> ExportSummary:
@@ -123,7 +122,7 @@ def write_checkpoint(
         calibration: what the plan was made from; must be of the same weights.
         out: folder to write; an earlier TEAL checkpoint is replaced when the new one is whole.
         weights: "link" or "copy".
-        propagated: whether the thresholds are the sparse network's own (`sparse.recalibrate_`).
+        recalibrated: whether the thresholds were measured in the sparse network (`sparse.recalibrate_`).
         quantization: how the weights are quantised (`teal_cli.hf.TealConfig.quantization`), those of the calibration.
         architecture: the model's row, where the table of architectures does not have it.
 
@@ -148,15 +147,15 @@ def write_checkpoint(
             digest = fingerprint(temporary)
             if quantization["output"] is not None:
                 config["tie_word_embeddings"] = False
-        for file in companions(dense, with_index=quantization is None):
+        for file in companion_files(dense, with_index=quantization is None):
             shutil.copyfile(file, temporary / file.name)
         config["quantization_config"] = quantization_config(plan, quantization, architecture)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / _ALLOCATION).write_text(plan.allocation_yaml(), encoding="utf-8")
-        made = {"propagated": propagated, **_digests(temporary, weights)}
+        made = {"propagated": recalibrated, **_digests(temporary, weights)}
         summary = sealed({**_summary(plan, calibration, digest), **made})
         (temporary / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights, propagated)
+    return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights, recalibrated)
 
 
 class _Projection(Content):
@@ -205,32 +204,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     found = checked(_Summary, content, "checkpoint summary", path, "export it again")
     check_seal(content, "checkpoint summary", path, "export it again")
     return found.model_dump()
-
-
-def companions(dense: Path, *, with_index: bool) -> list[Path]:
-    """Tokenizer, generation config and the like: every small text file but config.json.
-
-    Args:
-        dense: a model folder.
-        with_index: the index of sharded weights too, where these stay as they are.
-
-    Raises:
-        ArtefactError: one is no ordinary file, too large, or a link that leads out of the model (but for the links of
-            the hub's cache): copying it could give away what does not belong to the model.
-    """
-    wanted = {".json", ".jinja", ".txt", ".model", ".md"}
-    skipped = {"config.json", _SUMMARY, *([] if with_index else ["model.safetensors.index.json"])}
-    found = [file for file in sorted(dense.iterdir()) if file.suffix in wanted and file.name not in skipped]
-    files = [file for file in found if not file.is_dir()]
-    inside = (dense.resolve(), dense.resolve().parent.parent / "blobs")
-    for file in files:
-        if not file.is_file():
-            raise ArtefactError(f"{file} is not an ordinary file, or a link to nothing: remove it")
-        if file.stat().st_size > _MOST_COMPANION_BYTES:
-            raise ArtefactError(f"{file} has more than {_MOST_COMPANION_BYTES:,} bytes: it is no part of a model")
-        if not any(file.resolve().is_relative_to(folder) for folder in inside):
-            raise ArtefactError(f"{file} is a link that leads out of the model's folder: put a copy of the file there")
-    return files
 
 
 def _place(source: Path, target: Path, weights: Literal["link", "copy"]) -> None:

@@ -10,17 +10,16 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field
 
-from teal_cli.checkpoint.atomic import check_seal, sealed
+from teal_cli.atomic import check_seal, sealed
 from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.architectures import Architecture
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.models.config_checks import QUANT_METHOD
+from teal_cli.schemes import Scheme
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
-QUANT_METHOD = "teal"
-"""The name under which transformers knows the format."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
 """The keys whose change is noticed; transformers may add some of its own."""
 _SUMMARY = "teal.json"

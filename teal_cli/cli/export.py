@@ -7,7 +7,7 @@ from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import next_command, prepare, write_result
 from teal_cli.config import ExportConfig
 
-_OWN = dict.fromkeys(("architecture", "quantize", "quantize_output", "calibration", "allocation"))
+_OWN = dict.fromkeys(("architecture", "quantise", "quantise_output", "calibration", "allocation"))
 """What an exported folder brings with it."""
 
 

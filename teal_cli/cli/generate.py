@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import prepare, write_result
 from teal_cli.config import GenerateConfig
+from teal_cli.console import Reporter
 from teal_cli.errors import TealError, UsageError, printable
-from teal_cli.report.console import Reporter
 from teal_cli.report.streams import silence
 
 if TYPE_CHECKING:  # importing the step imports torch, which --help must not

@@ -6,7 +6,7 @@ from typing import Any
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import finish, prepare
 from teal_cli.config import InfoConfig
-from teal_cli.report.plain_table import PlainTable, facts_table
+from teal_cli.plain_table import PlainTable, facts_table
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
@@ -102,7 +102,7 @@ def _advice(model: dict[str, Any]) -> str:
     if kind is None:
         return "nothing: too large for this machine"
     if kind.startswith("int"):
-        return f"{kind}: --quantize {kind} (if the dense weights do not fit: configs/llama-3-70b.yaml shows how)"
+        return f"{kind}: --quantise {kind} (if the dense weights do not fit: configs/llama-3-70b.yaml shows how)"
     return kind if kind == model["dtype"] else f"{kind}: --dtype {kind}"
 
 

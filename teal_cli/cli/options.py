@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from teal_cli.cli.completion import Completer, completer_for
-from teal_cli.config import OutputConfig, SharedConfig
+from teal_cli.config import OTHER_SPELLINGS, OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name
 from teal_cli.config_values import plain_type
 from teal_cli.errors import UsageError
@@ -46,13 +46,16 @@ def with_options(
         return partial(body, given, config_file, **extra)
 
     keys = {name: field.alias or name for name, field in model.model_fields.items()}
+    others = {OTHER_SPELLINGS[name]: field for name, field in model.model_fields.items() if name in OTHER_SPELLINGS}
+    keys |= {name: name for name in others}
     config_option = typer.Option("--config", help="YAML file; every flag is a key", rich_help_panel=_SHARED_PANEL)
     parameters = [
         *arguments,
         inspect.Parameter(
             "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config_option]
         ),
-        *(_parameter(name, field) for name, field in model.model_fields.items()),
+        *(_parameter(name, field, field.alias or name) for name, field in model.model_fields.items()),
+        *(_parameter(name, field, name, hidden=True) for name, field in others.items()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -77,8 +80,8 @@ def _path(name: str, given: str) -> Path:
     return Path(given)
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    flag = flag_name(field.alias or name)
+def _parameter(name: str, field: FieldInfo, key: str, *, hidden: bool = False) -> inspect.Parameter:
+    flag = flag_name(key)
     is_switch = plain_type(field.annotation) is bool
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_switch else flag,
@@ -86,7 +89,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=None if is_switch else _metavar(field),
         rich_help_panel=_SHARED_PANEL if name in SharedConfig.model_fields else None,
         show_default=False,
-        autocompletion=None if is_switch else completer_for(field.alias or name, plain_type(field.annotation)),
+        hidden=hidden,
+        autocompletion=None if is_switch else completer_for(key, plain_type(field.annotation)),
     )
     annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

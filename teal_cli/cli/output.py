@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from teal_cli.cli.options import Flags
 from teal_cli.config import VERB_CONFIGS, OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name, keys_of, load_as
-from teal_cli.report.console import Reporter
-from teal_cli.report.plain_table import PlainTable
+from teal_cli.console import Reporter
+from teal_cli.plain_table import PlainTable
 from teal_cli.versions import now
 
 C = TypeVar("C", bound=OutputConfig)
@@ -40,7 +40,7 @@ def quieten_libraries() -> None:
 
 
 _CARRIED = (
-    *("runs", "device", "dtype", "architecture", "quantize", "quantize_output"),
+    *("runs", "device", "dtype", "architecture", "quantise", "quantise_output"),
     *("calibration", "allocation", "mode"),
 )
 """What the next command must repeat to go on with the same model and artefacts."""
@@ -62,8 +62,8 @@ def next_command(verb: str, config: SharedConfig, **flags: object) -> str:
             value, default = _first(getattr(config, key)), _first(fields[known[key]].default)
             values[key] = None if value == default else value
     values |= flags
-    if values.get("quantize") is None:
-        values["quantize_output"] = None  # which goes with it
+    if values.get("quantise") is None:
+        values["quantise_output"] = None  # which goes with it
     words = ["teal", verb]
     for key, value in values.items():
         if value is not None:
@@ -101,7 +101,7 @@ def finish(
 def write_result(config: OutputConfig, result: dict[str, Any]) -> None:
     """Write --json, if asked, with the command that made it."""
     if config.json_file is not None:
-        from teal_cli.checkpoint.atomic import write_json
+        from teal_cli.atomic import write_json
 
         made = {"command": shlex.join(["teal", *sys.argv[1:]]), "config": config.settings(), "finished": now()}
         write_json(config.json_file, {**made, **result})

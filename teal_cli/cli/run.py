@@ -8,8 +8,8 @@ from teal_cli.cli.options import Flags, path_argument, with_options
 from teal_cli.cli.output import next_command, quieten_libraries
 from teal_cli.config import SharedConfig
 from teal_cli.config_files import load_recipe, recipe_names
+from teal_cli.console import Reporter
 from teal_cli.errors import UsageError
-from teal_cli.report.console import Reporter
 
 _RECIPE = path_argument("recipe", f"YAML recipe, or a packaged one: {', '.join(recipe_names())}", among(recipe_names))
 
@@ -20,7 +20,7 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
     loaded = load_recipe(recipe, flags)
     reporter = Reporter(loaded.quiet)
     quieten_libraries()
-    from teal_cli.checkpoint.atomic import write_json
+    from teal_cli.atomic import write_json
     from teal_cli.steps.run import run_recipe
 
     results = run_recipe(loaded, reporter)

@@ -29,7 +29,7 @@ class EvalRun:
     """Quality of one plan after one dense prefix."""
 
     quantization: str
-    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
+    """Of the weights, as `ModelConfig.quantisation`; empty where they are not."""
     allocation: str
     target_sparsity: float
     dense_prefix: int
@@ -105,7 +105,7 @@ class EncoderResult:
     half: Half
     seq_len: int
     quantization: str
-    """Of the weights, as `ModelConfig.quantization`; empty where they are not."""
+    """Of the weights, as `ModelConfig.quantisation`; empty where they are not."""
     runs: list[EncoderRun]
     """By allocation, then sparsity, as asked for."""
     device: str

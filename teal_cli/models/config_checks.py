@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from teal_cli.checkpoint.plan import QUANT_METHOD
 from teal_cli.errors import ArtefactError, shown
 
+QUANT_METHOD = "teal"
+"""The `quant_method` under which transformers knows TEAL checkpoints."""
 PUBLISHED_METHODS = ("gptq", "awq")
 """Methods of quantisation whose codes are taken over (`teal_cli.quantise.published`)."""
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from teal_cli.checkpoint.atomic import atomic_folder
-from teal_cli.checkpoint.weights import weight_files
+from teal_cli.atomic import atomic_folder
 from teal_cli.errors import MachineError
+from teal_cli.models.weights import weight_files
 from teal_cli.resources import teal_home
 
 ELSEWHERE = "use a smaller model, or run it once on a larger machine and copy what TEAL_HOME/models has there"

@@ -15,14 +15,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from teal_cli.calibration.blocks import hooked
-from teal_cli.checkpoint.atomic import atomic_path
+from teal_cli.atomic import atomic_path
 from teal_cli.errors import ArtefactError, artefact_error
 from teal_cli.models.architectures import Architecture, Kind, architecture_for
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts, is_stacked, linear_shape
-from teal_cli.models.loading import kind_of, load_model
-from teal_cli.models.source import ModelSource
+from teal_cli.models.loading import kind_of, load_from_folder
+from teal_cli.reading import read_json
 
 _BATCH, _TOKENS = 2, 11  # odd: an encoder's half has another length than a decoder's
 _SMALLEST = 2
@@ -37,8 +37,15 @@ class _Call(NamedTuple):
     order: int
 
 
-def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> ArtefactError:
+def propose(name: str, folder: Path, run: Path, *, device: str, dtype: str) -> ArtefactError:
     """Write RUN/architecture.yaml for a model of an unknown type, unless there is one, which the user may have edited.
+
+    Args:
+        name: what the model is called.
+        folder: the model's.
+        run: RUN.
+        device: to load it on.
+        dtype: to load it in.
 
     Returns:
         The error that says so: nothing runs before the user has confirmed the file.
@@ -46,18 +53,19 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
     Raises:
         ArtefactError: no blocks, or the probe does not run.
     """
-    model_type = str(source.config.get("model_type"))
+    config = read_json(folder / "config.json", "model configuration")
+    model_type = str(config.get("model_type"))
     path = run / "architecture.yaml"
     unknown = f"model type {model_type!r} is not in the table of architectures"
     if path.exists():
         return ArtefactError(f"{unknown}; {path} is there already: check it, and confirm with --architecture {path}")
-    kind = _kind(source)
+    kind = _kind(folder, config)
     # Any row will do to load it as what it is; what it says is not read.
     seed = Architecture(kind=kind, blocks=("",), sites={"none": ("",)})
-    model = load_model(source.folder, device=device, dtype=dtype, architecture=seed)
+    model = load_from_folder(folder, device=device, dtype=dtype, architecture=seed)
     found = discover(model)
     head = (
-        f"# What teal found in {source.name}, whose type it does not know. Check it: the linear layers of a site must\n"
+        f"# What teal found in {name}, whose type it does not know. Check it: the linear layers of a site must\n"
         "# read the same hidden state; layers under dense drop no inputs. The keys are explained at the head of\n"
         "# teal_cli/models/architectures.yaml and in docs/add-a-model-family.md.\n"
     )
@@ -70,7 +78,7 @@ def propose(source: ModelSource, run: Path, *, device: str, dtype: str) -> Artef
     )
 
 
-def _kind(source: ModelSource) -> Kind:
+def _kind(folder: Path, config: dict[str, Any]) -> Kind:
     """What transformers can make of a configuration.
 
     Raises:
@@ -79,10 +87,10 @@ def _kind(source: ModelSource) -> Kind:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise artefact_error(error, f"{source.folder} is of a type that transformers does not know") from error
-    return kind_of(source.config, None)
+        raise artefact_error(error, f"{folder} is of a type that transformers does not know") from error
+    return kind_of(config, None)
 
 
 def block_lists(model: nn.Module, kind: Kind = "causal") -> list[str]:
@@ -115,7 +123,7 @@ def discover(model: Any) -> Architecture:
     """The row of a model, from its structure and a probe.
 
     Args:
-        model: as `load_model` gives it, with an architecture that says what kind it is.
+        model: as `load_from_folder` gives it, with an architecture that says what kind it is.
 
     Raises:
         ArtefactError: no blocks, or the probe does not run.

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.atomic import update_with_samples
+from teal_cli.atomic import update_with_samples
 from teal_cli.errors import ArtefactError, MachineError, blame, shown
+from teal_cli.models.config_checks import check_config
 from teal_cli.models.conversion import ELSEWHERE, conversion_folder, converted_once
 from teal_cli.models.gguf_header import (
     GgufHeader,
@@ -21,6 +22,7 @@ from teal_cli.models.gguf_header import (
     read_header,
     stem_of,
 )
+from teal_cli.models.loading import check_memory, check_size
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _ENDS = ("eos", "eot", "eom")
@@ -99,9 +101,6 @@ def _checked_headers(parts: list[Path]) -> list[GgufHeader]:
 def _convert(parts: list[Path], folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from teal_cli.models.config_checks import check_config
-    from teal_cli.models.loading import check_memory, check_size
 
     file = parts[0]
     headers = _checked_headers(parts)

@@ -1,4 +1,7 @@
-"""Loading models: onto which device, in which dtype, dense or as a TEAL checkpoint."""
+"""Loading models as transformers has them: onto which device, in which dtype, and whether they fit.
+
+`teal_cli.model_loading` is the door for the rest of teal: it loads TEAL checkpoints too.
+"""
 
 import math
 import re
@@ -9,14 +12,13 @@ from typing import Any
 
 import torch
 
-from teal_cli.checkpoint.export import check_weights
-from teal_cli.checkpoint.plan import carries_plan
-from teal_cli.checkpoint.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, blame
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
-from teal_cli.models.config_checks import check_config, named_dtype, quantisation_of
+from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
+from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.reading import read_json
 
 _ITEMSIZES = {"I32": 4, "U8": 1}
@@ -152,8 +154,8 @@ def _loadable_kind(model_type: str) -> Kind:
     return "causal" if config in AutoModelForCausalLM._model_mapping else "encoder"
 
 
-def load_model(folder: Path, *, device: str, dtype: str, architecture: Architecture | None = None) -> Any:
-    """A transformers model in eval mode; a TEAL checkpoint comes with sparse layers.
+def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Architecture | None = None) -> Any:
+    """A transformers model in eval mode, in the form that the rest of teal expects (experts as lists of layers).
 
     Args:
         folder: the model's.
@@ -162,13 +164,9 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
         architecture: the model's, where it is not that of the table or of the checkpoint.
 
     Raises:
-        ArtefactError: transformers cannot load the folder, or loaded thresholds without using them.
+        ArtefactError: transformers cannot load the folder.
         MachineError: no such device, or out of memory.
     """
-    import teal_cli.hf  # noqa: F401  (registers the format)
-    from teal_cli.models.trained_sparse import set_activation_thresholds_
-    from teal_cli.sparse import lay_out_, sparse_layers
-
     target = pick_device(device)
     config = read_json(folder / "config.json", "model configuration")
     entries = [entry for file in weight_files(folder) for entry in tensor_header(file).values()]
@@ -180,9 +178,6 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
     check_memory(size, target, str(folder))
     kind = kind_of(config, architecture)
-    is_sparse = carries_plan(config)
-    if is_sparse:
-        check_weights(folder)
     with blame(f"{folder} cannot be loaded"), _without_bars():
         loaded: Any = auto_class(kind).from_pretrained(
             folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
@@ -195,16 +190,11 @@ def load_model(folder: Path, *, device: str, dtype: str, architecture: Architect
     if absent:
         raise ArtefactError(f"the weights of {folder} lack {len(absent)} tensors of the right shape, {absent[0]} first")
     _check_blocks(empty, report["unexpected_keys"], folder)
-    # transformers only warns of a format that it does not know and goes on densely.
-    if is_sparse and not sparse_layers(model):
-        raise ArtefactError(f"{folder} carries thresholds but loaded dense: is another teal package in the way?")
-    if architecture is not None and not is_sparse:
+    if architecture is not None and method_of(config) != QUANT_METHOD:  # a TEAL checkpoint brings its own
         model.teal_architecture = architecture
     unstack_experts_(model)
     set_activation_thresholds_(model)
-    model.to(target).eval()
-    lay_out_(model)
-    return model
+    return model.to(target).eval()
 
 
 def check_size(empty: Any, stored: int, what: str) -> None:
@@ -241,8 +231,6 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     """A model of the alias's shape with random weights, made on the device; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
 
-    from teal_cli.models.trained_sparse import set_activation_thresholds_
-
     target = pick_device(device)
     empty = outline(alias)
     chosen = pick_dtype(dtype, "bfloat16" if target.type == "cuda" else None, target)
@@ -267,8 +255,6 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
         ArtefactError: a configuration that transformers cannot make sense of.
     """
     from transformers import AutoConfig
-
-    from teal_cli.models.trained_sparse import check_activation  # the module registers model types too
 
     name = f"alias {model.name}" if isinstance(model, Alias) else model
     if isinstance(model, Alias):

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from teal_cli.calibration.blocks import BlockCall, hooked, recorded
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection
+from teal_cli.models.block_calls import BlockCall, hooked, recorded
 from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.rounding import gptq
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import Packed
 
 

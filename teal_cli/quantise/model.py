@@ -12,7 +12,7 @@ from teal_cli.models.architectures import architecture_for, find_projections, ou
 from teal_cli.quantise.blockwise import quantise_blocks_
 from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.rounding import quantise
-from teal_cli.quantise.scheme import INT8, Scheme
+from teal_cli.schemes import INT8, Scheme
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantised import QuantisedLinear
@@ -83,13 +83,13 @@ def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[
         if not issubclass(kind, nn.Linear):
             raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     if output_layer:
-        schemes[output_projection(model, "--quantize-output").name] = INT8
+        schemes[output_projection(model, "--quantise-output").name] = INT8
     return schemes
 
 
-def schemes_of(names: Iterable[str], quantize: str, output: str | None) -> dict[str, Scheme]:
+def schemes_of(names: Iterable[str], scheme: Scheme, output: str | None) -> dict[str, Scheme]:
     """Module path -> scheme: as asked for, and 8 bits for the output layer where it has a name."""
-    schemes = dict.fromkeys(names, Scheme.parse(quantize))
+    schemes = dict.fromkeys(names, scheme)
     return schemes if output is None else schemes | {output: INT8}
 
 
@@ -124,12 +124,12 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
         layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), site=Site())
         layer.is_planned = False
     site = layer.site
-    quantized = QuantisedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
+    quantised = QuantisedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
     site.layers.pop()  # it added itself at the end; it takes the other's place
-    site.layers[layer.number] = quantized
-    quantized.number = layer.number
-    quantized.is_output, quantized.is_planned = layer.is_output, layer.is_planned
-    if not quantized.storage.is_meta:
-        quantized.plan_(layer.plan)
+    site.layers[layer.number] = quantised
+    quantised.number = layer.number
+    quantised.is_output, quantised.is_planned = layer.is_output, layer.is_planned
+    if not quantised.storage.is_meta:
+        quantised.plan_(layer.plan)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, quantized)
+    setattr(model.get_submodule(parent), child, quantised)

@@ -1,7 +1,7 @@
 """Checkpoints that GPTQ or AWQ quantised to 4 bits: laid out anew, every code, scale and zero point as it was.
 
 Such a folder becomes a dense one, whose weights are what the codes stand for, with the codes beside
-them. `teal calibrate --quantize` takes those codes in place of choosing its own; without it, the model
+them. `teal calibrate --quantise` takes those codes in place of choosing its own; without it, the model
 runs like any other.
 """
 
@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teal_cli.checkpoint.atomic import file_digest
-from teal_cli.checkpoint.export import companions
-from teal_cli.checkpoint.weights import fingerprint, floating_dtype, tensor_header, weight_files
+from teal_cli.atomic import file_digest
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.companions import companion_files
 from teal_cli.models.config_checks import named_dtype
 from teal_cli.models.conversion import ELSEWHERE, conversion_folder, converted_once
 from teal_cli.models.loading import check_memory
+from teal_cli.models.weights import fingerprint, floating_dtype, tensor_header, weight_files
 from teal_cli.quantise.published_config import Published, published_format
-from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.storage import tensors_of
 from teal_cli.reading import read_json
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import Packed, dequantised, pack
 
 _CODES = "codes-{}.safetensors"
@@ -61,7 +61,7 @@ def converted_published(folder: Path, say: Callable[[str], None]) -> Path:
 
 def _identity(folder: Path, config: dict[str, Any]) -> str:
     """Everything that the conversion is made from: weights, configuration, and the files that are copied."""
-    copied = {file.name: file_digest(file) for file in companions(folder, with_index=False)}
+    copied = {file.name: file_digest(file) for file in companion_files(folder, with_index=False)}
     return json.dumps([fingerprint(folder), config, copied], sort_keys=True)
 
 
@@ -77,7 +77,7 @@ def published_codes(folder: Path, scheme: Scheme) -> Path | None:
     if found.name != _CODES.format(scheme.name):
         theirs = found.stem.removeprefix("codes-").replace("-", ":")
         raise UsageError(
-            f"this model came with codes of {theirs}: quantize to that (flag --quantize {theirs}), not to {scheme.text}"
+            f"this model came with codes of {theirs}: quantise to that (flag --quantise {theirs}), not to {scheme.text}"
         )
     return found
 
@@ -154,7 +154,7 @@ def _convert(folder: Path, config: dict[str, Any], form: Published, target: Path
         tensors[f"{name}.weight"] = dequantised(packed, dtype).t().contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     save_file(tensors_of(packs), target / _CODES.format(form.scheme.name))
-    for file in companions(folder, with_index=False):
+    for file in companion_files(folder, with_index=False):
         shutil.copyfile(file, target / file.name)
     dense = {key: value for key, value in config.items() if key != "quantization_config"}
     (target / "config.json").write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")

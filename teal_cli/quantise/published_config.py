@@ -5,7 +5,7 @@ from typing import Any
 
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.config_checks import method_of, quantisation_of
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 
 _READ = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _DEFAULT = {"gptq": "gptq", "awq": "gemm"}

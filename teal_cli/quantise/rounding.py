@@ -7,7 +7,7 @@ come back as they were.
 import torch
 from torch import Tensor
 
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import Packed, pack
 
 _RANGES = torch.linspace(1.0, 0.7, 13).tolist()

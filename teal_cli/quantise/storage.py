@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teal_cli.checkpoint.atomic import atomic_path
-from teal_cli.checkpoint.weights import tensor_header
+from teal_cli.atomic import atomic_path
 from teal_cli.errors import ArtefactError, reading
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.models.weights import tensor_header
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import Packed
 
 _OUTPUT = "lm_head"

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from teal_cli.plain_table import PlainTable, facts_table
 from teal_cli.report.layers import grid_of
-from teal_cli.report.plain_table import PlainTable, facts_table
 
 _Projection = dict[str, Any]
 
@@ -63,7 +63,7 @@ def _realised(export: dict[str, Any]) -> str:
 
 
 def _thresholds_of(export: dict[str, Any]) -> str:
-    known = {True: "of the sparse network (propagated)", False: "of the dense network", None: "not recorded"}
+    known = {True: "recalibrated in the sparse network", False: "of the dense network", None: "not recorded"}
     return known[export["propagated"]]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.calibration import check_quantised
-from teal_cli.checkpoint.weights import weight_files
 from teal_cli.errors import ArtefactError
+from teal_cli.models.weights import weight_files
 from teal_cli.reading import read_json
 from teal_cli.report.inputs import Export, Material, when
 from teal_cli.report.layers import grid_of, places_of, short_name

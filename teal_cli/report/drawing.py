@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.atomic import atomic_path
+from teal_cli.atomic import atomic_path
 from teal_cli.errors import MachineError, printable
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5c646d", "#d5d9de", "#ffffff"

@@ -15,8 +15,8 @@ from teal_cli.checkpoint.results import Kind, kind_of_result
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.results import read_result
-from teal_cli.quantise.scheme import kind_of_weights
 from teal_cli.reading import read_json
+from teal_cli.schemes import kind_of_weights
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from typing import Any
 
 import yaml
 
-from teal_cli import __version__
 from teal_cli.errors import printable
+from teal_cli.plain_table import PlainTable
 from teal_cli.report.artefact_tables import calibration_facts, exports_table, projection_tables, versions_text
 from teal_cli.report.contents import describe_calibration, describe_export, describe_projections, describe_results
 from teal_cli.report.distributions import SHOWN_EXPORTS, distribution_plots
 from teal_cli.report.drawing import Plot, inline_svg
 from teal_cli.report.inputs import Export, Material, Result
 from teal_cli.report.maps import sparsity_plots
-from teal_cli.report.plain_table import PlainTable
 from teal_cli.report.plots import quality_plots, speed_plots
 from teal_cli.report.samples import Passages, passages
 from teal_cli.report.summary import Line, how_to_measure, summary
 from teal_cli.report.tables import bench_tables, eval_tables
+from teal_cli.version import __version__
 from teal_cli.versions import now
 
 

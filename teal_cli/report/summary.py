@@ -32,7 +32,7 @@ def summary(material: Material) -> list[Line]:
 def how_to_measure(verb: str, material: Material) -> str:
     """The command that makes what is absent."""
     focus, run = material.focus, material.run
-    words = ["teal", verb, "--model", _model_option(material), *_quantize_options(material)]
+    words = ["teal", verb, "--model", _model_option(material), *_quantise_options(material)]
     if focus is not None and "sparsity" in keys_of(VERB_CONFIGS[verb]):
         words += ["--sparsity", f"{focus.plan.target_sparsity:g}", "--allocation", focus.plan.allocation]
     if run is not None and run.parent != Path("runs"):
@@ -48,14 +48,14 @@ def _model_option(material: Material) -> str:
     return next((str(model) for model in given if model), material.model)
 
 
-def _quantize_options(material: Material) -> list[str]:
+def _quantise_options(material: Material) -> list[str]:
     if material.calibration is not None:
         quantization = material.calibration.info.quantization
     else:
         quantization = "" if material.focus is None else material.focus.weights
     scheme = quantization.removesuffix("-output")
-    output = ["--quantize-output"] if scheme != quantization else []
-    return ["--quantize", scheme.replace("-", ":"), *output] if scheme else []
+    output = ["--quantise-output"] if scheme != quantization else []
+    return ["--quantise", scheme.replace("-", ":"), *output] if scheme else []
 
 
 def _what(material: Material) -> str:

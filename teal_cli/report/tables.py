@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from teal_cli.report.plain_table import PlainTable, facts_table
+from teal_cli.plain_table import PlainTable, facts_table
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.plan import ProjectionPlan
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.site import Site

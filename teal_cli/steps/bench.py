@@ -18,20 +18,19 @@ from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
+from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.paths.fused import EPILOGUES
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import MachineError, UsageError
+from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_source import ModelSource
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import Projection, architecture_of, find_projections, output_projection
-from teal_cli.models.loading import build_random_model, load_model
-from teal_cli.models.source import ModelSource
+from teal_cli.models.loading import build_random_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
-from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
-from teal_cli.quantise.scheme import Scheme
-from teal_cli.report.console import Reporter
 from teal_cli.sparse import (
     SparseLinear,
     apply_plan_,
@@ -43,8 +42,9 @@ from teal_cli.sparse import (
     use_backend,
 )
 from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, require_own_plan, with_other_weights
+from teal_cli.workspace import Workspace
 from teal_kernels.tuning import keep_entries
 
 _TUNED_TOKENS = 64
@@ -73,7 +73,7 @@ class BenchResult:
     """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
     quantization: str
-    """As `ModelConfig.quantization`: empty, int8, int4-128, with -output where the output layer is too."""
+    """As `ModelConfig.quantisation`: empty, int8, int4-128, with -output where the output layer is too."""
     seed: int
     versions: dict[str, str]
     runs: list[DecodeRun]
@@ -96,7 +96,7 @@ class Prepared:
 
     name: str
     quantization: str
-    """Of its weights, as `ModelConfig.quantization`; empty where they are not."""
+    """Of its weights, as `ModelConfig.quantisation`; empty where they are not."""
     model: Any
     plans: Sequence[SparsityPlan]
     prompt: Tensor
@@ -106,7 +106,7 @@ class Prepared:
 def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> BenchResult:
     """Time decoding of a real model, or of an alias's shape with random weights.
 
-    With `also_quantize`, once more for each, one after another.
+    With `also_quantise`, once more for each, one after another.
 
     Raises:
         TealError: anything wrong with model, calibration or machine.
@@ -268,7 +268,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
-        return Prepared(source.name, source.quantization, model, [plan], prompt)
+        return Prepared(source.name, source.quantisation, model, [plan], prompt)
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
@@ -280,7 +280,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
         folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
     pack_(model, packs)
-    return Prepared(source.name, config.quantization, model, plans, prompt)
+    return Prepared(source.name, config.quantisation, model, plans, prompt)
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
@@ -296,8 +296,8 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if config.mode == "intrinsic":
         return Prepared(name, "", model, [make_intrinsic_(model)], prompt)
     packs = {}
-    if config.quantize is not None:
-        packs = quantise_(model, Scheme.parse(config.quantize), output_layer=config.quantize_output)
+    if config.quantise is not None:
+        packs = quantise_(model, config.quantise, output_layer=config.quantise_output)
     # There is nothing to be sensitive to in random weights: uniform, unless another was asked for.
     allocation = config.allocation if "allocation" in config.model_fields_set else "uniform"
     projections = find_projections(model, output_layer=None)
@@ -325,7 +325,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     )
     plans = [allocate(config, calibration, value, allocation) for value in _wanted(config)]
     sparsify_(model, allocate(config, calibration, 0.0, "uniform"))
-    if config.propagate:
+    if config.recalibrate:
         plans = [recalibrate_(model, plan, text, dense_prefix=_RANDOM_SEQ_LEN // 2) for plan in plans]
     pack_(model, packs)
-    return Prepared(name, config.quantization, model, plans, prompt)
+    return Prepared(name, config.quantisation, model, plans, prompt)

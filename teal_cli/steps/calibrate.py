@@ -12,21 +12,21 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import KEPT_TOKENS, Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest
-from teal_cli.checkpoint.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.config import CalibrateConfig, ImportConfig
+from teal_cli.console import Reporter
 from teal_cli.data import check_dataset, dataset_identity, token_blocks
 from teal_cli.errors import UsageError, is_out_of_memory
+from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import load_model, outline, pick_device
+from teal_cli.models.loading import outline, pick_device
 from teal_cli.models.offload import computing_device, offload_, require_offload
 from teal_cli.models.tokenizing import load_tokenizer
+from teal_cli.models.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
-from teal_cli.quantise.scheme import Scheme
 from teal_cli.quantise.storage import read_quantised, require_weights, write_quantised
-from teal_cli.report.console import Reporter
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -48,7 +48,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     model_type = str(source.config.get("model_type"))
     architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
     if architecture is None:
-        raise propose(source, run_folder(config, workspace), device=config.device, dtype=config.dtype)
+        run = run_folder(config, workspace)
+        raise propose(source.name, source.folder, run, device=config.device, dtype=config.dtype)
     if architecture.kind != "causal" and config.dataset == "self":
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
     if config.greedy_tokens:
@@ -78,9 +79,9 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         model = load_model(source.folder, device=where, dtype=config.dtype, architecture=architecture)
     check_positions(model, config.seq_len)
     started = time.perf_counter()
-    quantised = _first(blocks, config.quantize_tokens)
+    quantised = _first(blocks, config.quantise_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)
-    quantize_seconds = time.perf_counter() - started if packs else 0.0
+    quantise_seconds = time.perf_counter() - started if packs else 0.0
     if config.offload:
         offload_(model, device)
     projections = find_projections(model, output_layer=config.output_layer)
@@ -117,9 +118,9 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         greedy_forwards=greedy.forwards,
         greedy_naive_forwards=greedy.naive_forwards,
         versions=library_versions(),
-        quantization=config.quantization,
+        quantization=config.quantisation,
         quantize_tokens=quantised.numel() if _chooses_codes(config, source.folder) else 0,
-        quantize_seconds=quantize_seconds,
+        quantize_seconds=quantise_seconds,
     )
     text = _first(blocks, KEPT_TOKENS) if config.dataset == "self" else None
     result = Calibration(info, projections, histograms, sensitivities, greedy.paths, text)
@@ -135,9 +136,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
 def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None:
     """Refuse by a model's outline what it would otherwise fail at after hours."""
     find_projections(model, output_layer=config.output_layer)
-    if config.quantize is not None:
-        scheme = Scheme.parse(config.quantize)
-        layers = quantised_layers(model, scheme, output_layer=config.quantize_output)
+    if config.quantise is not None:
+        layers = quantised_layers(model, config.quantise, output_layer=config.quantise_output)
         require_weights(weight_files(folder), layers, model)
     if config.offload:
         require_offload(model)
@@ -145,7 +145,7 @@ def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None
 
 def _chooses_codes(config: CalibrateConfig, folder: Path) -> bool:
     """Whether GPTQ is to choose codes: for 4 bits, unless the model came with some."""
-    scheme = None if config.quantize is None else Scheme.parse(config.quantize)
+    scheme = config.quantise
     return scheme is not None and scheme.bits == 4 and published_codes(folder, scheme) is None
 
 
@@ -153,9 +153,9 @@ def _quantised(
     config: CalibrateConfig, folder: Path, model: Any, sequences: Tensor, reporter: Reporter
 ) -> dict[str, Packed]:
     """Quantise the model, as the configuration asks."""
-    if config.quantize is None:
+    if config.quantise is None:
         return {}
-    scheme = Scheme.parse(config.quantize)
+    scheme = config.quantise
     codes, known = published_codes(folder, scheme), {}
     if codes is not None:
         reporter.say(f"taking the {scheme.text} codes that the model came with")
@@ -164,7 +164,7 @@ def _quantised(
     blocks = _block_count(model) if batches else 0
     with reporter.progress(f"quantising to {scheme.text}", blocks) as advance:
         return quantise_(
-            model, scheme, output_layer=config.quantize_output, known=known, batches=batches, on_block=advance
+            model, scheme, output_layer=config.quantise_output, known=known, batches=batches, on_block=advance
         )
 
 

@@ -11,6 +11,7 @@ from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import EvalConfig
 from teal_cli.config_values import is_allocation_file
+from teal_cli.console import Reporter
 from teal_cli.data import Half, check_dataset, dataset_identity, recorded_datasets, token_blocks
 from teal_cli.decode.engine import Engine
 from teal_cli.errors import ArtefactError, UsageError
@@ -20,18 +21,17 @@ from teal_cli.evaluation.results import EncoderResult, EncoderRun, EvalResult, E
 from teal_cli.evaluation.samples import KEPT, sample_of
 from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import open_tasks, run_tasks
+from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_source import ModelSource
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import ModelSource
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
-from teal_cli.quantise.loading import load_dense
-from teal_cli.report.console import Reporter
 from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
+from teal_cli.steps.artefacts import calibration_for, checkpoint_for, with_other_weights
 from teal_cli.steps.calibrate import say_if_short
 from teal_cli.text_files import TextFile
 from teal_cli.versions import device_description, library_versions
-from teal_cli.workspace import Workspace, calibration_for, checkpoint_for, with_other_weights
+from teal_cli.workspace import Workspace
 from teal_kernels.packing import Packed
 
 
@@ -44,7 +44,7 @@ def evaluate(
 ) -> EvalResult | EncoderResult:
     """Perplexity, drift and realised sparsity on held-out text; continuations and harness tasks where asked.
 
-    Of an encoder, how near its hidden states stay. With `also_quantize`, the same once more for each.
+    Of an encoder, how near its hidden states stay. With `also_quantise`, the same once more for each.
 
     Args:
         config: what to measure.
@@ -120,7 +120,7 @@ def _evaluate(
     check_positions(model, config.seq_len)
     if config.generate:
         Engine(model).check_length(config.prompt_tokens, config.new_tokens)
-    quantization = config.quantization or workspace.source.quantization
+    quantization = config.quantisation or workspace.source.quantisation
     control = control_of(model)
     use_backend(control, config.backend, model.device, model.dtype)
     if blocks is None:

@@ -3,9 +3,10 @@
 from teal_cli.checkpoint.export import ExportSummary
 from teal_cli.config import ExportConfig
 from teal_cli.config_values import is_allocation_file
+from teal_cli.console import Reporter
 from teal_cli.planning import allocate, allocations
-from teal_cli.report.console import Reporter
-from teal_cli.workspace import Workspace, calibration_for, write_held
+from teal_cli.steps.artefacts import calibration_for, write_recalibrated
+from teal_cli.workspace import Workspace
 
 
 def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None = None) -> ExportSummary:
@@ -21,4 +22,4 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     own = is_allocation_file(allocation) and "sparsity" not in config.model_fields_set  # the file says itself
     plan = allocate(config, calibration, None if own else config.sparsity, allocation)
     folder = config.out or workspace.export_folder(plan.allocation, plan.target_sparsity)
-    return write_held(config, plan, calibration, workspace, folder, reporter, weights=config.weights)
+    return write_recalibrated(config, plan, calibration, workspace, folder, reporter, weights=config.weights)

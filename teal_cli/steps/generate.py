@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from teal_cli.config import GenerateConfig
+from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.decode.streaming import text_streamer
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.report.console import Reporter
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
-from teal_cli.workspace import Workspace, checkpoint_for
+from teal_cli.steps.artefacts import checkpoint_for
+from teal_cli.workspace import Workspace
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
 _COUNT_EVERY = 8
@@ -48,7 +49,7 @@ def _load(config: GenerateConfig, workspace: Workspace, reporter: Reporter) -> A
     folder = workspace.source.folder
     if config.sparsity != 0.0:
         folder = checkpoint_for(config, config.sparsity, workspace, reporter)
-    elif config.quantize is not None:  # quantised weights lie in a checkpoint, dense too
+    elif config.quantise is not None:  # quantised weights lie in a checkpoint, dense too
         folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
     return load_model(folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config))
 

@@ -4,19 +4,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from teal_cli.allocation import make_plan
+from teal_cli.atomic import atomic_path
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.atomic import atomic_path
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest
-from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import ImportConfig
+from teal_cli.console import Reporter
 from teal_cli.errors import ArtefactError
 from teal_cli.importing.rebin import SignedHistogram
 from teal_cli.importing.reference import histogram_folder, read_histograms, read_lookup, tokens_counted
 from teal_cli.models.aliases import alias_names, find_alias
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import outline
-from teal_cli.report.console import Reporter
+from teal_cli.models.weights import fingerprint
 from teal_cli.steps.calibrate import run_folder
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace, digits_of
@@ -89,7 +89,7 @@ def import_reference(
 
 def _warn(signed: dict[str, SignedHistogram], name: str, reporter: Reporter) -> None:
     """Say what the files do not."""
-    reporter.say("imported calibrations have no sensitivities (allocation fisher) and no text (propagated thresholds)")
+    reporter.say("imported calibrations have no sensitivities (for fisher) and no text (to recalibrate thresholds)")
     for site, counts in signed.items():
         share, middle = counts.fullest()
         if share > _CROWDED:

@@ -10,13 +10,13 @@ from torch import nn
 
 from teal_cli.config import InfoConfig
 from teal_cli.decode.paths.fused import unsupported_on
+from teal_cli.model_source import find_outline
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
 from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype, stored_dtype
-from teal_cli.models.source import find_outline
-from teal_cli.quantise.scheme import Scheme
 from teal_cli.reading import read_json
 from teal_cli.resources import teal_home
+from teal_cli.schemes import Scheme
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import BACKENDS, backend_unavailable_reason, resolve_backend
 from teal_kernels.tuning import has_table

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint.verify import verified
-from teal_cli.report.console import QUIET, Reporter
+from teal_cli.console import QUIET, Reporter
 from teal_cli.report.contents import describe
 from teal_cli.report.inputs import read_material
 

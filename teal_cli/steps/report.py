@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from teal_cli.checkpoint.atomic import atomic_path
+from teal_cli.atomic import atomic_path
 from teal_cli.config import ReportConfig
-from teal_cli.report.console import Reporter
+from teal_cli.console import Reporter
 from teal_cli.report.drawing import require_drawing, write_files
 from teal_cli.report.inputs import Material, read_material
 from teal_cli.report.page import content_of, drawings_of, render

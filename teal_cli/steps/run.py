@@ -5,13 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from teal_cli import __version__
+from teal_cli.atomic import file_digest, write_json
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.atomic import file_digest, write_json
 from teal_cli.checkpoint.digests import configuration_digest
-from teal_cli.checkpoint.export import check_checkpoint, companions
+from teal_cli.checkpoint.export import check_checkpoint
 from teal_cli.checkpoint.results import check_stage
-from teal_cli.checkpoint.weights import fingerprint
 from teal_cli.config import (
     BenchConfig,
     CalibrateConfig,
@@ -21,17 +19,20 @@ from teal_cli.config import (
     RunConfig,
     SharedConfig,
 )
+from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.results import read_result
+from teal_cli.models.companions import companion_files
+from teal_cli.models.weights import fingerprint
 from teal_cli.reading import read_json
-from teal_cli.report.console import Reporter
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import check_inputs, evaluate
 from teal_cli.steps.export import export
 from teal_cli.steps.generate import Generator
 from teal_cli.text_files import TextFile
+from teal_cli.version import __version__
 from teal_cli.versions import now
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -98,7 +99,7 @@ def _check(recipe: RunConfig) -> None:
 def _keys(recipe: RunConfig, workspace: Workspace) -> dict[str, str]:
     """Of each stage what its result depends on; it covers the stages before: a changed calibration runs all again."""
     folder = workspace.source.folder
-    read = [file_digest(file) for file in companions(folder, with_index=False)]  # by the tokenizer, mostly
+    read = [file_digest(file) for file in companion_files(folder, with_index=False)]  # by the tokenizer, mostly
     keys, key = {}, "|".join([fingerprint(folder), configuration_digest(folder), *read])
     for stage, config in recipe.stages.items():
         key = keys[stage] = hashlib.sha256(f"{key}|{stage}|{_settings(config)}".encode()).hexdigest()

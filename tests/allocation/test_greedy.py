@@ -10,11 +10,11 @@ from conftest import FAMILIES, VOCABULARY, build_family, build_model, calibrate_
 from teal_cli.allocation import make_plan
 from teal_cli.allocation.greedy import greedy
 from teal_cli.calibration.block_error import GreedyPaths, _Block, at_sparsity, measure_paths
-from teal_cli.calibration.blocks import recorded
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import architecture_for, architecture_of, find_projections
+from teal_cli.models.block_calls import recorded
 
 TEXT = torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(2))
 

@@ -8,7 +8,7 @@ from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.model import pack_, quantise_
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
 
 _DECODERS = sorted(name for name, config in FAMILIES.items() if architecture_of(config["model_type"]).kind != "encoder")

@@ -8,8 +8,8 @@ from threading import Barrier, Thread
 
 import pytest
 
-from teal_cli.checkpoint import files
-from teal_cli.checkpoint.atomic import atomic_folder, atomic_path, check_seal, file_digest, sealed, tidy
+from teal_cli import atomic
+from teal_cli.atomic import atomic_folder, atomic_path, check_seal, file_digest, sealed, tidy
 from teal_cli.errors import ArtefactError
 
 _FILES = ("config.json", "teal.json")
@@ -56,7 +56,7 @@ def _killed_at(step: int, work: Callable[[], None]) -> bool:
 def test_killed_at_any_operation(exchange: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next command finds the earlier folder or the new one, and the next export takes away what was left."""
     if not exchange:  # as on a file system that cannot
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     folder = place / "fisher-0.50"
     found, step = set(), 0
     while True:
@@ -105,7 +105,7 @@ def test_what_others_are_writing_stays(place: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_many_write_one_folder(exchange: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     folder, together, failed = place / "out", Barrier(4), []
 
     def write(text: str) -> None:

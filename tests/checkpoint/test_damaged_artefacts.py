@@ -17,23 +17,24 @@ from conftest import calibrate_tiny, save_tiny
 from safetensors.torch import load_file, save_file
 
 from teal_cli.allocation import make_plan
+from teal_cli.atomic import file_digest, sealed
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.atomic import file_digest, sealed
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_checkpoint, write_checkpoint
-from teal_cli.checkpoint.weights import tensor_header
 from teal_cli.cli import run
 from teal_cli.config import ExportConfig
+from teal_cli.console import QUIET
 from teal_cli.errors import ArtefactError, TealError
-from teal_cli.models.source import find_model
+from teal_cli.model_source import find_model
+from teal_cli.models.weights import tensor_header
 from teal_cli.report.artefact_tables import inspect_tables
-from teal_cli.report.console import QUIET
 from teal_cli.report.contents import describe
 from teal_cli.report.inputs import read_material
 from teal_cli.report.page import Drawings, content_of, render
 from teal_cli.report.plots import quality_plots, speed_plots
+from teal_cli.steps.artefacts import calibration_for
 from teal_cli.steps.inspect import inspect
-from teal_cli.workspace import Workspace, calibration_for
+from teal_cli.workspace import Workspace
 
 _SPREAD = {"median": 10.0, "min": 9.0, "max": 11.0}
 _MADE = {"model": "tiny", "device": "a CPU", "dtype": "float32", "versions": {"teal": "0"}, "config": {"model": "m"}}

@@ -1,4 +1,4 @@
-"""One table over several kinds of weights: bench and eval with --also-quantize."""
+"""One table over several kinds of weights: bench and eval with --also-quantise."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ def model(tmp_path: Path) -> Path:
 
 def _run(verb: str, model: Path, corpus: Path, *arguments: str) -> dict[str, Any]:
     Path("c.yaml").write_text(
-        f"calibrate: {{dataset: {corpus}, tokens: 512, seq_len: 64, sensitivity_tokens: 128, quantize_tokens: 128}}\n"
+        f"calibrate: {{dataset: {corpus}, tokens: 512, seq_len: 64, sensitivity_tokens: 128, quantise_tokens: 128}}\n"
     )
-    shared = ["--config", "c.yaml", "--model", str(model), "--device", "cpu", "--also-quantize", "int8,int4:32"]
-    assert run([verb, *shared, "--quantize-output", "--json", "r.json", *arguments]) == 0
+    shared = ["--config", "c.yaml", "--model", str(model), "--device", "cpu", "--also-quantise", "int8,int4:32"]
+    assert run([verb, *shared, "--quantise-output", "--json", "r.json", *arguments]) == 0
     content: dict[str, Any] = json.loads(Path("r.json").read_text())
     return content
 
@@ -67,8 +67,8 @@ def test_all_kinds_of_weights_read_one_text(model: Path, corpus: Path, tmp_path:
     other.write_text(corpus.read_text()[::-1])
     small = ["--model", str(model), "--device", "cpu", "--tokens", "256", "--seq-len", "64"]
     assert run(["calibrate", *small, "--dataset", str(other)]) == 0
-    assert run(["calibrate", *small, "--dataset", str(corpus), "--quantize", "int8"]) == 0
-    assert run(["eval", *small, "--text", str(corpus), "--also-quantize", "int8", "--json", "r.json"]) == 0
+    assert run(["calibrate", *small, "--dataset", str(corpus), "--quantise", "int8"]) == 0
+    assert run(["eval", *small, "--text", str(corpus), "--also-quantise", "int8", "--json", "r.json"]) == 0
     result = json.loads(Path("r.json").read_text())
     assert result["half"] == "evaluation"  # what int8 was not calibrated on
     plain, quantised = (entry["dense"]["perplexity"] for entry in result["runs"])
@@ -78,7 +78,7 @@ def test_all_kinds_of_weights_read_one_text(model: Path, corpus: Path, tmp_path:
 def test_the_output_layer_takes_part_in_all_or_none(model: Path, corpus: Path) -> None:
     small = ["--model", str(model), "--device", "cpu", "--tokens", "256", "--seq-len", "64"]
     assert run(["calibrate", *small, "--dataset", str(corpus), "--no-output-layer"]) == 0
-    assert run(["eval", *small, "--text", str(corpus), "--also-quantize", "int8", "--json", "r.json"]) == 0
+    assert run(["eval", *small, "--text", str(corpus), "--also-quantise", "int8", "--json", "r.json"]) == 0
     result = json.loads(Path("r.json").read_text())
     assert len(result["runs"]) == 2
     assert all("lm_head" not in entry["realised_by_projection"] for entry in result["runs"])
@@ -88,7 +88,7 @@ def test_in_a_recipe(model: Path, corpus: Path, capsys: pytest.CaptureFixture[st
     Path("r.yaml").write_text(
         f"model: {model}\ndevice: cpu\nstages: [calibrate, export, eval]\n"
         f"calibrate: {{dataset: {corpus}, tokens: 512, seq_len: 64, sensitivity_tokens: 64}}\n"
-        f"eval: {{dataset: {corpus}, tokens: 256, seq_len: 64, also_quantize: int8}}\n"
+        f"eval: {{dataset: {corpus}, tokens: 256, seq_len: 64, also_quantise: int8}}\n"
     )
     assert run(["run", "r.yaml", "--json", "r.json"]) == 0
     made = json.loads(Path("runs/tiny-int8/calibration.json").read_text())
@@ -103,7 +103,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
     family: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tiny(tmp_path / family, family)
-    assert run(["eval", "--model", str(folder), "--device", "cpu", "--also-quantize", "int8"]) == code
+    assert run(["eval", "--model", str(folder), "--device", "cpu", "--also-quantise", "int8"]) == code
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not Path("runs").exists()
 
@@ -111,10 +111,10 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--also-quantize", "int8", "--kernels"], "kernels (flag --kernels) is of one kind of weights"),
-        (["eval", "--also-quantize", "int8", "--calibration", "."], "calibration (flag --calibration) is of one kind"),
-        (["eval", "--also-quantize", "int8", "--mode", "intrinsic"], "leave out also_quantize (flag --also-quantize)"),
-        (["bench", "--also-quantize", "int3"], "int3"),
+        (["bench", "--also-quantise", "int8", "--kernels"], "kernels (flag --kernels) is of one kind of weights"),
+        (["eval", "--also-quantise", "int8", "--calibration", "."], "calibration (flag --calibration) is of one kind"),
+        (["eval", "--also-quantise", "int8", "--mode", "intrinsic"], "leave out also_quantise (flag --also-quantise)"),
+        (["bench", "--also-quantise", "int3"], "int3"),
     ],
 )
 def test_what_does_not_go_together(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

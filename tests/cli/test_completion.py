@@ -47,7 +47,7 @@ def test_verbs_and_flags() -> None:
         ("teal eval --allocation uniform,gr", ["uniform,greedy"]),
         ("teal calibrate --dataset s", ["sotu", "self"]),
         ("teal calibrate --dtype b", ["bfloat16"]),
-        ("teal bench --quantize int4", ["int4", "int4:32", "int4:64"]),
+        ("teal bench --quantise int4", ["int4", "int4:32", "int4:64"]),
         ("teal bench --backend tr", ["triton"]),
         ("teal run llama", ["llama-3-70b", "llama-3-8b"]),
         ("teal export --out so", []),  # a folder: the shell's own business

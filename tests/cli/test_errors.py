@@ -155,7 +155,7 @@ def test_calibration_of_another_architecture(calibrated, tmp_path, capsys, row) 
     """Fewer projections, and the same ones at another site."""
     file = tmp_path / "rows.yaml"
     file.write_text(_ROW + "    mlp_intermediate: [mlp.down_proj]\n")
-    flags = ("export", "--model", calibrated, "--no-propagate", "--architecture", file)
+    flags = ("export", "--model", calibrated, "--no-recalibrate", "--architecture", file)
     assert run([str(flag) for flag in flags]) == 0  # the packaged row, in other words
     file.write_text(_ROW + row)
     wanted = "another architecture, which differs at model.layers.0.mlp.down_proj: run `teal calibrate` again"

@@ -10,7 +10,7 @@ from conftest import FAMILIES, build_model
 
 from teal_cli.cli import run
 from teal_cli.quantise.rounding import quantise
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.steps import info
 
 _GIB = 2**30
@@ -79,8 +79,8 @@ def test_sizes_are_those_of_the_weights(tiny: Path) -> None:
     ("gib", "runs_as", "said"),
     [
         (40, "bfloat16", "bfloat16"),
-        (10, "int8", "--quantize int8"),
-        (6, "int4", "--quantize int4"),
+        (10, "int8", "--quantise int8"),
+        (6, "int4", "--quantise int4"),
         (3, None, "too large for this machine"),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_recipe(folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
         (("--sparsity", "0.5"), "leave out sparsity (flag --sparsity)"),
         (("--calibration", "runs/x"), "leave out calibration (flag --calibration)"),
         (("--allocation", "uniform"), "leave out allocation (flag --allocation)"),
-        (("--quantize", "int8"), "leave out quantize (flag --quantize)"),
+        (("--quantise", "int8"), "leave out quantise (flag --quantise)"),
     ],
 )
 @pytest.mark.parametrize("verb", ["generate", "bench", "eval"])

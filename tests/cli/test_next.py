@@ -22,7 +22,7 @@ def _next(said: str) -> list[str]:
     return shlex.split(line)
 
 
-@pytest.mark.parametrize("extra", [[], ["--quantize", "int8", "--dtype", "float32", "--runs", "elsewhere"]])
+@pytest.mark.parametrize("extra", [[], ["--quantise", "int8", "--dtype", "float32", "--runs", "elsewhere"]])
 def test_the_chain_of_next_commands(
     tiny: Path, corpus: Path, extra: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,9 +56,9 @@ def test_of_several_allocations_the_first_goes_on() -> None:
     assert next_command("bench", config, sparsity="0.4,0.5") == (
         "teal bench --model m --allocation uniform --sparsity 0.4,0.5"
     )
-    switched = GenerateConfig(model="m", quantize="int4:64", quantize_output=True)
-    assert next_command("eval", switched, quantize=None) == "teal eval --model m"
-    also = EvalConfig(model="m", also_quantize=["int8"], quantize_output=True)
+    switched = GenerateConfig(model="m", quantise="int4:64", quantise_output=True)
+    assert next_command("eval", switched, quantise=None) == "teal eval --model m"
+    also = EvalConfig(model="m", also_quantise=["int8"], quantise_output=True)
     assert next_command("bench", also) == "teal bench --model m"
 
 

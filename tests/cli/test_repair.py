@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _recipe(home: Path) -> None:
     (home / "r.yaml").write_text(
         f"model: {home / 'tiny'}\nstages: [calibrate, export]\nruns: {home / 'runs'}\ndataset: {home / 'corpus.txt'}\n"
-        "tokens: 128\nseq_len: 64\npropagate: false\nweights: copy\n"
+        "tokens: 128\nseq_len: 64\nrecalibrate: false\nweights: copy\n"
     )
     assert run(["run", str(home / "r.yaml")]) == 0
 

@@ -127,7 +127,7 @@ def test_inspect_a_checkpoint(own_run: Path, capsys: pytest.CaptureFixture[str])
     folder = own_run / "fisher-0.50"
     assert _teal("inspect", folder, "--json", "i.json") == 0
     out = capsys.readouterr().out
-    assert "of the sparse network (propagated)" in out
+    assert "recalibrated in the sparse network" in out
     assert "target / realised" in out
     result = json.loads(Path("i.json").read_text())
     summary = json.loads((folder / "teal.json").read_text())
@@ -152,9 +152,9 @@ def test_inspect_a_checkpoint_that_transformers_saved_again(own_run: Path, capsy
 
 
 def test_output_layer_and_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A projection outside of the layers has a table of its own; what is absent is made with --quantize."""
+    """A projection outside of the layers has a table of its own; what is absent is made with --quantise."""
     model, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
-    flags = ("--model", model, "--quantize", "int4:32", "--quiet")
+    flags = ("--model", model, "--quantise", "int4:32", "--quiet")
     assert _teal("calibrate", *flags, "--dataset", corpus, "--tokens", 256, "--seq-len", 64, "--output-layer") == 0
     assert _teal("export", *flags, "--allocation", "uniform") == 0
     run = Path("runs/tiny-int4-32")
@@ -163,7 +163,7 @@ def test_output_layer_and_quantised_weights(tmp_path: Path, capsys: pytest.Captu
     out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert "quantised int4:32" in out
     assert "Outside of the layers" in out
-    assert "teal bench --model tiny --quantize int4:32 --sparsity 0.5 --allocation uniform" in out
+    assert "teal bench --model tiny --quantise int4:32 --sparsity 0.5 --allocation uniform" in out
     assert _teal("report", run) == 0
     assert "output input" in (run / "report.html").read_text()
 

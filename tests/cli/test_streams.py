@@ -15,9 +15,9 @@ from teal_cli.cli import run
 from teal_cli.cli.generate import converse, read_stdin
 from teal_cli.cli.output import finish
 from teal_cli.config import GenerateConfig, InfoConfig
+from teal_cli.console import QUIET, Reporter
 from teal_cli.errors import UsageError, as_teal_error
-from teal_cli.report.console import QUIET, Reporter
-from teal_cli.report.plain_table import PlainTable
+from teal_cli.plain_table import PlainTable
 from teal_cli.steps.generate import Generator
 
 _TEAL = f"{sys.executable} -m teal_cli"
@@ -50,8 +50,8 @@ def test_a_stderr_that_cannot_be_written_changes_no_exit_code(where: str) -> Non
 
 _SHOWN = """
 from teal_cli.report.streams import prepare_streams
-from teal_cli.report.console import Reporter
-from teal_cli.report.plain_table import PlainTable
+from teal_cli.console import Reporter
+from teal_cli.plain_table import PlainTable
 prepare_streams()
 table = PlainTable("modèle", "", "ppl")
 table.add_row("中", "1.0 ± 0.1")
@@ -167,7 +167,7 @@ def test_figures_are_shown_where_json_cannot_be_written(monkeypatch, capsys) -> 
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("teal_cli.checkpoint.atomic.write_json", full)
+        patch.setattr("teal_cli.atomic.write_json", full)
         with pytest.raises(OSError, match="full"):
             finish(config, Reporter(), {"a": 1}, _tables)
     assert "the figures" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from teal_cli.cli import VERBS, run
 from teal_cli.cli.generate import converse
 from teal_cli.config import VERB_CONFIGS, GenerateConfig
-from teal_cli.report.console import QUIET, Reporter
+from teal_cli.console import QUIET, Reporter
 from teal_cli.steps.generate import Generator
 
 
@@ -365,8 +365,8 @@ def test_thresholds_without_the_calibrations_text(
     corpus.rename(corpus.with_suffix(".gone"))
     assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--out", "without") == 0
     assert "thresholds are the dense network's" in capsys.readouterr().err
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--no-propagate", "--out", "plain") == 0
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--propagate", "--out", "never") == 3
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--no-recalibrate", "--out", "plain") == 0
+    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--recalibrate", "--out", "never") == 3
     assert not Path("never").exists()
     made = {name: _json(Path(name) / "teal.json") for name in ("with", "without", "plain")}
     assert [made[name]["propagated"] for name in ("with", "without", "plain")] == [True, False, False]
@@ -388,5 +388,5 @@ def test_thresholds_of_text_that_the_model_wrote(dense: Path) -> None:
     """It is kept with the calibration, since it cannot be read again."""
     flags = ("--model", dense, "--dataset", "self", "--tokens", 128, "--seq-len", 64)
     assert _teal("calibrate", *flags) == 0
-    assert _teal("export", "--model", dense, "--propagate", "--json", "e.json") == 0
+    assert _teal("export", "--model", dense, "--recalibrate", "--json", "e.json") == 0
     assert _json(Path("e.json"))["propagated"] is True

@@ -9,12 +9,12 @@ from conftest import VOCABULARY, build_tokenizer, export_tiny, save_tiny
 from transformers import DynamicCache, StaticCache
 
 from teal_cli.config import GenerateConfig
+from teal_cli.console import QUIET
 from teal_cli.decode.chat import encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, MachineError, UsageError
-from teal_cli.models.loading import load_model
-from teal_cli.report.console import QUIET
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import use_backend
 from teal_cli.steps.generate import Generator
 

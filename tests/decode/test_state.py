@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from teal_cli.bench.decode import bench_decode
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.config import GenerateConfig
+from teal_cli.console import QUIET
 from teal_cli.decode import probe
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import Session
@@ -19,7 +20,6 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, find_projections
-from teal_cli.report.console import QUIET
 from teal_cli.sparse import SparsityControl, sparsify_
 from teal_cli.steps.generate import Generator
 

@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
+from teal_cli.console import QUIET
 from teal_cli.errors import ArtefactError, MachineError
 from teal_cli.evaluation.perplexity import compare
-from teal_cli.models.loading import load_model
-from teal_cli.report.console import QUIET
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import control_of
 from teal_cli.steps.evaluate import evaluate
 

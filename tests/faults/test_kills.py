@@ -66,7 +66,7 @@ def exported(tmp_path: Path) -> list[str]:
     model, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
     calibrate = ["calibrate", "--model", str(model), "--dataset", str(corpus), "--tokens", "256", "--seq-len", "64"]
     assert run([*calibrate, "--sensitivity-tokens", "0", "--quiet"]) == 0
-    flags = ["--model", str(model), "--allocation", "uniform", "--no-propagate", "--out", "out", "--quiet"]
+    flags = ["--model", str(model), "--allocation", "uniform", "--no-recalibrate", "--out", "out", "--quiet"]
     assert run(["export", *flags, "--sparsity", "0.3"]) == 0
     return ["export", *flags, "--sparsity", "0.6"]
 

@@ -15,13 +15,14 @@ from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
+from teal_cli.console import QUIET
 from teal_cli.decode import compact
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.model_loading import load_model
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import build_random_model, load_model
-from teal_cli.report.console import QUIET
+from teal_cli.models.loading import build_random_model
 from teal_cli.sparse import control_of, sparse_layers, sparsify_
 from teal_cli.steps.evaluate import evaluate
 from teal_kernels.triton_gemv import TileConfig

@@ -9,8 +9,8 @@ from conftest import FAMILIES, VOCABULARY, export_tiny, save_tiny
 
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
+from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import architecture_of
-from teal_cli.models.loading import load_model
 from teal_cli.sparse import control_of, sparse_layers
 from teal_kernels.tuning import UNTUNED, Entry, trying
 

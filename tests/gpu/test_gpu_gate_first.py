@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from teal_cli.decode.engine import Engine, TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.triton_gate_first import GateFirstConfig, triton_gate_first

@@ -113,12 +113,12 @@ def test_the_chain_goes_on_from_it(tiny: Path, corpus: Path, tmp_path: Path, cap
     assert uniform["sparse"]["realised_sparsity"] == pytest.approx(0.5, abs=0.08)
     assert _teal("export", "--model", tiny, "--allocation", "fisher") == 2
     assert "has no sensitivities" in capsys.readouterr().err
-    assert _teal("export", "--model", tiny, "--propagate") == 3
+    assert _teal("export", "--model", tiny, "--recalibrate") == 3
     generate = ("generate", "--model", tiny, "--sparsity", 0.3, "--prompt", "the stars", "--max-new-tokens", 2)
     capsys.readouterr()
     assert _teal(*generate) == 0
     assert "exporting it" not in capsys.readouterr().err
-    assert _teal(*generate, "--propagate") == 3
+    assert _teal(*generate, "--recalibrate") == 3
 
 
 def test_the_lookup_is_optional_and_may_end_early(tiny: Path, tmp_path: Path, capsys) -> None:

@@ -15,13 +15,14 @@ import torch
 from conftest import FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 
-from teal_cli.checkpoint.export import companions
-from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.config import InfoConfig
 from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import find_model, find_outline
+from teal_cli.models.companions import companion_files
 from teal_cli.models.config_checks import check_config
-from teal_cli.models.loading import load_model, outline
-from teal_cli.models.source import find_model, find_outline
+from teal_cli.models.loading import outline
+from teal_cli.models.weights import tensor_header, weight_files
 from teal_cli.steps.info import model_fit
 
 
@@ -166,7 +167,8 @@ def test_what_is_no_ordinary_file_is_not_read(folder: Path, name: str, kind: str
 
 def test_only_what_belongs_to_the_model_is_copied(folder: Path, tmp_path: Path) -> None:
     """The hub's cache holds links into its own blobs; others may lead to anybody's files."""
-    assert {file.name for file in companions(folder, with_index=False)} >= {"tokenizer.json", "generation_config.json"}
+    names = {file.name for file in companion_files(folder, with_index=False)}
+    assert names >= {"tokenizer.json", "generation_config.json"}
     cache = tmp_path / "models--a--b"
     snapshot, blobs = cache / "snapshots" / "1", cache / "blobs"
     blobs.mkdir(parents=True)
@@ -174,16 +176,16 @@ def test_only_what_belongs_to_the_model_is_copied(folder: Path, tmp_path: Path) 
     (blobs / "0").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/0")
     (snapshot / "folder.json").mkdir()
-    assert [file.name for file in companions(snapshot, with_index=False)] == ["tokenizer.json"]
+    assert [file.name for file in companion_files(snapshot, with_index=False)] == ["tokenizer.json"]
     secret = tmp_path / "secret"
     secret.write_text("mine")
     (snapshot / "notes.txt").symlink_to(secret)
     with pytest.raises(ArtefactError, match=r"notes\.txt is a link that leads out"):
-        companions(snapshot, with_index=False)
+        companion_files(snapshot, with_index=False)
     (snapshot / "notes.txt").unlink()
     os.mkfifo(snapshot / "notes.txt")
     with pytest.raises(ArtefactError, match="not an ordinary file"):
-        companions(snapshot, with_index=False)
+        companion_files(snapshot, with_index=False)
 
 
 def test_a_folder_of_adapters(folder: Path) -> None:

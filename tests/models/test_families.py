@@ -21,15 +21,15 @@ from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig
+from teal_cli.console import QUIET
 from teal_cli.data import token_blocks
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
 from teal_cli.models.forward import check_positions, halves, run_text
-from teal_cli.models.loading import auto_class, load_model
-from teal_cli.quantise.loading import load_dense
-from teal_cli.report.console import QUIET
+from teal_cli.models.loading import auto_class
 from teal_cli.report.tables import eval_tables
 from teal_cli.sparse import control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.steps.calibrate import calibrate
@@ -358,7 +358,7 @@ _CANNOT_BE_QUANTISED = {
 
 def test_quantised(made: Made, tmp_path: Path) -> None:
     """A checkpoint of quantised weights is the quantised network, or the reason why there is none is told."""
-    options = {"model": str(made.folder), "runs": tmp_path / "runs", "quantize": "int8"}
+    options = {"model": str(made.folder), "runs": tmp_path / "runs", "quantise": "int8"}
     text = {"dataset": str(made.text), "tokens": 128, "seq_len": 32, "sensitivity_tokens": 0}
     reason = _CANNOT_BE_QUANTISED.get(made.family)
     if reason is not None:

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from teal_cli.cli import run
 from teal_cli.errors import ArtefactError, MachineError
+from teal_cli.model_source import find_model
 from teal_cli.models.gguf import converted
-from teal_cli.models.source import find_model
 
 # A conversion that logs that it started, waits, and writes a valid folder.
 SCRIPT = """

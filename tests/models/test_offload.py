@@ -25,11 +25,11 @@ def test_weights_are_elsewhere_between_layers() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias"])  # the second has tied embeddings
-@pytest.mark.parametrize("quantize", [[], ["--quantize", "int4:32", "--quantize-output"]])
-def test_calibrations_are_the_same(family: str, quantize: list[str], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantise", [[], ["--quantise", "int4:32", "--quantise-output"]])
+def test_calibrations_are_the_same(family: str, quantise: list[str], corpus: Path, tmp_path: Path) -> None:
     """Histograms, sensitivities and greedy paths, of the output layer too."""
     tiny = save_tiny(tmp_path / "tiny", family)
-    flags = ["--dataset", str(corpus), "--tokens", "256", "--seq-len", "64", "--greedy-tokens", "64", *quantize]
+    flags = ["--dataset", str(corpus), "--tokens", "256", "--seq-len", "64", "--greedy-tokens", "64", *quantise]
     found: list[Calibration] = []
     for extra in ([], ["--offload"]):
         assert run(["calibrate", "--model", str(tiny), "--output-layer", *flags, *extra, "--out", "run"]) == 0

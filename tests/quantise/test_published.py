@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from teal_cli.cli import run
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model
-from teal_cli.models.source import ModelSource, find_model
+from teal_cli.model_loading import load_model
+from teal_cli.model_source import ModelSource, find_model
 from teal_cli.quantise.rounding import quantise
-from teal_cli.quantise.scheme import Scheme
 from teal_cli.resources import teal_home
+from teal_cli.schemes import Scheme
 from teal_kernels.packing import codes_of, pack
 
 GROUP = 32
@@ -116,7 +116,7 @@ def test_no_code_is_lost_on_the_way_to_a_checkpoint(tmp_path: Path, method: str,
     stored = _publish(folder, method, form)
     corpus = tmp_path / "text.txt"
     corpus.write_text("the keeper of the lighthouse writes down the weather every evening at nine\n" * 200)
-    arguments = f"--model {folder} --quantize int4:{GROUP} --device cpu --runs {tmp_path / 'r'}".split()
+    arguments = f"--model {folder} --quantise int4:{GROUP} --device cpu --runs {tmp_path / 'r'}".split()
     text = ["--dataset", str(corpus), "--tokens", "256", "--seq-len", "64", "--sensitivity-tokens", "64"]
     assert run(["calibrate", *arguments, *text]) == 0
     assert run(["export", *arguments, "--sparsity", "0.4", "--allocation", "uniform"]) == 0
@@ -142,7 +142,7 @@ def test_memory_is_asked_for_first(
     models = teal_home() / "models"
     with monkeypatch.context() as patch:
         patch.setattr("teal_cli.models.loading.available_bytes", lambda device: needed - 1)
-        assert run(["calibrate", "--model", str(folder), "--quantize", f"int4:{GROUP}", "--device", "cpu"]) == 4
+        assert run(["calibrate", "--model", str(folder), "--quantise", f"int4:{GROUP}", "--device", "cpu"]) == 4
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teal: ")]
     assert f"out of memory: laying out the codes of {folder} anew needs" in line
     assert "larger machine" in line
@@ -159,7 +159,7 @@ def test_what_cannot_be_taken_over_is_said(tmp_path: Path, capsys: pytest.Captur
         find_model(str(folder))
     folder = _save(tmp_path / "other")
     _publish(folder, "awq")
-    assert run(["calibrate", "--model", str(folder), "--quantize", "int4:64", "--device", "cpu"]) == 2
+    assert run(["calibrate", "--model", str(folder), "--quantise", "int4:64", "--device", "cpu"]) == 2
     assert "codes of int4:32" in capsys.readouterr().err
 
 

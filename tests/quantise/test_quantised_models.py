@@ -22,12 +22,11 @@ from teal_cli.config import CalibrateConfig
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
 from teal_cli.errors import ArtefactError
+from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import load_model
-from teal_cli.quantise.loading import load_dense
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.rounding import gptq, quantise
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantised import QuantisedLinear
 from teal_kernels.packing import dequantised
@@ -216,7 +215,7 @@ def test_bytes_of_a_token() -> None:
 @pytest.mark.parametrize("output", [False, True])
 def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = save_tiny(tmp_path / "tiny", family)
-    shared = ["--model", str(dense), "--quantize", "int4:32", *(["--quantize-output"] if output else [])]
+    shared = ["--model", str(dense), "--quantise", "int4:32", *(["--quantise-output"] if output else [])]
     calibrate = ["--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]
     assert run(["calibrate", *shared, *calibrate]) == 0
     assert run(["export", *shared, "--sparsity", "0.4", "--json", "e.json"]) == 0
@@ -228,7 +227,7 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     assert isinstance(model.model.layers[0].mlp.down_proj, QuantisedLinear)
     assert isinstance(model.lm_head, QuantisedLinear) == output
     # What transformers loads is the network that was calibrated: the quantised one.
-    config = CalibrateConfig(model=str(dense), quantize="int4:32", quantize_output=output, device="cpu")
+    config = CalibrateConfig(model=str(dense), quantise="int4:32", quantise_output=output, device="cpu")
     calibration = calibration_file.load(folder.parent)
     assert calibration.info.quantize_tokens == 512
     plain, _ = load_dense(dense, config, calibration)
@@ -262,16 +261,16 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
 
 def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = save_tiny(tmp_path / "tiny")
-    assert run(["calibrate", "--model", str(dense), "--quantize", "int5"]) == 2
+    assert run(["calibrate", "--model", str(dense), "--quantise", "int5"]) == 2
     assert "int5" in capsys.readouterr().err
-    assert run(["bench", "--model", str(dense), "--quantize-output"]) == 2
-    assert "--quantize" in capsys.readouterr().err
+    assert run(["bench", "--model", str(dense), "--quantise-output"]) == 2
+    assert "--quantise" in capsys.readouterr().err
     calibrate = ["--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]
     assert run(["calibrate", "--model", str(dense), *calibrate]) == 0
-    assert run(["export", "--model", str(dense), "--quantize", "int8", "--calibration", "runs/tiny"]) == 3
+    assert run(["export", "--model", str(dense), "--quantise", "int8", "--calibration", "runs/tiny"]) == 3
     assert "calibrate" in capsys.readouterr().err
     assert run(["export", "--model", str(dense)]) == 0
-    assert run(["bench", "--model", "runs/tiny/fisher-0.50", "--quantize", "int8"]) == 2
+    assert run(["bench", "--model", "runs/tiny/fisher-0.50", "--quantise", "int8"]) == 2
     assert "dense model" in capsys.readouterr().err
 
 
@@ -281,8 +280,8 @@ def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ("gemma3", [], "the weight files have no .*their names are not those of the model"),
         ("renamed bert", [], "no encoder.layer.0.*they have other.encoder.*with or without the prefix 'bert'"),
         ("gpt2", [], "only linear layers of their own can be quantised"),
-        ("t5", ["--quantize-output"], "leave --quantize-output out"),
-        ("bert", ["--quantize-output"], "leave --quantize-output out"),
+        ("t5", ["--quantise-output"], "leave --quantise-output out"),
+        ("bert", ["--quantise-output"], "leave --quantise-output out"),
     ],
 )
 def test_what_cannot_be_is_known_before_the_model_is_loaded(
@@ -295,7 +294,7 @@ def test_what_cannot_be_is_known_before_the_model_is_loaded(
     dense = save_tiny(tmp_path / "tiny", family.removeprefix("renamed "))
     if family == "renamed bert":
         _rename(dense, lambda name: f"other.{name}")
-    assert run(["calibrate", "--model", str(dense), "--quantize", "int4:32", *flags]) == 3
+    assert run(["calibrate", "--model", str(dense), "--quantise", "int4:32", *flags]) == 3
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -304,7 +303,7 @@ def test_weights_of_another_calibration_are_refused(
 ) -> None:
     """What an interrupted second `calibrate` leaves: its weights beside the first one's histograms."""
     dense = save_tiny(tmp_path / "tiny")
-    shared = ["--model", str(dense), "--quantize", "int4:32"]
+    shared = ["--model", str(dense), "--quantise", "int4:32"]
     assert run(["calibrate", *shared, "--dataset", str(corpus), "--tokens", "512", "--seq-len", "64"]) == 0
     file = Path("runs/tiny-int4-32/quantised.safetensors")
     tensors = load_file(file)
@@ -327,7 +326,7 @@ def test_weights_of_another_calibration_are_refused(
 def test_a_recipe_makes_quantised_weights_again(corpus: Path, tmp_path: Path) -> None:
     dense, file = save_tiny(tmp_path / "tiny"), Path("runs/tiny-int8/quantised.safetensors")
     Path("r.yaml").write_text(
-        f"model: {dense}\nquantize: int8\nstages: [calibrate]\ndataset: {corpus}\ntokens: 256\nseq_len: 64\n"
+        f"model: {dense}\nquantise: int8\nstages: [calibrate]\ndataset: {corpus}\ntokens: 256\nseq_len: 64\n"
     )
     assert run(["run", "r.yaml", "--quiet"]) == 0
     file.unlink()
@@ -336,7 +335,7 @@ def test_a_recipe_makes_quantised_weights_again(corpus: Path, tmp_path: Path) ->
 
 
 def test_weights_without_a_fingerprint(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shared = ["--model", str(save_tiny(tmp_path / "tiny")), "--quantize", "int8"]
+    shared = ["--model", str(save_tiny(tmp_path / "tiny")), "--quantise", "int8"]
     assert run(["calibrate", *shared, "--dataset", str(corpus), "--tokens", "256", "--seq-len", "64"]) == 0
     meta = Path("runs/tiny-int8/calibration.json")
     absent = ("quantised_weights", "content_sha256")
@@ -368,7 +367,7 @@ def test_names_with_or_without_the_prefix_of_the_base_model(
     for home, rename in (("plain", lambda key: key), ("renamed", name)):
         dense = save_tiny(tmp_path / home / "m", family)
         _rename(dense, rename)
-        shared = ["--model", str(dense), "--quantize", "int8", "--runs", str(tmp_path / home), "--dtype", "float32"]
+        shared = ["--model", str(dense), "--quantise", "int8", "--runs", str(tmp_path / home), "--dtype", "float32"]
         text = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "32", "--sensitivity-tokens", "0"]
         assert run(["calibrate", *shared, *text]) == 0
         out = tmp_path / home / "out"

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
+from teal_cli.console import QUIET
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.models.loading import load_model
-from teal_cli.report.console import QUIET
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import sparse_layers
 from teal_cli.steps.evaluate import evaluate
 

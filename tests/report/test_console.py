@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from teal_cli.report.console import Reporter
+from teal_cli.console import Reporter
+from teal_cli.plain_table import PlainTable, facts_table
 from teal_cli.report.page import listed
-from teal_cli.report.plain_table import PlainTable, facts_table
 
 _NAMES = ["[bold]x[/bold]", "[/]", "a[link=x]b", "wiki:en:train:text", "esc\x1b[31m\x07\x9b0m", "a\u202eb"]
 

@@ -98,7 +98,7 @@ def test_commands_of_a_checkpoint_alone(own_run: Path, tmp_path: Path) -> None:
     del config["quantization_config"]["content_sha256"]  # as an older version wrote it
     (alone / "config.json").write_text(json.dumps(config))
     found = read_material(alone)
-    assert how_to_measure("calibrate", found) == "teal calibrate --model tiny --quantize int4:32 --quantize-output"
+    assert how_to_measure("calibrate", found) == "teal calibrate --model tiny --quantise int4:32 --quantise-output"
 
 
 def test_places() -> None:

@@ -93,7 +93,7 @@ def test_results_of_other_weights(corpus: Path, tmp_path: Path) -> None:
     texts = ("--text", corpus, "--tokens", 256, "--seq-len", 64)
     decoding = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1)
     plain, quantised = Path("runs/tiny"), Path("runs/tiny-int4-32")
-    four = ("--quantize", "int4:32")
+    four = ("--quantise", "int4:32")
     assert _teal("eval", *shared, "plain.json", *texts) == 0
     assert _teal("eval", *shared, plain / "int4.json", *texts, *four) == 0
     assert _teal("bench", *shared, plain / "speed.json", *decoding, *four) == 0
@@ -114,7 +114,7 @@ def test_results_of_other_weights(corpus: Path, tmp_path: Path) -> None:
     assert "realised sparsity, tiny-int4-32 on" in page
     assert "realised sparsity, tiny on" in page
     # One result with both kinds.
-    assert _teal("eval", *shared, quantised / "eval.json", *texts, "--also-quantize", "int4:32") == 0
+    assert _teal("eval", *shared, quantised / "eval.json", *texts, "--also-quantise", "int4:32") == 0
     first, second = json.loads((quantised / "eval.json").read_text())["runs"]
     found = _inspected(quantised)
     assert found["exports"][0]["realised_sparsity"] == second["sparse"]["realised_sparsity"]
@@ -137,7 +137,7 @@ def test_an_encoder_says_its_weights(corpus: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "bert", "bert")
     Path("c.yaml").write_text(f"calibrate: {{dataset: {corpus}, tokens: 256, seq_len: 64, sensitivity_tokens: 64}}\n")
     run = Path("runs/bert-int8")
-    flags = ("--config", "c.yaml", "--model", model, "--device", "cpu", "--quiet", "--quantize", "int8")
+    flags = ("--config", "c.yaml", "--model", model, "--device", "cpu", "--quiet", "--quantise", "int8")
     texts = ("--text", corpus, "--tokens", 256, "--seq-len", 64, "--json", "e.json")
     assert _teal("eval", *flags, *texts) == 0
     assert json.loads(Path("e.json").read_text())["quantization"] == "int8"

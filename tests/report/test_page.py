@@ -12,7 +12,7 @@ import pytest
 
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.config import ReportConfig
-from teal_cli.report.console import QUIET
+from teal_cli.console import QUIET
 from teal_cli.steps.report import report
 
 SECTIONS = ["quality", "speed", "sparsity", "distributions", "tokens", "made"]

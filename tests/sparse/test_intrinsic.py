@@ -17,8 +17,8 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import unsupported_reason
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
+from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparseLinear, SparsityControl, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP

@@ -14,7 +14,7 @@ import teal_cli.hf
 from teal_cli.allocation import make_plan
 from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
 from teal_cli.errors import ArtefactError
-from teal_cli.models.loading import load_model
+from teal_cli.model_loading import load_model
 from teal_cli.sparse import apply_plan_, control_of, lay_out_, sparse_layers, sparsify_
 from teal_kernels import masked_input
 

@@ -19,8 +19,8 @@ from teal_cli.cli import run
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
 from teal_cli.errors import UsageError
+from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
-from teal_cli.models.loading import load_model
 from teal_cli.sparse import SparseLinear, control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.sparse.replace import set_thresholds_
 

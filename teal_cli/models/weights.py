@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.atomic import update_with_samples
+from teal_cli.atomic import update_with_samples
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.reading import read_json
 

@@ -1,4 +1,4 @@
-"""How weights are quantised: the value of `--quantize`."""
+"""How weights are quantised: the value of `--quantise`."""
 
 import re
 from collections.abc import Mapping
@@ -42,6 +42,9 @@ class Scheme:
     def text(self) -> str:
         """What `parse` reads."""
         return "int8" if self.bits == 8 else f"int4:{self.group}"
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def has_zeros(self) -> bool:

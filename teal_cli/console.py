@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from teal_cli.errors import printable
-from teal_cli.report.plain_table import PlainTable
+from teal_cli.plain_table import PlainTable
 
 _NO_TERMINAL = 100_000
 """Columns of a file or a pipe."""

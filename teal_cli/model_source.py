@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teal_cli.checkpoint.atomic import tidy
+from teal_cli.atomic import tidy
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
-from teal_cli.checkpoint.weights import tensor_header, weight_files
 from teal_cli.errors import ArtefactError, MachineError, artefact_error, nearest, shown
+from teal_cli.models import gguf
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.config_checks import PUBLISHED_METHODS, check_config, method_of
-from teal_cli.quantise.scheme import kind_of_weights
+from teal_cli.models.weights import tensor_header, weight_files
+from teal_cli.quantise.published import converted_published
 from teal_cli.reading import read_json
+from teal_cli.schemes import kind_of_weights
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _LEGACY_QUANTISATION = ("quantize_config.json", "quant_config.json")
@@ -52,7 +54,7 @@ class ModelSource:
         return SparsityPlan.from_dict(self.config["quantization_config"])
 
     @property
-    def quantization(self) -> str:
+    def quantisation(self) -> str:
         """The kind of weights that a TEAL checkpoint has, as results say it; empty of a dense model."""
         config = self.config
         return kind_of_weights(config["quantization_config"].get("quantization")) if carries_plan(config) else ""
@@ -153,16 +155,12 @@ def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> Model
     weight_files(folder)
     found = ModelSource(name, folder)
     if method_of(found.config) in PUBLISHED_METHODS:
-        from teal_cli.quantise.published import converted_published
-
         return ModelSource(name, converted_published(folder, say))
     return found
 
 
 def _converted_source(file: Path, name: str | None, say: Callable[[str], None]) -> ModelSource:
-    from teal_cli.models.gguf import converted, model_name
-
-    return ModelSource(name or model_name(file), converted(file, say))
+    return ModelSource(name or gguf.model_name(file), gguf.converted(file, say))
 
 
 def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:

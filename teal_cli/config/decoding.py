@@ -1,0 +1,126 @@
+"""What is skipped while decoding: `teal generate` and `teal bench`."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from teal_cli.config.shared import MOST
+from teal_cli.config.sparsity import OneAllocation, SparseConfig
+from teal_cli.config_values import Backend, Mode, QuantisationList, Sparsity, SparsityList, TokenList
+
+_OF_CALIBRATED = (
+    "sparsity",
+    "calibration",
+    "allocation",
+    "limits",
+    "cost",
+    "recalibrate",
+    "quantise",
+    "also_quantise",
+    "kernels",
+)
+"""Keys that mode intrinsic does not take: nothing is calibrated there."""
+
+
+class DecodingConfig(SparseConfig):
+    """What is skipped while decoding."""
+
+    mode: Mode = Field(
+        "calibrated",
+        description="calibrated: inputs below thresholds; intrinsic: only the zeros that a model trained with relu, "
+        "fatrelu, drelu or relu2 makes, without a calibration",
+    )
+
+    @model_validator(mode="after")
+    def _intrinsic_is_not_calibrated(self) -> Self:
+        if self.mode == "intrinsic":
+            for key in _OF_CALIBRATED:
+                if key in self.model_fields_set and getattr(self, key):
+                    raise ValueError(
+                        f"mode intrinsic (flag --mode) skips only the zeros that the model makes: leave out "
+                        f"{key} (flag --{key.replace('_', '-')})"
+                    )
+        return self
+
+
+class GenerateConfig(OneAllocation, DecodingConfig):
+    """`teal generate`."""
+
+    prompt: str | None = Field(None, description="the prompt; - reads stdin; none on a terminal: interactive")
+    sparsity: Sparsity | None = Field(
+        None, description="target in [0, 1); 0 is dense (default 0.5, or the folder's own)"
+    )
+    max_new_tokens: int = Field(256, ge=1, lt=MOST, description="at most this many tokens a reply")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy; else at least 0.01")
+    top_k: int = Field(0, ge=0, lt=MOST, description="sample among the k likeliest tokens; 0 is off")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this joint probability")
+    chat: bool | None = Field(None, description="use the model's chat template (default: if it has one)")
+    stop: TokenList = Field(default_factory=list, description="further stop tokens, comma-separated")
+    backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
+
+    @model_validator(mode="after")
+    def _sampling_needs_temperature(self) -> Self:
+        if 0 < self.temperature < 0.01:  # logits divided by less overflow
+            raise ValueError("temperature (flag --temperature) is 0 for greedy, else at least 0.01")
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            raise ValueError(
+                "top_k (flag --top-k) and top_p (flag --top-p) need a temperature above 0 (flag --temperature)"
+            )
+        return self
+
+
+class ComparingConfig(DecodingConfig):
+    """Measuring a model, with several kinds of weights if need be."""
+
+    also_quantise: QuantisationList = Field(
+        default_factory=list, description="measure that too, with weights of these kinds: as quantise, comma-separated"
+    )
+
+    def others(self) -> list[Self]:
+        """One configuration for each of them."""
+        return [self.model_copy(update={"quantise": quantise, "also_quantise": []}) for quantise in self.also_quantise]
+
+    def _quantises(self) -> bool:
+        return super()._quantises() or bool(self.also_quantise)
+
+    @model_validator(mode="after")
+    def _each_has_a_calibration_of_its_own(self) -> Self:
+        for key in ("calibration", "kernels"):
+            if self.also_quantise and getattr(self, key, None):
+                raise ValueError(
+                    f"{key} (flag --{key}) is of one kind of weights: leave out also_quantise (flag --also-quantise)"
+                )
+        return self
+
+
+class BenchConfig(OneAllocation, ComparingConfig):
+    """`teal bench`."""
+
+    sparsity: SparsityList = Field([0.4, 0.5], description="targets, comma-separated; dense is always measured")
+    prompt_tokens: int = Field(64, ge=1, lt=MOST, description="length of the prompt")
+    new_tokens: int = Field(64, ge=2, lt=MOST, description="tokens decoded a repeat")
+    repeats: int = Field(
+        5, ge=1, lt=MOST, description="timed repeats of each, in turn; 5 or more for a result to quote"
+    )
+    random_weights: bool = Field(
+        False, description="build the alias's shape with random weights; nothing is downloaded"
+    )
+    kernels: bool = Field(False, description="also time the sparse product of each projection shape")
+    tune: bool = Field(False, description="with kernels, on a GPU: search how to cut each product, and keep it")
+    batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
+    backend: Backend = Field("auto", description="sparse kernels; a name runs or fails")
+
+    @model_validator(mode="after")
+    def _tuning_is_of_kernels(self) -> Self:
+        if self.tune and not self.kernels:
+            raise ValueError("tune (flag --tune) searches for kernels: give kernels (flag --kernels) too")
+        return self
+
+    @model_validator(mode="after")
+    def _random_weights_have_no_run(self) -> Self:
+        if self.random_weights and self.calibration is not None:
+            raise ValueError(
+                "random_weights (flag --random-weights) calibrates its own weights: leave out calibration "
+                "(flag --calibration)"
+            )
+        return self

@@ -1,0 +1,36 @@
+"""Flags that have another spelling: both run, and the help shows one."""
+
+from pathlib import Path
+
+import pytest
+
+from teal_cli.cli import VERBS, run
+from teal_cli.config import OTHER_SPELLINGS
+from teal_cli.config_files import flag_name
+from tests.conftest import save_tiny
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_one_spelling(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert not any(other in text for other in map(flag_name, OTHER_SPELLINGS.values()))
+    assert ("--quantise" in text) is (verb in ("calibrate", "export", "eval", "bench", "generate"))
+
+
+def test_either_spelling_runs(corpus: Path, tmp_path: Path) -> None:
+    shared = ["--model", str(save_tiny(tmp_path / "tiny")), "--device", "cpu", "--quiet"]
+    text = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "64", "--sensitivity-tokens", "0"]
+    assert run(["calibrate", *shared, *text, "--quantize", "int4:32", "--no-quantize-output"]) == 0
+    assert Path("runs/tiny-int4-32/calibration.json").is_file()
+    for flags in (["--quantise", "int4:32", "--no-propagate"], ["--quantize", "int4:32", "--recalibrate"]):
+        assert run(["export", *shared, "--allocation", "uniform", *flags]) == 0
+
+
+def test_both_spellings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--quantize", "int8", "--quantise", "int4"]) == 2
+    assert capsys.readouterr().err == (
+        "teal: quantize (flag --quantize) is another spelling of quantise (flag --quantise): give one of the two\n"
+    )
+    assert run(["export", "--recalibrate", "--no-propagate"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
