@@ -49,6 +49,12 @@ _NO_RESULTS = {
         "else 0 |": "a formula",
         "max(gate, 0)^2": "a formula",
     },
+    "docs/models.md": {
+        "4-bit GPTQ": "a format",
+        "1 to 8 sequences": "a bound of the code",
+        "Qwen 2 and 3": "a name",
+        "capability 9.0": "a name",
+    },
     "docs/tutorial.md": {
         "330 MB read in place of 538 would be 1.63x": "of the output shown above it",
         "a GPU of 24 GB": "what cards have",
