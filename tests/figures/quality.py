@@ -94,6 +94,10 @@ def method_calibration(page: Page) -> None:
         greedy["sensitivity_seconds"],
         greedy["sensitivity_tokens"],
     )
+
+
+def benchmarks_calibration(page: Page) -> None:
+    """What calibration takes by default, and of a large model."""
     fisher = result("calibrate-smollm2-135m-fisher")
     page.says("take {} seconds on two CPU cores, the histograms {} (", fisher["sensitivity_seconds"], fisher["seconds"])
     gpu = result("calibrate-gpu")["steps"]
@@ -117,7 +121,7 @@ def method_recalibrated(page: Page) -> None:
     page.table("| allocation | target | as the dense network's quantiles give | recalibrated |", rows, labels=2)
 
 
-def method_allocations(page: Page) -> None:
+def benchmarks_allocations(page: Page) -> None:
     """Allocations on four texts, and text that the model itself wrote."""
     rows: dict[str, tuple[Cell, ...]] = {}
     for text, stem in (
@@ -144,7 +148,7 @@ def method_allocations(page: Page) -> None:
     page.says("uniform {} to {} and fisher {} to {} under the target", *bounds)
 
 
-def method_trials(page: Page) -> None:
+def benchmarks_trials(page: Page) -> None:
     """What was tried and is not here."""
     whole = result("quality-trials-smollm2-135m")
     first, added = whole["results"], whole["added"][0]["results"]
