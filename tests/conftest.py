@@ -1,11 +1,10 @@
 """Tiny random models of every supported family, and the real SmolLM2-135M where it is installed."""
 
-import dataclasses
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 # The Triton kernels run in the interpreter: it must be chosen before triton is imported.
 if not os.environ.get("TEAL_TEST_GPU"):
@@ -36,27 +35,12 @@ from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.loading import auto_class
 from teal_cli.models.weights import fingerprint
-from teal_kernels import masked_input, triton_gemv, tuning
-
-
-def _quicken_interpreter() -> None:
-    """Leave out what Triton's interpreter repeats: more than half of the time of our kernels.
-
-    It patches the whole language again for every launch and whenever one kernel function calls
-    another, and follows every whole-number sum in 64 bits to see whether it overflows.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    names = {"tl": language, "core": language.core}  # as our kernels and triton's own functions import them
-    patched = interpreter._patch_lang(SimpleNamespace(__globals__=names))
-    interpreter._patch_lang = lambda _: type(patched)()  # with nothing to take back
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-
+from teal_kernels import masked_input, triton_gemv, tuning_files
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-    _quicken_interpreter()
+    from quick_interpreter import quicken
+
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -232,7 +216,17 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool 
 def calibrate_tiny(
     folder: Path, *, sequences: int = 4, seq_len: int = 64, output_layer: bool | None = False
 ) -> Calibration:
-    """A calibration of a tiny model on random tokens."""
+    """A calibration of a tiny model on random tokens, which is measured once a process."""
+    key = (folder.name, fingerprint(folder), (folder / "config.json").read_bytes(), sequences, seq_len, output_layer)
+    if key not in _MEASURED:
+        _MEASURED[key] = _measured(folder, sequences, seq_len, output_layer)
+    return copy.deepcopy(_MEASURED[key])
+
+
+_MEASURED: dict[tuple[object, ...], Calibration] = {}
+
+
+def _measured(folder: Path, sequences: int, seq_len: int, output_layer: bool | None) -> Calibration:
     model = load_model(folder, device="cpu", dtype="float32")
     projections = find_projections(model, output_layer=output_layer)
     torch.manual_seed(5)
@@ -322,9 +316,9 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No user's tuning table but the test's own, and none remembered."""
     monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))
-    tuning._entries.cache_clear()
+    tuning_files.table_of.cache_clear()
     yield
-    tuning._entries.cache_clear()
+    tuning_files.table_of.cache_clear()
 
 
 def export_tiny(

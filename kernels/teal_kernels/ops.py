@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from teal_kernels.cpu import cpu_sparse_linear
-from teal_kernels.launching import TRITON_MISSING, interpreting
 from teal_kernels.reference import reference_linear
+from teal_kernels.support import kernels_unsupported_reason
 from teal_kernels.triton_linear import triton_sparse_linear
 
 _Implementation = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -23,7 +23,6 @@ _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "triton": triton_sparse_linear,
 }
 BACKENDS = ("auto", *_IMPLEMENTATIONS)
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -41,14 +40,7 @@ def backend_unavailable_reason(backend: str, device: torch.device | str, dtype: 
     kind = torch.device(device).type
     if backend == "cpu" and kind != "cpu":
         return f"the cpu backend needs CPU tensors, not {kind}"
-    if backend == "triton":
-        if TRITON_MISSING is not None:
-            return TRITON_MISSING
-        if kind == "cpu" and not interpreting():
-            return "the triton backend needs a GPU (or TRITON_INTERPRET=1 to run its interpreter)"
-        if dtype not in _TRITON_DTYPES:
-            return f"the triton backend takes float16, bfloat16 and float32, not {dtype}"
-    return None
+    return kernels_unsupported_reason(torch.device(device), dtype) if backend == "triton" else None
 
 
 def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype) -> str:

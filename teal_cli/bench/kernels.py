@@ -13,7 +13,8 @@ from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.tuning import choose_config, kind_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
 
 _ROTATED_BYTES = 512 << 20
 """Copies of the weight are used in turn until this much was touched: more than any cache here holds."""

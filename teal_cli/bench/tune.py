@@ -1,4 +1,4 @@
-"""Search for the cuts of products: `teal bench --kernels --tune`, and the packaged tables."""
+"""Search for the tile configs of products: `teal bench --kernels --tune`, and the packaged tables."""
 
 import itertools
 import os
@@ -18,23 +18,24 @@ from teal_kernels.launching import LEAST_TILE, by_elements, multiprocessors
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
-from teal_kernels.tuning import UNTUNED, Entry, kind_of, trying
+from teal_kernels.tuning import UNTUNED, trying
+from teal_kernels.tuning_entries import Entry, kind_of
 
 _COMPILERS = 12
 _FREE_FOR_ONE = 4 << 30
 """Bytes free on the GPU for each process that compiles."""
 _FINALISTS = 3
 _TRIED = 5
-"""Cuts of a product that are tried in the model."""
+"""Tile configs of a product that are tried in the model."""
 
 
 def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
-    """Cuts worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
+    """Tile configs worth timing: loads of 16 bytes a thread, several in flight, programs for the whole GPU at once.
 
-    Of a batch, whose programs have more to do beside reading, fewer programs and longer stretches too.
+    Of a batch, whose programs have more to do beside reading, fewer programs and longer chunks of inputs too.
 
     More programs than a GPU holds at a time would run in waves, with an idle tail each. A product too
-    small to fill it is cut as finely as can be.
+    small to fill it is divided as finely as can be.
     """
     processors = multiprocessors(product.device)
     outputs = sum(product.parts)
@@ -44,15 +45,15 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
     found = False
     table = product.tables[0]
     bits = bits_of(table)
-    # Of half bytes, whose sums take twice the registers of bytes', element by element 8 or 16.
+    # Of half bytes, whose sums take twice the registers of bytes', on the FMA path 8 or 16.
     tiles = _tiles(min(16, 128 // bits)) if by_elements(product.rows, bits) else _batch_tiles(128 // bits)
-    stretches = _STRETCHES if one else _BATCH_STRETCHES
-    for (block_out, block_in, unroll, warps), per_split in itertools.product(tiles, stretches):
-        if per_split < 2 * block_in * unroll or (not small and (block_out < 64 or per_split < 128)):
+    chunks = _CHUNKS if one else _BATCH_CHUNKS
+    for (block_out, block_in, unroll, warps), per_chunk in itertools.product(tiles, chunks):
+        if per_chunk < 2 * block_in * unroll or (not small and (block_out < 64 or per_chunk < 128)):
             continue
-        programs = -(-product.inputs // per_split) * sum(-(-part // block_out) for part in product.parts)
+        programs = -(-product.inputs // per_chunk) * sum(-(-part // block_out) for part in product.parts)
         if fewest <= programs * warps <= 34 * processors:
-            config = TileConfig(block_out, block_in, unroll, per_split, warps, dense=dense)
+            config = TileConfig(block_out, block_in, unroll, per_chunk, warps, dense=dense)
             if fitting(config, table, product.rows) == config:
                 found = True
                 yield config
@@ -61,13 +62,13 @@ def candidates(product: TimedProduct, *, dense: bool) -> Iterator[TileConfig]:
 
 
 _BLOCKS = (32, 64, 128, 256, 512)
-_STRETCHES = (64, 128, 256, 512, 1024)
-_BATCH_STRETCHES = (*_STRETCHES, 2048, 4096)
-"""Inputs of a program. What matrix units read whole has no list to make, and each program sends sums for every row."""
+_CHUNKS = (64, 128, 256, 512, 1024)
+_BATCH_CHUNKS = (*_CHUNKS, 2048, 4096)
+"""Inputs of a program. What tensor cores read whole has no list to make, and each program sends sums for every row."""
 
 
 def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """(block_out, block_in, unroll, warps) of tiles for sums element by element: one or two loads a thread."""
+    """(block_out, block_in, unroll, warps) of tiles for the FMA path: one or two loads a thread."""
     for block_out, warps, (loads, unroll) in itertools.product(
         _BLOCKS, (1, 2, 4), ((1, 4), (1, 6), (1, 8), (2, 2), (2, 4), (2, 6))
     ):
@@ -77,7 +78,7 @@ def _tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _batch_tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
-    """The same for tiles that matrix units take."""
+    """The same for tensor cores."""
     for block_out, warps, block_in, unroll in itertools.product(
         _BLOCKS[:-1], (1, 2, 4), (LEAST_TILE, 2 * LEAST_TILE, 4 * LEAST_TILE), (1, 2, 4)
     ):
@@ -87,7 +88,7 @@ def _batch_tiles(lane: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 Finalists = dict[float, list[Entry]]
-"""The best cuts of one product, fastest first, for each sparsity; 0 is the dense read."""
+"""The best tile configs of one product, fastest first, for each sparsity; 0 is the dense read."""
 
 
 def compilers(device: torch.device) -> Executor:
@@ -126,12 +127,12 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
 
     Kernels that alternate rank otherwise than one that follows itself: what one leaves in the caches,
     and where it lets the next begin, counts. Where the token is no faster than the dense one, no
-    product is said to be, and each to be as much slower: skipping in some products and not in others can lose
-    what it gains.
+    product may be chosen as faster: its `deciding_microseconds` are as much above the dense read's. Skipping in some
+    products and not in others can lose what it gains.
 
     Args:
         found: of each product.
-        token_seconds: a sparsity to the time of a token at it, by whatever cuts are chosen at the time.
+        token_seconds: a sparsity to the time of a token at it, by whatever tile configs are chosen at the time.
 
     Returns:
         One entry for each product and sparsity.
@@ -157,9 +158,11 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
 
 def _as_in_the_model(entry: Entry, dense: Entry, longer: float) -> Entry:
     """An entry whose token took so many times as long as the dense one; `dense` is of the same product."""
-    if entry.config.dense or longer < 1.0:
+    deciding = round(dense.cost * longer, 2)
+    if entry.config.dense or longer < 1.0 or entry.cost >= deciding:
         return entry
-    return replace(entry, microseconds=max(entry.microseconds, round(dense.microseconds * longer, 2)))
+    because = f"a token that skips took {longer:.3f} times as long as a dense one"
+    return replace(entry, deciding_microseconds=deciding, deciding_because=because)
 
 
 def _ranked(product: TimedProduct, configs: list[TileConfig], sparsity: float) -> list[Entry]:
@@ -179,11 +182,11 @@ def _ranked(product: TimedProduct, configs: list[TileConfig], sparsity: float) -
         for config in configs
         if _launches(product, config, thresholds)
     ]
-    return sorted(entries, key=lambda entry: entry.microseconds)
+    return sorted(entries, key=lambda entry: entry.cost)
 
 
 def _launches(product: TimedProduct, config: TileConfig, thresholds: Tensor) -> bool:
-    """Whether a cut can be compiled and has room on this GPU."""
+    """Whether a tile config can be compiled and has room on this GPU."""
     try:
         product.launch(0, thresholds, config)
     except Exception as error:

@@ -47,9 +47,10 @@ def _machine(result: dict[str, Any]) -> PlainTable:
         rows["no GPU"] = result["no_gpu_because"]
     else:
         rows["compute capability"] = gpu["compute_capability"]
-        rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda']}"
+        rows["driver, CUDA"] = f"{gpu['driver'] or 'unknown'}, {gpu['cuda'] or 'none'}"
         whose = "this GPU" if gpu["tuned"] else "another GPU: `teal bench --kernels --tune`"
-        rows["kernels"] = f"cut as measured on {whose}"
+        if result["backends"]["triton"] == "available":
+            rows["kernels"] = f"tile configs as measured on {whose}"
         rows["main memory available"] = _gib(result["main_memory_available_bytes"])
     if gpu is not None and result["c_compiler"] is None:
         rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"

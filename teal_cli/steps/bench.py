@@ -43,9 +43,11 @@ from teal_cli.sparse import (
 )
 from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
-from teal_cli.versions import device_description, library_versions
+from teal_cli.versions import commit, device_description, library_versions
 from teal_cli.workspace import Workspace
-from teal_kernels.tuning import keep_entries
+from teal_kernels import backend_unavailable_reason
+from teal_kernels.tuning_entries import Provenance
+from teal_kernels.tuning_files import keep_entries
 
 _TUNED_TOKENS = 64
 """Decoded to time one cut."""
@@ -216,11 +218,13 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     """Search the products of a model on this GPU, and keep what is found for every later command.
 
     Raises:
-        MachineError: no GPU.
+        MachineError: no GPU, or one that the kernels do not run on.
     """
     device, batch = engine.device, prepared.prompt.shape[0]
     if device.type != "cuda":
         raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
+    if (reason := backend_unavailable_reason("triton", device, prepared.model.dtype)) is not None:
+        raise MachineError(f"tuning times the GPU kernels: {reason}")
     plans: dict[float, SparsityPlan | None] = {0.0: None, **{plan.target_sparsity: plan for plan in prepared.plans}}
     sparsities = [sparsity for sparsity in plans if sparsity > 0]
     if not sparsities:
@@ -243,7 +247,8 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     else:
         reporter.say("trying the best in the model")
         entries = settle(found, token_seconds)
-    path = keep_entries(torch.cuda.get_device_name(device), entries, library_versions())
+    name = torch.cuda.get_device_name(device)
+    path = keep_entries(entries, name, Provenance.here(name, commit()))
     reporter.say(f"kept in {path}")
 
 

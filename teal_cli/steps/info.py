@@ -19,7 +19,7 @@ from teal_cli.resources import teal_home
 from teal_cli.schemes import Scheme
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import BACKENDS, backend_unavailable_reason, resolve_backend
-from teal_kernels.tuning import has_table
+from teal_kernels.tuning_files import has_table
 
 _SCHEMES = ("int8", "int4")
 

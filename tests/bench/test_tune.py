@@ -1,4 +1,4 @@
-"""Choosing cuts by the time of a token, whatever they are worth by themselves."""
+"""Choosing tile configs by the time of a token, whatever they are worth by themselves."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from teal_cli.bench import tune
 from teal_cli.bench.tune import candidates, settle
-from teal_kernels import tuning
 from teal_kernels.launching import by_elements
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import TileConfig
-from teal_kernels.tuning import Entry, choose_config, keep_entries, trying
+from teal_kernels.tuning import choose_config, trying
+from teal_kernels.tuning_entries import Entry, Provenance
+from teal_kernels.tuning_files import keep_entries, table_of
 
 pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
 TABLE = torch.empty(0, dtype=torch.bfloat16)
-CUT = TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=128, warps=1)
+TILE = TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=128, warps=1)
 FIRST, SECOND = (256, (512,), "residual"), (512, (256, 256), "gated")
 
 
 def _entry(product: tuple[int, tuple[int, ...], str], sparsity: float, warps: int) -> Entry:
     inputs, outputs, epilogue = product
-    config = replace(CUT, warps=warps, dense=sparsity == 0.0)
+    config = replace(TILE, warps=warps, dense=sparsity == 0.0)
     return Entry(inputs, outputs, "float32", 1, epilogue, sparsity, 10.0 - 5.0 * sparsity, config)
 
 
@@ -37,7 +38,7 @@ def _chosen(product: tuple[int, tuple[int, ...], str], sparsity: float) -> TileC
 
 
 def _product(inputs: int, parts: tuple[int, ...], rows: int, table: Tensor | Packed = TABLE) -> Any:
-    """As much of a product as its cuts depend on."""
+    """As much of a product as its tile configs depend on."""
     return SimpleNamespace(inputs=inputs, parts=parts, rows=rows, device=CPU, tables=[table])
 
 
@@ -63,19 +64,19 @@ def test_there_is_something_to_time_for_every_shape(
 
 def test_a_search_would_find_what_is_packaged_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
-    packaged = tuning._entries("NVIDIA H100 80GB HBM3")
+    packaged = table_of("NVIDIA H100 80GB HBM3")
     batches = [entry for entry in packaged if entry.rows > 1 and entry.dtype == "bfloat16"]
     assert {entry.rows for entry in batches} == {2, 4, 8}
     for entry in batches:
-        cut = replace(entry.config, evict_first=True)
-        if cut.inputs_per_chunk == 1792:  # an eighth of 14,336: a search takes powers of two
+        config = replace(entry.config, evict_first=True)
+        if config.inputs_per_chunk == 1792:  # an eighth of 14,336: a search takes powers of two
             continue
-        assert cut in candidates(_product(entry.inputs, entry.outputs, entry.rows), dense=cut.dense), entry
+        assert config in candidates(_product(entry.inputs, entry.outputs, entry.rows), dense=config.dense), entry
 
 
 def test_a_search_would_find_what_is_packaged_for_half_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
-    packaged = tuning._entries("NVIDIA H100 80GB HBM3")
+    packaged = table_of("NVIDIA H100 80GB HBM3")
     elementwise = [entry for entry in packaged if entry.dtype == "int4" and by_elements(entry.rows, bits=4)]
     assert {entry.rows for entry in elementwise} == {1, 2}
     for entry in elementwise:
@@ -94,7 +95,7 @@ def test_a_product_too_large_for_a_gpu_is_timed_all_the_same(processors: int, mo
     assert list(candidates(product, dense=True))
 
 
-def test_a_cut_that_cannot_be_launched_is_passed_over() -> None:
+def test_a_tile_config_that_cannot_be_launched_is_passed_over() -> None:
     errors = pytest.importorskip("triton.runtime.errors")
 
     def launch(index: int, thresholds: Any, config: TileConfig) -> None:
@@ -104,10 +105,10 @@ def test_a_cut_that_cannot_be_launched_is_passed_over() -> None:
             raise RuntimeError("an illegal memory access was encountered")
 
     product: Any = SimpleNamespace(launch=launch)
-    assert tune._launches(product, CUT, torch.zeros(1))
-    assert not tune._launches(product, replace(CUT, warps=2), torch.zeros(1))
+    assert tune._launches(product, TILE, torch.zeros(1))
+    assert not tune._launches(product, replace(TILE, warps=2), torch.zeros(1))
     with pytest.raises(RuntimeError, match="illegal"):
-        tune._launches(product, replace(CUT, warps=4), torch.zeros(1))
+        tune._launches(product, replace(TILE, warps=4), torch.zeros(1))
 
 
 def test_the_model_has_the_last_word() -> None:
@@ -116,7 +117,7 @@ def test_the_model_has_the_last_word() -> None:
     asked = []
 
     def token_seconds(sparsity: float) -> float:
-        """The cuts of the moment, as a session would choose them; each that is liked saves a second."""
+        """The tile configs of the moment, as a session would choose them; each that is liked saves a second."""
         asked.append(sparsity)
         return 3.0 - sum(_chosen(p, sparsity).warps == liked[p, sparsity] for p in (FIRST, SECOND))
 
@@ -132,11 +133,15 @@ def test_skipping_that_does_not_pay_in_the_model_is_not_done(of_the_sparse_token
     entries = settle(found, lambda sparsity: of_the_sparse_token if sparsity else 1.0)
     with trying(entries):
         assert [not _chosen(product, 0.5).dense for product in (FIRST, SECOND)] == [skips] * 2
-    assert [entry.microseconds for entry in entries if entry.sparsity] == [7.5 if skips else 11.0] * 2
+    sparse = [entry for entry in entries if entry.sparsity]
+    assert [entry.cost for entry in sparse] == [7.5 if skips else 11.0] * 2
+    assert [entry.microseconds for entry in sparse] == [7.5] * 2  # as measured, whatever decides
+    because = None if skips else "a token that skips took 1.100 times as long as a dense one"
+    assert [entry.deciding_because for entry in sparse] == [because] * 2
 
 
 def test_trying_goes_before_every_table_and_ends() -> None:
-    keep_entries("cpu", [_entry(FIRST, 0.0, 1), _entry(FIRST, 0.5, 1), _entry(SECOND, 0.0, 1)], {})
+    keep_entries([_entry(FIRST, 0.0, 1), _entry(FIRST, 0.5, 1), _entry(SECOND, 0.0, 1)], "cpu", Provenance())
     with trying([_entry(FIRST, 0.0, 4), _entry(FIRST, 0.5, 2)]):
         assert (_chosen(FIRST, 0.0).warps, _chosen(FIRST, 0.5).warps) == (4, 2)
         assert _chosen(SECOND, 0.0).warps == 1  # not tried: the table's

@@ -1,66 +1,57 @@
 """What can go wrong: one line on stderr, the right exit code, nothing half written."""
 
-import errno
 import io
 import json
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from command_line import calibrate_once, copied, fails
 from conftest import save_tiny
 from safetensors.torch import load_file, save_file
 
 from teal_cli.cli import run
-from teal_cli.errors import MachineError, artefact_error
+
+
+@pytest.fixture(scope="module")
+def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate_once(tmp_path_factory.mktemp("calibrated"), chat=False)
 
 
 @pytest.fixture
-def calibrated(tiny: Path, corpus: Path) -> Path:
-    assert run(["calibrate", "--model", str(tiny), "--dataset", str(corpus), "--tokens", "256", "--seq-len", "64"]) == 0
-    return tiny
-
-
-def _fails(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: object) -> None:
-    """One line on stderr after whatever was said before, and the exit code."""
-    capsys.readouterr()
-    assert run([str(argument) for argument in arguments]) == code
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teal: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+def calibrated(calibrated_home: Path, tmp_path: Path) -> Path:
+    return copied(calibrated_home, tmp_path)
 
 
 def test_unknown_alias(capsys) -> None:
-    _fails(capsys, 3, "did you mean 'llama-3-8b'?", "calibrate", "--model", "lama-3-8b")
+    fails(capsys, 3, "did you mean 'llama-3-8b'?", "calibrate", "--model", "lama-3-8b")
 
 
 def test_unknown_flag_verb_and_nothing(capsys) -> None:
-    _fails(capsys, 2, "--sparsity", "export", "--sparsty", "0.5")
-    _fails(capsys, 2, "calibrat", "calibrat")
-    _fails(capsys, 2, "recipe", "run")
+    fails(capsys, 2, "--sparsity", "export", "--sparsty", "0.5")
+    fails(capsys, 2, "calibrat", "calibrat")
+    fails(capsys, 2, "recipe", "run")
 
 
 def test_folder_without_weights(tmp_path, capsys) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    _fails(capsys, 3, "no config.json", "calibrate", "--model", folder)
+    fails(capsys, 3, "no config.json", "calibrate", "--model", folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    _fails(capsys, 3, "no usable weights", "calibrate", "--model", folder)
+    fails(capsys, 3, "no usable weights", "calibrate", "--model", folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    _fails(capsys, 3, "never loads", "calibrate", "--model", folder)
+    fails(capsys, 3, "never loads", "calibrate", "--model", folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    _fails(capsys, 3, "model-1.safetensors is missing", "calibrate", "--model", folder)
+    fails(capsys, 3, "model-1.safetensors is missing", "calibrate", "--model", folder)
 
 
 def test_truncated_weights(tiny, capsys) -> None:
     weights = tiny / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
+    fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
     weights.write_bytes(b"\xff" * 100)
-    _fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
+    fails(capsys, 3, "truncated or damaged", "generate", "--model", tiny, "--prompt", "x")
 
 
 def test_weights_that_lack_tensors(tiny, capsys) -> None:
@@ -68,7 +59,7 @@ def test_weights_that_lack_tensors(tiny, capsys) -> None:
     tensors = load_file(tiny / "model.safetensors")
     save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, tiny / "model.safetensors")
     flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
-    _fails(capsys, 3, "lack 3 tensors of the right shape, model.layers.1.mlp.down_proj.weight first", *flags)
+    fails(capsys, 3, "lack 3 tensors of the right shape, model.layers.1.mlp.down_proj.weight first", *flags)
 
 
 def test_configuration_that_does_not_fit_the_weights(tiny, capsys) -> None:
@@ -76,9 +67,9 @@ def test_configuration_that_does_not_fit_the_weights(tiny, capsys) -> None:
     config = json.loads(path.read_text())
     flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
     path.write_text(json.dumps(config | {"intermediate_size": 96}))
-    _fails(capsys, 3, "", *flags)
+    fails(capsys, 3, "", *flags)
     path.write_text(json.dumps(config | {"num_hidden_layers": "two"}))
-    _fails(capsys, 3, "num_hidden_layers is 'two', not a whole number from 1 on", *flags)
+    fails(capsys, 3, "num_hidden_layers is 'two', not a whole number from 1 on", *flags)
 
 
 def test_weights_changed_after_the_export(calibrated, capsys) -> None:
@@ -86,21 +77,7 @@ def test_weights_changed_after_the_export(calibrated, capsys) -> None:
     weights = bytearray(Path("out/model.safetensors").read_bytes())
     weights[-4000:] = bytes(4000)
     Path("out/model.safetensors").write_bytes(weights)
-    _fails(capsys, 3, "are not those that its thresholds were made for", "generate", "--model", "out", "--prompt", "x")
-
-
-def test_full_disk_and_memory_below_other_errors() -> None:
-    """Libraries wrap the system's error in their own."""
-    for inner, message in ((OSError(errno.ENOSPC, "full"), "disk is full"), (MemoryError(), "out of memory")):
-        try:
-            try:
-                raise inner
-            except Exception as cause:
-                raise ValueError("while writing the cache") from cause
-        except ValueError as error:
-            found = artefact_error(error, "text cannot be read")
-        assert isinstance(found, MachineError)
-        assert message in str(found)
+    fails(capsys, 3, "are not those that its thresholds were made for", "generate", "--model", "out", "--prompt", "x")
 
 
 def test_a_closed_pipe_is_no_error() -> None:
@@ -112,7 +89,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_folder_without_tokenizer(tiny, capsys) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tiny / name).unlink()
-    _fails(capsys, 3, "no usable tokenizer", "calibrate", "--model", tiny)
+    fails(capsys, 3, "no usable tokenizer", "calibrate", "--model", tiny)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +100,13 @@ def test_model_type_of_other_weights(tiny, capsys, model_type: str, message: str
     """A type that is in no table is looked at (tests/models/test_discovery.py), if it can be loaded."""
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
-    _fails(capsys, 3, message, "calibrate", "--model", tiny)
+    fails(capsys, 3, message, "calibrate", "--model", tiny)
 
 
 def test_architecture_file_of_another_model(tiny, tmp_path, capsys) -> None:
     path = tmp_path / "rows.yaml"
     path.write_text("phi: {blocks: model.layers, sites: {mlp_input: [mlp.fc1]}}")
-    _fails(
+    fails(
         capsys,
         2,
         "has no row 'llama', which is the type of this model",
@@ -159,43 +136,43 @@ def test_calibration_of_another_architecture(calibrated, tmp_path, capsys, row) 
     assert run([str(flag) for flag in flags]) == 0  # the packaged row, in other words
     file.write_text(_ROW + row)
     wanted = "another architecture, which differs at model.layers.0.mlp.down_proj: run `teal calibrate` again"
-    _fails(capsys, 3, wanted, *flags)
+    fails(capsys, 3, wanted, *flags)
 
 
 def test_truncated_calibration(calibrated, capsys) -> None:
     tensors = Path("runs/tiny/calibration.safetensors")
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1])
-    _fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
+    fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
     altered = bytearray(whole)
     altered[-8] ^= 1
     tensors.write_bytes(altered)
-    _fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
+    fails(capsys, 3, "truncated or was altered: calibrate again", "export", "--model", calibrated)
     tensors.unlink()
-    _fails(capsys, 3, "is missing: calibrate again", "export", "--model", calibrated)
+    fails(capsys, 3, "is missing: calibrate again", "export", "--model", calibrated)
 
 
 def test_damaged_calibration_meta(calibrated, capsys) -> None:
     meta = Path("runs/tiny/calibration.json")
     content = json.loads(meta.read_text())
     meta.write_text(meta.read_text()[:100])
-    _fails(capsys, 3, "not valid JSON", "export", "--model", calibrated)
+    fails(capsys, 3, "not valid JSON", "export", "--model", calibrated)
     meta.write_text(json.dumps(content | {"format_version": 99}))
-    _fails(capsys, 3, "format version 99, this teal reads 2", "export", "--model", calibrated)
+    fails(capsys, 3, "format version 99, this teal reads 2", "export", "--model", calibrated)
     meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
-    _fails(capsys, 3, "was altered: calibrate again", "export", "--model", calibrated)
+    fails(capsys, 3, "was altered: calibrate again", "export", "--model", calibrated)
     del content["content_sha256"]  # as older versions wrote it
     meta.write_text(json.dumps(content | {"projections": content["projections"][:3]}))
-    _fails(capsys, 3, "do not match its histograms", "export", "--model", calibrated)
+    fails(capsys, 3, "do not match its histograms", "export", "--model", calibrated)
     del content["seed"]
     meta.write_text(json.dumps(content))
-    _fails(capsys, 3, "is damaged (seed: Field required)", "export", "--model", calibrated)
+    fails(capsys, 3, "is damaged (seed: Field required)", "export", "--model", calibrated)
 
 
 def test_calibration_of_another_model(calibrated, tmp_path, capsys) -> None:
     other = save_tiny(tmp_path / "other", seed=7)
-    _fails(capsys, 3, "made with another model (tiny", "export", "--model", other, "--calibration", "runs/tiny")
-    _fails(capsys, 3, "no calibration in nowhere", "export", "--model", other, "--calibration", "nowhere")
+    fails(capsys, 3, "made with another model (tiny", "export", "--model", other, "--calibration", "runs/tiny")
+    fails(capsys, 3, "no calibration in nowhere", "export", "--model", other, "--calibration", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -217,128 +194,57 @@ def test_tampered_checkpoint(calibrated, capsys, change, message) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"] |= change
     path.write_text(json.dumps(config))
-    _fails(capsys, 3, message, "generate", "--model", "out", "--prompt", "x")
-    _fails(capsys, 3, message, "eval", "--model", "out")
+    fails(capsys, 3, message, "generate", "--model", "out", "--prompt", "x")
+    fails(capsys, 3, message, "eval", "--model", "out")
 
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "1.5", "nan", "half"])
 def test_sparsity_out_of_range(capsys, value) -> None:
     for verb in ("export", "generate", "bench", "eval"):
-        _fails(capsys, 2, "sparsity", verb, f"--sparsity={value}")
+        fails(capsys, 2, "sparsity", verb, f"--sparsity={value}")
 
 
 def test_text_shorter_than_one_sequence(tiny, tmp_path, capsys) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    _fails(capsys, 3, "fewer than one sequence of 1024", "calibrate", "--model", tiny, "--dataset", text)
+    fails(capsys, 3, "fewer than one sequence of 1024", "calibrate", "--model", tiny, "--dataset", text)
 
 
 def test_no_network_and_not_cached(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    _fails(capsys, 3, "not cached and the hub cannot be reached", "calibrate", "--model", "nobody/nothing")
-    _fails(capsys, 3, "not cached and the hub cannot be reached", "generate", "--model", "llama-3-8b", "--prompt", "x")
-
-
-def test_no_gpu(tiny, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _fails(capsys, 4, "no GPU", "generate", "--model", tiny, "--prompt", "x", "--device", "cuda", "--sparsity", "0")
-
-
-def test_backend_that_cannot_run(calibrated, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    _fails(capsys, 4, "needs a GPU", "generate", "--model", calibrated, "--prompt", "x", "--backend", "triton")
-
-
-def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
-    from triton.runtime.errors import OutOfResources
-
-    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0", "--max-new-tokens", "4")
-    for error, message in (
-        (OutOfResources(300_000, 232_448, "shared memory"), "cannot run a kernel (out of resource: shared memory"),
-        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "install gcc"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr("teal_cli.decode.engine.Engine.prefill", lambda *a, e=error: (_ for _ in ()).throw(e))
-            _fails(capsys, 4, message, *flags)
-
-
-def test_tuning_without_what_it_needs(calibrated, capsys) -> None:
-    flags = ("bench", "--model", calibrated, "--sparsity", "0.5", "--prompt-tokens", "8", "--new-tokens", "2")
-    _fails(capsys, 2, "give kernels (flag --kernels) too", *flags, "--tune")
-    _fails(capsys, 4, "there is no GPU here", *flags, "--tune", "--kernels", "--device", "cpu")
-
-
-def test_out_of_memory(tiny, capsys, monkeypatch) -> None:
-    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0", "--max-new-tokens", "4")
-    with monkeypatch.context() as patch:
-        patch.setattr("teal_cli.models.loading.available_bytes", lambda device: 1000)
-        _fails(capsys, 4, "out of memory: ", *flags)
-        _fails(capsys, 4, "GiB free", "bench", "--model", "llama-3-70b", "--random-weights")
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("can't allocate memory: 5"),
-        MemoryError(),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr("teal_cli.decode.engine.Engine.prefill", lambda *a, e=error: (_ for _ in ()).throw(e))
-            _fails(capsys, 4, "out of memory: use a smaller model", *flags)
-
-
-def test_full_disk(calibrated, corpus, capsys, monkeypatch) -> None:
-    """The old artefact stays whole and no temporary file is left."""
-    before = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("os.fsync", full)
-    flags = ("--model", calibrated, "--dataset", corpus, "--tokens", 512, "--seq-len", 64)
-    _fails(capsys, 4, "the disk is full", "calibrate", *flags)
-    _fails(capsys, 4, "the disk is full", "export", "--model", calibrated)
-    assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == before
-
-
-def test_a_limit_of_file_sizes(tiny, corpus, capsys) -> None:
-    """As `ulimit -f` sets it."""
-    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    flags = ("--model", tiny, "--dataset", corpus, "--tokens", 64, "--seq-len", 64, "--sensitivity-tokens", 0)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-    try:
-        _fails(capsys, 4, "larger than this process may write: raise the limit (ulimit -f)", "calibrate", *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
-    assert list(Path("runs/tiny").iterdir()) == []
+    fails(capsys, 3, "not cached and the hub cannot be reached", "calibrate", "--model", "nobody/nothing")
+    fails(capsys, 3, "not cached and the hub cannot be reached", "generate", "--model", "llama-3-8b", "--prompt", "x")
 
 
 def test_result_that_cannot_be_written(calibrated, capsys) -> None:
-    _fails(capsys, 2, "is a folder", "export", "--model", calibrated, "--json", ".")
-    _fails(capsys, 2, "no ordinary file", "calibrate", "--model", "nowhere", "--json", "/dev/null")
-    _fails(capsys, 2, "/proc/tiny: it cannot be written", "calibrate", "--model", calibrated, "--runs", "/proc")
+    fails(capsys, 2, "is a folder", "export", "--model", calibrated, "--json", ".")
+    fails(capsys, 2, "no ordinary file", "calibrate", "--model", "nowhere", "--json", "/dev/null")
+    fails(capsys, 2, "/proc/tiny: it cannot be written", "calibrate", "--model", calibrated, "--runs", "/proc")
     Path("file").write_text("")
-    _fails(capsys, 2, "it cannot be written (Not a directory)", "export", "--model", calibrated, "--out", "file/below")
+    fails(capsys, 2, "it cannot be written (Not a directory)", "export", "--model", calibrated, "--out", "file/below")
 
 
 def test_generate_needs_a_prompt(tiny, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    _fails(capsys, 2, "no prompt", "generate", "--model", tiny)
-    _fails(capsys, 2, "is empty", "generate", "--model", tiny, "--prompt", " ")
+    fails(capsys, 2, "no prompt", "generate", "--model", tiny)
+    fails(capsys, 2, "is empty", "generate", "--model", tiny, "--prompt", " ")
 
 
 def test_context_overflow(tiny, capsys) -> None:
     flags = ("generate", "--model", tiny, "--prompt", "stars", "--sparsity", "0", "--max-new-tokens", "300")
-    _fails(capsys, 3, "exceed the model's context of 256", *flags)
+    fails(capsys, 3, "exceed the model's context of 256", *flags)
 
 
 def test_a_prompt_that_no_context_holds(tiny, capsys) -> None:
     """Refused by its characters, before it is encoded."""
     flags = ("generate", "--model", tiny, "--sparsity", "0", "--max-new-tokens", "1", "--prompt", "stars " * 200_000)
-    _fails(capsys, 3, "1,200,000 characters exceeds the model's context of 256 tokens", *flags)
+    fails(capsys, 3, "1,200,000 characters exceeds the model's context of 256 tokens", *flags)
 
 
 def test_recipe_without_prompt(tiny, capsys) -> None:
     Path("r.yaml").write_text(f"model: {tiny}\n")
-    _fails(capsys, 2, "needs a prompt", "run", "r.yaml")
-    _fails(capsys, 2, "does not exist", "run", "none.yaml")
+    fails(capsys, 2, "needs a prompt", "run", "r.yaml")
+    fails(capsys, 2, "does not exist", "run", "none.yaml")
 
 
 def test_ctrl_c_in_a_real_process(tiny, corpus) -> None:
@@ -368,10 +274,10 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys) -> None:
 
 def test_export_does_not_replace_what_it_did_not_make(calibrated, capsys) -> None:
     before = sorted(calibrated.iterdir())
-    _fails(
+    fails(
         capsys, 3, "is not a TEAL checkpoint: it is not replaced", "export", "--model", calibrated, "--out", calibrated
     )
-    _fails(
+    fails(
         capsys, 3, "is not a TEAL checkpoint: it is not replaced", "export", "--model", calibrated, "--out", "runs/tiny"
     )
     assert sorted(calibrated.iterdir()) == before
@@ -400,5 +306,5 @@ def test_code_of_a_model_folder_is_never_run(tiny, capsys, monkeypatch, verb, pa
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     flags = ("--prompt", "x", "--sparsity", "0") if verb == "generate" else ()
-    _fails(capsys, 3, "code of its own, which teal never runs", verb, "--model", tiny, *flags)
+    fails(capsys, 3, "code of its own, which teal never runs", verb, "--model", tiny, *flags)
     assert not ran.exists()

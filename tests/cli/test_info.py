@@ -12,6 +12,7 @@ from teal_cli.cli import run
 from teal_cli.quantise.rounding import quantise
 from teal_cli.schemes import Scheme
 from teal_cli.steps import info
+from teal_kernels import support
 
 _GIB = 2**30
 
@@ -110,10 +111,27 @@ def test_a_gpu_and_its_path(gpu: None, free, tiny: Path, monkeypatch, capsys) ->
     assert result["model"]["weights"][0]["fits_in_main_memory"] is True
     out = " ".join(capsys.readouterr().out.split())
     assert "our own kernels from end to end (compact)" in out
-    assert "cut as measured on another GPU" in out
+    assert "tile configs as measured on another GPU" in out
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     assert _asked("--model", tiny)["model"]["general_because"] == "activation gelu"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_the_kernels_refuse(free, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """torch calls an AMD GPU cuda."""
+    free(64, gpu=20)
+    monkeypatch.setattr(torch.version, "hip", "7.2.0")
+    support._wrong_gpu.cache_clear()
+    result = _asked("--model", tiny)
+    support._wrong_gpu.cache_clear()
+    assert result["auto_backend"] == "reference"
+    assert "need an NVIDIA GPU" in result["backends"]["triton"]
+    assert (result["model"]["path"], result["model"]["general_because"]) == ("general", result["backends"]["triton"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "auto takes reference" in out
+    assert "PTX" in out
+    assert "tile configs" not in out
 
 
 def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import calibrate_once, copied
 from conftest import export_tiny, save_tiny
 from safetensors import safe_open
 
@@ -29,10 +30,14 @@ def dense(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "tiny", chat=True)
 
 
+@pytest.fixture(scope="module")
+def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate_once(tmp_path_factory.mktemp("calibrated"), chat=True)
+
+
 @pytest.fixture
-def calibrated(dense: Path, corpus: Path) -> Path:
-    assert _teal("calibrate", "--model", dense, "--dataset", corpus, "--tokens", 512, "--seq-len", 64) == 0
-    return dense
+def calibrated(calibrated_home: Path, tmp_path: Path) -> Path:
+    return copied(calibrated_home, tmp_path)
 
 
 def test_the_chain(calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

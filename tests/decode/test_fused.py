@@ -19,7 +19,8 @@ from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, apply_plan_, sparse_layers, sparsify_
 from teal_kernels import triton_decode
 from teal_kernels.triton_gemv import MAX_ROWS, TileConfig
-from teal_kernels.tuning import Entry, keep_entries
+from teal_kernels.tuning_entries import Entry, Provenance
+from teal_kernels.tuning_files import keep_entries
 
 LIMIT = 1e-5  # relative; float32 sums in another order give 1e-6
 THRESHOLDS = {"attention_input": 0.5, "attention_output": 0.2, "mlp_input": 0.6, "mlp_intermediate": 0.3}
@@ -32,7 +33,7 @@ def _cuts_for_the_interpreter(own_tables: None, monkeypatch: pytest.MonkeyPatch)
     """Few programs, which is what the interpreter pays for; two stretches of inputs and two blocks of outputs stay."""
     cuts = {0.0: TileConfig(64, 64, 1, 64, 1, dense=True), 0.5: TileConfig(64, 64, 1, 64, 1)}
     entries = [Entry(64, (64,), "float32", 1, "plain", s, 10.0 - 10.0 * s, cut) for s, cut in cuts.items()]
-    keep_entries("cpu", entries, {})
+    keep_entries(entries, "cpu", Provenance())
     monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 2)
     monkeypatch.setattr(triton_decode, "_ATTENTION_BLOCK", 128)
     monkeypatch.setattr(triton_decode, "_OUTPUT_BLOCK", 256)

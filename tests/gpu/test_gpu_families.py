@@ -12,7 +12,8 @@ from teal_cli.decode.seq2seq import engine_for
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import architecture_of
 from teal_cli.sparse import control_of, sparse_layers
-from teal_kernels.tuning import UNTUNED, Entry, trying
+from teal_kernels.tuning import UNTUNED, trying
+from teal_kernels.tuning_entries import Entry
 
 WRITING = [name for name in FAMILIES if architecture_of(FAMILIES[name]["model_type"]).kind != "encoder"]
 

@@ -11,7 +11,8 @@ from teal_kernels import masked_input
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised
 from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
-from teal_kernels.tuning import choose_config, kind_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
 
 SHAPES = [(4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (576, 192, 192)), (200, (152, 72, 40))]
 WEIGHTS = [(8, 0, False), (4, 128, True), (4, 32, True)]

@@ -1,22 +1,33 @@
-"""Which cut a product gets: the nearest measured one, sparse only where that was faster."""
+"""Which tile config a product gets: the nearest measured one, sparse only where that was faster."""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from teal_kernels import tuning
+from teal_kernels import tuning_files
 from teal_kernels.triton_gemv import MAX_ROWS, TileConfig
-from teal_kernels.tuning import TABLE_VERSION, UNTUNED, Entry, TuningTableError, choose_config, keep_entries, user_table
+from teal_kernels.tuning import UNTUNED, choose_config
+from teal_kernels.tuning_entries import Entry, Provenance
+from teal_kernels.tuning_files import (
+    PACKAGED,
+    TABLE_VERSION,
+    TuningTableError,
+    as_text,
+    keep_entries,
+    read_table,
+    table_of,
+    user_table,
+)
 
 pytestmark = pytest.mark.usefixtures("own_tables")
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
-PACKAGED = sorted(tuning._PACKAGED.glob("*.json"))
+TABLES = sorted(PACKAGED.glob("*.json"))
 H100 = "NVIDIA H100 80GB HBM3"
 LLAMA_3_8B = [
     (4096, (4096, 1024, 1024), "plain"),
@@ -44,9 +55,9 @@ def write() -> Write:
     def _write(*entries: Entry, device: str = "cpu", version: int = TABLE_VERSION) -> None:
         path = user_table(device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"version": version, "device": device, "entries": [asdict(entry) for entry in entries]}
+        content = {"version": version, "entries": [entry.to_dict() for entry in entries]}
         path.write_text(json.dumps(content))
-        tuning._entries.cache_clear()
+        table_of.cache_clear()
 
     return _write
 
@@ -65,9 +76,7 @@ def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_h100")
 def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], epilogue: str) -> None:
     product = {"inputs": inputs, "parts": parts, "epilogue": epilogue, "device": GPU}
-    entries = [
-        e for e in tuning._entries(H100) if (e.inputs, e.outputs, e.epilogue, e.rows) == (inputs, parts, epilogue, 1)
-    ]
+    entries = [e for e in table_of(H100) if (e.inputs, e.outputs, e.epilogue, e.rows) == (inputs, parts, epilogue, 1)]
     measured = {entry.sparsity: entry.config for entry in entries if entry.dtype == "bfloat16"}
     assert _choose(0.0, **product) == measured[0.0]
     assert _choose(0.0, **product).dense
@@ -80,7 +89,7 @@ def test_packaged_h100_table(inputs: int, parts: tuple[int, ...], epilogue: str)
 @pytest.mark.parametrize(("inputs", "parts", "epilogue"), LLAMA_3_8B, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, MAX_ROWS])
 @pytest.mark.usefixtures("on_h100")
-def test_every_product_gets_a_cut(inputs: int, parts: tuple[int, ...], epilogue: str, rows: int) -> None:
+def test_every_product_gets_a_tile_config(inputs: int, parts: tuple[int, ...], epilogue: str, rows: int) -> None:
     """Whatever the shape, the dtype, the batch and the sparsity; at sparsity zero a dense read."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for factor in (1, 3, 64):
@@ -90,17 +99,41 @@ def test_every_product_gets_a_cut(inputs: int, parts: tuple[int, ...], epilogue:
                 assert config.dense or sparsity > 0.0
 
 
-@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("inputs", "parts", "epilogue", "dtype", "rows", "sparsity", "chosen"),
+    [
+        (4096, (4096, 1024, 1024), "plain", "bfloat16", 1, 0.5, (128, 4, 4, 128, 1, False, True)),
+        (4096, (14336, 14336), "gated", "bfloat16", 4, 0.5, (128, 16, 2, 2048, 2, True, False)),
+        (4096, (14336, 14336), "gated", "bfloat16", 4, 0.85, (256, 16, 1, 512, 2, False, True)),
+        (14336, (4096,), "residual", "int8", 2, 0.7, (128, 4, 4, 224, 1, False, True)),
+        (4096, (4096,), "residual", "int4", 1, 0.4, (64, 8, 4, 128, 1, False, True)),
+        (4096, (4096,), "residual", "int8", 1, 0.25, (128, 8, 4, 128, 1, True, True)),
+        (5120, (27648, 27648), "gated", "float16", 3, 0.9, (256, 16, 1, 512, 2, False, True)),
+        (4096, (128256,), "plain", "bfloat16", 1, 0.4, (512, 1, 8, 512, 2, False, True)),
+    ],
+)
+@pytest.mark.usefixtures("on_h100")
+def test_some_choices_of_the_packaged_table(
+    inputs: int, parts: tuple[int, ...], epilogue: str, dtype: str, rows: int, sparsity: float, chosen: tuple[int, ...]
+) -> None:
+    """As they were before the table kept what was measured apart from what decides."""
+    product = {"inputs": inputs, "parts": parts, "epilogue": epilogue, "dtype": dtype, "rows": rows, "device": GPU}
+    assert _choose(sparsity, **product) == TileConfig(*chosen)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_packaged_tables_load(path: Path) -> None:
-    content = json.loads(path.read_text())
-    assert content["version"] == TABLE_VERSION
-    assert user_table(content["device"]).name == path.name  # or its GPU would not find it
-    entries = [Entry.from_dict(entry) for entry in content["entries"]]
-    assert [json.loads(json.dumps(asdict(entry))) for entry in entries] == content["entries"]
+    entries = read_table(path)
+    assert as_text(entries) == path.read_text()  # nothing is lost, and every entry has a line of its own
+    assert {user_table(str(entry.measured.device)).name for entry in entries} == {path.name}  # or its GPU finds none
+    assert all(entry.measured.torch and entry.measured.triton for entry in entries)
+    assert all(entry.measured.commit or entry.measured.recorded_in for entry in entries)
     assert len({(entry.product, entry.sparsity, entry.config.dense) for entry in entries}) == len(entries)
     for entry in entries:
         config = entry.config
-        assert entry.microseconds > 0.0
+        assert entry.cost > 0.0
+        assert entry.microseconds is None or 0.0 < entry.microseconds <= entry.cost
+        assert (entry.deciding_microseconds is None) == (entry.deciding_because is None)
         assert 1 <= entry.rows <= MAX_ROWS
         assert 1 <= len(entry.outputs) <= 3
         assert entry.dtype in ("float32", "float16", "bfloat16", "int8", "int4")
@@ -147,10 +180,10 @@ def test_no_gain_is_dense(write: Write) -> None:
 
 
 def test_nearest_sparsity(write: Write) -> None:
-    cuts = {sparsity: replace(SPARSE, unroll=unroll) for sparsity, unroll in ((0.3, 2), (0.5, 4), (0.8, 8))}
-    write(_entry(0.0, 10.0), *(_entry(sparsity, 9.0 - 5 * sparsity, cut) for sparsity, cut in cuts.items()))
+    configs = {sparsity: replace(SPARSE, unroll=unroll) for sparsity, unroll in ((0.3, 2), (0.5, 4), (0.8, 8))}
+    write(_entry(0.0, 10.0), *(_entry(sparsity, 9.0 - 5 * sparsity, config) for sparsity, config in configs.items()))
     for asked, nearest in ((0.1, 0.3), (0.39, 0.3), (0.41, 0.5), (0.64, 0.5), (0.66, 0.8), (0.99, 0.8)):
-        assert _choose(asked) == cuts[nearest]
+        assert _choose(asked) == configs[nearest]
 
 
 def test_a_batch_reads_what_any_row_needs(write: Write) -> None:
@@ -169,7 +202,7 @@ def test_a_batch_reads_what_any_row_needs(write: Write) -> None:
 
 
 def _marked(number: int) -> TileConfig:
-    """A dense cut that can be told from others."""
+    """A dense tile config that can be told from others."""
     return replace(DENSE, inputs_per_chunk=1000 + number)
 
 
@@ -187,7 +220,7 @@ def test_nearest_shape(write: Write) -> None:
     assert _choose(0.0, inputs=8192, parts=(8192, 1024, 1024)) == _marked(3)
 
 
-def test_nearest_rows_finish_and_size_of_dtype(write: Write) -> None:
+def test_nearest_rows_epilogue_and_size_of_dtype(write: Write) -> None:
     write(
         _entry(0.0, 10.0, _marked(1)),
         _entry(0.0, 10.0, _marked(8), rows=8),
@@ -239,22 +272,50 @@ def test_a_table_of_another_version_is_ignored(write: Write) -> None:
 
 
 def test_without_any_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_PACKAGED", tmp_path)
+    monkeypatch.setattr(tuning_files, "PACKAGED", tmp_path)
     assert _choose(0.0) == replace(UNTUNED, dense=True)
     assert _choose(0.1).dense
     assert _choose(0.5) == UNTUNED
 
 
+HERE = Provenance(device="cpu", torch="1", triton="2", commit="abc")
+
+
 def test_kept_entries_are_chosen_at_once() -> None:
-    keep_entries("cpu", [_entry(0.0, 10.0, _marked(0)), _entry(0.0, 10.0, _marked(1), rows=4)], {"torch": "1"})
+    keep_entries([_entry(0.0, 10.0, _marked(0)), _entry(0.0, 10.0, _marked(1), rows=4)], "cpu", HERE)
     assert _choose(0.0) == _marked(0)
-    path = keep_entries("cpu", [_entry(0.0, 12.0, _marked(2))], {"torch": "2"})  # slower, but newer
+    newer = replace(HERE, commit="def")
+    path = keep_entries([_entry(0.0, 12.0, _marked(2))], "cpu", newer)  # slower, but newer
     assert _choose(0.0) == _marked(2)
     assert _choose(0.0, rows=4) == _marked(1)
-    content = json.loads(path.read_text())
     assert path == user_table("cpu")
-    assert (content["version"], content["versions"], len(content["entries"])) == (TABLE_VERSION, {"torch": "2"}, 2)
+    assert [(entry.rows, entry.measured) for entry in read_table(path)] == [(4, HERE), (1, newer)]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_table_appears_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = keep_entries([_entry(0.0, 10.0)], "cpu", HERE)
+    before = path.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning_files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        keep_entries([_entry(0.0, 12.0)], "cpu", HERE)
+    assert path.read_text() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_decides_is_kept_beside_what_was_measured(write: Write) -> None:
+    raised = replace(_entry(0.5, 8.0), deciding_microseconds=11.0, deciding_because="a token took longer")
+    write(_entry(0.0, 10.0), raised)
+    assert _choose(0.5).dense
+    assert read_table(user_table("cpu"))[1] == raised
+    write(_entry(0.0, 10.0), replace(raised, microseconds=None))
+    assert _choose(0.5).dense
+    with pytest.raises(ValueError, match="neither"):
+        replace(_entry(0.5, 8.0), microseconds=None)
 
 
 def _both(sparsities: tuple[float, ...] = (0.25, 0.8), **product: Any) -> list[Entry]:
@@ -295,13 +356,13 @@ def test_a_damaged_table_is_named(content: str) -> None:
     path.write_text(content)
     with pytest.raises(TuningTableError, match=r"cpu\.json cannot be read"):
         _choose(0.5)
-    keep_entries("cpu", [_entry(0.0, 10.0, _marked(1))], {})  # to tune again mends it
+    keep_entries([_entry(0.0, 10.0, _marked(1))], "cpu", HERE)  # to tune again mends it
     assert _choose(0.5) == _marked(1)
 
 
 def test_quantised_products_have_entries_of_their_own(own_tables: None) -> None:
     write = [_entry(0.0, 10.0, _marked(1), dtype="bfloat16"), _entry(0.0, 10.0, _marked(2), dtype="int8")]
-    keep_entries("cpu", write, {})
+    keep_entries(write, "cpu", HERE)
     assert _choose(0.0, dtype=torch.bfloat16) == _marked(1)
     assert _choose(0.0, dtype="int8") == _marked(2)
     # Where none was measured, the nearest: with as many bytes in a tile.

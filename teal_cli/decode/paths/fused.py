@@ -31,7 +31,9 @@ from teal_kernels.triton_decode import (
     pick,
 )
 from teal_kernels.triton_gemv import MAX_ROWS, Heads, Norm, Scratch, gemv, squares_of
-from teal_kernels.tuning import TuningTableError, choose_config, kind_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
+from teal_kernels.tuning_files import TuningTableError
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 EPILOGUES = {
