@@ -64,7 +64,7 @@ def recalibrate(
     Raises:
         ArtefactError: recalibration was asked for by name, and the text of the calibration cannot be had.
     """
-    if not config.recalibrate or not any(entry.sparsity for entry in plan.projections.values()):
+    if not config.recalibrate or not any(entry.expected_sparsity for entry in plan.projections.values()):
         return plan, False
     try:
         text = _text(calibration, source)

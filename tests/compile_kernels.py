@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import triton
-from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
+from attention_cases import Attention, HeadsCase
+from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
@@ -68,7 +69,7 @@ def main(capability: int) -> None:
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
-        embed(token, hidden, torch.zeros(1, dtype=torch.int32), hidden, torch.zeros(rows, 1), pdl=pdl)
+        embed(token, hidden, torch.zeros(rows, dtype=torch.int32), hidden, torch.zeros(rows, 1), pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         for gate in (gates, GateLayer(weight, None)):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)

@@ -1,24 +1,20 @@
 """Random launches of the kernels and their definitions in float64, for the interpreter and for a GPU."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised, pack, side_by_side
-from teal_kernels.triton_decode import Best, attention_splits, decode_attention, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, Heads, Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_decode import Best, output_logits, pick
+from teal_kernels.triton_gemv import EMPTY, Norm, Scratch, TileConfig, gemv, squares_of
 
 # Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-# Of attention: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
-# queries and keys, of the weights of the values and of the result.
-ATTENTION_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 EPS = 1e-5
 INPUTS = 44
 # No size is a multiple of a block: one that went on over the border would use the next part's threshold.
@@ -26,7 +22,6 @@ PARTS = {"plain": (19, 9, 5), "residual": (21,), "gated": (18, 18)}
 SPARSITIES = {"plain": (0.3, 0.5, 0.7), "residual": (0.5,), "gated": (0.4, 0.6)}
 GUARD = 64
 SENTINEL = 7.0
-POSITIONS = 160
 PDL = torch.cuda.is_available() and hopper_or_later(torch.device("cuda"))
 
 
@@ -36,7 +31,7 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm()) / (size if size > 0 else 1.0)
 
 
-def _weights(table: Tensor | Packed) -> Tensor:
+def weights_of(table: Tensor | Packed) -> Tensor:
     """(in, out), in float64."""
     return dequantised(table, torch.float64) if isinstance(table, Packed) else table.double()
 
@@ -72,7 +67,7 @@ class Case:
         """The result in float64."""
         columns = [
             masked_input(self.seen, threshold).double() @ weights
-            for weights, threshold in zip(_weights(self.table).split(self.parts, dim=1), self.thresholds, strict=True)
+            for weights, threshold in zip(weights_of(self.table).split(self.parts, dim=1), self.thresholds, strict=True)
         ]
         y = torch.cat(columns, dim=1)
         if self.bias is not None:
@@ -175,167 +170,6 @@ def random_case(
         shares = SPARSITIES[epilogue][: len(parts)] if sparsity is None else (sparsity,) * len(parts)
         case.thresholds = torch.stack([magnitudes.quantile(share) for share in shares])
     return case
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """transformers' rotary embedding: the halves are turned against one another."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin
-
-
-@dataclass
-class Attention:
-    """The arguments of one launch, and its definition. Cache positions that are not written hold rubbish."""
-
-    rows: int
-    kv_heads: int
-    group: int
-    dim: int
-    position: int
-    window: int = 0
-    norm: bool = False
-    dtype: torch.dtype = torch.float32
-    positions: int = POSITIONS
-    device: str = "cpu"
-    shortest: int = 64
-    """As in `Heads`."""
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.position + 1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
-
-        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
-        self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
-        self.values = random(*self.keys.shape)
-        angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
-        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        self.q_norm = random(self.dim) if self.norm else None
-        self.k_norm = random(self.dim) if self.norm else None
-        self.scale = 0.7 * self.dim**-0.5
-
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
-        heads = self.kv_heads * self.group
-        sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
-            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
-        turn = self.cos[self.position].double(), self.sin[self.position].double()
-        q, k = _rotated(q, *turn), _rotated(k, *turn)
-        lowest = max(0, self.position + 1 - self.window) if self.window else 0
-        seen_keys, seen_values = (
-            torch.cat([cache[:, :, lowest : self.position].double(), new[:, :, None]], dim=2).repeat_interleave(
-                self.group, dim=1
-            )
-            for cache, new in ((self.keys, k), (self.values, v))
-        )
-        result = scaled_dot_product_attention(q[:, :, None], seen_keys, seen_values, scale=self.scale)
-        return result.reshape(self.rows, -1), k, v
-
-    def launch(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
-        """Run the kernel on a cache that it writes to. The result is merged here, as the next product does it."""
-        position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        sizes = (self.rows, self.kv_heads * self.group, self.dim, attention_splits(self.rows * self.kv_heads))
-        heads = Heads.empty(*sizes, position, window=self.window, shortest=self.shortest)
-        heads.sums.fill_(torch.nan)
-        heads.logs.fill_(-torch.inf)
-        decode_attention(
-            self.qkv,
-            keys,
-            values,
-            self.cos,
-            self.sin,
-            heads,
-            scale=self.scale,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=EPS,
-            pdl=pdl,
-        )
-        assert int(position) == self.position
-        return merged(heads).to(self.dtype)
-
-    def check(self, *, pdl: bool = False) -> None:
-        """One launch against float64; nothing but the new position of the cache is written."""
-        limit = ATTENTION_LIMITS[self.dtype]
-        expected, k, v = self.expected()
-        keys, values = self.keys.clone(), self.values.clone()
-        out = self.launch(keys, values, pdl=pdl)
-        assert float((out.double() - expected).norm() / expected.norm()) < limit
-        here = self.position
-        assert float((keys[:, :, here].double() - k).norm() / k.norm()) < limit
-        assert torch.equal(values[:, :, here].double(), v)
-        keys[:, :, here], values[:, :, here] = self.keys[:, :, here], self.values[:, :, here]
-        assert torch.equal(keys, self.keys)  # nowhere else
-        assert torch.equal(values, self.values)
-
-
-def merged(heads: Heads) -> Tensor:
-    """(rows, heads D) float32: what the lines that were written (whose logarithm is finite, or NaN) stand for."""
-    shares = (heads.logs * math.log(2)).softmax(0)[..., None]
-    sums = heads.sums.view(*heads.logs.shape, -1)
-    return torch.where(shares == 0, 0.0, shares * sums).sum(0).flatten(1)
-
-
-@dataclass
-class HeadsCase:
-    """A product of what attention left, at a position where that is several lines."""
-
-    rows: int
-    heads: int
-    dim: int
-    position: int
-    shortest: int = 64
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    outputs: int = 72
-    packed: tuple[int, int, bool] | None = None
-    """As in `random_case`."""
-    splits: int = 16
-    """Lines that there can be."""
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.position)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(self.device)
-
-        position = torch.tensor([self.position], dtype=torch.int32, device=self.device)
-        self.read = Heads.empty(self.rows, self.heads, self.dim, self.splits, position, shortest=self.shortest)
-        written = -(-(self.position + 1) // self.shortest)
-        assert written <= self.read.splits
-        self.read.sums[:written] = random(written, *self.read.sums.shape[1:])
-        self.read.logs[:written] = random(written, *self.read.logs.shape[1:]) * 3
-        # What an earlier token left beyond those must not be seen.
-        self.read.sums[written:], self.read.logs[written:] = torch.nan, torch.nan
-        self.x = merged(replace(self.read, sums=self.read.sums[:written], logs=self.read.logs[:written]))
-        self.x = self.x.to(self.dtype)
-        inputs = self.heads * self.dim
-        self.table: Tensor | Packed = random(inputs, self.outputs).to(self.dtype)
-        if self.packed is not None:
-            self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
-
-    def launch(self, cut: TileConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
-        """Run the kernel: (rows, outputs)."""
-        y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
-        config = fitting(cut, self.table, self.rows)
-        gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
-        return y
-
-    def check(self, cut: TileConfig, *, pdl: bool = False) -> None:
-        """Against float64, at a threshold that no input is near."""
-        sizes = self.x.abs().flatten().float().sort().values
-        middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]
-        gap = int(middle.diff().argmax())
-        threshold = torch.full((1,), float(middle[gap] + middle[gap + 1]) / 2, device=self.device)
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
-        y = self.launch(cut, threshold, counts, pdl=pdl)
-        seen = self.x if cut.dense else masked_input(self.x, threshold)
-        assert relative_error(y, seen.double() @ _weights(self.table)) < 2 * LIMITS[self.dtype]
-        assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from teal_kernels.jit_heads import head_stretches
 def embed_kernel(
     token_ptr,
     embedding_ptr,
-    position_ptr,
+    positions_ptr,
     hidden_ptr,
     squares_ptr,
     hidden_size,
@@ -21,13 +21,12 @@ def embed_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Look a token up; the first program also moves the position on."""
+    """Look the token of a row up, and move the row's position on."""
     row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if row == 0:
-        tl.store(position_ptr, tl.load(position_ptr) + 1)
+    tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
     token = tl.load(token_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
@@ -60,7 +59,7 @@ def attention_kernel(
     sin_ptr,
     keys_ptr,
     values_ptr,
-    position_ptr,
+    positions_ptr,
     sums_ptr,
     logs_ptr,
     kv_heads,
@@ -87,8 +86,8 @@ def attention_kernel(
     split = tl.program_id(1)
     row = tl.program_id(2)
     # Everything up to the wait was written before the kernel that this one follows: it depends on
-    # the position and on older tokens, not on this token's projections.
-    position = tl.load(position_ptr)  # of the new token
+    # the row's position and on its older tokens, not on this token's projections.
+    position = tl.load(positions_ptr + row)  # of the new token
     lowest, stretch, used = head_stretches(position, window, SPLITS, SHORTEST)
     if split >= used:
         return

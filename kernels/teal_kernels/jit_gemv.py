@@ -31,7 +31,7 @@ def gemv_kernel(
     squares_ptr,
     heads_ptr,
     logs_ptr,
-    position_ptr,
+    positions_ptr,
     weight_ptr,
     scale_ptr,
     zero_ptr,
@@ -125,9 +125,11 @@ def gemv_kernel(
     taken: tl.constexpr = NORM or HEAD_SIZE > 0
     if LISTED or taken:
         entries = begin_list(entries, SHARED)
-    head_lines = 0
-    if HEAD_SIZE > 0:  # the position was written long before the kernel that this one follows
-        _, _, head_lines = head_stretches(tl.load(position_ptr), window, HEAD_SPLITS, HEAD_SHORTEST)
+    partial_counts = ()
+    if HEAD_SIZE > 0:  # positions were written long before the kernel that this one follows
+        for of_row in tl.static_range(ROWS):
+            _, _, used = head_stretches(tl.load(positions_ptr + of_row), window, HEAD_SPLITS, HEAD_SHORTEST)
+            partial_counts = partial_counts + (used,)
     weights = ()
     if NORM and AT_ONCE:
         weights = norm_weights(norm_ptr, first, last, LANES, INPUT_LINES, FULL)
@@ -175,7 +177,7 @@ def gemv_kernel(
                 x_ptr,
                 heads_ptr,
                 logs_ptr,
-                head_lines,
+                partial_counts,
                 norm_ptr,
                 weights,
                 scales,

@@ -37,7 +37,7 @@ def _merge(
     heads_ptr,
     logs_ptr,
     first,
-    head_lines,
+    partial_counts,
     n_in,
     begin,
     stop,
@@ -49,7 +49,9 @@ def _merge(
     LINES: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Lines `first` and on of attention's heads, `COUNT` of them or as many as there are, added to those before.
+    """Lines `first` and on of attention's heads, `COUNT` of them or as many as a row has, added to those before.
+
+    What lies beyond a row's own number was written for no token of this step, or never: it is not read.
 
     For each head and row the highest logarithm yet and the sum of the shares, for each line of inputs and row the
     sum of the values.
@@ -65,7 +67,7 @@ def _merge(
             sums_at = heads_ptr + of_row * n_in + begin + lane
             for line in tl.static_range(LINES):
                 inside = lanes_inside(begin, stop, line, LANES, FULL)
-                there = inside & (line_of_heads < head_lines)
+                there = inside & (line_of_heads < partial_counts[row])
                 if line % ALIKE == 0:
                     at = logs_ptr + of_row * heads + (begin + line * LANES + lane) // HEAD_SIZE
                     logs = logs + (tl.load(at, mask=there, other=tl.where(inside, float("-inf"), 0.0)),)
@@ -105,7 +107,7 @@ def _merge(
 def merged_heads(
     heads_ptr,
     logs_ptr,
-    head_lines,
+    partial_counts,
     n_in,
     begin,
     stop,
@@ -119,7 +121,8 @@ def merged_heads(
 ):
     """Lines of inputs that are heads of attention, merged: for each line and row (LANES,) float32.
 
-    So many lines of inputs one after the other are ALIKE: they lie in one head.
+    So many lines of inputs one after the other are ALIKE: they lie in one head. Rows are at positions of their own:
+    each has as many lines of attention as `partial_counts` says, one at the least.
     """
     first_lines: tl.constexpr = _FIRST_LINES if HEAD_SPLITS > _FIRST_LINES else HEAD_SPLITS
     tops = ()
@@ -137,7 +140,7 @@ def merged_heads(
         heads_ptr,
         logs_ptr,
         0,
-        head_lines,
+        partial_counts,
         n_in,
         begin,
         stop,
@@ -152,7 +155,10 @@ def merged_heads(
     if first_lines < HEAD_SPLITS:
         share: tl.constexpr = _MORE_LINES_OF_ROWS // ROWS
         more_lines: tl.constexpr = _MORE_LINES if share > _MORE_LINES else share
-        for first in range(first_lines, head_lines, more_lines):
+        most = partial_counts[0]
+        for row in tl.static_range(1, ROWS):
+            most = tl.maximum(most, partial_counts[row])
+        for first in range(first_lines, most, more_lines):
             tops, totals, merged = _merge(
                 tops,
                 totals,
@@ -160,7 +166,7 @@ def merged_heads(
                 heads_ptr,
                 logs_ptr,
                 first,
-                head_lines,
+                partial_counts,
                 n_in,
                 begin,
                 stop,

@@ -162,7 +162,7 @@ def take_inputs(
     x_ptr,
     heads_ptr,
     logs_ptr,
-    head_lines,
+    partial_counts,
     norm_ptr,
     weights,
     scales,
@@ -196,6 +196,7 @@ def take_inputs(
     rows of heads in 16 steps, one after the other.
 
     Args:
+        partial_counts: of attention, how many partials each row has.
         weights: of the norm, if the lines are taken at once.
         scales: of the norm, for each row.
 
@@ -220,7 +221,7 @@ def take_inputs(
             raw = merged_heads(
                 heads_ptr,
                 logs_ptr,
-                head_lines,
+                partial_counts,
                 n_in,
                 start,
                 stop,

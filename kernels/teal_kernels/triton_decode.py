@@ -2,7 +2,7 @@
 
 One launch each, for the Llama family of blocks. Shapes use B rows (sequences decoded together),
 H hidden size, A attention heads, K key/value heads, D head size, N cache positions, V vocabulary.
-All rows of a batch are at the same position. Nothing here synchronises with the host, so that a
+Each row of a batch is at a position of its own. Nothing here synchronises with the host, so that a
 whole token can be one CUDA graph.
 """
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import Heads, Norm
+from teal_kernels.triton_gemv import AttentionPartials, Norm
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
 
 
-def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, squares: Tensor, *, pdl: bool) -> None:
-    """Begin a token: look its embedding up and move the position on.
+def embed(token: Tensor, embedding: Tensor, positions: Tensor, hidden: Tensor, squares: Tensor, *, pdl: bool) -> None:
+    """Begin a token of every row: look its embedding up and move the row's position on.
 
     Args:
         token: (B,) int64.
         embedding: (V, H), in any layout.
-        position: (1,) int32, the last written position; becomes the new token's.
+        positions: (B,) int32, each row's last written position; becomes that of its new token.
         hidden: (B, H), written.
         squares: (B, 1) float32, written: the sum of squares of each row of `hidden`.
         pdl: launch while the kernel before still runs.
@@ -35,7 +35,7 @@ def embed(token: Tensor, embedding: Tensor, position: Tensor, hidden: Tensor, sq
         (hidden.shape[0],),
         token,
         embedding,
-        position,
+        positions,
         hidden,
         squares,
         size,
@@ -66,7 +66,7 @@ def decode_attention(
     values: Tensor,
     cos: Tensor,
     sin: Tensor,
-    heads: Heads,
+    partials: AttentionPartials,
     *,
     scale: float,
     q_norm: Tensor | None = None,
@@ -78,11 +78,11 @@ def decode_attention(
 
     Args:
         qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation.
-        keys: (B, K, N, D) cache; position `position` is written. Contiguous.
+        keys: (B, K, N, D) cache; each row's own position is written. Contiguous.
         values: like keys.
         cos: (N or more, D) of the rotary embedding, both halves.
         sin: like cos.
-        heads: written; its position is where the new token goes.
+        partials: written; its positions are where the new tokens go.
         scale: of the scores.
         q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
         k_norm: the same for keys.
@@ -90,12 +90,12 @@ def decode_attention(
         pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
             read before the wait for it.
     """
-    rows, kv_heads, positions, dim = keys.shape
-    group = heads.logs.shape[2] // kv_heads
+    rows, kv_heads, length, dim = keys.shape
+    group = partials.logs.shape[2] // kv_heads
     padded = max(LEAST_TILE, power_of_two(dim))
     launch(
         attention_kernel,
-        (kv_heads, heads.splits, rows),
+        (kv_heads, partials.splits, rows),
         qkv,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
@@ -103,12 +103,12 @@ def decode_attention(
         sin,
         keys,
         values,
-        heads.position,
-        heads.sums,
-        heads.logs,
+        partials.positions,
+        partials.sums,
+        partials.logs,
         kv_heads,
-        positions,
-        heads.window,
+        length,
+        partials.window,
         scale,
         eps,
         GROUP=group,
@@ -116,8 +116,8 @@ def decode_attention(
         DIM=dim,
         PADDED=padded,
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
-        SPLITS=heads.splits,
-        SHORTEST=heads.shortest,
+        SPLITS=partials.splits,
+        SHORTEST=partials.shortest,
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

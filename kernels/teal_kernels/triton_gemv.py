@@ -10,7 +10,7 @@ bits of a NaN that no arithmetic makes, so the words need no counter and no fenc
 an H100 that is 1 to 2 microseconds a product less than a counter of arrivals.
 
 Around the product the kernel takes up what would otherwise be launches of their own: before it the
-RMS norm (`NORM`) or the merging of attention's heads (`Heads`), after it the bias, the residual sum
+RMS norm (`NORM`) or the merging of attention's heads (`AttentionPartials`), after it the bias, the residual sum
 with its sum of squares (`RESIDUAL`) or the gated activation (`GATED`). Several projections that read
 one hidden state are parts of one table, each with its own threshold.
 
@@ -93,7 +93,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionPartials:
     """What attention leaves for the product after it: for each query head a line for each stretch of the cache.
 
     That product merges the lines as it reads them. Were they merged by attention, its programs would wait for
@@ -104,12 +104,16 @@ class Heads:
     """(lines, rows, heads D) float32: weighted averages of values."""
     logs: Tensor
     """(lines, rows, heads) float32: logarithms, to the base of 2, of the sums of the weights."""
-    position: Tensor
-    """(1,) int32: of the token. How many lines there are follows from it."""
+    positions: Tensor
+    """(rows,) int32: of each row's token. How many lines the row has follows from it; the others are not read."""
     window: int = 0
     """Positions that are seen, the new one included; 0 for all."""
     shortest: int = 64
     """A stretch is a multiple of so many positions."""
+
+    def __post_init__(self) -> None:
+        if self.positions.shape != self.sums.shape[1:2]:
+            raise ValueError(f"{self.sums.shape[1]} rows need as many positions, not {tuple(self.positions.shape)}")
 
     @property
     def splits(self) -> int:
@@ -122,10 +126,12 @@ class Heads:
         return self.sums.shape[2] // self.logs.shape[2]
 
     @classmethod
-    def empty(cls, rows: int, heads: int, dim: int, splits: int, position: Tensor, **options: int) -> "Heads":
+    def empty(
+        cls, rows: int, heads: int, dim: int, splits: int, positions: Tensor, **options: int
+    ) -> "AttentionPartials":
         """Not written yet."""
-        sums = torch.empty(splits, rows, heads * dim, dtype=torch.float32, device=position.device)
-        return cls(sums, sums.new_empty(splits, rows, heads), position, **options)
+        sums = torch.empty(splits, rows, heads * dim, dtype=torch.float32, device=positions.device)
+        return cls(sums, sums.new_empty(splits, rows, heads), positions, **options)
 
 
 # The gathering of partial sums must not need more registers than the loop over weights does.
@@ -245,7 +251,7 @@ def _alike(head_size: int, piece: int, lanes: int, taken: int) -> int:
 
 
 def gemv(
-    x: Tensor | Heads,
+    x: Tensor | AttentionPartials,
     table: Tensor | Packed,
     parts: tuple[int, ...],
     thresholds: Tensor,
@@ -278,7 +284,7 @@ def gemv(
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
-            weight or the position of heads, which are read before the wait for it.
+            weight or the positions of partials, which are read before the wait for it.
         alone: no other stream of this process launches products meanwhile. False finishes a block in
             one program, which waits for none that begins after it.
         compile_only: compile what would be launched.
@@ -286,10 +292,10 @@ def gemv(
     Raises:
         ValueError: too many rows, or `parts`, `squares` or `config` does not fit.
     """
-    heads: Heads | None = None
-    rows, n_in = x.sums.shape[1:] if isinstance(x, Heads) else x.shape
-    if isinstance(x, Heads):
-        heads, x = x, y  # of x the kernel then takes the dtype only
+    partials: AttentionPartials | None = None
+    rows, n_in = x.sums.shape[1:] if isinstance(x, AttentionPartials) else x.shape
+    if isinstance(x, AttentionPartials):
+        partials, x = x, y  # of x the kernel then takes the dtype only
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows are more than the {MAX_ROWS} that one launch takes")
     if len(parts) > 3 or (epilogue == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
@@ -325,28 +331,28 @@ def gemv(
     piece = min(stretch, group) if several else stretch
     # A power of two, so that steps of so many lines end where a full stretch does.
     most = _MOST_TAKEN
-    if heads is not None:
-        most = min(most, _MOST_TAKEN_OF_HEADS // power_of_two(min(FIRST_LINES, heads.splits)))
+    if partials is not None:
+        most = min(most, _MOST_TAKEN_OF_HEADS // power_of_two(min(FIRST_LINES, partials.splits)))
     taken = max(1, min(piece // lanes, most // power_of_two(rows)))
     # Inputs of a batch that is read whole are normalised as matrix units take tiles of them, and need no list.
-    norm_of_tiles = norm is not None and heads is None and not listed and not by_elements(rows, bits)
+    norm_of_tiles = norm is not None and partials is None and not listed and not by_elements(rows, bits)
     norm_first = norm is not None and not norm_of_tiles
-    in_memory = list_bytes == 0 and (listed or norm_first or heads is not None)
+    in_memory = list_bytes == 0 and (listed or norm_first or partials is not None)
     word = {2: torch.int32, 4: torch.int64}[x.itemsize]  # an index beside the value
     batch = power_of_two(rows)
     threads, columns = 32 * config.warps, batch * config.block_out // finishers
     gathered = _GATHERED_REGISTERS // (2 if epilogue == "gated" else 1)
     even = all(part % config.block_out == 0 for part in parts)
-    alike = 1 if heads is None else _alike(heads.head_size, group if several else per_split, lanes, taken)
+    alike = 1 if partials is None else _alike(partials.head_size, group if several else per_split, lanes, taken)
     launch(
         gemv_kernel,
         (blocks, splits),
         x,
         x if norm is None else norm.weight,
         thresholds if norm is None else norm.squares,
-        thresholds if heads is None else heads.sums,
-        thresholds if heads is None else heads.logs,
-        thresholds if heads is None else heads.position,
+        thresholds if partials is None else partials.sums,
+        thresholds if partials is None else partials.logs,
+        thresholds if partials is None else partials.positions,
         weights,
         table.scales if isinstance(table, Packed) else x,
         x if not isinstance(table, Packed) or table.zeros is None else table.zeros,
@@ -367,7 +373,7 @@ def gemv(
         group,
         1 if norm is None else norm.squares.shape[1],
         0.0 if norm is None else norm.eps,
-        0 if heads is None else heads.window,
+        0 if partials is None else partials.window,
         BITS=bits,
         ZEROS=isinstance(table, Packed) and table.zeros is not None,
         SEVERAL_GROUPS=several,
@@ -376,9 +382,9 @@ def gemv(
         LISTED=listed,
         NORM=norm_first,
         NORM_OF_TILES=norm_of_tiles,
-        HEAD_SIZE=0 if heads is None else heads.head_size,
-        HEAD_SPLITS=0 if heads is None else heads.splits,
-        HEAD_SHORTEST=0 if heads is None else heads.shortest,
+        HEAD_SIZE=0 if partials is None else partials.head_size,
+        HEAD_SPLITS=0 if partials is None else partials.splits,
+        HEAD_SHORTEST=0 if partials is None else partials.shortest,
         ALIKE=alike,
         EPILOGUE=_EPILOGUES[epilogue],
         HAS_BIAS=bias is not None,

@@ -14,7 +14,8 @@ from teal_cli.allocation.fisher import fisher, fisher_site
 from teal_cli.allocation.greedy import greedy
 from teal_cli.allocation.uniform import uniform
 from teal_cli.checkpoint.calibration import Calibration
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import threshold_rule
 from teal_cli.config_values import Limits, is_allocation_file
 from teal_cli.errors import UsageError, nearest, shown
 from teal_cli.models.architectures import block_weights
@@ -74,9 +75,8 @@ def make_plan(
         allocation=allocation,
         target_sparsity=target,
         projections={
-            projection.name: ProjectionPlan(
-                sparsity=sparsity[projection.name],
-                threshold=calibration.threshold(projection, sparsity[projection.name]),
+            projection.name: threshold_rule(
+                calibration.threshold(projection, sparsity[projection.name]), sparsity[projection.name]
             )
             for projection in calibration.projections
         },

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from teal_cli.bench.timing import Spread, seconds_of
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
-from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.choice import Choice
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
@@ -46,6 +48,8 @@ class DecodeRun:
     """What reading bytes_per_token at the memory's measured speed would allow; None on a CPU."""
     speedup: float
     """Median speed over the first dense run's."""
+    decodes: str
+    """What backend `auto` decodes at this sparsity, `sparse` or `dense`: this run is sparse all the same."""
 
 
 def weight_bytes_per_token(
@@ -148,6 +152,7 @@ def bench_decode(
     quantization: str = "",
     reading_gb_s: float | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
 ) -> list[DecodeRun]:
     """Time decoding at every plan and dense, in turn; the first result is dense.
 
@@ -161,6 +166,7 @@ def bench_decode(
         quantization: of the model's weights, for the results to say.
         reading_gb_s: what the device's memory gives at most, if measured.
         on_tokens: called with the steps decoded after each repeat.
+        on_choice: called with what `auto` decodes at each plan.
 
     Raises:
         ArtefactError: a model without a state, whose steps run the whole sequence again; or one that loses its state.
@@ -176,11 +182,13 @@ def bench_decode(
     settings: list[SparsityPlan | None] = [None, *plans]
     realised: list[dict[str, float]] = []
     model_wide: list[float] = []
+    decodes: list[str] = []
     for plan in settings:
         with control.counting() as counter:
             decode_seconds(engine, plan, prompt, new_tokens)
         realised.append(counter.by_projection())
         model_wide.append(counter.model_wide() or 0.0)
+        decodes.append(_decodes(engine, plan, prompt, on_choice))
         on_tokens(new_tokens)
     speeds: list[list[float]] = [[] for _ in settings]
     batch = prompt.shape[0]
@@ -207,9 +215,19 @@ def bench_decode(
                 bandwidth_gb_s=size * spreads[index].median / 1e9 if size else None,
                 limit_tokens_per_second=reading_gb_s * 1e9 / size if size and reading_gb_s else None,
                 speedup=spreads[index].median / spreads[0].median,
+                decodes=decodes[index],
             )
         )
     return runs
+
+
+def _decodes(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, on_choice: Callable[[Choice], None]) -> str:
+    """What is decoded at a plan, which the model has by now."""
+    if plan is None or not engine.never_worse:
+        return "dense" if plan is None else "sparse"
+    choice = engine.choose(prompt)
+    on_choice(choice)
+    return choice.decodes
 
 
 def text_prompt(tokenizer: Any, tokens: int, seed: int, batch: int = 1) -> Tensor:

@@ -126,7 +126,8 @@ class _Block:
             if self._thresholds[name] > 0.0:
                 active = active_inputs(x, torch.tensor(self._thresholds[name], device=x.device))
                 if rest and isinstance(rest[0], Routed):
-                    active[rest[0].positions < self._sinks] = True
+                    tokens = rest[0].states if self._shape is None else self._shape[1]
+                    active[rest[0].positions(tokens) < self._sinks] = True
                 else:
                     unflattened(active, self._shape)[:, : self._sinks] = True
                 x = x * active

@@ -12,8 +12,8 @@ from pydantic import Field
 from teal_cli.atomic import atomic_folder, check_seal, sealed
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest, file_digests, tensor_digests
-from teal_cli.checkpoint.fields import Amount, Content, Digest, Flag, Moment, Name, Share, Size, Sparsity, checked
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan, carries_plan, check_is_whole, quantization_config
+from teal_cli.checkpoint.fields import Content, Digest, Flag, Moment, Name, Share, Size, checked
+from teal_cli.checkpoint.plan import SparsityPlan, StoredRule, carries_plan, check_is_whole, quantization_config
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.companions import companion_files
 from teal_cli.models.weights import fingerprint, weight_files
@@ -84,7 +84,7 @@ def check_checkpoint(folder: Path) -> SparsityPlan:
     check_is_whole(folder, config)
     plan = SparsityPlan.from_dict(config["quantization_config"])
     own = (plan.allocation, plan.target_sparsity)
-    entries = {entry["name"]: ProjectionPlan(entry["sparsity"], entry["threshold"]) for entry in summary["projections"]}
+    entries = {entry["name"]: StoredRule.model_validate(entry).to_rule() for entry in summary["projections"]}
     if own != (summary["allocation"], summary["target_sparsity"]) or entries != plan.projections:
         raise ArtefactError(
             f"the thresholds in {folder}/config.json are not those of its {_SUMMARY}, but another export's: "
@@ -158,12 +158,10 @@ def write_checkpoint(
     return ExportSummary(str(out), plan.target_sparsity, plan.allocation, len(plan.projections), weights, recalibrated)
 
 
-class _Projection(Content):
+class _Projection(StoredRule):
     name: Name
     in_features: Size
     out_features: Size
-    sparsity: Sparsity
-    threshold: Amount
 
 
 class _Summary(Content):
@@ -238,9 +236,8 @@ def _summary(plan: SparsityPlan, calibration: Calibration, digest: str) -> dict[
                 "name": name,
                 "in_features": shapes[name].in_features,
                 "out_features": shapes[name].out_features,
-                "sparsity": entry.sparsity,
-                "threshold": entry.threshold,
+                **rule.stored(),
             }
-            for name, entry in plan.projections.items()
+            for name, rule in plan.projections.items()
         ],
     }

@@ -1,17 +1,19 @@
-"""The sparsity plan: every projection's sparsity and threshold, as config.json carries it."""
+"""The sparsity plan: every projection's rule of skipping, as config.json carries it."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from teal_cli.atomic import check_seal, sealed
 from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
+from teal_cli.checkpoint.rules import ZEROS, Rule, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
@@ -20,6 +22,8 @@ from teal_cli.schemes import Scheme
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
+ZEROS_VERSION = 3
+"""Of a checkpoint with a projection that skips exact zeros, quantised or not: older readers must refuse it."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
 """The keys whose change is noticed; transformers may add some of its own."""
 _SUMMARY = "teal.json"
@@ -59,9 +63,35 @@ def _is_scheme(text: str) -> str:
     return text
 
 
-class _Entry(Content):
-    sparsity: Sparsity
-    threshold: Amount
+class StoredRule(Content):
+    """A rule in a file: sparsity and threshold (dense where the sparsity is 0), or zeros, whose sparsity may be null.
+
+    Thresholds have no `rule`, as in files from before there were other rules.
+    """
+
+    rule: Literal["zeros"] | None = None
+    sparsity: Sparsity | None
+    threshold: Annotated[Amount | None, Field(validate_default=True)] = None
+
+    @field_validator("sparsity", "threshold")
+    @classmethod
+    def _of_a_threshold(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("rule") is None:
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    def to_rule(self) -> Rule:
+        """What it says."""
+        if self.rule == ZEROS:
+            return Zeros(self.sparsity)
+        assert self.threshold is not None and self.sparsity is not None  # noqa: PT018, S101  # the validator's word
+        return threshold_rule(self.threshold, self.sparsity)
+
+    def stored(self) -> dict[str, Any]:
+        """As it was written, with the threshold that a dense projection may have."""
+        if self.rule == ZEROS:
+            return {"rule": ZEROS, "sparsity": self.sparsity}
+        return {"sparsity": self.sparsity, "threshold": self.threshold}
 
 
 class _Quantization(Content):
@@ -74,45 +104,51 @@ class _Stored(Content):
 
     allocation: Name
     target_sparsity: Share
-    projections: Annotated[dict[Name, _Entry], Field(min_length=1)]
+    projections: Annotated[dict[Name, StoredRule], Field(min_length=1)]
     quantization: _Quantization | None = None
     architecture: Architecture | None = None
 
 
 @dataclass(frozen=True)
-class ProjectionPlan:
-    """One projection: the sparsity that was asked, and the threshold that gives it."""
-
-    sparsity: float
-    threshold: float
-
-
-@dataclass(frozen=True)
 class SparsityPlan:
-    """Which projections are sparse and how much."""
+    """By which rule each projection skips inputs."""
 
     allocation: str
     target_sparsity: float
-    projections: dict[str, ProjectionPlan]
-    """Module path -> plan."""
+    projections: dict[str, Rule]
+    """Module path -> rule."""
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of a TEAL checkpoint."""
-        return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **asdict(self), "sha256": self.digest()}
+        version = ZEROS_VERSION if self.has_zeros else FORMAT_VERSION
+        return {"quant_method": QUANT_METHOD, "version": version, **self._stored(), "sha256": self.digest()}
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether a projection skips exact zeros."""
+        return any(isinstance(rule, Zeros) for rule in self.projections.values())
 
     def allocation_yaml(self) -> str:
-        """The sparsities alone, as a file for --allocation."""
+        """The sparsities alone, as a file for --allocation. It has no line for zeros, which are not chosen."""
+        sparsities = {
+            name: round(rule.expected_sparsity, 6)
+            for name, rule in self.projections.items()
+            if not isinstance(rule, Zeros)
+        }
         content = {
             "allocation": self.allocation,
             "target_sparsity": self.target_sparsity,
-            "projections": {name: round(entry.sparsity, 6) for name, entry in self.projections.items()},
+            "projections": sparsities,
         }
         head = "# The share of inputs that each projection drops. Edit a copy and hand it back: --allocation FILE\n"
         return head + yaml.safe_dump(content, sort_keys=False)
 
+    def _stored(self) -> dict[str, Any]:
+        return _content(self.allocation, self.target_sparsity, self.projections)
+
     def digest(self) -> str:
         """sha256 of the plan, by which a reader notices a change."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return _digest(self._stored())
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SparsityPlan":
@@ -121,22 +157,38 @@ class SparsityPlan:
         Raises:
             ArtefactError: another version, missing keys, values that cannot be, or a change.
         """
-        version = content.get("version")
-        if version != (QUANTISED_VERSION if "quantization" in content else FORMAT_VERSION):
+        version, expected = content.get("version"), _version_of(content)
+        if version != expected:
             raise ArtefactError(
-                f"this TEAL checkpoint has format version {shown(version)}, this teal reads {FORMAT_VERSION}: {_ADVICE}"
+                f"this TEAL checkpoint has format version {shown(version)}, this teal reads {expected}: {_ADVICE}"
             )
         what, where = "the quantization_config of a TEAL checkpoint, in", Path("config.json")
         found = checked(_Stored, content, what, where, _ADVICE)
-        plan = cls(
-            found.allocation,
-            found.target_sparsity,
-            {name: ProjectionPlan(entry.sparsity, entry.threshold) for name, entry in found.projections.items()},
-        )
-        if content.get("sha256") != plan.digest():
+        if content.get("sha256") != _digest(
+            _content(found.allocation, found.target_sparsity, found.projections)  # of what the file has
+        ):
             raise ArtefactError(f"the thresholds of this TEAL checkpoint were altered: {_ADVICE}")
         check_seal(content, what, where, _ADVICE, only=_SEALED)
-        return plan
+        rules = {name: entry.to_rule() for name, entry in found.projections.items()}
+        return cls(found.allocation, found.target_sparsity, rules)
+
+
+def _content(allocation: str, target: float, projections: Mapping[str, Rule | StoredRule]) -> dict[str, Any]:
+    stored = {name: entry.stored() for name, entry in projections.items()}
+    return {"allocation": allocation, "target_sparsity": target, "projections": stored}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _version_of(content: Mapping[str, Any]) -> int:
+    """The format version that a `quantization_config` needs for what it says."""
+    projections = content.get("projections")
+    entries = projections.values() if isinstance(projections, dict) else ()
+    if any(isinstance(entry, dict) and "rule" in entry for entry in entries):
+        return ZEROS_VERSION
+    return QUANTISED_VERSION if "quantization" in content else FORMAT_VERSION
 
 
 def quantization_config(
@@ -145,7 +197,7 @@ def quantization_config(
     """The `quantization_config` of a checkpoint, whose weights may be quantised, and whose architecture its own."""
     found = plan.to_dict()
     if quantization is not None:
-        found |= {"version": QUANTISED_VERSION, "quantization": quantization}
+        found |= {"version": max(found["version"], QUANTISED_VERSION), "quantization": quantization}
     if architecture is not None:
         found["architecture"] = architecture
     return sealed(found, only=_SEALED)

@@ -91,7 +91,7 @@ def _model(result: dict[str, Any]) -> PlainTable:
     if model["kind"] in ("causal", "seq2seq"):
         rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
         rows["decodes by"] = (
-            "our own kernels from end to end (compact)"
+            "our own kernels from end to end (fused path)"
             if model["path"] == "compact"
             else f"transformers' forward, backend {result['auto_backend']} ({model['general_because']})"
         )

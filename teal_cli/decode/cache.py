@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from teal_cli.errors import UsageError
+
 
 class FixedLayer(CacheLayerMixin):
     """One layer's keys and values: (batch, heads, positions, head size), written from the front.
@@ -72,20 +74,56 @@ class FixedLayer(CacheLayerMixin):
 
 
 class FixedCache(Cache):
-    """A cache of `FixedLayer`s."""
+    """A cache of `FixedLayer`s, in which each row (sequence) may have a length of its own.
+
+    A row's tokens lie at its own positions from 0 on. What lies behind them is of padding, or zero: no kernel reads
+    it, and the row's next tokens overwrite it.
+    """
 
     layers: list[FixedLayer]  # type: ignore[assignment]  # transformers' list is of any kind of layer
 
     def __init__(self, layers: int, positions: int) -> None:
         super().__init__(layers=[FixedLayer(positions) for _ in range(layers)])
         self.positions = positions
+        self._shorter: list[int] | None = None  # of each row, positions fewer than `length`
 
     @property
     def length(self) -> int:
-        """Positions written."""
+        """Positions written, of the longest row."""
         return self.layers[0].length
 
+    def row_lengths(self) -> list[int]:
+        """Positions of each row that hold its tokens."""
+        if self._shorter is not None:
+            return [self.length - fewer for fewer in self._shorter]
+        return [self.length] * int(self.layers[0].keys.shape[0])
+
+    def shorten(self, lengths: list[int]) -> None:
+        """Say how long the rows are, after a prefill of prompts that were padded on the right.
+
+        Args:
+            lengths: of each row, from 1 to `length`.
+        """
+        longest = max(lengths)
+        for layer in self.layers:
+            layer.length = longest
+        self._shorter = [longest - length for length in lengths]
+
+    def check_extendable(self) -> None:
+        """Refuse another prompt behind rows of different lengths.
+
+        Raises:
+            UsageError: they are.
+        """
+        if self._shorter is not None and any(self._shorter):
+            raise UsageError("rows of different lengths cannot be given another prompt: use a new cache")
+
     def advance(self) -> None:
-        """One more position was written by a kernel."""
+        """One more position of every row was written by a kernel."""
         for layer in self.layers:
             layer.length += 1
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        super().reset()
+        self._shorter = None

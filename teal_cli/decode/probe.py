@@ -4,16 +4,13 @@ transformers has over a hundred decoders. One that takes its state under another
 positions anew gives fluent nonsense and no error (issue 21).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from teal_cli.decode.loop import TokenLoop
+from teal_cli.decode.paths.base import Decoder
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, blame
-
-if TYPE_CHECKING:
-    from teal_cli.decode.engine import Engine
 
 PROMPT = 12
 """Tokens of the prompt that are tried."""
@@ -35,7 +32,7 @@ There only logits that have nothing in common are refused (about 1.4): a state p
 
 
 @torch.no_grad()
-def check_decoding(engine: "Engine", prompt: Tensor) -> None:
+def check_decoding(engine: Decoder, prompt: Tensor) -> None:
     """Decode a few tokens, and compare their logits with those of one pass over the whole sequence.
 
     The median of the steps counts, since one of them may choose other experts, or drop other inputs beside a
@@ -52,7 +49,7 @@ def check_decoding(engine: "Engine", prompt: Tensor) -> None:
     if ids.shape[1] + STEPS > engine.max_length:
         return
     kind = engine.model.config.model_type
-    if engine.decoder is not None:
+    if engine.path.own_kernels:
         got, expected = _both_ways(engine, ids)
     else:
         with blame(f"model type {kind} cannot be decoded token by token"):
@@ -60,13 +57,13 @@ def check_decoding(engine: "Engine", prompt: Tensor) -> None:
     errors = difference(got, expected).median(dim=1).values.max()
     sparse = engine.control is not None and engine.control.decodes_sparse
     if float(errors) > TOLERANCE[sparse][engine.model.dtype]:
-        way = ("fused path, " if engine.decoder is not None else "") + ("sparse" if sparse else "dense")
+        way = ("fused path, " if engine.path.own_kernels else "") + ("sparse" if sparse else "dense")
         raise ArtefactError(
             f"decoding a token of model type {kind} ({way}) does not give the logits of a pass over the whole text "
             f"(they differ by {float(errors):.0%}), so its replies would be wrong: "
             + (
                 "use --backend reference, and report it"
-                if engine.decoder is not None
+                if engine.path.own_kernels
                 else "its state does not last from token to token; use transformers' generate"
             )
         )
@@ -89,10 +86,8 @@ def difference(got: Tensor, expected: Tensor) -> Tensor:
     return error
 
 
-def _both_ways(engine: "Engine", ids: Tensor) -> tuple[Tensor, Tensor]:
+def _both_ways(engine: Decoder, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, STEPS, vocabulary) logits of steps after a prompt, and of a pass over all of it."""
-    from teal_cli.decode.engine import TokenLoop  # which imports this module
-
     cache = engine.new_cache(ids.shape[1] + STEPS)
     sampler = Sampler(SamplingConfig(), engine.device)
     after_prompt = engine.prefill(ids, cache)

@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.layers import is_stacked, linear_shape
+from teal_cli.models.programs import Program
 from teal_cli.reading import read_yaml
 
 Kind = Literal["causal", "encoder", "seq2seq"]
@@ -34,7 +35,21 @@ class Architecture(BaseModel):
     once: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     flattened: bool = False
-    compact: bool = False
+    program: Program | None = None
+
+    @model_validator(mode="after")
+    def _program_names_sites(self) -> "Architecture":
+        for step in self.program.products if self.program is not None else ():
+            if step.product not in self.sites:
+                raise ValueError(f"program: product {step.product} is no site; the sites are {', '.join(self.sites)}")
+            if any("*" in layer for layer in self.sites[step.product]):
+                raise ValueError(f"program: the layers of site {step.product} must be names, without *")
+        return self
+
+    def epilogue_of(self, site: str) -> str:
+        """What follows the product of a site on the fused path, as `teal_kernels` names it."""
+        steps = self.program.products if self.program is not None else []
+        return next((step.epilogue for step in steps if step.product == site), "plain")
 
     @property
     def is_one_decoder(self) -> bool:
@@ -66,9 +81,21 @@ def read_table(path: Path) -> dict[str, Architecture]:
         try:
             found[model_type] = Architecture.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise UsageError(f"{where}: {_what_is_wrong(error)}") from error
     return found
+
+
+def _what_is_wrong(error: ValidationError) -> str:
+    """The first thing that is, in one line."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    known = f"the keys are {', '.join(Architecture.model_fields)}" if len(first["loc"]) == 1 else "no such key"
+    if key == "compact":
+        known = "leave it out; the fused decode path takes blocks that have a program (docs/add-a-model-family.md)"
+    return f"{key} is not a key: {known}"
 
 
 @cache
@@ -114,6 +141,14 @@ def architecture_for(model: Any) -> Architecture:
     """
     own = getattr(model, "teal_architecture", None)
     return own if isinstance(own, Architecture) else architecture_of(str(model.config.model_type))
+
+
+def kind_for(model: Any) -> Kind:
+    """Of a model of any type, one that teal does not know too."""
+    try:
+        return architecture_for(model).kind
+    except ArtefactError:
+        return "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
 
 
 @dataclass(frozen=True)

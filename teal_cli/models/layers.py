@@ -46,13 +46,12 @@ class Routed:
     """Rows of each expert; the rows of the first expert come first."""
     rows: Tensor
     """(rows,) int64: which of the (batch * tokens) hidden states each row is."""
-    tokens: int
-    """Positions of each sequence in this pass."""
+    states: int
+    """batch * tokens."""
 
-    @property
-    def positions(self) -> Tensor:
-        """(rows,) int64: position of each row in its sequence, counted in this pass."""
-        return self.rows % self.tokens
+    def positions(self, tokens: int) -> Tensor:
+        """(rows,) int64: position of each row in its sequence, of so many in this pass."""
+        return self.rows % tokens
 
 
 def unflattened(x: Tensor, shape: torch.Size | None) -> Tensor:
@@ -75,7 +74,8 @@ def rows_from(start: int, x: Tensor, args: tuple[Any, ...], shape: torch.Size | 
         shape: batch and tokens of the pass.
     """
     if args and isinstance(args[0], Routed):
-        return x[args[0].positions >= start]
+        tokens = args[0].states if shape is None else shape[1]
+        return x[args[0].positions(tokens) >= start]
     return unflattened(x, shape)[:, start:].flatten(0, -2)
 
 
@@ -105,8 +105,6 @@ class Experts(nn.Module):
         self.gate_up_proj: nn.Module = StackedLinear(experts.gate_up_proj)  # type: ignore[arg-type]
         self.down_proj: nn.Module = StackedLinear(experts.down_proj)  # type: ignore[arg-type]
         self.act_fn: Any = experts.act_fn
-        self.tokens = 1
-        """Positions of the pass under way: the block that holds this flattens them away."""
         self.train(experts.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -122,7 +120,7 @@ class Experts(nn.Module):
         order = chosen.argsort(stable=True)
         rows = order // top_k_index.shape[-1]
         counts = chosen.bincount(minlength=self.gate_up_proj.copies).tolist()  # type: ignore[arg-type]
-        routed = Routed(tuple(counts), rows, self.tokens)
+        routed = Routed(tuple(counts), rows, len(hidden_states))
         gate, up = self.gate_up_proj(hidden_states[rows], routed).chunk(2, dim=-1)
         output = self.down_proj(self.act_fn(gate) * up, routed)
         output = output * top_k_weights.flatten()[order, None]
@@ -145,13 +143,6 @@ def _is_plain(experts: nn.Module) -> bool:
     return alike and gate is _default_apply_gate and hasattr(experts, "act_fn")
 
 
-def _leave_tokens(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    for child in block.children():
-        if isinstance(child, Experts):
-            child.tokens = hidden.shape[-2]
-
-
 def unstack_experts_(model: nn.Module) -> None:
     """Give the projections of stacked experts modules of their own; the parameters are the same, not copied.
 
@@ -161,4 +152,3 @@ def unstack_experts_(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if is_stacked(child) and _is_plain(child):
                 setattr(parent, name, Experts(child))
-                parent.register_forward_pre_hook(_leave_tokens, with_kwargs=True)

@@ -15,9 +15,9 @@ from teal_cli.quantise.rounding import quantise
 from teal_cli.schemes import INT8, Scheme
 from teal_cli.sparse.control import control_of
 from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.merged import MergedProjections
 from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.sparse.replace import lay_out_
-from teal_cli.sparse.site import Site
 from teal_kernels.packing import Packed
 
 
@@ -94,7 +94,7 @@ def schemes_of(names: Iterable[str], scheme: Scheme, output: str | None) -> dict
 
 
 def pack_(model: Any, packs: dict[str, Packed]) -> None:
-    """Replace sparse layers by quantised ones, with the plan and the site that they have.
+    """Replace sparse layers by quantised ones, with the rule and the merged projections that they have.
 
     Args:
         model: with sparse layers for everything in `packs` but perhaps the output layer.
@@ -121,15 +121,12 @@ def make_room_(model: Any, schemes: dict[str, Scheme]) -> None:
 def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> None:
     layer = model.get_submodule(name)
     if not isinstance(layer, SparseLinear):  # the output layer, where plans do not name it
-        layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), site=Site())
+        layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), merged=MergedProjections(name))
         layer.is_planned = False
-    site = layer.site
-    quantised = QuantisedLinear(layer, scheme, name=name, control=layer.control, site=site, packed=packed)
-    site.layers.pop()  # it added itself at the end; it takes the other's place
-    site.layers[layer.number] = quantised
-    quantised.number = layer.number
+    shared: dict[str, Any] = {"name": name, "control": layer.control, "merged": layer.merged, "part": layer.part}
+    quantised = QuantisedLinear(layer, scheme, **shared, packed=packed)
     quantised.is_output, quantised.is_planned = layer.is_output, layer.is_planned
     if not quantised.storage.is_meta:
-        quantised.plan_(layer.plan)
+        quantised.set_rule_(layer.rule)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, quantised)

@@ -106,7 +106,7 @@ def projection_tables(projections: Sequence[_Projection]) -> list[PlainTable]:
         return _percent(entry["sparsity"]) + (f" / {_percent(entry['realised'])}" if measured else "")
 
     def threshold(entry: _Projection) -> str:
-        return f"{entry['threshold']:.3g}" if entry["sparsity"] else "dense"
+        return f"{entry['threshold']:.3g}" if entry["sparsity"] != 0.0 else "dense"
 
     what = "Sparsity, %" + (": target / realised" if measured else " (target)")
     tables = [_by_place(what, projections, sparsity), _by_place("Thresholds on |x|", projections, threshold)]

@@ -44,8 +44,9 @@ def _means(export: Export) -> dict[str, float]:
     """Mean sparsity of the projections of each kind; those of one kind are alike in size."""
     values: dict[str, list[float]] = {}
     places = places_of(export.plan.projections)
-    for name, entry in export.plan.projections.items():
-        values.setdefault(short_name(name, places), []).append(entry.sparsity)
+    for name, rule in export.plan.projections.items():
+        if rule.expected_sparsity is not None:
+            values.setdefault(short_name(name, places), []).append(rule.expected_sparsity)
     return {kind: sum(found) / len(found) for kind, found in values.items()}
 
 
@@ -55,7 +56,7 @@ def describe_projections(export: Export, material: Material) -> list[dict[str, A
     sizes = {entry["name"]: entry for entry in export.summary.get("projections", [])}
     places = places_of(export.plan.projections)
     found = []
-    for name, entry in export.plan.projections.items():
+    for name, rule in export.plan.projections.items():
         size = sizes.get(name, {})
         found.append(
             {
@@ -64,9 +65,9 @@ def describe_projections(export: Export, material: Material) -> list[dict[str, A
                 "kind": short_name(name, places),
                 "in_features": size.get("in_features"),
                 "out_features": size.get("out_features"),
-                "sparsity": entry.sparsity,
+                "sparsity": rule.expected_sparsity,
                 "realised": None if realised is None else realised.by_projection.get(name),
-                "threshold": entry.threshold,
+                "threshold": max(rule.threshold, 0.0),
             }
         )
     return found

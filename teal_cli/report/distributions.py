@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.report.drawing import GRID, INK, MUTED, Plot, label, name_of, series
 from teal_cli.report.inputs import Export
 from teal_cli.report.layers import layer_label, places_of, short_name, site_kind
@@ -101,8 +102,8 @@ def _lanes(kind: str, calibration: Calibration, exports: Sequence[Export]) -> li
     for export in exports:
         of_name: dict[str, tuple[float, ...]] = {}
         for name in names:
-            plans = [export.plan.projections.get(reader) for reader, kind in kinds.items() if kind == name]
-            of_name[name] = tuple(plan.threshold for plan in plans if plan is not None and plan.sparsity > 0)
+            rules = [export.plan.projections.get(reader) for reader, kind in kinds.items() if kind == name]
+            of_name[name] = tuple(rule.threshold for rule in rules if isinstance(rule, Threshold))
         together: dict[tuple[float, ...], list[str]] = {}
         for name, thresholds in of_name.items():
             if any(thresholds):

@@ -19,7 +19,8 @@ def sparsity_plots(export: Export, realised: Realised | None) -> list[Plot]:
     grid = grid_of(export.plan.projections)
     if not grid.labels:
         return []
-    values = {"target": {name: entry.sparsity for name, entry in export.plan.projections.items()}}
+    rules = export.plan.projections.items()
+    values = {"target": {name: known for name, rule in rules if (known := rule.expected_sparsity) is not None}}
     if realised is not None and realised.by_projection:
         values["realised"] = realised.by_projection
     inside = [value for each in values.values() for row in grid.rows(each) for value in row if value is not None]

@@ -1,6 +1,8 @@
 """Sparse layers inside transformers models."""
 
-from teal_cli.sparse.control import SparsityControl, SparsityCounter, control_of, use_backend
+from teal_cli.checkpoint.rules import Dense, Rule, Threshold, Zeros
+from teal_cli.sparse.control import SparsityControl, control_of, use_backend
+from teal_cli.sparse.counting import SparsityCounter
 from teal_cli.sparse.intrinsic import INTRINSIC, make_intrinsic_, neuron_sparsity
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.recalibrate import recalibrate_
@@ -15,9 +17,13 @@ from teal_cli.sparse.replace import (
 
 __all__ = [
     "INTRINSIC",
+    "Dense",
+    "Rule",
     "SparseLinear",
     "SparsityControl",
     "SparsityCounter",
+    "Threshold",
+    "Zeros",
     "apply_plan_",
     "control_of",
     "lay_out_",

@@ -1,77 +1,24 @@
 """How a model's sparse layers behave right now: one object that all of them share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import MachineError
+from teal_cli.sparse.context import PassContext, Phase, shape_of_inputs
+from teal_cli.sparse.counting import SparsityCounter
 from teal_kernels import BackendUnavailableError, resolve_backend
 
 Mode = Literal["auto", "dense", "masked"]
 
 
 @dataclass
-class _Tally:
-    """Inputs seen and dropped by one projection."""
-
-    seen: int = 0
-    dropped: Tensor | int = 0
-    """A 0-d tensor on the device until it is read, so that counting does not synchronise."""
-
-
-class SparsityCounter:
-    """Counts what is really dropped: realised sparsity, by projection and model-wide."""
-
-    def __init__(self) -> None:
-        self.active = True
-        """Set to False to let calls go by uncounted."""
-        self.output: str | None = None
-        """The output layer, where it drops inputs: what it does not read counts, what it has does not."""
-        self._tallies: dict[str, _Tally] = {}
-        self._weights: dict[str, int] = {}
-        self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
-
-    def add(self, name: str, parameters: int, seen: int, dropped: Tensor | int) -> None:
-        """Count one call of a projection: the inputs that it could have dropped, and those that it did."""
-        tally = self._tallies.setdefault(name, _Tally())
-        self._weights[name] = parameters
-        tally.seen += seen
-        tally.dropped = tally.dropped + dropped
-
-    def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
-        """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
-        self._sources.append(read)
-
-    def by_projection(self) -> dict[str, float]:
-        """Realised sparsity of each projection that was called while sparsity was on; 0 where it drops nothing."""
-        seen = {name: tally.seen for name, tally in self._tallies.items()}
-        dropped = {name: int(tally.dropped) for name, tally in self._tallies.items()}
-        for read in self._sources:
-            for name, (parameters, more_seen, more_dropped) in read().items():
-                self._weights[name] = parameters
-                seen[name] = seen.get(name, 0) + more_seen
-                dropped[name] = dropped.get(name, 0) + more_dropped
-        return {name: dropped[name] / count for name, count in seen.items() if count}
-
-    def model_wide(self) -> float | None:
-        """Weights not read over the weights of the blocks' projections; None if sparsity was never on.
-
-        The definition is `models.architectures.block_weights`'.
-        """
-        realised = self.by_projection()
-        total = sum(self._weights[name] for name in realised if name != self.output)
-        if not total:
-            return None
-        return sum(value * self._weights[name] for name, value in realised.items()) / total
-
-
-@dataclass
 class SparsityControl:
-    """Shared state of the sparse layers of one model.
+    """Shared state of the sparse layers of one model: what is asked of passes, and the context of the one under way.
 
     `auto` is how a model is served: several tokens in a row are a prefill and run dense, a single
     token is a decode step and runs sparse. `dense` switches sparsity off. `masked` is for
@@ -83,19 +30,15 @@ class SparsityControl:
     mode: Mode = "auto"
     enabled: bool = True
     backend: str = "auto"
-    dense_prefix: int = 0
+    dense_prefix: int | Tensor = 0
+    """Of all rows, or (batch,) int64: rows whose prompts differ in length."""
     output: str | None = None
-    """The output layer, where it is sparse too. It may be given the last positions only, so the layers before it
-    leave word of how many there are."""
-    positions: int = field(default=1, repr=False)
-    """Of the pass under way, where there is such an `output`."""
+    """The output layer, where it is sparse too."""
     counter: SparsityCounter | None = field(default=None, repr=False)
-    flattens: bool = False
-    """Whether some layers are given (batch * tokens, in): those that are not leave word of the shape."""
-    shape: tuple[int, ...] = field(default=(1, 1), repr=False)
-    """Batch and tokens of the pass under way, where `flattens`."""
     encodes: bool = False
     """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
+    context: PassContext | None = field(default=None, repr=False)
+    """Of the pass under way."""
     plans_applied: int = field(default=0, repr=False)
     """Goes up whenever thresholds change."""
 
@@ -108,6 +51,50 @@ class SparsityControl:
     def decoding(self) -> tuple[bool, str, int]:
         """Changes with everything that a prepared decoding must know."""
         return self.decodes_sparse, self.backend, self.plans_applied
+
+    def context_of(self, batch: int, tokens: int, module: nn.Module | None = None) -> PassContext:
+        """The context of a pass.
+
+        Args:
+            batch: rows.
+            tokens: positions of each row.
+            module: whose call it is.
+        """
+        several, phase = tokens > 1, self._phase(tokens)
+        counter = self.counter if self.counter is not None and self.counter.active and phase != "dense" else None
+        start = self.dense_prefix if self.mode == "masked" else 0
+        return PassContext(phase, batch, tokens, start, several or self.mode == "dense", counter, module)
+
+    def _phase(self, tokens: int) -> Phase:
+        if not self.enabled or self.mode == "dense":
+            return "dense"
+        if self.mode == "masked" or self.encodes:
+            return "masked"
+        return "dense" if tokens > 1 else "decode"
+
+    def context_alone(self, x: Tensor) -> PassContext:
+        """The context of a layer that is called by itself with (..., tokens, in)."""
+        tokens = x.shape[-2] if x.dim() > 1 else 1
+        return self.context_of(x.numel() // (tokens * x.shape[-1]), tokens)
+
+    def begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook: the pass of a model, or of a stack of its blocks, begins."""
+        shape = shape_of_inputs(args, kwargs)
+        if shape is None:
+            return
+        outer = around = self.context
+        while around is not None:
+            if around.module is module:  # left behind by a call that was interrupted
+                outer = around.outer
+                break
+            around = around.outer
+        self.context = self.context_of(*shape, module)
+        self.context.outer = outer
+
+    def end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook that is always called: the pass is over, or failed."""
+        if self.context is not None and self.context.module is module:
+            self.context = self.context.outer
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -125,19 +112,24 @@ class SparsityControl:
             yield
 
     @contextmanager
-    def masked(self, dense_prefix: int) -> Iterator[None]:
-        """Positions from `dense_prefix` on sparse, by masking, inside the block."""
+    def masked(self, dense_prefix: int | Tensor) -> Iterator[None]:
+        """Positions from `dense_prefix` on sparse, by masking, inside the block.
+
+        Args:
+            dense_prefix: of all rows, or (batch,) int64.
+        """
         with self._switched("masked", dense_prefix):
             yield
 
     @contextmanager
-    def _switched(self, mode: Mode, dense_prefix: int) -> Iterator[None]:
+    def _switched(self, mode: Mode, dense_prefix: int | Tensor) -> Iterator[None]:
         before = self.mode, self.dense_prefix
         self.mode, self.dense_prefix = mode, dense_prefix
         try:
             yield
         finally:
             self.mode, self.dense_prefix = before
+            self.context = None  # an interrupt ends a pass without its hook
 
     @contextmanager
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
@@ -165,11 +157,10 @@ def control_of(model: nn.Module) -> SparsityControl:
     Raises:
         LookupError: the model has no sparse layers.
     """
-    from teal_cli.sparse.linear import SparseLinear
-
     for module in model.modules():
-        if isinstance(module, SparseLinear):
-            return module.control
+        control = getattr(module, "control", None)
+        if isinstance(control, SparsityControl):
+            return control
     raise LookupError("the model has no sparse layers")
 
 

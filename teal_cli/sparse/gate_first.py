@@ -4,7 +4,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from teal_cli.sparse.control import SparsityControl, SparsityCounter
+from teal_cli.checkpoint.rules import Rule, Zeros
+from teal_cli.sparse.context import PassContext, decide
+from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.counting import SparsityCounter
 from teal_kernels import resolve_backend
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 
@@ -13,7 +16,7 @@ class GateFirstMLP(nn.Module):
     """Takes the place of down(activation(gate(x)) * up(x)), with the same layers under the same names.
 
     While one token a row is decoded, the gate product decides which neurons live, and `up` is
-    computed for these alone; `down` is a `SparseLinear` of threshold 0, which skips the zeros. A
+    computed for these alone; `down` is a `SparseLinear` whose rule is `Zeros`. A
     prefill is dense, with the bits of the dense MLP. Nothing waits for the device.
 
     Args:
@@ -41,6 +44,7 @@ class GateFirstMLP(nn.Module):
         self.activation = activation
         self.path = path
         self.control = control
+        self.rule: Rule = Zeros()
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -53,34 +57,36 @@ class GateFirstMLP(nn.Module):
         return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., tokens, in) -> (..., tokens, in); which tokens run sparse is `SparsityControl`'s say."""
+        """(..., tokens, in) -> (..., tokens, in); what is skipped `decide` says."""
         gate_layer, up_layer, down_layer = self.layers
         control = self.control
-        several = x.dim() > 1 and x.shape[-2] > 1
-        dense = not control.enabled or control.mode == "dense" or (control.mode == "auto" and several)
-        masked = control.mode == "masked"
-        counter = None if dense or control.counter is None or not control.counter.active else control.counter
+        context = control.context or control.context_alone(x)
+        decision = decide(self.rule, context, x.numel() // x.shape[-1])
+        counter = None if decision == "dense" else context.counter
         # A GPU computes the gates in the launch that needs them.
-        fused = not (dense or masked) and resolve_backend(control.backend, x.device, x.dtype) == "triton"
+        fused = decision == "skip" and resolve_backend(control.backend, x.device, x.dtype) == "triton"
         if not fused or counter is not None:
             gate = gate_layer(x)
         if counter is not None:
-            self._count(counter, gate, control.dense_prefix if masked else 0)
+            self._count(counter, gate, context)
         up, activation = up_layer.weight, self.activation
         if fused:
             hidden = gated_hidden(x, gate_layer.weight, gate_layer.bias, up, up_layer.bias, activation, "triton")
-        elif dense or masked:  # zeros are zeros, whoever computes them
+        elif decision != "skip":  # zeros are zeros, whoever computes them
             hidden = activation.hidden(gate, up_layer(x))
         else:
             hidden = gate_first(x, gate, up, up_layer.bias, activation, control.backend)
         out: Tensor = down_layer(hidden)
         return out
 
-    def _count(self, counter: SparsityCounter, gate: Tensor, prefix: int) -> None:
+    def _count(self, counter: SparsityCounter, gate: Tensor, context: PassContext) -> None:
         """Count dead neurons as what `up` drops: its outputs, not its inputs. The gate drops nothing."""
-        counted = gate[..., prefix:, :] if prefix else gate
         gate_layer, up_layer, _ = self.layers
-        live = self.activation.live(counted)
+        tokens = gate.shape[-2] if gate.dim() > 1 else 1
+        seen = context.rows_that_drop(gate.numel() // gate.shape[-1], tokens, 0) * gate.shape[-1]
+        live, stays = self.activation.live(gate), context.stays_dense(tokens, 0, gate.device)
+        if stays is not None:
+            live = live | stays
         gate_name, up_name = (f"{self.path}.{name}" for name in self.names[:2])
-        counter.add(gate_name, gate_layer.weight.numel(), counted.numel(), 0)
-        counter.add(up_name, up_layer.weight.numel(), live.numel(), live.numel() - live.count_nonzero())
+        counter.add(gate_name, gate_layer.weight.numel(), seen, 0)
+        counter.add(up_name, up_layer.weight.numel(), seen, live.numel() - live.count_nonzero())

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Zeros
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.trained_sparse import computes_gated, zeroing_activation
@@ -16,10 +17,6 @@ from teal_kernels.gate_first import GateActivation
 INTRINSIC = "intrinsic"
 """What stands in place of an allocation."""
 
-_DENSE = ProjectionPlan(sparsity=0.0, threshold=0.0)
-# With a threshold of 0 the sparsity is what the model makes of it; the number lets the layer skip at all.
-_ZEROS = ProjectionPlan(sparsity=0.9, threshold=0.0)
-
 
 def make_intrinsic_(model: Any) -> SparsityPlan:
     """Let a dense model, loaded already, skip the zeros that its activation makes. The weights are not copied.
@@ -28,7 +25,7 @@ def make_intrinsic_(model: Any) -> SparsityPlan:
     zero are skipped. Everything else stays dense.
 
     Returns:
-        The plan that the model now has: threshold 0 before each `down`.
+        The plan that the model now has: zeros before each `down`.
 
     Raises:
         ArtefactError: an unsupported model type, or an activation that makes no zeros.
@@ -65,7 +62,7 @@ def make_intrinsic_(model: Any) -> SparsityPlan:
     plan = SparsityPlan(
         allocation=INTRINSIC,
         target_sparsity=0.0,
-        projections={p.name: _ZEROS if p.name in names else _DENSE for p in projections if p.name not in skipped},
+        projections={p.name: Zeros() if p.name in names else Dense() for p in projections if p.name not in skipped},
     )
     apply_plan_(model, plan)
     return plan

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.plan import ProjectionPlan
+from teal_cli.checkpoint.rules import Dense, Rule
+from teal_cli.sparse.context import PassContext, decide
 from teal_cli.sparse.control import SparsityControl
-from teal_cli.sparse.site import Site
+from teal_cli.sparse.counting import SparsityCounter
+from teal_cli.sparse.merged import MergedProjections
 from teal_kernels import active_inputs
 from teal_kernels.packing import Packed
 
@@ -19,11 +21,11 @@ _LAYOUT_EXACT_ROWS = 16
 
 
 class SparseLinear(nn.Linear):
-    """`nn.Linear` whose inputs below a threshold are dropped when one token a row is decoded.
+    """`nn.Linear` that skips inputs by a rule when one token a row is decoded.
 
-    `weight` stays (out, in) with the dense model's key and values; its site lays it out input-major
+    `weight` stays (out, in) with the dense model's key and values; `merged` lays it out input-major
     in memory. `threshold` is a 0-d float32 buffer that is not saved: it lives in the
-    checkpoint's configuration. A layer with sparsity 0 is an ordinary linear layer.
+    checkpoint's configuration. A layer whose rule is `Dense` is an ordinary linear layer.
     """
 
     threshold: Tensor
@@ -36,16 +38,17 @@ class SparseLinear(nn.Linear):
         *,
         name: str,
         control: SparsityControl,
-        site: Site,
+        merged: MergedProjections,
+        part: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.name = name
         self.control = control
-        self.site = site
-        self.number = site.add(self)
-        self.plan = ProjectionPlan(sparsity=0.0, threshold=0.0)
+        self.merged = merged
+        self.part = merged.add(self, part)
+        self.rule: Rule = Dense()
         self.is_planned = True
         """Whether plans name this layer. Only a quantised output layer may be without; then nothing is dropped."""
         self.is_output = False
@@ -53,11 +56,13 @@ class SparseLinear(nn.Linear):
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, name: str, control: SparsityControl, site: Site) -> "SparseLinear":
+    def from_linear(
+        cls, linear: nn.Linear, *, name: str, control: SparsityControl, merged: MergedProjections
+    ) -> "SparseLinear":
         """A sparse layer that takes over the parameters of a dense one, without a copy."""
         has_bias = linear.bias is not None
         layer = cls(
-            linear.in_features, linear.out_features, has_bias, name=name, control=control, site=site, device="meta"
+            linear.in_features, linear.out_features, has_bias, name=name, control=control, merged=merged, device="meta"
         )
         layer.weight = linear.weight
         layer.bias = linear.bias
@@ -76,25 +81,25 @@ class SparseLinear(nn.Linear):
     @property
     def stays_as_it_is(self) -> bool:
         """Whether its weights need no other layout: an output layer that drops nothing and is not quantised."""
-        return self.is_output and self.plan.sparsity == 0.0 and self.packed is None
+        return self.is_output and isinstance(self.rule, Dense) and self.packed is None
 
     @property
     def storage(self) -> Tensor:
         """What the weights are held in."""
         return self.weight
 
-    def plan_(self, plan: ProjectionPlan) -> None:
-        """Set sparsity and threshold, on the device of the weight."""
-        self.plan = plan
-        self.threshold = torch.tensor(plan.threshold, dtype=torch.float32, device=self.storage.device)
+    def set_rule_(self, rule: Rule) -> None:
+        """Skip inputs by this rule; the threshold goes to the device of the weight."""
+        self.rule = rule
+        self.threshold = torch.tensor(rule.threshold, dtype=torch.float32, device=self.storage.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         before = self.storage.data_ptr()
         super()._apply(fn, recurse)
         if self.storage.data_ptr() != before:
-            self.site.forget_layout()
+            self.merged.forget_layout()
         if not self.storage.is_meta:
-            self.plan_(self.plan)  # a cast of the model must not round the threshold
+            self.set_rule_(self.rule)  # a cast of the model must not round the threshold
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -103,56 +108,57 @@ class SparseLinear(nn.Linear):
         destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     def extra_repr(self) -> str:
-        """Shape, sparsity and threshold, for `print(model)`."""
-        return f"{super().extra_repr()}, sparsity={self.plan.sparsity:.3f}, threshold={self.plan.threshold:.4g}"
+        """Shape and rule, for `print(model)`."""
+        return f"{super().extra_repr()}, rule={self.rule}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., tokens, in) -> (..., tokens, out); which tokens run sparse is `SparsityControl`'s say."""
+        """(..., tokens, in) or, flattened, (batch * tokens, in) -> the same with out; what is skipped `decide` says."""
         control = self.control
-        if control.flattens:
-            if x.dim() == 2:
-                return self.forward(x.view(*control.shape, x.shape[-1])).flatten(0, 1)
-            control.shape = tuple(x.shape[:2])
-        tokens = x.shape[-2] if x.dim() > 1 else 1
-        before = 0  # positions of this pass that are not in x
-        if control.output is not None:
-            if self.is_output:
-                before = max(control.positions - tokens, 0)
-            else:
-                control.positions = tokens
-        several = before + tokens > 1
-        mode = "masked" if control.encodes and control.mode == "auto" else control.mode
-        if not control.enabled or mode == "dense" or (mode == "auto" and several):
-            return self._dense(x, several)
-        masked = mode == "masked"
-        prefix = max(control.dense_prefix - before, 0) if masked else 0
-        counter = control.counter if control.counter is not None and control.counter.active else None
-        if self.plan.sparsity == 0.0:
-            if (
-                counter is not None and self.is_planned
-            ):  # a projection that is left dense counts in the model's sparsity
-                counter.add(
-                    self.name, self.in_features * self.out_features, x.numel() // tokens * max(tokens - prefix, 0), 0
-                )
-            return self._dense(x, several)
-        if counter is not None or masked:
-            active = active_inputs(x, self.threshold)
-            if counter is not None:
-                counted = active[..., prefix:, :] if prefix else active
-                dropped = counted.numel() - counted.count_nonzero()
-                counter.add(self.name, self.in_features * self.out_features, counted.numel(), dropped)
-            if masked:
-                active[..., :prefix, :] = True
-                return F.linear(x * active, self.weight, self.bias)
-        return self.site.product(self.number, x, control.backend)
+        context = control.context or control.context_alone(x)
+        rows = x.numel() // self.in_features
+        decision = decide(self.rule, context, rows)
+        if decision == "skip":
+            if context.counter is not None:
+                self._count(context.counter, x.numel(), active_inputs(x, self.threshold))
+            return self.merged.product(self, x, context, control.backend)
+        if decision == "masked":
+            return self._masked(x, context, rows)
+        if context.counter is not None and self.is_planned and context.may_drop(rows):
+            # A projection that is left dense counts in the model's sparsity.
+            seen = context.rows_that_drop(rows, *self._positions(x, context, rows))
+            context.counter.add(self.name, self.in_features * self.out_features, seen * self.in_features, 0)
+        return self._dense(x, context, context.exact or rows > context.batch)
 
-    def _dense(self, x: Tensor, several: bool) -> Tensor:
-        """The plain product, with the plain layer's bits when it is a prefill (of several tokens) on the CPU."""
+    def _positions(self, x: Tensor, context: PassContext, rows: int) -> tuple[int, int]:
+        """Positions of each row in x, and of the pass before them: an output layer may be given the last ones only."""
+        tokens = x.shape[-2] if x.dim() > 2 else rows // context.batch
+        return tokens, max(context.tokens - tokens, 0) if self.is_output else 0
+
+    def _masked(self, x: Tensor, context: PassContext, rows: int) -> Tensor:
+        """The plain product of x without the inputs that are skipped."""
+        active = active_inputs(x, self.threshold)
+        tokens, offset = self._positions(x, context, rows)
+        stays = context.stays_dense(tokens, offset, x.device)
+        if stays is not None:
+            if x.dim() == 2:
+                stays = stays.expand(context.batch, tokens, 1).reshape(rows, 1)
+            active |= stays
+        if context.counter is not None:
+            self._count(context.counter, context.rows_that_drop(rows, tokens, offset) * self.in_features, active)
+        return F.linear(x * active, self.weight, self.bias)
+
+    def _count(self, counter: SparsityCounter, seen: int, active: Tensor) -> None:
+        """Count inputs that could be skipped, and those that are: where `active` is False."""
+        dropped = active.numel() - active.count_nonzero()
+        counter.add(self.name, self.in_features * self.out_features, seen, dropped)
+
+    def _dense(self, x: Tensor, context: PassContext, exact: bool) -> Tensor:
+        """The plain product; on the CPU with the plain layer's bits where that is owed."""
         weight = self.weight
-        if x.device.type == "cpu" and (several or self.control.mode == "dense") and not weight.is_contiguous():
+        if exact and x.device.type == "cpu" and not weight.is_contiguous():
             rows = x.numel() // x.shape[-1]
-            exact = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and rows >= _LAYOUT_EXACT_ROWS)
-            if not exact:
+            alike = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and rows >= _LAYOUT_EXACT_ROWS)
+            if not alike:
                 # A transposed copy of one weight, for as long as one product takes.
                 weight = weight.contiguous()
         return F.linear(x, weight, self.bias)

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.plan import ProjectionPlan
+from teal_cli.checkpoint.rules import Rule
 from teal_cli.schemes import Scheme
+from teal_cli.sparse.context import PassContext
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.site import Site
+from teal_cli.sparse.merged import MergedProjections
+from teal_kernels import KEEP_ALL
 from teal_kernels.packing import Packed, dequantised
 
 _FEW_ROWS = 2
@@ -35,11 +37,13 @@ class QuantisedLinear(SparseLinear):
         *,
         name: str,
         control: SparsityControl,
-        site: Site,
+        merged: MergedProjections,
+        part: int | None = None,
         packed: Packed | None = None,
     ) -> None:
         n_in, n_out = linear.in_features, linear.out_features
-        super().__init__(n_in, n_out, linear.bias is not None, name=name, control=control, site=site, device="meta")
+        shared: dict[str, Any] = {"name": name, "control": control, "merged": merged, "part": part}
+        super().__init__(n_in, n_out, linear.bias is not None, **shared, device="meta")
         del self._parameters["weight"]
         self.bias = linear.bias
         self.scheme = scheme
@@ -58,7 +62,7 @@ class QuantisedLinear(SparseLinear):
         self.register_buffer("qweight", packed.words)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
-        self._nothing_dropped = torch.tensor(-1.0)
+        self._nothing_dropped = torch.tensor(KEEP_ALL)
         self.train(linear.training)
 
     @property
@@ -81,10 +85,10 @@ class QuantisedLinear(SparseLinear):
         """What the weights are held in."""
         return self.qweight
 
-    def plan_(self, plan: ProjectionPlan) -> None:
+    def set_rule_(self, rule: Rule) -> None:
         """As for any sparse layer."""
-        super().plan_(plan)
-        self._nothing_dropped = torch.full_like(self.threshold, -1.0)
+        super().set_rule_(rule)
+        self._nothing_dropped = torch.full_like(self.threshold, KEEP_ALL)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedLinear":
         kept = {"scales": self.scales, "zeros": self.zeros}
@@ -101,7 +105,7 @@ class QuantisedLinear(SparseLinear):
             if f"{prefix}{name}" in destination:
                 destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].contiguous()
 
-    def _dense(self, x: Tensor, several: bool) -> Tensor:
+    def _dense(self, x: Tensor, context: PassContext, exact: bool) -> Tensor:
         if x.numel() <= _FEW_ROWS * self.in_features:
-            return self.site.packed_product(self.number, x, self.control.backend, self._nothing_dropped)
+            return self.merged.packed_product(self, x, context, self.control.backend, self._nothing_dropped)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Zeros, threshold_rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.forward import watched
 from teal_cli.models.layers import rows_from
@@ -31,7 +32,7 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
 
     Args:
         model: with sparse layers; takes on the new thresholds.
-        plan: projections and their sparsities.
+        plan: projections and their sparsities; exact zeros stay what they are.
         sequences: (sequences, tokens) int64, run together as one batch.
         dense_prefix: leading positions that run dense and are not counted, as a prompt.
 
@@ -40,21 +41,23 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
     """
     set_thresholds_(model, plan)
     layers = sparse_layers(model)
-    sites: defaultdict[int, list[SparseLinear]] = defaultdict(list)
+    waiting: defaultdict[int, list[SparseLinear]] = defaultdict(list)
     for layer in layers.values():
-        sites[id(layer.site)].append(layer)
+        waiting[id(layer.merged)].append(layer)
 
     def settle(layer: SparseLinear, x: Tensor, *rest: Any) -> None:
-        if id(layer.site) not in sites:  # settled, by the layer of it that was called first
+        if id(layer.merged) not in waiting:  # settled, by the layer of it that was called first
             return
         counts = histogram.count(rows_from(dense_prefix, x, rest, sequences.shape)).cpu()
-        for reader in sites.pop(id(layer.site)):
-            sparsity = plan.projections[reader.name].sparsity
+        for reader in waiting.pop(id(layer.merged)):
+            rule = plan.projections[reader.name]
+            if isinstance(rule, Zeros):
+                continue
             try:
-                threshold = histogram.threshold_for(counts, sparsity)
+                threshold = histogram.threshold_for(counts, rule.expected_sparsity)
             except ValueError as error:
                 raise ArtefactError(f"{reader.name}: {error}") from error
-            reader.plan_(ProjectionPlan(sparsity, threshold))
+            reader.set_rule_(threshold_rule(threshold, rule.expected_sparsity))
 
     control = next(iter(layers.values())).control
     with (
@@ -63,7 +66,7 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
         watched(model, with_output=control.output is not None) as run,
     ):
         run(sequences.to(model.device))
-    held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].plan for name in plan.projections})
+    held = SparsityPlan(plan.allocation, plan.target_sparsity, {name: layers[name].rule for name in plan.projections})
     set_thresholds_(model, held)
     return held
 

@@ -7,12 +7,13 @@ from torch import nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.architectures import Architecture, architecture_for, find_projections
 from teal_cli.models.layers import StackedLinear, is_conv1d
 from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.conv1d import SparseConv1D
+from teal_cli.sparse.experts import ExpertTables, SparseExperts
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.site import Site
-from teal_cli.sparse.variants import SparseConv1D, SparseExperts, StackedSite
+from teal_cli.sparse.merged import MergedProjections
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -27,40 +28,49 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
         ArtefactError: a name that is no linear layer of this model.
     """
     architecture = architecture_for(model)
-    control = SparsityControl(flattens=architecture.flattened, encodes=architecture.kind == "encoder")
+    control = SparsityControl(encodes=architecture.kind == "encoder")
     site_names = {projection.name: projection.site for projection in find_projections(model)}
     output = model.get_output_embeddings() if architecture.kind == "causal" else None  # type: ignore[operator]
-    sites: dict[str, Site] = {}
+    merged: dict[str, MergedProjections] = {}
     for name in names:
         try:
             linear = model.get_submodule(name)
         except AttributeError:
             linear = None
         parent, _, child = name.rpartition(".")
-        layer = None if linear is None else _sparse(linear, name, control, sites, site_names.get(name, name))
+        layer = None if linear is None else _sparse(linear, name, control, merged, site_names.get(name, name))
         if layer is None:
             raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         if linear is output:
             layer.is_output, control.output = True, name
         setattr(model.get_submodule(parent), child, layer)
+    _begin_and_end_passes(model, architecture, control)
     return control
 
 
+def _begin_and_end_passes(model: nn.Module, architecture: Architecture, control: SparsityControl) -> None:
+    """Let calls of the model, and of its stacks of blocks alone, give the layers their context.
+
+    The stacks of an encoder-decoder read texts of their own, which its whole says nothing of.
+    """
+    stacks = [model.get_submodule(path.rpartition(".")[0]) for path in architecture.blocks]
+    for module in stacks if architecture.kind == "seq2seq" else dict.fromkeys([model, *stacks]):
+        module.register_forward_pre_hook(control.begin_pass, with_kwargs=True)
+        module.register_forward_hook(control.end_pass, always_call=True)
+
+
 def _sparse(
-    linear: nn.Module, name: str, control: SparsityControl, sites: dict[str, Site], site: str
+    linear: nn.Module, name: str, control: SparsityControl, merged: dict[str, MergedProjections], site: str
 ) -> SparseLinear | None:
-    """The sparse layer for a linear one, at its site; None for a module that is none."""
+    """The sparse layer for a linear one, merged with the others of its site; None for a module that is none."""
     if isinstance(linear, StackedLinear):
-        return SparseExperts(linear, name=name, control=control, site=sites.setdefault(site, StackedSite()))
-    shared: dict[str, Any] = {"name": name, "control": control, "site": sites.setdefault(site, Site())}
+        tables = merged.setdefault(site, ExpertTables(site))
+        return SparseExperts(linear, name=name, control=control, merged=tables)
+    with_others = merged.setdefault(site, MergedProjections(site))
+    shared: dict[str, Any] = {"name": name, "control": control, "merged": with_others}
     if isinstance(linear, nn.Linear):
         return SparseLinear.from_linear(linear, **shared)
     return SparseConv1D.from_conv1d(linear, **shared) if is_conv1d(linear) else None
-
-
-def _sites(model: nn.Module) -> list[Site]:
-    """Every site once."""
-    return list({id(layer.site): layer.site for layer in sparse_layers(model).values()}.values())
 
 
 def lay_out_(model: nn.Module) -> None:
@@ -69,8 +79,8 @@ def lay_out_(model: nn.Module) -> None:
     `apply_plan_` does it; needed again after a move to another device: until then decoding is right
     but slow.
     """
-    for site in _sites(model):
-        site.lay_out_()
+    for merged in {id(layer.merged): layer.merged for layer in sparse_layers(model).values()}.values():
+        merged.lay_out_()
 
 
 def set_thresholds_(model: nn.Module, plan: SparsityPlan) -> None:
@@ -86,7 +96,7 @@ def set_thresholds_(model: nn.Module, plan: SparsityPlan) -> None:
         odd = sorted(set(layers) ^ set(plan.projections))[0]
         raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")
     for name, layer in layers.items():
-        layer.plan_(plan.projections[name])
+        layer.set_rule_(plan.projections[name])
         layer.control.plans_applied += 1
 
 

@@ -202,9 +202,9 @@ def _up_to_date(folder: Path, calibration: Calibration, plan: SparsityPlan, reca
         summary = read_summary(folder)
     except (ArtefactError, OSError):
         return False
-    wanted = {name: entry.sparsity for name, entry in plan.projections.items()}
+    wanted = {name: entry.expected_sparsity for name, entry in plan.projections.items()}
     return (
         CalibrationInfo(**summary["calibration"]) == calibration.info
-        and {name: entry.sparsity for name, entry in made.projections.items()} == wanted
+        and {name: entry.expected_sparsity for name, entry in made.projections.items()} == wanted
         and summary["propagated"] == (recalibrated and any(wanted.values()))
     )

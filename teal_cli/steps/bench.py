@@ -19,14 +19,20 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
-from teal_cli.decode.engine import Engine, TokenLoop
-from teal_cli.decode.paths.fused import EPILOGUES
-from teal_cli.decode.seq2seq import engine_for
+from teal_cli.decode.choice import Choice
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.model_source import ModelSource
 from teal_cli.models.aliases import require_alias
-from teal_cli.models.architectures import Projection, architecture_of, find_projections, output_projection
+from teal_cli.models.architectures import (
+    Projection,
+    architecture_for,
+    architecture_of,
+    find_projections,
+    output_projection,
+)
 from teal_cli.models.loading import build_random_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
@@ -68,7 +74,7 @@ class BenchResult:
     mode: str
     """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     path: str
-    """`compact`, our kernels from end to end, or `general`, transformers' forward with sparse layers."""
+    """`compact`, the fused decode path, or `general`, transformers' forward with sparse layers."""
     general_because: str | None
     """Why not `compact`, on a GPU."""
     reading_gb_s: float | None
@@ -136,12 +142,13 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = engine_for(model)
+    engine = Engine(model, never_worse=config.backend == "auto")
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     if config.tune:
         _tune(config, engine, prepared, reporter)
     total = (len(plans) + 1) * (config.repeats + 1) * config.new_tokens
+    choices: list[Choice] = []
     with reporter.progress(f"decoding {name}", total) as advance:
         runs = bench_decode(
             engine,
@@ -152,12 +159,15 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
             quantization=prepared.quantization,
             reading_gb_s=limit,
             on_tokens=advance,
+            on_choice=choices.append,
         )
+    for line in dict.fromkeys(choice.line for choice in choices if choice.line is not None):
+        reporter.say(line)
     kernels: list[KernelRun] = []
     if config.kernels:
         targets = [plan.target_sparsity for plan in plans]
         dtype = model.dtype
-        if limit is not None and engine.decoder is not None:
+        if limit is not None and engine.path.own_kernels:
             products = site_products(model)
             reporter.say(f"timing {len(products)} products")
             kernels = bench_products(
@@ -178,7 +188,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         device=device_description(device),
         batch=batch,
         mode=config.mode,
-        path="compact" if engine.decoder is not None else "general",
+        path="compact" if engine.path.own_kernels else "general",
         general_because=engine.general_because,
         reading_gb_s=limit,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -202,7 +212,7 @@ def site_products(model: Any) -> list[ProductShape]:
         parts.setdefault(projection.site, []).append(projection)
     first = next(iter(parts)).rpartition(".")[0]
     of_block = [(site.rpartition(".")[2], group) for site, group in parts.items() if site.startswith(f"{first}.")]
-    groups = [(group, EPILOGUES.get(site, "plain")) for site, group in of_block]
+    groups = [(group, architecture_for(model).epilogue_of(site)) for site, group in of_block]
     output = model.get_output_embeddings()
     if isinstance(output, SparseLinear) and not output.stays_as_it_is:
         groups.append(([output_projection(model, "--output-layer")], "plain"))
@@ -242,7 +252,7 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     def token_seconds(sparsity: float) -> float:
         return decode_seconds(engine, plans[sparsity], prepared.prompt, _TUNED_TOKENS)
 
-    if engine.decoder is None:
+    if not engine.path.own_kernels:
         entries = [finalists[sparsity][0] for finalists in found for sparsity in finalists]
     else:
         reporter.say("trying the best in the model")

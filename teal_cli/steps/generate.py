@@ -9,8 +9,9 @@ from typing import Any
 from teal_cli.config import GenerateConfig
 from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
+from teal_cli.decode.choice import Choice
+from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.decode.seq2seq import engine_for
 from teal_cli.decode.streaming import text_streamer
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
@@ -40,6 +41,8 @@ class Reply:
     launched ahead of a stop included; None where nothing ran sparse."""
     neuron_sparsity: float | None
     """Of it, the share of MLP neurons that were zero, in mode intrinsic."""
+    decodes: str
+    """`sparse`, or `dense`: asked for, or chosen because sparse steps were measured to be slower."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -78,7 +81,7 @@ class Generator:
             self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        self.engine = engine_for(self.model)
+        self.engine = Engine(self.model, never_worse=config.backend == "auto")
         if self.engine.general_because is not None:
             reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
         if not self.engine.keeps_state:
@@ -86,6 +89,7 @@ class Generator:
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
             )
         self._turns = 0
+        self._say, self._said = reporter.say, ""
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
@@ -113,6 +117,10 @@ class Generator:
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
+        choice = self.engine.choose(prompt) if self.engine.never_worse else None
+        if choice is not None and choice.line is not None and choice.line != self._said:
+            self._said = choice.line
+            self._say(choice.line)
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
@@ -136,6 +144,7 @@ class Generator:
             tokens_per_second=(count - 1) / (last - first) if count > 1 else None,
             realised_sparsity=counter.model_wide(),
             neuron_sparsity=self._neuron_sparsity(counter),
+            decodes=self._decodes(choice),
             interrupted=interrupted,
         )
 
@@ -162,6 +171,11 @@ class Generator:
             **asdict(reply),
             "seed": self.config.seed,
         }
+
+    def _decodes(self, choice: Choice | None) -> str:
+        control = self.engine.control
+        sparse = control is not None and control.decodes_sparse
+        return ("sparse" if sparse else "dense") if choice is None else choice.decodes
 
     def _neuron_sparsity(self, counter: SparsityCounter) -> float | None:
         return neuron_sparsity(self.model, counter.by_projection()) if self.config.mode == "intrinsic" else None

@@ -31,7 +31,7 @@ def test_what_is_written_is_read(calibration: Calibration, tmp_path: Path) -> No
     assert again.allocation == "mine.yaml"
     assert again.target_sparsity == pytest.approx(0.5, abs=1e-4)
     for name, entry in plan.projections.items():
-        assert again.projections[name].sparsity == pytest.approx(entry.sparsity, abs=1e-6)
+        assert again.projections[name].expected_sparsity == pytest.approx(entry.expected_sparsity, abs=1e-6)
     assert {e.threshold for e in again.projections.values()} == {e.threshold for e in plan.projections.values()}
 
 

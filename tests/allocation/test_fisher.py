@@ -89,7 +89,7 @@ def test_one_sparsity_a_site(calibration: Calibration, target: float) -> None:
     assert _cost(calibration, sparsity) < _cost(calibration, uniform) or target == 0.0
     plan = make_plan(calibration, target, "fisher-site")
     assert plan.allocation == "fisher-site"
-    assert {name: entry.sparsity for name, entry in plan.projections.items()} == sparsity
+    assert {name: entry.expected_sparsity for name, entry in plan.projections.items()} == sparsity
 
 
 def test_costs_decide(calibration: Calibration) -> None:
@@ -107,7 +107,7 @@ def test_the_plan_has_the_thresholds_of_the_histograms(calibration: Calibration)
     for p in calibration.projections:
         entry = plan.projections[p.name]
         share = histogram.sparsity_at(calibration.histograms[p.site], entry.threshold)
-        assert share == pytest.approx(entry.sparsity, abs=0.01)
+        assert share == pytest.approx(entry.expected_sparsity, abs=0.01)
 
 
 @pytest.mark.parametrize("spread", [fisher, fisher_site])

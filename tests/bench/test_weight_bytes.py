@@ -5,7 +5,8 @@ from conftest import FAMILIES, build_family
 from torch import nn
 
 from teal_cli.bench.decode import weight_bytes_per_token
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
@@ -53,7 +54,7 @@ def test_what_a_token_reads(family: str) -> None:
     untied_shared = family == "t5-gated"  # an embedding of the encoder's, of which no row is read
     slack = model.get_input_embeddings().weight[0].nbytes if untied_shared else 0
     assert dense == pytest.approx(_expected(family, model), abs=slack + 1)
-    sparsify_(model, SparsityPlan("half", 0.5, {p.name: ProjectionPlan(0.5, 0.1) for p in projections}))
+    sparsify_(model, SparsityPlan("half", 0.5, {p.name: Threshold(0.1, 0.5) for p in projections}))
     assert weight_bytes_per_token(model, {}) == dense  # laying weights out changes nothing
     # Dropping half of one projection saves half of what a token reads of it.
     last = projections[-1]
@@ -72,7 +73,7 @@ def test_what_a_token_reads_of_quantised_weights(family: str) -> None:
     read = [p for p in projections if _is_read(p.name)]
     shrunk = sum(model.get_submodule(p.name).weight.nbytes - packs[p.name].nbytes for p in read)
     assert weight_bytes_per_token(model, {}, packs) == dense - shrunk
-    sparsify_(model, SparsityPlan("half", 0.5, {p.name: ProjectionPlan(0.5, 0.1) for p in projections}))
+    sparsify_(model, SparsityPlan("half", 0.5, {p.name: Threshold(0.1, 0.5) for p in projections}))
     assert weight_bytes_per_token(model, {}, packs) == dense - shrunk
     half = {p.name: 0.5 for p in projections}
     saved = sum(packs[p.name].words.nbytes for p in read) / 2

@@ -110,7 +110,7 @@ def test_a_gpu_and_its_path(gpu: None, free, tiny: Path, monkeypatch, capsys) ->
     assert result["model"]["dtype"] == "bfloat16"
     assert result["model"]["weights"][0]["fits_in_main_memory"] is True
     out = " ".join(capsys.readouterr().out.split())
-    assert "our own kernels from end to end (compact)" in out
+    assert "our own kernels from end to end (fused path)" in out
     assert "tile configs as measured on another GPU" in out
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))

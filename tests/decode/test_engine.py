@@ -145,7 +145,7 @@ def test_alibi_takes_a_growing_cache(tmp_path: Path) -> None:
     """On a GPU too: transformers' Falcon makes its biases for as many positions as are written."""
     kinds = {}
     for family in ("falcon-bias", "gpt2"):
-        engine = Engine(load_model(save_tiny(tmp_path / family, family), device="cpu", dtype="auto"), compact=False)
-        engine.device = torch.device("cuda")  # asks for memory only when it is written
-        kinds[family] = type(engine.new_cache(20))
+        engine = Engine(load_model(save_tiny(tmp_path / family, family), device="cpu", dtype="auto"), path="general")
+        engine.path.device = torch.device("cuda")  # asks for memory only when it is written
+        kinds[family] = type(engine.new_cache(20).state)
     assert kinds == {"falcon-bias": DynamicCache, "gpt2": StaticCache}

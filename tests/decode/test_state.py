@@ -10,14 +10,14 @@ from conftest import VOCABULARY, build_family, build_model, build_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from teal_cli.bench.decode import bench_decode
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.config import GenerateConfig
 from teal_cli.console import QUIET
 from teal_cli.decode import probe
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import Session
+from teal_cli.decode.paths.fused_session import FusedSession as Session
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, find_projections
 from teal_cli.sparse import SparsityControl, sparsify_
@@ -78,7 +78,7 @@ def test_a_model_without_a_state_drops_the_inputs_that_a_cached_one_would() -> N
         blocks=("transformer.h",), sites={"mlp_input": ("mlp.c_fc",)}, dense=("attn.*", "mlp.c_proj")
     )
     names = [f"transformer.h.{layer}.mlp.c_fc" for layer in range(2)]
-    plan = SparsityPlan("uniform", 0.5, dict.fromkeys(names, ProjectionPlan(0.5, 0.7)))
+    plan = SparsityPlan("uniform", 0.5, dict.fromkeys(names, Threshold(0.7, 0.5)))
     control, ids = sparsify_(model, plan), _prompt()
     engine = Engine(model)
     with control.counting() as counter:
@@ -111,7 +111,7 @@ def test_bart_is_told_its_first_token() -> None:
     model, ids = AutoModelForSeq2SeqLM.from_config(config).eval(), _prompt()
     model.generation_config.update(forced_bos_token_id=7, forced_eos_token_id=None, eos_token_id=None)
     written = model.generate(ids, max_new_tokens=9, do_sample=False, num_beams=1)
-    engine = engine_for(model)
+    engine = Engine(model)
     assert list(engine.generate(ids, max_new_tokens=8, sampling=GREEDY)) == written[0, 2:].tolist()
     with pytest.raises(ArtefactError, match="have 32 positions each"):
         list(engine.generate(ids, max_new_tokens=31, sampling=GREEDY))
@@ -135,8 +135,8 @@ def _forgetful(method: Callable[..., Any]) -> Callable[..., Any]:
 def _sparse(family: str, dtype: torch.dtype = torch.float32) -> Engine:
     model: Any = build_family(family).to(dtype)
     names = [projection.name for projection in find_projections(model)]
-    sparsify_(model, SparsityPlan("uniform", 0.5, dict.fromkeys(names, ProjectionPlan(0.5, 0.6))))
-    return engine_for(model)
+    sparsify_(model, SparsityPlan("uniform", 0.5, dict.fromkeys(names, Threshold(0.6, 0.5))))
+    return Engine(model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,14 +169,13 @@ def test_a_wrong_sparse_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         engine.check(_prompt())
 
 
-def test_a_wrong_compact_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(build_model("llama"))
-    engine.decoder = engine._compact_decoder()
+def test_a_wrong_fused_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(build_model("llama"), path="fused")
     engine.check(_prompt())
     launch = Session.launch
 
     def at_the_start(self: Session) -> torch.Tensor:
-        self.position.zero_()
+        self.positions.zero_()
         return launch(self)
 
     monkeypatch.setattr(Session, "launch", at_the_start)
@@ -219,7 +218,7 @@ def test_how_far_logits_are_apart() -> None:
 def test_a_state_that_layers_hold_is_cleared() -> None:
     """Of RecurrentGemma: one text would run into the next, as it does with transformers' generate."""
     shape = {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16}
-    fresh, used = (engine_for(_build("recurrent_gemma", **shape)) for _ in range(2))
+    fresh, used = (Engine(_build("recurrent_gemma", **shape)) for _ in range(2))
     list(used.generate(_prompt(), max_new_tokens=4, sampling=GREEDY))
     texts = [list(engine.generate(_prompt(length=1), max_new_tokens=8, sampling=GREEDY)) for engine in (fresh, used)]
     assert texts[0] == texts[1]

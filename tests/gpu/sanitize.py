@@ -12,7 +12,8 @@ import sys
 from dataclasses import replace
 
 import torch
-from kernel_cases import PARTS, Attention, HeadsCase, Output, random_case
+from attention_cases import Attention, HeadsCase
+from kernel_cases import PARTS, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 from teal_kernels.triton_decode import embed
@@ -38,7 +39,8 @@ def products(rows: int) -> None:
 
 
 def attention(rows: int) -> None:
-    for position, window in ((0, 0), (5, 0), (150, 0), (150, 40)):
+    mixed = tuple(range(150, 150 - 60 * rows, -60))
+    for position, window in ((0, 0), (5, 0), (150, 0), (150, 40), (mixed, 0)):
         case = Attention(rows, 2, 3, 64, position, window, dtype=torch.bfloat16, device="cuda")
         case.launch(case.keys, case.values)
         for splits in (4, 16):
@@ -73,7 +75,7 @@ def others(rows: int) -> None:
     embed(
         token,
         output.weight,
-        torch.zeros(1, dtype=torch.int32, device="cuda"),
+        torch.zeros(rows, dtype=torch.int32, device="cuda"),
         torch.empty_like(output.hidden),
         torch.empty(rows, 1, device="cuda"),
         pdl=False,

@@ -1,28 +1,35 @@
 """Whole models on a real GPU: the fused path against transformers' forward, memory, the real SmolLM2."""
 
+import copy
 import json
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, export_tiny, save_tiny
+from conftest import VOCABULARY, build_family, export_tiny, save_tiny
 from transformers import AutoTokenizer
 
 from teal_cli.bench.decode import random_prompt
 from teal_cli.bench.timing import seconds_of
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Threshold
 from teal_cli.cli import run
 from teal_cli.config import EvalConfig
 from teal_cli.console import QUIET
-from teal_cli.decode import compact
+from teal_cli.decode import choice
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.loop import TokenLoop
+from teal_cli.decode.paths import fused_session
+from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.model_loading import load_model
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import build_random_model
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import control_of, sparse_layers, sparsify_
 from teal_cli.steps.evaluate import evaluate
 from teal_kernels.triton_gemv import TileConfig
@@ -38,7 +45,7 @@ def _decoded(model: torch.nn.Module, rows: int, backend: str) -> tuple[torch.Ten
     control = control_of(model)
     control.backend = backend
     engine = Engine(model)  # takes the backend's path
-    assert (engine.decoder is not None) == (backend == "triton")
+    assert engine.path.own_kernels == (backend == "triton")
     cache = engine.new_cache(40)
     engine.prefill(ids[:, :20], cache)
     with control.counting() as counter:
@@ -53,7 +60,7 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
         return choose_config(device, rows=1, **product)
 
-    monkeypatch.setattr(compact, "choose_config", choose)
+    monkeypatch.setattr(fused_session, "choose_config", choose)
 
 
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
@@ -62,7 +69,7 @@ def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("rows", [1, 3])
-def test_compact_path_against_the_reference(tmp_path: Path, family: str, rows: int) -> None:
+def test_fused_path_against_the_reference(tmp_path: Path, family: str, rows: int) -> None:
     out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
     model = load_model(out, device="cuda", dtype="float32")
     assert all(layer.weight.is_cuda and layer.threshold.is_cuda for layer in sparse_layers(model).values())
@@ -115,7 +122,7 @@ def test_sampling_is_repeatable_and_counted(tmp_path: Path) -> None:
 
 
 def _dense_plan(model: torch.nn.Module) -> SparsityPlan:
-    return SparsityPlan("uniform", 0.0, {p.name: ProjectionPlan(0.0, 0.0) for p in find_projections(model)})
+    return SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(model)})
 
 
 def test_weights_are_on_the_gpu_once() -> None:
@@ -198,3 +205,86 @@ def test_bench_with_random_weights() -> None:
     assert run([*arguments, "--repeats", "2", "--kernels", "--json", "b.json"]) == 0
     for entry in json.loads(Path("b.json").read_text())["runs"]:  # what the memory allows is more than what was reached
         assert entry["tokens_per_second"]["median"] < entry["limit_tokens_per_second"]
+
+
+LENGTHS = [5, 40, 23]
+STEPS = 8
+
+
+def _thresholds(model: Any) -> SparsityPlan:
+    return SparsityPlan("uniform", 0.5, {p.name: Threshold(0.5, 0.5) for p in find_projections(model)})
+
+
+def _two(family: str, dtype: torch.dtype, scheme: str | None) -> tuple[Any, Any]:
+    """A sparse model on the GPU, quantised where asked, and the same in float32 for the definition."""
+    model: Any = build_family(family).to("cuda", dtype)
+    packs = {} if scheme is None else quantise_(model, Scheme.parse(scheme))
+    exact = copy.deepcopy(model).float()
+    for each in (model, exact):
+        sparsify_(each, _thresholds(each))
+    pack_(model, packs)
+    return model, exact
+
+
+def _together(engine: Engine, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens of rows of different lengths, from replays of a graph, and the logits after each."""
+    cache = engine.new_cache(max(LENGTHS) + STEPS)
+    token = engine.prefill(ids, cache, torch.tensor(LENGTHS)).argmax(-1, keepdim=True)
+    loop = TokenLoop(engine, cache, token, Sampler(GREEDY, engine.device))
+    tokens, logits = [], []
+    for _ in range(STEPS):
+        tokens.append(token)
+        token = loop.advance().clone()
+        logits.append(loop.logits.clone())
+    assert loop.captures or engine.path.name == "general"
+    return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("skipping")
+@pytest.mark.parametrize(
+    ("family", "path", "dtype", "scheme"),
+    [
+        ("llama-bias", "fused", torch.float32, None),
+        ("mistral", "fused", torch.float32, None),  # its window is shorter than two of the rows
+        ("qwen3", "fused", torch.bfloat16, None),
+        ("mistral", "fused", torch.bfloat16, None),
+        ("llama", "fused", torch.bfloat16, "int4:32"),
+        ("llama", "fused", torch.float16, "int8"),
+        ("qwen3", "general", torch.float32, None),
+        ("gpt2", "general", torch.bfloat16, None),
+        ("mixtral", "general", torch.float32, None),
+    ],
+)
+def test_rows_of_different_lengths(family: str, path: str, dtype: torch.dtype, scheme: str | None) -> None:
+    """As near to the definition, one masked pass of each row in float32, as the row is alone."""
+    model, exact = _two(family, dtype, scheme)
+    control_of(model).backend = "triton" if path == "fused" else "reference"
+    engine, definition = Engine(model, path=path), Engine(exact, path="general")
+    ids = torch.randint(2, VOCABULARY, (3, max(LENGTHS)), generator=torch.Generator().manual_seed(2)).cuda()
+    tokens, logits = _together(engine, ids)
+    for row, length in enumerate(LENGTHS):
+        prompt, own = ids[row : row + 1, :length], tokens[row : row + 1]
+        truth = definition.without_cache(prompt, own)[0].double()
+        cache = engine.new_cache(length + STEPS)
+        engine.prefill(prompt, cache)
+        alone = torch.cat([engine.step(own[:, i : i + 1], cache) for i in range(STEPS)])
+        limit = 1e-4 if dtype == torch.float32 else 2 * _error(alone.double(), truth) + 0.01
+        assert _error(logits[row].double(), truth) < limit, row
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma2", "t5"])
+def test_sparse_or_dense_is_measured(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is chosen: the text is that of the choice, and both were timed."""
+    monkeypatch.setattr(choice, "LEAST_BYTES", 0)
+    out, _ = export_tiny(save_tiny(tmp_path / "dense", family), tmp_path / "sparse")
+    model = load_model(out, device="cuda", dtype="float32")
+    prompt = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
+    engine = Engine(model, never_worse=True)
+    found = engine.choose(prompt)
+    assert found.sparse_seconds is not None
+    assert found.dense_seconds is not None
+    assert found.decodes == ("dense" if found.sparse_seconds > choice.NOISE * found.dense_seconds else "sparse")
+    written = list(engine.generate(prompt, max_new_tokens=12, sampling=GREEDY))
+    with control_of(model).switched_off() if found.decodes == "dense" else nullcontext():
+        assert written == list(Engine(model).generate(prompt, max_new_tokens=12, sampling=GREEDY))

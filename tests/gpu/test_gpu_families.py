@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, export_tiny, save_tiny
 
+from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.decode.seq2seq import engine_for
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import architecture_of
 from teal_cli.sparse import control_of, sparse_layers
@@ -52,7 +52,7 @@ def _written(folder: Path, device: str, backend: str, seed: int) -> tuple[list[i
     nearest = _Nearest(model)
     tokens, decided = [], []
     with control.counting() as counter:
-        for token in engine_for(model).generate(prompt, max_new_tokens=16, sampling=SamplingConfig()):
+        for token in Engine(model).generate(prompt, max_new_tokens=16, sampling=SamplingConfig()):
             tokens.append(token)
             decided.append(nearest.decided)
     return tokens, decided, counter.model_wide()

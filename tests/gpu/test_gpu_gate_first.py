@@ -9,7 +9,8 @@ from intrinsic_models import save_kind
 from torch import Tensor
 from torch.nn.functional import linear
 
-from teal_cli.decode.engine import Engine, TokenLoop
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.model_loading import load_model
 from teal_cli.sparse import control_of, make_intrinsic_, neuron_sparsity, use_backend
@@ -118,7 +119,7 @@ def test_a_model_decodes_as_dense_inside_a_graph(tmp_path: Path, kind: str, rows
     control = control_of(model)
     assert use_backend(control, "auto", model.device, model.dtype) == "triton"
     engine = Engine(model)
-    assert engine.decoder is None  # the fused path knows no gate first
+    assert engine.path.name == "general"  # the fused path knows no gate first
     ids = torch.randint(2, VOCABULARY, (rows, 12), generator=torch.Generator().manual_seed(0)).cuda()
     greedy = SamplingConfig()
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import Attention, HeadsCase
 from kernel_cases import (
     LIMITS,
     PARTS,
     PDL,
-    Attention,
     Case,
-    HeadsCase,
     Output,
     random_case,
     random_packed,
@@ -25,7 +24,7 @@ from torch.nn.functional import rms_norm
 from teal_kernels.launching import EMPTY
 from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import attention_splits, decode_attention
-from teal_kernels.triton_gemv import Heads, Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -191,10 +190,10 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
     weight = torch.ones(size, dtype=torch.bfloat16, device=device)
     cos = torch.ones(256, size // heads, dtype=torch.bfloat16, device=device)
     caches = [random(2, rows, heads, 256, size // heads) for _ in tables]
-    position = torch.tensor([200], dtype=torch.int32, device=device)
+    positions = torch.full((rows,), 200, dtype=torch.int32, device=device)
     start = random(rows, size) * 30
     hidden, qkv = start.clone(), random(rows, 3 * size)
-    attended = Heads.empty(rows, heads, size // heads, attention_splits(rows * heads), position)
+    attended = AttentionPartials.empty(rows, heads, size // heads, attention_splits(rows * heads), positions)
     activation = random(rows, wide)
     columns = [squares_of(tables[0][name], (size,), cut, rows, hidden.dtype) for name in ("o", "down")]
     squares = [torch.zeros(rows, count, device=device) for count in columns]
@@ -289,6 +288,27 @@ def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
     for position in (5, 100, 2000, 4000):
         case = Attention(1, 8, 4, 128, position, window, norm, torch.bfloat16, positions=4096, device="cuda")
         case.check(pdl=PDL)
+
+
+# Of one, several and all lines of attention; a batch's last row is the longest, its first, or one in the middle.
+MIXED = [(0, 63, 900), (2000, 5, 64), (1, 4000, 128, 700)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("position", MIXED, ids=str)
+def test_attention_of_rows_of_different_lengths(position: tuple[int, ...], window: int, dtype: torch.dtype) -> None:
+    rows = len(position)
+    Attention(rows, 8, 4, 128, position, window, dtype=dtype, positions=4096, device="cuda").check(pdl=PDL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("position", [(0, 700), (63, 5, 1000), (130, 64, 0, 1, 1023, 2, 300, 500)], ids=str)
+def test_product_of_rows_of_different_lengths(position: tuple[int, ...], dense: bool, dtype: torch.dtype) -> None:
+    case = HeadsCase(len(position), 8, 128, position, dtype=dtype, device="cuda")
+    for cut in (*CUTS.values(), CUT_OF_256):
+        case.check(replace(cut, dense=dense), pdl=PDL)
 
 
 @pytest.mark.parametrize("position", [40, 300, 2000, 4000])

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import LIMITS, PARTS, PDL, HeadsCase, random_case, random_packed, relative_error
+from attention_cases import HeadsCase
+from kernel_cases import LIMITS, PARTS, PDL, random_case, random_packed, relative_error
 from torch import Tensor
 
 from teal_kernels import masked_input

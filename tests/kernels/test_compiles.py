@@ -26,7 +26,7 @@ def test_every_kernel_compiles(capability: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, str(TESTS / "compile_kernels.py"), capability],
-        env=environment | {"PYTHONPATH": str(TESTS), "TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import EPS, Attention, Output
+from attention_cases import Attention
+from kernel_cases import EPS, Output
 from torch.nn.functional import rms_norm
 
 from teal_kernels import triton_decode
 from teal_kernels.triton_decode import Best, attention_splits, embed, pick
+from teal_kernels.triton_gemv import AttentionPartials
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -49,6 +51,25 @@ def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int
     Attention(rows, kv_heads, group, dim, position, window, shortest=16).check()
 
 
+@pytest.mark.parametrize("position", [(0, 150), (40, 3, 97), (15, 16, 0, 31)], ids=str)
+@pytest.mark.parametrize(("window", "norm"), [(0, False), (20, True)])
+def test_attention_of_rows_of_different_lengths(position: tuple[int, ...], window: int, norm: bool) -> None:
+    """Each gets what it gets alone, bit for bit."""
+    case = Attention(len(position), 2, 2, 16, position, window, norm, shortest=16, splits=4)
+    case.check()
+    together = case.partials(case.keys.clone(), case.values.clone())
+    for row in range(case.rows):
+        single = case.row(row)
+        alone = single.partials(single.keys.clone(), single.values.clone())
+        assert torch.equal(alone.logs[:, 0], together.logs[:, row])
+        assert torch.equal(alone.sums[:, 0].nan_to_num(), together.sums[:, row].nan_to_num())
+
+
+def test_partials_need_a_position_a_row() -> None:
+    with pytest.raises(ValueError, match="2 rows need as many positions"):
+        AttentionPartials.empty(2, 4, 16, 1, torch.zeros(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("position", [0, 70, 150])
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_float16(position: int) -> None:
@@ -76,12 +97,12 @@ def test_embed(rows: int, hidden_size: int, dtype: torch.dtype) -> None:
     vocabulary = 77
     embedding = torch.randn(vocabulary, hidden_size).to(dtype)
     token = torch.tensor([0, vocabulary - 1, 5, 5, 1, 2, 3, 4])[:rows]
-    position = torch.tensor([4], dtype=torch.int32)
+    positions = torch.arange(4, 4 + rows, dtype=torch.int32)
     hidden, squares = torch.empty(rows, hidden_size, dtype=dtype), torch.empty(rows, 1)
-    embed(token, embedding, position, hidden, squares, pdl=False)
+    embed(token, embedding, positions, hidden, squares, pdl=False)
     assert torch.equal(hidden, embedding[token])
     torch.testing.assert_close(squares[:, 0], hidden.float().square().sum(1), rtol=1e-6, atol=1e-6)
-    assert position.tolist() == [5]
+    assert positions.tolist() == list(range(5, 5 + rows))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import INPUTS, LIMITS, PARTS, Case, HeadsCase, random_case, relative_error
+from attention_cases import HeadsCase
+from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
 from teal_kernels import active_inputs, triton_gemv
 from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv, squares_of
@@ -353,6 +354,28 @@ def test_heads_of_few_lines(splits: int, position: int, dense: bool) -> None:
     """As many as are read at first, fewer, and more."""
     case = HeadsCase(5, 4, 16, position, shortest=16, outputs=40, splits=splits)
     case.check(replace(CUTS["one stretch"], dense=dense))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("packed", [None, (8, 32, True)], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize(
+    ("position", "window"), [((0, 90), 0), ((70, 15, 130), 0), ((16, 100, 3, 95, 40), 35)], ids=str
+)
+def test_heads_of_rows_of_different_lengths(
+    position: tuple[int, ...], window: int, packed: tuple[int, int, bool] | None, dense: bool
+) -> None:
+    """Each gets what it gets in a batch of which all are as long, bit for bit; beyond its own lines lies NaN.
+
+    (Of all inputs: what other rows drop decides in which order those of a list are added up.)
+    """
+    cut = replace(CUTS["one stretch"], inputs_per_chunk=32, dense=dense)
+    rows = len(position)
+    case = HeadsCase(rows, 4, 16, position, shortest=16, outputs=40, packed=packed, window=window)
+    case.check(cut)
+    threshold = torch.full((1,), -torch.inf)
+    together = case.launch(cut, threshold)
+    for row in range(rows):
+        assert torch.equal(case.all_at(row).launch(cut, threshold)[row], together[row])
 
 
 def test_heads_of_other_dtypes() -> None:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import HeadsCase
 from covering import covering
-from kernel_cases import PARTS, HeadsCase, random_case, random_packed, relative_error
+from kernel_cases import PARTS, random_case, random_packed, relative_error
 
 from teal_kernels.packed_linear import (
     byte_table,

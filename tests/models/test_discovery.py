@@ -160,7 +160,10 @@ def test_from_an_unknown_type_to_a_checkpoint(
     [
         ("phi: {blocks: model.layers}", "phi: sites: Field required"),
         ("phi: {blocks: model.layers, sites: {a.b: [x]}}", "phi: sites.a.b"),
-        ("phi: {blocks: model.layers, sites: {a: [x]}, speed: 3}", "phi: speed: Extra inputs"),
+        (
+            "phi: {blocks: model.layers, sites: {a: [x]}, speed: 3}",
+            "phi: speed is not a key: the keys are kind, blocks",
+        ),
         ("phi: {like: fhi}", "there is no row 'fhi' to be like"),
         ("phi: 3", "a row is a mapping"),
     ],

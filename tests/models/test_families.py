@@ -20,11 +20,12 @@ from teal_cli.calibration import histogram, sensitivity
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
+from teal_cli.checkpoint.rules import Dense
 from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig
 from teal_cli.console import QUIET
 from teal_cli.data import token_blocks
+from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.decode.seq2seq import engine_for
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
@@ -113,7 +114,7 @@ def test_the_chain_covers_all_projections(made: Made) -> None:
         if parameter.dim() > 1 and "gate.weight" not in name and "relative_attention_bias" not in name
     )
     assert block_weights(calibration.projections) == inside
-    planned = sum(layer.plan.sparsity * weight[name] for name, layer in sparse_layers(sparse).items())
+    planned = sum(layer.rule.expected_sparsity * weight[name] for name, layer in sparse_layers(sparse).items())
     assert planned / inside == pytest.approx(SPARSITY, abs=0.01)
 
 
@@ -173,7 +174,7 @@ class _Decoding:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decoding_is_the_eager_masked_maths(made: Made, rows: int) -> None:
     dense, sparse = build_family(made.family), made.sparse()
-    thresholds = {name: layer.threshold for name, layer in sparse_layers(sparse).items() if layer.plan.sparsity}
+    thresholds = {name: layer.threshold for name, layer in sparse_layers(sparse).items() if layer.rule != Dense()}
     prompt, tokens = _tokens(rows, 20), _tokens(rows, 8, seed=1)
     control = control_of(sparse)
     if made.kind == "encoder":  # which reads all at once, as it is
@@ -212,7 +213,7 @@ def test_masked_evaluation_is_the_same_network(made: Made) -> None:
         got = got[:, 1:]
         assert float((got[:, :3] - expected[:, :3]).norm() / expected[:, :3].norm()) < 1e-6
         return
-    thresholds = {name: layer.threshold for name, layer in sparse_layers(sparse).items() if layer.plan.sparsity}
+    thresholds = {name: layer.threshold for name, layer in sparse_layers(sparse).items() if layer.rule != Dense()}
     reference = MaskedReference(dense, thresholds)
     with control.masked(0):
         got = _output(sparse, ids)
@@ -277,7 +278,7 @@ def test_thresholds_hold_in_the_sparse_network(made: Made) -> None:
         _output(model, text)
     assert set(counter.by_projection()) == set(plan.projections)
     for name, realised in counter.by_projection().items():
-        assert realised == pytest.approx(plan.projections[name].sparsity, abs=0.01), name
+        assert realised == pytest.approx(plan.projections[name].expected_sparsity, abs=0.01), name
 
 
 @torch.no_grad()
@@ -337,7 +338,7 @@ def test_greedy_at_sparsity_zero_equals_generate(made: Made) -> None:
         return
     dense.generation_config.eos_token_id = None
     written = dense.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()
-    engine = engine_for(load_model(made.checkpoint, device="cpu", dtype="auto"))
+    engine = Engine(load_model(made.checkpoint, device="cpu", dtype="auto"))
     assert engine.control is not None
     with engine.control.switched_off():
         got = list(engine.generate(prompt, max_new_tokens=20, sampling=SamplingConfig()))

@@ -16,11 +16,13 @@ from transformers import DynamicCache
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.cli import run
 from teal_cli.config import CalibrateConfig
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
+from teal_cli.decode.paths.fused import FusedPath
+from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import find_projections
@@ -128,7 +130,7 @@ def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
     models = [build_model(family).requires_grad_(False) for _ in range(2)]
     packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
     names = [projection.name for projection in find_projections(models[0])]
-    plan = SparsityPlan("uniform", 0.4, {name: ProjectionPlan(0.4, 0.3) for name in names})
+    plan = SparsityPlan("uniform", 0.4, {name: Threshold(0.3, 0.4) for name in names})
     controls = [sparsify_(model, plan) for model in models]
     pack_(models[1], packs[1])
     return models[0], models[1], controls
@@ -181,11 +183,10 @@ def test_shared_product_notices_other_inputs_and_modes() -> None:
 @torch.no_grad()
 @pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize(("scheme", "output"), CASES)
-def test_compact_path(scheme: str, output: bool) -> None:
+def test_fused_path(scheme: str, output: bool) -> None:
     plain, packed, (_, control) = _packed("llama-bias", scheme, output)
-    assert unsupported_reason(packed, control) is None
-    engine, reference = Engine(packed), Engine(plain)
-    engine.decoder = FusedDecoder(packed, control)
+    assert FusedPath.unsupported(packed, control) is None
+    engine, reference = Engine(packed, path="fused"), Engine(plain)
     ids = _tokens(8)
     caches = engine.new_cache(12), reference.new_cache(12)
     logits = engine.prefill(ids, caches[0])
@@ -197,7 +198,7 @@ def test_compact_path(scheme: str, output: bool) -> None:
         torch.testing.assert_close(logits, reference.step(token, caches[1]), rtol=1e-4, atol=1e-4)
         assert set(counter.by_projection()) == {projection.name for projection in find_projections(plain)}
         session = engine.open(caches[0])
-        assert session is not None
+        assert isinstance(session, FusedSession)
         session.pick()
         assert session.token.tolist() == logits.argmax(-1).tolist()
 

@@ -98,7 +98,7 @@ def test_cells_of_a_heat_map(material: Material) -> None:
     export = material.exports[1]
     target, realised = sparsity_plots(export, material.realised(export))
     for plot, values in (
-        (target, {name: entry.sparsity for name, entry in export.plan.projections.items()}),
+        (target, {name: entry.expected_sparsity for name, entry in export.plan.projections.items()}),
         (realised, material.realised(export).by_projection),
     ):
         (axes,) = _drawn(plot).axes

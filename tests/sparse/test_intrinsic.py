@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCa
 
 import teal_cli.hf
 from teal_cli.bench.decode import weight_bytes_per_token
+from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import unsupported_reason
+from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
@@ -105,11 +106,11 @@ def test_greedy_equals_dense(folder: Path) -> None:
     assert got == expected[0, 12:].tolist()
 
 
-def test_the_compact_path_is_not_taken(tmp_path: Path) -> None:
+def test_the_fused_path_is_not_taken(tmp_path: Path) -> None:
     model = load_model(save_kind(tmp_path / "m", "relu"), device="cpu", dtype="auto")
-    assert unsupported_reason(model, SparsityControl()) == "activation relu"
+    assert FusedPath.unsupported(model, SparsityControl()) == "activation relu"
     make_intrinsic_(model)
-    assert unsupported_reason(model, SparsityControl()) == "MLPs that decode gate first"
+    assert FusedPath.unsupported(model, SparsityControl()) == "MLPs that decode gate first"
 
 
 @torch.no_grad()
@@ -164,8 +165,8 @@ def test_an_mlp_that_computes_something_else_is_not_replaced(tmp_path: Path, mon
     assert not any(isinstance(module, GateFirstMLP) for module in model.modules())
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, SparseLinear)
-    assert down.plan.sparsity > 0
-    assert down.plan.threshold == 0.0
+    assert down.rule == Zeros(None)
+    assert float(down.threshold) == 0.0
 
 
 @torch.no_grad()
@@ -180,7 +181,7 @@ def test_without_a_gate_the_zeros_before_the_second_layer_are_skipped(backend: s
         parameter.normal_(0, 0.2)
     sparse = copy.deepcopy(dense)
     plan = make_intrinsic_(sparse)
-    assert sum(entry.sparsity > 0 for entry in plan.projections.values()) == 2
+    assert sum(rule == Zeros(None) for rule in plan.projections.values()) == 2
     control = control_of(sparse)
     use_backend(control, backend, sparse.device, sparse.dtype)
     ids = _tokens(1, 8)

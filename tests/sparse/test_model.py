@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import teal_cli.hf
 from teal_cli.allocation import make_plan
-from teal_cli.checkpoint.plan import ProjectionPlan, SparsityPlan
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Threshold, threshold_rule
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
 from teal_cli.sparse import apply_plan_, control_of, lay_out_, sparse_layers, sparsify_
@@ -124,7 +125,7 @@ def test_saved_again_it_is_the_same_model(pair, tmp_path: Path) -> None:
     sparse.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     for (name, layer), other in zip(sparse_layers(sparse).items(), sparse_layers(again).values(), strict=True):
-        assert (layer.plan, float(layer.threshold)) == (other.plan, float(other.threshold)), name
+        assert (layer.rule, float(layer.threshold)) == (other.rule, float(other.threshold)), name
     token = _tokens(1, 1)
     assert torch.equal(sparse(input_ids=token).logits, again(input_ids=token).logits)
 
@@ -146,9 +147,9 @@ def test_thresholds_that_differ_within_a_site(tmp_path: Path) -> None:
     entries = {}
     for projection in calibration.projections:
         share = shares.get(projection.name.rpartition(".")[2], 0.6)
-        entries[projection.name] = ProjectionPlan(share, calibration.threshold(projection, share))
+        entries[projection.name] = threshold_rule(calibration.threshold(projection, share), share)
     sparsify_(sparse, SparsityPlan("by hand", 0.5, entries))
-    thresholds = {name: torch.tensor(entry.threshold) for name, entry in entries.items() if entry.sparsity}
+    thresholds = {name: torch.tensor(entry.threshold) for name, entry in entries.items() if entry != Dense()}
     token = _tokens(1, 1, seed=9)
     reference = MaskedReference(dense, thresholds)
     expected = dense(input_ids=token).logits
@@ -214,8 +215,8 @@ def test_changed_weights_are_used(pair, change: str) -> None:
     control = control_of(changed)
     got = changed(input_ids=token).logits
     control.backend = "reference"
-    for site in {layer.site for layer in sparse_layers(changed).values()}:
-        site.forget_layout()
+    for merged in {layer.merged for layer in sparse_layers(changed).values()}:
+        merged.forget_layout()
     torch.testing.assert_close(got, changed(input_ids=token).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -242,11 +243,11 @@ def test_replaced_weights_under_inference_mode(pair, replaced: str) -> None:
 @torch.no_grad()
 def test_a_move_that_moves_nothing_keeps_the_layout(pair) -> None:
     _, sparse = pair
-    site = sparse.model.layers[0].mlp.gate_proj.site
-    table = site._table
+    merged = sparse.model.layers[0].mlp.gate_proj.merged
+    table = merged._table
     assert table is not None
     sparse.to("cpu")
-    assert site._table is table
+    assert merged._table is table
 
 
 @torch.no_grad()
@@ -312,7 +313,7 @@ def test_wrong_thresholds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="differ, at model.layers.0.mlp.up_proj"):
         apply_plan_(model, plan)
     config = json.loads((out / "config.json").read_text())
-    plan.projections["model.layers.7.mlp.up_proj"] = ProjectionPlan(0.5, 0.1)
+    plan.projections["model.layers.7.mlp.up_proj"] = Threshold(0.1, 0.5)
     config["quantization_config"] = plan.to_dict()
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtefactError, match="no linear layer model.layers.7"):

@@ -17,7 +17,7 @@ from teal_cli.bench.decode import weight_bytes_per_token
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import FusedDecoder, unsupported_reason
+from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import OUTPUT_SITE, block_weights, find_projections
@@ -130,7 +130,7 @@ def test_saved_again_it_is_the_same(dense: Path, exported: Path, tmp_path: Path)
     plain = AutoModelForCausalLM.from_pretrained(dense)
     assert torch.equal(again.lm_head.weight, plain.lm_head.weight)
     assert torch.equal(again.get_input_embeddings().weight, plain.get_input_embeddings().weight)
-    assert again.lm_head.plan == model.lm_head.plan
+    assert again.lm_head.rule == model.lm_head.rule
 
 
 def test_thresholds_that_hold(dense: Path, calibration: Calibration) -> None:
@@ -142,7 +142,7 @@ def test_thresholds_that_hold(dense: Path, calibration: Calibration) -> None:
     control = control_of(model)
     with control.masked(32), control.counting() as counter, torch.no_grad():
         model(input_ids=text)
-    assert counter.by_projection()["lm_head"] == pytest.approx(held.projections["lm_head"].sparsity, abs=0.01)
+    assert counter.by_projection()["lm_head"] == pytest.approx(held.projections["lm_head"].expected_sparsity, abs=0.01)
     assert counter.model_wide() == pytest.approx(0.5, abs=0.01)
 
 
@@ -155,10 +155,10 @@ def test_a_sparsity_is_the_same_bytes_with_it_and_without(dense: Path, calibrati
     for allocation in ("fisher", "fisher-site"):
         with_it = make_plan(calibration, 0.5, allocation).projections
         without = make_plan(calibrate_tiny(dense), 0.5, allocation).projections
-        assert with_it["lm_head"].sparsity > 0.05
+        assert with_it["lm_head"].expected_sparsity > 0.05
         assert "lm_head" not in without
         for plan in (with_it, without):
-            saved = sum(entry.sparsity * sizes[name] for name, entry in plan.items())
+            saved = sum(entry.expected_sparsity * sizes[name] for name, entry in plan.items())
             assert saved == pytest.approx(0.5 * total, rel=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_thresholds_are_of_what_it_is_given(dense: Path, calibration: Calibratio
     control = control_of(model)
     with control.masked(32), control.counting() as counter, torch.no_grad():
         model(input_ids=text)
-    assert counter.by_projection()["lm_head"] == pytest.approx(plan.projections["lm_head"].sparsity, abs=0.01)
+    assert counter.by_projection()["lm_head"] == pytest.approx(plan.projections["lm_head"].expected_sparsity, abs=0.01)
 
 
 @torch.no_grad()
@@ -188,22 +188,24 @@ def test_called_by_itself_on_several_positions_it_is_dense(exported: Path) -> No
 
 def test_limits_reach_it_by_name_only(calibration: Calibration) -> None:
     bounded = make_plan(calibration, 0.5, "fisher", limits={"*": (0.49, 0.5)}).projections  # of it, next to nothing
-    assert all(0.49 - 1e-9 <= entry.sparsity <= 0.5 + 1e-9 for name, entry in bounded.items() if name != "lm_head")
-    assert bounded["lm_head"].sparsity < 0.2
+    assert all(
+        0.49 - 1e-9 <= entry.expected_sparsity <= 0.5 + 1e-9 for name, entry in bounded.items() if name != "lm_head"
+    )
+    assert bounded["lm_head"].expected_sparsity < 0.2
     dense = make_plan(calibration, 0.5, "fisher", limits={"lm_head": (0.0, 0.0)}).projections
-    assert dense["lm_head"].sparsity == 0.0
+    assert dense["lm_head"].expected_sparsity == 0.0
 
 
 def test_the_papers_allocations_leave_it_dense(calibration: Calibration) -> None:
     uniform = make_plan(calibration, 0.5, "uniform").projections
-    assert uniform["lm_head"].sparsity == 0.0
-    assert {entry.sparsity for name, entry in uniform.items() if name != "lm_head"} == {0.5}
+    assert uniform["lm_head"].expected_sparsity == 0.0
+    assert {entry.expected_sparsity for name, entry in uniform.items() if name != "lm_head"} == {0.5}
     with pytest.raises(UsageError, match="--greedy-tokens"):
         make_plan(calibration, 0.5, "greedy")
     block = torch.linspace(0, 0.9, 10).unsqueeze(1).repeat(1, 7)
     calibration.paths = {"model.layers.0": block, "model.layers.1": block}
     plan = make_plan(calibration, 0.5, "greedy")
-    assert plan.projections["lm_head"].sparsity == 0.0
+    assert plan.projections["lm_head"].expected_sparsity == 0.0
     assert len(plan.projections) == len(calibration.projections)
 
 
@@ -212,12 +214,12 @@ def test_a_dense_one_is_left_where_it_lies(dense: Path, calibration: Calibration
     model = load_model(dense, device="cpu", dtype="float32")
     control = sparsify_(model, make_plan(calibration, 0.5, "uniform"))
     assert model.lm_head.weight.is_contiguous()
-    assert unsupported_reason(model, control) is None
-    assert FusedDecoder(model, control).output() is None
+    assert FusedPath.unsupported(model, control) is None
+    assert FusedPath(model, control).output() is None
     set_thresholds_(model, make_plan(calibration, 0.5, "fisher-site"))
     assert model.lm_head.weight.is_contiguous()
-    assert unsupported_reason(model, control) is None
-    assert FusedDecoder(model, control).output() is not None
+    assert FusedPath.unsupported(model, control) is None
+    assert FusedPath(model, control).output() is not None
     assert model.lm_head.weight.t().is_contiguous()
 
 
@@ -231,7 +233,7 @@ def test_times_without_it_leave_it_dense(calibration: Calibration, tmp_path: Pat
     ]
     table.write_text(json.dumps({"kernels": entries}))
     plan = make_plan(calibration, 0.5, "fisher", cost=table)
-    assert plan.projections["lm_head"].sparsity == 0.0
+    assert plan.projections["lm_head"].expected_sparsity == 0.0
 
 
 def test_from_the_command_line(dense: Path, corpus: Path) -> None:

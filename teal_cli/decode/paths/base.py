@@ -1,0 +1,206 @@
+"""What a decode path offers to the engine, and a session to the loop of steps.
+
+A path is a way to take a step: `teal_cli.decode.engine.PATHS` lists them, the first that can decode a model does.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from teal_cli.decode.sampling import Sampler
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.sparse import SparsityControl
+
+
+class Session(ABC):
+    """Decoding of the sequences of one cache, each at its own position.
+
+    A step is `begin`, `launch`, `choose`, `end`; what `launch` and `choose` do can be captured and replayed.
+    """
+
+    own_kernels: ClassVar[bool] = False
+    """Whether all launches are ours: a capture that fails is then our fault."""
+    counts_by_layer: ClassVar[bool] = True
+    """Whether layers count dropped inputs on the host's side, which a replay would pass by."""
+
+    cache: Any
+    token: Tensor
+    """(rows,) int64 on the device: the next step's input."""
+    captures: bool
+    """Whether `launch` can become a CUDA graph."""
+
+    @property
+    @abstractmethod
+    def stale(self) -> bool:
+        """Whether plan, control or cache have changed since: then another session must be opened."""
+
+    @abstractmethod
+    def launch(self) -> Tensor:
+        """One step for every row: `token` in, (rows, vocabulary) logits out, which the next step may overwrite."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """What the host does before a launch or replay."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """What the host does after a launch or replay."""
+
+    def choose(self, sampler: Sampler, logits: Tensor) -> None:
+        """Make a choice from the last launch's logits the next launch's `token`."""
+        self.token.copy_(sampler.next_token(logits).view(-1))
+
+    def step(self, token: Tensor) -> Tensor:
+        """(rows, 1) int64 -> (rows, vocabulary) logits, which the next step may overwrite."""
+        self.token.copy_(token.view(-1))
+        self.begin()
+        logits = self.launch()
+        self.end()
+        return logits
+
+
+class Path(ABC):
+    """One way to decode a model.
+
+    Args:
+        model: a transformers model in eval mode.
+        control: of its sparse layers; None for a dense model.
+
+    Raises:
+        ArtefactError: a model that this path cannot decode, although it is the one for it.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]]
+    """Types of device for which the engine considers this path by itself."""
+    own_kernels: ClassVar[bool] = False
+    """Whether a step is ours from end to end."""
+    sparse_may_lose: ClassVar[bool] = True
+    """Whether a sparse step may take longer than a dense one: the engine then measures (`decode.choice`)."""
+    keeps_state: bool = True
+    """Whether a step costs one token; False where every step runs the whole sequence again."""
+
+    def __init__(self, model: Any, control: SparsityControl | None) -> None:
+        self.model, self.control = model, control
+        self.device: torch.device = next(model.parameters()).device
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
+        """Why this path cannot decode a model, in a few words; None where it can."""
+
+    @abstractmethod
+    def new_cache(self, length: int) -> Any:
+        """An empty cache for `length` positions."""
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor, cache: Any, lengths: list[int] | None) -> Tensor:
+        """Run prompts densely.
+
+        Args:
+            input_ids: (rows, tokens) int64, prompts that are shorter padded on the right.
+            cache: empty, or prefilled where `lengths` is None.
+            lengths: tokens of each row's prompt, where they differ.
+
+        Returns:
+            (rows, vocabulary) logits of each row's last token.
+
+        Raises:
+            UsageError: `lengths`, and this path cannot decode such rows together.
+        """
+
+    @abstractmethod
+    def open(self, cache: Any) -> Session:
+        """Begin to decode after what a cache holds.
+
+        Raises:
+            UsageError: more rows than this path decodes together.
+            ArtefactError: what it reads besides the model is damaged.
+        """
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model was made for."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 31
+
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Fail before the work where the model's context cannot hold it.
+
+        Raises:
+            ArtefactError: more positions than the model has.
+        """
+        if prompt_tokens + new_tokens > self.max_length:
+            raise ArtefactError(
+                f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's context of "
+                f"{self.max_length}: shorten the prompt or --max-new-tokens"
+            )
+
+    def without_cache(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """What decoding must give: (rows, tokens, vocabulary) logits after each token, from one pass over all.
+
+        Args:
+            prompt: (rows, prompt tokens) int64, dense.
+            tokens: (rows, tokens) int64, as decoding runs them: sparse by masking, where that is on.
+        """
+        ids, keep = torch.cat([prompt, tokens], dim=1), tokens.shape[1]
+        with self.control.masked(prompt.shape[1]) if self.control else nullcontext():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+        return logits[:, -keep:]
+
+
+class Decoder(Protocol):
+    """What the loop of steps and the checks before it need of an engine, which imports them."""
+
+    model: Any
+    device: torch.device
+    control: SparsityControl | None
+    path: Path
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model was made for."""
+        ...
+
+    def new_cache(self, length: int) -> Any:
+        """An empty cache."""
+        ...
+
+    def prefill(self, input_ids: Tensor, cache: Any) -> Tensor:
+        """Logits after a prompt."""
+        ...
+
+    def open(self, cache: Any) -> Session:
+        """The session on a prefilled cache."""
+        ...
+
+    def without_cache(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """What the logits of steps must be."""
+        ...
+
+    def check_numbers(self, logits: Tensor) -> None:
+        """Refuse logits among which nothing can be chosen."""
+        ...
+
+
+def refuse_lengths(reason: str) -> UsageError:
+    """The error of a path that cannot decode rows of different lengths together."""
+    return UsageError(f"prompts of different lengths cannot be decoded together here: {reason}")
+
+
+def last_of_rows(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which logits of a prefill are wanted where the rows have different lengths.
+
+    Args:
+        lengths: tokens of each row.
+        device: of the model.
+
+    Returns:
+        (n,) int64 positions that hold some row's last token, for `logits_to_keep`; and (rows,) int64: which of them
+        is each row's.
+    """
+    kept, own = torch.tensor([length - 1 for length in lengths], device=device).unique(return_inverse=True)
+    return kept, own

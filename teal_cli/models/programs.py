@@ -1,0 +1,122 @@
+"""Block programs: what one decoder block computes, as steps that the fused decode path executes.
+
+A program is data, part of an architecture's row (architectures.yaml). The hidden state of the residual stream is
+called `hidden`. Each step reads what the step before it wrote:
+
+    norm       RMS norm of `hidden`, taken by the product that follows
+    product    all projections of one site as one product, then its epilogue
+    attention  of the new token over the KV cache, from a product whose parts are queries, keys and values
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Epilogue = Literal["plain", "gated", "residual"]
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NormStep(_Step):
+    """An RMS norm of the residual stream."""
+
+    norm: str
+    """Path of the module inside the block."""
+
+
+class ProductStep(_Step):
+    """The projections of one site, and what follows their product."""
+
+    product: str
+    """The site."""
+    epilogue: Epilogue = "plain"
+    """`gated`: activation(first projection) * second one. `residual`: the result is added to `hidden`."""
+    activation: str | None = None
+    """Key of the model's configuration that names the activation of `gated`."""
+    summed: bool = False
+    """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
+
+
+class AttentionStep(_Step):
+    """Rotary embedding, cache and attention of the new token."""
+
+    attention: str
+    """Path of the module inside the block; it knows its scale."""
+    q_norm: str | None = None
+    """Module inside it that normalises each query head (RMS); None for none."""
+    k_norm: str | None = None
+    """The same for keys."""
+    window: Literal["layer", "model"] | None = None
+    """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration."""
+
+
+Step = NormStep | ProductStep | AttentionStep
+_KINDS: dict[str, type[_Step]] = {"norm": NormStep, "product": ProductStep, "attention": AttentionStep}
+
+
+def _step(value: Any) -> Any:
+    """A step by its kind, which is the key that all others stand beside.
+
+    Raises:
+        ValueError: no kind, or an unknown one.
+    """
+    if isinstance(value, _Step):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a step is a mapping with one of the keys {', '.join(_KINDS)}")
+    kinds = [kind for kind in _KINDS if kind in value]
+    if len(kinds) != 1:
+        names = ", ".join(map(str, value)) or "nothing"
+        raise ValueError(f"a step has one of the keys {', '.join(_KINDS)}; this one has {names}")
+    return _KINDS[kinds[0]].model_validate(value)
+
+
+class Program(BaseModel):
+    """A decoder whose blocks all compute the same steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotary: str
+    """Path of the module in the model that makes the angles of the rotary embedding."""
+    block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
+    norm: str
+    """Path of the RMS norm in the model, in front of the output layer."""
+
+    @property
+    def products(self) -> list[ProductStep]:
+        """The products of a block."""
+        return [step for step in self.block if isinstance(step, ProductStep)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Program":
+        check_order(self.block)
+        return self
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Refuse steps that cannot follow one another.
+
+    Raises:
+        ValueError: saying which step, and what must stand before it.
+    """
+    before: Step | None = None
+    for step in steps:
+        on_stream = before is None or (isinstance(before, ProductStep) and before.epilogue == "residual")
+        if isinstance(step, NormStep) and not on_stream:
+            raise ValueError(f"norm {step.norm} must stand first or after a residual product")
+        if isinstance(step, ProductStep):
+            if on_stream:
+                raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
+            if (step.epilogue == "gated") != (step.activation is not None):
+                raise ValueError(f"product {step.product}: activation belongs to epilogue gated, and gated needs it")
+        plain = isinstance(before, ProductStep) and before.epilogue == "plain"
+        if isinstance(step, AttentionStep) and not plain:
+            raise ValueError(f"attention {step.attention} must stand after the plain product of queries, keys, values")
+        before = step
+    if not (isinstance(before, ProductStep) and before.epilogue == "residual"):
+        raise ValueError("the last step must be a product with epilogue residual")
+    if sum(isinstance(step, AttentionStep) for step in steps) != 1:
+        raise ValueError("there must be one attention step")

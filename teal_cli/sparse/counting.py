@@ -1,0 +1,61 @@
+"""Counting what layers really skip: realised sparsity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class _Tally:
+    """Inputs seen and dropped by one projection."""
+
+    seen: int = 0
+    dropped: Tensor | int = 0
+    """A 0-d tensor on the device until it is read, so that counting does not synchronise."""
+
+
+class SparsityCounter:
+    """Counts what is really dropped: realised sparsity, by projection and model-wide."""
+
+    def __init__(self) -> None:
+        self.active = True
+        """Set to False to let calls go by uncounted."""
+        self.output: str | None = None
+        """The output layer, where it drops inputs: what it does not read counts, what it has does not."""
+        self._tallies: dict[str, _Tally] = {}
+        self._weights: dict[str, int] = {}
+        self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
+
+    def add(self, name: str, parameters: int, seen: int, dropped: Tensor | int) -> None:
+        """Count one call of a projection: the inputs that it could have dropped, and those that it did."""
+        tally = self._tallies.setdefault(name, _Tally())
+        self._weights[name] = parameters
+        tally.seen += seen
+        tally.dropped = tally.dropped + dropped
+
+    def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
+        """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
+        self._sources.append(read)
+
+    def by_projection(self) -> dict[str, float]:
+        """Realised sparsity of each projection that was called while sparsity was on; 0 where it drops nothing."""
+        seen = {name: tally.seen for name, tally in self._tallies.items()}
+        dropped = {name: int(tally.dropped) for name, tally in self._tallies.items()}
+        for read in self._sources:
+            for name, (parameters, more_seen, more_dropped) in read().items():
+                self._weights[name] = parameters
+                seen[name] = seen.get(name, 0) + more_seen
+                dropped[name] = dropped.get(name, 0) + more_dropped
+        return {name: dropped[name] / count for name, count in seen.items() if count}
+
+    def model_wide(self) -> float | None:
+        """Weights not read over the weights of the blocks' projections; None if sparsity was never on.
+
+        The definition is `models.architectures.block_weights`'.
+        """
+        realised = self.by_projection()
+        total = sum(self._weights[name] for name in realised if name != self.output)
+        if not total:
+            return None
+        return sum(value * self._weights[name] for name, value in realised.items()) / total

@@ -1,0 +1,72 @@
+"""The sparse layer of stacked experts: the same projection of all experts of a block."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_cli.models.layers import Routed, StackedLinear
+from teal_cli.sparse.context import decide
+from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.merged import MergedProjections
+from teal_kernels import active_inputs, sparse_linear
+
+
+class ExpertTables(MergedProjections):
+    """The weights of all experts of a block, which one layer holds: a table an expert."""
+
+    @property
+    def one_table(self) -> bool:
+        """Never: there are as many tables as experts."""
+        return False
+
+    @torch.no_grad()
+    def lay_out_(self) -> None:
+        """Lay every expert's weight out input-major, in one table that takes the place of the old one."""
+        for layer in self.layers:
+            turned = layer.weight.data.transpose(1, 2)  # (experts, in, out)
+            layer.weight.data = turned.contiguous().transpose(1, 2)
+
+
+class SparseExperts(SparseLinear):
+    """In the place of a `StackedLinear`: one plan for all experts, each of which drops inputs of its own rows.
+
+    `weight` is (experts, out, in), saved under the key that transformers has for it.
+    """
+
+    def __init__(self, stack: StackedLinear, *, name: str, control: SparsityControl, merged: MergedProjections) -> None:
+        size = stack.in_features, stack.out_features
+        super().__init__(*size, False, name=name, control=control, merged=merged, device="meta")
+        self.copies = stack.copies
+        self.weight = stack.weight
+        self.train(stack.training)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight if keep_vars else self.weight.detach()
+        destination[prefix[:-1]] = weight.contiguous()
+
+    def forward(self, x: Tensor, routed: Routed) -> Tensor:  # type: ignore[override]
+        """(rows, in), sorted by expert -> (rows, out)."""
+        control = self.control
+        context = control.context or control.context_of(1, routed.states)
+        decision = decide(self.rule, context, routed.states)
+        if decision == "masked" or (context.counter is not None and context.may_drop(routed.states)):
+            may_drop = context.expert_rows_that_drop(routed.rows)
+            active = torch.ones_like(x, dtype=torch.bool)
+            if decision != "dense":
+                active = active_inputs(x, self.threshold) | ~may_drop[:, None]
+            if context.counter is not None:
+                dropped = active.numel() - active.count_nonzero()
+                seen = int(may_drop.count_nonzero()) * self.in_features
+                context.counter.add(self.name, self.copies * self.in_features * self.out_features, seen, dropped)
+            if decision == "masked":
+                x = x * active
+        outputs = []
+        for part, weight in zip(x.split(list(routed.counts)), self.weight, strict=True):
+            if decision == "skip" and len(part):
+                outputs.append(sparse_linear(part, weight, None, self.threshold, control.backend))
+            else:
+                outputs.append(F.linear(part, weight))
+        return torch.cat(outputs)

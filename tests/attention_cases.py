@@ -1,0 +1,224 @@
+"""Random launches of attention and of the product that merges its partials, and their definitions in float64."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from kernel_cases import EPS, LIMITS, random_packed, relative_error, weights_of
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from teal_kernels import active_inputs, masked_input
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed
+from teal_kernels.triton_decode import attention_splits, decode_attention
+from teal_kernels.triton_gemv import AttentionPartials, Scratch, TileConfig, gemv
+
+# Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
+# queries and keys, of the weights of the values and of the result.
+ATTENTION_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+POSITIONS = 160
+Position = int | tuple[int, ...]
+"""Of the new token: of every row, or of each."""
+
+
+def _of_rows(position: Position, rows: int) -> list[int]:
+    """The position of each row."""
+    return [position] * rows if isinstance(position, int) else list(position)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' rotary embedding: the halves are turned against one another."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+@dataclass
+class Attention:
+    """The arguments of one launch, and its definition. Cache positions that are not written hold rubbish."""
+
+    rows: int
+    kv_heads: int
+    group: int
+    dim: int
+    position: Position
+    window: int = 0
+    norm: bool = False
+    dtype: torch.dtype = torch.float32
+    positions: int = POSITIONS
+    device: str = "cpu"
+    shortest: int = 64
+    """As in `AttentionPartials`."""
+    splits: int = 0
+    """Stretches of the cache at most; by default those that a model gets."""
+
+    def __post_init__(self) -> None:
+        self.at = _of_rows(self.position, self.rows)
+        generator = torch.Generator().manual_seed(max(self.at) + 1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+
+        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
+        self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
+        self.values = random(*self.keys.shape)
+        angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
+        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        self.q_norm = random(self.dim) if self.norm else None
+        self.k_norm = random(self.dim) if self.norm else None
+        self.scale = 0.7 * self.dim**-0.5
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
+        heads = self.kv_heads * self.group
+        sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
+            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
+        turn = self.cos[self.at].double()[:, None], self.sin[self.at].double()[:, None]
+        q, k = _rotated(q, *turn), _rotated(k, *turn)
+        results = []
+        for row, position in enumerate(self.at):
+            lowest = max(0, position + 1 - self.window) if self.window else 0
+            seen_keys, seen_values = (
+                torch.cat([cache[row, :, lowest:position].double(), new[row, :, None]], dim=1).repeat_interleave(
+                    self.group, dim=0
+                )
+                for cache, new in ((self.keys, k), (self.values, v))
+            )
+            results.append(scaled_dot_product_attention(q[row, :, None], seen_keys, seen_values, scale=self.scale))
+        return torch.stack(results).reshape(self.rows, -1), k, v
+
+    def row(self, row: int) -> "Attention":
+        """That row alone."""
+        alone = replace(self, rows=1, position=self.at[row])
+        alone.qkv, alone.keys, alone.values = (of[row : row + 1] for of in (self.qkv, self.keys, self.values))
+        alone.cos, alone.sin, alone.q_norm, alone.k_norm = self.cos, self.sin, self.q_norm, self.k_norm
+        return alone
+
+    def launch(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
+        """Run the kernel on a cache that it writes to. The result is merged here, as the next product does it."""
+        return merged(self.partials(keys, values, pdl=pdl)).to(self.dtype)
+
+    def partials(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> AttentionPartials:
+        """What the kernel leaves: NaN and minus infinity where it wrote nothing."""
+        positions = torch.tensor(self.at, dtype=torch.int32, device=self.device)
+        splits = self.splits or attention_splits(self.rows * self.kv_heads)
+        sizes = (self.rows, self.kv_heads * self.group, self.dim, splits)
+        partials = AttentionPartials.empty(*sizes, positions, window=self.window, shortest=self.shortest)
+        partials.sums.fill_(torch.nan)
+        partials.logs.fill_(-torch.inf)
+        decode_attention(
+            self.qkv,
+            keys,
+            values,
+            self.cos,
+            self.sin,
+            partials,
+            scale=self.scale,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=EPS,
+            pdl=pdl,
+        )
+        assert positions.tolist() == self.at
+        return partials
+
+    def check(self, *, pdl: bool = False) -> None:
+        """One launch against float64; nothing but each row's new position of the cache is written."""
+        limit = ATTENTION_LIMITS[self.dtype]
+        expected, k, v = self.expected()
+        keys, values = self.keys.clone(), self.values.clone()
+        out = self.launch(keys, values, pdl=pdl)
+        assert float((out.double() - expected).norm() / expected.norm()) < limit
+        for row, here in enumerate(self.at):
+            assert float((keys[row, :, here].double() - k[row]).norm() / k[row].norm()) < limit
+            assert torch.equal(values[row, :, here].double(), v[row])
+            keys[row, :, here], values[row, :, here] = self.keys[row, :, here], self.values[row, :, here]
+        assert torch.equal(keys, self.keys)  # nowhere else
+        assert torch.equal(values, self.values)
+
+
+def merged(partials: AttentionPartials) -> Tensor:
+    """(rows, heads D) float32: what the lines that were written (whose logarithm is finite, or NaN) stand for."""
+    shares = (partials.logs * math.log(2)).softmax(0)[..., None]
+    sums = partials.sums.view(*partials.logs.shape, -1)
+    return torch.where(shares == 0, 0.0, shares * sums).sum(0).flatten(1)
+
+
+@dataclass
+class HeadsCase:
+    """A product of what attention left, at positions where that is several lines."""
+
+    rows: int
+    heads: int
+    dim: int
+    position: Position
+    shortest: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    outputs: int = 72
+    packed: tuple[int, int, bool] | None = None
+    """As in `random_case`."""
+    splits: int = 16
+    """Lines that there can be."""
+    window: int = 0
+    """As in `AttentionPartials`."""
+
+    def __post_init__(self) -> None:
+        at = _of_rows(self.position, self.rows)
+        generator = torch.Generator().manual_seed(max(at))
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device)
+
+        positions = torch.tensor(at, dtype=torch.int32, device=self.device)
+        sizes = (self.rows, self.heads, self.dim, self.splits)
+        self.read = AttentionPartials.empty(*sizes, positions, window=self.window, shortest=self.shortest)
+        seen = [min(position + 1, self.window or position + 1) for position in at]
+        written = [-(-length // self.shortest) for length in seen]
+        assert max(written) <= self.splits
+        sums = random(max(written), *self.read.sums.shape[1:])
+        logs = random(max(written), *self.read.logs.shape[1:]) * 3
+        # What an earlier token left beyond a row's own must not be seen.
+        self.read.sums.fill_(torch.nan)
+        self.read.logs.fill_(torch.nan)
+        for row, count in enumerate(written):
+            self.read.sums[:count, row], self.read.logs[:count, row] = sums[:count, row], logs[:count, row]
+            logs[count:, row] = -torch.inf
+        self.x = merged(replace(self.read, sums=sums, logs=logs)).to(self.dtype)
+        inputs = self.heads * self.dim
+        self.table: Tensor | Packed = random(inputs, self.outputs).to(self.dtype)
+        if self.packed is not None:
+            self.table = random_packed(inputs, (self.outputs,), *self.packed, device=self.device)
+
+    def all_at(self, row: int) -> "HeadsCase":
+        """All rows as long as that one is."""
+        same = replace(self)
+        count = int(self.read.logs[:, row, 0].isfinite().sum())
+        fill = [of.nan_to_num() for of in (self.read.sums, self.read.logs)]
+        for of in fill:
+            of[count:] = torch.nan
+        positions = self.read.positions[row].expand(self.rows).contiguous()
+        same.read, same.table = replace(self.read, sums=fill[0], logs=fill[1], positions=positions), self.table
+        return same
+
+    def launch(self, cut: TileConfig, threshold: Tensor, counts: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+        """Run the kernel: (rows, outputs)."""
+        y = torch.full((self.rows, self.outputs), torch.nan, dtype=self.dtype, device=self.device)
+        config = fitting(cut, self.table, self.rows)
+        gemv(self.read, self.table, (self.outputs,), threshold, y, config, Scratch(y.device), counts=counts, pdl=pdl)
+        return y
+
+    def check(self, cut: TileConfig, *, pdl: bool = False) -> None:
+        """Against float64, at a threshold that no input is near."""
+        sizes = self.x.abs().flatten().float().sort().values
+        middle = sizes[sizes.numel() // 3 : sizes.numel() // 2]
+        gap = int(middle.diff().argmax())
+        threshold = torch.full((1,), float(middle[gap] + middle[gap + 1]) / 2, device=self.device)
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        y = self.launch(cut, threshold, counts, pdl=pdl)
+        seen = self.x if cut.dense else masked_input(self.x, threshold)
+        assert relative_error(y, seen.double() @ weights_of(self.table)) < 2 * LIMITS[self.dtype]
+        assert int(counts[0]) == (0 if cut.dense else int(active_inputs(self.x, threshold).sum()))

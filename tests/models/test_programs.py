@@ -1,0 +1,111 @@
+"""Block programs: rows that describe a block as steps, and what becomes of them in a model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, build_model
+
+from teal_cli.decode.blocks import Attention, Product, RMSNorm, block_steps
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
+from teal_cli.sparse import lay_out_, replace_projections_
+
+FUSED = sorted({str(shape["model_type"]) for shape in TINY_CONFIGS.values()})
+NORM, QKV, OUT = "{norm: n}", "{product: qkv}", "{product: o, epilogue: residual}"
+ATTENTION = "{attention: a}"
+
+
+def test_who_has_a_program() -> None:
+    assert sorted(name for name, row in table().items() if row.program is not None) == FUSED
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_a_row_survives_json(model_type: str) -> None:
+    """TEAL checkpoints carry it so."""
+    row = architecture_of(model_type)
+    assert Architecture.model_validate(json.loads(json.dumps(row.row()))) == row
+
+
+def test_what_follows_the_product_of_a_site() -> None:
+    row = architecture_of("llama")
+    assert [row.epilogue_of(site) for site in row.sites] == ["plain", "residual", "gated", "residual"]
+    assert [architecture_of("mixtral").epilogue_of(site) for site in ("attention_output", "lm_head")] == ["plain"] * 2
+
+
+def _row(*steps: str, more: str = "") -> str:
+    program = f"{{rotary: r, norm: n, block: [{', '.join(steps)}]}}"
+    return f"m:\n  blocks: model.layers\n  sites: {{qkv: [q, k, v], o: o, any: mlp.*}}\n  program: {program}\n{more}"
+
+
+def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text(_row(NORM, QKV, ATTENTION, OUT))
+    program = read_table(tmp_path / "rows.yaml")["m"].program
+    assert program is not None
+    assert [step.product for step in program.products] == ["qkv", "o"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            _row(NORM, QKV, ATTENTION, OUT, more="  compact: true"),
+            "compact is not a key: leave it out; .* a program",
+        ),
+        (
+            _row(NORM, QKV, ATTENTION, OUT, "{route: gate}"),
+            "block.4: a step has one of the keys norm, .* route",
+        ),
+        (_row(NORM, QKV, ATTENTION, OUT, "3"), "program.block.4: a step is a mapping"),
+        (_row(NORM, QKV, "{attention: a, wide: 3}", OUT), "program.block.2.wide is not a key"),
+        (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: added}"), "program.block.3.epilogue: .* 'residual'"),
+        (_row(NORM, QKV, ATTENTION, "{product: out, epilogue: residual}"), "product out is no site; the sites are qkv"),
+        (_row(NORM, QKV, ATTENTION, "{product: any, epilogue: residual}"), "site any must be names, without"),
+        (_row(NORM, "{product: qkv, activation: silu}", ATTENTION, OUT), "product qkv: activation belongs to"),
+        (_row(NORM, "{product: qkv, epilogue: gated}", OUT), "product qkv: activation belongs to"),
+        (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
+        (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),
+        (_row(NORM, ATTENTION, OUT), "attention a must stand after the plain product of queries, keys, values"),
+        (_row(NORM, QKV, ATTENTION), "the last step must be a product with epilogue residual"),
+        (_row(NORM, OUT), "there must be one attention step"),
+        ("m: {blocks: b, sites: {s: x}, program: {block: [{norm: n}], norm: n}}", "program.rotary: Field required"),
+    ],
+)
+def test_programs_that_cannot_be_are_refused(row: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text(row)
+    with pytest.raises(UsageError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_steps_of_a_model(family: str) -> None:
+    model = build_model(family)
+    replace_projections_(model, [projection.name for projection in find_projections(model)])
+    lay_out_(model)
+    blocks = block_steps(model)
+    assert len(blocks) == 2
+    kinds = [RMSNorm, Product, Attention, Product, RMSNorm, Product, Product]
+    assert [type(step) for step in blocks[1]] == kinds
+    norm, qkv, attention, o, _, gate_up, down = blocks[1]
+    layer = model.model.layers[1]  # type: ignore[union-attr, index]
+    assert isinstance(norm, RMSNorm)
+    assert norm.weight is layer.input_layernorm.weight  # type: ignore[union-attr]
+    assert isinstance(attention, Attention)
+    assert attention.window == (16 if family == "mistral" else 0)
+    assert (attention.q_norm is not None) == (attention.k_norm is not None) == (family == "qwen3")
+    products = [step for step in (qkv, o, gate_up, down) if isinstance(step, Product)]
+    assert [step.parts for step in products] == [(64, 32, 32), (64,), (100, 100), (64,)]
+    assert [step.outputs for step in products] == [128, 64, 100, 64]
+    assert torch.equal(products[3].table, layer.mlp.down_proj.weight.t())  # type: ignore[union-attr, arg-type]
+
+
+def test_a_program_of_another_model() -> None:
+    model = build_model("llama")
+    row = architecture_of("qwen3")
+    model.teal_architecture = row  # llama has no norms on queries and keys
+    replace_projections_(model, [projection.name for projection in find_projections(model)])
+    lay_out_(model)
+    with pytest.raises(ArtefactError, match="the program of this architecture names q_norm, which the model does not"):
+        block_steps(model)
