@@ -249,7 +249,7 @@ def method_quantised(page: Page) -> None:
     page.says("cost {} ± {} along inputs and {} ± {} along outputs, of 64 {} ± {} and {} ± {}", *quoted)
 
 
-def method_gate_first(page: Page) -> None:
+def benchmarks_gate_first(page: Page) -> None:
     """Gated MLPs whose neurons are mostly zero."""
     cpu, gpu, two = (result(f"gate-first-{name}")["runs"] for name in ("cpu", "gpu", "cpu-2-threads"))
     dead = (0.5, 0.7, 0.8, 0.89, 0.95)
