@@ -31,7 +31,7 @@ from teal_cli.allocation.fisher import fisher
 from teal_cli.calibration import sensitivity
 from teal_cli.calibration.collect import collect
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.rules import threshold_rule
+from teal_cli.checkpoint.rules import Rule, threshold_rule
 from teal_cli.data import token_blocks
 from teal_cli.evaluation.perplexity import _mean_and_error
 from teal_cli.model_loading import load_model
@@ -138,7 +138,9 @@ def main() -> None:
     sparsity = fisher(calibration, options.sparsity)
     plan = make_plan(calibration, options.sparsity, "fisher")
     for number in range(1, options.rounds + 1):
-        projections = {name: threshold_rule(rule.threshold, sparsity[name]) for name, rule in plan.projections.items()}
+        projections: dict[str, Rule] = {
+            name: threshold_rule(rule.threshold, sparsity[name]) for name, rule in plan.projections.items()
+        }
         recalibrate_(model, replace(plan, projections=projections), trial.text, dense_prefix=PREFIX)
         found = relinearised(trial)
         sparsity = fisher(replace(calibration, sensitivities=found), options.sparsity)

@@ -13,7 +13,7 @@ from teal_cli.errors import UsageError
 def check_file(path: Path) -> None:
     """Try whether a file can be written; nothing stays.
 
-    A file is written beside its place and renamed (`checkpoint.atomic`), so that only an ordinary one can be replaced.
+    A file is written beside its place and renamed (`atomic`), so that only an ordinary one can be replaced.
 
     Raises:
         ValueError: why not.

@@ -18,7 +18,7 @@ from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.model import pack_, quantise_
-from teal_cli.quantise.scheme import Scheme
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import SparsityControl, sparsify_
 
 LENGTHS = [3, 20, 11]
