@@ -9,7 +9,7 @@ With --only, a JSON that is there keeps its results and gets those of the named 
 
 Every variant drops inputs of the same model in one masked pass, settles its own thresholds on the
 calibration's text as `sparse.recalibrate_` does, and reads the same share of bytes: what a variant reads
-besides is taken from what it may keep. docs/method.md says what was learnt.
+besides is taken from what it may keep. docs/benchmarks.md says what was learnt.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The pages: every `teal` command in them is one that the command line takes, every link leads somewhere."""
+"""The pages: every `teal` command and flag in them is one that the command line takes, every link leads somewhere."""
 
 import re
 import shlex
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from teal_cli.cli import run
+from teal_cli.cli import VERBS, run
+from teal_cli.config import OTHER_SPELLINGS, VERB_CONFIGS
+from teal_cli.config_files import flag_name, keys_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+NOTES = sorted([*(ROOT / "benchmarks").glob("*.md"), *(ROOT / "kernels").glob("**/README.md")])
 
 
 class _Taken(BaseException):
@@ -41,12 +44,39 @@ def test_commands_are_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -
         run(words)
 
 
+_ANYWHERE = {"--config", "--help", "--debug", "--version", "--install-completion", "--show-completion"}
+
+
+_OF_RUN = {"model", "device", "dtype", "seed", "runs", "json", "quiet"}
+
+
+def _flags(verb: str) -> set[str]:
+    keys = set(keys_of(VERB_CONFIGS[verb])) if verb in VERB_CONFIGS else _OF_RUN
+    flags = {flag_name(key) for key in keys | {OTHER_SPELLINGS.get(key, key) for key in keys}}
+    return flags | {f"--no-{flag[2:]}" for flag in flags} | _ANYWHERE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_sentences_exist(page: Path) -> None:
+    """`teal VERB --flag` has a flag of that verb; `--flag` alone one of some verb."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    some = set().union(*map(_flags, VERBS))
+    for code in re.findall(r"`([^`]+)`", text):
+        words = code.split()
+        verb = words[1] if words[0] == "teal" and len(words) > 1 else None
+        if verb is None and not words[0].startswith("--"):
+            continue  # of another program
+        known = _flags(verb) if verb in VERBS else some
+        used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
+        assert used <= known, f"{code}: {sorted(used - known)}"
+
+
 def _anchor(heading: str) -> str:
     """As GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

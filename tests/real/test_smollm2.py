@@ -1,6 +1,5 @@
 """The real SmolLM2-135M: quality, exactness and the commands of README.md."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -153,34 +152,13 @@ def test_readme_commands(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "teal: " not in capsys.readouterr().err, command
 
 
-def test_readme_python(smollm2_run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's Python, with the folder that it names in place."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    folder = "runs/smollm2-135m/fisher-0.50"
+def test_tutorial_python(smollm2_run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tutorial's Python for transformers alone, with the folder that it names in place."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "from_pretrained" in block]
+    folder = "runs/smollm2-135m/fisher-site-0.50"
     assert folder in block
     scope: dict[str, object] = {}
-    exec(compile(block.replace(folder, str(exported)), "README.md", "exec"), scope)  # noqa: S102
+    exec(compile(block.replace(folder, str(exported)), "tutorial.md", "exec"), scope)  # noqa: S102
     assert isinstance(scope["text"], str)
     assert len(scope["text"]) > 20
-
-
-def test_results_quoted_in_the_docs_are_in_the_repository() -> None:
-    """The figures of the tables of README and docs/method.md stand in benchmarks/results/."""
-    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/method.md")}
-    results = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
-    quality = {stem: result for stem, result in results.items() if stem.startswith("eval-")}
-    assert len(quality) >= 4
-    for stem, result in quality.items():
-        for found in result["runs"]:
-            figure = f"{found['perplexity_ratio']:.3f} ± {found['perplexity_ratio_stderr']:.3f}"
-            assert figure in pages["docs/method.md"], stem
-    for found in results["eval-smollm2-135m-sotu"]["runs"]:
-        assert f"{found['perplexity_ratio']:.2f}" in pages["README.md"]
-    for entry in results["decode-smollm2-135m-cpu"]["runs"]:
-        assert f"{entry['tokens_per_second']['median']:.1f}" in pages["README.md"]
-    for run_ in results["decode-gpu"]["runs"]:
-        for entry in run_["runs"]:
-            assert f" {entry['tokens_per_second']['median']:.0f} " in pages["README.md"]
-    trials = results["quality-trials-smollm2-135m"]
-    for trial in (entry for run_ in (trials, *trials["added"]) for entry in run_["results"]):
-        assert f"{trial['perplexity_ratio']:.3f}" in pages["docs/method.md"]

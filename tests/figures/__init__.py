@@ -1,0 +1,1 @@
+"""Figures that the pages quote, each compared with its result file at its place."""

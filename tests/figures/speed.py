@@ -1,0 +1,218 @@
+"""What the README and docs/benchmarks.md say of speed."""
+
+from typing import Any
+
+from tests.figures.page import Cell, Page, one, result
+
+
+def _median(entry: Any) -> float:
+    return float(entry["tokens_per_second"]["median"])
+
+
+def _gpu(model: str = "llama-3-8b", prompt: int = 128) -> Any:
+    return one(result("decode-gpu")["runs"], model=f"{model} (random weights)", prompt_tokens=prompt)["runs"]
+
+
+def _at(runs: Any, sparsity: float, **more: object) -> Any:
+    return one(runs, sparsity=sparsity, **more)
+
+
+def _share(entry: Any) -> float:
+    """Per cent of what the memory allows."""
+    return 100 * _median(entry) / float(entry["limit_tokens_per_second"])
+
+
+def _peers(session: int) -> Any:
+    return result("decode-gpu-peers")["sessions"][session]
+
+
+def readme_speed(page: Page) -> None:
+    """The table of the README."""
+    own, peers, later = (
+        result("decode-gpu-beside-gpt-fast"),
+        _peers(0)["tokens_per_second"],
+        _peers(1)["tokens_per_second"],
+    )
+    cpu = result("decode-smollm2-135m-cpu-peers")["tokens_per_second"]
+    rows: dict[str, tuple[Cell, ...]] = {
+        "H100, Llama-3-8B shape": (
+            own["ours_dense"]["median"],
+            own["ours_50"]["median"],
+            (own["gpt_fast"]["median"], peers["transformers generate, static cache, compiled"]),
+        ),
+        "the same in int4": (later["teal, int4, dense"], later["teal, int4, 50 %"], later["gpt-fast, int4"]),
+    }
+    for label, model in (
+        ("H200, Phi-4-mini shape", "phi-4-mini"),
+        ("H200, Mixtral shape, 8 layers", "mixtral, 8 layers"),
+        ("H200, Qwen3-30B-A3B shape, 16 layers", "qwen3-30b-a3b, 16 layers"),
+    ):
+        rows[label] = _other_family(model)
+    rows["two CPU cores, SmolLM2-135M, float32"] = _beside_llama_cpp(cpu, "float32", "F32")
+    rows["the same in int8"] = _beside_llama_cpp(cpu, "int8", "Q8_0")
+    page.table("| | `teal`, dense | `teal`, 50 % | instead |", rows)
+
+
+def _other_family(model: str) -> tuple[Cell, ...]:
+    entry = _peers(2)["models"][model]
+    peer = entry.get("transformers_compiled", entry.get("transformers_eager"))
+    return entry["dense"], entry["sparse_50"], (peer["min"], peer["max"]) if isinstance(peer, dict) else peer
+
+
+def _beside_llama_cpp(cpu: Any, dtype: str, theirs: str) -> tuple[Cell, ...]:
+    return cpu["teal"][dtype]["dense"], cpu["teal"][dtype]["sparse_50"], cpu["llama.cpp"][theirs]
+
+
+def benchmarks_gpu(page: Page) -> None:
+    """One sequence on a GPU."""
+    runs = _gpu()
+    rows: dict[str, tuple[Cell, ...]] = {
+        "gpt-fast, dense": (None, result("decode-gpu-beside-gpt-fast")["gpt_fast"]["median"], None),
+        "`teal`, dense": (None, _median(_at(runs, 0)), _share(_at(runs, 0))),
+    }
+    for sparsity in (0.25, 0.4, 0.5, 0.65, 0.8):
+        entry = _at(runs, sparsity)
+        rows[f"`teal`, {sparsity:.0%}".replace("%", " %")] = (entry["realised_sparsity"], _median(entry), _share(entry))
+    page.table("| Llama-3-8B | sparsity realised | tokens/s | of what the memory allows |", rows)
+
+    rows = {}
+    for label, model, prompt in (
+        ("Llama-3-8B after 2,048 tokens", "llama-3-8b", 2048),
+        ("Llama-3-8B after 8,000 tokens", "llama-3-8b", 8000),
+        ("Llama-2-7B", "llama-2-7b", 128),
+        ("Mistral-7B", "mistral-7b", 128),
+        ("Llama-3.2-1B", "llama-3.2-1b", 128),
+        ("Llama-3.2-3B", "llama-3.2-3b", 128),
+    ):
+        dense, half = _at(_gpu(model, prompt), 0), _at(_gpu(model, prompt), 0.5)
+        rows[label] = (_median(dense), _median(half), half["speedup"], half["realised_sparsity"])
+    page.table("| shape | dense | 50 % | over dense | realised |", rows)
+
+    whole = result("decode-gpu")
+    page.says("read at up to {} TB/s. A prompt", whole["runs"][0]["reading_gb_s"] / 1000)
+    prefill = whole["prefill"]
+    page.says("A prompt of {} tokens takes {} of transformers'", prefill["tokens"], prefill["ratio"])
+    memory = whole["peak_memory_bytes"]
+    page.says("the cache and {} %", 100 * (memory["peak"] / (memory["weights"] + memory["cache"]) - 1))
+    spread = max(
+        1 - entry["tokens_per_second"]["min"] / entry["tokens_per_second"]["max"]
+        for run in whole["runs"]
+        for entry in run["runs"]
+    )
+    assert spread < 0.008
+    page.says("differ by less than {} %", "0.8")
+    fisher = [_median(_at(result("decode-gpu-fisher")["runs"], sparsity)) for sparsity in (0.4, 0.5, 0.65)]
+    page.says("{} tokens/s at 40 %, {} at 50 %, {} at 65 %", *fisher)
+
+
+def benchmarks_quantised(page: Page) -> None:
+    """Quantised weights on a GPU."""
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for name, stem in (("int8", "decode-gpu-int8"), ("int4, groups of 128", "decode-gpu-int4")):
+        for entry in result(stem)["runs"]:
+            sparsity = entry["sparsity"]
+            label = f"{name}, dense" if not sparsity else f"{name}, {sparsity:.0%}".replace("%", " %")
+            realised = entry["realised_sparsity"] if sparsity else None
+            rows[label] = (realised, _median(entry), entry["bytes_per_token"] / 1e9, _share(entry))
+    page.table(
+        "| Llama-3-8B, quantised | sparsity realised | tokens/s | GB a token | of what the memory allows |", rows
+    )
+    page.says("read at up to {} TB/s (", result("decode-gpu-int8")["reading_gb_s"] / 1000)
+
+
+def benchmarks_peers(page: Page) -> None:
+    """What others reach."""
+    peers, later = _peers(0)["tokens_per_second"], _peers(1)["tokens_per_second"]
+    names = {
+        "transformers `generate`, eager": "transformers generate, eager",
+        "transformers `generate`, static cache, compiled": "transformers generate, static cache, compiled",
+        "gpt-fast, float16, compiled": "gpt-fast, float16, compiled",
+        "the method's reference code on gpt-fast, 40 %": "reference TEAL code on gpt-fast, 40 %",
+        "the same, 50 %": "reference TEAL code on gpt-fast, 50 %",
+        "gpt-fast, int8": "gpt-fast, int8",
+        "gpt-fast, int4, groups of 128": "gpt-fast, int4, groups of 128",
+    }
+    page.table("| one H100, Llama-3-8B shape | tokens/s |", {label: (peers[name],) for label, name in names.items()})
+    ours = [later[f"teal, {name}"] for name in ("dense", "40 %", "50 %", "65 %", "int4, dense", "int4, 50 %")]
+    page.says("ours {} dense, {}, {} and {} at 40, 50 and 65 %, in int4 {} dense and {} at 50 %;", *ours)
+    theirs = [later[name] for name in ("gpt-fast, compiled", "gpt-fast, int4", "transformers generate, eager")]
+    page.says("gpt-fast {}, in int4 {}; transformers eager {}.", *theirs)
+    families = {
+        "Phi-4-mini": "phi-4-mini",
+        "Gemma-3-4B": "gemma-3-4b",
+        "Mixtral, 8 layers": "mixtral, 8 layers",
+        "Qwen3-30B-A3B, 16 layers": "qwen3-30b-a3b, 16 layers",
+        "Llama-2-7B with ReLU, intrinsic, half dead": "llama-2-7b with ReLU, intrinsic, half dead",
+    }
+    rows = {label: _other_family(model) for label, model in families.items()}
+    page.table("| shape | `teal`, dense | `teal`, 50 % | transformers |", rows)
+
+
+def benchmarks_batches(page: Page) -> None:
+    """Several sequences on a GPU."""
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for quantised in ("", "int8", "int4"):
+        for name, batch in (("two", 2), ("four", 4), ("eight", 8)):
+            runs = result(f"decode-gpu-{quantised}-batch-{batch}".replace("--", "-"))["runs"]
+            measured = {entry["sparsity"]: _median(entry) for entry in runs}
+            label = f"{name}, {quantised}" if quantised else name
+            rows[label] = tuple(measured.get(sparsity) for sparsity in (0, 0.4, 0.5, 0.65, 0.8))
+    page.table("| Llama-3-8B, sequences at a time | dense | 40 % | 50 % | 65 % | 80 % |", rows)
+
+
+def benchmarks_gate_first(page: Page) -> None:
+    """MLPs whose neurons are mostly zero."""
+    gpu, cpu = result("gate-first-gpu")["runs"], result("gate-first-cpu")["runs"]
+    dead = (0.5, 0.7, 0.8, 0.89, 0.95)
+    rows = {
+        "H100, bfloat16, one token": tuple(_at(gpu, share)["speedup"] for share in dead),
+        "one CPU thread, float32": tuple(_at(cpu, share, dtype="float32")["speedup"] for share in dead),
+    }
+    page.table("| an MLP of Llama-2-7B's shape over its dense self | 50 % dead | 70 % | 80 % | 89 % | 95 % |", rows)
+    page.says("(dense {} µs)", _at(gpu, 0.7)["dense_microseconds"]["own"]["median"])
+
+
+def benchmarks_cpu(page: Page) -> None:
+    """A small model on a CPU."""
+    runs = result("decode-smollm2-135m-cpu")["runs"]
+
+    def row(entry: Any) -> tuple[Cell, ...]:
+        spread = entry["tokens_per_second"]
+        realised = entry["realised_sparsity"] if entry["sparsity"] else None
+        return realised, (spread["median"], spread["min"], spread["max"]), entry["speedup"]
+
+    rows = {
+        "transformers generate, dense": row(one(runs, backend="transformers generate")),
+        "transformers, torch.compile, dense": row(one(runs, backend="transformers, torch.compile")),
+        "`teal`, dense": row(one(runs, backend="dense")),
+    }
+    for allocation in ("fisher", "fisher-site"):
+        for sparsity in (0.4, 0.5, 0.65):
+            entry = _at(runs, sparsity, allocation=allocation)
+            rows[f"`teal`, `{allocation}`, {100 * sparsity:.0f} %"] = row(entry)
+    page.table("| tokens/s | sparsity realised | median of 5 (min to max) | over our dense |", rows)
+
+    quantised = result("decode-smollm2-135m-int8-cpu")["runs"]
+    half = _median(_at(quantised, 0.5, quantization=""))
+    int8 = _median(_at(quantised, 0.5, quantization="int8-output"))
+    page.says("decodes {} times as fast as float32 at 50 % ({} tokens/s against {})", int8 / half, int8, half)
+    page.says("faster still there ({};", _median(_at(quantised, 0, quantization="int8-output")))
+
+    beside = result("decode-smollm2-135m-cpu-peers")
+    page.says("gives {} GB/s", beside["memory_gb_s"])
+    cpu = beside["tokens_per_second"]
+    widths = (("float32", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0"))
+    peers = {f"{dtype}, `{theirs}`": _beside_llama_cpp(cpu, dtype, theirs) for dtype, theirs in widths}
+    page.table("| tokens/s | `teal`, dense | `teal`, 50 % | llama.cpp, 2 threads |", peers)
+    page.says("reaches {} (`Q4_0`) and {} (`Q4_1`)", cpu["llama.cpp"]["Q4_0"], cpu["llama.cpp"]["Q4_1"])
+
+
+def tutorial_speed(page: Page) -> None:
+    """What the tutorial quotes of the GPU."""
+    plain, int4 = _gpu(), result("decode-gpu-int4")["runs"]
+    rows = {
+        "bfloat16, tokens/s": tuple(_median(_at(plain, sparsity)) for sparsity in (0, 0.4, 0.5)),
+        "int4, groups of 128, tokens/s": tuple(_median(_at(int4, sparsity)) for sparsity in (0, 0.4, 0.5)),
+    }
+    page.table("| | dense | 40 % | 50 % |", rows)
+    page.says("It has {} GiB in bfloat16", result("decode-gpu")["peak_memory_bytes"]["weights"] / 2**30)
