@@ -88,3 +88,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {_anchor(heading) for heading in headings}, target
+
+
+def test_modules_of_the_architecture_exist() -> None:
+    """Every file that a row of the table of modules names; those after a folder lie in it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| module |") : text.index("An algorithm has a file")]
+    for row in table.splitlines()[2:]:
+        names = re.findall(r"`([\w./]+)`", row)
+        folders = [ROOT, ROOT / "teal_cli"]
+        for name in (name for name in names if name.endswith((".py", ".yaml", "/"))):
+            found = next((folder / name for folder in reversed(folders) if (folder / name).exists()), None)
+            assert found is not None, name
+            folders.append(found if found.is_dir() else found.parent)
