@@ -181,9 +181,10 @@ class PartialsCase:
         assert max(written) <= self.splits
         sums = random(max(written), *self.read.sums.shape[1:])
         logs = random(max(written), *self.read.logs.shape[1:]) * 3
-        # What an earlier token left beyond a row's own must not be seen.
+        # What an earlier token left beyond the longest row's must not be seen; beyond a row's own nothing weighs.
         self.read.sums.fill_(torch.nan)
         self.read.logs.fill_(torch.nan)
+        self.read.sums[: max(written)], self.read.logs[: max(written)] = 0.0, -torch.inf
         for row, count in enumerate(written):
             self.read.sums[:count, row], self.read.logs[:count, row] = sums[:count, row], logs[:count, row]
             logs[count:, row] = -torch.inf
@@ -197,7 +198,7 @@ class PartialsCase:
         """All rows as long as that one is."""
         same = replace(self)
         count = int(self.read.logs[:, row, 0].isfinite().sum())
-        fill = [of.nan_to_num() for of in (self.read.sums, self.read.logs)]
+        fill = [of.nan_to_num(0.0, 0.0, 0.0) for of in (self.read.sums, self.read.logs)]
         for of in fill:
             of[count:] = torch.nan
         positions = self.read.positions[row].expand(self.rows).contiguous()

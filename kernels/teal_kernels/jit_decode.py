@@ -89,7 +89,16 @@ def attention_kernel(
     # the row's position and on its older tokens, not on this token's projections.
     position = tl.load(positions_ptr + row)  # of the new token
     lowest, length, used = split_of_cache(position, window, SPLITS, MULTIPLE)
+    heads = GROUP * kv_heads
     if split >= used:
+        if tl.num_programs(2) > 1:
+            # Who merges the partials reads as many of every row as the longest row has: these weigh nothing.
+            first = ((split * tl.num_programs(2) + row) * heads + head * GROUP).to(tl.int32)
+            values_of_group = tl.arange(0, PADDED_GROUP * PADDED)
+            in_values = values_of_group < GROUP * DIM
+            tl.store(sums_ptr + first * DIM + values_of_group, 0.0, mask=in_values)
+            heads_of_group = tl.arange(0, PADDED_GROUP)
+            tl.store(logs_ptr + first + heads_of_group, float("-inf"), mask=heads_of_group < GROUP)
         return
     start = lowest + split * length
     stop = tl.minimum(start + length, position)
@@ -164,7 +173,6 @@ def attention_kernel(
 
     average = acc / weight_sum[:, None]
     log = maximum * 1.4426950408889634 + tl.log2(weight_sum)
-    heads = GROUP * kv_heads
     own = (split * tl.num_programs(2) + row) * heads + head * GROUP + group
     tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
     tl.store(logs_ptr + own, log, mask=in_group)

@@ -15,7 +15,7 @@ from teal_kernels.jit_common import (
     send,
 )
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
-from teal_kernels.jit_partials import split_of_cache
+from teal_kernels.jit_partials import partials_of_longest
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
@@ -87,12 +87,9 @@ def gemv_kernel(
     entries = memory.lists + (block * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
     if INPUTS.taken:
         entries = begin_list(entries, INPUTS.shared_bytes)
-    partial_counts = ()
+    used = 0
     if INPUTS.head_size > 0:  # positions were written long before the kernel that this one follows
-        for of_row in tl.static_range(ROWS):
-            position = tl.load(partials.positions + of_row)
-            _, _, used = split_of_cache(position, sizes.window, INPUTS.splits, INPUTS.split_multiple)
-            partial_counts = partial_counts + (used,)
+        used = partials_of_longest(partials.positions, sizes.window, INPUTS.splits, INPUTS.split_multiple, ROWS)
     weights = ()
     if INPUTS.norm and INPUTS.at_once:
         weights = norm_weights(norm, first, last, INPUTS)
@@ -139,7 +136,7 @@ def gemv_kernel(
             count, kept, totals = take_inputs(
                 x_ptr,
                 partials,
-                partial_counts,
+                used,
                 norm,
                 weights,
                 scales,

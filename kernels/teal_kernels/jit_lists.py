@@ -164,7 +164,7 @@ def norm_weights(norm, begin, stop, INPUTS: tl.constexpr):
 def take_inputs(
     x_ptr,
     partials,
-    partial_counts,
+    used,
     norm,
     weights,
     scales,
@@ -188,7 +188,7 @@ def take_inputs(
     eight rows of partials in 16 steps, one after the other.
 
     Args:
-        partial_counts: of attention, how many partials each row has.
+        used: split-KV partials of the longest row.
         weights: of the norm, if the vectors are taken at once.
         scales: of the norm, for each row.
 
@@ -213,7 +213,7 @@ def take_inputs(
             of_norm = norm_weights(norm, start, stop, INPUTS)
         raw = ()
         if INPUTS.head_size > 0:
-            raw = merged_partials(partials, partial_counts, n_in, start, stop, ROWS, INPUTS)
+            raw = merged_partials(partials, used, n_in, start, stop, ROWS, INPUTS)
         else:  # all loads first: they are under way together
             at = x_ptr + start + tl.arange(0, LANES)
             for vector in tl.static_range(VECTORS):

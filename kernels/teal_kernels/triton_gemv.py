@@ -90,7 +90,8 @@ class AttentionPartials:
     logs: Tensor
     """(splits, rows, heads) float32: logarithms, to the base of 2, of the sums of the weights."""
     positions: Tensor
-    """(rows,) int32: of each row's token. How many partials the row has follows from it; the others are not read."""
+    """(rows,) int32: of each row's token. How many partials the row has follows from it. Of several rows those
+    that a row has not may be read too: their sums are 0 and their logarithms minus infinity."""
     window: int = 0
     """Positions that are seen, the new one included; 0 for all."""
     split_multiple: int = 64

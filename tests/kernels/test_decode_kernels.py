@@ -63,6 +63,7 @@ def test_attention_of_rows_of_different_lengths(position: tuple[int, ...], windo
         alone = single.partials(single.keys.clone(), single.values.clone())
         assert torch.equal(alone.logs[:, 0], together.logs[:, row])
         assert torch.equal(alone.sums[:, 0].nan_to_num(), together.sums[:, row].nan_to_num())
+    assert not together.sums.isnan().any()  # beyond a row's own they are read, and weigh nothing
 
 
 def test_partials_need_a_position_a_row() -> None:

@@ -285,7 +285,7 @@ def test_partials_of_few_lines(splits: int, position: int, dense: bool) -> None:
 def test_partials_of_rows_of_different_lengths(
     position: tuple[int, ...], window: int, packed: tuple[int, int, bool] | None, dense: bool
 ) -> None:
-    """Each gets what it gets in a batch of which all are as long, bit for bit; beyond its own partials lies NaN.
+    """Each gets what it gets in a batch of which all are as long, bit for bit; beyond all partials lies NaN.
 
     (Of all inputs: what other rows drop decides in which order those of a list are added up.)
     """
