@@ -12,7 +12,7 @@ from teal_kernels import active_inputs, masked_input
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import attention_splits, decode_attention
-from teal_kernels.triton_gemv import AttentionPartials, Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, TileConfig, gemv
 
 # Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
 # queries and keys, of the weights of the values and of the result.
@@ -103,7 +103,7 @@ class Attention:
 
     def partials(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> AttentionPartials:
         """What the kernel leaves: NaN and minus infinity where it wrote nothing."""
-        positions = torch.tensor(self.at, dtype=torch.int32, device=self.device)
+        positions = Positions.at(self.at, self.device)
         splits = self.splits or attention_splits(self.rows * self.kv_heads)
         sizes = (self.rows, self.kv_heads * self.group, self.dim, splits)
         partials = AttentionPartials.empty(*sizes, positions, window=self.window, split_multiple=self.split_multiple)
@@ -122,7 +122,7 @@ class Attention:
             eps=EPS,
             pdl=pdl,
         )
-        assert positions.tolist() == self.at
+        assert positions.own.tolist() == self.at
         return partials
 
     def check(self, *, pdl: bool = False) -> None:
@@ -173,7 +173,7 @@ class PartialsCase:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device)
 
-        positions = torch.tensor(at, dtype=torch.int32, device=self.device)
+        positions = Positions.at(at, self.device)
         sizes = (self.rows, self.heads, self.dim, self.splits)
         self.read = AttentionPartials.empty(*sizes, positions, window=self.window, split_multiple=self.split_multiple)
         seen = [min(position + 1, self.window or position + 1) for position in at]
@@ -201,7 +201,7 @@ class PartialsCase:
         fill = [of.nan_to_num(0.0, 0.0, 0.0) for of in (self.read.sums, self.read.logs)]
         for of in fill:
             of[count:] = torch.nan
-        positions = self.read.positions[row].expand(self.rows).contiguous()
+        positions = Positions.at(self.read.positions.own[row].repeat(self.rows).tolist(), self.device)
         same.read, same.table = replace(self.read, sums=fill[0], logs=fill[1], positions=positions), self.table
         return same
 

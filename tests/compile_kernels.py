@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import TileConfig
+from teal_kernels.triton_gemv import Positions, TileConfig
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -69,7 +69,7 @@ def main(capability: int) -> None:
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
-        embed(token, hidden, torch.zeros(rows, dtype=torch.int32), hidden, torch.zeros(rows, 1), pdl=pdl)
+        embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         for gate in (gates, GateLayer(weight, None)):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)

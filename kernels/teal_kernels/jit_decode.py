@@ -13,20 +13,30 @@ def embed_kernel(
     token_ptr,
     embedding_ptr,
     positions_ptr,
+    longest_ptr,
     hidden_ptr,
     squares_ptr,
     hidden_size,
     token_stride,
     stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Look the token of a row up, and move the row's position on."""
+    """Look the token of a row up; the first program also moves all positions on."""
     row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
+    if row == 0:
+        longest = tl.load(positions_ptr) + 1
+        tl.store(positions_ptr, longest)
+        if ROWS > 1:
+            for other in tl.static_range(1, ROWS):
+                position = tl.load(positions_ptr + other) + 1
+                tl.store(positions_ptr + other, position)
+                longest = tl.maximum(longest, position)
+            tl.store(longest_ptr, longest)
     token = tl.load(token_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
@@ -60,6 +70,7 @@ def attention_kernel(
     keys_ptr,
     values_ptr,
     positions_ptr,
+    longest_ptr,
     sums_ptr,
     logs_ptr,
     kv_heads,
@@ -74,6 +85,7 @@ def attention_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    SEVERAL_ROWS: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -89,9 +101,12 @@ def attention_kernel(
     # the row's position and on its older tokens, not on this token's projections.
     position = tl.load(positions_ptr + row)  # of the new token
     lowest, length, used = split_of_cache(position, window, SPLITS, MULTIPLE)
+    if SEVERAL_ROWS:  # splits are as long for every row
+        _, length, _ = split_of_cache(tl.load(longest_ptr), window, SPLITS, MULTIPLE)
+        used = tl.cdiv(position + 1 - lowest, length)
     heads = GROUP * kv_heads
     if split >= used:
-        if tl.num_programs(2) > 1:
+        if SEVERAL_ROWS:
             # Who merges the partials reads as many of every row as the longest row has: these weigh nothing.
             first = ((split * tl.num_programs(2) + row) * heads + head * GROUP).to(tl.int32)
             values_of_group = tl.arange(0, PADDED_GROUP * PADDED)

@@ -15,7 +15,7 @@ from teal_kernels.jit_common import (
     send,
 )
 from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
-from teal_kernels.jit_partials import partials_of_longest
+from teal_kernels.jit_partials import split_of_cache
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
@@ -89,7 +89,7 @@ def gemv_kernel(
         entries = begin_list(entries, INPUTS.shared_bytes)
     used = 0
     if INPUTS.head_size > 0:  # positions were written long before the kernel that this one follows
-        used = partials_of_longest(partials.positions, sizes.window, INPUTS.splits, INPUTS.split_multiple, ROWS)
+        _, _, used = split_of_cache(tl.load(partials.longest), sizes.window, INPUTS.splits, INPUTS.split_multiple)
     weights = ()
     if INPUTS.norm and INPUTS.at_once:
         weights = norm_weights(norm, first, last, INPUTS)

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import AttentionPartials, Norm
+from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
 
 
-def embed(token: Tensor, embedding: Tensor, positions: Tensor, hidden: Tensor, squares: Tensor, *, pdl: bool) -> None:
+def embed(
+    token: Tensor, embedding: Tensor, positions: Positions, hidden: Tensor, squares: Tensor, *, pdl: bool
+) -> None:
     """Begin a token of every row: look its embedding up and move the row's position on.
 
     Args:
         token: (B,) int64.
         embedding: (V, H), in any layout.
-        positions: (B,) int32, each row's last written position; becomes that of its new token.
+        positions: each row's last written position; becomes that of its new token.
         hidden: (B, H), written.
         squares: (B, 1) float32, written: the sum of squares of each row of `hidden`.
         pdl: launch while the kernel before still runs.
@@ -35,11 +37,13 @@ def embed(token: Tensor, embedding: Tensor, positions: Tensor, hidden: Tensor, s
         (hidden.shape[0],),
         token,
         embedding,
-        positions,
+        positions.own,
+        positions.longest,
         hidden,
         squares,
         size,
         *embedding.stride(),
+        ROWS=hidden.shape[0],
         BLOCK=power_of_two(size),
         warps=8,
         pdl=pdl,
@@ -103,7 +107,8 @@ def decode_attention(
         sin,
         keys,
         values,
-        partials.positions,
+        partials.positions.own,
+        partials.positions.longest,
         partials.sums,
         partials.logs,
         kv_heads,
@@ -118,6 +123,7 @@ def decode_attention(
         BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
         SPLITS=partials.splits,
         MULTIPLE=partials.split_multiple,
+        SEVERAL_ROWS=rows > 1,
         NORM=q_norm is not None,
         warps=_ATTENTION_WARPS,
         pdl=pdl,

@@ -18,6 +18,7 @@ one hidden state are parts of one table, each with its own threshold.
 TRITON_INTERPRET=1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,6 +79,22 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """Where the rows of a batch are in their sequences."""
+
+    own: Tensor
+    """(rows,) int32: of each row's token."""
+    longest: Tensor
+    """(1,) int32: the highest of them, from which the splits of the KV cache follow; of one row `own` itself."""
+
+    @classmethod
+    def at(cls, positions: Sequence[int], device: torch.device | str) -> "Positions":
+        """Of rows at these positions."""
+        own = torch.tensor(positions, dtype=torch.int32, device=device)
+        return cls(own, own if len(positions) == 1 else own.amax(0, keepdim=True))
+
+
+@dataclass(frozen=True)
 class AttentionPartials:
     """What attention leaves for the product after it: split-KV partials, for each query head one of each split.
 
@@ -89,17 +106,18 @@ class AttentionPartials:
     """(splits, rows, heads D) float32: weighted averages of values."""
     logs: Tensor
     """(splits, rows, heads) float32: logarithms, to the base of 2, of the sums of the weights."""
-    positions: Tensor
-    """(rows,) int32: of each row's token. How many partials the row has follows from it. Of several rows those
-    that a row has not may be read too: their sums are 0 and their logarithms minus infinity."""
+    positions: Positions
+    """Of each row's token. How many partials the rows have follows from it. What the longest row has and another has
+    not is read all the same: its sums are 0 and its logarithms minus infinity."""
     window: int = 0
     """Positions that are seen, the new one included; 0 for all."""
     split_multiple: int = 64
     """A split is a multiple of so many positions."""
 
     def __post_init__(self) -> None:
-        if self.positions.shape != self.sums.shape[1:2]:
-            raise ValueError(f"{self.sums.shape[1]} rows need as many positions, not {tuple(self.positions.shape)}")
+        own = self.positions.own
+        if own.shape != self.sums.shape[1:2]:
+            raise ValueError(f"{self.sums.shape[1]} rows need as many positions, not {tuple(own.shape)}")
 
     @property
     def splits(self) -> int:
@@ -113,10 +131,10 @@ class AttentionPartials:
 
     @classmethod
     def empty(
-        cls, rows: int, heads: int, dim: int, splits: int, positions: Tensor, **options: int
+        cls, rows: int, heads: int, dim: int, splits: int, positions: Positions, **options: int
     ) -> "AttentionPartials":
         """Not written yet."""
-        sums = torch.empty(splits, rows, heads * dim, dtype=torch.float32, device=positions.device)
+        sums = torch.empty(splits, rows, heads * dim, dtype=torch.float32, device=positions.own.device)
         return cls(sums, sums.new_empty(splits, rows, heads), positions, **options)
 
 
@@ -130,7 +148,7 @@ class _NormPointers(NamedTuple):
 class _PartialsPointers(NamedTuple):
     sums: Tensor
     logs: Tensor
-    positions: Tensor
+    longest: Tensor
 
 
 class _TablePointers(NamedTuple):
@@ -267,7 +285,7 @@ def gemv(
         plan.grid,
         source,
         None if norm is None else _NormPointers(norm.weight, norm.squares),
-        None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions),
+        None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
         if isinstance(table, Tensor)
         else _TablePointers(table.words, table.scales, table.zeros),

@@ -175,7 +175,7 @@ def test_a_wrong_fused_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Session.launch
 
     def at_the_start(self: Session) -> torch.Tensor:
-        self.positions.zero_()
+        self.positions.own.zero_()
         return launch(self)
 
     monkeypatch.setattr(Session, "launch", at_the_start)

@@ -24,7 +24,7 @@ from torch.nn.functional import rms_norm
 from teal_kernels.launching import EMPTY
 from teal_kernels.packing import Packed
 from teal_kernels.triton_decode import attention_splits, decode_attention
-from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions, Scratch, TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -190,7 +190,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
     weight = torch.ones(size, dtype=torch.bfloat16, device=device)
     cos = torch.ones(256, size // heads, dtype=torch.bfloat16, device=device)
     caches = [random(2, rows, heads, 256, size // heads) for _ in tables]
-    positions = torch.full((rows,), 200, dtype=torch.int32, device=device)
+    positions = Positions.at([200] * rows, device)
     start = random(rows, size) * 30
     hidden, qkv = start.clone(), random(rows, 3 * size)
     attended = AttentionPartials.empty(rows, heads, size // heads, attention_splits(rows * heads), positions)

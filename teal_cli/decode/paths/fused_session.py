@@ -26,7 +26,7 @@ from teal_kernels.triton_decode import (
     output_logits,
     pick,
 )
-from teal_kernels.triton_gemv import AttentionPartials, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions, Scratch, gemv, squares_of
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 
@@ -129,7 +129,7 @@ class FusedSession(Session):
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
         lengths = cache.row_lengths()
-        self.positions = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device=device)
+        self.positions = Positions.at([length - 1 for length in lengths], device)
         self.cos, self.sin = path.rotary(cache.positions)
         embedding = path.model.get_input_embeddings()
         self._buffers: dict[tuple[str, int], Tensor] = {}
