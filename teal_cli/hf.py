@@ -13,6 +13,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -82,6 +83,7 @@ class TealQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         names = self.quantization_config.plan.projections
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self.quantization_config.architecture is not None:
             model.teal_architecture = self.quantization_config.architecture  # type: ignore[assignment]
         modules = dict(model.named_modules())
@@ -100,6 +102,7 @@ class TealQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _cast_(model, self._dtypes)
         if not self._replaced:
             unstack_experts_(model)
             replace_projections_(model, self.quantization_config.plan.projections)
@@ -124,6 +127,18 @@ class TealQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes; the default would switch off `generate`'s own compilation."""
         return True
+
+
+def _cast_(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters the dtype that was asked for, as transformers does without a quantiser.
+
+    With one, 5.16 to 5.17 at least leave those whose keys it renames (experts, their routers) as the file has them.
+    """
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, parameter in model.named_parameters():
+        dtype = dtypes.get(name, parameter.dtype)
+        if parameter.is_floating_point() and parameter.dtype != dtype and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _decode_with_cache_(model: Any) -> None:
