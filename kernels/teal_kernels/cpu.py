@@ -30,20 +30,20 @@ def cpu_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold:
     if not table.is_contiguous():  # a weight that nobody laid out input-major
         table = table.contiguous()
     n_in, n_out = table.shape
-    cut = cut_of(float(threshold), x.dtype)
+    bound = bound_of(float(threshold), x.dtype)
     if x.numel() == n_in:
-        y = _weighted_sum(table, *select_active(x.reshape(n_in), cut))
+        y = _weighted_sum(table, *select_active(x.reshape(n_in), bound))
     elif x.numel() == 0:
         return x.new_empty((*x.shape[:-1], n_out))
     else:
-        y = torch.stack([_weighted_sum(table, *select_active(row, cut)) for row in x.reshape(-1, n_in)])
+        y = torch.stack([_weighted_sum(table, *select_active(row, bound)) for row in x.reshape(-1, n_in)])
     if bias is not None:
         y = y + bias
     return y.view(*x.shape[:-1], n_out)
 
 
 @lru_cache(maxsize=4096)
-def cut_of(threshold: float, dtype: torch.dtype) -> float:
+def bound_of(threshold: float, dtype: torch.dtype) -> float:
     """The threshold as hardshrink must get it.
 
     hardshrink compares in the dtype of x. Rounding the threshold down to that dtype first leaves
@@ -57,12 +57,12 @@ def cut_of(threshold: float, dtype: torch.dtype) -> float:
     return float(rounded)
 
 
-def select_active(x: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+def select_active(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """(in,) -> indices (active,) int64 and values (active,) of the inputs that are kept.
 
     hardshrink keeps NaN, and NaN is not zero, so it propagates.
     """
-    kept = torch.hardshrink(x, cut)
+    kept = torch.hardshrink(x, bound)
     index = kept.nonzero().view(-1)
     return index, kept.index_select(0, index)
 

@@ -8,7 +8,7 @@ from teal_kernels.jit_lists import listed_index, listed_value
 
 
 @triton.constexpr_function
-def _place(k, bits, dtype):
+def _lowest_bit(k, bits, dtype):
     """The bit of a float32, below its leading one, at which the k-th code of a word is multiplied.
 
     The higher, the less rounding takes of a product: 2e-7 (int8) and 1e-7 (int4) at the highest. Inputs of 16 bits
@@ -29,7 +29,7 @@ def _tiles(rows, fma):
 def _one():
     """The bits of 1.0, float32, in a register of whose value the compiler knows nothing (no lane has an empty mask).
 
-    What it knows it puts in place before each use: 65 more instructions to the 207 of a loop over int8 (sm_90).
+    What it knows it puts in lowest_bit before each use: 65 more instructions to the 207 of a loop over int8 (sm_90).
     """
     one = 0x3F800000
     if not INTERPRETING:
@@ -46,18 +46,18 @@ def _one():
 
 @triton.jit
 def _code_after_one(words, one, k: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr):
-    """1 + u / 2**(23 - place), float32, of the k-th code u of each word: u lies below the leading bit of `one`.
+    """1 + u / 2**(23 - lowest_bit), float32, of the k-th code u of each word: u lies below the leading bit of `one`.
 
     A shift, and one instruction that masks and sets the exponent; for a byte one that does all. (Without being told,
     the compiler makes two of the one, and a conversion of u runs at a fraction of their rate.)
     """
-    place: tl.constexpr = _place(k, BITS, dtype)
+    lowest_bit: tl.constexpr = _lowest_bit(k, BITS, dtype)
     at: tl.constexpr = k * BITS
-    mask: tl.constexpr = ((1 << BITS) - 1) << place
-    moved = words << (place - at) if at <= place else words >> (at - place)
+    mask: tl.constexpr = ((1 << BITS) - 1) << lowest_bit
+    moved = words << (lowest_bit - at) if at <= lowest_bit else words >> (at - lowest_bit)
     if INTERPRETING:
         bits = moved & mask | one
-    elif BITS == 8 and place == 8:
+    elif BITS == 8 and lowest_bit == 8:
         bits = tl.inline_asm_elementwise(
             f"prmt.b32 $0, $1, $2, {0x7604 + 16 * k};", "=r,r,r", [words, one], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -126,7 +126,7 @@ def scaled_sums(acc, sums, x_sums, factors, zeros, dtype: tl.constexpr, ROWS: tl
         factor = factors[k]
         zero = zeros[k]
         if TILE.fma:  # for the values of `_unpacked`
-            unit = 1 << (23 - _place(k, TILE.bits, dtype))
+            unit = 1 << (23 - _lowest_bit(k, TILE.bits, dtype))
             factor = factor * unit
             zero = 1.0 + zero / unit
         for tile in tl.static_range(tiles):

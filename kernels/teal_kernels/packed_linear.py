@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_kernels.cpu import cut_of, offsets_of, select_active
+from teal_kernels.cpu import bound_of, offsets_of, select_active
 from teal_kernels.launching import LEAST_TILE, uses_fma
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
@@ -44,16 +44,16 @@ def cpu_packed_linear(x: Tensor, table: Tensor, packed: Packed, bias: Tensor | N
         threshold: 0-d float32.
     """
     n_in, n_out = packed.shape
-    cut = cut_of(float(threshold), x.dtype)
-    rows = [_row(row, table, packed, cut) for row in x.reshape(-1, n_in)]
+    bound = bound_of(float(threshold), x.dtype)
+    rows = [_row(row, table, packed, bound) for row in x.reshape(-1, n_in)]
     y = rows[0] if len(rows) == 1 else torch.stack(rows) if rows else x.new_empty(0, n_out)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], n_out)
 
 
-def _row(x: Tensor, table: Tensor, packed: Packed, cut: float) -> Tensor:
-    index, values = select_active(x, cut)
+def _row(x: Tensor, table: Tensor, packed: Packed, bound: float) -> Tensor:
+    index, values = select_active(x, bound)
     count = index.shape[0]
     groups, n_out = packed.scales.shape
     if count == 0:

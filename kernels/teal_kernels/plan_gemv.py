@@ -40,7 +40,7 @@ EPILOGUES = {"plain": 0, "residual": 1, "gated": 2}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How one product is cut up: what is tuned."""
+    """How one product is divided: what is tuned."""
 
     block_out: int
     """Outputs of a program (power of two)."""
@@ -191,7 +191,7 @@ def plan_product(
 
     Args:
         shape: what is multiplied.
-        config: how it is cut up.
+        config: how it is divided.
         device: where.
         exclusive_device: as `triton_gemv.gemv` has it.
 

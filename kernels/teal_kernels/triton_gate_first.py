@@ -30,7 +30,7 @@ _LEAST_BLOCK_IN = 64
 
 @dataclass(frozen=True)
 class GateFirstConfig:
-    """How the product is cut up."""
+    """How the product is divided."""
 
     neurons: int = 8
     """Of a program (power of two)."""
@@ -119,7 +119,7 @@ def launch_gate_first(
         hidden: (rows, out), contiguous, written.
         kind: as `GateActivation.kind`.
         threshold: of fatrelu, a value of x's dtype.
-        config: how the product is cut up.
+        config: how the product is divided.
         pdl: launch while the kernel before still runs; by default where the GPU can.
     """
     rows, n_in = x.shape

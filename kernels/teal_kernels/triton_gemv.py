@@ -250,7 +250,7 @@ def gemv(
         parts: outputs of each projection in the table, at most three.
         thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
         y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
-        config: how the product is cut up.
+        config: how the product is divided.
         scratch: memory between programs, and the lists.
         bias: (out,) or None.
         norm: an RMS norm of x before all else.

@@ -20,6 +20,7 @@ from teal_cli.models.programs import Program
 from teal_cli.reading import read_yaml
 
 Kind = Literal["causal", "encoder", "seq2seq"]
+_OLD_KEYS = ("flattened", "compact")
 _Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -34,8 +35,13 @@ class Architecture(BaseModel):
     optional: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
-    flattened: bool = False
     program: Program | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_old_keys(cls, row: Any) -> Any:
+        """Rows in checkpoints and files of before: nothing depends on these any more."""
+        return {key: row[key] for key in row if key not in _OLD_KEYS} if isinstance(row, dict) else row
 
     @model_validator(mode="after")
     def _program_names_sites(self) -> "Architecture":
@@ -78,6 +84,11 @@ def read_table(path: Path) -> dict[str, Architecture]:
             raise UsageError(f"{where}: there is no row {other!r} to be like")
         content = {**({} if other is None else rows[other]), **row}
         content.pop("like", None)
+        if content.get("compact"):
+            raise UsageError(
+                f"{where}: compact is not a key: leave it out; the fused decode path takes blocks that have a program "
+                "(docs/add-a-model-family.md)"
+            )
         try:
             found[model_type] = Architecture.model_validate(content)
         except ValidationError as error:
@@ -93,8 +104,6 @@ def _what_is_wrong(error: ValidationError) -> str:
         message = first["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     known = f"the keys are {', '.join(Architecture.model_fields)}" if len(first["loc"]) == 1 else "no such key"
-    if key == "compact":
-        known = "leave it out; the fused decode path takes blocks that have a program (docs/add-a-model-family.md)"
     return f"{key} is not a key: {known}"
 
 

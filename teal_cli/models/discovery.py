@@ -134,7 +134,6 @@ def discover(model: Any) -> Architecture:
     calls = _probe(model, blocks)
     order: dict[str, int] = {}  # of the first call of a layer of this name
     readers: list[set[tuple[str, ...]]] = []
-    flattened = False
     dense: set[str] = set()
     once: set[str] = set()  # layers that read what the encoder made
     for prefix, block in blocks.items():
@@ -152,7 +151,6 @@ def discover(model: Any) -> Architecture:
             order.setdefault(name, seen[0].order)
             if kind == "seq2seq" and prefix.startswith(f"{stacks[-1]}.") and x.shape[1] == _TOKENS // 2:
                 once.add(name)
-            flattened |= x.dim() == 2 and not hasattr(inside[name], "copies")
             groups[x.data_ptr(), x.shape, x.stride()].append((seen[0].order, name))
         readers.append({tuple(name for _, name in sorted(group)) for group in groups.values()})
     every = set.union(*readers)
@@ -170,7 +168,6 @@ def discover(model: Any) -> Architecture:
         optional=tuple(site for site, group in sites.items() if group in optional),
         once=tuple(site for site, group in sites.items() if once.intersection(group)),
         dense=tuple(sorted(dense - {name for group in every for name in group})),
-        flattened=flattened,
     )
 
 

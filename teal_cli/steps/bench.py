@@ -56,7 +56,7 @@ from teal_kernels.tuning_entries import Provenance
 from teal_kernels.tuning_files import keep_entries
 
 _TUNED_TOKENS = 64
-"""Decoded to time one cut."""
+"""Decoded to time one tile config."""
 _RANDOM_SEQUENCES, _RANDOM_SEQ_LEN, _SINK_TOKENS = 4, 128, 4
 
 

@@ -41,7 +41,6 @@ def test_finds_what_the_table_says(family: str) -> None:
     found = discover(model)
     model.teal_architecture = found
     assert set(found.blocks) == set(row.blocks)
-    assert found.flattened == row.flattened
     assert not found.dense
     assert {found.sites[site] for site in found.once} == {row.sites[site] for site in row.once}
     assert sorted(p.name for p in find_projections(model)) == sorted(names)
@@ -71,7 +70,6 @@ def test_routers_stay_dense() -> None:
     model.teal_architecture = Architecture(blocks=("",), sites={"none": ("",)})
     found = model.teal_architecture = discover(model)
     assert found.dense == ("mlp.shared_expert_gate",)
-    assert found.flattened
     assert len(find_projections(model)) == 2 * (4 + 3 + 2)
 
 

@@ -109,3 +109,9 @@ def test_a_program_of_another_model() -> None:
     lay_out_(model)
     with pytest.raises(ArtefactError, match="the program of this architecture names q_norm, which the model does not"):
         block_steps(model)
+
+
+def test_rows_that_were_stored_before_are_read() -> None:
+    """A checkpoint carries its row: of a model whose type the table does not have."""
+    row = {"blocks": ["model.layers"], "sites": {"attention_input": ["q"]}, "flattened": True, "compact": True}
+    assert Architecture.model_validate(row).row() == {"blocks": ["model.layers"], "sites": {"attention_input": ["q"]}}
