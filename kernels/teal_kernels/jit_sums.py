@@ -29,7 +29,7 @@ def _tiles(rows, fma):
 def _one():
     """The bits of 1.0, float32, in a register of whose value the compiler knows nothing (no lane has an empty mask).
 
-    What it knows it puts in lowest_bit before each use: 65 more instructions to the 207 of a loop over int8 (sm_90).
+    What it knows it puts in place before each use: 65 more instructions to the 207 of a loop over int8 (sm_90).
     """
     one = 0x3F800000
     if not INTERPRETING:
