@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import calibrate_once, copied
+from command_line import calibrate_on, calibrate_once, copied
 from conftest import export_tiny, save_tiny
 from safetensors import safe_open
 
@@ -40,8 +40,9 @@ def calibrated(calibrated_home: Path, tmp_path: Path) -> Path:
     return copied(calibrated_home, tmp_path)
 
 
-def test_the_chain(calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--json", "e.json") == 0
+def test_the_chain(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate_on(corpus, dense)
+    assert _teal("export", "--model", dense, "--sparsity", 0.4, "--json", "e.json") == 0
     exported = Path(_json(Path("e.json"))["folder"])
     assert exported == Path("runs/tiny/fisher-0.40")
     capsys.readouterr()
@@ -363,15 +364,16 @@ def test_eval_of_several_plans(dense: Path, corpus: Path, capsys: pytest.Capture
 
 
 def test_thresholds_without_the_calibrations_text(
-    calibrated: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Thresholds are the dense network's then, which is said; asked for by name, it is an error."""
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--out", "with") == 0
+    calibrate_on(corpus, dense)
+    assert _teal("export", "--model", dense, "--sparsity", 0.4, "--out", "with") == 0
     corpus.rename(corpus.with_suffix(".gone"))
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--out", "without") == 0
-    assert "thresholds are the dense network's" in capsys.readouterr().err
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--no-recalibrate", "--out", "plain") == 0
-    assert _teal("export", "--model", calibrated, "--sparsity", 0.4, "--recalibrate", "--out", "never") == 3
+    assert _teal("export", "--model", dense, "--sparsity", 0.4, "--out", "without") == 0
+    assert "thresholds of the dense network: " in capsys.readouterr().err
+    assert _teal("export", "--model", dense, "--sparsity", 0.4, "--no-recalibrate", "--out", "plain") == 0
+    assert _teal("export", "--model", dense, "--sparsity", 0.4, "--recalibrate", "--out", "never") == 3
     assert not Path("never").exists()
     made = {name: _json(Path(name) / "teal.json") for name in ("with", "without", "plain")}
     assert [made[name]["propagated"] for name in ("with", "without", "plain")] == [True, False, False]

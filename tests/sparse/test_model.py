@@ -98,8 +98,8 @@ def test_greedy_at_sparsity_zero_equals_generate(tmp_path: Path, family: str) ->
     # transformers suppresses the end token while min_new_tokens are not reached; teach ours the same.
     forbidden = torch.zeros(VOCABULARY)
     forbidden[1] = -torch.inf
-    original = engine._forward
-    engine._forward = lambda ids, cache: original(ids, cache) + forbidden
+    original = engine.path._forward
+    engine.path._forward = lambda *inputs: original(*inputs) + forbidden
     got = list(engine.generate(ids, max_new_tokens=64, sampling=SamplingConfig()))
     assert got == expected
 
