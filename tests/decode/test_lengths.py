@@ -95,6 +95,29 @@ def test_models_without_positions_are_refused(kind: str, shape: dict[str, int]) 
         engine.prefill(ids, engine.new_cache(30), lengths)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "why", "shape"),
+    [
+        (
+            "gpt_neo",
+            "sees a window of 8 positions",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+        ),
+        ("roberta", "counts positions from its padding token on", {"is_decoder": True, "num_attention_heads": 4}),
+    ],
+)
+def test_windows_and_positions_that_only_the_model_counts_are_refused(
+    kind: str, why: str, shape: dict[str, Any]
+) -> None:
+    """GPT-Neo's cache is not a sliding one, and RoBERTa's first position is not 0: both gave other text in silence."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, **shape}
+    engine = Engine(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval())
+    ids, lengths = _prompts()
+    with pytest.raises(UsageError, match=f"model type {kind} {why}"):
+        engine.prefill(ids, engine.new_cache(30), lengths)
+
+
 def _fused_model(of: str) -> Any:
     if of != "qwen2-window":
         return build_model(of)
@@ -160,6 +183,26 @@ def test_the_loop_of_steps(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert got == alone
     assert len({str(tokens) for tokens in got}) == 3
     assert together.by_projection() == apart.by_projection()
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize("path", ["fused", "general"])
+def test_prompts_of_different_lengths_behind_a_common_one(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before them in the cache is kept, and their positions go on behind it."""
+    use_small_tiles(monkeypatch)
+    engine = Engine(build_model("llama"), path=path)
+    common, (ids, lengths), tokens = random_tokens(1, 5, seed=2), _prompts([4, 2]), random_tokens(2, STEPS, seed=1)
+    cache = engine.new_cache(20)
+    engine.prefill(common.expand(2, -1), cache)
+    got = [engine.prefill(ids, cache, lengths)]
+    got += [engine.step(tokens[:, i : i + 1], cache) for i in range(STEPS)]
+    for row, length in enumerate(lengths.tolist()):
+        prompt = torch.cat([common, ids[row : row + 1, :length]], dim=1)
+        first = engine.model(input_ids=prompt).logits[:, -1]
+        expected = [first, *engine.without_cache(prompt, tokens[row : row + 1]).unbind(1)]
+        for step in range(STEPS + 1):
+            assert error_of(got[step][row], expected[step][0]) < LIMIT, (row, step)
 
 
 @torch.no_grad()

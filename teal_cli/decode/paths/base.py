@@ -102,7 +102,7 @@ class Path(ABC):
 
         Args:
             input_ids: (rows, tokens) int64, prompts that are shorter padded on the right.
-            cache: empty, or prefilled where `lengths` is None.
+            cache: empty, or with what stands before the prompts, as long in every row.
             lengths: tokens of each row's prompt, where they differ.
 
         Returns:

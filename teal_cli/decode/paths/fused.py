@@ -114,12 +114,13 @@ class FusedPath(Path):
         So padding needs no mask: decoding overwrites its positions in the cache, and sees none that it has not.
         """
         cache.check_extendable()
+        before = cache.length
         keep, own = (1, None) if lengths is None else last_of_rows(lengths, self.device)
         output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         logits: Tensor = output.logits
         if lengths is None or own is None:
             return logits[:, -1]
-        cache.shorten(lengths)
+        cache.shorten([before + length for length in lengths])
         return logits[torch.arange(len(lengths), device=self.device), own]
 
     def open(self, cache: FixedCache) -> FusedSession:

@@ -90,14 +90,14 @@ class GeneralPath(Path):
         if self._states is not None:
             self._states.forget(input_ids.shape[0])
         keep, own = (1, None) if lengths is None else last_of_rows(lengths, self.device)
-        logits = self._forward(input_ids, cache, keep)
-        cache.rows, cache.length = input_ids.shape[0], cache.length + input_ids.shape[1]
+        logits, before = self._forward(input_ids, cache, keep), cache.length
+        cache.rows, cache.length = input_ids.shape[0], before + input_ids.shape[1]
         if lengths is None or own is None:
             return logits[:, -1]
         mask = torch.ones(cache.rows, cache.positions, dtype=torch.int64, device=self.device)
         for row, length in enumerate(lengths):
-            mask[row, length : cache.length] = 0
-        ends = torch.tensor([[length - 1] for length in lengths], device=self.device)
+            mask[row, before + length : cache.length] = 0
+        ends = torch.tensor([[before + length - 1] for length in lengths], device=self.device)
         cache.ragged = Ragged(mask, ends)
         return logits[torch.arange(cache.rows, device=self.device), own]
 
@@ -108,14 +108,19 @@ class GeneralPath(Path):
             return f"model type {kind} has no cache"
         if states is None or states.is_recurrent or not isinstance(cache.state, DynamicCache | StaticCache):
             return f"model type {kind} keeps a state that padding would change"
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or 0
-        if any(cache.state.is_sliding) and window < cache.positions:
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or 0
+        # GPT-Neo's cache keeps all positions, and its masks count the window in them.
+        has_window = any(cache.state.is_sliding) or "local" in (getattr(config, "attention_layers", None) or ())
+        if has_window and window < cache.positions:
             return f"model type {kind} sees a window of {window} positions, which padding would fill"
         if getattr(self.model.config, "alibi", False):
             return f"model type {kind} counts distances with padding (ALiBi)"
         parameters = inspect.signature(type(self.model).forward).parameters
         if not {"attention_mask", "position_ids"} <= set(parameters):
             return f"model type {kind} takes no positions"
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.model.modules()):
+            return f"model type {kind} counts positions from its padding token on"  # RoBERTa and its kin
         return None
 
     def open(self, cache: GeneralCache) -> "GeneralSession":
