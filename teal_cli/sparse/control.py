@@ -99,11 +99,12 @@ class SparsityControl:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Every layer dense inside the block, whatever mode is chosen there."""
-        before, self.enabled = self.enabled, False
+        before, self.enabled = (self.enabled, self.context), False
+        self.context = None
         try:
             yield
         finally:
-            self.enabled = before
+            self.enabled, self.context = before
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -123,13 +124,13 @@ class SparsityControl:
 
     @contextmanager
     def _switched(self, mode: Mode, dense_prefix: int | Tensor) -> Iterator[None]:
-        before = self.mode, self.dense_prefix
-        self.mode, self.dense_prefix = mode, dense_prefix
+        before = self.mode, self.dense_prefix, self.context
+        # Of a pass that is under way (a hook may ask for this): it knows nothing of the new mode, and goes on after it.
+        self.mode, self.dense_prefix, self.context = mode, dense_prefix, None
         try:
             yield
         finally:
-            self.mode, self.dense_prefix = before
-            self.context = None  # an interrupt ends a pass without its hook
+            self.mode, self.dense_prefix, self.context = before  # an interrupt ends a pass without its hook
 
     @contextmanager
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:

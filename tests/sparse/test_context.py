@@ -195,3 +195,25 @@ def _sparse_seq2seq() -> Any:
     rules = {p.name: Threshold(0.05, 0.5) for p in find_projections(model)}
     sparsify_(model, SparsityPlan("by hand", 0.5, rules))
     return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["dense", "switched_off"])
+def test_a_hook_that_switches_sparsity_off_in_a_pass_gets_it_and_leaves_the_pass_as_it_was(way: str) -> None:
+    model = _sparse("opt")  # its layers are given flattened tokens: only the pass knows of rows
+    control, ids, prefixes = control_of(model), _tokens(3, 8), torch.tensor([2, 8, 5])
+    layer = model.model.decoder.layers[0].fc2
+    x = torch.randn(6, layer.in_features)
+    dense = nn.functional.linear(x, layer.weight, layer.bias)
+    with control.masked(prefixes):
+        expected = model(input_ids=ids, use_cache=False).logits
+
+        def look(module: nn.Module, args: Any) -> None:
+            with getattr(control, way)():
+                torch.testing.assert_close(layer(x), dense)
+
+        handle = model.model.decoder.layers[0].fc1.register_forward_pre_hook(look)
+        got = model(input_ids=ids, use_cache=False).logits
+        handle.remove()
+    assert torch.equal(got, expected)
+    assert control.context is None
