@@ -56,7 +56,7 @@ class Choice:
 
 def _milliseconds(seconds: float) -> str:
     """With three digits."""
-    return f"{seconds * 1e3:.3g}" if seconds < 1.0 else f"{seconds * 1e3:.0f}"
+    return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
 
 
 def choose(engine: Decoder, prompt: Tensor) -> Choice:

@@ -70,7 +70,8 @@ class Engine:
     def _pick(self, name: str | None) -> Path:
         """The first path that can decode the model, or the one of a name."""
         for kind in PATHS:
-            if name not in (None, kind.name) or (name is None and self.device.type not in kind.devices):
+            elsewhere = kind.devices is not None and self.device.type not in kind.devices
+            if name not in (None, kind.name) or (name is None and elsewhere):
                 continue
             reason = kind.unsupported(self.model, self.control)
             if reason is None:

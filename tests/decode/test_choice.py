@@ -85,6 +85,15 @@ def test_it_is_measured_once_for_a_plan_and_a_number_of_rows(monkeypatch: pytest
     assert clock.steps == 3 * once
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0008, "0.8"), (0.9994, "999"), (0.9999, "1000"), (1.0, "1000"), (12.3456, "12346")]
+)
+def test_milliseconds_have_no_exponent(seconds: float, said: str) -> None:
+    line = Choice("dense", "cpu", seconds, 0.0001).line
+    assert line is not None
+    assert f"sparse decoding took {said} ms a token" in line
+
+
 @pytest.mark.parametrize("what", ["small", "switched off", "short context", "fused path", "dense model"])
 def test_where_nothing_is_measured(what: str, own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, sparse=2.0, dense=1.0)

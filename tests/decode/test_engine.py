@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, build_tokenizer, export_tiny, save_tiny
+from conftest import VOCABULARY, build_model, build_tokenizer, export_tiny, save_tiny
 from transformers import DynamicCache, StaticCache
 
 from teal_cli.config import GenerateConfig
@@ -109,6 +109,13 @@ def test_chat_template_and_stop_ids(tmp_path: Path, engine: Engine) -> None:
     assert stop_ids(engine.model, plain, ["<|end|>"]) == {1, 2}
     with pytest.raises(UsageError, match=r"'no token' is not one token .* but \d+"):
         stop_ids(engine.model, plain, ["no token"])
+
+
+def test_a_model_on_any_device_of_torch_takes_transformers_forward() -> None:
+    """Such as Apple's or Intel's GPUs, of which there is none here."""
+    engine = Engine(build_model("llama").to("meta"))
+    assert (engine.path.name, engine.general_because) == ("general", None)
+    assert Engine(build_model("t5").to("meta")).path.name == "encoder-decoder"
 
 
 def test_backend_by_name_runs_or_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

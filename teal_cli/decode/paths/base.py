@@ -74,8 +74,8 @@ class Path(ABC):
     """
 
     name: ClassVar[str]
-    devices: ClassVar[tuple[str, ...]]
-    """Types of device for which the engine considers this path by itself."""
+    devices: ClassVar[tuple[str, ...] | None] = None
+    """Types of device for which the engine considers this path by itself; None for all that torch has."""
     own_kernels: ClassVar[bool] = False
     """Whether a step is ours from end to end."""
     sparse_may_lose: ClassVar[bool] = True

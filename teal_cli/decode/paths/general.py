@@ -47,7 +47,6 @@ class GeneralPath(Path):
     """Decodes whatever transformers can, one forward pass a step."""
 
     name = "general"
-    devices = ("cpu", "cuda")
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         super().__init__(model, control)
