@@ -95,7 +95,7 @@ def _check_input(path: Path) -> Path:
 
 
 def _parse_scheme(value: object) -> object:
-    return Scheme.parse(value) if isinstance(value, str) else value
+    return value if isinstance(value, Scheme) else Scheme.parse(str(value))
 
 
 # Parsed here and nowhere else; a result says it as text.

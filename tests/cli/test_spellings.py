@@ -34,3 +34,14 @@ def test_both_spellings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert run(["export", "--recalibrate", "--no-propagate"]) == 2
     assert "give one of the two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["8", "[int8]", "{bits: 8}"])
+def test_a_kind_of_weights_that_is_no_text_is_refused_in_the_users_words(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"quantize: {value}\n")
+    assert run(["export", "--config", str(tmp_path / "c.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert "quantise (flag --quantise): " in message
+    assert "is not int8, int4 or int4:GROUP" in message
