@@ -36,9 +36,13 @@ def user_table(device_name: str) -> Path:
 
 
 def has_table(device_name: str) -> bool:
-    """Whether anything was measured on this very GPU: by its user, or packaged."""
+    """Whether anything was measured on this very GPU, by its user or packaged, that is taken: not by old versions."""
     own = user_table(device_name)
-    return own.is_file() or (PACKAGED / own.name).is_file()
+    for path in (own, PACKAGED / own.name):
+        with suppress(TuningTableError):
+            if path.is_file() and read_table(path):
+                return True
+    return False
 
 
 def as_text(entries: Iterable[Entry]) -> str:

@@ -268,6 +268,7 @@ def test_a_table_of_another_version_is_ignored(write: Write) -> None:
     write(_entry(0.0, 10.0, _marked(0)))
     assert _choose(0.0) == _marked(0)
     write(_entry(0.0, 10.0, _marked(0)), version=TABLE_VERSION + 1)
+    assert not tuning_files.has_table("cpu")  # nor does `teal info` call the GPU tuned
     assert _choose(0.0) == packaged
 
 
