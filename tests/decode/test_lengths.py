@@ -15,7 +15,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.errors import UsageError
+from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_of, find_projections
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
@@ -217,6 +217,20 @@ def test_lengths_that_cannot_be(path: str) -> None:
     engine.prefill(ids, cache, torch.tensor([6, 4]))
     with pytest.raises(UsageError, match="cannot be given another prompt"):
         engine.prefill(ids, cache)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize("path", ["fused", "general"])
+def test_rows_of_different_lengths_do_not_outgrow_their_cache(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would pad the mask, and hide the new tokens from themselves."""
+    use_small_tiles(monkeypatch)
+    engine = Engine(build_model("llama"), path=path)
+    cache, token = engine.new_cache(7), random_tokens(2, 1)
+    engine.prefill(random_tokens(2, 6), cache, torch.tensor([6, 4]))
+    engine.step(token, cache)
+    with pytest.raises(ArtefactError, match="the KV cache is full: it was made for 7 positions"):
+        engine.step(token, cache)
 
 
 def test_lengths_of_a_fixed_cache() -> None:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from teal_cli.decode.paths.base import Path, Session, last_of_rows, refuse_lengths
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
+from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import kind_for
 from teal_cli.sparse import SparsityControl
 
@@ -183,7 +184,13 @@ class GeneralSession(Session):
         return self.path.step(self.token.view(-1, 1), self.cache)
 
     def begin(self) -> None:
-        """Nothing: transformers' forward looks after itself."""
+        """Make sure of the positions where padding is masked; else transformers' forward looks after itself.
+
+        Raises:
+            ArtefactError: the cache is full. A growing one would take the token, and its mask would hide it.
+        """
+        if self.cache.ragged is not None and self.cache.length >= self.cache.positions:
+            raise ArtefactError(f"the KV cache is full: it was made for {self.cache.positions} positions")
 
     def end(self) -> None:
         """The state has one more token of every row."""
