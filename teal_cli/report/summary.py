@@ -7,6 +7,7 @@ from typing import Any
 
 from teal_cli.config import VERB_CONFIGS
 from teal_cli.config_files import keys_of
+from teal_cli.config_values import ALLOCATION_NAMES
 from teal_cli.report.inputs import Material, Result
 
 
@@ -32,8 +33,11 @@ def summary(material: Material) -> list[Line]:
 def how_to_measure(verb: str, material: Material) -> str:
     """The command that makes what is absent."""
     focus, run = material.focus, material.run
-    words = ["teal", verb, "--model", _model_option(material), *_quantise_options(material)]
-    if focus is not None and "sparsity" in keys_of(VERB_CONFIGS[verb]):
+    # A plan that no flag makes (exact zeros, a file of somebody's own) is measured as the checkpoint that has it.
+    own = focus is not None and focus.plan.allocation not in ALLOCATION_NAMES and verb in ("eval", "bench")
+    model = str(focus.folder) if own and focus is not None else _model_option(material)
+    words = ["teal", verb, "--model", model, *([] if own else _quantise_options(material))]
+    if not own and focus is not None and "sparsity" in keys_of(VERB_CONFIGS[verb]):
         words += ["--sparsity", f"{focus.plan.target_sparsity:g}", "--allocation", focus.plan.allocation]
     if run is not None and run.parent != Path("runs"):
         words += ["--runs", str(run.parent)]

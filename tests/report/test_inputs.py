@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_commands_that_make_what_is_absent(own_run: Path) -> None:
     found = read_material(Path("runs/tiny"))
     assert how_to_measure("export", found) == "teal export --model tiny"
     assert how_to_measure("eval", found) == "teal eval --model tiny --json runs/tiny/eval.json"
+
+
+def test_a_plan_that_no_flag_makes_is_measured_as_its_checkpoint(own_run: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(own_run / "uniform-0.30", tmp_path / "elsewhere" / "mine")
+    found = read_material(alone)
+    export = found.focus
+    other = replace(export, plan=replace(export.plan, allocation="intrinsic and uniform"))
+    found = replace(found, focus=other)
+    assert how_to_measure("eval", found) == f"teal eval --model {alone}"
 
 
 def test_commands_of_a_checkpoint_alone(own_run: Path, tmp_path: Path) -> None:
