@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from teal_cli.atomic import write_json
-from teal_cli.bench.timing import Spread, seconds_of
+from teal_cli.bench.timing import Spread
 from teal_cli.calibration.collect import collect
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.data import token_blocks
+from teal_cli.decode.timing import seconds_of
 from teal_cli.model_loading import load_model
 from teal_cli.model_source import find_model
 from teal_cli.models.architectures import find_projections

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import DecodeRun, bench_decode, text_prompt
-from teal_cli.bench.timing import Spread, seconds_of, synchronize
+from teal_cli.bench.timing import Spread
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.timing import seconds_of, synchronize
 from teal_cli.model_loading import load_model
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, recalibrate

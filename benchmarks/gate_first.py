@@ -25,8 +25,9 @@ from gate_first_mlp import CPU_INPUTS, GATE_CONFIGS, TUNED_AT, OnCpu, OnGpu
 from rich.console import Console
 
 from teal_cli.atomic import write_json
-from teal_cli.bench.timing import Spread, seconds_of
+from teal_cli.bench.timing import Spread
 from teal_cli.console import Reporter
+from teal_cli.decode.timing import seconds_of
 from teal_cli.plain_table import PlainTable
 from teal_cli.versions import device_description, library_versions
 from teal_kernels.triton_gemv import TileConfig

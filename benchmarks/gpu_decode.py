@@ -21,13 +21,14 @@ import torch
 
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import decode_seconds, random_prompt
-from teal_cli.bench.timing import Spread, seconds_of
+from teal_cli.bench.timing import Spread
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.timing import seconds_of
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.loading import build_random_model
 from teal_cli.steps.bench import Prepared, measure, prepare

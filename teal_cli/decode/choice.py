@@ -6,18 +6,17 @@ Qwen3-MoE and 0.44 for Gemma 3 (issue 22).
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Decoder
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.decode.timing import seconds_of
 from teal_cli.sparse import sparse_layers
 from teal_kernels import resolve_backend
 
@@ -87,7 +86,7 @@ def choose(engine: Decoder, prompt: Tensor) -> Choice:
         for step in range(steps):
             for way, switched in ways.items():
                 with switched():
-                    seconds = _seconds(loops[way].advance, engine.device)
+                    seconds = seconds_of(loops[way].advance, engine.device)
                 if step >= _warm_up(engine):
                     times[way].append(seconds)
     medians = {way: statistics.median(found) for way, found in times.items()}
@@ -105,14 +104,3 @@ def _loop(engine: Decoder, ids: Tensor, steps: int) -> TokenLoop:
     cache = engine.new_cache(ids.shape[1] + steps)
     sampler = Sampler(SamplingConfig(), engine.device)
     return TokenLoop(engine, cache, sampler.next_token(engine.prefill(ids, cache)), sampler)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """From an empty queue of the device to an empty queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, sparse: float, dense: float) -> None:
         self.sparse, self.dense, self.steps = sparse, dense, 0
-        monkeypatch.setattr(choice, "_seconds", self._seconds)
+        monkeypatch.setattr(choice, "seconds_of", self._seconds)
         monkeypatch.setattr(choice, "LEAST_BYTES", 0)
 
     def _seconds(self, work: Any, device: torch.device) -> float:

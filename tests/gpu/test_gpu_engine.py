@@ -13,7 +13,6 @@ from conftest import VOCABULARY, build_family, export_tiny, save_tiny
 from transformers import AutoTokenizer
 
 from teal_cli.bench.decode import random_prompt
-from teal_cli.bench.timing import seconds_of
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Threshold
 from teal_cli.cli import run
@@ -24,6 +23,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths import fused_session
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.decode.timing import seconds_of
 from teal_cli.model_loading import load_model
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import find_projections
