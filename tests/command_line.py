@@ -18,17 +18,15 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, message: str, *argument
     assert message in errors[0]
 
 
-def calibrate_on(corpus: Path, model: Path) -> None:
-    """The model's calibration on 512 tokens of a text, in runs/."""
-    flags = ["--model", str(model), "--dataset", str(corpus), "--quiet"]
+def calibrate_on(corpus: Path, model: Path, runs: Path = Path("runs")) -> None:
+    """The model's calibration on 512 tokens of a text."""
+    flags = ["--model", str(model), "--runs", str(runs), "--dataset", str(corpus), "--quiet"]
     assert run(["calibrate", *flags, "--tokens", "512", "--seq-len", "64"]) == 0
 
 
 def calibrate_once(home: Path, *, chat: bool) -> Path:
     """HOME/tiny, a model, and HOME/runs/tiny, its calibration on 512 tokens. For `copied`, not to be changed."""
-    model, corpus = save_tiny(home / "tiny", chat=chat), write_corpus(home / "corpus.txt")
-    shared = ["--model", str(model), "--runs", str(home / "runs"), "--dataset", str(corpus), "--quiet"]
-    assert run(["calibrate", *shared, "--tokens", "512", "--seq-len", "64"]) == 0
+    calibrate_on(write_corpus(home / "corpus.txt"), save_tiny(home / "tiny", chat=chat), home / "runs")
     return home
 
 

@@ -57,8 +57,12 @@ def _check(engine: Engine, lengths: list[int] = LENGTHS) -> None:
     cache = engine.new_cache(max(lengths) + STEPS)
     got = [engine.prefill(ids, cache, of_rows)]
     got += [engine.step(tokens[:, i : i + 1], cache) for i in range(STEPS)]
-    for row, length in enumerate(lengths):
-        prompt = ids[row : row + 1, :length]
+    _check_each_alone(engine, got, [ids[row : row + 1, :length] for row, length in enumerate(lengths)], tokens)
+
+
+def _check_each_alone(engine: Engine, got: list[Tensor], prompts: list[Tensor], tokens: Tensor) -> None:
+    """(rows, vocabulary) logits after the prompts, and after each of (rows, STEPS) tokens, against each row alone."""
+    for row, prompt in enumerate(prompts):
         with engine.control.dense() if engine.control else torch.no_grad():
             first = engine.model(input_ids=prompt).logits[:, -1]
         expected = [first, *engine.without_cache(prompt, tokens[row : row + 1]).unbind(1)]
@@ -197,12 +201,8 @@ def test_prompts_of_different_lengths_behind_a_common_one(path: str, monkeypatch
     engine.prefill(common.expand(2, -1), cache)
     got = [engine.prefill(ids, cache, lengths)]
     got += [engine.step(tokens[:, i : i + 1], cache) for i in range(STEPS)]
-    for row, length in enumerate(lengths.tolist()):
-        prompt = torch.cat([common, ids[row : row + 1, :length]], dim=1)
-        first = engine.model(input_ids=prompt).logits[:, -1]
-        expected = [first, *engine.without_cache(prompt, tokens[row : row + 1]).unbind(1)]
-        for step in range(STEPS + 1):
-            assert error_of(got[step][row], expected[step][0]) < LIMIT, (row, step)
+    prompts = [torch.cat([common, ids[row : row + 1, :length]], dim=1) for row, length in enumerate(lengths.tolist())]
+    _check_each_alone(engine, got, prompts, tokens)
 
 
 @torch.no_grad()
