@@ -1,0 +1,147 @@
+/* The interface of the native library: a token of a decoder in one call, on the CPU.
+ *
+ * Plain data and seven functions; what calls it is teal_kernels/native/library.py (ctypes). All memory that a program
+ * points to belongs to the caller and must stay while a session is open. Hidden states are float32 throughout.
+ */
+#ifndef TEAL_NATIVE_H
+#define TEAL_NATIVE_H
+
+#include <stdint.h>
+
+#define TEAL_ABI 1 /* raised with every change in this file */
+#define TEAL_MAX_ROWS 8
+#define TEAL_MAX_PARTS 4
+#define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
+
+typedef enum { TEAL_F32, TEAL_BF16, TEAL_F16, TEAL_INT8, TEAL_INT4 } teal_dtype;
+
+typedef enum {
+    TEAL_INPUT_MAJOR, /* a row of weights is an input's: what is skipped is not read */
+    TEAL_ROW_MAJOR,   /* a row of weights is an output's, as torch.nn.Linear has it; not for codes; nothing is skipped */
+} teal_layout;
+
+/* The weights of one projection. */
+typedef struct {
+    const void *data;
+    const void *scales; /* of codes: (groups, outputs) float16 or float32, else NULL */
+    const void *zeros;  /* of codes: (groups, outputs) float16; NULL is 2^(bits - 1) everywhere */
+    const float *bias;  /* (outputs,) or NULL */
+    int64_t row_bytes;  /* from one row of weights to the next */
+    int64_t scale_stride, zero_stride; /* from one group to the next, in elements */
+    int32_t inputs, outputs;
+    int32_t dtype;       /* teal_dtype. Codes lie as bytes, those of 4 bits the first output in the low half */
+    int32_t layout;      /* teal_layout */
+    int32_t scale_dtype; /* TEAL_F16 or TEAL_F32 */
+    int32_t group;       /* inputs that share a scale */
+    float threshold;     /* inputs with |x| <= threshold are skipped; -infinity skips none, a NaN never is */
+    float expected;      /* expected sparsity, from which work is divided among threads */
+    int32_t counter;     /* where kept inputs are counted, below teal_program.counters; -1 nowhere */
+} teal_weight;
+
+typedef enum { TEAL_RMS_NORM, TEAL_LAYER_NORM } teal_norm_kind;
+
+/* A norm of the residual stream. */
+typedef struct {
+    const float *weight; /* (hidden,) */
+    const float *bias;   /* (hidden,) or NULL */
+    float eps;
+    int32_t kind; /* teal_norm_kind */
+} teal_norm;
+
+typedef enum {
+    TEAL_PLAIN,      /* parts side by side, for attention */
+    TEAL_GATED,      /* activation(first part) * second part */
+    TEAL_ACTIVATED,  /* activation(the one part) */
+    TEAL_GATE_FIRST, /* as gated; the second part, TEAL_ROW_MAJOR, is read where the gate lives only */
+    TEAL_RESIDUAL,   /* the one part is added to the residual stream */
+} teal_epilogue;
+
+typedef enum {
+    TEAL_SILU,
+    TEAL_GELU,      /* by erf */
+    TEAL_GELU_TANH,
+    TEAL_RELU,
+    TEAL_RELU2,   /* max(g, 0) squared */
+    TEAL_FATRELU, /* g where g >= activation_threshold, else 0 */
+    TEAL_DRELU,   /* max(g, 0), and max(up, 0) in the place of up */
+} teal_activation;
+
+/* Projections that read one hidden state. A plain, gated or activated product reads the normed residual stream;
+ * a residual one reads what attention or the product before it left. */
+typedef struct {
+    teal_weight parts[TEAL_MAX_PARTS];
+    int32_t n_parts;
+    int32_t epilogue;   /* teal_epilogue */
+    int32_t activation; /* teal_activation, of gated, activated and gate first */
+    float activation_threshold;
+} teal_product;
+
+/* Attention of the new token over the KV cache; it reads a plain product whose parts are q, k and v, side by side. */
+typedef struct {
+    void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
+    void *values; /* (rows, kv_heads, positions, dim) */
+    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or NULL */
+    const float *cos, *sin;       /* (>= positions, rotary) each, halves rotated; NULL: no rotary embedding */
+    int64_t positions;            /* a multiple of TEAL_KEY_BLOCK */
+    int32_t heads, kv_heads, dim, rotary;
+    int32_t dtype;  /* of keys and values: TEAL_F32, TEAL_BF16 or TEAL_F16 */
+    int32_t window; /* positions that are seen, the token's own among them; 0 for all */
+    float scale, eps;
+} teal_attention;
+
+typedef enum { TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION } teal_step_kind;
+
+typedef struct {
+    const void *of; /* a teal_norm, teal_product or teal_attention */
+    int32_t kind;   /* teal_step_kind */
+    int32_t unused;
+} teal_step;
+
+/* A decoder. Steps as teal_cli/models/programs.py has them, of all blocks one after the other. */
+typedef struct {
+    const teal_step *steps;
+    const teal_weight *embedding; /* TEAL_ROW_MAJOR (vocabulary, hidden): inputs = hidden, outputs = vocabulary */
+    const teal_weight *position_embedding; /* learned, (positions, hidden), or NULL */
+    const teal_norm *norm;                 /* the last one, or NULL */
+    const teal_product *output;            /* one part, plain */
+    int64_t position_offset;               /* added to a position before position_embedding is read */
+    int32_t n_steps, hidden, counters;
+    float embedding_scale;
+} teal_program;
+
+typedef struct teal_pool teal_pool;       /* threads */
+typedef struct teal_session teal_session; /* a program with its buffers, on a pool */
+
+/* TEAL_ABI of the library. */
+int32_t teal_abi(void);
+
+/* Names of the variants that this processor can run, the fastest first, with spaces between. */
+const char *teal_variants(void);
+
+/* Threads that wait for work: `threads` in all, the caller of a step being one of them. NULL: no memory, no threads.
+ * While a pool waits it uses no processor time. */
+teal_pool *teal_pool_open(int32_t threads);
+void teal_pool_close(teal_pool *pool);
+
+/* A session of `rows` sequences. NULL, and why in `error` (of `length` bytes), where the program is not one that can
+ * run. A pool runs one step at a time. */
+teal_session *teal_session_open(const teal_program *program, teal_pool *pool, int32_t rows, const char *variant,
+                                char *error, int64_t length);
+void teal_session_close(teal_session *session);
+
+/* One token of every row.
+ *
+ * tokens, positions: (rows,), the token and where it stands in its sequence; its keys and values go to the cache there.
+ * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
+ * Returns 0; 1 where a token or position is out of range, and then nothing was done. */
+int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, float *logits,
+                          int64_t *best);
+
+/* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`: outputs kept. */
+void teal_session_kept(const teal_session *session, int64_t *kept);
+
+/* A product alone, for tests and measurements: x (rows, inputs) -> y (rows, outputs), with the bias. 0, or 1: refused. */
+int32_t teal_linear(teal_pool *pool, const char *variant, const teal_weight *weight, int32_t rows, const float *x,
+                    float *y);
+
+#endif
