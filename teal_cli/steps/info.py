@@ -18,7 +18,8 @@ from teal_cli.reading import read_json
 from teal_cli.resources import teal_home
 from teal_cli.schemes import Scheme
 from teal_cli.versions import device_description, library_versions
-from teal_kernels import BACKENDS, backend_unavailable_reason, resolve_backend
+from teal_kernels import BACKENDS, BackendUnavailableError, backend_unavailable_reason, resolve_backend
+from teal_kernels.native import library as native
 from teal_kernels.tuning_files import has_table
 
 _SCHEMES = ("int8", "int4")
@@ -51,9 +52,23 @@ def machine(device_name: str) -> dict[str, Any]:
             name: backend_unavailable_reason(name, device, dtype) or "available" for name in BACKENDS if name != "auto"
         },
         "auto_backend": resolve_backend("auto", device, dtype),
+        "native": _native(),
         "architectures": sorted(table()),
         "teal_home": str(teal_home()),
         "aliases": aliases,
+    }
+
+
+def _native() -> dict[str, Any]:
+    try:
+        library, reason = native.load(), native.unavailable_reason()
+    except BackendUnavailableError as error:  # a variant that the environment asks for
+        library, reason = None, str(error)
+    return {
+        "variant": None if library is None else library.variant,
+        "variants": [] if library is None else list(library.variants),
+        "threads": native.default_threads(),
+        "unavailable_because": reason,
     }
 
 

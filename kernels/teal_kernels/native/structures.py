@@ -1,4 +1,4 @@
-"""What the native library reads: the structures of src/teal_native.h, made of tensors.
+"""What the native library reads, made of tensors.
 
 A structure points into tensors. What it points to is kept alive by the structure itself (`holds`), so who holds a
 program holds all of it.
@@ -6,173 +6,59 @@ program holds all of it.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from enum import IntEnum
 from itertools import accumulate
 from math import inf
 
 import torch
 from torch import Tensor
 
+from teal_kernels.native.header import (
+    ABI,
+    KEY_BLOCK,
+    MAX_PARTS,
+    MAX_ROWS,
+    Activation,
+    Attention,
+    Dtype,
+    Epilogue,
+    Layout,
+    Norm,
+    NormKind,
+    Product,
+    Program,
+    Step,
+    StepKind,
+    Weight,
+)
 from teal_kernels.packing import Packed
 
-ABI = 1
-"""TEAL_ABI of the header that this file mirrors."""
-MAX_ROWS = 8
-MAX_PARTS = 4
-KEY_BLOCK = 16
-"""Positions whose keys lie side by side."""
-
-
-class Dtype(IntEnum):
-    """teal_dtype."""
-
-    F32 = 0
-    BF16 = 1
-    F16 = 2
-    INT8 = 3
-    INT4 = 4
-
-
-class Layout(IntEnum):
-    """teal_layout."""
-
-    INPUT_MAJOR = 0
-    ROW_MAJOR = 1
-
-
-class NormKind(IntEnum):
-    """teal_norm_kind."""
-
-    RMS_NORM = 0
-    LAYER_NORM = 1
-
-
-class Epilogue(IntEnum):
-    """teal_epilogue."""
-
-    PLAIN = 0
-    GATED = 1
-    ACTIVATED = 2
-    GATE_FIRST = 3
-    RESIDUAL = 4
-
-
-class Activation(IntEnum):
-    """teal_activation."""
-
-    SILU = 0
-    GELU = 1
-    GELU_TANH = 2
-    RELU = 3
-    RELU2 = 4
-    FATRELU = 5
-    DRELU = 6
-
-
-class StepKind(IntEnum):
-    """teal_step_kind."""
-
-    NORM = 0
-    PRODUCT = 1
-    ATTENTION = 2
-
+__all__ = [
+    "ABI",
+    "DTYPES",
+    "KEY_BLOCK",
+    "MAX_PARTS",
+    "MAX_ROWS",
+    "Activation",
+    "Attention",
+    "Dtype",
+    "Epilogue",
+    "Layout",
+    "Norm",
+    "NormKind",
+    "Product",
+    "Program",
+    "Step",
+    "StepKind",
+    "Weight",
+    "attention_of",
+    "norm_of",
+    "product_of",
+    "program_of",
+    "weight_of",
+]
 
 DTYPES = {torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16}
-
-
-class _Structure(ctypes.Structure):
-    holds: tuple[object, ...] = ()
-    """What it points to. A copy, such as a part of a product, has none: its owner holds the original."""
-
-
-class Weight(_Structure):
-    """teal_weight; `weight_of` makes one."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("scales", c_void_p),
-        ("zeros", c_void_p),
-        ("bias", c_void_p),
-        ("row_bytes", c_int64),
-        ("scale_stride", c_int64),
-        ("zero_stride", c_int64),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-        ("dtype", c_int32),
-        ("layout", c_int32),
-        ("scale_dtype", c_int32),
-        ("group", c_int32),
-        ("threshold", c_float),
-        ("expected", c_float),
-        ("counter", c_int32),
-    )
-
-
-class Norm(_Structure):
-    """teal_norm; `norm_of` makes one."""
-
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32))
-
-
-class Product(_Structure):
-    """teal_product; `product_of` makes one."""
-
-    _fields_ = (
-        ("parts", Weight * MAX_PARTS),
-        ("n_parts", c_int32),
-        ("epilogue", c_int32),
-        ("activation", c_int32),
-        ("activation_threshold", c_float),
-    )
-
-
-class Attention(_Structure):
-    """teal_attention; `attention_of` makes one."""
-
-    _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("positions", c_int64),
-        ("heads", c_int32),
-        ("kv_heads", c_int32),
-        ("dim", c_int32),
-        ("rotary", c_int32),
-        ("dtype", c_int32),
-        ("window", c_int32),
-        ("scale", c_float),
-        ("eps", c_float),
-    )
-
-
-class Step(_Structure):
-    """teal_step; `program_of` makes them."""
-
-    _fields_ = (("of", c_void_p), ("kind", c_int32), ("unused", c_int32))
-
-
-class Program(_Structure):
-    """teal_program; `program_of` makes one."""
-
-    vocabulary: int = 0
-    """Outputs of its output layer."""
-
-    _fields_ = (
-        ("steps", c_void_p),
-        ("embedding", c_void_p),
-        ("position_embedding", c_void_p),
-        ("norm", c_void_p),
-        ("output", c_void_p),
-        ("position_offset", c_int64),
-        ("n_steps", c_int32),
-        ("hidden", c_int32),
-        ("counters", c_int32),
-        ("embedding_scale", c_float),
-    )
+"""Those of floats, as the header names them."""
 
 
 def weight_of(

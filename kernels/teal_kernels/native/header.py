@@ -1,0 +1,166 @@
+"""src/teal_native.h for ctypes: its constants, enums and structures, in its order.
+
+What the fields mean stands there. Pointers are addresses, so a structure does not know what it points into; `holds`
+keeps that alive.
+"""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+
+ABI = 1
+"""TEAL_ABI of the header that this file mirrors."""
+MAX_ROWS = 8
+MAX_PARTS = 4
+KEY_BLOCK = 16
+"""Positions whose keys lie side by side."""
+
+
+class Dtype(IntEnum):
+    """teal_dtype."""
+
+    F32 = 0
+    BF16 = 1
+    F16 = 2
+    INT8 = 3
+    INT4 = 4
+
+
+class Layout(IntEnum):
+    """teal_layout."""
+
+    INPUT_MAJOR = 0
+    ROW_MAJOR = 1
+
+
+class NormKind(IntEnum):
+    """teal_norm_kind."""
+
+    RMS_NORM = 0
+    LAYER_NORM = 1
+
+
+class Epilogue(IntEnum):
+    """teal_epilogue."""
+
+    PLAIN = 0
+    GATED = 1
+    ACTIVATED = 2
+    GATE_FIRST = 3
+    RESIDUAL = 4
+
+
+class Activation(IntEnum):
+    """teal_activation."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+    RELU2 = 4
+    FATRELU = 5
+    DRELU = 6
+
+
+class StepKind(IntEnum):
+    """teal_step_kind."""
+
+    NORM = 0
+    PRODUCT = 1
+    ATTENTION = 2
+
+
+class Structure(ctypes.Structure):
+    """One of the header's."""
+
+    holds: tuple[object, ...] = ()
+    """What it points to. A copy, such as a part of a product, has none: its owner holds the original."""
+
+
+class Weight(Structure):
+    """teal_weight; `weight_of` makes one."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("bias", c_void_p),
+        ("row_bytes", c_int64),
+        ("scale_stride", c_int64),
+        ("zero_stride", c_int64),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("dtype", c_int32),
+        ("layout", c_int32),
+        ("scale_dtype", c_int32),
+        ("group", c_int32),
+        ("threshold", c_float),
+        ("expected", c_float),
+        ("counter", c_int32),
+    )
+
+
+class Norm(Structure):
+    """teal_norm; `norm_of` makes one."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32))
+
+
+class Product(Structure):
+    """teal_product; `product_of` makes one."""
+
+    _fields_ = (
+        ("parts", Weight * MAX_PARTS),
+        ("n_parts", c_int32),
+        ("epilogue", c_int32),
+        ("activation", c_int32),
+        ("activation_threshold", c_float),
+    )
+
+
+class Attention(Structure):
+    """teal_attention; `attention_of` makes one."""
+
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("positions", c_int64),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("dim", c_int32),
+        ("rotary", c_int32),
+        ("dtype", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("eps", c_float),
+    )
+
+
+class Step(Structure):
+    """teal_step; `program_of` makes them."""
+
+    _fields_ = (("of", c_void_p), ("kind", c_int32), ("unused", c_int32))
+
+
+class Program(Structure):
+    """teal_program; `program_of` makes one."""
+
+    vocabulary: int = 0
+    """Outputs of its output layer."""
+
+    _fields_ = (
+        ("steps", c_void_p),
+        ("embedding", c_void_p),
+        ("position_embedding", c_void_p),
+        ("norm", c_void_p),
+        ("output", c_void_p),
+        ("position_offset", c_int64),
+        ("n_steps", c_int32),
+        ("hidden", c_int32),
+        ("counters", c_int32),
+        ("embedding_scale", c_float),
+    )
