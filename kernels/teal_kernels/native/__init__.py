@@ -1,0 +1,1 @@
+"""A compiled library that decodes a whole token on the CPU, and what builds and loads it."""
