@@ -1,0 +1,256 @@
+/* Sessions: a program is checked, its work divided among threads, its buffers made; then tokens go through. */
+#include <stdio.h>
+
+#include "dispatch.h"
+
+typedef struct {
+    int32_t splits_of_heads; /* floats of `heads`, of one row */
+    int32_t own, sums, group, list, qkv, queries, scores;
+} needs;
+
+static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static int32_t common_divisor(int32_t a, int32_t b) { return b ? common_divisor(b, a % b) : a; }
+
+/* Plain parts as one row of outputs, cut where the expected work is equal. */
+static void cut_parts(const teal_product *p, int32_t threads, range *ranges) {
+    double total = 0, done = 0;
+    int64_t outputs = 0;
+    for (int32_t i = 0; i < p->n_parts; i++) outputs += p->parts[i].outputs;
+    const int32_t unit = unit_of(outputs, threads);
+    for (int32_t i = 0; i < p->n_parts; i++)
+        total += p->parts[i].outputs * (1.05 - (double)p->parts[i].expected); /* a list costs a little too */
+    int32_t thread = 0;
+    for (int32_t i = 0; i < p->n_parts; i++) {
+        const teal_weight *w = &p->parts[i];
+        const double each = 1.05 - (double)w->expected;
+        for (int32_t t = 0; t < threads; t++) ranges[t].first[i] = ranges[t].last[i] = t < thread ? 0 : w->outputs;
+        ranges[thread].first[i] = 0;
+        for (int32_t at = 0; at < w->outputs; at += unit) {
+            int32_t n = w->outputs - at < unit ? w->outputs - at : unit;
+            while (thread + 1 < threads && done + each * n / 2 > total * (thread + 1) / threads) {
+                ranges[thread].last[i] = at;
+                ranges[++thread].first[i] = at;
+            }
+            done += each * n;
+        }
+        ranges[thread].last[i] = w->outputs;
+    }
+}
+
+static const char *plan_product(const teal_program *program, const teal_product *p, const teal_attention *attended,
+                                int32_t neurons, int32_t threads, range *ranges, needs *n) {
+    if (p->n_parts < 1 || p->n_parts > TEAL_MAX_PARTS) return "a product without parts, or with too many";
+    for (int32_t i = 0; i < p->n_parts; i++) {
+        const teal_weight *w = &p->parts[i];
+        const char *bad = bad_weight(w);
+        if (bad) return bad;
+        if (w->counter >= program->counters) return "a counter that there is no place for";
+        n->list = greater(n->list, w->inputs);
+    }
+    const teal_weight *w = p->parts;
+    if (p->epilogue == TEAL_RESIDUAL) {
+        int32_t before = attended ? attended->heads * attended->dim : neurons;
+        if (p->n_parts != 1 || w->inputs != before || w->outputs != program->hidden)
+            return "a residual product that does not fit what stands before it";
+        n->group = greater(n->group, w->outputs);
+        return NULL;
+    }
+    for (int32_t i = 0; i < p->n_parts; i++)
+        if (p->parts[i].inputs != program->hidden) return "a product of something else than the residual stream";
+    if (p->epilogue == TEAL_PLAIN) {
+        int32_t outputs = 0;
+        for (int32_t i = 0; i < p->n_parts; i++) {
+            outputs += p->parts[i].outputs;
+            n->sums = greater(n->sums, p->parts[i].outputs);
+        }
+        n->qkv = greater(n->qkv, outputs);
+        cut_parts(p, threads, ranges);
+        return NULL;
+    }
+    int32_t parts = p->epilogue == TEAL_ACTIVATED ? 1 : 2;
+    if (p->n_parts != parts || p->parts[parts - 1].outputs != w->outputs) return "a gated product without two equal parts";
+    if (p->epilogue == TEAL_GATE_FIRST && p->parts[1].layout != TEAL_ROW_MAJOR) return "gate first with an up that is not row-major";
+    if (p->epilogue > TEAL_RESIDUAL || p->activation < TEAL_SILU || p->activation > TEAL_DRELU)
+        return "an unknown epilogue or activation";
+    for (int32_t t = 0; t < threads; t++) {
+        cut(w->outputs, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
+        ranges[t].first[1] = ranges[t].first[0], ranges[t].last[1] = ranges[t].last[0];
+        int32_t own = ranges[t].last[0] - ranges[t].first[0];
+        n->own = greater(n->own, own);
+        n->sums = greater(n->sums, 2 * own);
+    }
+    n->list = greater(n->list, w->outputs);
+    return NULL;
+}
+
+static const char *plan_attention(const teal_attention *a, int32_t columns, int32_t rows, int32_t threads,
+                                  range *ranges, int32_t *splits, needs *n) {
+    if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1) return "attention with heads that do not fit";
+    if ((a->heads + 2 * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
+    if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
+    if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
+    if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
+    const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
+    const int aligned = a->kv_heads % threads == 0;
+    *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);
+    const int32_t per_row = aligned ? a->kv_heads / threads : a->kv_heads * *splits;
+    const int32_t items = aligned ? rows * per_row : rows * per_row / threads;
+    for (int32_t t = 0; t < threads; t++) {
+        ranges[t].first[0] = aligned ? 0 : items * t;
+        ranges[t].last[0] = ranges[t].first[0] + items;
+        ranges[t].first[1] = aligned ? t * per_row : 0;
+        ranges[t].last[1] = per_row;
+        if (aligned) ranges[t].first[2] = t * per_row * group * a->dim, ranges[t].last[2] = (t + 1) * per_row * group * a->dim;
+        else cut(inputs, threads, t, &ranges[t].first[2], &ranges[t].last[2]);
+        n->own = greater(n->own, ranges[t].last[2] - ranges[t].first[2]);
+    }
+    n->splits_of_heads = greater(n->splits_of_heads, *splits * a->heads * (a->dim + HEAD_EXTRA));
+    n->queries = greater(n->queries, group * a->dim);
+    n->scores = greater(n->scores, group * SCORE_TILE);
+    return NULL;
+}
+
+/* Checks the program, divides its work, and says what memory that needs. */
+static const char *plan(teal_session *s, needs *n) {
+    const teal_program *p = s->program;
+    const teal_attention *attended = NULL;
+    int32_t neurons = 0, columns = 0;
+    if (p->hidden < 1 || !p->embedding || !p->output || p->n_steps < 1) return "a program without a part that all have";
+    if (p->embedding->inputs != p->hidden || p->embedding->dtype > TEAL_F16) return "embeddings that do not fit";
+    if (p->output->n_parts != 1 || p->output->epilogue != TEAL_PLAIN) return "an output layer of several parts";
+    for (int32_t i = 0; i < p->n_steps; i++) {
+        const teal_step *step = &p->steps[i];
+        range *ranges = s->ranges + (int64_t)i * s->threads;
+        const char *bad = NULL;
+        if (step->kind == TEAL_STEP_PRODUCT) {
+            const teal_product *product = step->of;
+            bad = plan_product(p, product, attended, neurons, s->threads, ranges, n);
+            if (bad) return bad;
+            columns = neurons = 0, attended = NULL;
+            if (product->epilogue == TEAL_PLAIN)
+                for (int32_t part = 0; part < product->n_parts; part++) columns += product->parts[part].outputs;
+            else if (product->epilogue != TEAL_RESIDUAL) neurons = product->parts[0].outputs;
+        } else if (step->kind == TEAL_STEP_ATTENTION) {
+            attended = step->of;
+            bad = plan_attention(attended, columns, s->rows, s->threads, ranges, &s->splits[i], n);
+            if (bad) return bad;
+            columns = 0;
+        } else if (step->kind != TEAL_STEP_NORM) {
+            return "a step of unknown kind";
+        }
+    }
+    if (columns || neurons || attended) return "a last product that is not added to the residual stream";
+    const char *bad = bad_weight(p->output->parts);
+    if (bad) return bad;
+    if (p->output->parts[0].inputs != p->hidden) return "an output layer that does not fit";
+    range *ranges = s->ranges + (int64_t)p->n_steps * s->threads;
+    for (int32_t t = 0; t < s->threads; t++)
+        cut(p->output->parts[0].outputs, s->threads, t, &ranges[t].first[0], &ranges[t].last[0]);
+    n->list = greater(n->list, p->hidden);
+    n->sums = greater(n->sums, OUTPUT_TILE);
+    n->group = greater(n->group, n->sums);
+    return NULL;
+}
+
+static int take_buffers(teal_session *s, const needs *n) {
+    const teal_program *p = s->program;
+    const int64_t rows = s->rows, padded = s->padded_rows;
+    arena a = {0};
+    for (int measuring = 1; measuring >= 0; measuring--) {
+        s->qkv = take_floats(&a, rows * n->qkv);
+        s->heads = take_floats(&a, rows * n->splits_of_heads);
+        s->shared = take_floats(&a, rows * p->hidden);
+        for (int32_t t = 0; t < s->threads; t++) {
+            thread_memory *m = &s->memory[t];
+            m->hidden = take_floats(&a, padded * p->hidden);
+            m->normed = take_floats(&a, padded * p->hidden);
+            m->own = take_floats(&a, padded * n->own);
+            m->sums = take_floats(&a, padded * n->sums);
+            m->group = take_floats(&a, padded * n->group);
+            m->partial[0] = take_floats(&a, padded * p->hidden);
+            m->partial[1] = take_floats(&a, padded * p->hidden);
+            m->scores = take_floats(&a, n->scores);
+            m->queries = take_floats(&a, n->queries);
+            m->list.index = take_floats(&a, n->list + LIST_END);
+            m->list.value = take_floats(&a, padded * (n->list + LIST_END));
+            m->kept = take(&a, 8 * (int64_t)p->counters);
+        }
+        if (measuring && !arena_open(&a)) return 0;
+    }
+    s->block = a.memory;
+    s->qkv_stride = n->qkv;
+    return 1;
+}
+
+EXPORTED teal_session *teal_session_open(const teal_program *program, teal_pool *pool, int32_t rows, const char *name,
+                                         char *error, int64_t length) {
+    const variant *chosen = find_variant(name);
+    const char *bad = NULL;
+    needs n = {0};
+    teal_session *s = calloc(1, sizeof *s);
+    if (!chosen) bad = "a variant that is not here, or that this processor cannot run";
+    else if (rows < 1 || rows > TEAL_MAX_ROWS) bad = "more rows than can be decoded together";
+    else if (program->n_steps < 1) bad = "a program without steps";
+    if (s && !bad) {
+        *s = (teal_session){.program = program, .pool = pool, .rows = rows, .padded_rows = padded_rows(rows),
+                            .threads = pool_threads(pool), .run = chosen->run};
+        const size_t steps = (size_t)program->n_steps + 1, threads = (size_t)s->threads;
+        s->ranges = calloc(steps * threads, sizeof *s->ranges);
+        s->splits = calloc(steps, sizeof *s->splits);
+        s->memory = calloc(threads, sizeof *s->memory);
+        if (s->ranges && s->splits && s->memory) bad = plan(s, &n);
+    }
+    if (!bad && !(s && s->ranges && s->splits && s->memory && take_buffers(s, &n))) bad = "not enough memory";
+    if (!bad) return s;
+    if (error && length > 0) snprintf(error, (size_t)length, "%s", bad);
+    teal_session_close(s);
+    return NULL;
+}
+
+EXPORTED void teal_session_close(teal_session *s) {
+    if (!s) return;
+    free(s->block), free(s->memory), free(s->splits), free(s->ranges), free(s);
+}
+
+/* Positions that all caches and tables of the program have. */
+static int64_t positions_of(const teal_program *p) {
+    int64_t least = INT64_MAX;
+    for (int32_t i = 0; i < p->n_steps; i++)
+        if (p->steps[i].kind == TEAL_STEP_ATTENTION) {
+            const teal_attention *a = p->steps[i].of;
+            least = a->positions < least ? a->positions : least;
+        }
+    if (p->position_embedding) {
+        int64_t learned = p->position_embedding->outputs - p->position_offset;
+        least = learned < least ? learned : least;
+    }
+    return least;
+}
+
+EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions, float *logits,
+                                   int64_t *best) {
+    const int64_t last = positions_of(s->program);
+    for (int32_t r = 0; r < s->rows; r++) {
+        if (tokens[r] < 0 || tokens[r] >= s->program->embedding->outputs) return 1;
+        if (positions[r] < 0 || positions[r] >= last) return 1;
+    }
+    s->tokens = tokens, s->positions = positions, s->logits = logits;
+    pool_run(s->pool, s->run, s);
+    for (int32_t r = 0; r < s->rows; r++) {
+        float most = s->memory[0].best_value[r];
+        best[r] = s->memory[0].best[r];
+        for (int32_t t = 1; t < s->threads; t++) {
+            float value = s->memory[t].best_value[r];
+            if (most == most && !(value <= most)) most = value, best[r] = s->memory[t].best[r];
+        }
+    }
+    return 0;
+}
+
+EXPORTED void teal_session_kept(const teal_session *s, int64_t *kept) {
+    for (int32_t c = 0; c < s->program->counters; c++) {
+        kept[c] = 0;
+        for (int32_t t = 0; t < s->threads; t++) kept[c] += s->memory[t].kept[c];
+    }
+}
