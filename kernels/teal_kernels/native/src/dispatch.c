@@ -36,7 +36,9 @@ static const struct {
 #ifdef TEAL_HAS_NEON
     {{"neon", teal_run_neon, teal_linear_neon}, always},
 #endif
+#ifdef TEAL_HAS_BASELINE
     {{"baseline", teal_run_baseline, teal_linear_baseline}, always},
+#endif
 };
 #define COMPILED ((int)(sizeof compiled / sizeof *compiled))
 
