@@ -260,10 +260,15 @@ def test_the_environment_picks_a_variant(monkeypatch: pytest.MonkeyPatch) -> Non
 def _decoder() -> tuple[native.Program, Tensor]:
     """The smallest: embedding, output layer. And the logits of each token."""
     embedding, output = torch.randn(9, 16), torch.randn(24, 16)
-    product = native.product_of([native.weight_of(input_major(output), counter=0)], native.Epilogue.PLAIN)
-    return native.program_of(
-        [], embedding=native.weight_of(embedding), output=product, counters=1
-    ), embedding @ output.t()
+    norm = native.norm_of(torch.ones(16), 1e-5)
+    program = native.program_of(
+        [norm],
+        embedding=native.weight_of(embedding),
+        norm=norm,
+        output=native.product_of([native.weight_of(input_major(output), counter=0)], native.Epilogue.PLAIN),
+        counters=1,
+    )
+    return program, torch.nn.functional.rms_norm(embedding, (16,), eps=1e-5) @ output.t()
 
 
 def _step(session: library.Session, tokens: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
