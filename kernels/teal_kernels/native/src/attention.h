@@ -179,9 +179,10 @@ INLINE void attend_group(const int dtype, const teal_attention *a, int64_t head,
     }
 }
 
-/* One item: of one row, one key head and one part of the positions. `qkv` is the row's. */
-static void attend(const teal_attention *a, const float *qkv, int64_t row, int32_t kv_head, int32_t part,
-                   int32_t parts, int64_t position, float *queries, float *scores, float *heads, int64_t stride) {
+/* One item: of one row, one key head and one part of the positions. `queries` holds the head's queries, then its key
+ * and its value, as the product before gave them. */
+static void attend(const teal_attention *a, int64_t row, int32_t kv_head, int32_t part, int32_t parts,
+                   int64_t position, float *queries, float *scores, float *heads, int64_t stride) {
     const int32_t group = a->heads / a->kv_heads, dim = a->dim;
     const int64_t head = row * a->kv_heads + kv_head;
     int64_t first = a->window > 0 && position + 1 > a->window ? position + 1 - a->window : 0;
@@ -189,16 +190,11 @@ static void attend(const teal_attention *a, const float *qkv, int64_t row, int32
     int64_t begin = first_block + blocks * part / parts, end = first_block + blocks * (part + 1) / parts;
     for (int32_t h = 0; h < group; h++) {
         float *query = queries + h * dim;
-        memcpy(query, qkv + ((int64_t)kv_head * group + h) * dim, (size_t)dim * sizeof *query);
         prepare_head(a, query, a->q_norm, position);
         for (int32_t i = 0; i < dim; i++) query[i] *= a->scale;
     }
-    if (part == parts - 1) { /* whose block holds the new position */
-        float key[dim];
-        const float *keys = qkv + (int64_t)a->heads * dim + (int64_t)kv_head * dim;
-        memcpy(key, keys, sizeof key);
-        write_cache(a, head, position, key, keys + (int64_t)a->kv_heads * dim);
-    }
+    if (part == parts - 1) /* whose block holds the new position */
+        write_cache(a, head, position, queries + group * dim, queries + (group + 1) * dim);
     if (a->dtype == TEAL_F32)
         attend_group(TEAL_F32, a, head, group, first, position, begin, end, queries, scores, heads, stride);
     else if (a->dtype == TEAL_BF16)

@@ -77,23 +77,18 @@ EXPORTED int32_t teal_linear(teal_pool *pool, const char *name, const teal_weigh
     const variant *chosen = find_variant(name);
     if (!chosen || bad_weight(weight) || rows < 1 || rows > TEAL_MAX_ROWS) return 1;
     const int32_t threads = pool_threads(pool), padded = padded_rows(rows);
-    int32_t most = 0;
     range *ranges = calloc((size_t)threads, sizeof *ranges);
     thread_memory *memory = calloc((size_t)threads, sizeof *memory);
     float *padded_x = calloc((size_t)padded * (size_t)weight->inputs, sizeof *padded_x);
     arena a = {0};
     if (ranges && memory && padded_x) {
         memcpy(padded_x, x, (size_t)rows * (size_t)weight->inputs * sizeof *x);
-        for (int32_t t = 0; t < threads; t++) {
-            cut(weight->outputs, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
-            int32_t n = ranges[t].last[0] - ranges[t].first[0];
-            most = n > most ? n : most;
-        }
+        for (int32_t t = 0; t < threads; t++) cut(weight->outputs, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
         for (int measuring = 1; measuring >= 0; measuring--) {
             for (int32_t t = 0; t < threads; t++) {
                 thread_memory *m = &memory[t];
-                m->sums = take_floats(&a, (int64_t)padded * most);
-                m->group = take_floats(&a, (int64_t)padded * most);
+                m->tile = take_floats(&a, (int64_t)padded * OUTPUT_TILE);
+                m->group = take_floats(&a, (int64_t)padded * OUTPUT_TILE);
                 m->list.index = take_floats(&a, weight->inputs + LIST_END);
                 m->list.value = take_floats(&a, (int64_t)padded * (weight->inputs + LIST_END));
             }

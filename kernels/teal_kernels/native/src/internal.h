@@ -14,7 +14,8 @@ int32_t pool_threads(const teal_pool *pool);
 /* Waits until all threads of the running work have come here. */
 void pool_barrier(teal_pool *pool);
 
-/* What one thread does of a step: outputs [first, last) of each part. Of attention: [0] items, in `last[1]` those of a
+/* What one thread does of a step: outputs [first, last) of each part that is row-major,
+ * and in [0] the neurons. Of attention: [0] items, in `last[1]` those of a
  * row, in `first[1]` the first key head, in [2] the inputs of the product after it. */
 typedef struct {
     int32_t first[TEAL_MAX_PARTS], last[TEAL_MAX_PARTS];
@@ -32,11 +33,13 @@ typedef struct {
     float *hidden;  /* (rows, hidden): the residual stream, of which each thread has a copy */
     float *normed;  /* (rows, hidden) */
     float *own;     /* (rows, own inputs): what this thread made and multiplies next */
-    float *sums;    /* (rows, outputs of a product that this thread computes) */
-    float *group;   /* (rows, the same): of one group of codes */
+    float *sums;    /* (rows, outputs of a product): of the inputs that this thread multiplies; others read it */
+    float *group;   /* (rows, outputs of a tile): of one group of codes; or live ups */
+    float *tile;    /* (rows, OUTPUT_TILE) */
+    float *neurons; /* (2, rows, own neurons): gates and ups */
     float *partial[2]; /* (rows, hidden): what it adds to the residual stream; two, since one is read while one is written */
     float *scores;  /* (query heads of a key head, positions of a tile) */
-    float *queries; /* (query heads of a key head, dim) */
+    float *queries; /* (query heads of a key head, then its key and its value, dim) */
     kept_list list;
     int64_t *kept; /* (counters,) */
     float best_value[TEAL_MAX_ROWS];
@@ -53,17 +56,16 @@ struct teal_session {
     range *ranges;     /* (steps + 1, threads); the last ones are the output layer's */
     int32_t *splits;   /* (steps,) of attention: parts of the positions */
     thread_memory *memory;
-    float *qkv;        /* (rows, outputs of a plain product) */
     float *heads;      /* (rows, splits, heads, dim + HEAD_EXTRA): what `attend` leaves */
     float *shared;     /* (rows, hidden): sums of `partial`, where many threads would each add them up */
-    int32_t qkv_stride;
     void *block; /* all of the above is in it */
     /* Of the step under way. */
     const int64_t *tokens, *positions;
     float *logits;
 };
 
-#define OUTPUT_TILE 2048 /* logits whose sums stay in the first cache */
+#define OUTPUT_TILE 4096 /* logits that are computed before the next ones */
+#define SUMS_TILE 4096   /* outputs whose sums stay in the first cache */
 #define SCORE_TILE 64 /* positions whose scores are computed before their values are read */
 #define HEAD_EXTRA 2  /* floats behind the values of a head: maximum and sum of its scores' exponentials */
 #define MANY_THREADS 4 /* from more on, partial sums are added up by slices */

@@ -5,38 +5,12 @@
 
 typedef struct {
     int32_t splits_of_heads; /* floats of `heads`, of one row */
-    int32_t own, sums, group, list, qkv, queries, scores;
+    int32_t own, sums, group, list, neurons, queries, scores;
 } needs;
 
 static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 
 static int32_t common_divisor(int32_t a, int32_t b) { return b ? common_divisor(b, a % b) : a; }
-
-/* Plain parts as one row of outputs, cut where the expected work is equal. */
-static void cut_parts(const teal_product *p, int32_t threads, range *ranges) {
-    double total = 0, done = 0;
-    int64_t outputs = 0;
-    for (int32_t i = 0; i < p->n_parts; i++) outputs += p->parts[i].outputs;
-    const int32_t unit = unit_of(outputs, threads);
-    for (int32_t i = 0; i < p->n_parts; i++)
-        total += p->parts[i].outputs * (1.05 - (double)p->parts[i].expected); /* a list costs a little too */
-    int32_t thread = 0;
-    for (int32_t i = 0; i < p->n_parts; i++) {
-        const teal_weight *w = &p->parts[i];
-        const double each = 1.05 - (double)w->expected;
-        for (int32_t t = 0; t < threads; t++) ranges[t].first[i] = ranges[t].last[i] = t < thread ? 0 : w->outputs;
-        ranges[thread].first[i] = 0;
-        for (int32_t at = 0; at < w->outputs; at += unit) {
-            int32_t n = w->outputs - at < unit ? w->outputs - at : unit;
-            while (thread + 1 < threads && done + each * n / 2 > total * (thread + 1) / threads) {
-                ranges[thread].last[i] = at;
-                ranges[++thread].first[i] = at;
-            }
-            done += each * n;
-        }
-        ranges[thread].last[i] = w->outputs;
-    }
-}
 
 static const char *plan_product(const teal_program *program, const teal_product *p, const teal_attention *attended,
                                 int32_t neurons, int32_t threads, range *ranges, needs *n) {
@@ -53,32 +27,30 @@ static const char *plan_product(const teal_program *program, const teal_product 
         int32_t before = attended ? attended->heads * attended->dim : neurons;
         if (p->n_parts != 1 || w->inputs != before || w->outputs != program->hidden)
             return "a residual product that does not fit what stands before it";
-        n->group = greater(n->group, w->outputs);
+        n->group = greater(n->group, SUMS_TILE);
         return NULL;
     }
     for (int32_t i = 0; i < p->n_parts; i++)
         if (p->parts[i].inputs != program->hidden) return "a product of something else than the residual stream";
-    if (p->epilogue == TEAL_PLAIN) {
-        int32_t outputs = 0;
-        for (int32_t i = 0; i < p->n_parts; i++) {
-            outputs += p->parts[i].outputs;
-            n->sums = greater(n->sums, p->parts[i].outputs);
-        }
-        n->qkv = greater(n->qkv, outputs);
-        cut_parts(p, threads, ranges);
-        return NULL;
-    }
-    int32_t parts = p->epilogue == TEAL_ACTIVATED ? 1 : 2;
-    if (p->n_parts != parts || p->parts[parts - 1].outputs != w->outputs) return "a gated product without two equal parts";
-    if (p->epilogue == TEAL_GATE_FIRST && p->parts[1].layout != TEAL_ROW_MAJOR) return "gate first with an up that is not row-major";
     if (p->epilogue > TEAL_RESIDUAL || p->activation < TEAL_SILU || p->activation > TEAL_DRELU)
         return "an unknown epilogue or activation";
+    int32_t outputs = 0;
+    for (int32_t i = 0; i < p->n_parts; i++) {
+        outputs += p->parts[i].outputs;
+        for (int32_t t = 0; t < threads; t++) cut(p->parts[i].outputs, threads, t, &ranges[t].first[i], &ranges[t].last[i]);
+    }
+    n->sums = greater(n->sums, outputs);
+    n->group = greater(n->group, SUMS_TILE);
+    if (p->epilogue == TEAL_PLAIN) return NULL;
+    int32_t parts = p->epilogue == TEAL_ACTIVATED ? 1 : 2;
+    if (p->n_parts != parts || p->parts[parts - 1].outputs != w->outputs) return "a gated product without two equal parts";
+    if (p->epilogue == TEAL_GATE_FIRST && p->parts[1].layout != TEAL_ROW_MAJOR)
+        return "gate first with an up that is not row-major";
     for (int32_t t = 0; t < threads; t++) {
-        cut(w->outputs, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
-        ranges[t].first[1] = ranges[t].first[0], ranges[t].last[1] = ranges[t].last[0];
         int32_t own = ranges[t].last[0] - ranges[t].first[0];
         n->own = greater(n->own, own);
-        n->sums = greater(n->sums, 2 * own);
+        n->neurons = greater(n->neurons, 2 * own);
+        n->group = greater(n->group, own);
     }
     n->list = greater(n->list, w->outputs);
     return NULL;
@@ -106,7 +78,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
         n->own = greater(n->own, ranges[t].last[2] - ranges[t].first[2]);
     }
     n->splits_of_heads = greater(n->splits_of_heads, *splits * a->heads * (a->dim + HEAD_EXTRA));
-    n->queries = greater(n->queries, group * a->dim);
+    n->queries = greater(n->queries, (group + 2) * a->dim);
     n->scores = greater(n->scores, group * SCORE_TILE);
     return NULL;
 }
@@ -148,8 +120,7 @@ static const char *plan(teal_session *s, needs *n) {
     for (int32_t t = 0; t < s->threads; t++)
         cut(p->output->parts[0].outputs, s->threads, t, &ranges[t].first[0], &ranges[t].last[0]);
     n->list = greater(n->list, p->hidden);
-    n->sums = greater(n->sums, OUTPUT_TILE);
-    n->group = greater(n->group, n->sums);
+    n->group = greater(n->group, OUTPUT_TILE);
     return NULL;
 }
 
@@ -158,7 +129,6 @@ static int take_buffers(teal_session *s, const needs *n) {
     const int64_t rows = s->rows, padded = s->padded_rows;
     arena a = {0};
     for (int measuring = 1; measuring >= 0; measuring--) {
-        s->qkv = take_floats(&a, rows * n->qkv);
         s->heads = take_floats(&a, rows * n->splits_of_heads);
         s->shared = take_floats(&a, rows * p->hidden);
         for (int32_t t = 0; t < s->threads; t++) {
@@ -168,6 +138,8 @@ static int take_buffers(teal_session *s, const needs *n) {
             m->own = take_floats(&a, padded * n->own);
             m->sums = take_floats(&a, padded * n->sums);
             m->group = take_floats(&a, padded * n->group);
+            m->tile = take_floats(&a, padded * OUTPUT_TILE);
+            m->neurons = take_floats(&a, padded * n->neurons);
             m->partial[0] = take_floats(&a, padded * p->hidden);
             m->partial[1] = take_floats(&a, padded * p->hidden);
             m->scores = take_floats(&a, n->scores);
@@ -179,7 +151,6 @@ static int take_buffers(teal_session *s, const needs *n) {
         if (measuring && !arena_open(&a)) return 0;
     }
     s->block = a.memory;
-    s->qkv_stride = n->qkv;
     return 1;
 }
 

@@ -74,20 +74,14 @@ static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n
     if (norm->bias) add_into(y, norm->bias, n);
 }
 
-/* y (rows, stride) = outputs [first, last) of one projection, with its bias, of x (rows, inputs). */
-static void outputs_of(const teal_weight *w, int32_t rows, int32_t padded, const float *x, int32_t first, int32_t last,
-                       thread_memory *m, int64_t *kept, int has_list, float *y, int64_t stride) {
-    const int32_t n = last - first, size = which_rows(padded);
-    if (w->layout == TEAL_ROW_MAJOR) {
-        if (n > 0) dot_functions[w->dtype][size](w, NULL, first, n, x, w->inputs, 0, w->inputs, y, stride);
-        if (kept) *kept += (int64_t)rows * w->inputs;
-    } else {
-        if (!has_list) make_list(x, w->inputs, rows, padded, w->inputs, 0, w->threshold, &m->list, kept);
-        else if (kept) *kept += padded == 1 ? m->list.count : 0;
-        if (n > 0) multiplications[w->dtype][size](w, &m->list, first, n, y, stride, m->group);
-    }
-    if (w->bias)
-        for (int32_t r = 0; r < rows; r++) add_into(y + r * stride, w->bias + first, n);
+/* Parts that are multiplied before the epilogue: of gate first, the gate. */
+static int32_t summed_parts(const teal_product *p) { return p->epilogue == TEAL_GATE_FIRST ? 1 : p->n_parts; }
+
+/* Outputs of these, side by side. */
+static int32_t outputs_of(const teal_product *p) {
+    int32_t outputs = 0;
+    for (int32_t i = 0; i < summed_parts(p); i++) outputs += p->parts[i].outputs;
+    return outputs;
 }
 
 static int64_t *counter(const teal_weight *w, thread_memory *m, int counts) {
@@ -142,62 +136,93 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
     }
 }
 
-static void plain_product(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
-    int64_t column = 0;
-    for (int32_t i = 0; i < p->n_parts; i++) {
+/* Where this thread's part of a list begins; of codes between two groups, so that scales are read once. */
+static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thread, int32_t threads) {
+    int32_t at = (int32_t)((int64_t)list->count * thread / threads);
+    if (w->dtype >= TEAL_INT8 && w->group < w->inputs)
+        while (at > 0 && at < list->count && list->index[at] / w->group == list->index[at - 1] / w->group) at++;
+    return at;
+}
+
+/* This thread's sums of all parts, side by side: of some kept inputs each output, of row-major parts some outputs. */
+static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
+    const int32_t size = which_rows(s->padded_rows), stride = outputs_of(p);
+    float *y = m->sums;
+    for (int32_t i = 0; i < summed_parts(p); i++) {
         const teal_weight *w = &p->parts[i];
-        int has_list = i > 0 && same_list(w, w - 1, s->padded_rows);
-        int32_t first = own->first[i], last = own->last[i];
         int64_t *kept = counter(w, m, thread == 0);
-        if (first < last || kept) {
-            outputs_of(w, s->rows, s->padded_rows, m->normed, first, last, m, kept, has_list, m->sums, last - first);
-            for (int32_t r = 0; r < s->rows; r++)
-                memcpy(s->qkv + (int64_t)r * s->qkv_stride + column + first, m->sums + (int64_t)r * (last - first),
-                       (size_t)(last - first) * sizeof(float));
-        } else if (i + 1 < p->n_parts && same_list(w + 1, w, s->padded_rows)) {
-            make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, NULL);
+        if (w->layout == TEAL_ROW_MAJOR) {
+            for (int32_t r = 0; r < s->rows; r++) memset(y + (int64_t)r * stride, 0, (size_t)w->outputs * sizeof *y);
+            dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], m->normed, w->inputs, 0,
+                                          w->inputs, y + own->first[i], stride);
+            if (kept) *kept += (int64_t)s->rows * w->inputs;
+        } else {
+            int again = i > 0 && same_list(w - 1, w, s->padded_rows);
+            if (!again) make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
+            else if (kept) *kept += m->list.count;
+            int32_t from = cut_list(w, &m->list, thread, s->threads), to = cut_list(w, &m->list, thread + 1, s->threads);
+            for (int32_t at = 0; at < w->outputs; at += SUMS_TILE) {
+                int32_t n = w->outputs - at < SUMS_TILE ? w->outputs - at : SUMS_TILE;
+                multiplications[w->dtype][size](w, &m->list, from, to, at, n, y + at, stride, m->group);
+            }
         }
-        column += w->outputs;
+        y += w->outputs;
     }
 }
 
-/* The neurons of this thread into `own`. */
-static void neurons(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
-    const int32_t first = own->first[0], n = own->last[0] - first, counts = thread == 0;
-    const teal_weight *gate = &p->parts[0], *up = &p->parts[1];
-    float *gates = m->sums, *ups = m->sums + (int64_t)s->padded_rows * n;
-    outputs_of(gate, s->rows, s->padded_rows, m->normed, first, first + n, m, counter(gate, m, counts), 0, gates, n);
-    m->own_first = first, m->own_last = first + n;
-    if (p->epilogue == TEAL_GATE_FIRST) {
-        int32_t live = 0;
-        int64_t *kept = counter(up, m, 1);
-        for (int32_t i = 0; i < n; i++) {
-            int32_t any = 0;
-            for (int32_t r = 0; r < s->rows; r++) {
-                float g = gates[(int64_t)r * n + i];
-                any += !(p->activation == TEAL_FATRELU ? g < p->activation_threshold : g <= 0.0f);
-            }
-            m->list.index[live] = first + i;
-            live += any > 0;
-            if (kept) *kept += any;
-        }
-        float *found = m->group; /* (rows, live) */
-        dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, m->normed, up->inputs, 0,
-                                                             up->inputs, found, live);
-        memset(ups, 0, (size_t)s->padded_rows * (size_t)n * sizeof *ups);
-        for (int32_t r = 0; r < s->rows; r++)
-            for (int32_t k = 0; k < live; k++) {
-                int32_t neuron = m->list.index[k];
-                float bias = up->bias ? up->bias[neuron] : 0.0f;
-                ups[(int64_t)r * n + neuron - first] = found[(int64_t)r * live + k] + bias;
-            }
-    } else if (p->epilogue == TEAL_GATED) {
-        outputs_of(up, s->rows, s->padded_rows, m->normed, first, first + n, m, counter(up, m, counts),
-                   same_list(up, gate, s->padded_rows), ups, n);
+/* Outputs [first, first + n) of one row, all parts side by side: what all threads have of them, and the bias. */
+static void sum_outputs(const teal_session *s, const teal_product *p, int32_t row, int32_t first, int32_t n, float *to) {
+    const int64_t at = (int64_t)row * outputs_of(p) + first;
+    memcpy(to, s->memory[0].sums + at, (size_t)n * sizeof *to);
+    for (int32_t t = 1; t < s->threads; t++) add_into(to, s->memory[t].sums + at, n);
+    int32_t begin = 0;
+    for (int32_t i = 0; i < summed_parts(p); begin += p->parts[i++].outputs) {
+        const float *bias = p->parts[i].bias;
+        int32_t from = first > begin ? first : begin, end = begin + p->parts[i].outputs;
+        int32_t last = first + n < end ? first + n : end;
+        if (bias && from < last) add_into(to + from - first, bias + from - begin, last - from);
     }
+}
+
+/* Products of `up` for the neurons that live, into ups (rows, n), zero for the others. */
+static void live_ups(teal_session *s, thread_memory *m, const teal_product *p, const float *gates, int32_t first,
+                     int32_t n, float *ups) {
+    const teal_weight *up = &p->parts[1];
+    int64_t *kept = counter(up, m, 1);
+    int32_t live = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t any = 0;
+        for (int32_t r = 0; r < s->rows; r++) {
+            float g = gates[(int64_t)r * n + i];
+            any += !(p->activation == TEAL_FATRELU ? g < p->activation_threshold : g <= 0.0f);
+        }
+        m->list.index[live] = first + i;
+        live += any > 0;
+        if (kept) *kept += any;
+    }
+    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, m->normed, up->inputs, 0,
+                                                         up->inputs, m->group, live);
+    memset(ups, 0, (size_t)s->padded_rows * (size_t)n * sizeof *ups);
     for (int32_t r = 0; r < s->rows; r++)
-        activate(p, gates + (int64_t)r * n, p->epilogue == TEAL_ACTIVATED ? NULL : ups + (int64_t)r * n,
-                 m->own + (int64_t)r * n, n);
+        for (int32_t k = 0; k < live; k++) {
+            int32_t neuron = m->list.index[k];
+            float bias = up->bias ? up->bias[neuron] : 0.0f;
+            ups[(int64_t)r * n + neuron - first] = m->group[(int64_t)r * live + k] + bias;
+        }
+}
+
+/* The neurons of this thread into `own`, from what all threads have of their gates and ups. */
+static void neurons(teal_session *s, thread_memory *m, const teal_product *p, const range *own) {
+    const int32_t first = own->first[0], n = own->last[0] - first;
+    float *gates = m->neurons, *ups = p->epilogue == TEAL_ACTIVATED ? NULL : m->neurons + (int64_t)s->padded_rows * n;
+    for (int32_t r = 0; r < s->rows; r++) {
+        sum_outputs(s, p, r, first, n, gates + (int64_t)r * n);
+        if (p->epilogue == TEAL_GATED) sum_outputs(s, p, r, p->parts[0].outputs + first, n, ups + (int64_t)r * n);
+    }
+    if (p->epilogue == TEAL_GATE_FIRST) live_ups(s, m, p, gates, first, n, ups);
+    for (int32_t r = 0; r < s->rows; r++)
+        activate(p, gates + (int64_t)r * n, ups ? ups + (int64_t)r * n : NULL, m->own + (int64_t)r * n, n);
+    m->own_first = first, m->own_last = first + n;
 }
 
 /* What this thread adds to the residual stream: `own` inputs times their weights. */
@@ -212,19 +237,25 @@ static void residual_product(teal_session *s, thread_memory *m, const teal_produ
         return;
     }
     make_list(m->own, n, s->rows, s->padded_rows, n, m->own_first, w->threshold, &m->list, kept);
-    multiplications[w->dtype][size](w, &m->list, 0, w->outputs, y, w->outputs, m->group);
+    for (int32_t at = 0; at < w->outputs; at += SUMS_TILE) {
+        int32_t tile = w->outputs - at < SUMS_TILE ? w->outputs - at : SUMS_TILE;
+        multiplications[w->dtype][size](w, &m->list, 0, m->list.count, at, tile, y + at, w->outputs, m->group);
+    }
 }
 
-static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const range *own, int32_t splits) {
-    const int32_t group = a->heads / a->kv_heads;
-    const int64_t of_head = a->dim + HEAD_EXTRA, of_split = (int64_t)a->heads * of_head;
+static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
+                      const range *own, int32_t splits) {
+    const int32_t group = a->heads / a->kv_heads, dim = a->dim;
+    const int64_t of_head = dim + HEAD_EXTRA, of_split = (int64_t)a->heads * of_head;
     for (int32_t item = own->first[0]; item < own->last[0]; item++) {
         /* Rows are outermost where a head has one part: then a thread has the same heads of each. */
         int32_t per_row = own->last[1], row = item / per_row, rest = item % per_row;
         int32_t kv_head = own->first[1] + rest / splits, split = rest % splits;
         float *heads = s->heads + ((int64_t)row * splits + split) * of_split + (int64_t)kv_head * group * of_head;
-        attend(a, s->qkv + (int64_t)row * s->qkv_stride, row, kv_head, split, splits, s->positions[row], m->queries,
-               m->scores, heads, of_head);
+        sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
+        sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
+        sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        attend(a, row, kv_head, split, splits, s->positions[row], m->queries, m->scores, heads, of_head);
     }
 }
 
@@ -276,72 +307,68 @@ static void find_best(const teal_session *s, thread_memory *m, int32_t first, in
     }
 }
 
-static void output(teal_session *s, thread_memory *m, int32_t thread, const float *x, const range *own) {
-    const teal_weight *w = &s->program->output->parts[0];
-    const int64_t vocabulary = w->outputs;
-    const int32_t first = own->first[0], last = own->last[0];
-    int64_t *kept = counter(w, m, thread == 0);
-    if (w->layout == TEAL_ROW_MAJOR) {
-        for (int32_t at = first; at < last || (at == first && kept); at += OUTPUT_TILE) {
-            int32_t end = last - at < OUTPUT_TILE ? last : at + OUTPUT_TILE, n = end - at;
-            outputs_of(w, s->rows, s->padded_rows, x, at, end, m, at == first ? kept : NULL, 0, m->sums, n);
-            for (int32_t r = 0; r < s->rows; r++)
-                memcpy(s->logits + r * vocabulary + at, m->sums + (int64_t)r * n, (size_t)n * sizeof(float));
-        }
-    } else {
-        make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
-        for (int32_t at = first; at < last; at += OUTPUT_TILE) {
-            int32_t end = last - at < OUTPUT_TILE ? last : at + OUTPUT_TILE, n = end - at;
-            outputs_of(w, s->rows, s->padded_rows, x, at, end, m, NULL, 1, m->sums, n);
-            for (int32_t r = 0; r < s->rows; r++)
-                memcpy(s->logits + r * vocabulary + at, m->sums + (int64_t)r * n, (size_t)n * sizeof(float));
+/* Outputs [first, last) of one projection of x, with its bias, into y (rows, stride), whose output 0 is the first of all. */
+static void some_outputs(const teal_weight *w, int32_t rows, int32_t padded, const float *x, int32_t first, int32_t last,
+                         thread_memory *m, int64_t *kept, float *y, int64_t stride) {
+    const int32_t size = which_rows(padded);
+    if (w->layout == TEAL_INPUT_MAJOR) make_list(x, w->inputs, rows, padded, w->inputs, 0, w->threshold, &m->list, kept);
+    else if (kept) *kept += (int64_t)rows * w->inputs;
+    for (int32_t at = first; at < last; at += OUTPUT_TILE) {
+        int32_t n = last - at < OUTPUT_TILE ? last - at : OUTPUT_TILE;
+        if (w->layout == TEAL_ROW_MAJOR)
+            dot_functions[w->dtype][size](w, NULL, at, n, x, w->inputs, 0, w->inputs, m->tile, n);
+        else multiplications[w->dtype][size](w, &m->list, 0, m->list.count, at, n, m->tile, n, m->group);
+        for (int32_t r = 0; r < rows; r++) {
+            memcpy(y + r * stride + at, m->tile + (int64_t)r * n, (size_t)n * sizeof *y);
+            if (w->bias) add_into(y + r * stride + at, w->bias + at, n);
         }
     }
-    find_best(s, m, first, last);
 }
 
 void NAMED(teal_run_)(void *session, int32_t thread) {
     teal_session *s = session;
     const teal_program *p = s->program;
     thread_memory *m = &s->memory[thread];
-    const float *bias = NULL;
-    int parity = 0, pending = -1;
+    const teal_product *before = NULL;     /* the last product, until its sums are read */
     const teal_attention *attended = NULL; /* whose heads the next residual product reads */
-    int32_t attended_step = 0;
+    int32_t attended_step = 0, parity = 0;
     embed(s, m);
     for (int32_t i = 0; i <= p->n_steps; i++) {
         const teal_step *step = &p->steps[i];
         const range *own = &s->ranges[(int64_t)i * s->threads + thread];
         const teal_norm *norm = i == p->n_steps ? p->norm : step->kind == TEAL_STEP_NORM ? step->of : NULL;
-        if (pending >= 0) {
-            add_partials(s, m, thread, pending, bias);
-            pending = -1;
+        if (before && before->epilogue == TEAL_RESIDUAL) {
+            add_partials(s, m, thread, parity ^ 1, before->parts[0].bias);
+            before = NULL;
         }
         if (norm)
             for (int32_t r = 0; r < s->rows; r++)
                 normalise(norm, m->hidden + (int64_t)r * p->hidden, m->normed + (int64_t)r * p->hidden, p->hidden);
         if (i == p->n_steps) {
-            output(s, m, thread, norm ? m->normed : m->hidden, own);
+            const teal_weight *w = &p->output->parts[0];
+            some_outputs(w, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
+                         counter(w, m, thread == 0), s->logits, w->outputs);
+            find_best(s, m, own->first[0], own->last[0]);
         } else if (step->kind == TEAL_STEP_ATTENTION) {
             attended = step->of, attended_step = i;
-            attention(s, m, attended, own, s->splits[i]);
+            attention(s, m, attended, before, own, s->splits[i]);
             if (attended->kv_heads % s->threads) pool_barrier(s->pool); /* heads that others need */
         } else if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
-            if (product->epilogue == TEAL_PLAIN) {
-                plain_product(s, m, thread, product, own);
-                pool_barrier(s->pool);
-            } else if (product->epilogue == TEAL_RESIDUAL) {
+            if (product->epilogue == TEAL_RESIDUAL) {
                 if (attended)
                     take_heads(s, m, attended, &s->ranges[(int64_t)attended_step * s->threads + thread],
                                s->splits[attended_step]);
                 attended = NULL;
                 residual_product(s, m, product, parity);
-                pending = parity, parity ^= 1, bias = product->parts[0].bias;
+                parity ^= 1;
                 pool_barrier(s->pool);
             } else {
-                neurons(s, m, thread, product, own);
+                partial_sums(s, m, thread, product, own);
+                pool_barrier(s->pool);
+                if (product->epilogue != TEAL_PLAIN) neurons(s, m, product, own);
             }
+            before = product;
         }
     }
 }
@@ -350,10 +377,6 @@ void NAMED(teal_linear_)(void *context, int32_t thread) {
     const linear_call *call = context;
     const teal_weight *w = call->weight;
     const range *own = &call->ranges[thread];
-    thread_memory *m = &call->memory[thread];
-    const int32_t n = own->last[0] - own->first[0];
-    if (n <= 0) return;
-    outputs_of(w, call->rows, call->padded_rows, call->x, own->first[0], own->last[0], m, NULL, 0, m->sums, n);
-    for (int32_t r = 0; r < call->rows; r++)
-        memcpy(call->y + (int64_t)r * w->outputs + own->first[0], m->sums + (int64_t)r * n, (size_t)n * sizeof(float));
+    some_outputs(w, call->rows, call->padded_rows, call->x, own->first[0], own->last[0], &call->memory[thread], NULL,
+                 call->y, w->outputs);
 }
