@@ -36,7 +36,7 @@ endif
 $(VENV)/.native: $(VENV)/.installed $(NATIVE)/build.py $(wildcard $(NATIVE)/src/*)
 	@if $(BIN)/python $(NATIVE)/build.py; then touch $@; \
 	elif echo "teal_native: trying the compiler of the package ziglang"; \
-	  $(PIP) install --quiet --retries 1 --constraint constraints.txt ziglang \
+	  $(PIP) install --quiet --retries 1 --constraint constraints.txt ziglang 2>/dev/null \
 	  && $(BIN)/python $(NATIVE)/build.py --compiler zig; then touch $@; \
 	else echo "teal_native: not built, so decoding on a CPU takes PyTorch's path, which is several times slower"; fi
 

@@ -61,5 +61,5 @@ class WheelOfOnePlatform(bdist_wheel):
 
 setup(
     cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelOfOnePlatform},
-    setup_requires=["ziglang"] if _TARGET else [],
+    setup_requires=["ziglang>=0.17,<0.18"] if _TARGET else [],
 )

@@ -128,6 +128,16 @@ def find_compiler(name: str | None = None) -> list[str]:
     raise BuildError(f"{wanted}: install one, or `pip install ziglang`")
 
 
+def command_for(goal: Target, compiler: str | None = None) -> list[str]:
+    """As `find_compiler`; Zig's is told the target, since it compiles for this very processor otherwise.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    command = find_compiler(compiler)
+    return [*command, "-target", goal.zig] if command[-1] == "cc" and len(command) > 1 else command
+
+
 def build(
     compiler: str | None = None,
     target: str | None = None,
@@ -152,9 +162,7 @@ def build(
         BuildError: no compiler, or it refuses.
     """
     goal = target_of(target)
-    command = find_compiler(compiler or ("zig" if target else None))
-    if command[-1] == "cc" and len(command) > 1:
-        command = [*command, "-target", goal.zig]  # without one Zig compiles for this very processor
+    command = command_for(goal, compiler or ("zig" if target else None))
     files = sorted(sources.glob("*.[ch]")) + sorted(sources.glob("*.inc"))
     library, record = out / goal.library, out / f"{goal.library}.json"
     made_of = {
@@ -170,7 +178,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the library can be renamed into its place.
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as scratch:
-        made = _compile([*command, *_FLAGS, *extra], goal, files, Path(scratch))
+        made = _linked([*command, *_FLAGS, *extra], goal, files, Path(scratch))
         made.replace(library)
         written = Path(scratch, "record")
         written.write_text(json.dumps(made_of, indent=1) + "\n")
@@ -178,22 +186,37 @@ def build(
     return library, True
 
 
-def _compile(command: list[str], goal: Target, files: Iterable[Path], scratch: Path) -> Path:
-    units = [(path, path.stem, [f"-DTEAL_HAS_{name.upper()}" for name in goal.variants]) for path in files
-             if path.suffix == ".c" and path.name != "variant.c"]  # fmt: skip
-    variant = next((path for path in files if path.name == "variant.c"), None)
-    if variant is None:
-        raise BuildError("variant.c is missing among the sources")
-    units += [(variant, f"variant-{name}", [f"-DTEAL_VARIANT={name}", *flags]) for name, flags in goal.variants.items()]
+def compiled(command: list[str], variants: dict[str, list[str]], files: Iterable[Path], folder: Path) -> list[str]:
+    """Object files of all C files, `variant.c` once for each variant, in `folder`.
 
-    def compiled(unit: tuple[Path, str, list[str]]) -> str:
-        path, name, flags = unit
-        made = str(scratch / f"{name}.o")
+    Args:
+        command: the compiler, with flags.
+        variants: more flags of each.
+        files: C files, and what they include.
+        folder: for the objects.
+
+    Raises:
+        BuildError: the compiler refuses, or variant.c is missing.
+    """
+    has = [f"-DTEAL_HAS_{name.upper()}" for name in variants]
+    units = {path.stem: (path, has) for path in files if path.suffix == ".c"}
+    if "variant" not in units:
+        raise BuildError("variant.c is missing among the sources")
+    path, _ = units.pop("variant")
+    units |= {f"variant-{name}": (path, [f"-DTEAL_VARIANT={name}", *flags]) for name, flags in variants.items()}
+
+    def of(name: str) -> str:
+        path, flags = units[name]
+        made = str(folder / f"{name}.o")
         _run([*command, *flags, "-c", str(path), "-o", made])
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        objects = list(workers.map(compiled, units))
+        return list(workers.map(of, sorted(units, reverse=True)))  # variants take longest
+
+
+def _linked(command: list[str], goal: Target, files: Iterable[Path], scratch: Path) -> Path:
+    objects = compiled(command, goal.variants, files, scratch)
     library = scratch / goal.library
     name = f"-Wl,-install_name,@rpath/{goal.library}" if goal.system == "macos" else f"-Wl,-soname,{goal.library}"
     _run([*command, "-shared", name, *objects, "-lm", "-o", str(library)])

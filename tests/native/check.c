@@ -1,0 +1,325 @@
+/* Holds every variant that runs here against plain arithmetic in double: products alone, and a decoder of two blocks.
+ *
+ * A program without Python, so that it can run under sanitizers and under an emulator of another processor.
+ * Prints the variants' names; exits with 1 at the first number that is wrong. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "teal_native.h"
+
+static void fail(const char *variant, const char *what, double found, double expected) {
+    fprintf(stderr, "%s: %s is %.9g, not %.9g\n", variant, what, found, expected);
+    exit(1);
+}
+
+/* Memory of exactly the size that is asked for, so that a sanitizer sees what is read beyond. */
+static void *owned[4096];
+static int n_owned;
+static void *give(size_t bytes) {
+    if (n_owned == 4096) abort();
+    return owned[n_owned++] = calloc(1, bytes ? bytes : 1);
+}
+static double *doubles(int64_t n) { return give((size_t)n * sizeof(double)); }
+static float *floats(int64_t n) { return give((size_t)n * sizeof(float)); }
+static void release(void) {
+    while (n_owned) free(owned[--n_owned]);
+}
+
+static uint32_t bits(void) { /* Marsaglia's xorshift */
+    static uint32_t state = 2463534242u;
+    state ^= state << 13, state ^= state >> 17;
+    return state ^= state << 5;
+}
+static double uniform(void) { return (double)bits() / 2147483648.0 - 1; }
+static float *random_floats(int64_t n) {
+    float *x = floats(n);
+    for (int64_t i = 0; i < n; i++) x[i] = (float)uniform();
+    return x;
+}
+
+static double of_half(uint16_t h) {
+    int exponent = h >> 10 & 31, fraction = h & 1023;
+    double size = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return h & 0x8000 ? -size : size;
+}
+static double of_bfloat(uint16_t b) {
+    uint32_t word = (uint32_t)b << 16;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+static uint16_t random_half(void) { return (uint16_t)((bits() & 0x83ff) | (bits() % 5 + 10) << 10); }
+static uint16_t random_bfloat(void) { return (uint16_t)((bits() & 0x807f) | (bits() % 5 + 122) << 7); }
+
+/* A weight, and what it stands for: (inputs, outputs). */
+typedef struct {
+    teal_weight weight;
+    double *values;
+} matrix;
+
+static matrix make(int inputs, int outputs, int dtype, int layout, int group, float threshold) {
+    matrix m = {.values = doubles((int64_t)inputs * outputs)};
+    int rows = layout == TEAL_ROW_MAJOR ? outputs : inputs, columns = layout == TEAL_ROW_MAJOR ? inputs : outputs;
+    int groups = (inputs + group - 1) / group;
+    const int64_t sizes[] = {4 * columns, 2 * columns, 2 * columns, columns, (columns + 1) / 2};
+    const int64_t row_bytes = sizes[dtype];
+    uint8_t *data = give((size_t)(rows * row_bytes));
+    float *scales = floats((int64_t)groups * outputs);
+    uint16_t *half_scales = give((size_t)groups * (size_t)outputs * 2), *zeros = give((size_t)groups * (size_t)outputs * 2);
+    int whole = dtype == TEAL_INT8 ? 256 : 16, halves = dtype == TEAL_INT4, with_zeros = group % 2;
+    for (int64_t i = 0; i < (int64_t)groups * outputs; i++) {
+        half_scales[i] = (uint16_t)(random_half() & 0x7fff), zeros[i] = (uint16_t)(0x4800 | (bits() % 8) << 7);
+        scales[i] = halves ? (float)of_half(half_scales[i]) : (float)(uniform() / 100);
+    }
+    for (int i = 0; i < inputs; i++)
+        for (int o = 0; o < outputs; o++) {
+            int64_t row = layout == TEAL_ROW_MAJOR ? o : i, column = layout == TEAL_ROW_MAJOR ? i : o;
+            uint8_t *at = data + row * row_bytes;
+            double *value = &m.values[(int64_t)i * outputs + o];
+            if (dtype == TEAL_F32) {
+                float x = (float)uniform();
+                memcpy(at + 4 * column, &x, 4), *value = x;
+            } else if (dtype == TEAL_BF16 || dtype == TEAL_F16) {
+                uint16_t x = dtype == TEAL_F16 ? random_half() : random_bfloat();
+                memcpy(at + 2 * column, &x, 2), *value = dtype == TEAL_F16 ? of_half(x) : of_bfloat(x);
+            } else {
+                int code = (int)(bits() % (unsigned)whole);
+                int64_t of = (int64_t)(i / group) * outputs + o;
+                if (dtype == TEAL_INT8) at[column] = (uint8_t)code;
+                else at[column / 2] |= (uint8_t)(code << 4 * (column % 2));
+                *value = (code - (with_zeros ? of_half(zeros[of]) : whole / 2)) * (double)scales[of];
+            }
+        }
+    m.weight = (teal_weight){.data = data, .scales = halves ? (void *)half_scales : (void *)scales,
+                             .zeros = with_zeros ? zeros : NULL, .bias = inputs % 2 ? random_floats(outputs) : NULL,
+                             .row_bytes = row_bytes, .scale_stride = outputs, .zero_stride = outputs,
+                             .inputs = inputs, .outputs = outputs, .dtype = dtype, .layout = layout,
+                             .scale_dtype = halves ? TEAL_F16 : TEAL_F32, .group = group, .threshold = threshold,
+                             .expected = 0.4f, .counter = -1};
+    return m;
+}
+
+/* y += x times the weight; what is added up in `size` is what errors are measured by. Returns inputs kept. */
+static int64_t apply(const matrix *m, const double *x, double *y, double *size) {
+    const teal_weight *w = &m->weight;
+    int64_t kept = 0;
+    for (int o = 0; o < w->outputs; o++) y[o] = w->bias ? w->bias[o] : 0;
+    for (int i = 0; i < w->inputs; i++) {
+        if (w->layout == TEAL_INPUT_MAJOR && fabs(x[i]) <= w->threshold) continue;
+        kept++;
+        for (int o = 0; o < w->outputs; o++) {
+            double product = x[i] * m->values[(int64_t)i * w->outputs + o];
+            y[o] += product;
+            if (size) size[o] += fabs(product);
+        }
+    }
+    return kept;
+}
+
+static void check_products(const char *variant, teal_pool *pool) {
+    static const int sizes[][3] = {{1, 1, 8}, {7, 5, 3}, {33, 16, 32}, {64, 200, 32}, {131, 67, 17}, {96, 1030, 31}};
+    static const int row_counts[] = {1, 2, 3, 8};
+    for (int s = 0; s < (int)(sizeof sizes / sizeof *sizes); s++)
+        for (int kind = 0; kind < 8; kind++) {
+            const int inputs = sizes[s][0], outputs = sizes[s][1], dtype = kind < 5 ? kind : kind - 5;
+            matrix m = make(inputs, outputs, dtype, kind < 5 ? TEAL_INPUT_MAJOR : TEAL_ROW_MAJOR, sizes[s][2],
+                            s % 2 ? 0.4f : -INFINITY);
+            for (int r = 0; r < 4; r++) {
+                const int rows = row_counts[r];
+                float *x = random_floats((int64_t)rows * inputs), *y = floats((int64_t)rows * outputs);
+                if (teal_linear(pool, variant, &m.weight, rows, x, y)) fail(variant, "the answer to a weight", 1, 0);
+                for (int row = 0; row < rows; row++) {
+                    double *wide = doubles(inputs), *expected = doubles(outputs), *size = doubles(outputs);
+                    for (int i = 0; i < inputs; i++) wide[i] = x[row * inputs + i];
+                    apply(&m, wide, expected, size);
+                    for (int o = 0; o < outputs; o++) {
+                        double found = y[row * outputs + o];
+                        /* float32 sums of at most 131 products. Codes are added up before their zero point is taken off. */
+                        if (!(fabs(found - expected[o]) <= (dtype < TEAL_INT8 ? 2e-6 : 2e-5) * (size[o] + 1)))
+                            fail(variant, "an output", found, expected[o]);
+                    }
+                }
+            }
+            release();
+        }
+}
+
+enum { HIDDEN = 48, HEADS = 6, KV_HEADS = 2, DIM = 8, WIDE = 70, VOCABULARY = 90, POSITIONS = 48, ROWS = 2, TOKENS = 40 };
+enum { COLUMNS = (HEADS + 2 * KV_HEADS) * DIM };
+
+typedef struct {
+    matrix q, k, v, o, gate, up, down;
+    teal_norm norms[2];
+    teal_attention attention;
+    double *keys, *values; /* (ROWS, POSITIONS, KV_HEADS * DIM) */
+    int gated;
+} block;
+
+static teal_norm norm_of(int kind) {
+    return (teal_norm){random_floats(HIDDEN), kind == TEAL_LAYER_NORM ? random_floats(HIDDEN) : NULL, 1e-5f, kind};
+}
+
+static void normalise(const teal_norm *norm, const double *x, double *y) {
+    double mean = 0, squares = 0;
+    for (int i = 0; i < HIDDEN && norm->kind == TEAL_LAYER_NORM; i++) mean += x[i] / HIDDEN;
+    for (int i = 0; i < HIDDEN; i++) squares += (x[i] - mean) * (x[i] - mean) / HIDDEN;
+    for (int i = 0; i < HIDDEN; i++)
+        y[i] = (x[i] - mean) / sqrt(squares + (double)norm->eps) * (double)norm->weight[i] +
+               (norm->bias ? (double)norm->bias[i] : 0);
+}
+
+static void prepare(const teal_attention *a, const float *norm, int position, double *x) {
+    double squares = 0, turned[DIM];
+    for (int i = 0; i < DIM; i++) squares += x[i] * x[i] / DIM;
+    for (int i = 0; i < DIM && norm; i++) x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
+    for (int i = 0; i < a->rotary && a->cos; i++) {
+        int half = a->rotary / 2, at = position * a->rotary + i;
+        turned[i] = x[i] * (double)a->cos[at] + (i < half ? -x[i + half] : x[i - half]) * (double)a->sin[at];
+    }
+    if (a->cos) memcpy(x, turned, sizeof(double) * (size_t)a->rotary);
+}
+
+static void attend(block *b, int row, int position, double *q, const double *k, const double *v, double *y) {
+    const teal_attention *a = &b->attention;
+    double *keys = b->keys + (int64_t)row * POSITIONS * KV_HEADS * DIM, *values = b->values + (keys - b->keys);
+    memcpy(values + position * KV_HEADS * DIM, v, sizeof(double) * KV_HEADS * DIM);
+    memcpy(keys + position * KV_HEADS * DIM, k, sizeof(double) * KV_HEADS * DIM);
+    for (int h = 0; h < KV_HEADS; h++) prepare(a, a->k_norm, position, keys + (position * KV_HEADS + h) * DIM);
+    int first = a->window && position >= a->window ? position + 1 - a->window : 0;
+    for (int h = 0; h < HEADS; h++) {
+        double total = 0, scores[POSITIONS], *head = y + h * DIM;
+        int kv = h / (HEADS / KV_HEADS);
+        prepare(a, a->q_norm, position, q + h * DIM);
+        memset(head, 0, sizeof(double) * DIM);
+        for (int p = first; p <= position; p++) {
+            scores[p] = 0;
+            for (int i = 0; i < DIM; i++) scores[p] += q[h * DIM + i] * keys[(p * KV_HEADS + kv) * DIM + i];
+            total += scores[p] = exp(scores[p] * (double)a->scale);
+        }
+        for (int p = first; p <= position; p++)
+            for (int i = 0; i < DIM; i++) head[i] += scores[p] / total * values[(p * KV_HEADS + kv) * DIM + i];
+    }
+}
+
+static void run_block(block *b, int row, int position, double *x, int64_t *kept) {
+    double normed[HIDDEN], q[HEADS * DIM], k[KV_HEADS * DIM], v[KV_HEADS * DIM], heads[HEADS * DIM], added[HIDDEN];
+    double gate[WIDE], up[WIDE];
+    normalise(&b->norms[0], x, normed);
+    kept[0] += apply(&b->q, normed, q, NULL);
+    apply(&b->k, normed, k, NULL), apply(&b->v, normed, v, NULL);
+    attend(b, row, position, q, k, v, heads);
+    kept[1] += apply(&b->o, heads, added, NULL);
+    for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
+    normalise(&b->norms[1], x, normed);
+    kept[2] += apply(&b->gate, normed, gate, NULL);
+    if (b->gated) apply(&b->up, normed, up, NULL);
+    for (int i = 0; i < WIDE; i++)
+        gate[i] = b->gated ? gate[i] / (1 + exp(-gate[i])) * up[i] : gate[i] * (1 + erf(gate[i] / sqrt(2))) / 2;
+    kept[3] += apply(&b->down, gate, added, NULL);
+    for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
+}
+
+/* One of each kind: a Llama's with codes, and one with LayerNorm, norms of heads, a window and no gate. */
+static block make_block(int gated) {
+    const int dtype = gated ? TEAL_INT8 : TEAL_F32;
+    block b = {.gated = gated};
+    matrix *all[] = {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down};
+    const int sizes[][2] = {{HIDDEN, HEADS * DIM}, {HIDDEN, KV_HEADS * DIM}, {HIDDEN, KV_HEADS * DIM},
+                            {HEADS * DIM, HIDDEN}, {HIDDEN, WIDE}, {HIDDEN, WIDE}, {WIDE, HIDDEN}};
+    for (int i = 0; i < 7; i++)
+        *all[i] = make(sizes[i][0], sizes[i][1], i == 4 && gated ? TEAL_INT4 : dtype, TEAL_INPUT_MAJOR, 16,
+                       i == 3 ? 0.05f : 0.2f);
+    b.q.weight.counter = 0, b.o.weight.counter = 1, b.gate.weight.counter = 2, b.down.weight.counter = 3;
+    b.norms[0] = norm_of(gated ? TEAL_RMS_NORM : TEAL_LAYER_NORM), b.norms[1] = norm_of(b.norms[0].kind);
+    b.keys = doubles(ROWS * POSITIONS * KV_HEADS * DIM), b.values = doubles(ROWS * POSITIONS * KV_HEADS * DIM);
+    b.attention = (teal_attention){.keys = floats(ROWS * POSITIONS * KV_HEADS * DIM),
+                                   .values = floats(ROWS * POSITIONS * KV_HEADS * DIM), .positions = POSITIONS,
+                                   .heads = HEADS, .kv_heads = KV_HEADS, .dim = DIM, .dtype = TEAL_F32, .scale = 0.35f,
+                                   .eps = 1e-6f, .window = gated ? 0 : 19};
+    if (gated) {
+        float *cos_table = floats(POSITIONS * (DIM - 2)), *sin_table = floats(POSITIONS * (DIM - 2));
+        for (int i = 0; i < POSITIONS * (DIM - 2); i++) {
+            double angle = i / (DIM - 2) * pow(100, -(double)(i % ((DIM - 2) / 2)) / DIM);
+            cos_table[i] = (float)cos(angle), sin_table[i] = (float)sin(angle);
+        }
+        b.attention.cos = cos_table, b.attention.sin = sin_table, b.attention.rotary = DIM - 2;
+    } else {
+        b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM);
+    }
+    return b;
+}
+
+static void check_decoder(const char *variant, teal_pool *pool) {
+    block blocks[2] = {make_block(1), make_block(0)};
+    teal_product products[2][4];
+    teal_step steps[14];
+    int n = 0;
+    for (int i = 0; i < 2; i++) {
+        block *b = &blocks[i];
+        teal_product *p = products[i];
+        p[0] = (teal_product){.parts = {b->q.weight, b->k.weight, b->v.weight}, .n_parts = 3, .epilogue = TEAL_PLAIN};
+        p[1] = (teal_product){.parts = {b->o.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
+        p[2] = (teal_product){.parts = {b->gate.weight, b->up.weight}, .n_parts = 1 + b->gated,
+                              .epilogue = b->gated ? TEAL_GATED : TEAL_ACTIVATED,
+                              .activation = b->gated ? TEAL_SILU : TEAL_GELU};
+        p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
+        const void *of[] = {&b->norms[0], &p[0], &b->attention, &p[1], &b->norms[1], &p[2], &p[3]};
+        const int kinds[] = {TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION, TEAL_STEP_PRODUCT,
+                             TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_PRODUCT};
+        for (int s = 0; s < 7; s++) steps[n++] = (teal_step){of[s], kinds[s], 0};
+    }
+    matrix embedding = make(HIDDEN, VOCABULARY, TEAL_BF16, TEAL_ROW_MAJOR, 1, -INFINITY);
+    matrix output = make(HIDDEN, VOCABULARY, TEAL_F16, TEAL_INPUT_MAJOR, 1, 0.1f);
+    teal_norm last = norm_of(TEAL_RMS_NORM);
+    teal_product layer = {.parts = {output.weight}, .n_parts = 1, .epilogue = TEAL_PLAIN};
+    teal_program program = {.steps = steps, .embedding = &embedding.weight, .norm = &last, .output = &layer,
+                            .n_steps = n, .hidden = HIDDEN, .counters = 4, .embedding_scale = 1.5f};
+    char error[200] = "";
+    teal_session *session = teal_session_open(&program, pool, ROWS, variant, error, sizeof error);
+    if (!session) fprintf(stderr, "%s\n", error), exit(1);
+
+    float *logits = floats(ROWS * VOCABULARY);
+    int64_t best[ROWS], kept[4], expected_kept[4] = {0};
+    for (int t = 0; t < TOKENS; t++) {
+        int64_t tokens[ROWS] = {bits() % VOCABULARY, bits() % VOCABULARY}, positions[ROWS] = {t, t % 7};
+        int64_t wrong[ROWS] = {tokens[0], t % 2 ? VOCABULARY : -1};
+        if (teal_session_step(session, wrong, positions, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
+        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        for (int row = 0; row < ROWS; row++) {
+            double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY];
+            const float *found = logits + row * VOCABULARY;
+            for (int i = 0; i < HIDDEN; i++) x[i] = 1.5 * embedding.values[i * VOCABULARY + tokens[row]];
+            for (int i = 0; i < 2; i++) run_block(&blocks[i], row, (int)positions[row], x, expected_kept);
+            normalise(&last, x, normed);
+            apply(&output, normed, expected, NULL);
+            for (int o = 0; o < VOCABULARY; o++) {
+                /* Logits are around 2; through two blocks of float32 errors of 1e-7 grow about a hundredfold. */
+                if (!(fabs((double)found[o] - expected[o]) <= 5e-5)) fail(variant, "a logit", found[o], expected[o]);
+                if (found[o] > found[best[row]]) fail(variant, "the largest logit", found[best[row]], found[o]);
+            }
+        }
+    }
+    teal_session_kept(session, kept);
+    for (int i = 0; i < 4; i++)
+        if (kept[i] != expected_kept[i]) fail(variant, "a number of inputs kept", (double)kept[i], (double)expected_kept[i]);
+    teal_session_close(session);
+    release();
+}
+
+int main(void) {
+    if (teal_abi() != TEAL_ABI) fail("library", "the interface", teal_abi(), TEAL_ABI);
+    char names[100];
+    snprintf(names, sizeof names, "%s", teal_variants());
+    puts(names);
+    for (char *variant = strtok(names, " "); variant; variant = strtok(NULL, " "))
+        for (int threads = 1; threads <= 3; threads++) {
+            teal_pool *pool = teal_pool_open(threads);
+            if (!pool) fail(variant, "a pool", 0, threads);
+            check_products(variant, pool);
+            check_decoder(variant, pool);
+            teal_pool_close(pool);
+        }
+    return 0;
+}
