@@ -13,6 +13,7 @@ from teal_cli.quantise.rounding import quantise
 from teal_cli.schemes import Scheme
 from teal_cli.steps import info
 from teal_kernels import support
+from teal_kernels.native import library
 
 _GIB = 2**30
 
@@ -188,6 +189,24 @@ def test_models_that_cannot_run(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(["info", "--model", str(tiny)]) == 3
     assert "cannot be understood" in capsys.readouterr().err
     assert run(["info", "--model", "nobody/nothing"]) == 3
+
+
+def test_the_native_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = library.Native(("avx2", "baseline"), "avx2", Path("lib.so"), None)
+    monkeypatch.setattr(library, "_opened", lambda path: (found, None))
+    monkeypatch.setattr(library, "default_threads", lambda: 3)
+    monkeypatch.delenv(library.SETTING, raising=False)
+    expected = {"variant": "avx2", "variants": ["avx2", "baseline"], "threads": 3, "unavailable_because": None}
+    assert _asked()["native"] == expected
+    assert "avx2 (also baseline), 3 threads" in capsys.readouterr().out
+    for setting, reason in (
+        ("off", "switched off by TEAL_NATIVE=off"),
+        ("neon", "TEAL_NATIVE=neon cannot run here, only avx2, baseline"),
+    ):
+        monkeypatch.setenv(library.SETTING, setting)
+        found_now = _asked()["native"]
+        assert found_now == {"variant": None, "variants": [], "threads": 3, "unavailable_because": reason}
+        assert f"none: {reason}" in capsys.readouterr().out
 
 
 def test_without_a_model_aliases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

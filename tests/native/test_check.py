@@ -1,7 +1,7 @@
 """check.c under sanitizers and, for processors that this machine is not, under an emulator.
 
-The emulator is qemu-user (`apt-get install qemu-user`), and other machines need the package `ziglang`; what is not there
-is skipped.
+The emulator is qemu-user (`apt-get install qemu-user`), and other machines need the package `ziglang`; what is not
+there is skipped.
 """
 
 import shutil
