@@ -5,10 +5,13 @@
 #include "internal.h"
 #include "vector.h"
 
-/* How far ahead rows are fetched, in bytes of what this thread reads. Hardware fetches what lies next, which may be
- * skipped; this fetches what is next in the list. Into the second cache: pieces of 512 bytes, half of them skipped, came
- * at 24 GB/s so, at 17 into the first one, and at 15 without (two cores of Zen 4, dense 49 GB/s). */
-#define AHEAD_BYTES 8192
+/* How far ahead rows are fetched, in bytes of what this thread reads: hardware fetches what lies next, which may be
+ * skipped; this fetches what is next in the list. Twice and four times as far was the same within 5 %.
+ *
+ * Into the second cache: pieces of 512 bytes, half of them skipped, came at 24 GB/s so, at 17 into the first one, and at
+ * 15 without (two cores of Zen 4, dense 49 GB/s; benchmarks/NOTES.md). */
+#define AHEAD_BYTES 4096
+#define AHEAD_BYTES_OF_GROUPS 8192
 INLINE void fetch(const uint8_t *line) { __builtin_prefetch(line, 0, 2); }
 
 /* Lists the inputs of which a row keeps something.
@@ -163,7 +166,8 @@ INLINE float one_scaled(const group_scales *g, float codes, int64_t at, float su
 /* y += one group of one row. */
 INLINE void add_group_of_one(const int dtype, const teal_weight *w, const uint8_t *weights, const group_scales *g,
                              const kept_list *list, int32_t begin, int32_t end, int64_t n, float sum_of_x, float *y) {
-    int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES / piece + 8 : 8, at = 0;
+    int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES_OF_GROUPS / piece : 8, at = 0;
+    if (distance < end - begin) distance = end - begin; /* a nearer row is needed before it could come */
     vf sums[8];
     for (; at + 8 * LANES <= n; at += 8 * LANES) {
         group_of_one(dtype, 8, weights, w->row_bytes, list, begin, end, distance, at, sums);
