@@ -122,7 +122,7 @@ class Trial:
 
     def _llama_file(self, file: Path, kind: str) -> Path:
         made = self.folder / f"{'permuted' if self.permuted else 'packaged'}.{kind}.gguf"
-        command = [self.program, "--allow-requantize", file, made, kind]
+        command: list[str | Path] = [self.program, "--allow-requantize", file, made, kind]
         said = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (the user's own program)
         lines = (said.stdout + said.stderr).splitlines()
         self.version = next((line for line in lines if line.startswith("version")), "unknown version")
