@@ -84,7 +84,10 @@ def measured(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         file = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "teal_cli", *cell.arguments(options), "--json", str(file)]
         subprocess.run(command, check=True)  # noqa: S603 (this very package)
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    for path in (options.llama_models, options.llama_bench.parent, Path(folder)):  # where they lie says nothing
+        text = text.replace(f"{path}/", "")
+    found: dict[str, Any] = json.loads(text)
     return {"threads": cell.threads, "context": cell.context, "width": cell.width, **found}
 
 

@@ -204,8 +204,10 @@ def measure(program: Path, packaged: Path, folder: Path, arguments: argparse.Nam
     blocks = evaluation_blocks(permuted.tokenizer, arguments.sequences)
     dense, entry = permuted.dense(blocks)
     runs: list[dict[str, Any]] = []
+    how = made_how(MODEL, blocks, torch.device("cpu"))
     result = {
-        **made_how(MODEL, blocks, torch.device("cpu")),
+        **how,
+        "command": how["command"].replace(str(arguments.llama_quantize), program.name),
         "llama_cpp": permuted.version,
         "dense_perplexity": math.exp(statistics.mean(dense)),
         "dense_perplexity_stderr": math.exp(statistics.mean(dense)) * statistics.stdev(dense) / len(dense) ** 0.5,
