@@ -13,11 +13,14 @@ any more. What groups of 32 reach on the packaged order is in the result as well
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,51 +202,59 @@ def main() -> None:
 
 
 def measure(program: Path, packaged: Path, folder: Path, arguments: argparse.Namespace) -> None:
-    """Measure and write all, the permuted order first; the file is written after each."""
+    """Measure and write all that the file does not have yet, the permuted order first; it is written after each."""
     permuted = Trial(program, packaged, folder, permuted=True)
     blocks = evaluation_blocks(permuted.tokenizer, arguments.sequences)
-    dense, entry = permuted.dense(blocks)
-    runs: list[dict[str, Any]] = []
+    dense, of_float = permuted.dense(blocks)
     how = made_how(MODEL, blocks, torch.device("cpu"))
+    perplexity = math.exp(statistics.mean(dense))
     result = {
         **how,
         "command": how["command"].replace(str(arguments.llama_quantize), program.name),
         "llama_cpp": permuted.version,
-        "dense_perplexity": math.exp(statistics.mean(dense)),
-        "dense_perplexity_stderr": math.exp(statistics.mean(dense)) * statistics.stdev(dense) / len(dense) ** 0.5,
+        "dense_perplexity": perplexity,
+        "dense_perplexity_stderr": perplexity * statistics.stdev(dense) / len(dense) ** 0.5,
         "sparsity": arguments.sparsity,
-        "runs": runs,
+        "runs": _had(arguments.out, len(blocks), perplexity),
     }
+    runs: list[dict[str, Any]] = result["runs"]
 
-    def keep(found: tuple[list[float], dict[str, Any]], trial: Trial) -> dict[str, Any]:
-        ratio, error = ratio_of(found[0], dense)
-        made = {"channels": "permuted" if trial.permuted else "packaged", **found[1]}
-        runs.append(made | {"perplexity_ratio": ratio, "stderr": error, "sparse": None})
+    def keep(trial: Trial, weights: str, found: Callable[[], tuple[list[float], dict[str, Any]]]) -> None:
+        channels = "permuted" if trial.permuted else "packaged"
+        if any((run["channels"], run["weights"]) == (channels, weights) for run in runs):
+            return
+        its_losses, entry = found()
+        ratio, error = ratio_of(its_losses, dense)
+        runs.append({"channels": channels, **entry, "perplexity_ratio": ratio, "stderr": error, "sparse": None})
         print({key: value for key, value in runs[-1].items() if key != "types"}, flush=True)
         write_json(arguments.out, result)
-        return runs[-1]
 
-    keep((dense, entry), permuted)
-    for kind in LLAMA_KINDS:
-        keep(permuted.of_llama(kind, blocks), permuted)
-    for text in SCHEMES:
-        keep(permuted.of_ours(text, blocks), permuted)
+    def keep_all(trial: Trial, names: tuple[str, ...]) -> None:
+        for name in names:
+            measured = trial.of_llama if name in LLAMA_KINDS else trial.of_ours
+            keep(trial, name, partial(measured, name, blocks))
+
+    keep(permuted, "float32", lambda: (dense, of_float))
+    keep_all(permuted, (*LLAMA_KINDS, *SCHEMES))
     as_packaged = Trial(program, packaged, folder, permuted=False)
-    few = blocks[:2]  # the same function: what differs is rounding
-    result["permuted_differs_by"] = max(
-        abs(before - after) for before, after in zip(dense, as_packaged.dense(few)[0], strict=False)
-    )
-    for name in ON_PACKAGED:
-        keep(
-            as_packaged.of_llama(name, blocks) if name in LLAMA_KINDS else as_packaged.of_ours(name, blocks),
-            as_packaged,
-        )
+    before = as_packaged.dense(blocks[:2])[0]
+    result["permuted_differs_by"] = max(abs(own - other) for own, other in zip(dense, before, strict=False))
+    keep_all(as_packaged, ON_PACKAGED)
     of_sparse = next(run for run in runs if run["weights"] == SPARSE)
-    found = permuted.sparse(SPARSE, arguments.sparsity, blocks.numel())
-    found["perplexity_ratio"] = of_sparse["perplexity_ratio"] * found["over_its_dense"]
-    of_sparse["sparse"] = found
-    print(found, flush=True)
+    if of_sparse["sparse"] is None:
+        found = permuted.sparse(SPARSE, arguments.sparsity, blocks.numel())
+        of_sparse["sparse"] = {**found, "perplexity_ratio": of_sparse["perplexity_ratio"] * found["over_its_dense"]}
+        print(of_sparse["sparse"], flush=True)
     write_json(arguments.out, result)
+
+
+def _had(file: Path, sequences: int, perplexity: float) -> list[dict[str, Any]]:
+    """What a file has of the same text and dense network: a run that was interrupted goes on."""
+    if not file.is_file():
+        return []
+    before = json.loads(file.read_text(encoding="utf-8"))
+    same = before["sequences"] == sequences and math.isclose(before["dense_perplexity"], perplexity, rel_tol=1e-4)
+    return list(before["runs"]) if same else []
 
 
 if __name__ == "__main__":
