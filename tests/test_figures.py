@@ -17,6 +17,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_gate_first,
         speed.benchmarks_cpu,
         quality.benchmarks_quality,
+        quality.benchmarks_beside_llama_cpp,
         quality.benchmarks_gate_first,
         quality.benchmarks_calibration,
         quality.benchmarks_allocations,

@@ -1,5 +1,6 @@
 """Tokens per second of decoding, dense and sparse, in one process, in turn."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,9 +49,41 @@ class DecodeRun:
     """Median speed over the first dense run's."""
     decodes: str
     """What backend `auto` decodes at this sparsity, `sparse` or `dense`: this run is sparse all the same."""
+    over_llama_cpp: Spread | None = None
+    """This speed over that of llama.cpp in the same round; None where it was not timed."""
 
 
-def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int) -> float:
+class Prompt:
+    """A prompt that is read before decoding, anew each time or once.
+
+    A prefill is dense whatever the plan, and of a long prompt it takes far longer than the steps that are timed. Where
+    the cache is one of our own on a CPU, a copy of it does as well.
+
+    Args:
+        engine: reads it.
+        ids: (batch, tokens) int64.
+        positions: that the cache is to have after it.
+    """
+
+    def __init__(self, engine: Engine, ids: Tensor, positions: int) -> None:
+        self.engine, self.ids, self._length = engine, ids, ids.shape[1] + positions
+        self._once = engine.path.own_kernels and engine.device.type == "cpu"
+        self._read: tuple[Any, Tensor] | None = None
+
+    def read(self) -> tuple[Any, Tensor]:
+        """A cache with the prompt in it, and (batch, vocabulary) logits after it."""
+        if self._read is not None:
+            return copy.deepcopy(self._read)
+        cache = self.engine.new_cache(self._length)
+        found = cache, self.engine.prefill(self.ids.to(self.engine.device), cache)
+        if self._once:
+            self._read = copy.deepcopy(found)
+        return found
+
+
+def decode_seconds(
+    engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int, before: Prompt | None = None
+) -> float:
     """Seconds that `new_tokens` steps after a prompt take, without the prefill and a GPU's first steps.
 
     Args:
@@ -58,6 +91,7 @@ def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, ne
         plan: the sparsity; None runs dense.
         prompt: (batch, tokens) int64.
         new_tokens: decode steps.
+        before: the prompt, where it is shared by several calls.
     """
     control = engine.control
     if control is None:
@@ -67,9 +101,9 @@ def decode_seconds(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, ne
     warm_up = TokenLoop.first_steps(engine)
     with control.switched_off() if plan is None else nullcontext():
         engine.check(prompt)
-        cache = engine.new_cache(prompt.shape[1] + warm_up + new_tokens)
+        cache, logits = (before or Prompt(engine, prompt, warm_up + new_tokens)).read()
         sampler = Sampler(SamplingConfig(), engine.device)
-        loop = TokenLoop(engine, cache, sampler.next_token(engine.prefill(prompt.to(engine.device), cache)), sampler)
+        loop = TokenLoop(engine, cache, sampler.next_token(logits), sampler)
         for _ in range(warm_up):
             loop.advance()
         return seconds_of(lambda: [loop.advance() for _ in range(new_tokens)], engine.device)
@@ -84,6 +118,7 @@ def bench_decode(
     repeats: int,
     quantization: str = "",
     reading_gb_s: float | None = None,
+    llama_cpp: Callable[[], float] | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
     on_choice: Callable[[Choice], None] = lambda choice: None,
 ) -> list[DecodeRun]:
@@ -98,6 +133,7 @@ def bench_decode(
         repeats: timed repeats of each, after one warm-up that also counts the realised sparsity.
         quantization: of the model's weights, for the results to say.
         reading_gb_s: what the device's memory gives at most, if measured.
+        llama_cpp: decodes once with llama.cpp and returns its tokens per second; called once a repeat.
         on_tokens: called with the steps decoded after each repeat.
         on_choice: called with what `auto` decodes at each plan.
 
@@ -113,22 +149,26 @@ def bench_decode(
             "speed of decoding would say nothing"
         )
     settings: list[SparsityPlan | None] = [None, *plans]
+    before = Prompt(engine, prompt, TokenLoop.first_steps(engine) + new_tokens)
     realised: list[dict[str, float]] = []
     model_wide: list[float] = []
     decodes: list[str] = []
     for plan in settings:
         with control.counting() as counter:
-            decode_seconds(engine, plan, prompt, new_tokens)
+            decode_seconds(engine, plan, prompt, new_tokens, before)
         realised.append(counter.by_projection())
         model_wide.append(counter.model_wide() or 0.0)
         decodes.append(_decodes(engine, plan, prompt, on_choice))
         on_tokens(new_tokens)
     speeds: list[list[float]] = [[] for _ in settings]
+    theirs: list[float] = []
     batch = prompt.shape[0]
     for _ in range(repeats):
         for index, plan in enumerate(settings):
-            speeds[index].append(batch * new_tokens / decode_seconds(engine, plan, prompt, new_tokens))
+            speeds[index].append(batch * new_tokens / decode_seconds(engine, plan, prompt, new_tokens, before))
             on_tokens(new_tokens)
+        if llama_cpp is not None:
+            theirs.append(llama_cpp())
     spreads = [Spread.of(values) for values in speeds]
     runs = []
     for index, plan in enumerate(settings):
@@ -149,6 +189,7 @@ def bench_decode(
                 limit_tokens_per_second=reading_gb_s * 1e9 / size if size and reading_gb_s else None,
                 speedup=spreads[index].median / spreads[0].median,
                 decodes=decodes[index],
+                over_llama_cpp=Spread.of_ratios(speeds[index], theirs) if theirs else None,
             )
         )
     return runs

@@ -24,6 +24,16 @@ class Spread:
         """Summary of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
+    @classmethod
+    def of_ratios(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Spread":
+        """Of ours over theirs, round by round: what slows both in a round is in no ratio.
+
+        Args:
+            ours: one value a round, at least one round.
+            theirs: of the same rounds.
+        """
+        return cls.of([own / other for own, other in zip(ours, theirs, strict=True)])
+
 
 def graph_microseconds(launch: Callable[[int], object], launches: int) -> Spread:
     """Microseconds of one of many launches on a GPU, as a CUDA graph has them one right behind the other.

@@ -40,7 +40,7 @@ def quieten_libraries() -> None:
 
 
 _CARRIED = (
-    *("runs", "device", "dtype", "architecture", "quantise", "quantise_output"),
+    *("runs", "device", "dtype", "threads", "architecture", "quantise", "quantise_output"),
     *("calibration", "allocation", "mode"),
 )
 """What the next command must repeat to go on with the same model and artefacts."""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from teal_cli.config.shared import MOST
 from teal_cli.config.sparsity import OneAllocation, SparseConfig
-from teal_cli.config_values import Backend, Mode, QuantisationList, Sparsity, SparsityList, TokenList
+from teal_cli.config_values import Backend, InputFile, Mode, QuantisationList, Sparsity, SparsityList, TokenList
 
 _OF_CALIBRATED = (
     "sparsity",
@@ -112,6 +112,33 @@ class BenchConfig(OneAllocation, ComparingConfig):
     )
     batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
+    compare_llama_cpp: InputFile | None = Field(
+        None, description="path of llama.cpp's llama-bench, to be timed in turn with ours, on a CPU"
+    )
+    llama_model: InputFile | None = Field(
+        None, description="with compare_llama_cpp: its .gguf file, of the same model and width"
+    )
+
+    @model_validator(mode="after")
+    def _llama_cpp_is_like_ours(self) -> Self:
+        if (self.compare_llama_cpp is None) != (self.llama_model is None):
+            raise ValueError(
+                "compare_llama_cpp (flag --compare-llama-cpp) and llama_model (flag --llama-model) go together"
+            )
+        if self.compare_llama_cpp is None:
+            return self
+        for key, why in {
+            "also_quantise": "llama_model is of one kind of weights",
+            "batch": "llama-bench decodes one sequence",
+        }.items():
+            if key in self.model_fields_set and getattr(self, key) not in (1, []):
+                raise ValueError(
+                    f"compare_llama_cpp (flag --compare-llama-cpp): {why}, leave out {key} "
+                    f"(flag --{key.replace('_', '-')})"
+                )
+        if self.device == "cuda":
+            raise ValueError("compare_llama_cpp (flag --compare-llama-cpp) is for a CPU (flag --device cpu)")
+        return self
 
     @model_validator(mode="after")
     def _tuning_is_of_kernels(self) -> Self:

@@ -62,6 +62,7 @@ class ModelConfig(SharedConfig):
         None, description="YAML file that describes a model type unknown to teal (docs/add-a-model-family.md)"
     )
     quantise_output: bool = Field(False, description="with quantise: also quantise the output layer, to 8 bits")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads (default: as many as PyTorch takes)")
 
     @property
     def quantisation(self) -> str:

@@ -44,6 +44,22 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
+def use_threads(count: int | None) -> None:
+    """Compute with so many CPU threads from now on, in the whole process; None changes nothing."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Whatever number of threads is set within, the one from before comes back."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
     """The dtype to run in.
 

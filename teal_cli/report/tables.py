@@ -229,13 +229,17 @@ def _spread(spread: dict[str, float]) -> str:
     return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
 
 
+def _times(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f}x ({spread['min']:.2f}-{spread['max']:.2f})"
+
+
 def _share(value: float, limit: float | None) -> str:
     return "" if limit is None else f"{value / limit:.0%} of {limit:,.0f}"
 
 
 def bench_tables(result: dict[str, Any]) -> list[PlainTable]:
     """Decoding speed, and kernels where measured."""
-    limit = result["reading_gb_s"]
+    limit, llama_cpp = result["reading_gb_s"], result.get("llama_cpp")
     because = f"\ntransformers' forward, not our own ({result['general_because']})" if result["general_because"] else ""
     several = len({run.get("quantization", "") for run in result["runs"]}) > 1
     table = PlainTable(
@@ -250,6 +254,7 @@ def bench_tables(result: dict[str, Any]) -> list[PlainTable]:
         "GB/s",
         *([] if limit is None else ["of the memory limit"]),
         "speedup",
+        *([] if llama_cpp is None else ["over llama.cpp"]),
     )
     for run in result["runs"]:
         table.add_row(
@@ -261,6 +266,13 @@ def bench_tables(result: dict[str, Any]) -> list[PlainTable]:
             "" if run["bandwidth_gb_s"] is None else f"{run['bandwidth_gb_s']:.1f}",
             *([] if limit is None else [_share(run["tokens_per_second"]["median"], run["limit_tokens_per_second"])]),
             f"{run['speedup']:.2f}x",
+            *([] if llama_cpp is None else [_times(run["over_llama_cpp"])]),
+        )
+    if llama_cpp is not None:
+        speed, size = llama_cpp["tokens_per_second"], llama_cpp["weight_bytes"]
+        drawn = f"{size * speed['median'] / 1e9:.1f}"
+        table.add_row(
+            f"llama.cpp {llama_cpp['weights']}", "dense", _spread(speed), f"{size / 1e6:,.0f}", drawn, "", "1"
         )
     tables = [table]
     if result["kernels"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, random_prompt, text_prompt
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
+from teal_cli.bench.llama_cpp import LlamaBench, LlamaCppResult
 from teal_cli.bench.products import ProductShape, reading_gb_s
 from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration import sensitivity
@@ -33,7 +34,7 @@ from teal_cli.models.architectures import (
     find_projections,
     output_projection,
 )
-from teal_cli.models.loading import build_random_model
+from teal_cli.models.loading import build_random_model, use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.model import pack_, quantise_
@@ -49,6 +50,7 @@ from teal_cli.sparse import (
 )
 from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
+from teal_cli.steps.beside_llama_cpp import llama_bench
 from teal_cli.versions import commit, device_description, library_versions
 from teal_cli.workspace import Workspace
 from teal_kernels import backend_unavailable_reason
@@ -86,6 +88,8 @@ class BenchResult:
     versions: dict[str, str]
     runs: list[DecodeRun]
     kernels: list[KernelRun]
+    llama_cpp: LlamaCppResult | None = None
+    """What was timed in turn with it, if anything."""
 
     def beside(self, other: "BenchResult") -> "BenchResult":
         """Both as one, of the same model with other weights; the first dense run is what all are compared with."""
@@ -119,11 +123,14 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
     Raises:
         TealError: anything wrong with model, calibration or machine.
     """
+    use_threads(config.threads)
     others: list[tuple[BenchConfig, Workspace | None]] = [(other, None) for other in config.others()]
-    if others and not config.random_weights:
+    if not config.random_weights:
         workspace = workspace or Workspace.of(config, reporter)
+    rival = llama_bench(config, workspace)
+    if others and workspace is not None:
         others = [*with_other_weights(config, workspace, reporter)]
-    result = measure(config, prepare(config, reporter, workspace), reporter)
+    result = measure(config, prepare(config, reporter, workspace), reporter, rival)
     for other, its_workspace in others:
         gc.collect()  # a GPU has no room for the model before it
         result = result.beside(measure(other, prepare(other, reporter, its_workspace), reporter))
@@ -135,8 +142,10 @@ def prepare(config: BenchConfig, reporter: Reporter, workspace: Workspace | None
     return _random(config, reporter) if config.random_weights else _real(config, reporter, workspace)
 
 
-def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> BenchResult:
-    """Time a prepared model; its prompt says how long a context and how large a batch."""
+def measure(
+    config: BenchConfig, prepared: Prepared, reporter: Reporter, rival: LlamaBench | None = None
+) -> BenchResult:
+    """Time a prepared model, in turn with llama.cpp if asked; its prompt says how long a context, how large a batch."""
     name, model, plans, prompt = prepared.name, prepared.model, prepared.plans, prepared.prompt
     batch = prompt.shape[0]
     control = control_of(model)
@@ -145,6 +154,9 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     engine = Engine(model, never_worse=config.backend == "auto")
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
+    dtype = str(model.dtype).removeprefix("torch.")
+    if rival is not None:
+        rival.model.require_width(prepared.quantization or dtype)
     if config.tune:
         _tune(config, engine, prepared, reporter)
     total = (len(plans) + 1) * (config.repeats + 1) * config.new_tokens
@@ -158,6 +170,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
             repeats=config.repeats,
             quantization=prepared.quantization,
             reading_gb_s=limit,
+            llama_cpp=None if rival is None else rival.round,
             on_tokens=advance,
             on_choice=choices.append,
         )
@@ -166,7 +179,6 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
     kernels: list[KernelRun] = []
     if config.kernels:
         targets = [plan.target_sparsity for plan in plans]
-        dtype = model.dtype
         if limit is not None and engine.path.own_kernels:
             products = site_products(model)
             reporter.say(f"timing {len(products)} products")
@@ -174,7 +186,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
                 products,
                 targets,
                 device=device,
-                dtype=dtype,
+                dtype=model.dtype,
                 batch=batch,
                 seed=config.seed,
                 limit_gb_s=limit,
@@ -182,7 +194,9 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         else:
             shapes = sorted({(layer.out_features, layer.in_features) for layer in sparse_layers(model).values()})
             reporter.say(f"timing the products of {len(shapes)} shapes")
-            kernels = bench_kernels(shapes, targets, backend=backend, device=device, dtype=dtype, seed=config.seed)
+            kernels = bench_kernels(
+                shapes, targets, backend=backend, device=device, dtype=model.dtype, seed=config.seed
+            )
     return BenchResult(
         model=name,
         device=device_description(device),
@@ -191,7 +205,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         path="compact" if engine.path.own_kernels else "general",
         general_because=engine.general_because,
         reading_gb_s=limit,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         prompt_tokens=prompt.shape[1],
         new_tokens=config.new_tokens,
         repeats=config.repeats,
@@ -201,6 +215,7 @@ def measure(config: BenchConfig, prepared: Prepared, reporter: Reporter) -> Benc
         versions=library_versions(),
         runs=runs,
         kernels=kernels,
+        llama_cpp=None if rival is None else rival.result(),
     )
 
 

@@ -20,7 +20,7 @@ from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
 from teal_cli.models.discovery import propose
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import outline, pick_device
+from teal_cli.models.loading import outline, pick_device, use_threads
 from teal_cli.models.offload import computing_device, offload_, require_offload
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.models.weights import fingerprint, fingerprint_of, weight_files
@@ -39,6 +39,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     Raises:
         TealError: anything wrong with model, text or machine.
     """
+    use_threads(config.threads)
     check_dataset(config.dataset)
     workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("calibrate")

@@ -23,6 +23,7 @@ from teal_cli.evaluation.tasks import open_tasks, run_tasks
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.model_source import ModelSource
 from teal_cli.models.forward import check_positions
+from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_, use_backend
@@ -55,6 +56,7 @@ def evaluate(
     Raises:
         TealError: anything wrong with model, text or machine.
     """
+    use_threads(config.threads)
     harness = check_inputs(config)
     dataset = config.named_text
     workspace = workspace or Workspace.of(config, reporter)

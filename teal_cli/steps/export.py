@@ -4,6 +4,7 @@ from teal_cli.checkpoint.export import ExportSummary
 from teal_cli.config import ExportConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
+from teal_cli.models.loading import use_threads
 from teal_cli.planning import allocate, allocations
 from teal_cli.steps.artefacts import calibration_for, write_recalibrated
 from teal_cli.workspace import Workspace
@@ -15,6 +16,7 @@ def export(config: ExportConfig, reporter: Reporter, workspace: Workspace | None
     Raises:
         TealError: anything wrong with model, calibration or disk.
     """
+    use_threads(config.threads)
     workspace = workspace or Workspace.of(config, reporter)
     workspace.require_dense("export")
     calibration = calibration_for(config, workspace, reporter)

@@ -15,6 +15,7 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.streaming import text_streamer
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
+from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
 from teal_cli.steps.artefacts import checkpoint_for
@@ -69,6 +70,7 @@ class Generator:
     """
 
     def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
+        use_threads(config.threads)
         workspace = workspace or Workspace.of(config, reporter)
         workspace.require_decoder(config, "generate")
         self.config = config

@@ -24,6 +24,7 @@ from teal_cli.data import check_dataset
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.results import read_result
 from teal_cli.models.companions import companion_files
+from teal_cli.models.loading import threads_restored
 from teal_cli.models.weights import fingerprint
 from teal_cli.reading import read_json
 from teal_cli.steps.bench import bench
@@ -78,7 +79,8 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
             results[stage] = read_result(result_file)
             continue
         reporter.say(title)
-        results[stage] = _stated(config, _run_stage(config, reporter, workspace, result_file))
+        with threads_restored():  # each stage has its own
+            results[stage] = _stated(config, _run_stage(config, reporter, workspace, result_file))
         write_json(result_file, results[stage])
         # run.json is written when the stage is done, so a stage that is cut short runs again.
         state[stage] = keys[stage]

@@ -66,6 +66,26 @@ def benchmarks_quality(page: Page) -> None:
     page.says("cost {} in int8, {} in int4 with groups of 128, and {} with groups of 64", *kinds)
 
 
+def benchmarks_beside_llama_cpp(page: Page) -> None:
+    """What quantised weights cost here and in llama.cpp, and their bytes."""
+    names = {
+        "Q8_0": "llama.cpp `Q8_0`",
+        "Q4_K_M": "llama.cpp `Q4_K_M`",
+        "Q4_0": "llama.cpp `Q4_0`",
+        "int8": "`teal` int8",
+        "int4:32": "`teal` int4, groups of 32",
+        "int4:64": "`teal` int4, groups of 64",
+        "int4:128": "`teal` int4, groups of 128",
+    }
+    runs = {run["weights"]: run for run in result("quality-4bit-llama")["runs"] if run["channels"] == "permuted"}
+    rows = {
+        label: (runs[name]["bytes_per_weight"], (runs[name]["perplexity_ratio"], runs[name]["stderr"]))
+        for name, label in names.items()
+        if name in runs
+    }
+    page.table("| weights | bytes a weight | perplexity over float32 |", rows)
+
+
 def method_output_layer(page: Page) -> None:
     """What the output layer is worth."""
     rows: dict[str, tuple[Cell, ...]] = {}
