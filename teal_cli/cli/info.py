@@ -99,10 +99,12 @@ def _model(result: dict[str, Any]) -> PlainTable:
     rows["runs as"] = _advice(model)
     if model["kind"] in ("causal", "seq2seq"):
         rows["KV cache"] = f"{_gib(1024 * model['cache_bytes_per_token'])} for 1,024 tokens, in {model['dtype']}"
-        rows["decodes by"] = (
-            "fused decode path (our own kernels from end to end)"
-            if model["path"] == "compact"
-            else f"transformers' forward, backend {result['auto_backend']} ({model['general_because']})"
+        ours = {
+            "compact": "fused decode path (our own kernels from end to end)",
+            "native": "native decode path (a compiled token)",
+        }
+        rows["decodes by"] = ours.get(
+            model["path"], f"transformers' forward, backend {result['auto_backend']} ({model['general_because']})"
         )
     return _rows(model["name"], rows)
 

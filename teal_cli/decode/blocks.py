@@ -1,60 +1,91 @@
 """An architecture's block program and a model's blocks, made into steps that can be launched.
 
 The row of the model's architecture says what a block computes (`teal_cli.models.programs`); here its names become
-modules: norms become weights, sites become products with their weights in one table, attention its scale and window.
+modules: norms become weights, sites become products, attention its scale and window. Both paths that execute programs,
+the fused one and the native one, begin here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Architecture, architecture_for
+from teal_cli.models.architectures import architecture_for
 from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program
 from teal_cli.sparse import SparseLinear
+from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_kernels.packing import Packed
 
 
+@dataclass(frozen=True)
 class Product:
-    """The projections of one site, which one launch computes.
+    """The projections of one site, which are computed together."""
 
-    Args:
-        name: of the site.
-        layers: sparse layers whose weights lie in one table.
-        epilogue: what follows the product, as `gemv` takes it.
-    """
+    name: str
+    """Of the site."""
+    layers: tuple[nn.Linear, ...]
+    """Sparse layers, but for gate and up of an MLP that decodes gate first."""
+    epilogue: str
+    """What follows the product, as the program names it."""
+    activation: str | None = None
+    """Of the epilogue, as the configuration names it."""
+    owner: nn.Module | None = None
+    """The module whose layers they are."""
 
-    def __init__(self, name: str, layers: Sequence[nn.Module], epilogue: str) -> None:
-        self.name = name
-        self.layers: list[SparseLinear] = list(layers)  # type: ignore[arg-type]
-        self.epilogue = epilogue
-        self.table = self.layers[0].merged.table
-        self.parts = tuple(layer.out_features for layer in self.layers)
-        self.bias: Tensor | None = None
-        if any(layer.bias is not None for layer in self.layers):
-            dtype = next(layer.bias.dtype for layer in self.layers if layer.bias is not None)
-            biases = [
-                torch.zeros(layer.out_features, dtype=dtype, device=self.table.device)
-                if layer.bias is None
-                else layer.bias.detach()
-                for layer in self.layers
-            ]
-            self.bias = torch.cat(biases)
+    @property
+    def sparse_layers(self) -> tuple[SparseLinear, ...]:
+        """The layers, where all are sparse ones."""
+        return cast(tuple[SparseLinear, ...], self.layers)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Outputs of each layer."""
+        return tuple(layer.out_features for layer in self.layers)
+
+    @property
+    def gate_first(self) -> GateFirstMLP | None:
+        """The MLP that lets the gate decide of which neurons `up` is computed, where it does so."""
+        return self.owner if isinstance(self.owner, GateFirstMLP) and len(self.layers) == 2 else None
 
     @property
     def outputs(self) -> int:
         """Columns of what it writes."""
         return self.parts[0] if self.epilogue == "gated" else sum(self.parts)
 
+    @cached_property
+    def table(self) -> Tensor | Packed:
+        """(in, outputs of all layers): their weights, where they lie in one table."""
+        return self.sparse_layers[0].merged.table
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """(outputs of all layers,); None where no layer has one."""
+        return joined_bias(self.layers)
+
+
+def joined_bias(layers: tuple[nn.Linear, ...]) -> Tensor | None:
+    """(outputs of all layers,); None where no layer has one."""
+    known = [layer.bias for layer in layers if layer.bias is not None]
+    if not known:
+        return None
+    like = known[0].detach()
+    return torch.cat(
+        [like.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    )
+
 
 @dataclass(frozen=True)
-class RMSNorm:
-    """A norm of the residual stream."""
+class Norm:
+    """A norm of the residual stream, or of heads."""
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centred: bool = False
+    """Whether the mean is taken off: a layer norm, and not an RMS norm."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +101,22 @@ class Attention:
     """Of those two norms."""
 
 
-BlockStep = RMSNorm | Product | Attention
+BlockStep = Norm | Product | Attention
 
 
-def rms_norm(module: Any) -> RMSNorm:
+def rms_norm(module: Any) -> Norm:
     """Weight and epsilon of an RMS norm, which transformers' modules name in two ways."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return RMSNorm(module.weight, eps)
+    return Norm(module.weight, eps)
+
+
+def layer_norm(module: Any) -> Norm:
+    """Of a layer norm, which may have neither weight nor bias."""
+    weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
+    return Norm(weight, module.eps, module.bias, centred=True)
+
+
+_NORMS = {"rms": rms_norm, "layer": layer_norm}
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -107,24 +147,31 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     """The steps of every block, in order.
 
     Args:
-        model: with sparse layers in all sites of its program, each site's weights in one table.
+        model: with sparse layers in all sites of its program.
 
     Raises:
         ArtefactError: the program names a module that the model does not have.
     """
-    architecture, program = architecture_for(model), program_of(model)
+    architecture = architecture_for(model)
     blocks = [block for stack in architecture.blocks for block in module_at(model, stack).children()]
-    return [[_resolved(step, architecture, model, block) for step in program.block] for block in blocks]
+    return [[_resolved(step, model, block) for step in program_of(model).block] for block in blocks]
 
 
-def _resolved(
-    step: NormStep | ProductStep | AttentionStep, architecture: Architecture, model: Any, block: nn.Module
-) -> BlockStep:
+def last_norm(model: Any) -> Norm:
+    """The norm in front of the output layer."""
+    program = program_of(model)
+    return _NORMS[program.norms](module_at(model, program.norm))
+
+
+def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
+    architecture = architecture_for(model)
     if isinstance(step, NormStep):
-        return rms_norm(module_at(block, step.norm))
+        return _NORMS[program_of(model).norms](module_at(block, step.norm))
     if isinstance(step, ProductStep):
-        layers = [module_at(block, name) for name in architecture.sites[step.product]]
-        return Product(step.product, layers, step.epilogue)
+        names = architecture.sites[step.product]
+        layers = tuple(module_at(block, name) for name in names)
+        activation = None if step.activation is None else getattr(model.config, step.activation, None)
+        return Product(step.product, layers, step.epilogue, activation, module_at(block, names[0].rpartition(".")[0]))
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     window = getattr({"layer": attention, "model": model.config}.get(step.window or ""), "sliding_window", None)
@@ -135,3 +182,17 @@ def _resolved(
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
     )
+
+
+@torch.no_grad()
+def rotary_tables(model: Any, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
+
+    None of a model without a rotary embedding.
+    """
+    path = program_of(model).rotary
+    if path is None:
+        return None
+    module, device = module_at(model, path), next(model.parameters()).device
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), torch.arange(positions, device=device)[None])
+    return cos[0].contiguous(), sin[0].contiguous()

@@ -45,8 +45,15 @@ class FixedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
+        self._write(start, key_states, value_states)
+        return self._written(start, key_states, value_states)
+
+    def _write(self, start: int, key_states: Tensor, value_states: Tensor) -> None:
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
+
+    def _written(self, start: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads: (batch, heads, length, head size) each."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -82,8 +89,8 @@ class FixedCache(Cache):
 
     layers: list[FixedLayer]  # type: ignore[assignment]  # transformers' list is of any kind of layer
 
-    def __init__(self, layers: int, positions: int) -> None:
-        super().__init__(layers=[FixedLayer(positions) for _ in range(layers)])
+    def __init__(self, layers: int, positions: int, kind: type[FixedLayer] = FixedLayer) -> None:
+        super().__init__(layers=[kind(positions) for _ in range(layers)])
         self.positions = positions
         self._shorter: list[int] | None = None  # of each row, positions fewer than `length`
 

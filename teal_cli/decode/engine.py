@@ -15,8 +15,9 @@ from torch import Tensor
 from teal_cli.decode.choice import Choice, choose
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Path, Session
-from teal_cli.decode.paths.fused import FusedPath
+from teal_cli.decode.paths.fused import FusedPath, unsupported_on
 from teal_cli.decode.paths.general import GeneralPath
+from teal_cli.decode.paths.native import NativePath, unsupported_on_cpu
 from teal_cli.decode.paths.seq2seq import Seq2SeqPath
 from teal_cli.decode.probe import check_decoding
 from teal_cli.decode.sampling import Sampler, SamplingConfig
@@ -24,8 +25,19 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import kind_for
 from teal_cli.sparse import SparsityControl, control_of
 
-PATHS: tuple[type[Path], ...] = (FusedPath, Seq2SeqPath, GeneralPath)
+PATHS: tuple[type[Path], ...] = (FusedPath, NativePath, Seq2SeqPath, GeneralPath)
 """Decode paths, the fastest first."""
+
+
+def expected_path(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """How a dense model, or its outline, would decode on a device: `Path.reported`, and why that is `general`."""
+    if device.type == "cpu":
+        kind: type[Path] = NativePath
+        because = unsupported_on_cpu(model, dtype, "auto")
+    else:
+        kind, because = FusedPath, unsupported_on(model, device, dtype, "auto")
+    return (kind if because is None else GeneralPath).reported, because
+
 
 _READ_BEHIND = 4
 """Steps that a GPU may run ahead of the host, which reads each token only to show it and to stop."""
@@ -75,6 +87,8 @@ class Engine:
                 continue
             reason = kind.unsupported(self.model, self.control)
             if reason is None:
+                if kind.own_kernels:
+                    self.general_because = None
                 return kind(self.model, self.control)
             if kind.own_kernels:
                 self.general_because = self.general_because or reason

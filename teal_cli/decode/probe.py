@@ -57,7 +57,7 @@ def check_decoding(engine: Decoder, prompt: Tensor) -> None:
     errors = difference(got, expected).median(dim=1).values.max()
     sparse = engine.control is not None and engine.control.decodes_sparse
     if float(errors) > TOLERANCE[sparse][engine.model.dtype]:
-        way = ("fused path, " if engine.path.own_kernels else "") + ("sparse" if sparse else "dense")
+        way = (f"{engine.path.name} path, " if engine.path.own_kernels else "") + ("sparse" if sparse else "dense")
         raise ArtefactError(
             f"decoding a token of model type {kind} ({way}) does not give the logits of a pass over the whole text "
             f"(they differ by {float(errors):.0%}), so its replies would be wrong: "

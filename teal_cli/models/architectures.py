@@ -55,7 +55,8 @@ class Architecture(BaseModel):
     def epilogue_of(self, site: str) -> str:
         """What follows the product of a site on the fused path, as `teal_kernels` names it."""
         steps = self.program.products if self.program is not None else []
-        return next((step.epilogue for step in steps if step.product == site), "plain")
+        found = next((step.epilogue for step in steps if step.product == site), "plain")
+        return "plain" if found == "activated" else found  # which the fused path does not know
 
     @property
     def is_one_decoder(self) -> bool:

@@ -1,9 +1,9 @@
-"""Block programs: what one decoder block computes, as steps that the fused decode path executes.
+"""Block programs: what one decoder block computes, as steps that the fused and the native decode path execute.
 
 A program is data, part of an architecture's row (architectures.yaml). The hidden state of the residual stream is
 called `hidden`. Each step reads what the step before it wrote:
 
-    norm       RMS norm of `hidden`, taken by the product that follows
+    norm       norm of `hidden`, taken by the product that follows
     product    all projections of one site as one product, then its epilogue
     attention  of the new token over the KV cache, from a product whose parts are queries, keys and values
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Epilogue = Literal["plain", "gated", "residual"]
+Epilogue = Literal["plain", "gated", "activated", "residual"]
 
 
 class _Step(BaseModel):
@@ -21,7 +21,7 @@ class _Step(BaseModel):
 
 
 class NormStep(_Step):
-    """An RMS norm of the residual stream."""
+    """A norm of the residual stream."""
 
     norm: str
     """Path of the module inside the block."""
@@ -33,15 +33,16 @@ class ProductStep(_Step):
     product: str
     """The site."""
     epilogue: Epilogue = "plain"
-    """`gated`: activation(first projection) * second one. `residual`: the result is added to `hidden`."""
+    """`gated`: activation(first projection) * second one. `activated`: activation(the one projection). `residual`: the
+    result is added to `hidden`."""
     activation: str | None = None
-    """Key of the model's configuration that names the activation of `gated`."""
+    """Key of the model's configuration that names the activation of `gated` and `activated`."""
     summed: bool = False
     """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
 
 
 class AttentionStep(_Step):
-    """Rotary embedding, cache and attention of the new token."""
+    """Cache and attention of the new token, after its rotary embedding where the program has one."""
 
     attention: str
     """Path of the module inside the block; it knows its scale."""
@@ -79,11 +80,15 @@ class Program(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rotary: str
+    rotary: str | None = None
     """Path of the module in the model that makes the angles of the rotary embedding."""
+    positions: str | None = None
+    """In its place: path of the embedding of positions, learned, which is added to a token's."""
     block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
     norm: str
-    """Path of the RMS norm in the model, in front of the output layer."""
+    """Path of the norm in the model, in front of the output layer."""
+    norms: Literal["rms", "layer"] = "rms"
+    """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias."""
 
     @property
     def products(self) -> list[ProductStep]:
@@ -92,6 +97,8 @@ class Program(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Program":
+        if (self.rotary is None) == (self.positions is None):
+            raise ValueError("a program names rotary or positions, one of the two")
         check_order(self.block)
         return self
 
@@ -110,8 +117,10 @@ def check_order(steps: Sequence[Step]) -> None:
         if isinstance(step, ProductStep):
             if on_stream:
                 raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
-            if (step.epilogue == "gated") != (step.activation is not None):
-                raise ValueError(f"product {step.product}: activation belongs to epilogue gated, and gated needs it")
+            if (step.epilogue in ("gated", "activated")) != (step.activation is not None):
+                raise ValueError(
+                    f"product {step.product}: activation belongs to epilogues gated and activated, which need it"
+                )
         plain = isinstance(before, ProductStep) and before.epilogue == "plain"
         if isinstance(step, AttentionStep) and not plain:
             raise ValueError(f"attention {step.attention} must stand after the plain product of queries, keys, values")

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from teal_cli.sparse.counting import SparsityCounter
 from teal_kernels import BackendUnavailableError, resolve_backend
 
 Mode = Literal["auto", "dense", "masked"]
+
+
+class Prepared(Protocol):
+    """What was made of a model's layers as they are, and holds their weights."""
+
+    def let_go(self) -> None:
+        """Hold them no longer."""
+        ...
 
 
 @dataclass
@@ -41,6 +50,8 @@ class SparsityControl:
     """Of the pass under way."""
     plans_applied: int = field(default=0, repr=False)
     """Goes up whenever thresholds change."""
+    prepared: "WeakSet[Prepared]" = field(default_factory=WeakSet, repr=False)
+    """Told before thresholds change, which may move the weights."""
 
     @property
     def decodes_sparse(self) -> bool:
@@ -51,6 +62,20 @@ class SparsityControl:
     def decoding(self) -> tuple[bool, str, int]:
         """Changes with everything that a prepared decoding must know."""
         return self.decodes_sparse, self.backend, self.plans_applied
+
+    def change_plan(self) -> None:
+        """Thresholds are about to change: all that was prepared for others is of no use any more."""
+        self.plans_applied += 1
+        for prepared in list(self.prepared):
+            prepared.let_go()
+        self.prepared.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self.prepared = WeakSet()  # of a copy nothing is prepared
 
     def context_of(self, batch: int, tokens: int, module: nn.Module | None = None) -> PassContext:
         """The context of a pass.

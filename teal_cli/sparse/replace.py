@@ -97,8 +97,8 @@ def set_thresholds_(model: nn.Module, plan: SparsityPlan) -> None:
         odd = sorted(set(layers) ^ set(plan.projections))[0]
         raise ArtefactError(f"the sparse layers of the model and of the plan differ, at {odd}")
     for name, layer in layers.items():
+        layer.control.change_plan()
         layer.set_rule_(plan.projections[name])
-        layer.control.plans_applied += 1
 
 
 def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:

@@ -76,9 +76,10 @@ class BenchResult:
     mode: str
     """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
     path: str
-    """`compact`, the fused decode path, or `general`, transformers' forward with sparse layers."""
+    """`compact`, the fused decode path, `native`, the compiled one on a CPU, or `general`, transformers' forward with
+    sparse layers."""
     general_because: str | None
-    """Why not `compact`, on a GPU."""
+    """Why `general`, where one of the other two is for this device."""
     reading_gb_s: float | None
     """What the GPU's memory gives at most, measured in this run; None on a CPU."""
     random_weights: bool
@@ -202,7 +203,7 @@ def measure(
         device=device_description(device),
         batch=batch,
         mode=config.mode,
-        path="compact" if engine.path.own_kernels else "general",
+        path=engine.path.reported,
         general_because=engine.general_because,
         reading_gb_s=limit,
         dtype=dtype,

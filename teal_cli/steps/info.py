@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from teal_cli.config import InfoConfig
-from teal_cli.decode.paths.fused import unsupported_on
+from teal_cli.decode.engine import expected_path
 from teal_cli.model_source import find_outline
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
@@ -148,8 +148,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
     wanted = [_name(dtype), _name(of_16_bits), *_SCHEMES]
     order = sorted((entry for entry in weights if entry["weights"] in wanted), key=lambda e: wanted.index(e["weights"]))
     cached = _cache_values(model.config)
-    # Triton's interpreter runs the kernels on a CPU, but the engine does not take them there.
-    because = unsupported_on(model, device, dtype, "auto") or ("no GPU" if device.type == "cpu" else None)
+    path, because = expected_path(model, device, dtype)
     return {
         "name": name,
         "model_type": model.config.model_type,
@@ -162,7 +161,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         "weights": weights,
         "runs_as": next((entry["weights"] for entry in order if entry["fits_on_device"] is not False), None),
         "cache_bytes_per_token": None if cached is None else cached * dtype.itemsize,
-        "path": "compact" if because is None else "general",
+        "path": path,
         "general_because": because,
     }
 

@@ -14,6 +14,7 @@ from teal_cli.schemes import Scheme
 from teal_cli.steps import info
 from teal_kernels import support
 from teal_kernels.native import library
+from teal_kernels.native.library import unavailable_reason
 
 _GIB = 2**30
 
@@ -74,7 +75,8 @@ def test_sizes_are_those_of_the_weights(tiny: Path) -> None:
     }
     # 2 layers, 2 heads of 16 for keys and for values, float32.
     assert found["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
-    assert (found["path"], found["runs_as"], found["dtype"]) == ("general", "float32", "float32")
+    assert (found["path"] == "native") == (unavailable_reason() is None) == (found["general_because"] is None)
+    assert (found["runs_as"], found["dtype"]) == ("float32", "float32")
 
 
 @pytest.mark.parametrize(

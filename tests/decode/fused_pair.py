@@ -54,7 +54,7 @@ class Pair:
     def __init__(self, model: Any, control: SparsityControl | None = None) -> None:
         self.model = model
         self.control = control or sparsify_(model, half_plan(model))
-        self.plain = Engine(model)
+        self.plain = Engine(model, path="general")
         self.fused = Engine(model, path="fused")
 
     def caches(self, rows: int, positions: int = 60, prompt: int = PROMPT) -> tuple[Any, FixedCache]:

@@ -40,7 +40,7 @@ class Clock:
 def _sparse(never_worse: bool = True) -> Engine:
     model = build_family("llama")
     sparsify_(model, half_plan(model))
-    return Engine(model, never_worse=never_worse)
+    return Engine(model, path="general", never_worse=never_worse)
 
 
 def _text(engine: Engine) -> list[int]:
@@ -54,7 +54,7 @@ def test_slower_sparse_steps_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     with engine.control.counting() as counter:
         written = _text(engine)
     assert counter.model_wide() is None
-    assert written == _text(Engine(build_model("llama")))
+    assert written == _text(Engine(build_model("llama"), path="general"))
     assert written != _text(_sparse(never_worse=False))
     assert engine.choose(random_tokens(1, 16)) == Choice("dense", "cpu", 0.0019, 0.0008)
     assert engine.choose(random_tokens(1, 16)).line == LINE

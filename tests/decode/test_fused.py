@@ -10,6 +10,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Threshold
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import FusedPath
+from teal_cli.decode.paths.native import NativePath
 from teal_cli.errors import UsageError
 from teal_cli.sparse import apply_plan_, sparse_layers, sparsify_
 
@@ -116,10 +117,15 @@ def test_a_dense_model_is_laid_out_for_the_fused_path() -> None:
     assert error_of(engine.step(token, fixed), expected) < LIMIT
 
 
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedPath, "devices", ("cpu",))
+    monkeypatch.setattr(NativePath, "devices", ())
+
+
 def test_an_unknown_model_takes_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     model = AutoModelForCausalLM.from_config(config).eval()
-    monkeypatch.setattr(FusedPath, "devices", ("cpu",))  # as on a GPU
+    _as_on_a_gpu(monkeypatch)
     engine = Engine(model)
     assert (engine.path.name, engine.general_because) == ("general", "model type gpt2")
     with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type gpt2"):
@@ -129,7 +135,7 @@ def test_an_unknown_model_takes_the_general_path(monkeypatch: pytest.MonkeyPatch
 def test_a_dense_model_that_cannot_take_the_fused_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama")
     model.config.hidden_act = "gelu"
-    monkeypatch.setattr(FusedPath, "devices", ("cpu",))
+    _as_on_a_gpu(monkeypatch)
     assert Engine(model).general_because == "activation gelu"
     assert not sparse_layers(model)
 

@@ -132,11 +132,11 @@ def _forgetful(method: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _sparse(family: str, dtype: torch.dtype = torch.float32) -> Engine:
+def _sparse(family: str, dtype: torch.dtype = torch.float32, path: str | None = None) -> Engine:
     model: Any = build_family(family).to(dtype)
     names = [projection.name for projection in find_projections(model)]
     sparsify_(model, SparsityPlan("uniform", 0.5, dict.fromkeys(names, Threshold(0.6, 0.5))))
-    return Engine(model)
+    return Engine(model, path=path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,11 +158,11 @@ def test_a_lost_state_is_noticed(dtype: torch.dtype) -> None:
     model: Any = build_model("llama").to(dtype)
     model.forward = _forgetful(model.forward)
     with pytest.raises(ArtefactError, match="model type llama .dense. does not give"):
-        Engine(model).check(_prompt())
+        Engine(model, path="general").check(_prompt())
 
 
 def test_a_wrong_sparse_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = _sparse("llama")
+    engine = _sparse("llama", path="general")
     original = SparsityControl.masked
     monkeypatch.setattr(SparsityControl, "masked", lambda self, prefix: original(self, 0))  # the prompt sparse too
     with pytest.raises(ArtefactError, match="model type llama .sparse. does not give"):
@@ -185,7 +185,7 @@ def test_a_wrong_fused_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_short_contexts_and_prompts_are_checked_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(build_model("llama"))
+    engine = Engine(build_model("llama"), path="general")
     engine.check(_prompt(length=1))
     engine._checked.clear()
     engine.model.config.max_position_embeddings = probe.STEPS

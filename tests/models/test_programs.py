@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_CONFIGS, build_model
 
-from teal_cli.decode.blocks import Attention, Product, RMSNorm, block_steps
+from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
 from teal_cli.sparse import lay_out_, replace_projections_
@@ -18,10 +18,11 @@ ATTENTION = "{attention: a}"
 
 
 def test_who_has_a_program() -> None:
-    assert sorted(name for name, row in table().items() if row.program is not None) == FUSED
+    others = ["bamboo", "gpt2", "opt", "sparsellama"]  # which the native path takes
+    assert sorted(name for name, row in table().items() if row.program is not None) == sorted([*FUSED, *others])
 
 
-@pytest.mark.parametrize("model_type", FUSED)
+@pytest.mark.parametrize("model_type", [*FUSED, "gpt2"])
 def test_a_row_survives_json(model_type: str) -> None:
     """TEAL checkpoints carry it so."""
     row = architecture_of(model_type)
@@ -31,6 +32,10 @@ def test_a_row_survives_json(model_type: str) -> None:
 def test_what_follows_the_product_of_a_site() -> None:
     row = architecture_of("llama")
     assert [row.epilogue_of(site) for site in row.sites] == ["plain", "residual", "gated", "residual"]
+    assert [architecture_of("gpt2").epilogue_of(site) for site in ("mlp_input", "mlp_intermediate")] == [
+        "plain",
+        "residual",
+    ]
     assert [architecture_of("mixtral").epilogue_of(site) for site in ("attention_output", "lm_head")] == ["plain"] * 2
 
 
@@ -64,12 +69,17 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, QKV, ATTENTION, "{product: any, epilogue: residual}"), "site any must be names, without"),
         (_row(NORM, "{product: qkv, activation: silu}", ATTENTION, OUT), "product qkv: activation belongs to"),
         (_row(NORM, "{product: qkv, epilogue: gated}", OUT), "product qkv: activation belongs to"),
+        (_row(NORM, "{product: qkv, epilogue: activated}", OUT), "product qkv: activation belongs to"),
         (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
         (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),
         (_row(NORM, ATTENTION, OUT), "attention a must stand after the plain product of queries, keys, values"),
         (_row(NORM, QKV, ATTENTION), "the last step must be a product with epilogue residual"),
         (_row(NORM, OUT), "there must be one attention step"),
-        ("m: {blocks: b, sites: {s: x}, program: {block: [{norm: n}], norm: n}}", "program.rotary: Field required"),
+        ("m: {blocks: b, sites: {s: x}, program: {block: [{norm: n}], norm: n}}", "names rotary or positions, one"),
+        (
+            "m: {blocks: b, sites: {s: x}, program: {rotary: r, positions: p, block: [{norm: n}], norm: n}}",
+            "one of the",
+        ),
     ],
 )
 def test_programs_that_cannot_be_are_refused(row: str, message: str, tmp_path: Path) -> None:
@@ -86,11 +96,11 @@ def test_steps_of_a_model(family: str) -> None:
     lay_out_(model)
     blocks = block_steps(model)
     assert len(blocks) == 2
-    kinds = [RMSNorm, Product, Attention, Product, RMSNorm, Product, Product]
+    kinds = [Norm, Product, Attention, Product, Norm, Product, Product]
     assert [type(step) for step in blocks[1]] == kinds
     norm, qkv, attention, o, _, gate_up, down = blocks[1]
     layer = model.model.layers[1]  # type: ignore[union-attr, index]
-    assert isinstance(norm, RMSNorm)
+    assert isinstance(norm, Norm)
     assert norm.weight is layer.input_layernorm.weight  # type: ignore[union-attr]
     assert isinstance(attention, Attention)
     assert attention.window == (16 if family == "mistral" else 0)

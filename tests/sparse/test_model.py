@@ -94,7 +94,7 @@ def test_greedy_at_sparsity_zero_equals_generate(tmp_path: Path, family: str) ->
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = _tokens(1, 12)
     expected = dense.generate(ids, do_sample=False, min_new_tokens=64, max_new_tokens=64)[0, 12:].tolist()
-    engine = Engine(load_model(out, device="cpu", dtype="auto"))
+    engine = Engine(load_model(out, device="cpu", dtype="auto"), path="general")
     # transformers suppresses the end token while min_new_tokens are not reached; teach ours the same.
     forbidden = torch.zeros(VOCABULARY)
     forbidden[1] = -torch.inf

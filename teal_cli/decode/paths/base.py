@@ -5,6 +5,7 @@ A path is a way to take a step: `teal_cli.decode.engine.PATHS` lists them, the f
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -74,6 +75,8 @@ class Path(ABC):
     """
 
     name: ClassVar[str]
+    reported: ClassVar[str] = "general"
+    """What results of `teal bench` and `teal info` call it."""
     devices: ClassVar[tuple[str, ...] | None] = None
     """Types of device for which the engine considers this path by itself; None for all that torch has."""
     own_kernels: ClassVar[bool] = False
@@ -191,16 +194,25 @@ def refuse_lengths(reason: str) -> UsageError:
     return UsageError(f"prompts of different lengths cannot be decoded together here: {reason}")
 
 
-def last_of_rows(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which logits of a prefill are wanted where the rows have different lengths.
+@dataclass(frozen=True)
+class LastTokens:
+    """Which logits of a prefill are wanted: those of each row's last token."""
 
-    Args:
-        lengths: tokens of each row.
-        device: of the model.
+    keep: int | Tensor
+    """For `logits_to_keep`: how many from the end, or (n,) int64 positions that hold some row's last token."""
+    own: Tensor | None
+    """(rows,) int64: which of those positions is each row's; None where all rows end together."""
 
-    Returns:
-        (n,) int64 positions that hold some row's last token, for `logits_to_keep`; and (rows,) int64: which of them
-        is each row's.
-    """
-    kept, own = torch.tensor([length - 1 for length in lengths], device=device).unique(return_inverse=True)
-    return kept, own
+    @classmethod
+    def of_rows(cls, lengths: list[int] | None, device: torch.device) -> "LastTokens":
+        """Of prompts with these numbers of tokens; None where all are of one length."""
+        if lengths is None:
+            return cls(1, None)
+        kept, own = torch.tensor([length - 1 for length in lengths], device=device).unique(return_inverse=True)
+        return cls(kept, own)
+
+    def among(self, logits: Tensor) -> Tensor:
+        """(rows, kept, vocabulary) -> (rows, vocabulary)."""
+        if self.own is None:
+            return logits[:, -1]
+        return logits[torch.arange(len(self.own), device=self.own.device), self.own]

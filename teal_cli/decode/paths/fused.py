@@ -4,9 +4,8 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-It works on the modules that `from_pretrained` gave: their weights are read where they lie, in one table for each
-product (`teal_cli.sparse.merged`). What a block computes is data (`teal_cli.decode.blocks`). Nothing synchronises with
-the host, so a token is one CUDA graph.
+The weights of each product lie in one table (`teal_cli.sparse.merged`). What a block computes is data
+(`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
 from typing import Any
@@ -14,31 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import Attention, Product, RMSNorm, block_steps, module_at, program_of, rms_norm
+from teal_cli.decode.blocks import Product, rotary_tables
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.base import Path, last_of_rows
 from teal_cli.decode.paths.fused_session import FusedSession
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import architecture_for, find_projections
-from teal_cli.sparse import SparseLinear, SparsityControl, lay_out_, replace_projections_
+from teal_cli.models.programs import Program
+from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 _ACTIVATIONS = ("silu", "swish")
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
-    config = model.config
-    try:
-        program = architecture_for(model).program
-    except ArtefactError:
-        program = None
-    if program is None:
+    config, program = model.config, known_program(model)
+    if program is None or not _launches(program):
         return f"model type {config.model_type}"
     if device.type != "cuda" and not interpreting():
         return "no GPU"
@@ -51,34 +45,27 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
     for key in (step.activation for step in program.products if step.activation is not None):
         if (activation := getattr(config, key, None)) not in _ACTIVATIONS:
             return f"activation {activation}"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return None if rope in _ROPE_TYPES else f"rope type {rope}"
+    return unsupported_rope(config)
 
 
-class FusedPath(Path):
-    """Launches the tokens of one model.
+def _launches(program: Program) -> bool:
+    """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
+    activated = any(step.epilogue == "activated" for step in program.products)
+    return program.rotary is not None and program.norms == "rms" and not activated
 
-    The projections of a dense model become sparse layers that drop nothing, laid out for the kernels: their weights
-    move, they are not copied.
-    """
+
+class FusedPath(ProgramPath):
+    """Launches the tokens of one model."""
 
     name = "fused"
+    reported = "compact"
     devices = ("cuda",)  # the interpreter runs it on a CPU too, where it is asked for by name
-    own_kernels = True
     sparse_may_lose = False  # each product is read whole where skipping does not pay (`choose_config`)
-    control: SparsityControl
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
-        if control is None:
-            control = replace_projections_(model, [projection.name for projection in find_projections(model)])
-            lay_out_(model)
         super().__init__(model, control)
         self.dtype: torch.dtype = model.dtype
         self.pdl = hopper_or_later(self.device)
-        self.blocks = block_steps(model)
-        program = program_of(model)
-        self.last_norm: RMSNorm = rms_norm(module_at(model, program.norm))
-        self._rotary = module_at(model, program.rotary)
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -88,7 +75,7 @@ class FusedPath(Path):
         reason = unsupported_on(model, parameter.device, parameter.dtype, backend)
         if reason is not None:
             return reason
-        if len({p.device for p in model.parameters()}) > 1 or any(hasattr(m, "_hf_hook") for m in model.modules()):
+        if is_spread(model):
             return "weights on several devices"
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
         if not all(layer.merged.one_table or layer.is_output for layer in layers):
@@ -101,27 +88,11 @@ class FusedPath(Path):
         if not isinstance(output, SparseLinear):
             return None
         output.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
-        return Product("output", [output], "plain") if output.merged.one_table else None
+        return Product("output", (output,), "plain") if output.merged.one_table else None
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""
-        layers = sum(isinstance(step, Attention) for steps in self.blocks for step in steps)
-        return FixedCache(layers, length)
-
-    def prefill(self, input_ids: Tensor, cache: FixedCache, lengths: list[int] | None) -> Tensor:
-        """As `Path.prefill`, by transformers' forward. What follows a prompt cannot change what it is.
-
-        So padding needs no mask: decoding overwrites its positions in the cache, and sees none that it has not.
-        """
-        cache.check_extendable()
-        before = cache.length
-        keep, own = (1, None) if lengths is None else last_of_rows(lengths, self.device)
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        logits: Tensor = output.logits
-        if lengths is None or own is None:
-            return logits[:, -1]
-        cache.shorten([before + length for length in lengths])
-        return logits[torch.arange(len(lengths), device=self.device), own]
+        return FixedCache(self.attentions, length)
 
     def open(self, cache: FixedCache) -> FusedSession:
         """As `Path.open`: at most `MAX_ROWS` rows, and the tuning table may be damaged."""
@@ -133,10 +104,9 @@ class FusedPath(Path):
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error
 
-    @torch.no_grad()
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin of every position: (positions, head size) each."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        index = torch.arange(positions, device=self.device)[None]
-        cos, sin = self._rotary(like, index)
-        return cos[0].contiguous(), sin[0].contiguous()
+        tables = rotary_tables(self.model, positions, self.dtype)
+        if tables is None:
+            raise TypeError("the fused path has kernels for rotary embeddings only")
+        return tables

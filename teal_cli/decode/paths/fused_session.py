@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, BlockStep, Product, RMSNorm
+from teal_cli.decode.blocks import Attention, BlockStep, Product
+from teal_cli.decode.blocks import Norm as NormOfStream
 from teal_cli.decode.cache import FixedCache, FixedLayer
-from teal_cli.decode.paths.base import Session
-from teal_cli.decode.sampling import Sampler
-from teal_cli.errors import ArtefactError
-from teal_cli.sparse import SparsityControl, SparsityCounter
+from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.sparse import SparsityControl
 from teal_kernels.packed_linear import fitting
 from teal_kernels.triton_decode import (
     LOGITS_BLOCK,
@@ -43,7 +42,7 @@ class FusedModel(Protocol):
     dtype: torch.dtype
     pdl: bool
     blocks: list[list[BlockStep]]
-    last_norm: RMSNorm
+    last_norm: NormOfStream
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin of every position: (positions, head size) each."""
@@ -67,7 +66,7 @@ class Launch:
     def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype) -> None:
         self.product = product
         table, parts = product.table, product.parts
-        rules = [layer.rule if enabled else Dense() for layer in product.layers]
+        rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
         values = [rule.threshold for rule in rules]
         self.thresholds = torch.tensor(values, dtype=torch.float32, device=table.device)
         self.kept = torch.zeros(3, dtype=torch.int64, device=table.device)
@@ -110,26 +109,19 @@ class Launch:
         )
 
 
-class FusedSession(Session):
+class FusedSession(ProgramSession):
     """Decoding of one batch of sequences: the buffers between the launches.
 
-    What is chosen at its start (thresholds, dense or sparse, tile configs of the products) stays: open a new one
-    after the plan or the control changed.
+    Tile configs of the products stay, as the plan for which they were chosen.
     """
 
-    own_kernels = True
-    counts_by_layer = False
-
     def __init__(self, path: FusedModel, cache: FixedCache, rows: int) -> None:
-        self.path, self.cache, self.rows = path, cache, rows
+        super().__init__(path.control, cache, rows, path.device)
+        self.path = path
         self.captures = path.device.type == "cuda"
-        self._made_for = path.control.decoding
-        self.enabled = path.control.decodes_sparse
         device, dtype = path.device, path.dtype
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
-        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
-        lengths = cache.row_lengths()
-        self.positions = Positions.at([length - 1 for length in lengths], device)
+        self.positions = Positions.at([length - 1 for length in self.lengths], device)
         self.cos, self.sin = path.rotary(cache.positions)
         embedding = path.model.get_input_embeddings()
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -144,8 +136,6 @@ class FusedSession(Session):
         self.logits = self._buffer("logits", path.model.get_output_embeddings().out_features)
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
         self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
-        self._lengths = lengths
-        self._count: _Count | None = None
 
     def _buffer(self, name: str, columns: int) -> Tensor:
         """(rows, columns) of the model's dtype: the same for the same name in every block."""
@@ -165,7 +155,7 @@ class FusedSession(Session):
             norm: Norm | None = None
             product: Product | None = None
             for step in block:
-                if isinstance(step, RMSNorm):
+                if isinstance(step, NormOfStream):
                     norm = Norm(step.weight, step.eps, squares)
                 elif isinstance(step, Attention):
                     if product is None or not isinstance(x, Tensor):
@@ -228,74 +218,27 @@ class FusedSession(Session):
         output_logits(self.hidden, self._norm, output.weight, output.bias, self.logits, self.best, pdl=pdl)
         return self.logits
 
-    def choose(self, sampler: Sampler, logits: Tensor) -> None:
-        """As `Session.choose`; the greedy choice is a launch of ours."""
-        if sampler.greedy:
-            self.pick()
-        else:
-            super().choose(sampler, logits)
-
     def pick(self) -> None:
         """Make the greedy choice from the last launch's logits the next launch's `token`."""
         pick(self.best, self.token, pdl=self.path.pdl)
 
-    @property
-    def stale(self) -> bool:
-        """As `Session.stale`."""
-        return self._made_for != self.path.control.decoding or self._lengths != self.cache.row_lengths()
+    def _planned(self) -> list[Launch]:
+        output = self.output
+        return [*self.launches, *([output] if output and output.product.sparse_layers[0].is_planned else [])]
 
-    def begin(self) -> None:
-        """Make sure of the positions, and let the counter of the moment count what is launched.
+    def counted(self) -> list[Counted]:
+        """As `ProgramSession.counted`: three numbers a launch."""
+        return [
+            Counted(
+                layer.name,
+                layer.in_features * layer.out_features,
+                layer.in_features,
+                None if launch.config.dense else len(launch.kept) * index + part,
+            )
+            for index, launch in enumerate(self._planned())
+            for part, layer in enumerate(launch.product.sparse_layers)
+        ]
 
-        Raises:
-            ArtefactError: the cache is full.
-        """
-        if self.cache.length >= self.cache.positions:
-            raise ArtefactError(f"the KV cache is full: it was made for {self.cache.positions} positions")
-        counter = self.path.control.counter
-        if self._count is not None and counter is not self._count.counter:
-            self._count.stop()
-            self._count = None
-        if self.enabled and counter is not None and self._count is None:
-            self._count = _Count(self, counter)
-            counter.add_source(self._count.tally)
-        if self._count is not None:
-            self._count.steps += 1
-
-    def end(self) -> None:
-        """Every row has one more position in the cache."""
-        self.cache.advance()
-        self._lengths = self.cache.row_lengths()
-
-
-class _Count:
-    """What one counter sees of a session: the steps since it came."""
-
-    def __init__(self, session: FusedSession, counter: SparsityCounter) -> None:
-        self.counter = counter
-        self.steps = 0
-        self._rows = session.rows
-        self._launches = list(session.launches)
-        if session.output is not None and session.output.product.layers[0].is_planned:
-            self._launches.append(session.output)
-        self._before = self._kept()
-        self._after: Tensor | None = None
-
-    def _kept(self) -> Tensor:
-        """(launches, 3) int64 on the device: inputs kept so far."""
-        return torch.stack([launch.kept for launch in self._launches])
-
-    def stop(self) -> None:
-        """Steps from now on are not this counter's."""
-        self._after = self._kept()
-
-    def tally(self) -> dict[str, tuple[int, int, int]]:
-        """Projection -> its parameters, inputs seen and inputs dropped."""
-        tallies = {}
-        kept = ((self._kept() if self._after is None else self._after) - self._before).tolist()
-        for launch, counts in zip(self._launches, kept, strict=True):
-            for layer, count in zip(launch.product.layers, counts, strict=False):
-                seen = self.steps * self._rows * layer.in_features
-                dropped = 0 if launch.config.dense else seen - count
-                tallies[layer.name] = (layer.in_features * layer.out_features, seen, dropped)
-        return tallies
+    def kept(self) -> Tensor:
+        """As `ProgramSession.kept`, on the device."""
+        return torch.cat([launch.kept for launch in self._planned()])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from teal_cli.decode.paths.base import Path, Session, last_of_rows, refuse_lengths
+from teal_cli.decode.paths.base import LastTokens, Path, Session, refuse_lengths
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import kind_for
@@ -89,17 +89,17 @@ class GeneralPath(Path):
             raise refuse_lengths("rows of different lengths cannot be given another prompt, use a new cache")
         if self._states is not None:
             self._states.forget(input_ids.shape[0])
-        keep, own = (1, None) if lengths is None else last_of_rows(lengths, self.device)
-        logits, before = self._forward(input_ids, cache, keep), cache.length
+        last, before = LastTokens.of_rows(lengths, self.device), cache.length
+        logits = last.among(self._forward(input_ids, cache, last.keep))
         cache.rows, cache.length = input_ids.shape[0], before + input_ids.shape[1]
-        if lengths is None or own is None:
-            return logits[:, -1]
+        if lengths is None:
+            return logits
         mask = torch.ones(cache.rows, cache.positions, dtype=torch.int64, device=self.device)
         for row, length in enumerate(lengths):
             mask[row, before + length : cache.length] = 0
         ends = torch.tensor([[before + length - 1] for length in lengths], device=self.device)
         cache.ragged = Ragged(mask, ends)
-        return logits[torch.arange(cache.rows, device=self.device), own]
+        return logits
 
     def equal_lengths_because(self, cache: GeneralCache) -> str | None:
         """Why rows of different lengths cannot be decoded together; None where they can."""

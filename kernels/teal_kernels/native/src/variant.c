@@ -14,7 +14,11 @@ static void embed(const teal_session *s, thread_memory *m) {
         float *hidden = m->hidden + (int64_t)r * p->hidden;
         const teal_weight *e = p->embedding;
         const uint8_t *row = (const uint8_t *)e->data + s->tokens[r] * e->row_bytes;
-        for (int32_t i = 0; i < p->hidden; i++) hidden[i] = one_weight(e->dtype, row, i) * p->embedding_scale;
+        if (e->layout == TEAL_INPUT_MAJOR) /* tied to an output layer that skips inputs */
+            for (int32_t i = 0; i < p->hidden; i++)
+                hidden[i] = one_weight(e->dtype, (const uint8_t *)e->data + i * e->row_bytes, s->tokens[r]) * p->embedding_scale;
+        else
+            for (int32_t i = 0; i < p->hidden; i++) hidden[i] = one_weight(e->dtype, row, i) * p->embedding_scale;
         if (!p->position_embedding) continue;
         e = p->position_embedding;
         row = (const uint8_t *)e->data + (s->positions[r] + p->position_offset) * e->row_bytes;

@@ -1,0 +1,81 @@
+"""The native decode path: on the CPU a token of a model with a block program is one call of a compiled library.
+
+The library (`teal_kernels.native`) reads weights and norms where they lie in the model. What a block computes is data
+(`teal_cli.decode.blocks`).
+"""
+
+from typing import Any
+
+import torch
+
+from teal_cli.decode.blocks import module_at
+from teal_cli.decode.native_cache import NativeCache
+from teal_cli.decode.paths.native_program import unknown_activation
+from teal_cli.decode.paths.native_session import NativeSession
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.errors import MachineError
+from teal_cli.models.programs import Program
+from teal_cli.sparse import SparsityControl
+from teal_kernels import BackendUnavailableError
+from teal_kernels.native.library import unavailable_reason
+from teal_kernels.native.structures import DTYPES
+
+
+def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | None:
+    """Why a model cannot take the native path on a CPU, wherever it is now; None where it can.
+
+    Raises:
+        MachineError: a variant of the library was asked for that cannot run here.
+    """
+    config, program = model.config, known_program(model)
+    if program is None:
+        return f"model type {config.model_type}"
+    if backend not in ("auto", "cpu"):
+        return f"backend {backend}"
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')}"
+    activation = unknown_activation(config, program)
+    reason = unsupported_rope(config) if activation is None else f"activation {activation}"
+    reason = reason or _departure(model, program)
+    if reason is not None:
+        return reason
+    try:
+        missing = unavailable_reason()
+    except BackendUnavailableError as error:
+        raise MachineError(str(error)) from error
+    return None if missing is None else f"several times slower: {missing}"
+
+
+def _departure(model: Any, program: Program) -> str | None:
+    """What a model of a type with a program has that the program does not say; None for nothing. OPT's smallest has."""
+    embedding = model.get_input_embeddings()
+    if embedding is None or embedding.weight.shape[1] != model.config.hidden_size:
+        return "embeddings of another width than the hidden states"
+    parent, _, name = program.norm.rpartition(".")
+    return "no norm in front of the output layer" if getattr(module_at(model, parent), name, None) is None else None
+
+
+class NativePath(ProgramPath):
+    """Decodes the tokens of one model by calls of the native library."""
+
+    name = "native"
+    reported = "native"
+    devices = ("cpu",)
+
+    @classmethod
+    def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
+        """As `Path.unsupported`."""
+        if is_spread(model):
+            return "weights on several devices"
+        parameter = next(model.parameters())
+        if parameter.device.type != "cpu":
+            return f"weights on {parameter.device.type}"
+        return unsupported_on_cpu(model, parameter.dtype, "auto" if control is None else control.backend)
+
+    def new_cache(self, length: int) -> NativeCache:
+        """An empty cache."""
+        return NativeCache(self.attentions, length)
+
+    def open(self, cache: NativeCache) -> NativeSession:
+        """As `Path.open`, of any number of rows."""
+        return NativeSession(self, cache)

@@ -1,0 +1,220 @@
+"""A model's block program as the native library takes it: structures that point into the model's own tensors."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, joined_bias, module_at, program_of
+from teal_cli.decode.paths.program_session import Counted
+from teal_cli.models.programs import Program
+from teal_cli.models.trained_sparse import zeroing_activation
+from teal_cli.sparse import SparseLinear
+from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_kernels import KEEP_ALL
+from teal_kernels.native import structures as native
+from teal_kernels.packing import Packed
+
+_ACTIVATIONS = {
+    "silu": native.Activation.SILU,
+    "swish": native.Activation.SILU,
+    "gelu": native.Activation.GELU,
+    "gelu_new": native.Activation.GELU_TANH,
+    "gelu_fast": native.Activation.GELU_TANH,
+    "gelu_pytorch_tanh": native.Activation.GELU_TANH,
+    "relu": native.Activation.RELU,
+    "relu2": native.Activation.RELU2,
+    "fatrelu": native.Activation.FATRELU,
+    "drelu": native.Activation.DRELU,
+}
+_EPILOGUES = {
+    "plain": native.Epilogue.PLAIN,
+    "gated": native.Epilogue.GATED,
+    "activated": native.Epilogue.ACTIVATED,
+    "residual": native.Epilogue.RESIDUAL,
+}
+
+
+def unknown_activation(config: Any, program: Program) -> str | None:
+    """An activation of a program that the library does not have; None where it has all."""
+    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
+    return next((str(name) for name in names if name not in _ACTIVATIONS), None)
+
+
+class NativeProgram:
+    """What the library computes for a token of a model, under the plan that the model has now.
+
+    Args:
+        model: on the CPU. Its weights are laid out for their rules.
+        blocks: its steps.
+        last_norm: in front of its output layer.
+        sparse: False drops nothing.
+    """
+
+    def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
+        self._sparse = sparse
+        self.counted: list[Counted] = []
+        """Projections that are planned."""
+        self.counters = 0
+        """Numbers of kept inputs that the library writes."""
+        self._steps: list[native.Norm | native.Product | tuple[Attention, int]] = []
+        outputs = 0
+        for step in (step for block in blocks for step in block):
+            if isinstance(step, Norm):
+                self._steps.append(_norm(step))
+            elif isinstance(step, Attention):
+                self._steps.append((step, outputs))
+            else:
+                self._steps.append(self._product(step))
+                outputs = step.outputs
+        self._norm = _norm(last_norm)
+        self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
+        self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
+        self._positions, self._offset = _learned_positions(model)
+
+    def on(self, caches: Sequence[tuple[Tensor, Tensor]], rotary: tuple[Tensor, Tensor] | None) -> native.Program:
+        """The program of the rows of a cache.
+
+        Args:
+            caches: keys and values of each attention, as `NativeLayer` has them.
+            rotary: cosines and sines of every position, (positions, rotated size) float32 each; None for none.
+        """
+        of_attentions = iter(caches)
+        steps = [
+            _attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step for step in self._steps
+        ]
+        return native.program_of(
+            steps,
+            embedding=self._embedding,
+            output=self._output,
+            norm=self._norm,
+            position_embedding=self._positions,
+            position_offset=self._offset,
+            counters=self.counters,
+        )
+
+    def _product(self, product: Product) -> native.Product:
+        activation, threshold = _activation(product)
+        gate_first = product.gate_first
+        if gate_first is not None and self._sparse:
+            epilogue, parts = native.Epilogue.GATE_FIRST, self._gate_first(gate_first)
+        else:
+            epilogue = _EPILOGUES[product.epilogue]
+            parts = [self._part(layers) for layers in self._together(product)]
+        return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold)
+
+    def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
+        """Layers that can be read as one: side by side in one table, and alike in what they skip."""
+        layers = product.layers
+        for layer in layers:
+            if isinstance(layer, SparseLinear):
+                layer.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
+        alone: list[tuple[nn.Linear, ...]] = [(layer,) for layer in layers]
+        first = layers[0]
+        if product.epilogue != "plain" or len(layers) == 1 or not isinstance(first, SparseLinear):
+            return alone
+        merged, rules = first.merged, {_rule(layer, self._sparse) for layer in layers}
+        in_order = [id(part) for part in merged.layers] == [id(layer) for layer in layers]
+        one = len(rules) == 1 and in_order and merged.one_table and _is_gapless(merged.table)
+        return [layers] if one else alone
+
+    def _part(self, layers: tuple[nn.Linear, ...]) -> native.Weight:
+        rule, counter = _rule(layers[0], self._sparse), None
+        if not isinstance(rule, Dense):
+            counter, self.counters = self.counters, self.counters + 1
+        for layer in layers:
+            if isinstance(layer, SparseLinear) and layer.is_planned:
+                size = layer.in_features * layer.out_features
+                self.counted.append(Counted(layer.name, size, layer.in_features, counter))
+        share = rule.expected_sparsity
+        return native.weight_of(
+            _weights(layers),
+            bias=joined_bias(layers),
+            threshold=rule.threshold,
+            expected=ASSUMED_ZEROS if share is None else share,
+            counter=-1 if counter is None else counter,
+        )
+
+    def _gate_first(self, mlp: GateFirstMLP) -> list[native.Weight]:
+        """Gate and up, of which the neurons that are dead count as dropped: outputs, not inputs."""
+        parts, counter = [], self.counters
+        self.counters += 1
+        for layer, name, of_layer in zip(mlp.layers[:2], mlp.names[:2], (None, counter), strict=True):
+            size = layer.in_features * layer.out_features
+            self.counted.append(Counted(f"{mlp.path}.{name}", size, layer.out_features, of_layer))
+            parts.append(
+                native.weight_of(
+                    layer.weight.detach(),
+                    bias=joined_bias((layer,)),
+                    threshold=KEEP_ALL,
+                    expected=0.0 if of_layer is None else ASSUMED_ZEROS,
+                    counter=-1 if of_layer is None else of_layer,
+                )
+            )
+        return parts
+
+
+def _rule(layer: nn.Linear, sparse: bool) -> Any:
+    return layer.rule if sparse and isinstance(layer, SparseLinear) else Dense()
+
+
+def _is_gapless(table: Tensor | Packed) -> bool:
+    """Whether the outputs of a table lie side by side: codes begin a word in each projection."""
+    return isinstance(table, Tensor) or all(part * table.bits % 32 == 0 for part in table.parts[:-1])
+
+
+def _weights(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
+    """(outputs of all layers, inputs), or codes."""
+    first = layers[0]
+    if not isinstance(first, SparseLinear):
+        return first.weight.detach()
+    table = first.merged.table if len(layers) > 1 else first.packed
+    if isinstance(table, Packed):
+        return replace(table, parts=(sum(table.parts),))
+    # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
+    return first.weight.detach() if table is None else table.t()
+
+
+def _activation(product: Product) -> tuple[native.Activation, float]:
+    """How a gated or activated product does it, and the threshold of that."""
+    if product.activation is None:
+        return native.Activation.SILU, 0.0
+    zeroing = product.gate_first.activation if product.gate_first else None
+    if zeroing is None and product.owner is not None:
+        zeroing = zeroing_activation(product.owner)
+    if zeroing is not None:
+        return _ACTIVATIONS[zeroing.kind], zeroing.threshold
+    return _ACTIVATIONS[product.activation], 0.0
+
+
+def _norm(norm: Norm) -> native.Norm:
+    kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
+    return native.norm_of(norm.weight, norm.eps, bias=norm.bias, kind=kind)
+
+
+def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
+    """The embedding of positions, and the row of the first one, which in OPT is not 0."""
+    path = program_of(model).positions
+    if path is None:
+        return None, 0
+    module = module_at(model, path)
+    return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
+
+
+def _attention(
+    step: Attention, outputs: int, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor] | None
+) -> native.Attention:
+    """Attention over one layer of the cache; `outputs` are those of the product before it."""
+    kv_heads, dim = values.shape[1], values.shape[3]
+    return native.attention_of(
+        keys,
+        values,
+        heads=outputs // dim - 2 * kv_heads,
+        scale=step.scale,
+        rotary=rotary,
+        head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
+        eps=step.eps,
+        window=step.window,
+    )

@@ -1,0 +1,95 @@
+"""A session of the native path: a step is a call of the library for every eight rows."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from teal_cli.decode.blocks import BlockStep, Norm, rotary_tables
+from teal_cli.decode.native_cache import NativeCache
+from teal_cli.decode.paths.native_program import NativeProgram
+from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.errors import ArtefactError
+from teal_cli.sparse import SparsityControl
+from teal_kernels.native.library import Session, default_threads, shared_pool
+from teal_kernels.native.structures import MAX_ROWS
+
+
+class NativeModel(Protocol):
+    """What a session needs of the native path (which imports this module)."""
+
+    model: Any
+    control: SparsityControl
+    device: torch.device
+    blocks: list[list[BlockStep]]
+    last_norm: Norm
+
+
+class NativeSession(ProgramSession):
+    """Decoding of one batch of sequences, of any size: the library takes up to `MAX_ROWS` rows at a time.
+
+    It holds the weights as they lie. Before a plan moves them it lets go of them (`SparsityControl.prepared`), so that
+    they are not held twice; it is stale then.
+
+    Raises:
+        ArtefactError: a shape that the library refuses.
+    """
+
+    captures = False
+
+    def __init__(self, path: NativeModel, cache: NativeCache) -> None:
+        rows = int(cache.layers[0].values.shape[0])
+        super().__init__(path.control, cache, rows, path.device)
+        program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled)
+        self._counted, self._counters = program.counted, program.counters
+        self.positions = torch.tensor(self.lengths)
+        """(rows,) int64: where the next token of each row stands."""
+        self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
+        self.best = torch.empty(rows, dtype=torch.int64)
+        rotary = rotary_tables(path.model, cache.layers[0].values.shape[2], torch.float32)
+        pool = shared_pool(default_threads())
+        self._sessions = []
+        for start in range(0, rows, MAX_ROWS):
+            some = slice(start, min(start + MAX_ROWS, rows))
+            caches = [(layer.keys[some], layer.values[some]) for layer in cache.layers]
+            try:
+                session = Session(program.on(caches, rotary), pool, some.stop - start)
+            except ValueError as error:
+                raise ArtefactError(f"the native library cannot decode this model: {error}") from error
+            buffers = self.token[some], self.positions[some], self.logits[some], self.best[some]
+            self._sessions.append((session, buffers))
+        self._kept_at_the_end: Tensor | None = None
+        path.control.prepared.add(self)
+
+    @torch.no_grad()
+    def launch(self) -> Tensor:
+        """As `Session.launch`; float32 logits."""
+        for session, buffers in self._sessions:
+            session.step(*buffers)
+        return self.logits
+
+    def pick(self) -> None:
+        """As `ProgramSession.pick`."""
+        self.token.copy_(self.best)
+
+    def end(self) -> None:
+        """As `ProgramSession.end`."""
+        super().end()
+        self.positions += 1
+
+    def counted(self) -> list[Counted]:
+        """As `ProgramSession.counted`."""
+        return self._counted
+
+    def kept(self) -> Tensor:
+        """As `ProgramSession.kept`."""
+        if self._kept_at_the_end is not None:
+            return self._kept_at_the_end
+        return torch.stack([session.kept() for session, _ in self._sessions]).sum(0)
+
+    def let_go(self) -> None:
+        """Give back all that points to weights; nothing can be launched after it."""
+        self._kept_at_the_end = self.kept()
+        for session, _ in self._sessions:
+            session.close()
+        self._sessions.clear()

@@ -1,0 +1,76 @@
+"""What the paths share that execute block programs (`teal_cli.decode.blocks`): the fused and the native one.
+
+They work on the modules that `from_pretrained` gave: weights are read where they lie. The prefill is transformers'
+forward, which fills their cache.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from teal_cli.decode.blocks import Attention, block_steps, last_norm
+from teal_cli.decode.cache import FixedCache
+from teal_cli.decode.paths.base import LastTokens, Path
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.programs import Program
+from teal_cli.sparse import SparsityControl, lay_out_, replace_projections_
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
+
+
+def known_program(model: Any) -> Program | None:
+    """The program of a model's architecture; None where it has none, or no row."""
+    try:
+        return architecture_for(model).program
+    except ArtefactError:
+        return None
+
+
+def unsupported_rope(config: Any) -> str | None:
+    """Why a model's rotary embedding cannot be a table of positions; None where it can."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return None if rope in _ROPE_TYPES else f"rope type {rope}"
+
+
+def is_spread(model: Any) -> bool:
+    """Whether weights lie on several devices, or come and go."""
+    several = len({parameter.device for parameter in model.parameters()}) > 1
+    return several or any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+class ProgramPath(Path):
+    """A path whose steps are those of a block program.
+
+    The projections of a dense model become sparse layers that drop nothing, laid out for skipping inputs: their
+    weights move, they are not copied.
+    """
+
+    own_kernels = True
+    control: SparsityControl
+
+    def __init__(self, model: Any, control: SparsityControl | None) -> None:
+        if control is None:
+            control = replace_projections_(model, [projection.name for projection in find_projections(model)])
+            lay_out_(model)
+        super().__init__(model, control)
+        self.blocks = block_steps(model)
+        self.last_norm = last_norm(model)
+
+    @property
+    def attentions(self) -> int:
+        """Attention steps of all blocks: each has a layer of the cache."""
+        return sum(isinstance(step, Attention) for steps in self.blocks for step in steps)
+
+    def prefill(self, input_ids: Tensor, cache: FixedCache, lengths: list[int] | None) -> Tensor:
+        """As `Path.prefill`, by transformers' forward. What follows a prompt cannot change what it is.
+
+        So padding needs no mask: decoding overwrites its positions in the cache, and sees none that it has not.
+        """
+        cache.check_extendable()
+        before, last = cache.length, LastTokens.of_rows(lengths, self.device)
+        with self.control.dense():  # the engine has no control of a dense model
+            output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=last.keep)
+        if lengths is not None:
+            cache.shorten([before + length for length in lengths])
+        return last.among(output.logits)

@@ -1,0 +1,125 @@
+"""Tiny models for the native path, and what it must give: transformers' forward in float64, with inputs dropped."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES as ALL_FAMILIES
+from conftest import TINY_CONFIGS
+from fused_pair import THRESHOLDS, error_of, random_tokens
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Dense, Rule, Threshold
+from teal_cli.decode.cache import FixedCache, FixedLayer
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths import native_session
+from teal_cli.models.architectures import find_projections
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.schemes import Scheme
+from teal_cli.sparse import control_of, sparsify_
+from teal_kernels.native.library import unavailable_reason
+
+LIMIT = {torch.float32: 1e-5, torch.float16: 3e-4, torch.bfloat16: 1e-3}
+"""Relative. float32 sums of tiny models give 1e-6. A key or value that lies between two numbers of 16 bits may become
+either by rounding: at most 1e-4 was seen."""
+NO_LIBRARY = unavailable_reason()
+FAMILIES = [*TINY_CONFIGS, "qwen2-window", "gpt2", "opt"]
+
+
+def use_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Of the native library."""
+    monkeypatch.setattr(native_session, "default_threads", lambda: threads)
+
+
+def tiny(family: str, **more: object) -> Any:
+    """Of FAMILIES, and of conftest's. The weights of biases and norms are random too; `more`: of the configuration."""
+    changes: dict[str, object] = {}
+    if family == "qwen2-window":  # layers with and without a window, shorter than the prompts
+        family, changes = "qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    elif family == "opt":
+        changes = {"word_embed_proj_dim": 64}  # conftest's has another width
+    shape = {**ALL_FAMILIES[family], **changes, **more}
+    model_type = shape.pop("model_type")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def plan_for(model: Any, kind: str) -> SparsityPlan:
+    """`alike`: one threshold a site. `apart`: one for each projection, and some are dense. `output`: its layer too."""
+    rules: dict[str, Rule] = {}
+    for index, projection in enumerate(find_projections(model, output_layer=kind == "output")):
+        threshold = THRESHOLDS.get(projection.site.rpartition(".")[2], 0.4)
+        rules[projection.name] = Threshold(threshold, 0.5)
+        if kind == "apart":
+            rules[projection.name] = Dense() if index % 4 == 1 else Threshold(threshold * (0.6 + 0.1 * index), 0.4)
+    return SparsityPlan("uniform", 0.5, rules)
+
+
+def sparse(model: Any, plan: str = "alike", scheme: str | None = None, *, output: bool = False) -> Any:
+    """The model with a plan, and with quantised weights where a scheme is given; `output`: its output layer too."""
+    packs = {} if scheme is None else quantise_(model, Scheme.parse(scheme), output_layer=output)
+    sparsify_(model, plan_for(model, plan))
+    pack_(model, packs)
+    return model
+
+
+class _Rounded(FixedLayer):
+    """A cache in float64 of states that were rounded as the model's own cache rounds them."""
+
+    rounded_to = torch.float32
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(*(states.to(self.rounded_to).double() for states in (key_states, value_states)))
+
+
+class Exact:
+    """A copy of a sparse model in float64, which takes a step from what a cache of the native path holds."""
+
+    def __init__(self, model: Any) -> None:
+        self.dtype: torch.dtype = model.dtype
+        self.model = copy.deepcopy(model).double()
+        self.control = control_of(self.model)
+        self.control.backend = "reference"
+
+    def step(self, token: Tensor, cache: FixedCache) -> Tensor:
+        """(rows, 1) int64 -> (rows, vocabulary) float64; the cache stays as it is."""
+        logits = []
+        for row, length in enumerate(cache.row_lengths()):
+            known = FixedCache(len(cache.layers), length + 1, _Rounded)
+            for layer, own in zip(cache.layers, known.layers, strict=True):
+                own.rounded_to = self.dtype  # type: ignore[attr-defined]
+                keys = layer.keys[row : row + 1].transpose(-1, -2).flatten(2, 3)
+                own.update(*(states[:, :, :length].double() for states in (keys, layer.values[row : row + 1])))
+            output = self.model(input_ids=token[row : row + 1], past_key_values=known, use_cache=True)
+            logits.append(output.logits[:, -1])
+        return torch.cat(logits)
+
+
+def check_steps(model: Any, lengths: list[int], steps: int = 3) -> None:
+    """Logits of steps after prompts, and the inputs that they dropped, against the exact model's."""
+    engine, exact = Engine(model, path="native"), Exact(model)
+    cache = engine.new_cache(max(lengths) + steps)
+    engine.prefill(random_tokens(len(lengths), max(lengths)), cache, torch.tensor(lengths))
+    tokens = random_tokens(len(lengths), steps, seed=1)
+    with control_of(model).counting() as counter, exact.control.counting() as expected_counter:
+        for step in range(steps):
+            token = tokens[:, step : step + 1]
+            expected = exact.step(token, cache)
+            got = engine.step(token, cache)
+            assert got.dtype == torch.float32
+            for row in range(len(lengths)):
+                assert (error := error_of(got[row], expected[row])) < LIMIT[exact.dtype], (step, row, error)
+    assert counter.by_projection() == expected_counter.by_projection()
+    assert counter.model_wide() == expected_counter.model_wide()
