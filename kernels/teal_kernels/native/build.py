@@ -33,7 +33,7 @@ _FLAGS = [
 ]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # What src/dispatch.c asks a processor for, and no more: a compiler may use all that it is allowed.
-_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
 _VARIANTS: dict[str, dict[str, list[str]]] = {
     "x86_64": {"avx512": _AVX512, "avx2": _AVX2, "baseline": []},
     "aarch64": {"neon": []},

@@ -10,18 +10,20 @@
 
 static int has_bits(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
-/* Whether processor and operating system have AVX2 with FMA and half floats (wide = 0), or AVX-512 (wide = 1). */
+/* Whether processor and operating system have AVX2 with FMA and half floats (wide = 0), or AVX-512 with VNNI too, as
+ * Cascade Lake, Ice Lake and Zen 4 have (wide = 1). */
 static int has_vectors(int wide) {
     unsigned a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !has_bits(c, 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29)) return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if (!has_bits(low, wide ? 0xe6 : 6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (wide && !has_bits(c, 1u << 11)) return 0;
     return has_bits(b, 1u << 5 | (wide ? 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31 : 0));
 }
 static int has_avx512(void) { return has_vectors(1); }
 static int has_avx2(void) { return has_vectors(0); }
 #endif
-static int always(void) { return 1; }
+__attribute__((unused)) static int always(void) { return 1; }
 
 static const struct {
     variant variant;
@@ -75,7 +77,7 @@ const char *bad_weight(const teal_weight *w) {
 EXPORTED int32_t teal_linear(teal_pool *pool, const char *name, const teal_weight *weight, int32_t rows,
                              const float *x, float *y) {
     const variant *chosen = find_variant(name);
-    if (!chosen || bad_weight(weight) || rows < 1 || rows > TEAL_MAX_ROWS) return 1;
+    if (!pool || !chosen || bad_weight(weight) || rows < 1 || rows > TEAL_MAX_ROWS) return 1;
     const int32_t threads = pool_threads(pool), padded = padded_rows(rows);
     range *ranges = calloc((size_t)threads, sizeof *ranges);
     thread_memory *memory = calloc((size_t)threads, sizeof *memory);

@@ -140,6 +140,28 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
     }
 }
 
+/* Parts [i, end) that read one list and lie side by side in one table, as one weight: pieces of rows are longer then.
+ * Returns `end`. */
+static int32_t side_by_side(const teal_product *p, int32_t i, int32_t padded, teal_weight *whole) {
+    int32_t end = i + 1;
+    *whole = p->parts[i];
+    for (; end < summed_parts(p) && same_list(&p->parts[end - 1], &p->parts[end], padded); end++) {
+        const teal_weight *w = &p->parts[end];
+        const int64_t before = whole->outputs, scale_bytes = w->scale_dtype == TEAL_F16 ? 2 : 4;
+        if (w->dtype != whole->dtype || w->row_bytes != whole->row_bytes || before % 2 ||
+            (const uint8_t *)w->data != (const uint8_t *)whole->data + bytes_of(w->dtype, before))
+            break;
+        if (w->dtype >= TEAL_INT8 &&
+            (w->group != whole->group || w->scale_dtype != whole->scale_dtype || w->scale_stride != whole->scale_stride ||
+             (const uint8_t *)w->scales != (const uint8_t *)whole->scales + before * scale_bytes ||
+             !w->zeros != !whole->zeros ||
+             (w->zeros && (w->zero_stride != whole->zero_stride || w->zeros != whole->zeros + before))))
+            break;
+        whole->outputs += w->outputs;
+    }
+    return end;
+}
+
 /* Where this thread's part of a list begins; of codes between two groups, so that scales are read once. */
 static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thread, int32_t threads) {
     int32_t at = (int32_t)((int64_t)list->count * thread / threads);
@@ -152,7 +174,7 @@ static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thr
 static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
     const int32_t size = which_rows(s->padded_rows), stride = outputs_of(p);
     float *y = m->sums;
-    for (int32_t i = 0; i < summed_parts(p); i++) {
+    for (int32_t i = 0, end; i < summed_parts(p); i = end) {
         const teal_weight *w = &p->parts[i];
         int64_t *kept = counter(w, m, thread == 0);
         if (w->layout == TEAL_ROW_MAJOR) {
@@ -160,17 +182,25 @@ static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, cons
             dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], m->normed, w->inputs, 0,
                                           w->inputs, y + own->first[i], stride);
             if (kept) *kept += (int64_t)s->rows * w->inputs;
-        } else {
-            int again = i > 0 && same_list(w - 1, w, s->padded_rows);
-            if (!again) make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
-            else if (kept) *kept += m->list.count;
-            int32_t from = cut_list(w, &m->list, thread, s->threads), to = cut_list(w, &m->list, thread + 1, s->threads);
-            for (int32_t at = 0; at < w->outputs; at += SUMS_TILE) {
-                int32_t n = w->outputs - at < SUMS_TILE ? w->outputs - at : SUMS_TILE;
-                multiplications[w->dtype][size](w, &m->list, from, to, at, n, y + at, stride, m->group);
-            }
+            y += w->outputs;
+            end = i + 1;
+            continue;
         }
-        y += w->outputs;
+        teal_weight whole;
+        end = side_by_side(p, i, s->padded_rows, &whole);
+        int again = i > 0 && same_list(w - 1, w, s->padded_rows);
+        if (!again) make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
+        else if (kept) *kept += m->list.count;
+        for (int32_t k = i + 1; k < end; k++) {
+            kept = counter(&p->parts[k], m, thread == 0);
+            if (kept) *kept += m->list.count;
+        }
+        int32_t from = cut_list(w, &m->list, thread, s->threads), to = cut_list(w, &m->list, thread + 1, s->threads);
+        for (int32_t at = 0; at < whole.outputs; at += SUMS_TILE) {
+            int32_t n = whole.outputs - at < SUMS_TILE ? whole.outputs - at : SUMS_TILE;
+            multiplications[w->dtype][size](&whole, &m->list, from, to, at, n, y + at, stride, m->group);
+        }
+        y += whole.outputs;
     }
 }
 
