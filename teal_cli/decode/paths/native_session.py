@@ -86,8 +86,8 @@ class NativeSession(ProgramSession):
 
     def end(self) -> None:
         """As `ProgramSession.end`."""
-        super().end()
         self.positions += 1
+        super().end()
 
     def counted(self) -> list[Counted]:
         """As `ProgramSession.counted`."""
