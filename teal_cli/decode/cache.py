@@ -127,8 +127,9 @@ class FixedCache(Cache):
 
     def advance(self) -> None:
         """One more position of every row was written by a kernel."""
-        for layer in self.layers:
-            layer.length += 1
+        after = self.length + 1
+        for layer in reversed(self.layers):  # the first, which is asked, comes last: an interrupt may fall between them
+            layer.length = after
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""

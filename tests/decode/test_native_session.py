@@ -10,7 +10,7 @@ import torch
 from conftest import build_model, export_tiny, save_tiny
 from fused_pair import error_of, half_plan, random_tokens
 from intrinsic_models import KINDS, save_kind
-from native_models import NO_LIBRARY, Exact, check_steps, plan_for, sparse, tiny, use_threads
+from native_models import LIMIT, NO_LIBRARY, Exact, check_steps, plan_for, sparse, tiny, use_threads
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from teal_cli.cli import run
@@ -158,6 +158,68 @@ def test_what_makes_a_session_stale(change: str) -> None:
         assert engine.open(cache) is not session
     expected = exact.step(random_tokens(1, 1, 2), cache)
     assert error_of(engine.step(random_tokens(1, 1, 2), cache), expected) < 1e-5
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        *((family, None) for family in ("llama", "qwen2", "qwen3", "gpt2", "bamboo")),
+        ("llama", "int8"),
+        ("qwen2", "int8"),
+    ],
+)
+def test_weights_that_are_loaded_between_tokens(family: str, dtype: torch.dtype, scheme: str | None) -> None:
+    """Norms, biases and scales too, of which the library may read copies."""
+    model = sparse(tiny(family).to(dtype), scheme=scheme)
+    engine = Engine(model)
+    cache = _after_a_step(engine)
+    generator = torch.Generator().manual_seed(1)
+    loaded = {}
+    for name, table in model.state_dict().items():
+        loaded[name] = table
+        if table.is_floating_point() and not name.endswith("zeros"):
+            loaded[name] = table * (0.8 + 0.4 * torch.rand(table.shape, generator=generator)).to(table.dtype)
+    model.load_state_dict(loaded)
+    expected = Exact(model).step(random_tokens(1, 1, 1), cache)
+    assert error_of(engine.step(random_tokens(1, 1, 1), cache), expected) < LIMIT[dtype]
+    assert not engine.open(cache).stale
+
+
+def _after_a_step(engine: Engine) -> Any:
+    """A cache of 40 positions, on which a session is open."""
+    cache = engine.new_cache(40)
+    engine.prefill(random_tokens(1, 20), cache)
+    engine.step(random_tokens(1, 1), cache)
+    return cache
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "scheme", "name"),
+    [
+        ("llama", None, "model.layers.1.post_attention_layernorm.weight"),
+        ("llama", None, "model.norm.weight"),
+        ("llama", None, "model.rotary_emb.inv_freq"),
+        ("qwen2", None, "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3", None, "model.layers.1.self_attn.k_norm.weight"),
+        ("llama", "int8", "model.layers.0.mlp.down_proj.scales"),
+        ("llama", "int4:32", "model.layers.1.self_attn.q_proj.zeros"),
+        ("gpt2", None, "transformer.h.0.mlp.c_fc.bias"),
+        ("gpt2", None, "transformer.ln_f.bias"),
+    ],
+)
+def test_a_small_tensor_that_is_written_between_tokens(family: str, scheme: str | None, name: str) -> None:
+    model = sparse(tiny(family).to(torch.bfloat16), scheme=scheme)
+    engine = Engine(model)
+    cache = _after_a_step(engine)
+    path, _, last = name.rpartition(".")
+    getattr(model.get_submodule(path), last).mul_(4)
+    expected = Exact(model).step(random_tokens(1, 1, 1), cache)
+    assert error_of(engine.step(random_tokens(1, 1, 1), cache), expected) < LIMIT[torch.bfloat16]
 
 
 @needs_library

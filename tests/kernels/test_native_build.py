@@ -51,10 +51,30 @@ def test_what_is_built_is_not_built_again(sources: Path, tmp_path: Path) -> None
     assert build.build(out=out, sources=sources, extra=["-DOTHER"]) == (library, True)
     library.unlink()
     assert build.build(out=out, sources=sources, extra=["-DOTHER"]) == (library, True)
-    record = library.with_name(f"{library.name}.json")
+    record = build.record_of(library)
     assert set(json.loads(record.read_text())["variants"]) == set(build.target_of(None).variants)
     record.write_text("{")
     assert build.build(out=out, sources=sources, extra=["-DOTHER"]) == (library, True)
+    library.write_bytes(library.read_bytes()[:1000])
+    assert build.build(out=out, sources=sources, extra=["-DOTHER"]) == (library, True)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("record", [None, "{", "[]", "{}"])
+def test_a_record_knows_its_library(record: str | None, sources: Path, tmp_path: Path) -> None:
+    library, _ = build.build(out=tmp_path / "lib", sources=sources)
+    assert build.is_as_built(library)
+    whole = library.read_bytes()
+    for other in (whole[: len(whole) // 2], whole + b"\0", b""):
+        library.write_bytes(other)
+        assert not build.is_as_built(library)
+    library.write_bytes(whole)
+    assert build.is_as_built(library)
+    if record is None:
+        build.record_of(library).unlink()
+    else:
+        build.record_of(library).write_text(record)
+    assert not build.is_as_built(library)
 
 
 @needs_a_compiler

@@ -1,10 +1,14 @@
 """The native library from Python: structures against the header, what weights become, and when it cannot be used."""
 
 import ctypes
+import hashlib
+import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -207,21 +211,59 @@ def test_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         library.load()
     text = tmp_path / "text.so"
     text.write_text("no library")
+    _record(text)
     monkeypatch.setattr(library, "library_file", lambda: text)
     monkeypatch.delenv(library.SETTING)
     assert "is no native library for this machine" in str(library.unavailable_reason())
 
 
+def _record(path: Path) -> None:
+    build.record_of(path).write_text(json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+
+
 @needs_a_compiler
-@pytest.mark.parametrize(("abi", "said"), [("return 99;", "interface 99, not 1"), (None, "no native library")])
-def test_another_library(abi: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("int teal_abi(void) { return 99; }", "interface 99, not 1"),
+        ("int other(void) { return 0; }", "no native library"),
+        ("int teal_abi(void) { return 1; }", "no native library"),
+    ],
+)
+def test_another_library(source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not even loaded where it has no record."""
     monkeypatch.delenv(library.SETTING, raising=False)
-    source, other = tmp_path / "other.c", tmp_path / f"other-{abi is None}.so"
-    source.write_text("int other(void) { return 0; }" if abi is None else f"int teal_abi(void) {{ {abi} }}")
-    subprocess.run([_COMPILER, "-shared", "-fPIC", source, "-o", other], check=True)
-    monkeypatch.setattr(library, "library_file", lambda: other)
-    assert library.load() is None
-    assert said in str(library.unavailable_reason())
+    file = tmp_path / "other.c"
+    file.write_text(source)
+    for recorded in (False, True):
+        other = tmp_path / f"other-{recorded}.so"
+        subprocess.run([_COMPILER, "-shared", "-fPIC", file, "-o", other], check=True)
+        if recorded:
+            _record(other)
+        monkeypatch.setattr(library, "library_file", lambda path=other: path)
+        assert library.load() is None
+        reason = str(library.unavailable_reason())
+        assert (said if recorded else "is damaged, or another file than was built") in reason
+        assert "python -m teal_kernels.native.build" in reason
+
+
+@needs_the_library
+def test_a_library_that_was_cut_off(tmp_path: Path) -> None:
+    """In a process of its own, which loading the file would kill (SIGBUS)."""
+    file = build.library_file()
+    cut = tmp_path / file.name
+    cut.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    shutil.copy(build.record_of(file), tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from teal_kernels.native import library; "
+        "library.library_file = lambda: Path(sys.argv[1]); print(library.unavailable_reason())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != library.SETTING}
+    command = [sys.executable, "-c", code, str(cut)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{cut} is damaged, or another file than was built; ")
+    assert done.stdout.count("\n") == 1
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Wheels: with the library for one platform, without a compiler for all."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -52,6 +54,9 @@ def test_a_wheel_with_and_without_a_compiler(project: Path) -> None:
         (library,) = (file for file in files if "/lib/" in file and not file.endswith(".json"))
         assert library.startswith("teal_kernels/native/lib/libteal_native.")
         assert set(source) < set(files)
+        with ZipFile(project / "out" / name) as wheel:
+            record = json.loads(wheel.read(f"{library}.json"))
+            assert record["sha256"] == hashlib.sha256(wheel.read(library)).hexdigest()
         assert "no native CPU library" not in said
     # What an earlier build left is not taken for this one's.
     name, files, said = _wheel(project, CC="no-such-compiler", PATH=str(project))

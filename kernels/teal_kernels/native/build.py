@@ -108,6 +108,23 @@ def library_file() -> Path:
     return FOLDER / ("libteal_native.dylib" if sys.platform == "darwin" else "libteal_native.so")
 
 
+def record_of(library: Path) -> Path:
+    """The JSON file beside a library: what made it, and its digest."""
+    return library.with_name(f"{library.name}.json")
+
+
+def is_as_built(library: Path) -> bool:
+    """Whether a library is byte for byte what its record says: neither cut off, nor another.
+
+    It costs 1 ms. Loading a file that was cut off kills the process, so that nobody could say why.
+
+    Raises:
+        OSError: the library cannot be read.
+    """
+    record = _read(record_of(library))
+    return isinstance(record, dict) and record.get("sha256") == _sha256(library)
+
+
 def find_compiler(name: str | None = None) -> list[str]:
     """The command of a C compiler.
 
@@ -151,7 +168,7 @@ def build(
     Args:
         compiler: as `find_compiler`; with a target, Zig where it is None.
         target: as `target_of`; None for this machine.
-        out: folder for the library, and for a JSON file that says what made it.
+        out: folder for the library, and for its record (`record_of`).
         extra: more flags.
         sources: folder with the C files.
 
@@ -164,7 +181,8 @@ def build(
     goal = target_of(target)
     command = command_for(goal, compiler or ("zig" if target else None))
     files = sorted(sources.glob("*.[ch]")) + sorted(sources.glob("*.inc"))
-    library, record = out / goal.library, out / f"{goal.library}.json"
+    library = out / goal.library
+    record = record_of(library)
     made_of = {
         "compiler": command[1:] if command[0] == sys.executable else command,
         "version": _run([*command, "--version"]).splitlines()[0],
@@ -173,15 +191,15 @@ def build(
         "variants": goal.variants,
         "sources": _digest(files),
     }
-    if library.exists() and record.exists() and _read(record) == made_of:
+    if library.exists() and _read(record) == made_of | {"sha256": _sha256(library)}:
         return library, False
     out.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the library can be renamed into its place.
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as scratch:
         made = _linked([*command, *_FLAGS, *extra], goal, files, Path(scratch))
-        made.replace(library)
         written = Path(scratch, "record")
-        written.write_text(json.dumps(made_of, indent=1) + "\n")
+        written.write_text(json.dumps(made_of | {"sha256": _sha256(made)}, indent=1) + "\n")
+        made.replace(library)
         written.replace(record)
     return library, True
 
@@ -237,8 +255,12 @@ def _run(command: list[str]) -> str:
 def _read(record: Path) -> object:
     try:
         return json.loads(record.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from teal_kernels.native.build import library_file
+from teal_kernels.native.build import is_as_built, library_file
 from teal_kernels.native.structures import ABI, MAX_ROWS, Program, Weight
 from teal_kernels.ops import BackendUnavailableError
 
@@ -83,16 +83,18 @@ def _opened(path: Path) -> tuple[Native | None, str | None]:
     if not path.exists():
         return None, f"the native library is not built; {_BUILD}"
     try:
+        if not is_as_built(path):
+            return None, f"{path} is damaged, or another file than was built; {_BUILD}"
         functions = ctypes.CDLL(str(path))
         functions.teal_abi.restype = c_int32
         abi = functions.teal_abi()
+        if abi != ABI:
+            return None, f"{path} is of another version (interface {abi}, not {ABI}); {_BUILD}"
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"{path} is no native library for this machine ({error}); {_BUILD}"
-    if abi != ABI:
-        return None, f"{path} is of another version (interface {abi}, not {ABI}); {_BUILD}"
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(functions, name)
-        function.restype, function.argtypes = result, arguments
     variants = tuple(functions.teal_variants().decode().split())
     return Native(variants, variants[0], path, functions), None
 

@@ -59,17 +59,22 @@ class NativeProgram:
         """Projections that are planned."""
         self.counters = 0
         """Numbers of kept inputs that the library writes."""
+        self.copied: list[Tensor] = []
+        """Norms, biases and the like that the library does not read where they lie, but in another dtype or joined."""
         self._steps: list[native.Norm | native.Product | tuple[Attention, int]] = []
         outputs = 0
         for step in (step for block in blocks for step in block):
             if isinstance(step, Norm):
-                self._steps.append(_norm(step))
+                self._steps.append(self._norm_of(step))
             elif isinstance(step, Attention):
+                self._note_copies((step.q_norm, None), (step.k_norm, None))
                 self._steps.append((step, outputs))
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
-        self._norm = _norm(last_norm)
+        if (rotary := program_of(model).rotary) is not None:
+            self._note_copies(*((buffer, None) for buffer in module_at(model, rotary).buffers()))
+        self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
         self._positions, self._offset = _learned_positions(model)
@@ -94,6 +99,16 @@ class NativeProgram:
             position_offset=self._offset,
             counters=self.counters,
         )
+
+    def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
+        """Of tensors, and where the library reads their values."""
+        self.copied += [tensor for tensor, at in tensors if tensor is not None and tensor.data_ptr() != at]
+
+    def _norm_of(self, norm: Norm) -> native.Norm:
+        kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
+        made = native.norm_of(norm.weight, norm.eps, bias=norm.bias, kind=kind)
+        self._note_copies((norm.weight, made.weight), (norm.bias, made.bias))
+        return made
 
     def _product(self, product: Product) -> native.Product:
         activation, threshold = _activation(product)
@@ -128,14 +143,18 @@ class NativeProgram:
             if isinstance(layer, SparseLinear) and layer.is_planned:
                 size = layer.in_features * layer.out_features
                 self.counted.append(Counted(layer.name, size, layer.in_features, counter))
-        share = rule.expected_sparsity
-        return native.weight_of(
-            _weights(layers),
+        share, weights = rule.expected_sparsity, _weights(layers)
+        made = native.weight_of(
+            weights,
             bias=joined_bias(layers),
             threshold=rule.threshold,
             expected=ASSUMED_ZEROS if share is None else share,
             counter=-1 if counter is None else counter,
         )
+        self._note_copies(*((layer.bias, made.bias) for layer in layers))
+        if isinstance(weights, Packed):
+            self._note_copies((weights.scales, made.scales), (weights.zeros, made.zeros))
+        return made
 
     def _gate_first(self, mlp: GateFirstMLP) -> list[native.Weight]:
         """Gate and up, of which the neurons that are dead count as dropped: outputs, not inputs."""
@@ -143,6 +162,7 @@ class NativeProgram:
         self.counters += 1
         for layer, name, of_layer in zip(mlp.layers[:2], mlp.names[:2], (None, counter), strict=True):
             size = layer.in_features * layer.out_features
+            self._note_copies((layer.bias, None))
             self.counted.append(Counted(f"{mlp.path}.{name}", size, layer.out_features, of_layer))
             parts.append(
                 native.weight_of(
@@ -187,11 +207,6 @@ def _activation(product: Product) -> tuple[native.Activation, float]:
     if zeroing is not None:
         return _ACTIVATIONS[zeroing.kind], zeroing.threshold
     return _ACTIVATIONS[product.activation], 0.0
-
-
-def _norm(norm: Norm) -> native.Norm:
-    kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
-    return native.norm_of(norm.weight, norm.eps, bias=norm.bias, kind=kind)
 
 
 def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:

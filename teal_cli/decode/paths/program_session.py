@@ -50,6 +50,7 @@ class ProgramSession(Session):
         self.lengths = cache.row_lengths()
         """Positions of each row that are taken."""
         self._count: _Count | None = None
+        self._under_way = False
 
     @abstractmethod
     def pick(self) -> None:
@@ -72,8 +73,9 @@ class ProgramSession(Session):
 
     @property
     def stale(self) -> bool:
-        """As `Session.stale`."""
-        return self._made_for != self.control.decoding or self.lengths != self.cache.row_lengths()
+        """As `Session.stale`; after a step that was interrupted too, since nobody knows how far it came."""
+        changed = self._made_for != self.control.decoding or self.lengths != self.cache.row_lengths()
+        return self._under_way or changed
 
     def begin(self) -> None:
         """Make sure of the positions, and let the counter of the moment count what is launched.
@@ -83,6 +85,7 @@ class ProgramSession(Session):
         """
         if self.cache.length >= self.cache.positions:
             raise ArtefactError(f"the KV cache is full: it was made for {self.cache.positions} positions")
+        self._under_way = True
         counter = self.control.counter
         if self._count is not None and counter is not self._count.counter:
             self._count.stop()
@@ -97,6 +100,7 @@ class ProgramSession(Session):
         """Every row has one more position in the cache."""
         self.cache.advance()
         self.lengths = self.cache.row_lengths()
+        self._under_way = False
 
 
 class _Count:
