@@ -19,12 +19,14 @@ from teal_cli.decode.paths import native_session
 from teal_cli.models.architectures import find_projections
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
-from teal_cli.sparse import control_of, sparsify_
+from teal_cli.sparse import SparseLinear, control_of, sparsify_
 from teal_kernels.native.library import unavailable_reason
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 3e-4, torch.bfloat16: 1e-3}
 """Relative. float32 sums of tiny models give 1e-6. A key or value that lies between two numbers of 16 bits may become
 either by rounding: at most 1e-4 was seen."""
+LIMIT_OF_4_BITS = 6e-5
+"""Of one row: its inputs are rounded to 16 bits (`src/whole.h`). At most 2.4e-5 was seen."""
 NO_LIBRARY = unavailable_reason()
 FAMILIES = [*TINY_CONFIGS, "qwen2-window", "gpt2", "opt"]
 
@@ -110,6 +112,9 @@ class Exact:
 def check_steps(model: Any, lengths: list[int], steps: int = 3) -> None:
     """Logits of steps after prompts, and the inputs that they dropped, against the exact model's."""
     engine, exact = Engine(model, path="native"), Exact(model)
+    packs = (layer.packed for layer in model.modules() if isinstance(layer, SparseLinear))
+    four_bits = any(packed is not None and packed.bits == 4 for packed in packs)
+    limit = max(LIMIT[exact.dtype], LIMIT_OF_4_BITS if four_bits else 0.0)
     cache = engine.new_cache(max(lengths) + steps)
     engine.prefill(random_tokens(len(lengths), max(lengths)), cache, torch.tensor(lengths))
     tokens = random_tokens(len(lengths), steps, seed=1)
@@ -120,6 +125,6 @@ def check_steps(model: Any, lengths: list[int], steps: int = 3) -> None:
             got = engine.step(token, cache)
             assert got.dtype == torch.float32
             for row in range(len(lengths)):
-                assert (error := error_of(got[row], expected[row])) < LIMIT[exact.dtype], (step, row, error)
+                assert (error := error_of(got[row], expected[row])) < limit, (step, row, error)
     assert counter.by_projection() == expected_counter.by_projection()
     assert counter.model_wide() == expected_counter.model_wide()

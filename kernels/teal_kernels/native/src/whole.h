@@ -101,7 +101,8 @@ INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 :
 /* y += a block's sums of up to LINE_OUTPUTS outputs from `at` on, with their scales. */
 INLINE void add_line(const int QUADS, const input_block *b, const group_scales *g, int64_t at, int64_t n, float *y) {
     __m512i sums[8];
-    line_sums(QUADS, b, at / 2, n >= LINE_OUTPUTS ? ~(__mmask64)0 : ((__mmask64)1 << (n + 1) / 2) - 1, sums);
+    const int64_t bytes = (n + 1) / 2;
+    line_sums(QUADS, b, at / 2, bytes < 64 ? ((__mmask64)1 << bytes) - 1 : ~(__mmask64)0, sums);
     const __m512 step = _mm512_set1_ps(b->step), sum_of_x = _mm512_set1_ps(b->sum);
     UNROLL for (int v = 0; v < 8; v++) {
         const __mmask16 here = first_lanes(n - 16 * v);
