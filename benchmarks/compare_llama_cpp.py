@@ -32,10 +32,10 @@ SPARSITIES = "0.4,0.5,0.65"
 WIDTHS = {
     "float32": ("F32", ["--dtype", "float32"]),
     "bfloat16": ("BF16", ["--dtype", "bfloat16"]),
-    "int8": ("Q8_0", ["--dtype", "float32", "--quantise", "int8", "--quantise-output"]),
-    "int4:32": ("Q4_0", ["--dtype", "float32", "--quantise", "int4:32", "--quantise-output"]),
+    "int8": ("Q8_0", ["--dtype", "bfloat16", "--quantise", "int8", "--quantise-output"]),
+    "int4:32": ("Q4_0", ["--dtype", "bfloat16", "--quantise", "int4:32", "--quantise-output"]),
 }
-"""Ours, llama.cpp's type, and our flags."""
+"""Ours, llama.cpp's type, and our flags. The KV cache has the dtype; llama.cpp's has 16 bits whatever the weights."""
 CONDITIONS = ((2, 64), (1, 64), (4, 64), (2, 2048), (2, 8000))
 """Threads, and tokens in the cache before the first that is timed."""
 
