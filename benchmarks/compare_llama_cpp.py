@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--llama-models", type=Path, required=True)
     parser.add_argument("--only", default=None, help="names of cells, with * and ?; they are measured again")
     parser.add_argument("--list", action="store_true", help="print the names of cells, and measure nothing")
-    parser.add_argument("--allocation", default="fisher", help="of trained weights")
+    parser.add_argument(
+        "--allocation", default="fisher-site", help="of trained weights; the one for small models on a CPU"
+    )
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode-cpu-llama.json"))
