@@ -56,7 +56,7 @@ INLINE float one_scaled(const group_scales *g, float codes, int64_t at, float su
 /* y += one group of one row. */
 INLINE void add_group_of_one(const int dtype, const teal_weight *w, const uint8_t *weights, const group_scales *g,
                              const kept_list *list, int32_t begin, int32_t end, int64_t n, float *y) {
-    int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES_OF_GROUPS / piece : 8, at = 0;
+    int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES / piece : 8, at = 0;
     if (distance < end - begin) distance = end - begin; /* a nearer row is needed before it could come */
     float sum_of_x = 0;
     for (int32_t p = begin; p < end; p++) sum_of_x += list->value[p];

@@ -137,7 +137,7 @@ INLINE void add_block(const int QUADS, const input_block *b, const group_scales 
 /* y += kept inputs [from, to) of the list times n outputs from `first` on, which stand at `weights`. */
 static void add_whole_numbers(const teal_weight *w, const uint8_t *weights, const kept_list *list, int32_t from, int32_t to,
                               int64_t first, int64_t n, float *y) {
-    const int64_t distance = AHEAD_BYTES_OF_GROUPS / bytes_of(TEAL_INT4, n + 1) + BLOCK_INPUTS;
+    const int64_t distance = AHEAD_BYTES / bytes_of(TEAL_INT4, n + 1) + BLOCK_INPUTS;
     input_block b;
     for (int32_t begin = from, end; begin < to; begin = end) {
         const int64_t number = list->index[begin] / w->group, stop = (number + 1) * w->group;
