@@ -33,7 +33,6 @@ def readme_speed(page: Page) -> None:
         _peers(0)["tokens_per_second"],
         _peers(1)["tokens_per_second"],
     )
-    cpu = result("decode-smollm2-135m-cpu-peers")["tokens_per_second"]
     rows: dict[str, tuple[Cell, ...]] = {
         "H100, Llama-3-8B shape": (
             own["ours_dense"]["median"],
@@ -48,8 +47,9 @@ def readme_speed(page: Page) -> None:
         ("H200, Qwen3-30B-A3B shape, 16 layers", "qwen3-30b-a3b, 16 layers"),
     ):
         rows[label] = _other_family(model)
-    rows["two CPU cores, SmolLM2-135M, float32"] = _beside_llama_cpp(cpu, "float32", "F32")
-    rows["the same in int8"] = _beside_llama_cpp(cpu, "int8", "Q8_0")
+    rows["two CPU cores, SmolLM2-135M"] = _beside_llama_cpp("bfloat16")
+    rows["the same in int8"] = _beside_llama_cpp("int8")
+    rows["the same in int4"] = _beside_llama_cpp("int4:32")
     page.table("| | `teal`, dense | `teal`, 50 % | instead |", rows)
 
 
@@ -59,8 +59,14 @@ def _other_family(model: str) -> tuple[Cell, ...]:
     return entry["dense"], entry["sparse_50"], (peer["min"], peer["max"]) if isinstance(peer, dict) else peer
 
 
-def _beside_llama_cpp(cpu: Any, dtype: str, theirs: str) -> tuple[Cell, ...]:
-    return cpu["teal"][dtype]["dense"], cpu["teal"][dtype]["sparse_50"], cpu["llama.cpp"][theirs]
+def _cell(name: str) -> Any:
+    """One comparison with llama.cpp."""
+    return result("decode-cpu-llama")["cells"][name]
+
+
+def _beside_llama_cpp(width: str) -> tuple[Cell, ...]:
+    cell = _cell(f"smollm2-135m/{width}/t2/c64")
+    return _median(_at(cell["runs"], 0)), _median(_at(cell["runs"], 0.5)), _median(cell["llama_cpp"])
 
 
 def benchmarks_gpu(page: Page) -> None:
@@ -192,19 +198,36 @@ def benchmarks_cpu(page: Page) -> None:
             rows[f"`teal`, `{allocation}`, {100 * sparsity:.0f} %"] = row(entry)
     page.table("| tokens/s | sparsity realised | median of 5 (min to max) | over our dense |", rows)
 
-    quantised = result("decode-smollm2-135m-int8-cpu")["runs"]
-    half = _median(_at(quantised, 0.5, quantization=""))
-    int8 = _median(_at(quantised, 0.5, quantization="int8-output"))
-    page.says("decodes {} times as fast as float32 at 50 % ({} tokens/s against {})", int8 / half, int8, half)
-    page.says("faster still there ({};", _median(_at(quantised, 0, quantization="int8-output")))
 
-    beside = result("decode-smollm2-135m-cpu-peers")
-    page.says("gives {} GB/s", beside["memory_gb_s"])
-    cpu = beside["tokens_per_second"]
-    widths = (("float32", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0"))
-    peers = {f"{dtype}, `{theirs}`": _beside_llama_cpp(cpu, dtype, theirs) for dtype, theirs in widths}
-    page.table("| tokens/s | `teal`, dense | `teal`, 50 % | llama.cpp, 2 threads |", peers)
-    page.says("reaches {} (`Q4_0`) and {} (`Q4_1`)", cpu["llama.cpp"]["Q4_0"], cpu["llama.cpp"]["Q4_1"])
+def benchmarks_llama_cpp(page: Page) -> None:
+    """A CPU, beside llama.cpp."""
+    widths = (("float32", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0"), ("int4:32", "Q4_0"))
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for width, theirs in widths:
+        cell = _cell(f"smollm2-135m/{width}/t2/c64")
+        over = [(_median(run), run["over_llama_cpp"]["median"]) for run in cell["runs"]]
+        rows[f"{width}, `{theirs}`"] = (_median(cell["llama_cpp"]), *over)
+    page.table("| | llama.cpp | `teal`, dense | 40 % | 50 % | 65 % |", rows)
+    realised = [
+        _at(_cell(f"smollm2-135m/{width}/t2/c64")["runs"], 0.5)["realised_sparsity"] for width, _ in widths
+    ]
+    page.says("realised {} to {} of 50 %", min(realised), max(realised))
+
+    rows = {}
+    for label, name in (
+        ("SmolLM2-135M, one thread", "smollm2-135m/{}/t1/c64"),
+        ("four threads on the two cores", "smollm2-135m/{}/t4/c64"),
+        ("after 2,048 tokens", "smollm2-135m/{}/t2/c2048"),
+        ("after 8,000 tokens", "smollm2-135m/{}/t2/c8000"),
+        ("Qwen2.5-0.5B shape", "qwen2.5-0.5b/{}/t2/c64"),
+        ("Llama-3.2-1B shape", "llama-3.2-1b/{}/t2/c64"),
+    ):
+        rows[label] = tuple(_dense_and_half(_cell(name.format(width))["runs"]) for width, _ in widths)
+    page.table("| dense, 50 % over llama.cpp | float32 | bfloat16 | int8 | int4 |", rows)
+
+
+def _dense_and_half(runs: Any) -> Cell:
+    return tuple(_at(runs, sparsity)["over_llama_cpp"]["median"] for sparsity in (0, 0.5))
 
 
 def tutorial_speed(page: Page) -> None:
