@@ -5,7 +5,7 @@ modules: norms become weights, sites become products, attention its scale and wi
 the fused one and the native one, begin here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program
+from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -34,6 +34,8 @@ class Product:
     """Of the epilogue, as the configuration names it."""
     owner: nn.Module | None = None
     """The module whose layers they are."""
+    joined: bool = False
+    """Whether the one layer holds gate and up, side by side."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -53,7 +55,7 @@ class Product:
     @property
     def outputs(self) -> int:
         """Columns of what it writes."""
-        return self.parts[0] if self.epilogue == "gated" else sum(self.parts)
+        return self.parts[0] // (2 if self.joined else 1) if self.epilogue == "gated" else sum(self.parts)
 
     @cached_property
     def table(self) -> Tensor | Packed:
@@ -86,6 +88,8 @@ class Norm:
     bias: Tensor | None = None
     centred: bool = False
     """Whether the mean is taken off: a layer norm, and not an RMS norm."""
+    plus_one: bool = False
+    """Whether it multiplies by 1 + weight."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
+    rotates: bool = True
+    """Whether queries and keys have the rotary embedding, where the model has one."""
 
 
 BlockStep = Norm | Product | Attention
@@ -116,7 +122,24 @@ def layer_norm(module: Any) -> Norm:
     return Norm(weight, module.eps, module.bias, centred=True)
 
 
-_NORMS = {"rms": rms_norm, "layer": layer_norm}
+def norm_of(module: Any, norms: Norms) -> Norm:
+    """A module as the norm that a program says it is."""
+    norm = layer_norm(module) if norms.startswith("layer") else rms_norm(module)
+    return replace(norm, plus_one=norms.endswith("plus_one"))
+
+
+def embedding_scale(model: Any, program: Program) -> float:
+    """What the embedding of a token is multiplied by.
+
+    Raises:
+        ArtefactError: neither the configuration nor the module has what the program names.
+    """
+    if (key := program.embedding_scale) is None:
+        return 1.0
+    value = getattr(model.config, key, getattr(model.get_input_embeddings(), key, None))
+    if value is None:
+        raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
+    return float(value)
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -160,18 +183,19 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
 def last_norm(model: Any) -> Norm:
     """The norm in front of the output layer."""
     program = program_of(model)
-    return _NORMS[program.norms](module_at(model, program.norm))
+    return norm_of(module_at(model, program.norm), program.norms)
 
 
 def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
     architecture = architecture_for(model)
     if isinstance(step, NormStep):
-        return _NORMS[program_of(model).norms](module_at(block, step.norm))
+        return norm_of(module_at(block, step.norm), program_of(model).norms)
     if isinstance(step, ProductStep):
         names = architecture.sites[step.product]
         layers = tuple(module_at(block, name) for name in names)
         activation = None if step.activation is None else getattr(model.config, step.activation, None)
-        return Product(step.product, layers, step.epilogue, activation, module_at(block, names[0].rpartition(".")[0]))
+        owner = module_at(block, names[0].rpartition(".")[0])
+        return Product(step.product, layers, step.epilogue, activation, owner, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     window = getattr({"layer": attention, "model": model.config}.get(step.window or ""), "sliding_window", None)
@@ -181,18 +205,31 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
         q_norm=norms[0].weight if norms[0] else None,
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
+        rotates=step.rotates is None or bool(getattr(attention, step.rotates)),
     )
 
 
 @torch.no_grad()
-def rotary_tables(model: Any, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def rotary_tables(
+    model: Any, positions: int, dtype: torch.dtype, last: int | None = None
+) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
 
-    None of a model without a rotary embedding.
+    None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
+    depends; of the positions behind it nothing is said.
     """
     path = program_of(model).rotary
     if path is None:
         return None
     module, device = module_at(model, path), next(model.parameters()).device
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), torch.arange(positions, device=device)[None])
-    return cos[0].contiguous(), sin[0].contiguous()
+    at = torch.arange(positions, device=device)
+    if last is not None:
+        at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None])
+    return cos[0, :positions].contiguous(), sin[0, :positions].contiguous()
+
+
+def long_rope_from(model: Any) -> int | None:
+    """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
+Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
 
 
 class _Step(BaseModel):
@@ -37,6 +38,8 @@ class ProductStep(_Step):
     result is added to `hidden`."""
     activation: str | None = None
     """Key of the model's configuration that names the activation of `gated` and `activated`."""
+    joined: bool = False
+    """Of `gated`: whether one projection holds gate and up, side by side, in the place of two."""
     summed: bool = False
     """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
 
@@ -50,6 +53,8 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head (RMS); None for none."""
     k_norm: str | None = None
     """The same for keys."""
+    rotates: str | None = None
+    """Attribute of the module that says whether this layer has the rotary embedding; None: all have it."""
     window: Literal["layer", "model"] | None = None
     """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration."""
 
@@ -84,11 +89,16 @@ class Program(BaseModel):
     """Path of the module in the model that makes the angles of the rotary embedding."""
     positions: str | None = None
     """In its place: path of the embedding of positions, learned, which is added to a token's."""
+    fused: bool = True
+    """Whether the fused path takes it: not where a GPU has not run it yet."""
     block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
     norm: str
     """Path of the norm in the model, in front of the output layer."""
-    norms: Literal["rms", "layer"] = "rms"
-    """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias."""
+    norms: Norms = "rms"
+    """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
+    multiply by 1 + weight."""
+    embedding_scale: str | None = None
+    """What a token's embedding is multiplied by: key of the configuration, or attribute of the embeddings' module."""
 
     @property
     def products(self) -> list[ProductStep]:
@@ -121,6 +131,8 @@ def check_order(steps: Sequence[Step]) -> None:
                 raise ValueError(
                     f"product {step.product}: activation belongs to epilogues gated and activated, which need it"
                 )
+            if step.joined and step.epilogue != "gated":
+                raise ValueError(f"product {step.product}: joined belongs to epilogue gated")
         plain = isinstance(before, ProductStep) and before.epilogue == "plain"
         if isinstance(step, AttentionStep) and not plain:
             raise ValueError(f"attention {step.attention} must stand after the plain product of queries, keys, values")

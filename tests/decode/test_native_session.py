@@ -306,7 +306,7 @@ def test_the_cache_has_what_a_fixed_one_has(chunks: list[int]) -> None:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("family", "model type gemma"),
+        ("family", "model type falcon"),
         ("backend", "backend reference"),
         ("dtype", "dtype float64"),
         ("activation", "activation tanh"),
@@ -323,7 +323,7 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     model: Any = build_model("opt") if what == "width" else sparse(tiny("opt" if what == "last norm" else "llama"))
     config = model.config
     if what == "family":
-        config.model_type = "gemma"
+        config.model_type = "falcon"
     elif what == "backend":
         control_of(model).backend = "reference"
     elif what == "dtype":

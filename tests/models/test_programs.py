@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, build_model
+from conftest import FAMILIES, TINY_CONFIGS, build_model
+from native_models import OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.errors import ArtefactError, UsageError
@@ -18,8 +19,8 @@ ATTENTION = "{attention: a}"
 
 
 def test_who_has_a_program() -> None:
-    others = ["bamboo", "gpt2", "opt", "sparsellama"]  # which the native path takes
-    assert sorted(name for name, row in table().items() if row.program is not None) == sorted([*FUSED, *others])
+    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[name]["model_type"]) for name in OTHERS)}
+    assert {name for name, row in table().items() if row.program is not None} == {*FUSED, *others}
 
 
 @pytest.mark.parametrize("model_type", [*FUSED, "gpt2"])
@@ -69,6 +70,8 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, QKV, ATTENTION, "{product: any, epilogue: residual}"), "site any must be names, without"),
         (_row(NORM, "{product: qkv, activation: silu}", ATTENTION, OUT), "product qkv: activation belongs to"),
         (_row(NORM, "{product: qkv, epilogue: gated}", OUT), "product qkv: activation belongs to"),
+        (_row(NORM, "{product: qkv, joined: true}", ATTENTION, OUT), "product qkv: joined belongs to epilogue gated"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, "{product: o, epilogue: gated, activation: a}", OUT), "site o is gated"),
         (_row(NORM, "{product: qkv, epilogue: activated}", OUT), "product qkv: activation belongs to"),
         (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
         (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),

@@ -51,6 +51,7 @@ __all__ = [
     "StepKind",
     "Weight",
     "attention_of",
+    "halves_of",
     "norm_of",
     "product_of",
     "program_of",
@@ -93,6 +94,30 @@ def weight_of(
         weight.holds += (bias,)
     weight.threshold, weight.expected, weight.counter = threshold, expected, counter
     return weight
+
+
+def halves_of(weight: Weight) -> tuple[Weight, Weight]:
+    """The first and the second half of a projection's outputs, without a copy; the first one counts.
+
+    Raises:
+        ValueError: an odd number of outputs, or codes of 4 bits whose second half does not begin at a byte.
+    """
+    half, rest = divmod(weight.outputs, 2)
+    if rest or (weight.dtype == Dtype.INT4 and half % 2):
+        raise ValueError(f"{weight.outputs} outputs cannot be divided into halves")
+    bits = {Dtype.F32: 32, Dtype.INT8: 8, Dtype.INT4: 4}.get(Dtype(weight.dtype), 16)
+    first, second = Weight.from_buffer_copy(weight), Weight.from_buffer_copy(weight)
+    first.outputs = second.outputs = half
+    second.data += half * weight.row_bytes if weight.layout == Layout.ROW_MAJOR else half * bits // 8
+    if weight.bias is not None:
+        second.bias += half * ctypes.sizeof(ctypes.c_float)
+    if weight.scales is not None:
+        second.scales += half * (2 if weight.scale_dtype == Dtype.F16 else 4)
+    if weight.zeros is not None:
+        second.zeros += half * 2
+    second.counter = -1
+    first.holds = second.holds = weight.holds
+    return first, second
 
 
 def norm_of(weight: Tensor, eps: float, *, bias: Tensor | None = None, kind: NormKind = NormKind.RMS_NORM) -> Norm:

@@ -18,7 +18,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import Program
+from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
@@ -50,8 +50,11 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
 
 def _launches(program: Program) -> bool:
     """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
-    activated = any(step.epilogue == "activated" for step in program.products)
-    return program.rotary is not None and program.norms == "rms" and not activated
+    if any(step.epilogue == "activated" or step.joined for step in program.products):
+        return False
+    if program.embedding_scale or any(isinstance(step, AttentionStep) and step.rotates for step in program.block):
+        return False
+    return program.fused and program.rotary is not None and program.norms == "rms"
 
 
 class FusedPath(ProgramPath):

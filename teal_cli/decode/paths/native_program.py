@@ -7,7 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, joined_bias, module_at, program_of
+from teal_cli.decode.blocks import (
+    Attention,
+    BlockStep,
+    Norm,
+    Product,
+    embedding_scale,
+    joined_bias,
+    module_at,
+    program_of,
+)
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.models.programs import Program
 from teal_cli.models.trained_sparse import zeroing_activation
@@ -77,6 +86,7 @@ class NativeProgram:
         self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
+        self._embedding_scale = embedding_scale(model, program_of(model))
         self._positions, self._offset = _learned_positions(model)
 
     def on(self, caches: Sequence[tuple[Tensor, Tensor]], rotary: tuple[Tensor, Tensor] | None) -> native.Program:
@@ -97,6 +107,7 @@ class NativeProgram:
             norm=self._norm,
             position_embedding=self._positions,
             position_offset=self._offset,
+            embedding_scale=self._embedding_scale,
             counters=self.counters,
         )
 
@@ -106,7 +117,8 @@ class NativeProgram:
 
     def _norm_of(self, norm: Norm) -> native.Norm:
         kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
-        made = native.norm_of(norm.weight, norm.eps, bias=norm.bias, kind=kind)
+        weight = norm.weight.detach().float() + 1 if norm.plus_one else norm.weight
+        made = native.norm_of(weight, norm.eps, bias=norm.bias, kind=kind)
         self._note_copies((norm.weight, made.weight), (norm.bias, made.bias))
         return made
 
@@ -118,6 +130,8 @@ class NativeProgram:
         else:
             epilogue = _EPILOGUES[product.epilogue]
             parts = [self._part(layers) for layers in self._together(product)]
+            if product.joined:
+                parts = list(native.halves_of(parts[0]))
         return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold)
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
@@ -228,7 +242,7 @@ def _attention(
         values,
         heads=outputs // dim - 2 * kv_heads,
         scale=step.scale,
-        rotary=rotary,
+        rotary=rotary if step.rotates else None,
         head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
         eps=step.eps,
         window=step.window,

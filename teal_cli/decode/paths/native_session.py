@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import BlockStep, Norm, rotary_tables
+from teal_cli.decode.blocks import BlockStep, Norm, long_rope_from, rotary_tables
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
@@ -49,7 +49,8 @@ class NativeSession(ProgramSession):
         """(rows,) int64: where the next token of each row stands."""
         self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
         self.best = torch.empty(rows, dtype=torch.int64)
-        rotary = rotary_tables(path.model, cache.layers[0].values.shape[2], torch.float32)
+        self._angles = _Angles(path.model, cache.layers[0].values.shape[2])
+        rotary = self._angles.tables
         pool = shared_pool(default_threads())
         self._sessions = []
         for start in range(0, rows, MAX_ROWS):
@@ -76,6 +77,7 @@ class NativeSession(ProgramSession):
     @torch.no_grad()
     def launch(self) -> Tensor:
         """As `Session.launch`; float32 logits."""
+        self._angles.for_positions(self.positions)
         for session, buffers in self._sessions:
             session.step(*buffers)
         return self.logits
@@ -105,3 +107,30 @@ class NativeSession(ProgramSession):
         for session, _ in self._sessions:
             session.close()
         self._sessions.clear()
+
+
+class _Angles:
+    """The tables of a rotary embedding, which the library reads: (positions, rotated size) float32 each.
+
+    With long rope, a pass that reaches beyond the positions of the first training has other angles at all of its
+    positions, as in transformers: the tables are written anew where it begins, or ends.
+    """
+
+    def __init__(self, model: Any, positions: int) -> None:
+        self._model, self._positions, self._from = model, positions, long_rope_from(model)
+        self._is_long = False
+        self.tables = rotary_tables(model, positions, torch.float32, self._last())
+
+    def for_positions(self, positions: Tensor) -> None:
+        """Make the tables those of a step at these positions, one a row."""
+        if self._from is None or self.tables is None or (int(positions.max()) >= self._from) == self._is_long:
+            return
+        self._is_long = not self._is_long
+        tables = rotary_tables(self._model, self._positions, torch.float32, self._last())
+        for own, new in zip(self.tables, tables or (), strict=True):
+            own.copy_(new)
+
+    def _last(self) -> int | None:
+        if self._from is None:
+            return None
+        return max(self._from, self._positions - 1) if self._is_long else self._from - 1

@@ -27,10 +27,10 @@ def known_program(model: Any) -> Program | None:
         return None
 
 
-def unsupported_rope(config: Any) -> str | None:
-    """Why a model's rotary embedding cannot be a table of positions; None where it can."""
+def unsupported_rope(config: Any, more: tuple[str, ...] = ()) -> str | None:
+    """Why a model's rotary embedding cannot be a table of positions; None where it can. `more`: types that can too."""
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return None if rope in _ROPE_TYPES else f"rope type {rope}"
+    return None if rope in (*_ROPE_TYPES, *more) else f"rope type {rope}"
 
 
 def is_spread(model: Any) -> bool:
