@@ -85,6 +85,33 @@ FAMILIES = {
     "smollm3": {"model_type": "smollm3", **_TINY, "no_rope_layers": [1, 0]},
     "arcee": {"model_type": "arcee", **_TINY},
     "nemotron": {"model_type": "nemotron", **_TINY, "head_dim": 16},
+    "granite": {
+        "model_type": "granite",
+        **_TINY,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 5.0,
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        **_TINY,
+        "head_dim": 16,
+        "sliding_window": 24,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.4,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "helium": {"model_type": "helium", **_TINY, "head_dim": 16},
+    "ernie4_5": {"model_type": "ernie4_5", **_TINY, "head_dim": 16, "use_bias": True},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", **_TINY, "head_dim": 16},
+    "glm": {"model_type": "glm", **_TINY, "head_dim": 16},
+    "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
+    "phi": {"model_type": "phi", **_TINY},
+    "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
     "starcoder2": {"model_type": "starcoder2", **_TINY, "sliding_window": 16},
     "gpt2": {"model_type": "gpt2", **_TINY, "n_inner": 100},
     "gpt_neox": {"model_type": "gpt_neox", **_TINY},
@@ -116,3 +143,9 @@ FAMILIES = {
     "t5-gated": {"model_type": "t5", **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 """One line a family: a new one is tested by adding it here (tests/models/test_families.py)."""
+OTHERS = [
+    *("phi3", "phi3-long", "seed_oss", "smollm3", "gemma", "stablelm", "arcee", "nemotron", "starcoder2"),
+    *("granite", "ministral3", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "gemma2", "phi", "cohere"),
+]
+"""What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
+a matrix of their own, so that a new one leaves the cases of those before it alone."""

@@ -34,6 +34,8 @@ class Product:
     """Of the epilogue, as the configuration names it."""
     owner: nn.Module | None = None
     """The module whose layers they are."""
+    norm: "Norm | None" = None
+    """Of what is added to the residual stream."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
 
@@ -90,6 +92,8 @@ class Norm:
     """Whether the mean is taken off: a layer norm, and not an RMS norm."""
     plus_one: bool = False
     """Whether it multiplies by 1 + weight."""
+    identity: bool = False
+    """Whether it leaves the stream as it is; the weight is empty then."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
+    norms_last: bool = False
+    """Whether they come after the rotary embedding."""
+    cap: float = 0.0
+    """Soft cap of scores; 0 for none."""
     rotates: bool = True
     """Whether queries and keys have the rotary embedding, where the model has one."""
 
@@ -112,14 +120,17 @@ BlockStep = Norm | Product | Attention
 
 def rms_norm(module: Any) -> Norm:
     """Weight and epsilon of an RMS norm, which transformers' modules name in two ways."""
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight, eps)
+    return Norm(module.weight, _eps(module))
+
+
+def _eps(module: Any) -> float:
+    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
 
 
 def layer_norm(module: Any) -> Norm:
     """Of a layer norm, which may have neither weight nor bias."""
     weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
-    return Norm(weight, module.eps, module.bias, centred=True)
+    return Norm(weight, _eps(module), getattr(module, "bias", None), centred=True)
 
 
 def norm_of(module: Any, norms: Norms) -> Norm:
@@ -128,18 +139,40 @@ def norm_of(module: Any, norms: Norms) -> Norm:
     return replace(norm, plus_one=norms.endswith("plus_one"))
 
 
-def embedding_scale(model: Any, program: Program) -> float:
-    """What the embedding of a token is multiplied by.
+@dataclass(frozen=True)
+class Scales:
+    """What a model multiplies by, beside its weights."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    """Of what is added to the residual stream."""
+    logits: float = 1.0
+    logits_cap: float = 0.0
+    """Soft cap of the scaled logits; 0 for none."""
+
+
+def scales_of(model: Any, program: Program) -> Scales:
+    """The numbers that a program names.
 
     Raises:
-        ArtefactError: neither the configuration nor the module has what the program names.
+        ArtefactError: the model does not have one of them.
     """
-    if (key := program.embedding_scale) is None:
-        return 1.0
-    value = getattr(model.config, key, getattr(model.get_input_embeddings(), key, None))
-    if value is None:
-        raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
-    return float(value)
+    embeddings = model.get_input_embeddings()
+
+    def number(key: str | None, default: float) -> float:
+        if key is None:
+            return default
+        if not hasattr(model.config, key) and not hasattr(embeddings, key):
+            raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
+        value = getattr(model.config, key, getattr(embeddings, key, None))
+        return default if value is None else float(value)
+
+    return Scales(
+        embedding=number(program.embedding_scale, 1.0),
+        residual=number(program.residual_scale, 1.0),
+        logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
+        logits_cap=number(program.logits_cap, 0.0),
+    )
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -189,13 +222,16 @@ def last_norm(model: Any) -> Norm:
 def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
     architecture = architecture_for(model)
     if isinstance(step, NormStep):
+        if step.norm is None:
+            return Norm(torch.empty(0), 0.0, identity=True)
         return norm_of(module_at(block, step.norm), program_of(model).norms)
     if isinstance(step, ProductStep):
         names = architecture.sites[step.product]
         layers = tuple(module_at(block, name) for name in names)
         activation = None if step.activation is None else getattr(model.config, step.activation, None)
         owner = module_at(block, names[0].rpartition(".")[0])
-        return Product(step.product, layers, step.epilogue, activation, owner, step.joined)
+        norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
+        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     window = getattr({"layer": attention, "model": model.config}.get(step.window or ""), "sliding_window", None)
@@ -205,6 +241,8 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
         q_norm=norms[0].weight if norms[0] else None,
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
+        norms_last=step.norms_last,
+        cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
         rotates=step.rotates is None or bool(getattr(attention, step.rotates)),
     )
 

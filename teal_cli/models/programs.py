@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
+Pairs = Literal["halves", "neighbours", "neighbours_repeated"]
 Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
 
 
@@ -24,8 +25,8 @@ class _Step(BaseModel):
 class NormStep(_Step):
     """A norm of the residual stream."""
 
-    norm: str
-    """Path of the module inside the block."""
+    norm: str | None
+    """Path of the module inside the block; None: the products that follow read the stream as it is."""
 
 
 class ProductStep(_Step):
@@ -40,6 +41,10 @@ class ProductStep(_Step):
     """Key of the model's configuration that names the activation of `gated` and `activated`."""
     joined: bool = False
     """Of `gated`: whether one projection holds gate and up, side by side, in the place of two."""
+    added_norm: str | None = None
+    """Of `residual`: module of the block that normalises what is added."""
+    parallel: bool = False
+    """Whether it reads what the norm before the attention made, for attention and MLP in parallel."""
     summed: bool = False
     """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
 
@@ -53,6 +58,10 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head (RMS); None for none."""
     k_norm: str | None = None
     """The same for keys."""
+    norms_last: bool = False
+    """Whether these norms come after the rotary embedding."""
+    cap: str | None = None
+    """Attribute of the module that is the soft cap of scores, where it is not None."""
     rotates: str | None = None
     """Attribute of the module that says whether this layer has the rotary embedding; None: all have it."""
     window: Literal["layer", "model"] | None = None
@@ -97,6 +106,19 @@ class Program(BaseModel):
     norms: Norms = "rms"
     """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
     multiply by 1 + weight."""
+    pairs: Pairs = "halves"
+    """What the rotary embedding turns together: the two halves, or neighbours; `neighbours_repeated`: and the angles of
+    a pair stand side by side too."""
+    growing_queries: bool = False
+    """Whether queries grow with their positions, as in Llama 4: by `llama_4_scaling_beta` of `rope_parameters`."""
+    residual_scale: str | None = None
+    """What residual products are multiplied by before they are added: key of the configuration."""
+    logits_scale: str | None = None
+    """What logits are multiplied by: key of the configuration."""
+    logits_divisor: str | None = None
+    """What logits are divided by: key of the configuration."""
+    logits_cap: str | None = None
+    """The soft cap of logits: key of the configuration, which may be null."""
     embedding_scale: str | None = None
     """What a token's embedding is multiplied by: key of the configuration, or attribute of the embeddings' module."""
 
@@ -109,6 +131,8 @@ class Program(BaseModel):
     def _fits_together(self) -> "Program":
         if (self.rotary is None) == (self.positions is None):
             raise ValueError("a program names rotary or positions, one of the two")
+        if self.positions is not None and self.residual_scale is not None:
+            raise ValueError("residual_scale belongs to programs with rotary")
         check_order(self.block)
         return self
 
@@ -125,8 +149,12 @@ def check_order(steps: Sequence[Step]) -> None:
         if isinstance(step, NormStep) and not on_stream:
             raise ValueError(f"norm {step.norm} must stand first or after a residual product")
         if isinstance(step, ProductStep):
-            if on_stream:
+            if on_stream and not (step.parallel and isinstance(before, ProductStep) and before.added_norm is None):
                 raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
+            if step.parallel and not on_stream:
+                raise ValueError(f"product {step.product}: parallel belongs to a product behind a residual one")
+            if step.added_norm is not None and step.epilogue != "residual":
+                raise ValueError(f"product {step.product}: added_norm belongs to epilogue residual")
             if (step.epilogue in ("gated", "activated")) != (step.activation is not None):
                 raise ValueError(
                     f"product {step.product}: activation belongs to epilogues gated and activated, which need it"

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths import fused
 from teal_cli.decode.paths.native import NativePath
-from teal_cli.models.architectures import architecture_of
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import Architecture, architecture_of
 from teal_kernels.native.structures import Weight, halves_of, weight_of
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
@@ -69,6 +70,42 @@ def test_the_fused_path_takes_what_a_gpu_has_run(family: str, monkeypatch: pytes
 )
 def test_stablelm_of_other_blocks(more: dict[str, bool], reason: str) -> None:
     assert NativePath.unsupported(tiny("stablelm", **more), None) == reason
+
+
+def test_scales_and_norms_that_are_not_computed() -> None:
+    assert NativePath.unsupported(tiny("cohere", use_qk_norm=True), None) == "blocks with self_attn.q_norm"
+    reason = "residuals that are scaled by nothing, or turned round"
+    assert NativePath.unsupported(tiny("granite", residual_multiplier=0.0), None) == reason
+    model = tiny("granite")
+    row = architecture_of("granite")
+    assert row.program is not None
+    model.teal_architecture = row.model_copy(
+        update={"program": row.program.model_copy(update={"logits_scale": "no_key"})}
+    )
+    with pytest.raises(ArtefactError, match="names no_key, which the model does not have"):
+        NativePath.unsupported(model, None)
+
+
+@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_last"])
+def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
+    """In a row of a user's own, which does not say `fused: false`."""
+    model = build_model("llama")
+    row = architecture_of("llama").model_dump(mode="json")
+    program, block = row["program"], row["program"]["block"]
+    if key in ("pairs", "logits_cap"):
+        program[key] = "neighbours"
+    elif key == "parallel":
+        block.pop(4)
+        block[4]["parallel"] = True
+    elif key == "added_norm":
+        block[3]["added_norm"] = "input_layernorm"
+    elif key == "no norm":
+        block[0]["norm"] = None
+    else:
+        block[2]["norms_last"] = True
+    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") is None
+    model.teal_architecture = Architecture.model_validate(row)
+    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
 
 
 def test_scaled_embeddings_that_a_program_does_not_scale() -> None:

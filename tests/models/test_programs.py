@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, TINY_CONFIGS, build_model
-from native_models import OTHERS
+from tiny_configs import OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.errors import ArtefactError, UsageError
@@ -16,6 +16,7 @@ from teal_cli.sparse import lay_out_, replace_projections_
 FUSED = sorted({str(shape["model_type"]) for shape in TINY_CONFIGS.values()})
 NORM, QKV, OUT = "{norm: n}", "{product: qkv}", "{product: o, epilogue: residual}"
 ATTENTION = "{attention: a}"
+_PARALLEL = "{product: o, parallel: true}"
 
 
 def test_who_has_a_program() -> None:
@@ -74,6 +75,16 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, QKV, ATTENTION, OUT, NORM, "{product: o, epilogue: gated, activation: a}", OUT), "site o is gated"),
         (_row(NORM, "{product: qkv, epilogue: activated}", OUT), "product qkv: activation belongs to"),
         (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
+        (_row(NORM, "{product: qkv, parallel: true}", ATTENTION, OUT), "product qkv: parallel belongs to"),
+        (_row(NORM, "{product: qkv, added_norm: n}", ATTENTION, OUT), "product qkv: added_norm belongs to"),
+        (
+            _row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, added_norm: n}", _PARALLEL),
+            "product o must stand after a norm",
+        ),
+        (
+            "m: {blocks: b, sites: {s: x}, program: {positions: p, residual_scale: r, block: [{norm: n}], norm: n}}",
+            "residual_scale belongs to programs with rotary",
+        ),
         (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),
         (_row(NORM, ATTENTION, OUT), "attention a must stand after the plain product of queries, keys, values"),
         (_row(NORM, QKV, ATTENTION), "the last step must be a product with epilogue residual"),

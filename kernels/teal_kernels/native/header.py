@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 1
+ABI = 2
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -38,6 +38,7 @@ class NormKind(IntEnum):
 
     RMS_NORM = 0
     LAYER_NORM = 1
+    NO_NORM = 2
 
 
 class Epilogue(IntEnum):
@@ -111,6 +112,7 @@ class Product(Structure):
 
     _fields_ = (
         ("parts", Weight * MAX_PARTS),
+        ("norm", c_void_p),
         ("n_parts", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
@@ -128,6 +130,7 @@ class Attention(Structure):
         ("k_norm", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("query_scale", c_void_p),
         ("positions", c_int64),
         ("heads", c_int32),
         ("kv_heads", c_int32),
@@ -135,8 +138,11 @@ class Attention(Structure):
         ("rotary", c_int32),
         ("dtype", c_int32),
         ("window", c_int32),
+        ("neighbours", c_int32),
+        ("norms_last", c_int32),
         ("scale", c_float),
         ("eps", c_float),
+        ("cap", c_float),
     )
 
 
@@ -163,4 +169,6 @@ class Program(Structure):
         ("hidden", c_int32),
         ("counters", c_int32),
         ("embedding_scale", c_float),
+        ("logits_scale", c_float),
+        ("logits_cap", c_float),
     )

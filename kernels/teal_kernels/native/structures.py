@@ -52,6 +52,7 @@ __all__ = [
     "Weight",
     "attention_of",
     "halves_of",
+    "no_norm",
     "norm_of",
     "product_of",
     "program_of",
@@ -120,8 +121,13 @@ def halves_of(weight: Weight) -> tuple[Weight, Weight]:
     return first, second
 
 
+def no_norm() -> Norm:
+    """What stands for a norm where a product reads the residual stream as it is."""
+    return Norm(kind=NormKind.NO_NORM)
+
+
 def norm_of(weight: Tensor, eps: float, *, bias: Tensor | None = None, kind: NormKind = NormKind.RMS_NORM) -> Norm:
-    """A norm of the residual stream.
+    """A norm of the residual stream, or of what is added to it.
 
     Args:
         weight: (hidden,), what the normed state is multiplied with.
@@ -145,8 +151,11 @@ def product_of(
     *,
     activation: Activation = Activation.SILU,
     activation_threshold: float = 0.0,
+    norm: Norm | None = None,
 ) -> Product:
     """Projections that read one hidden state; the epilogue says what becomes of them.
+
+    `norm`: of what a residual product gives, before it is added.
 
     Raises:
         ValueError: no part, or more than MAX_PARTS.
@@ -159,6 +168,9 @@ def product_of(
     for index, part in enumerate(parts):
         product.parts[index] = part
     product.holds = tuple(parts)
+    if norm is not None:
+        product.norm = ctypes.addressof(norm)
+        product.holds += (norm,)
     return product
 
 
@@ -172,6 +184,10 @@ def attention_of(
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     window: int = 0,
+    cap: float = 0.0,
+    query_scale: Tensor | None = None,
+    neighbours: bool = False,
+    norms_last: bool = False,
 ) -> Attention:
     """Attention over a KV cache.
 
@@ -184,6 +200,10 @@ def attention_of(
         head_norms: weights (dim,) of the RMS norms of each query's and each key's head, or None.
         eps: of those norms.
         window: positions that are seen, the token's own among them; 0 for all.
+        cap: scores become cap * tanh(score / cap); 0 for none.
+        query_scale: (>= positions,) what queries are multiplied with beside `scale`, or None.
+        neighbours: whether the rotary embedding turns neighbours, not the two halves; `rotary` is the same.
+        norms_last: whether the norms of heads come after the rotary embedding.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
@@ -204,10 +224,19 @@ def attention_of(
         dim=dim,
         dtype=DTYPES[keys.dtype],
         window=window,
+        neighbours=neighbours,
+        norms_last=norms_last,
         scale=scale,
         eps=eps,
+        cap=cap,
     )
     attention.holds = (keys, values)
+    if query_scale is not None:
+        if len(query_scale) < positions:
+            raise ValueError(f"scales of {len(query_scale)} positions are too few for {positions}")
+        query_scale = _floats(query_scale, query_scale.shape)
+        attention.query_scale = query_scale.data_ptr()
+        attention.holds += (query_scale,)
     if rotary is not None:
         if rotary[0].shape[0] < positions:
             raise ValueError(f"a rotary embedding of {rotary[0].shape[0]} positions is too short for {positions}")
@@ -230,6 +259,8 @@ def program_of(
     position_embedding: Weight | None = None,
     position_offset: int = 0,
     embedding_scale: float = 1.0,
+    logits_scale: float = 1.0,
+    logits_cap: float = 0.0,
     counters: int = 0,
 ) -> Program:
     """A decoder.
@@ -242,6 +273,8 @@ def program_of(
         position_embedding: learned, row-major, (positions, hidden); or None.
         position_offset: added to a position before position_embedding is read.
         embedding_scale: what the token's embedding is multiplied with.
+        logits_scale: what logits are multiplied with.
+        logits_cap: logits then become cap * tanh(logit / cap); 0 for none.
         counters: how many numbers of kept inputs there are.
     """
     kinds = {Norm: StepKind.NORM, Product: StepKind.PRODUCT, Attention: StepKind.ATTENTION}
@@ -259,6 +292,8 @@ def program_of(
         hidden=embedding.inputs,
         counters=counters,
         embedding_scale=embedding_scale,
+        logits_scale=logits_scale,
+        logits_cap=logits_cap,
     )
     program.vocabulary = output.parts[0].outputs
     program.holds = (array, *steps, *parts)

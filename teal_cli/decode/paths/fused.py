@@ -18,7 +18,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import AttentionStep, Program
+from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
@@ -27,6 +27,9 @@ from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
 _ACTIVATIONS = ("silu", "swish")
+_KEYS = {"rotary", "block", "norm"}
+_STEP_KEYS = {"norm", "product", "epilogue", "activation", "summed", "attention", "q_norm", "k_norm", "window"}
+"""Of a program and its steps, as far as there are kernels for them; `norm` of a norm step."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
@@ -50,11 +53,11 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
 
 def _launches(program: Program) -> bool:
     """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
-    if any(step.epilogue == "activated" or step.joined for step in program.products):
+    if any(step.epilogue == "activated" for step in program.products):
         return False
-    if program.embedding_scale or any(isinstance(step, AttentionStep) and step.rotates for step in program.block):
-        return False
-    return program.fused and program.rotary is not None and program.norms == "rms"
+    steps = [step.model_dump(exclude_defaults=True) for step in program.block]
+    known = all(step.keys() <= _STEP_KEYS and None not in step.values() for step in steps)
+    return known and program.rotary is not None and program.model_dump(exclude_defaults=True).keys() <= _KEYS
 
 
 class FusedPath(ProgramPath):

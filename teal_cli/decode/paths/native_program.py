@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
@@ -12,10 +13,10 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
-    embedding_scale,
     joined_bias,
     module_at,
     program_of,
+    scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.models.programs import Program
@@ -64,6 +65,9 @@ class NativeProgram:
 
     def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
         self._sparse = sparse
+        program = program_of(model)
+        self._scales, self._pairs = scales_of(model, program), program.pairs
+        self._beta = _growth(model) if program.growing_queries else None
         self.counted: list[Counted] = []
         """Projections that are planned."""
         self.counters = 0
@@ -81,12 +85,11 @@ class NativeProgram:
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
-        if (rotary := program_of(model).rotary) is not None:
+        if (rotary := program.rotary) is not None:
             self._note_copies(*((buffer, None) for buffer in module_at(model, rotary).buffers()))
         self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
-        self._embedding_scale = embedding_scale(model, program_of(model))
         self._positions, self._offset = _learned_positions(model)
 
     def on(self, caches: Sequence[tuple[Tensor, Tensor]], rotary: tuple[Tensor, Tensor] | None) -> native.Program:
@@ -98,7 +101,8 @@ class NativeProgram:
         """
         of_attentions = iter(caches)
         steps = [
-            _attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step for step in self._steps
+            self._attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step
+            for step in self._steps
         ]
         return native.program_of(
             steps,
@@ -107,18 +111,49 @@ class NativeProgram:
             norm=self._norm,
             position_embedding=self._positions,
             position_offset=self._offset,
-            embedding_scale=self._embedding_scale,
+            embedding_scale=self._scales.embedding / self._scales.residual,
+            logits_scale=self._scales.logits,
+            logits_cap=self._scales.logits_cap,
             counters=self.counters,
+        )
+
+    def _attention(
+        self, step: Attention, outputs: int, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> native.Attention:
+        """Attention over one layer of the cache; `outputs` are those of the product before it."""
+        kv_heads, positions, dim = values.shape[1:]
+        growth = None
+        if self._beta is not None:
+            beta, every = self._beta
+            growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
+        return native.attention_of(
+            keys,
+            values,
+            heads=outputs // dim - 2 * kv_heads,
+            scale=step.scale,
+            rotary=rotary if step.rotates else None,
+            head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
+            eps=step.eps,
+            window=step.window,
+            cap=step.cap,
+            query_scale=growth,
+            neighbours=self._pairs != "halves",
+            norms_last=step.norms_last,
         )
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
         """Of tensors, and where the library reads their values."""
         self.copied += [tensor for tensor, at in tensors if tensor is not None and tensor.data_ptr() != at]
 
-    def _norm_of(self, norm: Norm) -> native.Norm:
+    def _norm_of(self, norm: Norm, residual: float | None = None) -> native.Norm:
+        """`residual`: the scale of the stream that it reads; by default the one that the model's own is divided by."""
+        if norm.identity:
+            return native.no_norm()
         kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
         weight = norm.weight.detach().float() + 1 if norm.plus_one else norm.weight
-        made = native.norm_of(weight, norm.eps, bias=norm.bias, kind=kind)
+        # Not what is added is scaled, but the whole stream by the inverse, which norms take away: epsilon apart.
+        eps = norm.eps / (self._scales.residual if residual is None else residual) ** 2
+        made = native.norm_of(weight, eps, bias=norm.bias, kind=kind)
         self._note_copies((norm.weight, made.weight), (norm.bias, made.bias))
         return made
 
@@ -132,7 +167,8 @@ class NativeProgram:
             parts = [self._part(layers) for layers in self._together(product)]
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
-        return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold)
+        norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
+        return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
@@ -232,18 +268,7 @@ def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
     return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
 
 
-def _attention(
-    step: Attention, outputs: int, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor] | None
-) -> native.Attention:
-    """Attention over one layer of the cache; `outputs` are those of the product before it."""
-    kv_heads, dim = values.shape[1], values.shape[3]
-    return native.attention_of(
-        keys,
-        values,
-        heads=outputs // dim - 2 * kv_heads,
-        scale=step.scale,
-        rotary=rotary if step.rotates else None,
-        head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
-        eps=step.eps,
-        window=step.window,
-    )
+def _growth(model: Any) -> tuple[float, int]:
+    """By how much queries grow with their positions, and in steps of how many."""
+    rope = model.config.rope_parameters
+    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import BlockStep, Norm, long_rope_from, rotary_tables
+from teal_cli.decode.blocks import BlockStep, Norm, long_rope_from, program_of, rotary_tables
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
@@ -119,16 +119,22 @@ class _Angles:
     def __init__(self, model: Any, positions: int) -> None:
         self._model, self._positions, self._from = model, positions, long_rope_from(model)
         self._is_long = False
-        self.tables = rotary_tables(model, positions, torch.float32, self._last())
+        self.tables = self._made()
 
     def for_positions(self, positions: Tensor) -> None:
         """Make the tables those of a step at these positions, one a row."""
         if self._from is None or self.tables is None or (int(positions.max()) >= self._from) == self._is_long:
             return
         self._is_long = not self._is_long
-        tables = rotary_tables(self._model, self._positions, torch.float32, self._last())
-        for own, new in zip(self.tables, tables or (), strict=True):
+        for own, new in zip(self.tables, self._made() or (), strict=True):
             own.copy_(new)
+
+    def _made(self) -> tuple[Tensor, Tensor] | None:
+        tables = rotary_tables(self._model, self._positions, torch.float32, self._last())
+        if tables is None or program_of(self._model).pairs != "neighbours_repeated":
+            return tables
+        cos, sin = (torch.cat([table[:, ::2]] * 2, dim=1) for table in tables)  # as the library takes all
+        return cos, sin
 
     def _last(self) -> int | None:
         if self._from is None:

@@ -87,7 +87,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
 static const char *plan(teal_session *s, needs *n) {
     const teal_program *p = s->program;
     const teal_attention *attended = NULL;
-    int32_t neurons = 0, columns = 0;
+    int32_t neurons = 0, columns = 0, normed = 0;
     if (p->hidden < 1 || !p->embedding || !p->output || p->n_steps < 1) return "a program without a part that all have";
     if (p->embedding->inputs != p->hidden || p->embedding->dtype > TEAL_F16) return "embeddings that do not fit";
     if (p->output->n_parts != 1 || p->output->epilogue != TEAL_PLAIN) return "an output layer of several parts";
@@ -97,6 +97,9 @@ static const char *plan(teal_session *s, needs *n) {
         const char *bad = NULL;
         if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
+            if (product->epilogue != TEAL_RESIDUAL && !normed) return "a product without a norm before it";
+            if (product->norm && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
+            if (product->norm) normed = 0; /* takes the memory */
             bad = plan_product(p, product, attended, neurons, s->threads, ranges, n);
             if (bad) return bad;
             columns = neurons = 0, attended = NULL;
@@ -108,7 +111,9 @@ static const char *plan(teal_session *s, needs *n) {
             bad = plan_attention(attended, columns, s->rows, s->threads, ranges, &s->splits[i], n);
             if (bad) return bad;
             columns = 0;
-        } else if (step->kind != TEAL_STEP_NORM) {
+        } else if (step->kind == TEAL_STEP_NORM) {
+            normed = 1;
+        } else {
             return "a step of unknown kind";
         }
     }

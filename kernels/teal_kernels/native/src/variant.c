@@ -32,29 +32,11 @@ INLINE void add_into(float *to, const float *from, int64_t n) {
     for (; i < n; i++) to[i] += from[i];
 }
 
-/* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
-static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const float *bias) {
-    const int32_t hidden = s->program->hidden;
-    if (s->threads > MANY_THREADS) {
-        int32_t first = (int32_t)((int64_t)hidden * thread / s->threads);
-        int32_t n = (int32_t)((int64_t)hidden * (thread + 1) / s->threads) - first;
-        for (int32_t r = 0; r < s->rows; r++) {
-            float *to = s->shared + (int64_t)r * hidden + first;
-            memset(to, 0, (size_t)n * sizeof *to);
-            for (int32_t t = 0; t < s->threads; t++)
-                add_into(to, s->memory[t].partial[which] + (int64_t)r * hidden + first, n);
-        }
-        pool_barrier(s->pool);
-        add_into(m->hidden, s->shared, (int64_t)s->rows * hidden);
-    } else {
-        for (int32_t t = 0; t < s->threads; t++)
-            add_into(m->hidden, s->memory[t].partial[which], (int64_t)s->rows * hidden);
-    }
-    if (bias)
-        for (int32_t r = 0; r < s->rows; r++) add_into(m->hidden + (int64_t)r * hidden, bias, hidden);
-}
-
 static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n) {
+    if (norm->kind == TEAL_NO_NORM) {
+        memcpy(y, x, (size_t)n * sizeof *y);
+        return;
+    }
     float mean = 0, squares;
     vf sums = all(0.0f);
     int32_t i = 0;
@@ -76,6 +58,34 @@ static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n
         store(y + i, (load(x + i) - all(mean)) * all(scale) * load(norm->weight + i));
     for (; i < n; i++) y[i] = (x[i] - mean) * scale * norm->weight[i];
     if (norm->bias) add_into(y, norm->bias, n);
+}
+
+/* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
+static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const teal_product *product) {
+    const int32_t hidden = s->program->hidden;
+    const float *bias = product->parts[0].bias;
+    float *onto = product->norm ? m->normed : m->hidden;
+    if (product->norm) memset(onto, 0, (size_t)s->rows * (size_t)hidden * sizeof *onto);
+    if (s->threads > MANY_THREADS) {
+        int32_t first = (int32_t)((int64_t)hidden * thread / s->threads);
+        int32_t n = (int32_t)((int64_t)hidden * (thread + 1) / s->threads) - first;
+        for (int32_t r = 0; r < s->rows; r++) {
+            float *to = s->shared + (int64_t)r * hidden + first;
+            memset(to, 0, (size_t)n * sizeof *to);
+            for (int32_t t = 0; t < s->threads; t++)
+                add_into(to, s->memory[t].partial[which] + (int64_t)r * hidden + first, n);
+        }
+        pool_barrier(s->pool);
+        add_into(onto, s->shared, (int64_t)s->rows * hidden);
+    } else {
+        for (int32_t t = 0; t < s->threads; t++) add_into(onto, s->memory[t].partial[which], (int64_t)s->rows * hidden);
+    }
+    if (bias)
+        for (int32_t r = 0; r < s->rows; r++) add_into(onto + (int64_t)r * hidden, bias, hidden);
+    if (!product->norm) return;
+    for (int32_t r = 0; r < s->rows; r++)
+        normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
+    add_into(m->hidden, onto, (int64_t)s->rows * hidden);
 }
 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
@@ -309,6 +319,17 @@ static void take_heads(teal_session *s, thread_memory *m, const teal_attention *
         }
 }
 
+/* Scale and soft cap of logits [first, last). */
+static void finish_logits(const teal_session *s, int32_t first, int32_t last) {
+    const teal_program *p = s->program;
+    for (int32_t r = 0; r < s->rows; r++) {
+        float *logits = s->logits + (int64_t)r * p->output->parts[0].outputs;
+        for (int32_t i = first; i < last; i++) logits[i] *= p->logits_scale;
+        if (p->logits_cap > 0)
+            for (int32_t i = first; i < last; i++) logits[i] = p->logits_cap * tanhf(logits[i] / p->logits_cap);
+    }
+}
+
 /* The largest logit of each row among outputs [first, last); the first of equals, and a NaN before all. */
 static void find_best(const teal_session *s, thread_memory *m, int32_t first, int32_t last) {
     const int64_t vocabulary = s->program->output->parts[0].outputs;
@@ -372,7 +393,7 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
         const range *own = &s->ranges[(int64_t)i * s->threads + thread];
         const teal_norm *norm = i == p->n_steps ? p->norm : step->kind == TEAL_STEP_NORM ? step->of : NULL;
         if (before && before->epilogue == TEAL_RESIDUAL) {
-            add_partials(s, m, thread, parity ^ 1, before->parts[0].bias);
+            add_partials(s, m, thread, parity ^ 1, before);
             before = NULL;
         }
         if (norm)
@@ -382,6 +403,7 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
             const teal_weight *w = &p->output->parts[0];
             some_outputs(w, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
                          counter(w, m, thread == 0), s->logits, w->outputs);
+            if (p->logits_scale != 1 || p->logits_cap > 0) finish_logits(s, own->first[0], own->last[0]);
             find_best(s, m, own->first[0], own->last[0]);
         } else if (step->kind == TEAL_STEP_ATTENTION) {
             attended = step->of, attended_step = i;
