@@ -112,6 +112,35 @@ FAMILIES = {
     "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
     "phi": {"model_type": "phi", **_TINY},
     "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
+    "cohere2": {
+        "model_type": "cohere2",
+        **_TINY,
+        "logit_scale": 0.3,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone4": {
+        "model_type": "exaone4",
+        **_TINY,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone4-full": {
+        "model_type": "exaone4",
+        **_TINY,
+        "head_dim": 16,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "olmo2": {"model_type": "olmo2", **_TINY},
+    "olmo3": {
+        "model_type": "olmo3",
+        **_TINY,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "jais2": {"model_type": "jais2", **_TINY, "head_dim": 16},
     "starcoder2": {"model_type": "starcoder2", **_TINY, "sliding_window": 16},
     "gpt2": {"model_type": "gpt2", **_TINY, "n_inner": 100},
     "gpt_neox": {"model_type": "gpt_neox", **_TINY},
@@ -146,6 +175,7 @@ FAMILIES = {
 OTHERS = [
     *("phi3", "phi3-long", "seed_oss", "smollm3", "gemma", "stablelm", "arcee", "nemotron", "starcoder2"),
     *("granite", "ministral3", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "gemma2", "phi", "cohere"),
+    *("gemma3_text", "cohere2", "exaone4", "exaone4-full", "olmo2", "olmo3", "jais2"),
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""

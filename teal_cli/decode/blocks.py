@@ -107,8 +107,12 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
-    norms_last: bool = False
-    """Whether they come after the rotary embedding."""
+    norms_of: str = "heads"
+    """As the program has it."""
+    plus_one: bool = False
+    """Whether those norms multiply by 1 + weight."""
+    angles: str | None = None
+    """Which of the rotary module's kinds of angles are its own; None where there is one kind."""
     cap: float = 0.0
     """Soft cap of scores; 0 for none."""
     rotates: bool = True
@@ -234,27 +238,32 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
         return Product(step.product, layers, step.epilogue, activation, owner, norm, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
-    window = getattr({"layer": attention, "model": model.config}.get(step.window or ""), "sliding_window", None)
+    owner = {"layer": attention, "sliding": attention, "model": model.config}.get(step.window or "")
+    window, rotates = getattr(owner, "sliding_window", None), True
+    if step.window == "sliding" and window is not None and not attention.is_sliding:
+        window, rotates = None, False
     return Attention(
         scale=float(attention.scaling),
         window=int(window or 0),
         q_norm=norms[0].weight if norms[0] else None,
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
-        norms_last=step.norms_last,
+        norms_of=step.norms_of,
+        plus_one=program_of(model).norms.endswith("plus_one"),
+        angles=None if step.angles is None else getattr(attention, step.angles),
         cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
-        rotates=step.rotates is None or bool(getattr(attention, step.rotates)),
+        rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
     )
 
 
 @torch.no_grad()
 def rotary_tables(
-    model: Any, positions: int, dtype: torch.dtype, last: int | None = None
+    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
 
     None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
-    depends; of the positions behind it nothing is said.
+    depends; of the positions behind it nothing is said. `kind`: of angles, where the module has several.
     """
     path = program_of(model).rotary
     if path is None:
@@ -263,7 +272,8 @@ def rotary_tables(
     at = torch.arange(positions, device=device)
     if last is not None:
         at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None])
+    kinds = () if kind is None else (kind,)
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None], *kinds)
     return cos[0, :positions].contiguous(), sin[0, :positions].contiguous()
 
 

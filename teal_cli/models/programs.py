@@ -58,14 +58,17 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head (RMS); None for none."""
     k_norm: str | None = None
     """The same for keys."""
-    norms_last: bool = False
-    """Whether these norms come after the rotary embedding."""
+    norms_of: Literal["heads", "rotated_heads", "all_heads"] = "heads"
+    """What these normalise: each head, before or after the rotary embedding, or all heads at once, before it."""
+    angles: str | None = None
+    """Attribute of the module that names its angles, where the rotary module has several kinds."""
     cap: str | None = None
     """Attribute of the module that is the soft cap of scores, where it is not None."""
     rotates: str | None = None
     """Attribute of the module that says whether this layer has the rotary embedding; None: all have it."""
-    window: Literal["layer", "model"] | None = None
-    """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration."""
+    window: Literal["layer", "model", "sliding"] | None = None
+    """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration;
+    `sliding`: the module, where `is_sliding` is true, and where there are windows only these layers rotate."""
 
 
 Step = NormStep | ProductStep | AttentionStep

@@ -86,7 +86,7 @@ def test_scales_and_norms_that_are_not_computed() -> None:
         NativePath.unsupported(model, None)
 
 
-@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_last"])
+@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_of"])
 def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
     """In a row of a user's own, which does not say `fused: false`."""
     model = build_model("llama")
@@ -102,7 +102,7 @@ def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
     elif key == "no norm":
         block[0]["norm"] = None
     else:
-        block[2]["norms_last"] = True
+        block[2]["norms_of"] = "rotated_heads"
     assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") is None
     model.teal_architecture = Architecture.model_validate(row)
     assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"

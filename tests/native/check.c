@@ -179,7 +179,7 @@ static void prepare(const teal_attention *a, const float *norm, int position, do
     for (int last = 0; last < 2; last++) {
         double squares = 0;
         for (int i = 0; i < DIM; i++) squares += x[i] * x[i] / DIM;
-        for (int i = 0; i < DIM && norm && last == a->norms_last; i++)
+        for (int i = 0; i < DIM && norm && last == (a->norms == TEAL_HEADS_LAST); i++)
             x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
         if (last || !a->cos) continue;
         for (int i = 0; i < a->rotary; i++) {
@@ -191,17 +191,29 @@ static void prepare(const teal_attention *a, const float *norm, int position, do
     }
 }
 
+static void normalise_heads(const teal_attention *a, const float *norm, int heads, double *x) {
+    double squares = 0;
+    for (int i = 0; i < heads * DIM; i++) squares += x[i] * x[i] / (heads * DIM);
+    for (int i = 0; i < heads * DIM; i++) x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
+}
+
 static void attend(block *b, int row, int position, double *q, const double *k, const double *v, double *y) {
     const teal_attention *a = &b->attention;
     double *keys = b->keys + (int64_t)row * POSITIONS * KV_HEADS * DIM, *values = b->values + (keys - b->keys);
+    const int all_heads = a->norms == TEAL_ALL_HEADS;
+    const float *q_norm = all_heads ? NULL : a->q_norm, *k_norm = all_heads ? NULL : a->k_norm;
     memcpy(values + position * KV_HEADS * DIM, v, sizeof(double) * KV_HEADS * DIM);
     memcpy(keys + position * KV_HEADS * DIM, k, sizeof(double) * KV_HEADS * DIM);
-    for (int h = 0; h < KV_HEADS; h++) prepare(a, a->k_norm, position, keys + (position * KV_HEADS + h) * DIM);
+    if (all_heads) {
+        normalise_heads(a, a->q_norm, HEADS, q);
+        normalise_heads(a, a->k_norm, KV_HEADS, keys + position * KV_HEADS * DIM);
+    }
+    for (int h = 0; h < KV_HEADS; h++) prepare(a, k_norm, position, keys + (position * KV_HEADS + h) * DIM);
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
     for (int h = 0; h < HEADS; h++) {
         double total = 0, scores[POSITIONS], *head = y + h * DIM;
         int kv = h / (HEADS / KV_HEADS);
-        prepare(a, a->q_norm, position, q + h * DIM);
+        prepare(a, q_norm, position, q + h * DIM);
         memset(head, 0, sizeof(double) * DIM);
         for (int p = first; p <= position; p++) {
             scores[p] = 0;
@@ -234,7 +246,7 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
     for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
 }
 
-/* One of each kind: a Llama's with codes, whose MLP reads the stream as it is, and one with all that Llama has not:
+/* One of each kind: a Llama's with codes, whose MLP reads the stream as it is and with a norm of all heads, and one with all that Llama has not:
  * LayerNorm, norms of heads after a rotary embedding of neighbours, a window, a cap, growing queries and no gate. */
 static block make_block(int gated) {
     const int dtype = gated ? TEAL_INT8 : TEAL_F32;
@@ -259,10 +271,14 @@ static block make_block(int gated) {
         cos_table[i] = (float)cos(angle), sin_table[i] = (float)sin(angle);
     }
     b.attention.cos = cos_table, b.attention.sin = sin_table, b.attention.rotary = DIM - 2;
-    if (gated) return b;
+    if (gated) {
+        b.attention.q_norm = random_floats(HEADS * DIM), b.attention.k_norm = random_floats(KV_HEADS * DIM);
+        b.attention.norms = TEAL_ALL_HEADS;
+        return b;
+    }
     float *growth = random_floats(POSITIONS);
     for (int i = 0; i < POSITIONS; i++) growth[i] += 2;
-    b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM), b.attention.norms_last = 1;
+    b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM), b.attention.norms = TEAL_HEADS_LAST;
     b.attention.neighbours = 1, b.attention.cap = 1.5f, b.attention.query_scale = growth;
     return b;
 }

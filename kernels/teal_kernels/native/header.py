@@ -63,6 +63,14 @@ class Activation(IntEnum):
     DRELU = 6
 
 
+class HeadNorms(IntEnum):
+    """teal_head_norms."""
+
+    HEADS_FIRST = 0
+    HEADS_LAST = 1
+    ALL_HEADS = 2
+
+
 class StepKind(IntEnum):
     """teal_step_kind."""
 
@@ -139,7 +147,7 @@ class Attention(Structure):
         ("dtype", c_int32),
         ("window", c_int32),
         ("neighbours", c_int32),
-        ("norms_last", c_int32),
+        ("norms", c_int32),
         ("scale", c_float),
         ("eps", c_float),
         ("cap", c_float),

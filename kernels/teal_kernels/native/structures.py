@@ -21,6 +21,7 @@ from teal_kernels.native.header import (
     Attention,
     Dtype,
     Epilogue,
+    HeadNorms,
     Layout,
     Norm,
     NormKind,
@@ -42,6 +43,7 @@ __all__ = [
     "Attention",
     "Dtype",
     "Epilogue",
+    "HeadNorms",
     "Layout",
     "Norm",
     "NormKind",
@@ -187,7 +189,7 @@ def attention_of(
     cap: float = 0.0,
     query_scale: Tensor | None = None,
     neighbours: bool = False,
-    norms_last: bool = False,
+    norms: HeadNorms = HeadNorms.HEADS_FIRST,
 ) -> Attention:
     """Attention over a KV cache.
 
@@ -203,7 +205,7 @@ def attention_of(
         cap: scores become cap * tanh(score / cap); 0 for none.
         query_scale: (>= positions,) what queries are multiplied with beside `scale`, or None.
         neighbours: whether the rotary embedding turns neighbours, not the two halves; `rotary` is the same.
-        norms_last: whether the norms of heads come after the rotary embedding.
+        norms: where the norms of heads stand; of all heads at once, the weights are (heads * dim,), (kv_heads * dim,).
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
@@ -225,7 +227,7 @@ def attention_of(
         dtype=DTYPES[keys.dtype],
         window=window,
         neighbours=neighbours,
-        norms_last=norms_last,
+        norms=norms,
         scale=scale,
         eps=eps,
         cap=cap,
@@ -244,7 +246,9 @@ def attention_of(
         attention.cos, attention.sin, attention.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         attention.holds += (cos, sin)
     if head_norms is not None:
-        q_norm, k_norm = (_floats(weight, (dim,)) for weight in head_norms)
+        together = norms == HeadNorms.ALL_HEADS
+        sizes = (heads * dim, kv_heads * dim) if together else (dim, dim)
+        q_norm, k_norm = (_floats(weight, (size,)) for weight, size in zip(head_norms, sizes, strict=True))
         attention.q_norm, attention.k_norm = q_norm.data_ptr(), k_norm.data_ptr()
         attention.holds += (q_norm, k_norm)
     return attention

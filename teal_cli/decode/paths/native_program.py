@@ -1,6 +1,6 @@
 """A model's block program as the native library takes it: structures that point into the model's own tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,11 @@ _ACTIVATIONS = {
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
     "drelu": native.Activation.DRELU,
+}
+_HEAD_NORMS = {
+    "heads": native.HeadNorms.HEADS_FIRST,
+    "rotated_heads": native.HeadNorms.HEADS_LAST,
+    "all_heads": native.HeadNorms.ALL_HEADS,
 }
 _EPILOGUES = {
     "plain": native.Epilogue.PLAIN,
@@ -92,12 +97,14 @@ class NativeProgram:
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
         self._positions, self._offset = _learned_positions(model)
 
-    def on(self, caches: Sequence[tuple[Tensor, Tensor]], rotary: tuple[Tensor, Tensor] | None) -> native.Program:
+    def on(
+        self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+    ) -> native.Program:
         """The program of the rows of a cache.
 
         Args:
             caches: keys and values of each attention, as `NativeLayer` has them.
-            rotary: cosines and sines of every position, (positions, rotated size) float32 each; None for none.
+            rotary: of each kind of angles, cosines and sines of every position, (positions, rotated size) float32 each.
         """
         of_attentions = iter(caches)
         steps = [
@@ -118,11 +125,19 @@ class NativeProgram:
         )
 
     def _attention(
-        self, step: Attention, outputs: int, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor] | None
+        self,
+        step: Attention,
+        outputs: int,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
     ) -> native.Attention:
         """Attention over one layer of the cache; `outputs` are those of the product before it."""
         kv_heads, positions, dim = values.shape[1:]
-        growth = None
+        growth = norms = None
+        if step.q_norm is not None and step.k_norm is not None:
+            one = float(step.plus_one)
+            norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
         if self._beta is not None:
             beta, every = self._beta
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
@@ -131,14 +146,14 @@ class NativeProgram:
             values,
             heads=outputs // dim - 2 * kv_heads,
             scale=step.scale,
-            rotary=rotary if step.rotates else None,
-            head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
+            rotary=rotary.get(step.angles) if step.rotates else None,
+            head_norms=norms,
             eps=step.eps,
             window=step.window,
             cap=step.cap,
             query_scale=growth,
             neighbours=self._pairs != "halves",
-            norms_last=step.norms_last,
+            norms=_HEAD_NORMS[step.norms_of],
         )
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:

@@ -32,13 +32,13 @@ static void rotate_neighbours(float *x, const float *cos, const float *sin, int3
 }
 
 static void prepare_head(const teal_attention *a, float *x, const float *norm, int64_t position) {
-    if (norm && !a->norms_last) normalise_head(x, norm, a->dim, a->eps);
+    if (norm && a->norms == TEAL_HEADS_FIRST) normalise_head(x, norm, a->dim, a->eps);
     if (a->cos) {
         const float *cos = a->cos + position * a->rotary, *sin = a->sin + position * a->rotary;
         if (a->neighbours) rotate_neighbours(x, cos, sin, a->rotary);
         else rotate_head(x, cos, sin, a->rotary);
     }
-    if (norm && a->norms_last) normalise_head(x, norm, a->dim, a->eps);
+    if (norm && a->norms == TEAL_HEADS_LAST) normalise_head(x, norm, a->dim, a->eps);
 }
 
 static void put(int32_t dtype, void *to, int64_t at, float x) {

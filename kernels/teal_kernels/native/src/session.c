@@ -63,6 +63,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
     if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
+    if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS) return "norms of heads of no use";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
     *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);

@@ -78,11 +78,14 @@ typedef struct {
     float activation_threshold;
 } teal_product;
 
+/* Where q_norm and k_norm stand: of each head before the rotary embedding or after it, or before it of all heads at once. */
+typedef enum { TEAL_HEADS_FIRST, TEAL_HEADS_LAST, TEAL_ALL_HEADS } teal_head_norms;
+
 /* Attention of the new token over the KV cache; it reads a plain product whose parts are q, k and v, side by side. */
 typedef struct {
     void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
     void *values; /* (rows, kv_heads, positions, dim) */
-    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or NULL */
+    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or of all: (heads, dim), (kv_heads, dim); or NULL */
     const float *cos, *sin;       /* (>= positions, rotary) each, twice the angles of all pairs; NULL: no rotary embedding */
     const float *query_scale;     /* (>= positions,) what queries are multiplied with beside `scale`, or NULL */
     int64_t positions;            /* a multiple of TEAL_KEY_BLOCK */
@@ -90,7 +93,7 @@ typedef struct {
     int32_t dtype;  /* of keys and values: TEAL_F32, TEAL_BF16 or TEAL_F16 */
     int32_t window; /* positions that are seen, the token's own among them; 0 for all */
     int32_t neighbours; /* whether a pair that is rotated lies side by side; else it is in the two halves */
-    int32_t norms_last; /* whether q_norm and k_norm come after the rotary embedding */
+    int32_t norms; /* teal_head_norms */
     float scale, eps;
     float cap; /* scores become cap * tanh(score / cap); 0: none */
 } teal_attention;

@@ -287,18 +287,42 @@ static void residual_product(teal_session *s, thread_memory *m, const teal_produ
     }
 }
 
+/* By what the norm of all `heads` heads multiplies those from output `first` of a product on. */
+static float scale_of_heads(const teal_session *s, const teal_attention *a, const teal_product *qkv, int32_t row,
+                            int32_t first, int32_t heads, float *head) {
+    float squares = 0;
+    for (int32_t h = 0; h < heads; h++) {
+        sum_outputs(s, qkv, row, first + h * a->dim, a->dim, head);
+        for (int32_t i = 0; i < a->dim; i++) squares += head[i] * head[i];
+    }
+    return 1.0f / sqrtf(squares / (float)(heads * a->dim) + a->eps);
+}
+
 static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
                       const range *own, int32_t splits) {
     const int32_t group = a->heads / a->kv_heads, dim = a->dim;
     const int64_t of_head = dim + HEAD_EXTRA, of_split = (int64_t)a->heads * of_head;
+    const int all_heads = a->norms == TEAL_ALL_HEADS && a->q_norm;
+    float q_scale = 0, k_scale = 0;
+    int32_t scaled_row = -1;
     for (int32_t item = own->first[0]; item < own->last[0]; item++) {
         /* Rows are outermost where a head has one part: then a thread has the same heads of each. */
         int32_t per_row = own->last[1], row = item / per_row, rest = item % per_row;
         int32_t kv_head = own->first[1] + rest / splits, split = rest % splits;
         float *heads = s->heads + ((int64_t)row * splits + split) * of_split + (int64_t)kv_head * group * of_head;
+        if (all_heads && row != scaled_row) {
+            q_scale = scale_of_heads(s, a, qkv, row, 0, a->heads, m->queries);
+            k_scale = scale_of_heads(s, a, qkv, row, a->heads * dim, a->kv_heads, m->queries);
+            scaled_row = row;
+        }
         sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
         sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
         sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        if (all_heads) {
+            const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
+            for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= q_scale * q_norm[i];
+            for (int32_t i = 0; i < dim; i++) m->queries[group * dim + i] *= k_scale * k_norm[i];
+        }
         attend(a, row, kv_head, split, splits, s->positions[row], m->queries, m->scores, heads, of_head);
     }
 }
