@@ -161,14 +161,14 @@ def scales_of(model: Any, program: Program) -> Scales:
     Raises:
         ArtefactError: the model does not have one of them.
     """
-    embeddings = model.get_input_embeddings()
+    config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
 
     def number(key: str | None, default: float) -> float:
         if key is None:
             return default
-        if not hasattr(model.config, key) and not hasattr(embeddings, key):
+        if not hasattr(config, key) and not hasattr(embeddings, key):
             raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
-        value = getattr(model.config, key, getattr(embeddings, key, None))
+        value = getattr(config, key, getattr(embeddings, key, None))
         return default if value is None else float(value)
 
     return Scales(
@@ -232,13 +232,13 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
     if isinstance(step, ProductStep):
         names = architecture.sites[step.product]
         layers = tuple(module_at(block, name) for name in names)
-        activation = None if step.activation is None else getattr(model.config, step.activation, None)
+        activation = None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None)
         owner = module_at(block, names[0].rpartition(".")[0])
         norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
         return Product(step.product, layers, step.epilogue, activation, owner, norm, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
-    owner = {"layer": attention, "sliding": attention, "model": model.config}.get(step.window or "")
+    owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
     window, rotates = getattr(owner, "sliding_window", None), True
     if step.window == "sliding" and window is not None and not attention.is_sliding:
         window, rotates = None, False
@@ -279,5 +279,5 @@ def rotary_tables(
 
 def long_rope_from(model: Any) -> int | None:
     """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None

@@ -13,7 +13,7 @@ from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Progr
 def departure(model: Any, program: Program) -> str | None:
     """In which way a model is another one than its program computes; None where it is the same."""
     embedding = model.get_input_embeddings()
-    if embedding is None or embedding.weight.shape[1] != model.config.hidden_size:
+    if embedding is None or embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
         return "embeddings of another width than the hidden states"  # OPT's smallest
     if type(embedding).forward is not nn.Embedding.forward and program.embedding_scale is None:
         return "embeddings that are more than a table"

@@ -31,6 +31,7 @@ _ENUMS = (
     (native.Dtype, "TEAL_"),
     (native.Layout, "TEAL_"),
     (native.NormKind, "TEAL_"),
+    (native.HeadNorms, "TEAL_"),
     (native.Epilogue, "TEAL_"),
     (native.Activation, "TEAL_"),
     (native.StepKind, "TEAL_STEP_"),

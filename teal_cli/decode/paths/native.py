@@ -26,9 +26,9 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     Raises:
         MachineError: a variant of the library was asked for that cannot run here.
     """
-    config, program = model.config, known_program(model)
+    config, program = model.config.get_text_config(), known_program(model)
     if program is None:
-        return f"model type {config.model_type}"
+        return f"model type {model.config.model_type}"
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:

@@ -285,5 +285,5 @@ def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
 
 def _growth(model: Any) -> tuple[float, int]:
     """By how much queries grow with their positions, and in steps of how many."""
-    rope = model.config.rope_parameters
+    rope = model.config.get_text_config().rope_parameters
     return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
