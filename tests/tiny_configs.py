@@ -175,7 +175,7 @@ FAMILIES = {
 OTHERS = [
     *("phi3", "phi3-long", "seed_oss", "smollm3", "gemma", "stablelm", "arcee", "nemotron", "starcoder2"),
     *("granite", "ministral3", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "gemma2", "phi", "cohere"),
-    *("gemma3_text", "cohere2", "exaone4", "exaone4-full", "olmo2", "olmo3", "jais2", "gemma3"),
+    *("gemma3_text", "cohere2", "exaone4", "exaone4-full", "olmo2", "olmo3", "jais2", "gemma3", "gpt_neox"),
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""

@@ -36,6 +36,8 @@ class Product:
     """The module whose layers they are."""
     norm: "Norm | None" = None
     """Of what is added to the residual stream."""
+    aside: bool = False
+    """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
 
@@ -94,6 +96,8 @@ class Norm:
     """Whether it multiplies by 1 + weight."""
     identity: bool = False
     """Whether it leaves the stream as it is; the weight is empty then."""
+    aside: bool = False
+    """Whether it is for products that say so."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Attention:
     """Of those two norms."""
     norms_of: str = "heads"
     """As the program has it."""
+    grouped: bool = False
+    """Whether each key head's queries, key and value lie side by side."""
     plus_one: bool = False
     """Whether those norms multiply by 1 + weight."""
     angles: str | None = None
@@ -227,15 +233,15 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
     architecture = architecture_for(model)
     if isinstance(step, NormStep):
         if step.norm is None:
-            return Norm(torch.empty(0), 0.0, identity=True)
-        return norm_of(module_at(block, step.norm), program_of(model).norms)
+            return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
+        return replace(norm_of(module_at(block, step.norm), program_of(model).norms), aside=step.aside)
     if isinstance(step, ProductStep):
         names = architecture.sites[step.product]
         layers = tuple(module_at(block, name) for name in names)
         activation = None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None)
         owner = module_at(block, names[0].rpartition(".")[0])
         norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
-        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.joined)
+        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.aside, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
@@ -249,6 +255,7 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
         norms_of=step.norms_of,
+        grouped=step.grouped,
         plus_one=program_of(model).norms.endswith("plus_one"),
         angles=None if step.angles is None else getattr(attention, step.angles),
         cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),

@@ -12,6 +12,9 @@ from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Progr
 
 def departure(model: Any, program: Program) -> str | None:
     """In which way a model is another one than its program computes; None where it is the same."""
+    for key, value in program.requires.items():
+        if (found := getattr(model.config.get_text_config(), key, None)) is not value:
+            return f"{key} {str(found).lower()}"
     embedding = model.get_input_embeddings()
     if embedding is None or embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
         return "embeddings of another width than the hidden states"  # OPT's smallest

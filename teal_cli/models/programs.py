@@ -27,6 +27,8 @@ class NormStep(_Step):
 
     norm: str | None
     """Path of the module inside the block; None: the products that follow read the stream as it is."""
+    aside: bool = False
+    """Whether it is for products that say so, behind the attention too; others read the norm before it."""
 
 
 class ProductStep(_Step):
@@ -43,6 +45,8 @@ class ProductStep(_Step):
     """Of `gated`: whether one projection holds gate and up, side by side, in the place of two."""
     added_norm: str | None = None
     """Of `residual`: module of the block that normalises what is added."""
+    aside: bool = False
+    """Whether it reads what the norm aside made, for attention and MLP in parallel, each behind a norm of its own."""
     parallel: bool = False
     """Whether it reads what the norm before the attention made, for attention and MLP in parallel."""
     summed: bool = False
@@ -58,6 +62,8 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head (RMS); None for none."""
     k_norm: str | None = None
     """The same for keys."""
+    grouped: bool = False
+    """Whether the product before has each key head's queries, key and value side by side."""
     norms_of: Literal["heads", "rotated_heads", "all_heads"] = "heads"
     """What these normalise: each head, before or after the rotary embedding, or all heads at once, before it."""
     angles: str | None = None
@@ -101,6 +107,8 @@ class Program(BaseModel):
     """Path of the module in the model that makes the angles of the rotary embedding."""
     positions: str | None = None
     """In its place: path of the embedding of positions, learned, which is added to a token's."""
+    requires: dict[str, bool] = {}
+    """Keys of the configuration, and what they must be: with another value, a block computes something else."""
     fused: bool = True
     """Whether the fused path takes it: not where a GPU has not run it yet."""
     block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
@@ -149,11 +157,17 @@ def check_order(steps: Sequence[Step]) -> None:
     before: Step | None = None
     for step in steps:
         on_stream = before is None or (isinstance(before, ProductStep) and before.epilogue == "residual")
-        if isinstance(step, NormStep) and not on_stream:
+        if isinstance(step, NormStep) and not (isinstance(before, NormStep) if step.aside else on_stream):
             raise ValueError(f"norm {step.norm} must stand first or after a residual product")
         if isinstance(step, ProductStep):
-            if on_stream and not (step.parallel and isinstance(before, ProductStep) and before.added_norm is None):
+            if (
+                on_stream
+                and not step.aside
+                and not (step.parallel and isinstance(before, ProductStep) and before.added_norm is None)
+            ):
                 raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
+            if step.aside and not any(isinstance(other, NormStep) and other.aside for other in steps):
+                raise ValueError(f"product {step.product} reads the norm aside, and there is none")
             if step.parallel and not on_stream:
                 raise ValueError(f"product {step.product}: parallel belongs to a product behind a residual one")
             if step.added_norm is not None and step.epilogue != "residual":

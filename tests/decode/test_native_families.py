@@ -108,6 +108,11 @@ def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
     assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
 
 
+def test_a_configuration_that_a_program_does_not_compute() -> None:
+    reason = "use_parallel_residual false"
+    assert NativePath.unsupported(tiny("gpt_neox", use_parallel_residual=False), None) == reason
+
+
 def test_scaled_embeddings_that_a_program_does_not_scale() -> None:
     model = tiny("gemma")
     row = architecture_of("gemma")

@@ -76,6 +76,11 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, "{product: qkv, epilogue: activated}", OUT), "product qkv: activation belongs to"),
         (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
         (_row(NORM, "{product: qkv, parallel: true}", ATTENTION, OUT), "product qkv: parallel belongs to"),
+        (
+            _row(NORM, "{product: qkv, aside: true}", ATTENTION, OUT),
+            "product qkv reads the norm aside, and there is none",
+        ),
+        (_row("{norm: n, aside: true}", QKV, ATTENTION, OUT), "norm n must stand first or after"),
         (_row(NORM, "{product: qkv, added_norm: n}", ATTENTION, OUT), "product qkv: added_norm belongs to"),
         (
             _row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, added_norm: n}", _PARALLEL),

@@ -230,14 +230,25 @@ static void attend(block *b, int row, int position, double *q, const double *k, 
 static void run_block(block *b, int row, int position, double *x, int64_t *kept) {
     double normed[HIDDEN], q[HEADS * DIM], k[KV_HEADS * DIM], v[KV_HEADS * DIM], heads[HEADS * DIM], added[HIDDEN];
     double gate[WIDE], up[WIDE];
-    normalise(&b->norms[0], x, normed);
+    double aside[HIDDEN], columns[COLUMNS];
+    normalise(&b->norms[0], x, normed), normalise(&b->norms[1], x, aside);
     kept[0] += apply(&b->q, normed, q, NULL);
     apply(&b->k, normed, k, NULL), apply(&b->v, normed, v, NULL);
+    memcpy(columns, q, sizeof q), memcpy(columns + HEADS * DIM, k, sizeof k);
+    memcpy(columns + (HEADS + KV_HEADS) * DIM, v, sizeof v);
+    for (int h = 0; h < KV_HEADS && b->attention.grouped; h++) {
+        const int group = HEADS / KV_HEADS;
+        const double *own = columns + h * (group + 2) * DIM;
+        memcpy(q + h * group * DIM, own, sizeof(double) * (size_t)(group * DIM));
+        memcpy(k + h * DIM, own + group * DIM, sizeof(double) * DIM);
+        memcpy(v + h * DIM, own + (group + 1) * DIM, sizeof(double) * DIM);
+    }
     attend(b, row, position, q, k, v, heads);
     kept[1] += apply(&b->o, heads, added, NULL);
     if (!b->gated) normalise(&b->norms[2], added, added);
     for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
-    normalise(&b->norms[1], x, normed);
+    if (b->gated) normalise(&b->norms[1], x, normed);
+    else memcpy(normed, aside, sizeof normed);
     kept[2] += apply(&b->gate, normed, gate, NULL);
     if (b->gated) apply(&b->up, normed, up, NULL);
     for (int i = 0; i < WIDE; i++)
@@ -247,7 +258,8 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
 }
 
 /* One of each kind: a Llama's with codes, whose MLP reads the stream as it is and with a norm of all heads, and one with all that Llama has not:
- * LayerNorm, norms of heads after a rotary embedding of neighbours, a window, a cap, growing queries and no gate. */
+ * LayerNorm, norms of heads after a rotary embedding of neighbours, a window, a cap, growing
+ * queries and no gate, whose MLP stands beside attention, behind a norm of its own. */
 static block make_block(int gated) {
     const int dtype = gated ? TEAL_INT8 : TEAL_F32;
     block b = {.gated = gated};
@@ -279,6 +291,7 @@ static block make_block(int gated) {
     float *growth = random_floats(POSITIONS);
     for (int i = 0; i < POSITIONS; i++) growth[i] += 2;
     b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM), b.attention.norms = TEAL_HEADS_LAST;
+    b.attention.grouped = 1, b.norms[1].aside = 1;
     b.attention.neighbours = 1, b.attention.cap = 1.5f, b.attention.query_scale = growth;
     return b;
 }
@@ -298,10 +311,16 @@ static void check_decoder(const char *variant, teal_pool *pool) {
                               .epilogue = b->gated ? TEAL_GATED : TEAL_ACTIVATED,
                               .activation = b->gated ? TEAL_SILU : TEAL_GELU};
         p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
-        const void *of[] = {&b->norms[0], &p[0], &b->attention, &p[1], &b->norms[1], &p[2], &p[3]};
-        const int kinds[] = {TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION, TEAL_STEP_PRODUCT,
-                             TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_PRODUCT};
-        for (int s = 0; s < 7; s++) steps[n++] = (teal_step){of[s], kinds[s], 0};
+        p[2].aside = b->norms[1].aside;
+        const teal_step norm = {&b->norms[1], TEAL_STEP_NORM, 0};
+        steps[n++] = (teal_step){&b->norms[0], TEAL_STEP_NORM, 0};
+        if (b->norms[1].aside) steps[n++] = norm;
+        steps[n++] = (teal_step){&p[0], TEAL_STEP_PRODUCT, 0};
+        steps[n++] = (teal_step){&b->attention, TEAL_STEP_ATTENTION, 0};
+        steps[n++] = (teal_step){&p[1], TEAL_STEP_PRODUCT, 0};
+        if (!b->norms[1].aside) steps[n++] = norm;
+        steps[n++] = (teal_step){&p[2], TEAL_STEP_PRODUCT, 0};
+        steps[n++] = (teal_step){&p[3], TEAL_STEP_PRODUCT, 0};
     }
     matrix embedding = make(HIDDEN, VOCABULARY, TEAL_BF16, TEAL_ROW_MAJOR, 1, -INFINITY);
     matrix output = make(HIDDEN, VOCABULARY, TEAL_F16, TEAL_INPUT_MAJOR, 1, 0.1f);

@@ -112,7 +112,7 @@ class Weight(Structure):
 class Norm(Structure):
     """teal_norm; `norm_of` makes one."""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32), ("aside", c_int32))
 
 
 class Product(Structure):
@@ -125,6 +125,7 @@ class Product(Structure):
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("activation_threshold", c_float),
+        ("aside", c_int32),
     )
 
 
@@ -148,6 +149,7 @@ class Attention(Structure):
         ("window", c_int32),
         ("neighbours", c_int32),
         ("norms", c_int32),
+        ("grouped", c_int32),
         ("scale", c_float),
         ("eps", c_float),
         ("cap", c_float),

@@ -190,6 +190,7 @@ def attention_of(
     query_scale: Tensor | None = None,
     neighbours: bool = False,
     norms: HeadNorms = HeadNorms.HEADS_FIRST,
+    grouped: bool = False,
 ) -> Attention:
     """Attention over a KV cache.
 
@@ -206,6 +207,7 @@ def attention_of(
         query_scale: (>= positions,) what queries are multiplied with beside `scale`, or None.
         neighbours: whether the rotary embedding turns neighbours, not the two halves; `rotary` is the same.
         norms: where the norms of heads stand; of all heads at once, the weights are (heads * dim,), (kv_heads * dim,).
+        grouped: whether the product before has each key head's queries, key and value side by side.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
@@ -228,6 +230,7 @@ def attention_of(
         window=window,
         neighbours=neighbours,
         norms=norms,
+        grouped=grouped,
         scale=scale,
         eps=eps,
         cap=cap,

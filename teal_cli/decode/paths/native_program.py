@@ -154,6 +154,7 @@ class NativeProgram:
             query_scale=growth,
             neighbours=self._pairs != "halves",
             norms=_HEAD_NORMS[step.norms_of],
+            grouped=step.grouped,
         )
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
@@ -163,12 +164,15 @@ class NativeProgram:
     def _norm_of(self, norm: Norm, residual: float | None = None) -> native.Norm:
         """`residual`: the scale of the stream that it reads; by default the one that the model's own is divided by."""
         if norm.identity:
-            return native.no_norm()
+            made = native.no_norm()
+            made.aside = norm.aside
+            return made
         kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
         weight = norm.weight.detach().float() + 1 if norm.plus_one else norm.weight
         # Not what is added is scaled, but the whole stream by the inverse, which norms take away: epsilon apart.
         eps = norm.eps / (self._scales.residual if residual is None else residual) ** 2
         made = native.norm_of(weight, eps, bias=norm.bias, kind=kind)
+        made.aside = norm.aside
         self._note_copies((norm.weight, made.weight), (norm.bias, made.bias))
         return made
 
@@ -183,7 +187,9 @@ class NativeProgram:
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
         norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
-        return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        made = native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        made.aside = product.aside
+        return made
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""

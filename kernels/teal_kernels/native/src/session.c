@@ -5,7 +5,7 @@
 
 typedef struct {
     int32_t splits_of_heads; /* floats of `heads`, of one row */
-    int32_t own, sums, group, list, neurons, queries, scores;
+    int32_t aside, own, sums, group, list, neurons, queries, scores;
 } needs;
 
 static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -63,7 +63,8 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
     if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
-    if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS) return "norms of heads of no use";
+    if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS || (a->grouped && a->norms == TEAL_ALL_HEADS))
+        return "norms of heads of no use";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
     *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);
@@ -98,7 +99,7 @@ static const char *plan(teal_session *s, needs *n) {
         const char *bad = NULL;
         if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
-            if (product->epilogue != TEAL_RESIDUAL && !normed) return "a product without a norm before it";
+            if (product->epilogue != TEAL_RESIDUAL && !(product->aside ? n->aside : normed)) return "a product without a norm before it";
             if (product->norm && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
             if (product->norm) normed = 0; /* takes the memory */
             bad = plan_product(p, product, attended, neurons, s->threads, ranges, n);
@@ -113,7 +114,8 @@ static const char *plan(teal_session *s, needs *n) {
             if (bad) return bad;
             columns = 0;
         } else if (step->kind == TEAL_STEP_NORM) {
-            normed = 1;
+            if (((const teal_norm *)step->of)->aside) n->aside = p->hidden;
+            else normed = 1;
         } else {
             return "a step of unknown kind";
         }
@@ -141,6 +143,7 @@ static int take_buffers(teal_session *s, const needs *n) {
             thread_memory *m = &s->memory[t];
             m->hidden = take_floats(&a, padded * p->hidden);
             m->normed = take_floats(&a, padded * p->hidden);
+            m->aside = take_floats(&a, padded * n->aside);
             m->own = take_floats(&a, padded * n->own);
             m->sums = take_floats(&a, padded * n->sums);
             m->group = take_floats(&a, padded * n->group);

@@ -45,7 +45,8 @@ typedef struct {
     const float *weight; /* (hidden,), or NULL of TEAL_NO_NORM */
     const float *bias;   /* (hidden,) or NULL */
     float eps;
-    int32_t kind; /* teal_norm_kind */
+    int32_t kind;  /* teal_norm_kind */
+    int32_t aside; /* whether its result is for the products that say so, and the one of the norm before it stays */
 } teal_norm;
 
 typedef enum {
@@ -76,6 +77,7 @@ typedef struct {
     int32_t epilogue;   /* teal_epilogue */
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
+    int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
 } teal_product;
 
 /* Where q_norm and k_norm stand: of each head before the rotary embedding or after it, or before it of all heads at once. */
@@ -94,6 +96,7 @@ typedef struct {
     int32_t window; /* positions that are seen, the token's own among them; 0 for all */
     int32_t neighbours; /* whether a pair that is rotated lies side by side; else it is in the two halves */
     int32_t norms; /* teal_head_norms */
+    int32_t grouped; /* whether the product has each key head's queries, key and value side by side */
     float scale, eps;
     float cap; /* scores become cap * tanh(score / cap); 0: none */
 } teal_attention;

@@ -183,13 +183,14 @@ static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thr
 /* This thread's sums of all parts, side by side: of some kept inputs each output, of row-major parts some outputs. */
 static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
     const int32_t size = which_rows(s->padded_rows), stride = outputs_of(p);
+    const float *x = p->aside ? m->aside : m->normed;
     float *y = m->sums;
     for (int32_t i = 0, end; i < summed_parts(p); i = end) {
         const teal_weight *w = &p->parts[i];
         int64_t *kept = counter(w, m, thread == 0);
         if (w->layout == TEAL_ROW_MAJOR) {
             for (int32_t r = 0; r < s->rows; r++) memset(y + (int64_t)r * stride, 0, (size_t)w->outputs * sizeof *y);
-            dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], m->normed, w->inputs, 0,
+            dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], x, w->inputs, 0,
                                           w->inputs, y + own->first[i], stride);
             if (kept) *kept += (int64_t)s->rows * w->inputs;
             y += w->outputs;
@@ -199,7 +200,7 @@ static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, cons
         teal_weight whole;
         end = side_by_side(p, i, s->padded_rows, &whole);
         int again = i > 0 && same_list(w - 1, w, s->padded_rows);
-        if (!again) make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
+        if (!again) make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
         else if (kept) *kept += m->list.count;
         for (int32_t k = i + 1; k < end; k++) {
             kept = counter(&p->parts[k], m, thread == 0);
@@ -244,7 +245,7 @@ static void live_ups(teal_session *s, thread_memory *m, const teal_product *p, c
         live += any > 0;
         if (kept) *kept += any;
     }
-    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, m->normed, up->inputs, 0,
+    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, p->aside ? m->aside : m->normed, up->inputs, 0,
                                                          up->inputs, m->group, live);
     memset(ups, 0, (size_t)s->padded_rows * (size_t)n * sizeof *ups);
     for (int32_t r = 0; r < s->rows; r++)
@@ -315,9 +316,13 @@ static void attention(teal_session *s, thread_memory *m, const teal_attention *a
             k_scale = scale_of_heads(s, a, qkv, row, a->heads * dim, a->kv_heads, m->queries);
             scaled_row = row;
         }
-        sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
-        sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-        sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        if (a->grouped) {
+            sum_outputs(s, qkv, row, kv_head * (group + 2) * dim, (group + 2) * dim, m->queries);
+        } else {
+            sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
+            sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
+            sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        }
         if (all_heads) {
             const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
             for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= q_scale * q_norm[i];
@@ -422,7 +427,8 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
         }
         if (norm)
             for (int32_t r = 0; r < s->rows; r++)
-                normalise(norm, m->hidden + (int64_t)r * p->hidden, m->normed + (int64_t)r * p->hidden, p->hidden);
+                normalise(norm, m->hidden + (int64_t)r * p->hidden,
+                          (norm->aside ? m->aside : m->normed) + (int64_t)r * p->hidden, p->hidden);
         if (i == p->n_steps) {
             const teal_weight *w = &p->output->parts[0];
             some_outputs(w, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
