@@ -5,7 +5,7 @@ modules: norms become weights, sites become products, attention its scale and wi
 the fused one and the native one, begin here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program
+from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -34,6 +34,12 @@ class Product:
     """Of the epilogue, as the configuration names it."""
     owner: nn.Module | None = None
     """The module whose layers they are."""
+    norm: "Norm | None" = None
+    """Of what is added to the residual stream."""
+    aside: bool = False
+    """Whether it reads the norm aside."""
+    joined: bool = False
+    """Whether the one layer holds gate and up, side by side."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -53,7 +59,7 @@ class Product:
     @property
     def outputs(self) -> int:
         """Columns of what it writes."""
-        return self.parts[0] if self.epilogue == "gated" else sum(self.parts)
+        return self.parts[0] // (2 if self.joined else 1) if self.epilogue == "gated" else sum(self.parts)
 
     @cached_property
     def table(self) -> Tensor | Packed:
@@ -86,6 +92,12 @@ class Norm:
     bias: Tensor | None = None
     centred: bool = False
     """Whether the mean is taken off: a layer norm, and not an RMS norm."""
+    plus_one: bool = False
+    """Whether it multiplies by 1 + weight."""
+    identity: bool = False
+    """Whether it leaves the stream as it is; the weight is empty then."""
+    aside: bool = False
+    """Whether it is for products that say so."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,18 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
+    norms_of: str = "heads"
+    """As the program has it."""
+    grouped: bool = False
+    """Whether each key head's queries, key and value lie side by side."""
+    plus_one: bool = False
+    """Whether those norms multiply by 1 + weight."""
+    angles: str | None = None
+    """Which of the rotary module's kinds of angles are its own; None where there is one kind."""
+    cap: float = 0.0
+    """Soft cap of scores; 0 for none."""
+    rotates: bool = True
+    """Whether queries and keys have the rotary embedding, where the model has one."""
 
 
 BlockStep = Norm | Product | Attention
@@ -106,17 +130,59 @@ BlockStep = Norm | Product | Attention
 
 def rms_norm(module: Any) -> Norm:
     """Weight and epsilon of an RMS norm, which transformers' modules name in two ways."""
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight, eps)
+    return Norm(module.weight, _eps(module))
+
+
+def _eps(module: Any) -> float:
+    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
 
 
 def layer_norm(module: Any) -> Norm:
     """Of a layer norm, which may have neither weight nor bias."""
     weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
-    return Norm(weight, module.eps, module.bias, centred=True)
+    return Norm(weight, _eps(module), getattr(module, "bias", None), centred=True)
 
 
-_NORMS = {"rms": rms_norm, "layer": layer_norm}
+def norm_of(module: Any, norms: Norms) -> Norm:
+    """A module as the norm that a program says it is."""
+    norm = layer_norm(module) if norms.startswith("layer") else rms_norm(module)
+    return replace(norm, plus_one=norms.endswith("plus_one"))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a model multiplies by, beside its weights."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    """Of what is added to the residual stream."""
+    logits: float = 1.0
+    logits_cap: float = 0.0
+    """Soft cap of the scaled logits; 0 for none."""
+
+
+def scales_of(model: Any, program: Program) -> Scales:
+    """The numbers that a program names.
+
+    Raises:
+        ArtefactError: the model does not have one of them.
+    """
+    config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
+
+    def number(key: str | None, default: float) -> float:
+        if key is None:
+            return default
+        if not hasattr(config, key) and not hasattr(embeddings, key):
+            raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
+        value = getattr(config, key, getattr(embeddings, key, None))
+        return default if value is None else float(value)
+
+    return Scales(
+        embedding=number(program.embedding_scale, 1.0),
+        residual=number(program.residual_scale, 1.0),
+        logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
+        logits_cap=number(program.logits_cap, 0.0),
+    )
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -160,39 +226,65 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
 def last_norm(model: Any) -> Norm:
     """The norm in front of the output layer."""
     program = program_of(model)
-    return _NORMS[program.norms](module_at(model, program.norm))
+    return norm_of(module_at(model, program.norm), program.norms)
 
 
 def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
     architecture = architecture_for(model)
     if isinstance(step, NormStep):
-        return _NORMS[program_of(model).norms](module_at(block, step.norm))
+        if step.norm is None:
+            return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
+        return replace(norm_of(module_at(block, step.norm), program_of(model).norms), aside=step.aside)
     if isinstance(step, ProductStep):
         names = architecture.sites[step.product]
         layers = tuple(module_at(block, name) for name in names)
-        activation = None if step.activation is None else getattr(model.config, step.activation, None)
-        return Product(step.product, layers, step.epilogue, activation, module_at(block, names[0].rpartition(".")[0]))
+        activation = None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None)
+        owner = module_at(block, names[0].rpartition(".")[0])
+        norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
+        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.aside, step.joined)
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
-    window = getattr({"layer": attention, "model": model.config}.get(step.window or ""), "sliding_window", None)
+    owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
+    window, rotates = getattr(owner, "sliding_window", None), True
+    if step.window == "sliding" and window is not None and not attention.is_sliding:
+        window, rotates = None, False
     return Attention(
         scale=float(attention.scaling),
         window=int(window or 0),
         q_norm=norms[0].weight if norms[0] else None,
         k_norm=norms[1].weight if norms[1] else None,
         eps=next((norm.eps for norm in norms if norm), 0.0),
+        norms_of=step.norms_of,
+        grouped=step.grouped,
+        plus_one=program_of(model).norms.endswith("plus_one"),
+        angles=None if step.angles is None else getattr(attention, step.angles),
+        cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
+        rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
     )
 
 
 @torch.no_grad()
-def rotary_tables(model: Any, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def rotary_tables(
+    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | None = None
+) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
 
-    None of a model without a rotary embedding.
+    None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
+    depends; of the positions behind it nothing is said. `kind`: of angles, where the module has several.
     """
     path = program_of(model).rotary
     if path is None:
         return None
     module, device = module_at(model, path), next(model.parameters()).device
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), torch.arange(positions, device=device)[None])
-    return cos[0].contiguous(), sin[0].contiguous()
+    at = torch.arange(positions, device=device)
+    if last is not None:
+        at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
+    kinds = () if kind is None else (kind,)
+    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None], *kinds)
+    return cos[0, :positions].contiguous(), sin[0, :positions].contiguous()
+
+
+def long_rope_from(model: Any) -> int | None:
+    """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None

@@ -48,13 +48,16 @@ class Architecture(BaseModel):
         for step in self.program.products if self.program is not None else ():
             if step.product not in self.sites:
                 raise ValueError(f"program: product {step.product} is no site; the sites are {', '.join(self.sites)}")
-            if any("*" in layer for layer in self.sites[step.product]):
+            layers = self.sites[step.product]
+            if any("*" in layer for layer in layers):
                 raise ValueError(f"program: the layers of site {step.product} must be names, without *")
+            if step.epilogue == "gated" and len(layers) != (1 if step.joined else 2):
+                raise ValueError(f"program: site {step.product} is gated, so its layers are gate and up, or one joined")
         return self
 
     def epilogue_of(self, site: str) -> str:
         """What follows the product of a site on the fused path, as `teal_kernels` names it."""
-        steps = self.program.products if self.program is not None else []
+        steps = self.program.products if self.program is not None and self.program.fused else []
         found = next((step.epilogue for step in steps if step.product == site), "plain")
         return "plain" if found == "activated" else found  # which the fused path does not know
 

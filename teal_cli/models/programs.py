@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
+Pairs = Literal["halves", "neighbours", "neighbours_repeated"]
+Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
 
 
 class _Step(BaseModel):
@@ -23,8 +25,10 @@ class _Step(BaseModel):
 class NormStep(_Step):
     """A norm of the residual stream."""
 
-    norm: str
-    """Path of the module inside the block."""
+    norm: str | None
+    """Path of the module inside the block; None: the products that follow read the stream as it is."""
+    aside: bool = False
+    """Whether it is for products that say so, behind the attention too; others read the norm before it."""
 
 
 class ProductStep(_Step):
@@ -37,6 +41,14 @@ class ProductStep(_Step):
     result is added to `hidden`."""
     activation: str | None = None
     """Key of the model's configuration that names the activation of `gated` and `activated`."""
+    joined: bool = False
+    """Of `gated`: whether one projection holds gate and up, side by side, in the place of two."""
+    added_norm: str | None = None
+    """Of `residual`: module of the block that normalises what is added."""
+    aside: bool = False
+    """Whether it reads what the norm aside made, for attention and MLP in parallel, each behind a norm of its own."""
+    parallel: bool = False
+    """Whether it reads what the norm before the attention made, for attention and MLP in parallel."""
     summed: bool = False
     """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
 
@@ -50,8 +62,19 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head (RMS); None for none."""
     k_norm: str | None = None
     """The same for keys."""
-    window: Literal["layer", "model"] | None = None
-    """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration."""
+    grouped: bool = False
+    """Whether the product before has each key head's queries, key and value side by side."""
+    norms_of: Literal["heads", "rotated_heads", "all_heads"] = "heads"
+    """What these normalise: each head, before or after the rotary embedding, or all heads at once, before it."""
+    angles: str | None = None
+    """Attribute of the module that names its angles, where the rotary module has several kinds."""
+    cap: str | None = None
+    """Attribute of the module that is the soft cap of scores, where it is not None."""
+    rotates: str | None = None
+    """Attribute of the module that says whether this layer has the rotary embedding; None: all have it."""
+    window: Literal["layer", "model", "sliding"] | None = None
+    """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration;
+    `sliding`: the module, where `is_sliding` is true, and where there are windows only these layers rotate."""
 
 
 Step = NormStep | ProductStep | AttentionStep
@@ -84,11 +107,31 @@ class Program(BaseModel):
     """Path of the module in the model that makes the angles of the rotary embedding."""
     positions: str | None = None
     """In its place: path of the embedding of positions, learned, which is added to a token's."""
+    requires: dict[str, bool] = {}
+    """Keys of the configuration, and what they must be: with another value, a block computes something else."""
+    fused: bool = True
+    """Whether the fused path takes it: not where a GPU has not run it yet."""
     block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
     norm: str
     """Path of the norm in the model, in front of the output layer."""
-    norms: Literal["rms", "layer"] = "rms"
-    """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias."""
+    norms: Norms = "rms"
+    """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
+    multiply by 1 + weight."""
+    pairs: Pairs = "halves"
+    """What the rotary embedding turns together: the two halves, or neighbours; `neighbours_repeated`: and the angles of
+    a pair stand side by side too."""
+    growing_queries: bool = False
+    """Whether queries grow with their positions, as in Llama 4: by `llama_4_scaling_beta` of `rope_parameters`."""
+    residual_scale: str | None = None
+    """What residual products are multiplied by before they are added: key of the configuration."""
+    logits_scale: str | None = None
+    """What logits are multiplied by: key of the configuration."""
+    logits_divisor: str | None = None
+    """What logits are divided by: key of the configuration."""
+    logits_cap: str | None = None
+    """The soft cap of logits: key of the configuration, which may be null."""
+    embedding_scale: str | None = None
+    """What a token's embedding is multiplied by: key of the configuration, or attribute of the embeddings' module."""
 
     @property
     def products(self) -> list[ProductStep]:
@@ -99,6 +142,8 @@ class Program(BaseModel):
     def _fits_together(self) -> "Program":
         if (self.rotary is None) == (self.positions is None):
             raise ValueError("a program names rotary or positions, one of the two")
+        if self.positions is not None and self.residual_scale is not None:
+            raise ValueError("residual_scale belongs to programs with rotary")
         check_order(self.block)
         return self
 
@@ -112,15 +157,27 @@ def check_order(steps: Sequence[Step]) -> None:
     before: Step | None = None
     for step in steps:
         on_stream = before is None or (isinstance(before, ProductStep) and before.epilogue == "residual")
-        if isinstance(step, NormStep) and not on_stream:
+        if isinstance(step, NormStep) and not (isinstance(before, NormStep) if step.aside else on_stream):
             raise ValueError(f"norm {step.norm} must stand first or after a residual product")
         if isinstance(step, ProductStep):
-            if on_stream:
+            if (
+                on_stream
+                and not step.aside
+                and not (step.parallel and isinstance(before, ProductStep) and before.added_norm is None)
+            ):
                 raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
+            if step.aside and not any(isinstance(other, NormStep) and other.aside for other in steps):
+                raise ValueError(f"product {step.product} reads the norm aside, and there is none")
+            if step.parallel and not on_stream:
+                raise ValueError(f"product {step.product}: parallel belongs to a product behind a residual one")
+            if step.added_norm is not None and step.epilogue != "residual":
+                raise ValueError(f"product {step.product}: added_norm belongs to epilogue residual")
             if (step.epilogue in ("gated", "activated")) != (step.activation is not None):
                 raise ValueError(
                     f"product {step.product}: activation belongs to epilogues gated and activated, which need it"
                 )
+            if step.joined and step.epilogue != "gated":
+                raise ValueError(f"product {step.product}: joined belongs to epilogue gated")
         plain = isinstance(before, ProductStep) and before.epilogue == "plain"
         if isinstance(step, AttentionStep) and not plain:
             raise ValueError(f"attention {step.attention} must stand after the plain product of queries, keys, values")

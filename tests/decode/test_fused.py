@@ -150,7 +150,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("family", "model type gemma"),
+        ("family", "model type falcon"),
         ("no GPU", "no GPU"),
         ("backend", "backend reference"),
         ("dtype", "the triton backend takes float16, bfloat16 and float32, not torch.float64"),
@@ -164,7 +164,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
 def test_unsupported(pair: Pair, what: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = pair.model, pair.model.config
     if what == "family":
-        config.model_type = "gemma"
+        config.model_type = "falcon"
     elif what == "no GPU":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
     elif what == "backend":

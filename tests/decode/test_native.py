@@ -3,7 +3,7 @@
 import pytest
 import torch
 from covering import covering
-from native_models import FAMILIES, NO_LIBRARY, check_steps, sparse, tiny, use_threads
+from native_models import FAMILIES, NO_LIBRARY, OTHERS, check_decided_steps, check_steps, sparse, tiny, use_threads
 
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 
@@ -47,3 +47,26 @@ def test_steps_of_quantised_weights(
 ) -> None:
     use_threads(monkeypatch, threads)
     check_steps(sparse(tiny(family).to(dtype), plan, scheme, output=output), lengths)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OTHERS)
+@covering(2, plan=PLANS, dtype=DTYPES, lengths=[[20], [3, 20, 11], [7] * 9], threads=[1, 2, 3])
+def test_steps_of_other_families(
+    family: str, plan: str, dtype: torch.dtype, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_threads(monkeypatch, threads)
+    check_decided_steps(sparse(tiny(family).to(dtype), plan), lengths)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    ("scheme", "lengths", "plan"),
+    [("int8", [20], "apart"), ("int4:32", [20, 9], "alike"), ("int4:64", [7, 3], "alike")],
+)
+def test_steps_of_other_families_with_quantised_weights(
+    family: str, scheme: str, lengths: list[int], plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_threads(monkeypatch, 2)
+    check_decided_steps(sparse(tiny(family), plan, scheme), lengths)

@@ -10,7 +10,7 @@ import torch
 from conftest import build_model, export_tiny, save_tiny
 from fused_pair import error_of, half_plan, random_tokens
 from intrinsic_models import KINDS, save_kind
-from native_models import LIMIT, NO_LIBRARY, Exact, check_steps, plan_for, sparse, tiny, use_threads
+from native_models import LIMIT, NO_LIBRARY, OTHERS, Exact, check_steps, plan_for, sparse, tiny, use_threads
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from teal_cli.cli import run
@@ -54,7 +54,7 @@ def test_other_activations_of_gated_mlps(activation: str) -> None:
 
 @needs_library
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bamboo"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bamboo", *OTHERS])
 def test_a_dense_model(family: str) -> None:
     """Its weights move and are not copied; the logits are the plain model's, and nothing is dropped."""
     model = tiny(family)
@@ -210,6 +210,9 @@ def _after_a_step(engine: Engine) -> Any:
         ("llama", "int4:32", "model.layers.1.self_attn.q_proj.zeros"),
         ("gpt2", None, "transformer.h.0.mlp.c_fc.bias"),
         ("gpt2", None, "transformer.ln_f.bias"),
+        ("gemma3_text", None, "model.layers.1.post_feedforward_layernorm.weight"),
+        ("gemma3_text", None, "model.layers.0.self_attn.q_norm.weight"),
+        ("gpt_neox", None, "gpt_neox.layers.1.post_attention_layernorm.bias"),
     ],
 )
 def test_a_small_tensor_that_is_written_between_tokens(family: str, scheme: str | None, name: str) -> None:
@@ -306,7 +309,7 @@ def test_the_cache_has_what_a_fixed_one_has(chunks: list[int]) -> None:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("family", "model type gemma"),
+        ("family", "model type falcon"),
         ("backend", "backend reference"),
         ("dtype", "dtype float64"),
         ("activation", "activation tanh"),
@@ -323,7 +326,7 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     model: Any = build_model("opt") if what == "width" else sparse(tiny("opt" if what == "last norm" else "llama"))
     config = model.config
     if what == "family":
-        config.model_type = "gemma"
+        config.model_type = "falcon"
     elif what == "backend":
         control_of(model).backend = "reference"
     elif what == "dtype":

@@ -19,8 +19,9 @@ from teal_cli.models.layers import unstack_experts_
 from teal_cli.sparse import sparse_layers
 
 assert teal_cli.hf
+_BEHIND_A_NORM = (*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.fc1", "mlp.gate_proj", "mlp.up_proj")
 _HALF = {"layers": 2, "attention_heads": 2, "ffn_dim": 40}
-_PHI = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4}
+_GPTJ = {"n_embd": 64, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 256, "rotary_dim": 8}
 
 
 def _groups(model: nn.Module) -> set[frozenset[str]]:
@@ -47,6 +48,9 @@ def test_finds_what_the_table_says(family: str) -> None:
     if family == "falcon":  # one norm for attention and MLP: the table keeps two sites for all falcons
         pairs = [{p for p in names if f".{i}." in p and ("query" in p or "h_to_4h" in p)} for i in range(2)]
         wanted = {group for group in wanted if not any(group <= pair for pair in pairs)} | set(map(frozenset, pairs))
+    if row.program is not None and any(step.parallel for step in row.program.products):  # the program has two products
+        inputs = [{n for n in names if any(f".{i}.{x}" in n for x in _BEHIND_A_NORM)} for i in range(2)]
+        wanted = {group for group in wanted if not any(group <= both for both in inputs)} | set(map(frozenset, inputs))
     assert _groups(model) == wanted
 
 
@@ -100,36 +104,31 @@ def test_lists_of_blocks() -> None:
 
 
 @pytest.fixture
-def phi(tmp_path: Path) -> Path:
+def gptj(tmp_path: Path) -> Path:
     """A model of a type that the table does not have: attention and MLP read one hidden state."""
-    assert "phi" not in table()
-    config = AutoConfig.for_model("phi", vocab_size=VOCABULARY, max_position_embeddings=256, **_PHI)
+    assert "gptj" not in table()
+    config = AutoConfig.for_model("gptj", vocab_size=VOCABULARY, **_GPTJ)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
-    build_tokenizer().save_pretrained(tmp_path / "phi")
-    return tmp_path / "phi"
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
+    build_tokenizer().save_pretrained(tmp_path / "gptj")
+    return tmp_path / "gptj"
 
 
 def test_from_an_unknown_type_to_a_checkpoint(
-    phi: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gptj: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
-    shared = ["--model", str(phi), "--runs", str(runs), "--quiet"]
+    shared = ["--model", str(gptj), "--runs", str(runs), "--quiet"]
     chain = [*shared, "--dataset", str(corpus), "--tokens", "256", "--seq-len", "32"]
-    written = runs / "phi" / "architecture.yaml"
+    written = runs / "gptj" / "architecture.yaml"
     assert run(["calibrate", *chain]) == 3
     message = capsys.readouterr().err
-    assert "model type 'phi' is not in the table" in message
+    assert "model type 'gptj' is not in the table" in message
     assert f"confirm with --architecture {written}" in message
-    assert not (runs / "phi" / "calibration.json").exists()  # nothing was measured, nothing runs dense in silence
-    row = yaml.safe_load(written.read_text())["phi"]
-    assert row["blocks"] == ["model.layers"]
-    assert row["sites"]["self_attn_q_proj_input"] == [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "mlp.fc1",
-    ]
+    assert not (runs / "gptj" / "calibration.json").exists()  # nothing was measured, nothing runs dense in silence
+    row = yaml.safe_load(written.read_text())["gptj"]
+    assert row["blocks"] == ["transformer.h"]
+    assert row["sites"]["attn_q_proj_input"] == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"]
     edited = written.read_text() + "# checked\n"
     written.write_text(edited)
     assert run(["calibrate", *chain]) == 3  # unconfirmed as before, and not written over
@@ -138,7 +137,7 @@ def test_from_an_unknown_type_to_a_checkpoint(
     confirmed = ["--architecture", str(written)]
     assert run(["calibrate", *chain, *confirmed]) == 0
     assert run(["export", *shared, *confirmed, "--sparsity", "0.5"]) == 0
-    folder = runs / "phi" / "fisher-0.50"
+    folder = runs / "gptj" / "fisher-0.50"
     sparse = AutoModelForCausalLM.from_pretrained(folder)  # the checkpoint carries its row
     assert len(sparse_layers(sparse)) == 3 * 6 + 1  # the output layer
     sparse.save_pretrained(tmp_path / "again")
@@ -156,14 +155,14 @@ def test_from_an_unknown_type_to_a_checkpoint(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("phi: {blocks: model.layers}", "phi: sites: Field required"),
-        ("phi: {blocks: model.layers, sites: {a.b: [x]}}", "phi: sites.a.b"),
+        ("gptj: {blocks: model.layers}", "gptj: sites: Field required"),
+        ("gptj: {blocks: model.layers, sites: {a.b: [x]}}", "gptj: sites.a.b"),
         (
-            "phi: {blocks: model.layers, sites: {a: [x]}, speed: 3}",
-            "phi: speed is not a key: the keys are kind, blocks",
+            "gptj: {blocks: model.layers, sites: {a: [x]}, speed: 3}",
+            "gptj: speed is not a key: the keys are kind, blocks",
         ),
-        ("phi: {like: fhi}", "there is no row 'fhi' to be like"),
-        ("phi: 3", "a row is a mapping"),
+        ("gptj: {like: fhi}", "there is no row 'fhi' to be like"),
+        ("gptj: 3", "a row is a mapping"),
     ],
 )
 def test_bad_rows_are_refused(row: str, message: str, tmp_path: Path) -> None:

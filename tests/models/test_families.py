@@ -1,6 +1,6 @@
 """Every family through the whole chain: one matrix, in which none is skipped.
 
-A new family is a row of teal_cli/models/architectures.yaml and a line of FAMILIES in conftest.py.
+A new family is a row of teal_cli/models/architectures.yaml and a line of FAMILIES in tests/tiny_configs.py.
 """
 
 import copy

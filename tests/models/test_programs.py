@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, build_model
+from conftest import FAMILIES, TINY_CONFIGS, build_model
+from tiny_configs import OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.errors import ArtefactError, UsageError
@@ -15,11 +16,12 @@ from teal_cli.sparse import lay_out_, replace_projections_
 FUSED = sorted({str(shape["model_type"]) for shape in TINY_CONFIGS.values()})
 NORM, QKV, OUT = "{norm: n}", "{product: qkv}", "{product: o, epilogue: residual}"
 ATTENTION = "{attention: a}"
+_PARALLEL = "{product: o, parallel: true}"
 
 
 def test_who_has_a_program() -> None:
-    others = ["bamboo", "gpt2", "opt", "sparsellama"]  # which the native path takes
-    assert sorted(name for name, row in table().items() if row.program is not None) == sorted([*FUSED, *others])
+    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[name]["model_type"]) for name in OTHERS)}
+    assert {name for name, row in table().items() if row.program is not None} == {*FUSED, *others}
 
 
 @pytest.mark.parametrize("model_type", [*FUSED, "gpt2"])
@@ -69,8 +71,25 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, QKV, ATTENTION, "{product: any, epilogue: residual}"), "site any must be names, without"),
         (_row(NORM, "{product: qkv, activation: silu}", ATTENTION, OUT), "product qkv: activation belongs to"),
         (_row(NORM, "{product: qkv, epilogue: gated}", OUT), "product qkv: activation belongs to"),
+        (_row(NORM, "{product: qkv, joined: true}", ATTENTION, OUT), "product qkv: joined belongs to epilogue gated"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, "{product: o, epilogue: gated, activation: a}", OUT), "site o is gated"),
         (_row(NORM, "{product: qkv, epilogue: activated}", OUT), "product qkv: activation belongs to"),
         (_row(QKV, ATTENTION, OUT), "product qkv must stand after a norm"),
+        (_row(NORM, "{product: qkv, parallel: true}", ATTENTION, OUT), "product qkv: parallel belongs to"),
+        (
+            _row(NORM, "{product: qkv, aside: true}", ATTENTION, OUT),
+            "product qkv reads the norm aside, and there is none",
+        ),
+        (_row("{norm: n, aside: true}", QKV, ATTENTION, OUT), "norm n must stand first or after"),
+        (_row(NORM, "{product: qkv, added_norm: n}", ATTENTION, OUT), "product qkv: added_norm belongs to"),
+        (
+            _row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, added_norm: n}", _PARALLEL),
+            "product o must stand after a norm",
+        ),
+        (
+            "m: {blocks: b, sites: {s: x}, program: {positions: p, residual_scale: r, block: [{norm: n}], norm: n}}",
+            "residual_scale belongs to programs with rotary",
+        ),
         (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),
         (_row(NORM, ATTENTION, OUT), "attention a must stand after the plain product of queries, keys, values"),
         (_row(NORM, QKV, ATTENTION), "the last step must be a product with epilogue residual"),

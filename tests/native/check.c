@@ -151,7 +151,7 @@ enum { COLUMNS = (HEADS + 2 * KV_HEADS) * DIM };
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;
-    teal_norm norms[2];
+    teal_norm norms[3]; /* before attention and MLP, and of what attention adds */
     teal_attention attention;
     double *keys, *values; /* (ROWS, POSITIONS, KV_HEADS * DIM) */
     int gated;
@@ -163,6 +163,10 @@ static teal_norm norm_of(int kind) {
 
 static void normalise(const teal_norm *norm, const double *x, double *y) {
     double mean = 0, squares = 0;
+    if (norm->kind == TEAL_NO_NORM) {
+        for (int i = 0; i < HIDDEN; i++) y[i] = x[i];
+        return;
+    }
     for (int i = 0; i < HIDDEN && norm->kind == TEAL_LAYER_NORM; i++) mean += x[i] / HIDDEN;
     for (int i = 0; i < HIDDEN; i++) squares += (x[i] - mean) * (x[i] - mean) / HIDDEN;
     for (int i = 0; i < HIDDEN; i++)
@@ -171,32 +175,52 @@ static void normalise(const teal_norm *norm, const double *x, double *y) {
 }
 
 static void prepare(const teal_attention *a, const float *norm, int position, double *x) {
-    double squares = 0, turned[DIM];
-    for (int i = 0; i < DIM; i++) squares += x[i] * x[i] / DIM;
-    for (int i = 0; i < DIM && norm; i++) x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
-    for (int i = 0; i < a->rotary && a->cos; i++) {
-        int half = a->rotary / 2, at = position * a->rotary + i;
-        turned[i] = x[i] * (double)a->cos[at] + (i < half ? -x[i + half] : x[i - half]) * (double)a->sin[at];
+    double turned[DIM];
+    for (int last = 0; last < 2; last++) {
+        double squares = 0;
+        for (int i = 0; i < DIM; i++) squares += x[i] * x[i] / DIM;
+        for (int i = 0; i < DIM && norm && last == (a->norms == TEAL_HEADS_LAST); i++)
+            x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
+        if (last || !a->cos) continue;
+        for (int i = 0; i < a->rotary; i++) {
+            int half = a->rotary / 2, at = position * a->rotary + (a->neighbours ? i / 2 : i);
+            double other = a->neighbours ? (i % 2 ? x[i - 1] : -x[i + 1]) : i < half ? -x[i + half] : x[i - half];
+            turned[i] = x[i] * (double)a->cos[at] + other * (double)a->sin[at];
+        }
+        memcpy(x, turned, sizeof(double) * (size_t)a->rotary);
     }
-    if (a->cos) memcpy(x, turned, sizeof(double) * (size_t)a->rotary);
+}
+
+static void normalise_heads(const teal_attention *a, const float *norm, int heads, double *x) {
+    double squares = 0;
+    for (int i = 0; i < heads * DIM; i++) squares += x[i] * x[i] / (heads * DIM);
+    for (int i = 0; i < heads * DIM; i++) x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
 }
 
 static void attend(block *b, int row, int position, double *q, const double *k, const double *v, double *y) {
     const teal_attention *a = &b->attention;
     double *keys = b->keys + (int64_t)row * POSITIONS * KV_HEADS * DIM, *values = b->values + (keys - b->keys);
+    const int all_heads = a->norms == TEAL_ALL_HEADS;
+    const float *q_norm = all_heads ? NULL : a->q_norm, *k_norm = all_heads ? NULL : a->k_norm;
     memcpy(values + position * KV_HEADS * DIM, v, sizeof(double) * KV_HEADS * DIM);
     memcpy(keys + position * KV_HEADS * DIM, k, sizeof(double) * KV_HEADS * DIM);
-    for (int h = 0; h < KV_HEADS; h++) prepare(a, a->k_norm, position, keys + (position * KV_HEADS + h) * DIM);
+    if (all_heads) {
+        normalise_heads(a, a->q_norm, HEADS, q);
+        normalise_heads(a, a->k_norm, KV_HEADS, keys + position * KV_HEADS * DIM);
+    }
+    for (int h = 0; h < KV_HEADS; h++) prepare(a, k_norm, position, keys + (position * KV_HEADS + h) * DIM);
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
     for (int h = 0; h < HEADS; h++) {
         double total = 0, scores[POSITIONS], *head = y + h * DIM;
         int kv = h / (HEADS / KV_HEADS);
-        prepare(a, a->q_norm, position, q + h * DIM);
+        prepare(a, q_norm, position, q + h * DIM);
         memset(head, 0, sizeof(double) * DIM);
         for (int p = first; p <= position; p++) {
             scores[p] = 0;
             for (int i = 0; i < DIM; i++) scores[p] += q[h * DIM + i] * keys[(p * KV_HEADS + kv) * DIM + i];
-            total += scores[p] = exp(scores[p] * (double)a->scale);
+            scores[p] *= (double)a->scale * (a->query_scale ? (double)a->query_scale[position] : 1);
+            if (a->cap > 0) scores[p] = (double)a->cap * tanh(scores[p] / (double)a->cap);
+            total += scores[p] = exp(scores[p]);
         }
         for (int p = first; p <= position; p++)
             for (int i = 0; i < DIM; i++) head[i] += scores[p] / total * values[(p * KV_HEADS + kv) * DIM + i];
@@ -206,13 +230,25 @@ static void attend(block *b, int row, int position, double *q, const double *k, 
 static void run_block(block *b, int row, int position, double *x, int64_t *kept) {
     double normed[HIDDEN], q[HEADS * DIM], k[KV_HEADS * DIM], v[KV_HEADS * DIM], heads[HEADS * DIM], added[HIDDEN];
     double gate[WIDE], up[WIDE];
-    normalise(&b->norms[0], x, normed);
+    double aside[HIDDEN], columns[COLUMNS];
+    normalise(&b->norms[0], x, normed), normalise(&b->norms[1], x, aside);
     kept[0] += apply(&b->q, normed, q, NULL);
     apply(&b->k, normed, k, NULL), apply(&b->v, normed, v, NULL);
+    memcpy(columns, q, sizeof q), memcpy(columns + HEADS * DIM, k, sizeof k);
+    memcpy(columns + (HEADS + KV_HEADS) * DIM, v, sizeof v);
+    for (int h = 0; h < KV_HEADS && b->attention.grouped; h++) {
+        const int group = HEADS / KV_HEADS;
+        const double *own = columns + h * (group + 2) * DIM;
+        memcpy(q + h * group * DIM, own, sizeof(double) * (size_t)(group * DIM));
+        memcpy(k + h * DIM, own + group * DIM, sizeof(double) * DIM);
+        memcpy(v + h * DIM, own + (group + 1) * DIM, sizeof(double) * DIM);
+    }
     attend(b, row, position, q, k, v, heads);
     kept[1] += apply(&b->o, heads, added, NULL);
+    if (!b->gated) normalise(&b->norms[2], added, added);
     for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
-    normalise(&b->norms[1], x, normed);
+    if (b->gated) normalise(&b->norms[1], x, normed);
+    else memcpy(normed, aside, sizeof normed);
     kept[2] += apply(&b->gate, normed, gate, NULL);
     if (b->gated) apply(&b->up, normed, up, NULL);
     for (int i = 0; i < WIDE; i++)
@@ -221,7 +257,9 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
     for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
 }
 
-/* One of each kind: a Llama's with codes, and one with LayerNorm, norms of heads, a window and no gate. */
+/* One of each kind: a Llama's with codes, whose MLP reads the stream as it is and with a norm of all heads, and one with all that Llama has not:
+ * LayerNorm, norms of heads after a rotary embedding of neighbours, a window, a cap, growing
+ * queries and no gate, whose MLP stands beside attention, behind a norm of its own. */
 static block make_block(int gated) {
     const int dtype = gated ? TEAL_INT8 : TEAL_F32;
     block b = {.gated = gated};
@@ -232,22 +270,29 @@ static block make_block(int gated) {
         *all[i] = make(sizes[i][0], sizes[i][1], i == 4 && gated ? TEAL_INT4 : dtype, TEAL_INPUT_MAJOR, 16,
                        i == 3 ? 0.05f : 0.2f);
     b.q.weight.counter = 0, b.o.weight.counter = 1, b.gate.weight.counter = 2, b.down.weight.counter = 3;
-    b.norms[0] = norm_of(gated ? TEAL_RMS_NORM : TEAL_LAYER_NORM), b.norms[1] = norm_of(b.norms[0].kind);
+    b.norms[0] = norm_of(gated ? TEAL_RMS_NORM : TEAL_LAYER_NORM), b.norms[2] = norm_of(b.norms[0].kind);
+    b.norms[1] = gated ? (teal_norm){.kind = TEAL_NO_NORM} : norm_of(b.norms[0].kind);
     b.keys = doubles(ROWS * POSITIONS * KV_HEADS * DIM), b.values = doubles(ROWS * POSITIONS * KV_HEADS * DIM);
     b.attention = (teal_attention){.keys = floats(ROWS * POSITIONS * KV_HEADS * DIM),
                                    .values = floats(ROWS * POSITIONS * KV_HEADS * DIM), .positions = POSITIONS,
                                    .heads = HEADS, .kv_heads = KV_HEADS, .dim = DIM, .dtype = TEAL_F32, .scale = 0.35f,
                                    .eps = 1e-6f, .window = gated ? 0 : 19};
-    if (gated) {
-        float *cos_table = floats(POSITIONS * (DIM - 2)), *sin_table = floats(POSITIONS * (DIM - 2));
-        for (int i = 0; i < POSITIONS * (DIM - 2); i++) {
-            double angle = i / (DIM - 2) * pow(100, -(double)(i % ((DIM - 2) / 2)) / DIM);
-            cos_table[i] = (float)cos(angle), sin_table[i] = (float)sin(angle);
-        }
-        b.attention.cos = cos_table, b.attention.sin = sin_table, b.attention.rotary = DIM - 2;
-    } else {
-        b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM);
+    float *cos_table = floats(POSITIONS * (DIM - 2)), *sin_table = floats(POSITIONS * (DIM - 2));
+    for (int i = 0; i < POSITIONS * (DIM - 2); i++) {
+        double angle = i / (DIM - 2) * pow(100, -(double)(i % ((DIM - 2) / 2)) / DIM);
+        cos_table[i] = (float)cos(angle), sin_table[i] = (float)sin(angle);
     }
+    b.attention.cos = cos_table, b.attention.sin = sin_table, b.attention.rotary = DIM - 2;
+    if (gated) {
+        b.attention.q_norm = random_floats(HEADS * DIM), b.attention.k_norm = random_floats(KV_HEADS * DIM);
+        b.attention.norms = TEAL_ALL_HEADS;
+        return b;
+    }
+    float *growth = random_floats(POSITIONS);
+    for (int i = 0; i < POSITIONS; i++) growth[i] += 2;
+    b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM), b.attention.norms = TEAL_HEADS_LAST;
+    b.attention.grouped = 1, b.norms[1].aside = 1;
+    b.attention.neighbours = 1, b.attention.cap = 1.5f, b.attention.query_scale = growth;
     return b;
 }
 
@@ -260,22 +305,30 @@ static void check_decoder(const char *variant, teal_pool *pool) {
         block *b = &blocks[i];
         teal_product *p = products[i];
         p[0] = (teal_product){.parts = {b->q.weight, b->k.weight, b->v.weight}, .n_parts = 3, .epilogue = TEAL_PLAIN};
-        p[1] = (teal_product){.parts = {b->o.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
+        p[1] = (teal_product){.parts = {b->o.weight}, .norm = b->gated ? NULL : &b->norms[2], .n_parts = 1,
+                              .epilogue = TEAL_RESIDUAL};
         p[2] = (teal_product){.parts = {b->gate.weight, b->up.weight}, .n_parts = 1 + b->gated,
                               .epilogue = b->gated ? TEAL_GATED : TEAL_ACTIVATED,
                               .activation = b->gated ? TEAL_SILU : TEAL_GELU};
         p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
-        const void *of[] = {&b->norms[0], &p[0], &b->attention, &p[1], &b->norms[1], &p[2], &p[3]};
-        const int kinds[] = {TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION, TEAL_STEP_PRODUCT,
-                             TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_PRODUCT};
-        for (int s = 0; s < 7; s++) steps[n++] = (teal_step){of[s], kinds[s], 0};
+        p[2].aside = b->norms[1].aside;
+        const teal_step norm = {&b->norms[1], TEAL_STEP_NORM, 0};
+        steps[n++] = (teal_step){&b->norms[0], TEAL_STEP_NORM, 0};
+        if (b->norms[1].aside) steps[n++] = norm;
+        steps[n++] = (teal_step){&p[0], TEAL_STEP_PRODUCT, 0};
+        steps[n++] = (teal_step){&b->attention, TEAL_STEP_ATTENTION, 0};
+        steps[n++] = (teal_step){&p[1], TEAL_STEP_PRODUCT, 0};
+        if (!b->norms[1].aside) steps[n++] = norm;
+        steps[n++] = (teal_step){&p[2], TEAL_STEP_PRODUCT, 0};
+        steps[n++] = (teal_step){&p[3], TEAL_STEP_PRODUCT, 0};
     }
     matrix embedding = make(HIDDEN, VOCABULARY, TEAL_BF16, TEAL_ROW_MAJOR, 1, -INFINITY);
     matrix output = make(HIDDEN, VOCABULARY, TEAL_F16, TEAL_INPUT_MAJOR, 1, 0.1f);
     teal_norm last = norm_of(TEAL_RMS_NORM);
     teal_product layer = {.parts = {output.weight}, .n_parts = 1, .epilogue = TEAL_PLAIN};
     teal_program program = {.steps = steps, .embedding = &embedding.weight, .norm = &last, .output = &layer,
-                            .n_steps = n, .hidden = HIDDEN, .counters = 4, .embedding_scale = 1.5f};
+                            .n_steps = n, .hidden = HIDDEN, .counters = 4, .embedding_scale = 1.5f,
+                            .logits_scale = 0.6f, .logits_cap = 2};
     char error[200] = "";
     teal_session *session = teal_session_open(&program, pool, ROWS, variant, error, sizeof error);
     if (!session) fprintf(stderr, "%s\n", error), exit(1);
@@ -294,6 +347,7 @@ static void check_decoder(const char *variant, teal_pool *pool) {
             for (int i = 0; i < 2; i++) run_block(&blocks[i], row, (int)positions[row], x, expected_kept);
             normalise(&last, x, normed);
             apply(&output, normed, expected, NULL);
+            for (int o = 0; o < VOCABULARY; o++) expected[o] = 2 * tanh(0.6f * expected[o] / 2);
             for (int o = 0; o < VOCABULARY; o++) {
                 /* Logits are around 2; through two blocks of float32 errors of 1e-7 grow about a hundredfold. */
                 if (!(fabs((double)found[o] - expected[o]) <= 5e-5)) fail(variant, "a logit", found[o], expected[o]);

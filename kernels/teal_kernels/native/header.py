@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 1
+ABI = 2
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -38,6 +38,7 @@ class NormKind(IntEnum):
 
     RMS_NORM = 0
     LAYER_NORM = 1
+    NO_NORM = 2
 
 
 class Epilogue(IntEnum):
@@ -60,6 +61,14 @@ class Activation(IntEnum):
     RELU2 = 4
     FATRELU = 5
     DRELU = 6
+
+
+class HeadNorms(IntEnum):
+    """teal_head_norms."""
+
+    HEADS_FIRST = 0
+    HEADS_LAST = 1
+    ALL_HEADS = 2
 
 
 class StepKind(IntEnum):
@@ -103,7 +112,7 @@ class Weight(Structure):
 class Norm(Structure):
     """teal_norm; `norm_of` makes one."""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32), ("aside", c_int32))
 
 
 class Product(Structure):
@@ -111,10 +120,12 @@ class Product(Structure):
 
     _fields_ = (
         ("parts", Weight * MAX_PARTS),
+        ("norm", c_void_p),
         ("n_parts", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("activation_threshold", c_float),
+        ("aside", c_int32),
     )
 
 
@@ -128,6 +139,7 @@ class Attention(Structure):
         ("k_norm", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("query_scale", c_void_p),
         ("positions", c_int64),
         ("heads", c_int32),
         ("kv_heads", c_int32),
@@ -135,8 +147,12 @@ class Attention(Structure):
         ("rotary", c_int32),
         ("dtype", c_int32),
         ("window", c_int32),
+        ("neighbours", c_int32),
+        ("norms", c_int32),
+        ("grouped", c_int32),
         ("scale", c_float),
         ("eps", c_float),
+        ("cap", c_float),
     )
 
 
@@ -163,4 +179,6 @@ class Program(Structure):
         ("hidden", c_int32),
         ("counters", c_int32),
         ("embedding_scale", c_float),
+        ("logits_scale", c_float),
+        ("logits_cap", c_float),
     )

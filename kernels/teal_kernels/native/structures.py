@@ -21,6 +21,7 @@ from teal_kernels.native.header import (
     Attention,
     Dtype,
     Epilogue,
+    HeadNorms,
     Layout,
     Norm,
     NormKind,
@@ -42,6 +43,7 @@ __all__ = [
     "Attention",
     "Dtype",
     "Epilogue",
+    "HeadNorms",
     "Layout",
     "Norm",
     "NormKind",
@@ -51,6 +53,8 @@ __all__ = [
     "StepKind",
     "Weight",
     "attention_of",
+    "halves_of",
+    "no_norm",
     "norm_of",
     "product_of",
     "program_of",
@@ -95,8 +99,37 @@ def weight_of(
     return weight
 
 
+def halves_of(weight: Weight) -> tuple[Weight, Weight]:
+    """The first and the second half of a projection's outputs, without a copy; the first one counts.
+
+    Raises:
+        ValueError: an odd number of outputs, or codes of 4 bits whose second half does not begin at a byte.
+    """
+    half, rest = divmod(weight.outputs, 2)
+    if rest or (weight.dtype == Dtype.INT4 and half % 2):
+        raise ValueError(f"{weight.outputs} outputs cannot be divided into halves")
+    bits = {Dtype.F32: 32, Dtype.INT8: 8, Dtype.INT4: 4}.get(Dtype(weight.dtype), 16)
+    first, second = Weight.from_buffer_copy(weight), Weight.from_buffer_copy(weight)
+    first.outputs = second.outputs = half
+    second.data += half * weight.row_bytes if weight.layout == Layout.ROW_MAJOR else half * bits // 8
+    if weight.bias is not None:
+        second.bias += half * ctypes.sizeof(ctypes.c_float)
+    if weight.scales is not None:
+        second.scales += half * (2 if weight.scale_dtype == Dtype.F16 else 4)
+    if weight.zeros is not None:
+        second.zeros += half * 2
+    second.counter = -1
+    first.holds = second.holds = weight.holds
+    return first, second
+
+
+def no_norm() -> Norm:
+    """What stands for a norm where a product reads the residual stream as it is."""
+    return Norm(kind=NormKind.NO_NORM)
+
+
 def norm_of(weight: Tensor, eps: float, *, bias: Tensor | None = None, kind: NormKind = NormKind.RMS_NORM) -> Norm:
-    """A norm of the residual stream.
+    """A norm of the residual stream, or of what is added to it.
 
     Args:
         weight: (hidden,), what the normed state is multiplied with.
@@ -120,8 +153,11 @@ def product_of(
     *,
     activation: Activation = Activation.SILU,
     activation_threshold: float = 0.0,
+    norm: Norm | None = None,
 ) -> Product:
     """Projections that read one hidden state; the epilogue says what becomes of them.
+
+    `norm`: of what a residual product gives, before it is added.
 
     Raises:
         ValueError: no part, or more than MAX_PARTS.
@@ -134,6 +170,9 @@ def product_of(
     for index, part in enumerate(parts):
         product.parts[index] = part
     product.holds = tuple(parts)
+    if norm is not None:
+        product.norm = ctypes.addressof(norm)
+        product.holds += (norm,)
     return product
 
 
@@ -147,6 +186,11 @@ def attention_of(
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     window: int = 0,
+    cap: float = 0.0,
+    query_scale: Tensor | None = None,
+    neighbours: bool = False,
+    norms: HeadNorms = HeadNorms.HEADS_FIRST,
+    grouped: bool = False,
 ) -> Attention:
     """Attention over a KV cache.
 
@@ -159,6 +203,11 @@ def attention_of(
         head_norms: weights (dim,) of the RMS norms of each query's and each key's head, or None.
         eps: of those norms.
         window: positions that are seen, the token's own among them; 0 for all.
+        cap: scores become cap * tanh(score / cap); 0 for none.
+        query_scale: (>= positions,) what queries are multiplied with beside `scale`, or None.
+        neighbours: whether the rotary embedding turns neighbours, not the two halves; `rotary` is the same.
+        norms: where the norms of heads stand; of all heads at once, the weights are (heads * dim,), (kv_heads * dim,).
+        grouped: whether the product before has each key head's queries, key and value side by side.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
@@ -179,10 +228,20 @@ def attention_of(
         dim=dim,
         dtype=DTYPES[keys.dtype],
         window=window,
+        neighbours=neighbours,
+        norms=norms,
+        grouped=grouped,
         scale=scale,
         eps=eps,
+        cap=cap,
     )
     attention.holds = (keys, values)
+    if query_scale is not None:
+        if len(query_scale) < positions:
+            raise ValueError(f"scales of {len(query_scale)} positions are too few for {positions}")
+        query_scale = _floats(query_scale, query_scale.shape)
+        attention.query_scale = query_scale.data_ptr()
+        attention.holds += (query_scale,)
     if rotary is not None:
         if rotary[0].shape[0] < positions:
             raise ValueError(f"a rotary embedding of {rotary[0].shape[0]} positions is too short for {positions}")
@@ -190,7 +249,9 @@ def attention_of(
         attention.cos, attention.sin, attention.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         attention.holds += (cos, sin)
     if head_norms is not None:
-        q_norm, k_norm = (_floats(weight, (dim,)) for weight in head_norms)
+        together = norms == HeadNorms.ALL_HEADS
+        sizes = (heads * dim, kv_heads * dim) if together else (dim, dim)
+        q_norm, k_norm = (_floats(weight, (size,)) for weight, size in zip(head_norms, sizes, strict=True))
         attention.q_norm, attention.k_norm = q_norm.data_ptr(), k_norm.data_ptr()
         attention.holds += (q_norm, k_norm)
     return attention
@@ -205,6 +266,8 @@ def program_of(
     position_embedding: Weight | None = None,
     position_offset: int = 0,
     embedding_scale: float = 1.0,
+    logits_scale: float = 1.0,
+    logits_cap: float = 0.0,
     counters: int = 0,
 ) -> Program:
     """A decoder.
@@ -217,6 +280,8 @@ def program_of(
         position_embedding: learned, row-major, (positions, hidden); or None.
         position_offset: added to a position before position_embedding is read.
         embedding_scale: what the token's embedding is multiplied with.
+        logits_scale: what logits are multiplied with.
+        logits_cap: logits then become cap * tanh(logit / cap); 0 for none.
         counters: how many numbers of kept inputs there are.
     """
     kinds = {Norm: StepKind.NORM, Product: StepKind.PRODUCT, Attention: StepKind.ATTENTION}
@@ -234,6 +299,8 @@ def program_of(
         hidden=embedding.inputs,
         counters=counters,
         embedding_scale=embedding_scale,
+        logits_scale=logits_scale,
+        logits_cap=logits_cap,
     )
     program.vocabulary = output.parts[0].outputs
     program.holds = (array, *steps, *parts)

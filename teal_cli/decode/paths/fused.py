@@ -27,6 +27,9 @@ from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
 _ACTIVATIONS = ("silu", "swish")
+_KEYS = {"rotary", "block", "norm"}
+_STEP_KEYS = {"norm", "product", "epilogue", "activation", "summed", "attention", "q_norm", "k_norm", "window"}
+"""Of a program and its steps, as far as there are kernels for them; `norm` of a norm step."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
@@ -50,8 +53,11 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
 
 def _launches(program: Program) -> bool:
     """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
-    activated = any(step.epilogue == "activated" for step in program.products)
-    return program.rotary is not None and program.norms == "rms" and not activated
+    if any(step.epilogue == "activated" for step in program.products):
+        return False
+    steps = [step.model_dump(exclude_defaults=True) for step in program.block]
+    known = all(step.keys() <= _STEP_KEYS and None not in step.values() for step in steps)
+    return known and program.rotary is not None and program.model_dump(exclude_defaults=True).keys() <= _KEYS
 
 
 class FusedPath(ProgramPath):

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from teal_cli.decode.blocks import module_at
+from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import unknown_activation
 from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import MachineError
-from teal_cli.models.programs import Program
 from teal_cli.sparse import SparsityControl
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
@@ -27,16 +26,16 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     Raises:
         MachineError: a variant of the library was asked for that cannot run here.
     """
-    config, program = model.config, known_program(model)
+    config, program = model.config.get_text_config(), known_program(model)
     if program is None:
-        return f"model type {config.model_type}"
+        return f"model type {model.config.model_type}"
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     activation = unknown_activation(config, program)
-    reason = unsupported_rope(config) if activation is None else f"activation {activation}"
-    reason = reason or _departure(model, program)
+    reason = unsupported_rope(config, ("longrope",)) if activation is None else f"activation {activation}"
+    reason = reason or departure(model, program)
     if reason is not None:
         return reason
     try:
@@ -44,15 +43,6 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     except BackendUnavailableError as error:
         raise MachineError(str(error)) from error
     return None if missing is None else f"several times slower: {missing}"
-
-
-def _departure(model: Any, program: Program) -> str | None:
-    """What a model of a type with a program has that the program does not say; None for nothing. OPT's smallest has."""
-    embedding = model.get_input_embeddings()
-    if embedding is None or embedding.weight.shape[1] != model.config.hidden_size:
-        return "embeddings of another width than the hidden states"
-    parent, _, name = program.norm.rpartition(".")
-    return "no norm in front of the output layer" if getattr(module_at(model, parent), name, None) is None else None
 
 
 class NativePath(ProgramPath):

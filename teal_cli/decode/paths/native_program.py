@@ -1,13 +1,23 @@
 """A model's block program as the native library takes it: structures that point into the model's own tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, joined_bias, module_at, program_of
+from teal_cli.decode.blocks import (
+    Attention,
+    BlockStep,
+    Norm,
+    Product,
+    joined_bias,
+    module_at,
+    program_of,
+    scales_of,
+)
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.models.programs import Program
 from teal_cli.models.trained_sparse import zeroing_activation
@@ -28,6 +38,11 @@ _ACTIVATIONS = {
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
     "drelu": native.Activation.DRELU,
+}
+_HEAD_NORMS = {
+    "heads": native.HeadNorms.HEADS_FIRST,
+    "rotated_heads": native.HeadNorms.HEADS_LAST,
+    "all_heads": native.HeadNorms.ALL_HEADS,
 }
 _EPILOGUES = {
     "plain": native.Epilogue.PLAIN,
@@ -55,6 +70,9 @@ class NativeProgram:
 
     def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
         self._sparse = sparse
+        program = program_of(model)
+        self._scales, self._pairs = scales_of(model, program), program.pairs
+        self._beta = _growth(model) if program.growing_queries else None
         self.counted: list[Counted] = []
         """Projections that are planned."""
         self.counters = 0
@@ -72,23 +90,26 @@ class NativeProgram:
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
-        if (rotary := program_of(model).rotary) is not None:
+        if (rotary := program.rotary) is not None:
             self._note_copies(*((buffer, None) for buffer in module_at(model, rotary).buffers()))
         self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
         self._positions, self._offset = _learned_positions(model)
 
-    def on(self, caches: Sequence[tuple[Tensor, Tensor]], rotary: tuple[Tensor, Tensor] | None) -> native.Program:
+    def on(
+        self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+    ) -> native.Program:
         """The program of the rows of a cache.
 
         Args:
             caches: keys and values of each attention, as `NativeLayer` has them.
-            rotary: cosines and sines of every position, (positions, rotated size) float32 each; None for none.
+            rotary: of each kind of angles, cosines and sines of every position, (positions, rotated size) float32 each.
         """
         of_attentions = iter(caches)
         steps = [
-            _attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step for step in self._steps
+            self._attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step
+            for step in self._steps
         ]
         return native.program_of(
             steps,
@@ -97,16 +118,61 @@ class NativeProgram:
             norm=self._norm,
             position_embedding=self._positions,
             position_offset=self._offset,
+            embedding_scale=self._scales.embedding / self._scales.residual,
+            logits_scale=self._scales.logits,
+            logits_cap=self._scales.logits_cap,
             counters=self.counters,
+        )
+
+    def _attention(
+        self,
+        step: Attention,
+        outputs: int,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
+    ) -> native.Attention:
+        """Attention over one layer of the cache; `outputs` are those of the product before it."""
+        kv_heads, positions, dim = values.shape[1:]
+        growth = norms = None
+        if step.q_norm is not None and step.k_norm is not None:
+            one = float(step.plus_one)
+            norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
+        if self._beta is not None:
+            beta, every = self._beta
+            growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
+        return native.attention_of(
+            keys,
+            values,
+            heads=outputs // dim - 2 * kv_heads,
+            scale=step.scale,
+            rotary=rotary.get(step.angles) if step.rotates else None,
+            head_norms=norms,
+            eps=step.eps,
+            window=step.window,
+            cap=step.cap,
+            query_scale=growth,
+            neighbours=self._pairs != "halves",
+            norms=_HEAD_NORMS[step.norms_of],
+            grouped=step.grouped,
         )
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
         """Of tensors, and where the library reads their values."""
         self.copied += [tensor for tensor, at in tensors if tensor is not None and tensor.data_ptr() != at]
 
-    def _norm_of(self, norm: Norm) -> native.Norm:
+    def _norm_of(self, norm: Norm, residual: float | None = None) -> native.Norm:
+        """`residual`: the scale of the stream that it reads; by default the one that the model's own is divided by."""
+        if norm.identity:
+            made = native.no_norm()
+            made.aside = norm.aside
+            return made
         kind = native.NormKind.LAYER_NORM if norm.centred else native.NormKind.RMS_NORM
-        made = native.norm_of(norm.weight, norm.eps, bias=norm.bias, kind=kind)
+        weight = norm.weight.detach().float() + 1 if norm.plus_one else norm.weight
+        # Not what is added is scaled, but the whole stream by the inverse, which norms take away: epsilon apart.
+        eps = norm.eps / (self._scales.residual if residual is None else residual) ** 2
+        made = native.norm_of(weight, eps, bias=norm.bias, kind=kind)
+        made.aside = norm.aside
         self._note_copies((norm.weight, made.weight), (norm.bias, made.bias))
         return made
 
@@ -118,7 +184,12 @@ class NativeProgram:
         else:
             epilogue = _EPILOGUES[product.epilogue]
             parts = [self._part(layers) for layers in self._together(product)]
-        return native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold)
+            if product.joined:
+                parts = list(native.halves_of(parts[0]))
+        norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
+        made = native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        made.aside = product.aside
+        return made
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
@@ -218,18 +289,7 @@ def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
     return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
 
 
-def _attention(
-    step: Attention, outputs: int, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor] | None
-) -> native.Attention:
-    """Attention over one layer of the cache; `outputs` are those of the product before it."""
-    kv_heads, dim = values.shape[1], values.shape[3]
-    return native.attention_of(
-        keys,
-        values,
-        heads=outputs // dim - 2 * kv_heads,
-        scale=step.scale,
-        rotary=rotary,
-        head_norms=None if step.q_norm is None or step.k_norm is None else (step.q_norm, step.k_norm),
-        eps=step.eps,
-        window=step.window,
-    )
+def _growth(model: Any) -> tuple[float, int]:
+    """By how much queries grow with their positions, and in steps of how many."""
+    rope = model.config.get_text_config().rope_parameters
+    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import BlockStep, Norm, rotary_tables
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, long_rope_from, program_of, rotary_tables
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
@@ -49,7 +49,8 @@ class NativeSession(ProgramSession):
         """(rows,) int64: where the next token of each row stands."""
         self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
         self.best = torch.empty(rows, dtype=torch.int64)
-        rotary = rotary_tables(path.model, cache.layers[0].values.shape[2], torch.float32)
+        self._angles = _Angles(path.model, path.blocks, cache.layers[0].values.shape[2])
+        rotary = self._angles.tables
         pool = shared_pool(default_threads())
         self._sessions = []
         for start in range(0, rows, MAX_ROWS):
@@ -76,6 +77,7 @@ class NativeSession(ProgramSession):
     @torch.no_grad()
     def launch(self) -> Tensor:
         """As `Session.launch`; float32 logits."""
+        self._angles.for_positions(self.positions)
         for session, buffers in self._sessions:
             session.step(*buffers)
         return self.logits
@@ -105,3 +107,39 @@ class NativeSession(ProgramSession):
         for session, _ in self._sessions:
             session.close()
         self._sessions.clear()
+
+
+class _Angles:
+    """The tables of a rotary embedding, which the library reads: of each kind (positions, rotated size) float32 twice.
+
+    With long rope, a pass that reaches beyond the positions of the first training has other angles at all of its
+    positions, as in transformers: the tables are written anew where it begins, or ends.
+    """
+
+    def __init__(self, model: Any, blocks: list[list[BlockStep]], positions: int) -> None:
+        self._model, self._positions, self._from = model, positions, long_rope_from(model)
+        self._is_long = False
+        kinds = {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}
+        made = {kind: self._made(kind) for kind in kinds}
+        self.tables = {kind: tables for kind, tables in made.items() if tables is not None}
+
+    def for_positions(self, positions: Tensor) -> None:
+        """Make the tables those of a step at these positions, one a row."""
+        if self._from is None or (int(positions.max()) >= self._from) == self._is_long:
+            return
+        self._is_long = not self._is_long
+        for kind, tables in self.tables.items():
+            for own, new in zip(tables, self._made(kind) or (), strict=True):
+                own.copy_(new)
+
+    def _made(self, kind: str | None) -> tuple[Tensor, Tensor] | None:
+        tables = rotary_tables(self._model, self._positions, torch.float32, self._last(), kind)
+        if tables is None or program_of(self._model).pairs != "neighbours_repeated":
+            return tables
+        cos, sin = (torch.cat([table[:, ::2]] * 2, dim=1) for table in tables)  # as the library takes all
+        return cos, sin
+
+    def _last(self) -> int | None:
+        if self._from is None:
+            return None
+        return max(self._from, self._positions - 1) if self._is_long else self._from - 1

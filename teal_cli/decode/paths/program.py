@@ -27,10 +27,12 @@ def known_program(model: Any) -> Program | None:
         return None
 
 
-def unsupported_rope(config: Any) -> str | None:
-    """Why a model's rotary embedding cannot be a table of positions; None where it can."""
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return None if rope in _ROPE_TYPES else f"rope type {rope}"
+def unsupported_rope(config: Any, more: tuple[str, ...] = ()) -> str | None:
+    """Why a model's rotary embedding cannot be a table of positions; None where it can. `more`: types that can too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # of layers of a type, too
+    names = [kind.get("rope_type", "default") for kind in kinds]
+    return next((f"rope type {name}" for name in names if name not in (*_ROPE_TYPES, *more)), None)
 
 
 def is_spread(model: Any) -> bool:

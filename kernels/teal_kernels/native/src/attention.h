@@ -23,9 +23,22 @@ static void rotate_head(float *x, const float *cos, const float *sin, int32_t ro
     }
 }
 
+static void rotate_neighbours(float *x, const float *cos, const float *sin, int32_t rotary) {
+    for (int32_t i = 0; i < rotary / 2; i++) {
+        float a = x[2 * i], b = x[2 * i + 1];
+        x[2 * i] = a * cos[i] - b * sin[i];
+        x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+}
+
 static void prepare_head(const teal_attention *a, float *x, const float *norm, int64_t position) {
-    if (norm) normalise_head(x, norm, a->dim, a->eps);
-    if (a->cos) rotate_head(x, a->cos + position * a->rotary, a->sin + position * a->rotary, a->rotary);
+    if (norm && a->norms == TEAL_HEADS_FIRST) normalise_head(x, norm, a->dim, a->eps);
+    if (a->cos) {
+        const float *cos = a->cos + position * a->rotary, *sin = a->sin + position * a->rotary;
+        if (a->neighbours) rotate_neighbours(x, cos, sin, a->rotary);
+        else rotate_head(x, cos, sin, a->rotary);
+    }
+    if (norm && a->norms == TEAL_HEADS_LAST) normalise_head(x, norm, a->dim, a->eps);
 }
 
 static void put(int32_t dtype, void *to, int64_t at, float x) {
@@ -144,6 +157,8 @@ INLINE void attend_group(const int dtype, const teal_attention *a, int64_t head,
         int32_t seen = (int32_t)(position + 1 - start < count ? position + 1 - start : count);
         for (h = 0; h < group; h++) {
             float *own = scores + h * SCORE_TILE, *maximum = heads + h * stride + dim;
+            if (a->cap > 0)
+                for (int32_t p = 0; p < seen; p++) own[p] = a->cap * tanhf(own[p] / a->cap);
             for (int64_t p = start; p < first; p++) own[p - start] = -INFINITY;
             for (int32_t p = seen; p < count; p++) own[p] = -INFINITY;
             float most = largest(own, count), before = *maximum;
@@ -188,10 +203,11 @@ static void attend(const teal_attention *a, int64_t row, int32_t kv_head, int32_
     int64_t first = a->window > 0 && position + 1 > a->window ? position + 1 - a->window : 0;
     int64_t first_block = first / KEYS, blocks = position / KEYS + 1 - first_block;
     int64_t begin = first_block + blocks * part / parts, end = first_block + blocks * (part + 1) / parts;
+    const float scale = a->query_scale ? a->scale * a->query_scale[position] : a->scale;
     for (int32_t h = 0; h < group; h++) {
         float *query = queries + h * dim;
         prepare_head(a, query, a->q_norm, position);
-        for (int32_t i = 0; i < dim; i++) query[i] *= a->scale;
+        for (int32_t i = 0; i < dim; i++) query[i] *= scale;
     }
     if (part == parts - 1) /* whose block holds the new position */
         write_cache(a, head, position, queries + group * dim, queries + (group + 1) * dim);

@@ -32,6 +32,7 @@ typedef struct {
 typedef struct {
     float *hidden;  /* (rows, hidden): the residual stream, of which each thread has a copy */
     float *normed;  /* (rows, hidden) */
+    float *aside;   /* (rows, hidden), where a norm goes there */
     float *own;     /* (rows, own inputs): what this thread made and multiplies next */
     float *sums;    /* (rows, outputs of a product): of the inputs that this thread multiplies; others read it */
     float *group;   /* (rows, outputs of a tile): of one group of codes; or live ups */

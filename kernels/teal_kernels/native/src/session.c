@@ -5,7 +5,7 @@
 
 typedef struct {
     int32_t splits_of_heads; /* floats of `heads`, of one row */
-    int32_t own, sums, group, list, neurons, queries, scores;
+    int32_t aside, own, sums, group, list, neurons, queries, scores;
 } needs;
 
 static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -63,6 +63,8 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
     if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
+    if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS || (a->grouped && a->norms == TEAL_ALL_HEADS))
+        return "norms of heads of no use";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
     *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);
@@ -87,7 +89,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
 static const char *plan(teal_session *s, needs *n) {
     const teal_program *p = s->program;
     const teal_attention *attended = NULL;
-    int32_t neurons = 0, columns = 0;
+    int32_t neurons = 0, columns = 0, normed = 0;
     if (p->hidden < 1 || !p->embedding || !p->output || p->n_steps < 1) return "a program without a part that all have";
     if (p->embedding->inputs != p->hidden || p->embedding->dtype > TEAL_F16) return "embeddings that do not fit";
     if (p->output->n_parts != 1 || p->output->epilogue != TEAL_PLAIN) return "an output layer of several parts";
@@ -97,6 +99,9 @@ static const char *plan(teal_session *s, needs *n) {
         const char *bad = NULL;
         if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
+            if (product->epilogue != TEAL_RESIDUAL && !(product->aside ? n->aside : normed)) return "a product without a norm before it";
+            if (product->norm && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
+            if (product->norm) normed = 0; /* takes the memory */
             bad = plan_product(p, product, attended, neurons, s->threads, ranges, n);
             if (bad) return bad;
             columns = neurons = 0, attended = NULL;
@@ -108,7 +113,10 @@ static const char *plan(teal_session *s, needs *n) {
             bad = plan_attention(attended, columns, s->rows, s->threads, ranges, &s->splits[i], n);
             if (bad) return bad;
             columns = 0;
-        } else if (step->kind != TEAL_STEP_NORM) {
+        } else if (step->kind == TEAL_STEP_NORM) {
+            if (((const teal_norm *)step->of)->aside) n->aside = p->hidden;
+            else normed = 1;
+        } else {
             return "a step of unknown kind";
         }
     }
@@ -135,6 +143,7 @@ static int take_buffers(teal_session *s, const needs *n) {
             thread_memory *m = &s->memory[t];
             m->hidden = take_floats(&a, padded * p->hidden);
             m->normed = take_floats(&a, padded * p->hidden);
+            m->aside = take_floats(&a, padded * n->aside);
             m->own = take_floats(&a, padded * n->own);
             m->sums = take_floats(&a, padded * n->sums);
             m->group = take_floats(&a, padded * n->group);

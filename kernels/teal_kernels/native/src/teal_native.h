@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 1 /* raised with every change in this file */
+#define TEAL_ABI 2 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -38,14 +38,15 @@ typedef struct {
     int32_t counter;     /* where kept inputs are counted, below teal_program.counters; -1 nowhere */
 } teal_weight;
 
-typedef enum { TEAL_RMS_NORM, TEAL_LAYER_NORM } teal_norm_kind;
+typedef enum { TEAL_RMS_NORM, TEAL_LAYER_NORM, TEAL_NO_NORM } teal_norm_kind;
 
-/* A norm of the residual stream. */
+/* A norm of the residual stream, or of what is added to it. TEAL_NO_NORM: products read the stream as it is. */
 typedef struct {
-    const float *weight; /* (hidden,) */
+    const float *weight; /* (hidden,), or NULL of TEAL_NO_NORM */
     const float *bias;   /* (hidden,) or NULL */
     float eps;
-    int32_t kind; /* teal_norm_kind */
+    int32_t kind;  /* teal_norm_kind */
+    int32_t aside; /* whether its result is for the products that say so, and the one of the norm before it stays */
 } teal_norm;
 
 typedef enum {
@@ -66,27 +67,38 @@ typedef enum {
     TEAL_DRELU,   /* max(g, 0), and max(up, 0) in the place of up */
 } teal_activation;
 
-/* Projections that read one hidden state. A plain, gated or activated product reads the normed residual stream;
- * a residual one reads what attention or the product before it left. */
+/* Projections that read one hidden state. A plain, gated or activated product reads what the norm before it made of the
+ * residual stream, behind a residual product too (attention and MLP in parallel); a residual one reads what attention or
+ * the product before it left. */
 typedef struct {
     teal_weight parts[TEAL_MAX_PARTS];
+    const teal_norm *norm; /* of a residual one: of what it gives, before that is added; or NULL */
     int32_t n_parts;
     int32_t epilogue;   /* teal_epilogue */
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
+    int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
 } teal_product;
+
+/* Where q_norm and k_norm stand: of each head before the rotary embedding or after it, or before it of all heads at once. */
+typedef enum { TEAL_HEADS_FIRST, TEAL_HEADS_LAST, TEAL_ALL_HEADS } teal_head_norms;
 
 /* Attention of the new token over the KV cache; it reads a plain product whose parts are q, k and v, side by side. */
 typedef struct {
     void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
     void *values; /* (rows, kv_heads, positions, dim) */
-    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or NULL */
-    const float *cos, *sin;       /* (>= positions, rotary) each, halves rotated; NULL: no rotary embedding */
+    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or of all: (heads, dim), (kv_heads, dim); or NULL */
+    const float *cos, *sin;       /* (>= positions, rotary) each, twice the angles of all pairs; NULL: no rotary embedding */
+    const float *query_scale;     /* (>= positions,) what queries are multiplied with beside `scale`, or NULL */
     int64_t positions;            /* a multiple of TEAL_KEY_BLOCK */
     int32_t heads, kv_heads, dim, rotary;
     int32_t dtype;  /* of keys and values: TEAL_F32, TEAL_BF16 or TEAL_F16 */
     int32_t window; /* positions that are seen, the token's own among them; 0 for all */
+    int32_t neighbours; /* whether a pair that is rotated lies side by side; else it is in the two halves */
+    int32_t norms; /* teal_head_norms */
+    int32_t grouped; /* whether the product has each key head's queries, key and value side by side */
     float scale, eps;
+    float cap; /* scores become cap * tanh(score / cap); 0: none */
 } teal_attention;
 
 typedef enum { TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION } teal_step_kind;
@@ -106,7 +118,8 @@ typedef struct {
     const teal_product *output;            /* one part, plain */
     int64_t position_offset;               /* added to a position before position_embedding is read */
     int32_t n_steps, hidden, counters;
-    float embedding_scale;
+    float embedding_scale, logits_scale;
+    float logits_cap; /* logits, when they are scaled, become cap * tanh(logit / cap); 0: none */
 } teal_program;
 
 typedef struct teal_pool teal_pool;       /* threads */

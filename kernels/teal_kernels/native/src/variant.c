@@ -32,29 +32,11 @@ INLINE void add_into(float *to, const float *from, int64_t n) {
     for (; i < n; i++) to[i] += from[i];
 }
 
-/* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
-static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const float *bias) {
-    const int32_t hidden = s->program->hidden;
-    if (s->threads > MANY_THREADS) {
-        int32_t first = (int32_t)((int64_t)hidden * thread / s->threads);
-        int32_t n = (int32_t)((int64_t)hidden * (thread + 1) / s->threads) - first;
-        for (int32_t r = 0; r < s->rows; r++) {
-            float *to = s->shared + (int64_t)r * hidden + first;
-            memset(to, 0, (size_t)n * sizeof *to);
-            for (int32_t t = 0; t < s->threads; t++)
-                add_into(to, s->memory[t].partial[which] + (int64_t)r * hidden + first, n);
-        }
-        pool_barrier(s->pool);
-        add_into(m->hidden, s->shared, (int64_t)s->rows * hidden);
-    } else {
-        for (int32_t t = 0; t < s->threads; t++)
-            add_into(m->hidden, s->memory[t].partial[which], (int64_t)s->rows * hidden);
-    }
-    if (bias)
-        for (int32_t r = 0; r < s->rows; r++) add_into(m->hidden + (int64_t)r * hidden, bias, hidden);
-}
-
 static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n) {
+    if (norm->kind == TEAL_NO_NORM) {
+        memcpy(y, x, (size_t)n * sizeof *y);
+        return;
+    }
     float mean = 0, squares;
     vf sums = all(0.0f);
     int32_t i = 0;
@@ -76,6 +58,34 @@ static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n
         store(y + i, (load(x + i) - all(mean)) * all(scale) * load(norm->weight + i));
     for (; i < n; i++) y[i] = (x[i] - mean) * scale * norm->weight[i];
     if (norm->bias) add_into(y, norm->bias, n);
+}
+
+/* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
+static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const teal_product *product) {
+    const int32_t hidden = s->program->hidden;
+    const float *bias = product->parts[0].bias;
+    float *onto = product->norm ? m->normed : m->hidden;
+    if (product->norm) memset(onto, 0, (size_t)s->rows * (size_t)hidden * sizeof *onto);
+    if (s->threads > MANY_THREADS) {
+        int32_t first = (int32_t)((int64_t)hidden * thread / s->threads);
+        int32_t n = (int32_t)((int64_t)hidden * (thread + 1) / s->threads) - first;
+        for (int32_t r = 0; r < s->rows; r++) {
+            float *to = s->shared + (int64_t)r * hidden + first;
+            memset(to, 0, (size_t)n * sizeof *to);
+            for (int32_t t = 0; t < s->threads; t++)
+                add_into(to, s->memory[t].partial[which] + (int64_t)r * hidden + first, n);
+        }
+        pool_barrier(s->pool);
+        add_into(onto, s->shared, (int64_t)s->rows * hidden);
+    } else {
+        for (int32_t t = 0; t < s->threads; t++) add_into(onto, s->memory[t].partial[which], (int64_t)s->rows * hidden);
+    }
+    if (bias)
+        for (int32_t r = 0; r < s->rows; r++) add_into(onto + (int64_t)r * hidden, bias, hidden);
+    if (!product->norm) return;
+    for (int32_t r = 0; r < s->rows; r++)
+        normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
+    add_into(m->hidden, onto, (int64_t)s->rows * hidden);
 }
 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
@@ -173,13 +183,14 @@ static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thr
 /* This thread's sums of all parts, side by side: of some kept inputs each output, of row-major parts some outputs. */
 static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
     const int32_t size = which_rows(s->padded_rows), stride = outputs_of(p);
+    const float *x = p->aside ? m->aside : m->normed;
     float *y = m->sums;
     for (int32_t i = 0, end; i < summed_parts(p); i = end) {
         const teal_weight *w = &p->parts[i];
         int64_t *kept = counter(w, m, thread == 0);
         if (w->layout == TEAL_ROW_MAJOR) {
             for (int32_t r = 0; r < s->rows; r++) memset(y + (int64_t)r * stride, 0, (size_t)w->outputs * sizeof *y);
-            dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], m->normed, w->inputs, 0,
+            dot_functions[w->dtype][size](w, NULL, own->first[i], own->last[i] - own->first[i], x, w->inputs, 0,
                                           w->inputs, y + own->first[i], stride);
             if (kept) *kept += (int64_t)s->rows * w->inputs;
             y += w->outputs;
@@ -189,7 +200,7 @@ static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, cons
         teal_weight whole;
         end = side_by_side(p, i, s->padded_rows, &whole);
         int again = i > 0 && same_list(w - 1, w, s->padded_rows);
-        if (!again) make_list(m->normed, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
+        if (!again) make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
         else if (kept) *kept += m->list.count;
         for (int32_t k = i + 1; k < end; k++) {
             kept = counter(&p->parts[k], m, thread == 0);
@@ -234,7 +245,7 @@ static void live_ups(teal_session *s, thread_memory *m, const teal_product *p, c
         live += any > 0;
         if (kept) *kept += any;
     }
-    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, m->normed, up->inputs, 0,
+    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, p->aside ? m->aside : m->normed, up->inputs, 0,
                                                          up->inputs, m->group, live);
     memset(ups, 0, (size_t)s->padded_rows * (size_t)n * sizeof *ups);
     for (int32_t r = 0; r < s->rows; r++)
@@ -277,18 +288,46 @@ static void residual_product(teal_session *s, thread_memory *m, const teal_produ
     }
 }
 
+/* By what the norm of all `heads` heads multiplies those from output `first` of a product on. */
+static float scale_of_heads(const teal_session *s, const teal_attention *a, const teal_product *qkv, int32_t row,
+                            int32_t first, int32_t heads, float *head) {
+    float squares = 0;
+    for (int32_t h = 0; h < heads; h++) {
+        sum_outputs(s, qkv, row, first + h * a->dim, a->dim, head);
+        for (int32_t i = 0; i < a->dim; i++) squares += head[i] * head[i];
+    }
+    return 1.0f / sqrtf(squares / (float)(heads * a->dim) + a->eps);
+}
+
 static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
                       const range *own, int32_t splits) {
     const int32_t group = a->heads / a->kv_heads, dim = a->dim;
     const int64_t of_head = dim + HEAD_EXTRA, of_split = (int64_t)a->heads * of_head;
+    const int all_heads = a->norms == TEAL_ALL_HEADS && a->q_norm;
+    float q_scale = 0, k_scale = 0;
+    int32_t scaled_row = -1;
     for (int32_t item = own->first[0]; item < own->last[0]; item++) {
         /* Rows are outermost where a head has one part: then a thread has the same heads of each. */
         int32_t per_row = own->last[1], row = item / per_row, rest = item % per_row;
         int32_t kv_head = own->first[1] + rest / splits, split = rest % splits;
         float *heads = s->heads + ((int64_t)row * splits + split) * of_split + (int64_t)kv_head * group * of_head;
-        sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
-        sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-        sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        if (all_heads && row != scaled_row) {
+            q_scale = scale_of_heads(s, a, qkv, row, 0, a->heads, m->queries);
+            k_scale = scale_of_heads(s, a, qkv, row, a->heads * dim, a->kv_heads, m->queries);
+            scaled_row = row;
+        }
+        if (a->grouped) {
+            sum_outputs(s, qkv, row, kv_head * (group + 2) * dim, (group + 2) * dim, m->queries);
+        } else {
+            sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
+            sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
+            sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+        }
+        if (all_heads) {
+            const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
+            for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= q_scale * q_norm[i];
+            for (int32_t i = 0; i < dim; i++) m->queries[group * dim + i] *= k_scale * k_norm[i];
+        }
         attend(a, row, kv_head, split, splits, s->positions[row], m->queries, m->scores, heads, of_head);
     }
 }
@@ -307,6 +346,17 @@ static void take_heads(teal_session *s, thread_memory *m, const teal_attention *
             memcpy(m->own + (int64_t)r * n + at - first, x + inside, (size_t)take * sizeof *x);
             at += take;
         }
+}
+
+/* Scale and soft cap of logits [first, last). */
+static void finish_logits(const teal_session *s, int32_t first, int32_t last) {
+    const teal_program *p = s->program;
+    for (int32_t r = 0; r < s->rows; r++) {
+        float *logits = s->logits + (int64_t)r * p->output->parts[0].outputs;
+        for (int32_t i = first; i < last; i++) logits[i] *= p->logits_scale;
+        if (p->logits_cap > 0)
+            for (int32_t i = first; i < last; i++) logits[i] = p->logits_cap * tanhf(logits[i] / p->logits_cap);
+    }
 }
 
 /* The largest logit of each row among outputs [first, last); the first of equals, and a NaN before all. */
@@ -372,16 +422,18 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
         const range *own = &s->ranges[(int64_t)i * s->threads + thread];
         const teal_norm *norm = i == p->n_steps ? p->norm : step->kind == TEAL_STEP_NORM ? step->of : NULL;
         if (before && before->epilogue == TEAL_RESIDUAL) {
-            add_partials(s, m, thread, parity ^ 1, before->parts[0].bias);
+            add_partials(s, m, thread, parity ^ 1, before);
             before = NULL;
         }
         if (norm)
             for (int32_t r = 0; r < s->rows; r++)
-                normalise(norm, m->hidden + (int64_t)r * p->hidden, m->normed + (int64_t)r * p->hidden, p->hidden);
+                normalise(norm, m->hidden + (int64_t)r * p->hidden,
+                          (norm->aside ? m->aside : m->normed) + (int64_t)r * p->hidden, p->hidden);
         if (i == p->n_steps) {
             const teal_weight *w = &p->output->parts[0];
             some_outputs(w, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
                          counter(w, m, thread == 0), s->logits, w->outputs);
+            if (p->logits_scale != 1 || p->logits_cap > 0) finish_logits(s, own->first[0], own->last[0]);
             find_best(s, m, own->first[0], own->last[0]);
         } else if (step->kind == TEAL_STEP_ATTENTION) {
             attended = step->of, attended_step = i;

@@ -1,0 +1,171 @@
+"""What families other than Llama bring to the native path, and what of them it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+from fused_pair import error_of, random_tokens
+from native_models import LIMIT, NO_LIBRARY, OTHERS, check_steps, sparse, tiny
+from transformers import DynamicCache
+
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths import fused
+from teal_cli.decode.paths.native import NativePath
+from teal_cli.errors import ArtefactError
+from teal_cli.models.architectures import Architecture, architecture_of
+from teal_kernels.native.structures import Weight, halves_of, weight_of
+
+needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
+FUSED = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def _long(positions: int) -> Any:
+    rope = {**FAMILIES["phi3-long"]["rope_parameters"], "original_max_position_embeddings": positions}  # type: ignore[dict-item]
+    return tiny("phi3-long", rope_parameters=rope, original_max_position_embeddings=positions)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[20], [30], [20, 18], [5, 20]], ids=str)
+def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
+    """As transformers' forward does of the same rows: all have the other angles once one of them is beyond 22."""
+    model, most = _long(22), max(lengths)
+    engine = Engine(model, path="native")
+    prompt, tokens = random_tokens(len(lengths), most), random_tokens(len(lengths), 5, seed=1)
+    cache = engine.new_cache(most + 5)
+    engine.prefill(prompt, cache, torch.tensor(lengths))
+    plain, known = _long(22).double(), DynamicCache()
+    mask = torch.zeros(len(lengths), most + 5, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    plain(input_ids=prompt, past_key_values=known)
+    for step, token in enumerate(tokens.split(1, dim=1)):
+        at = torch.tensor(lengths)[:, None] + step
+        mask[:, most + step] = 1
+        expected = plain(
+            input_ids=token, past_key_values=known, position_ids=at, attention_mask=mask[:, : most + step + 1]
+        ).logits[:, -1]
+        assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bert"}))
+def test_the_fused_path_takes_what_a_gpu_has_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(family)
+    model_type = str(FAMILIES[family]["model_type"])
+    reason = fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto")
+    assert (reason is None) == (model_type in FUSED)
+    row = architecture_of(model_type)
+    if row.program is not None and not row.program.fused:
+        assert reason == f"model type {model_type}"
+        assert {row.epilogue_of(site) for site in row.sites} == {"plain"}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"use_parallel_residual": True}, "blocks without post_attention_layernorm"),
+        ({"qk_layernorm": True}, "blocks with self_attn.q_layernorm.norms.0"),
+    ],
+)
+def test_stablelm_of_other_blocks(more: dict[str, bool], reason: str) -> None:
+    assert NativePath.unsupported(tiny("stablelm", **more), None) == reason
+
+
+def test_scales_and_norms_that_are_not_computed() -> None:
+    assert NativePath.unsupported(tiny("cohere", use_qk_norm=True), None) == "blocks with self_attn.q_norm"
+    reason = "residuals that are scaled by nothing, or turned round"
+    assert NativePath.unsupported(tiny("granite", residual_multiplier=0.0), None) == reason
+    model = tiny("granite")
+    row = architecture_of("granite")
+    assert row.program is not None
+    model.teal_architecture = row.model_copy(
+        update={"program": row.program.model_copy(update={"logits_scale": "no_key"})}
+    )
+    with pytest.raises(ArtefactError, match="names no_key, which the model does not have"):
+        NativePath.unsupported(model, None)
+
+
+@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_of"])
+def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
+    """In a row of a user's own, which does not say `fused: false`."""
+    model = build_model("llama")
+    row = architecture_of("llama").model_dump(mode="json")
+    program, block = row["program"], row["program"]["block"]
+    if key in ("pairs", "logits_cap"):
+        program[key] = "neighbours"
+    elif key == "parallel":
+        block.pop(4)
+        block[4]["parallel"] = True
+    elif key == "added_norm":
+        block[3]["added_norm"] = "input_layernorm"
+    elif key == "no norm":
+        block[0]["norm"] = None
+    else:
+        block[2]["norms_of"] = "rotated_heads"
+    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") is None
+    model.teal_architecture = Architecture.model_validate(row)
+    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
+
+
+def test_a_configuration_that_a_program_does_not_compute() -> None:
+    reason = "use_parallel_residual false"
+    assert NativePath.unsupported(tiny("gpt_neox", use_parallel_residual=False), None) == reason
+
+
+def test_scaled_embeddings_that_a_program_does_not_scale() -> None:
+    model = tiny("gemma")
+    row = architecture_of("gemma")
+    assert row.program is not None
+    model.teal_architecture = row.model_copy(
+        update={"program": row.program.model_copy(update={"embedding_scale": None})}
+    )
+    assert NativePath.unsupported(model, None) == "embeddings that are more than a table"
+
+
+@pytest.mark.parametrize("change", ["weights", "norm", "neurons", "causal"])
+def test_a_block_that_is_another_is_refused(change: str) -> None:
+    model = tiny("phi3", intermediate_size=101) if change == "neurons" else tiny("phi3")
+    block = model.model.layers[1]
+    if change == "weights":
+        block.mlp.extra_norm = torch.nn.LayerNorm(4)
+        reason = "blocks with mlp.extra_norm"
+    elif change == "causal":
+        block.self_attn.is_causal = False
+        reason = "attention that is not causal"
+    elif change == "norm":
+        block.post_attention_layernorm = None
+        reason = "blocks without post_attention_layernorm"
+    else:
+        reason = "an odd number of neurons in mlp_input"
+    assert NativePath.unsupported(model, None) == reason
+
+
+def test_halves_of_a_projection() -> None:
+    table_, bias = torch.randn(12, 5), torch.randn(12)
+    for laid_out in (table_, table_.t().contiguous().t()):
+        whole = weight_of(laid_out, bias=bias, counter=3)
+        first, second = halves_of(whole)
+        assert [half.outputs for half in (first, second)] == [6, 6]
+        assert first.data == whole.data
+        assert second.data == laid_out[6:].data_ptr()
+        assert second.bias == bias[6:].data_ptr()
+        assert [half.counter for half in (first, second)] == [3, -1]
+        assert whole.outputs == 12
+    with pytest.raises(ValueError, match="11 outputs cannot be divided"):
+        halves_of(weight_of(table_[:11]))
+    with pytest.raises(ValueError, match="10 outputs cannot be divided"):
+        halves_of(Weight(outputs=10, dtype=4))
+
+
+@needs_library
+@torch.no_grad()
+def test_halves_of_codes_of_one_row() -> None:
+    check_steps(sparse(tiny("phi3"), "alike", "int4:32"), [20])
+
+
+@needs_library
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_engine_takes_it(family: str) -> None:
+    engine = Engine(sparse(tiny(family)))
+    assert (engine.path.name, engine.general_because) == ("native", None)
