@@ -208,9 +208,7 @@ def benchmarks_llama_cpp(page: Page) -> None:
         over = [(_median(run), run["over_llama_cpp"]["median"]) for run in cell["runs"]]
         rows[f"{width}, `{theirs}`"] = (_median(cell["llama_cpp"]), *over)
     page.table("| | llama.cpp | `teal`, dense | 40 % | 50 % | 65 % |", rows)
-    realised = [
-        _at(_cell(f"smollm2-135m/{width}/t2/c64")["runs"], 0.5)["realised_sparsity"] for width, _ in widths
-    ]
+    realised = [_at(_cell(f"smollm2-135m/{width}/t2/c64")["runs"], 0.5)["realised_sparsity"] for width, _ in widths]
     page.says("realised {} to {} of 50 %", min(realised), max(realised))
     page.is_no_result("its memory gave 40 to 65 GB/s", "looked at by hand, between the runs")
 
