@@ -175,6 +175,10 @@ def scales_of(model: Any, program: Program) -> Scales:
         if not hasattr(config, key) and not hasattr(embeddings, key):
             raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
         value = getattr(config, key, getattr(embeddings, key, None))
+        if isinstance(value, Tensor):
+            if value.is_meta:  # a model of shapes alone, which computes nothing
+                return default
+            value = value.to(embeddings.weight.dtype)  # as transformers rounds it before it multiplies
         return default if value is None else float(value)
 
     return Scales(

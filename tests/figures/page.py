@@ -19,7 +19,7 @@ _UNIT = r"x|times|tokens/s|TB/s|GB/s|GB|MB|µs|us|ms|s|seconds|minutes"
 _IN_PROSE = re.compile(rf"(?<![\w.-])(?:\d+(?:,\d{{3}})*(?:\.\d+)?(?= ?(?:{_UNIT})\b)|\d+\.\d+(?![\w.]*\d))")
 """What is taken for a figure outside tables: a number with a unit of measurement, or with a decimal point."""
 _NAMES = re.compile(
-    r"(?:arXiv \[?|Apache-|(?:torch|transformers|triton|Python|Llama|Qwen) |H100 )\d[\d.]*\w*(?: to \d[\d.]*)?"
+    r"(?:arXiv \[?|Apache-|(?:torch|transformers|triton|Python|Llama|SmolLM|Qwen) |H100 )\d[\d.]*\w*(?: to \d[\d.]*)?"
 )
 """Numbers that are parts of names: papers, licences, versions, families, devices."""
 _CODE_AND_LINKS = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+", re.DOTALL)
