@@ -29,7 +29,7 @@ FOLDER = _HERE / "lib"
 # Contracted multiplications and additions are what the speed comes from; -ffast-math would fold the tricks of exp.
 _FLAGS = [
     *("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
-    *("-fvisibility=hidden", "-fPIC", "-pthread", "-g0", "-Wall", "-Wextra"),
+    *("-fvisibility=hidden", "-fPIC", "-pthread", "-g0", "-Wall", "-Wextra", "-Wpointer-arith"),
 ]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # What src/dispatch.c asks a processor for, and no more: a compiler may use all that it is allowed.

@@ -91,6 +91,9 @@ static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
 static int32_t summed_parts(const teal_product *p) { return p->epilogue == TEAL_GATE_FIRST ? 1 : p->n_parts; }
 
+/* What a product reads that is not a residual one. */
+static const float *input_of(const teal_product *p, const thread_memory *m) { return p->aside ? m->aside : m->normed; }
+
 /* Outputs of these, side by side. */
 static int32_t outputs_of(const teal_product *p) {
     int32_t outputs = 0;
@@ -157,16 +160,15 @@ static int32_t side_by_side(const teal_product *p, int32_t i, int32_t padded, te
     *whole = p->parts[i];
     for (; end < summed_parts(p) && same_list(&p->parts[end - 1], &p->parts[end], padded); end++) {
         const teal_weight *w = &p->parts[end];
-        const int64_t before = whole->outputs, scale_bytes = w->scale_dtype == TEAL_F16 ? 2 : 4;
-        if (w->dtype != whole->dtype || w->row_bytes != whole->row_bytes || before % 2 ||
-            (const uint8_t *)w->data != (const uint8_t *)whole->data + bytes_of(w->dtype, before))
+        if (w->dtype != whole->dtype || w->row_bytes != whole->row_bytes || whole->outputs % 2 ||
+            (const uint8_t *)w->data != (const uint8_t *)whole->data + bytes_of(w->dtype, whole->outputs))
             break;
-        if (w->dtype >= TEAL_INT8 &&
-            (w->group != whole->group || w->scale_dtype != whole->scale_dtype || w->scale_stride != whole->scale_stride ||
-             (const uint8_t *)w->scales != (const uint8_t *)whole->scales + before * scale_bytes ||
-             !w->zeros != !whole->zeros ||
-             (w->zeros && (w->zero_stride != whole->zero_stride || w->zeros != whole->zeros + before))))
-            break;
+        if (w->dtype >= TEAL_INT8) {
+            const group_scales behind = scales_of(whole, 0, whole->outputs), own = scales_of(w, 0, 0);
+            if (w->group != whole->group || w->scale_stride != whole->scale_stride || w->zero_stride != whole->zero_stride ||
+                own.scale_dtype != behind.scale_dtype || own.scales != behind.scales || own.zeros != behind.zeros)
+                break;
+        }
         whole->outputs += w->outputs;
     }
     return end;
@@ -183,7 +185,7 @@ static int32_t cut_list(const teal_weight *w, const kept_list *list, int32_t thr
 /* This thread's sums of all parts, side by side: of some kept inputs each output, of row-major parts some outputs. */
 static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, const range *own) {
     const int32_t size = which_rows(s->padded_rows), stride = outputs_of(p);
-    const float *x = p->aside ? m->aside : m->normed;
+    const float *x = input_of(p, m);
     float *y = m->sums;
     for (int32_t i = 0, end; i < summed_parts(p); i = end) {
         const teal_weight *w = &p->parts[i];
@@ -199,10 +201,9 @@ static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, cons
         }
         teal_weight whole;
         end = side_by_side(p, i, s->padded_rows, &whole);
-        int again = i > 0 && same_list(w - 1, w, s->padded_rows);
+        const int again = i > 0 && same_list(w - 1, w, s->padded_rows);
         if (!again) make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
-        else if (kept) *kept += m->list.count;
-        for (int32_t k = i + 1; k < end; k++) {
+        for (int32_t k = again ? i : i + 1; k < end; k++) { /* parts of a list that was counted for another */
             kept = counter(&p->parts[k], m, thread == 0);
             if (kept) *kept += m->list.count;
         }
@@ -245,7 +246,7 @@ static void live_ups(teal_session *s, thread_memory *m, const teal_product *p, c
         live += any > 0;
         if (kept) *kept += any;
     }
-    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, p->aside ? m->aside : m->normed, up->inputs, 0,
+    dot_functions[up->dtype][which_rows(s->padded_rows)](up, m->list.index, 0, live, input_of(p, m), up->inputs, 0,
                                                          up->inputs, m->group, live);
     memset(ups, 0, (size_t)s->padded_rows * (size_t)n * sizeof *ups);
     for (int32_t r = 0; r < s->rows; r++)
