@@ -27,25 +27,18 @@ def embed_kernel(
     LEARNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Look the token of a row up, and where positions are LEARNED its own; the first program also moves all positions
-    on."""
+    """Look the token of a row up, and where positions are LEARNED its own, which moves on."""
     row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    position = 0
-    if LEARNED:  # the barrier: before the first program moves it on
-        position = tl.load(positions_ptr + row) + 1 + offset
-        tl.debug_barrier()
-    if row == 0:
-        longest = tl.load(positions_ptr) + 1
-        tl.store(positions_ptr, longest)
-        if ROWS > 1:
-            for other in tl.static_range(1, ROWS):
-                position = tl.load(positions_ptr + other) + 1
-                tl.store(positions_ptr + other, position)
-                longest = tl.maximum(longest, position)
-            tl.store(longest_ptr, longest)
+    position = tl.load(positions_ptr + row) + 1
+    if LEARNED:
+        tl.debug_barrier()  # all warps have read it before one of them moves it on
+    tl.store(positions_ptr + row, position)
+    if ROWS > 1:
+        if row == 0:
+            tl.store(longest_ptr, tl.load(longest_ptr) + 1)
     token = tl.load(token_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
@@ -54,7 +47,7 @@ def embed_kernel(
     if SCALED:
         hidden = (hidden.to(tl.float32) * scale).to(dtype)
     if LEARNED:
-        at = of_positions_ptr + position.to(tl.int64) * hidden_size + columns
+        at = of_positions_ptr + (position + offset).to(tl.int64) * hidden_size + columns
         hidden = (hidden.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
     tl.store(hidden_ptr + row * hidden_size + columns, hidden, mask=inside)
     tl.store(squares_ptr + row, tl.sum(hidden.to(tl.float32) * hidden.to(tl.float32), axis=0))
