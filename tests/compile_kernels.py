@@ -15,7 +15,7 @@ from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
+from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Norm, Positions, TileConfig
@@ -60,7 +60,7 @@ def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_decode, triton_gate_first):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
