@@ -122,6 +122,7 @@ def _added(
     scales,
     weights_of_norm,
     dtype: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
     MATRICES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -134,12 +135,12 @@ def _added(
             for row in tl.static_range(ROWS):
                 x = inputs[step * ROWS + row].to(tl.float32)
                 if NORM:
-                    x = normalised(x, scales[row], weights_of_norm[step], dtype)
+                    x = normalised(x, scales[row], weights_of_norm[step], dtype, PLUS_ONE)
                 values = values + (x[None, :],)
         else:
             x = inputs[step]
             if NORM:
-                x = normalised(x, scales[0][:, None], weights_of_norm[step][None, :], dtype).to(dtype)
+                x = normalised(x, scales[0][:, None], weights_of_norm[step][None, :], dtype, PLUS_ONE).to(dtype)
             values = (x,)
         added = ()
         for matrix in tl.static_range(MATRICES):
@@ -164,6 +165,7 @@ def _products(
     weights,
     inputs,
     weights_of_norm,
+    PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -175,10 +177,10 @@ def _products(
     MATRICES: tl.constexpr = len(rows)
     sums = _no_sums(MATRICES, ROWS, TILE)
     if TILE.at_once:
-        sums = _added(sums, weights, inputs, scales, weights_of_norm, dtype, MATRICES, ROWS, TILE)
+        sums = _added(sums, weights, inputs, scales, weights_of_norm, dtype, PLUS_ONE, MATRICES, ROWS, TILE)
     elif TILE.fma:
         for start in range(0, n_in, TILE.block_in * TILE.unroll):
-            sums = _added(sums, weights, inputs, scales, weights_of_norm, dtype, MATRICES, ROWS, TILE)
+            sums = _added(sums, weights, inputs, scales, weights_of_norm, dtype, PLUS_ONE, MATRICES, ROWS, TILE)
             following = start + TILE.block_in * TILE.unroll
             weights = _weights(rows, there, following, n_in, TILE)
             weights_of_norm = _weights_of_norm(norm, following, n_in, TILE)
@@ -192,6 +194,7 @@ def _products(
                 scales,
                 _weights_of_norm(norm, start, n_in, TILE),
                 dtype,
+                PLUS_ONE,
                 MATRICES,
                 ROWS,
                 TILE,
@@ -272,7 +275,9 @@ def gate_first_kernel(
         # Before the scales, for whose sums threads wait.
         inputs = _inputs(x_ptr, 0, n_in, ROWS, GATE) if GATE.fma else ()
         scales = _scales(norm, sizes, ROWS, SQUARES, GATE)
-        products = _products(x_ptr, norm, scales, rows, inside, n_in, weights, inputs, weights_of_norm, ROWS, GATE)
+        products = _products(
+            x_ptr, norm, scales, rows, inside, n_in, weights, inputs, weights_of_norm, WHAT.plus_one, ROWS, GATE
+        )
         for row in tl.static_range(ROWS):
             gates = gates + (_biased(products[row], gate.bias, neurons, inside, dtype),)
             if WHAT.dense:
@@ -318,6 +323,7 @@ def gate_first_kernel(
                 _weights(rows_of_up, filled, 0, n_in, UP) if UP.fma else (),
                 _inputs(x_ptr, 0, n_in, ROWS, UP) if UP.fma else (),
                 _weights_of_norm(norm, 0, n_in, UP) if UP.fma else (),
+                WHAT.plus_one,
                 ROWS,
                 UP,
             )

@@ -33,6 +33,8 @@ _KINDS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3}
 _MAX_ROWS = 8
 """Tokens that one launch takes: each has sums of its own in registers."""
 _LEAST_BLOCK_IN = 64
+_WIDTH = 1024
+"""Inputs of 16 bits that four warps load at once."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,30 @@ UNTUNED = GateFirstConfig()
 """Where the gates are given; like the next, the fastest of those tried on an H100 (gate-first-gpu.json)."""
 UNTUNED_FUSED = GateFirstConfig(neurons=4, block_out=1)
 """Where the launch computes them."""
+
+
+def step_config(n_in: int, rows: int) -> GateFirstConfig:
+    """For a step of a decoded token, sparse or dense.
+
+    One row: so few neurons that all of their gate rows travel at once, before the kernel in front has ended. More rows
+    are what tensor cores are for.
+    """
+    if rows > 1:
+        return GateFirstConfig(
+            neurons=32, block_out=16, block_in=128, unroll=1, warps=4, gate_block_in=128, gate_unroll=1
+        )
+    warps = 4 if n_in <= 5 * _WIDTH else 8
+    block_in = _WIDTH * warps // 4
+    unroll = min(5, -(-n_in // block_in))
+    return GateFirstConfig(
+        neurons=2,
+        block_out=1,
+        block_in=block_in,
+        unroll=unroll,
+        warps=warps,
+        gate_block_in=block_in,
+        gate_unroll=unroll,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,8 @@ class _What(NamedTuple):
     """Whether it computes the gates."""
     dense: bool
     """Whether it computes all neurons."""
+    plus_one: bool
+    """Whether the norm multiplies by 1 + weight."""
     late: bool
     ahead: bool
     """Whether it reads weights before it waits for the kernel before."""
@@ -231,7 +259,13 @@ def launch_gate_first(
         KIND=_KINDS[kind],
         ROWS=rows,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
-        WHAT=_What(gates=layer is not None, dense=dense, late=config.late, ahead=pdl is not None),
+        WHAT=_What(
+            gates=layer is not None,
+            dense=dense,
+            plus_one=norm is not None and norm.plus_one,
+            late=config.late,
+            ahead=pdl is not None,
+        ),
         NEURONS=config.neurons,
         GATE=_tiles(config.neurons, config.gate_block_in, config.gate_unroll, rows, n_in, fma, evict),
         UP=_tiles(config.block_out, config.block_in, config.unroll, rows, n_in, fma, evict),

@@ -46,7 +46,7 @@ class Step:
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], rows: int, dtype: torch.dtype, activation: GateActivation, norm: bool, biased: bool
+        cls, shape: tuple[int, int], rows: int, dtype: torch.dtype, activation: GateActivation, norm: str, biased: bool
     ) -> "Step":
         n_out, n_in = shape
         generator = torch.Generator().manual_seed(rows + n_in)
@@ -54,15 +54,14 @@ class Step:
         def random(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator).to(dtype)
 
-        x = random(rows, n_in) * (3.0 if norm else 1.0)
+        x = random(rows, n_in) * (1.0 if norm == "none" else 3.0)
         squares = torch.stack([part.float().square().sum(1) for part in x.split(24, dim=1)], dim=1)
         weight = random(n_out, n_in) / n_in**0.5
-        # A bias that decides: the norm's weight is about 1.
-        bias = random(n_out) - 0.5 if biased else None
+        plus_one = norm == "plus one"
         return cls(
             x,
-            Norm(1 + random(n_in) / 8, EPS, squares) if norm else None,
-            GateLayer(weight, bias),
+            None if norm == "none" else Norm(random(n_in) / 8 + (not plus_one), EPS, squares, plus_one),
+            GateLayer(weight, random(n_out) - 0.5 if biased else None),
             random(n_out, n_in),
             random(n_out) if biased else None,
             activation,
@@ -74,8 +73,10 @@ class Step:
         if self.norm is None:
             return self.x
         x = self.x.float()
-        scaled = (x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS)).to(self.x.dtype)
-        return scaled * self.norm.weight
+        scaled = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS)
+        if self.norm.plus_one:
+            return (scaled * (1 + self.norm.weight.float())).to(self.x.dtype)
+        return scaled.to(self.x.dtype) * self.norm.weight
 
     @property
     def gates(self) -> Tensor:
@@ -123,7 +124,7 @@ class Step:
     rows=[1, 2, 4],
     dtype=list(LIMITS),
     dense=[False, True],
-    norm=[True, False],
+    norm=["rms", "plus one", "none"],
     biased=[False, True],
     shape=SHAPES,
 )
@@ -133,7 +134,7 @@ def test_against_float64(
     rows: int,
     dtype: torch.dtype,
     dense: bool,
-    norm: bool,
+    norm: str,
     biased: bool,
     shape: tuple[int, int],
 ) -> None:
@@ -153,7 +154,7 @@ def test_against_float64(
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_counts_are_added_up_over_launches(rows: int) -> None:
-    step = Step.random((37, 65), rows, torch.float32, ACTIVATIONS[0], norm=True, biased=True)
+    step = Step.random((37, 65), rows, torch.float32, ACTIVATIONS[0], norm="rms", biased=True)
     assert not bool(step.undecided.any())
     counts = torch.zeros(1, dtype=torch.int64)
     for _ in range(3):
@@ -164,7 +165,7 @@ def test_counts_are_added_up_over_launches(rows: int) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_rows_of_dead_neurons_are_not_read(config: str) -> None:
     """A NaN in their weights would show; where every neuron is computed, it still meets no live one."""
-    step = Step.random((64, 256), 2, torch.float32, ACTIVATIONS[0], norm=True, biased=True)
+    step = Step.random((64, 256), 2, torch.float32, ACTIVATIONS[0], norm="rms", biased=True)
     expected = step.launch(CONFIGS[config])
     dead = (step.gates <= 0).all(0)
     assert bool(dead.any())
@@ -178,7 +179,7 @@ def test_rows_of_dead_neurons_are_not_read(config: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
 def test_dense_and_gate_first_give_the_same_gates(config: str, activation: GateActivation) -> None:
     """So a neuron that lives for one lives for the other."""
-    step = Step.random((64, 256), 1, torch.bfloat16, activation, norm=True, biased=True)
+    step = Step.random((64, 256), 1, torch.bfloat16, activation, norm="rms", biased=True)
     sparse, dense = (step.launch(CONFIGS[config], dense) for dense in (False, True))
     assert torch.equal(sparse == 0, dense == 0)
     assert float((sparse - dense).float().norm() / dense.float().norm()) < LIMITS[torch.bfloat16]
@@ -187,13 +188,13 @@ def test_dense_and_gate_first_give_the_same_gates(config: str, activation: GateA
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dense", [False, True])
 def test_same_bits_every_time(config: str, dense: bool) -> None:
-    step = Step.random((37, 65), 4, torch.bfloat16, ACTIVATIONS[1], norm=True, biased=False)
+    step = Step.random((37, 65), 4, torch.bfloat16, ACTIVATIONS[1], norm="rms", biased=False)
     first = step.launch(CONFIGS[config], dense)
     assert all(torch.equal(step.launch(CONFIGS[config], dense), first) for _ in range(3))
 
 
 def test_what_one_launch_does_not_take() -> None:
-    step = Step.random((37, 65), 9, torch.float32, ACTIVATIONS[0], norm=False, biased=False)
+    step = Step.random((37, 65), 9, torch.float32, ACTIVATIONS[0], norm="none", biased=False)
     with pytest.raises(ValueError, match="9 rows are more than the 8"):
         step.launch(CONFIGS["loops"])
     gates = torch.zeros(1, 37)

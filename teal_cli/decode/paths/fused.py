@@ -20,7 +20,6 @@ from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.sparse import SparseLinear, SparsityControl
-from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
@@ -37,8 +36,6 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return f"backend {backend}"
     if (reason := backend_unavailable_reason("triton", device, dtype)) is not None:
         return reason
-    if any(isinstance(module, GateFirstMLP) for module in model.modules()):
-        return "MLPs that decode gate first"
     if (activation := unknown_activation(config, program)) is not None:
         return f"activation {activation}"
     return unsupported_rope(config, ("longrope",)) or departure(model, program)

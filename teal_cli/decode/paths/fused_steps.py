@@ -26,6 +26,9 @@ from teal_cli.decode.blocks import (
     rotary_tables,
 )
 from teal_cli.decode.cache import FixedLayer
+from teal_cli.decode.paths import fused_gate_first
+from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.paths.program_session import Counted
 from teal_cli.sparse import SparsityControl
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.packed_linear import fitting
@@ -124,6 +127,18 @@ class Launch:
             pdl=pdl,
         )
 
+    def counted(self) -> list[Counted]:
+        """Its projections; numbers of kept inputs are those in `kept`."""
+        return [
+            Counted(
+                layer.name,
+                layer.in_features * layer.out_features,
+                layer.in_features,
+                None if self.config.dense else part,
+            )
+            for part, layer in enumerate(self.product.sparse_layers)
+        ]
+
 
 def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
     """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other."""
@@ -135,11 +150,11 @@ def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
 
 
 def cannot_launch(product: Product) -> str | None:
-    """Why a joined product cannot be launched as gate and up; None where it can."""
+    """Why a joined product cannot be launched as gate and up, or one that decodes gate first; None where it can."""
     packed = getattr(product.layers[0], "packed", None)
     if product.joined and packed is not None and product.outputs * packed.bits % 32:
         return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
-    return None
+    return fused_gate_first.cannot_launch(product)
 
 
 @dataclass(frozen=True)
@@ -198,7 +213,7 @@ class StepBinder:
     ) -> None:
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | GateFirstLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs != "halves"
@@ -313,8 +328,6 @@ class StepBinder:
         self._source, self._norm = partials, None
 
     def _bind_product(self, step: Product) -> None:
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, self.path.scales.residual)
-        self.launches.append(launch)
         source, norm = self._source, self._norm
         if step.aside or source is None:  # beside the attention, behind a norm that was written before it
             source, norm = self.buffer("aside" if step.aside else "normed", self.hidden.shape[1]), None
@@ -323,6 +336,14 @@ class StepBinder:
             y = self.hidden
         else:
             y = self.buffer("added" if added else step.name, step.outputs)
+        if step.gate_first is not None and isinstance(source, Tensor):
+            neurons = GateFirstLaunch(step.gate_first, self.enabled, self.rows, self.path.dtype)
+            self.launches.append(neurons)
+            self.steps.append(partial(neurons.run, source, y, self.path.pdl, norm))
+            self._source, self._norm, self._before = y, None, step
+            return
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, self.path.scales.residual)
+        self.launches.append(launch)
         self.steps.append(partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
         if added:
             self.squares = launch.squares
