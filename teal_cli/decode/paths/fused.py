@@ -26,6 +26,7 @@ from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
+
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
     config, program = model.config.get_text_config(), known_program(model)
