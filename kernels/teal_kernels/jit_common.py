@@ -26,6 +26,22 @@ def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
 
 
 @triton.jit
+def mean_of(sums_ptr, n_sums, n_in, SQUARES: tl.constexpr):
+    """The mean of one row, from partial sums of it."""
+    each = tl.arange(0, SQUARES)
+    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0) * (1.0 / n_in)
+
+
+@triton.jit
+def layer_scale(squares_ptr, mean, n_squares, n_in, eps, SQUARES: tl.constexpr):
+    """What a layer norm multiplies one row with, less its mean, from partial sums of its squares."""
+    each = tl.arange(0, SQUARES)
+    squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
+    variance = tl.sum(squares, axis=0) * (1.0 / n_in) - mean * mean
+    return tl.rsqrt(tl.maximum(variance, 0.0) + eps)  # rounding may leave a constant row less than nothing
+
+
+@triton.jit
 def rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: tl.constexpr):
     """`rms_scale` of the rows of a batch: (LEAST_TILE,) float32, 0 for those that there are not."""
     rows = tl.arange(0, LEAST_TILE)
@@ -33,6 +49,21 @@ def rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: t
     for row in tl.static_range(ROWS):
         scales = tl.where(rows == row, rms_scale(squares_ptr + row * n_squares, n_squares, n_in, eps, SQUARES), scales)
     return scales
+
+
+@triton.jit
+def layer_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: tl.constexpr):
+    """Means and `layer_scale` of the rows of a batch: (LEAST_TILE,) float32 each. Partial sums lie behind those of
+    squares."""
+    rows = tl.arange(0, LEAST_TILE)
+    means = tl.zeros((LEAST_TILE,), tl.float32)
+    scales = tl.zeros((LEAST_TILE,), tl.float32)
+    for row in tl.static_range(ROWS):
+        mean = mean_of(squares_ptr + (ROWS + row) * n_squares, n_squares, n_in, SQUARES)
+        scale = layer_scale(squares_ptr + row * n_squares, mean, n_squares, n_in, eps, SQUARES)
+        means = tl.where(rows == row, mean, means)
+        scales = tl.where(rows == row, scale, scales)
+    return means, scales
 
 
 @triton.jit
@@ -50,6 +81,15 @@ def normalised(x, scale, weight, dtype: tl.constexpr, PLUS_ONE: tl.constexpr = F
     else:
         normal = rounded(rounded(x.to(tl.float32) * scale, dtype) * weight, dtype)
     return normal
+
+
+@triton.jit
+def layer_normalised(x, mean, scale, weight, bias, dtype: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """What a layer norm makes of x, float32, rounded once, as torch's is."""
+    weight = weight.to(tl.float32)
+    if PLUS_ONE:
+        weight += 1.0
+    return rounded((x.to(tl.float32) - mean) * scale * weight + bias.to(tl.float32), dtype)
 
 
 @triton.jit

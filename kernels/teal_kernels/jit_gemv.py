@@ -8,7 +8,10 @@ from teal_kernels import launching
 from teal_kernels.jit_common import (
     LEAST_TILE,
     activated,
+    layer_scale,
+    layer_scales,
     look,
+    mean_of,
     received,
     received_both,
     rms_scale,
@@ -16,7 +19,7 @@ from teal_kernels.jit_common import (
     rounded,
     send,
 )
-from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
+from teal_kernels.jit_lists import begin_list, end_list, no_biases, norm_weights, take_inputs
 from teal_kernels.jit_partials import split_of_cache
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
 
@@ -94,8 +97,11 @@ def gemv_kernel(
     if INPUTS.head_size > 0:  # positions were written long before the kernel that this one follows
         _, _, used = split_of_cache(tl.load(partials.longest), sizes.window, INPUTS.splits, INPUTS.split_multiple)
     weights = ()
+    biases = ()
     if INPUTS.norm and INPUTS.at_once:
-        weights = norm_weights(norm, first, last, INPUTS)
+        weights = norm_weights(norm.weight, first, last, INPUTS)
+        if INPUTS.norm_centred:
+            biases = norm_weights(norm.bias, first, last, INPUTS) if norm.bias is not None else no_biases(INPUTS)
     # What is read whole is known before the inputs are. (For tensor cores Triton sees to rows under way.)
     summed: tl.constexpr = (
         TILE.fma and TILE.bits < 16
@@ -111,13 +117,22 @@ def gemv_kernel(
         gdc_wait()
 
     dtype = x_ptr.dtype.element_ty
+    means = ()
     scales = ()
-    if INPUTS.norm_in_tiles:
+    if INPUTS.norm_in_tiles and INPUTS.norm_centred:
+        means, scales = layer_scales(norm.squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares, ROWS)
+    elif INPUTS.norm_in_tiles:
         scales = rms_scales(norm.squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares, ROWS)
     elif INPUTS.norm:
         for row in tl.static_range(ROWS):
             squares = norm.squares + row * sizes.n_squares
-            scales = scales + (rms_scale(squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares),)
+            if INPUTS.norm_centred:
+                mean = mean_of(squares + ROWS * sizes.n_squares, sizes.n_squares, sizes.n_in, INPUTS.norm_squares)
+                means = means + (mean,)
+                scale = layer_scale(squares, mean, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares)
+            else:
+                scale = rms_scale(squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares)
+            scales = scales + (scale,)
     active = 0
     acc = no_sums(ROWS, TILE)
     groups = tl.cdiv(last - first, sizes.group) if INPUTS.several_groups else 1
@@ -142,6 +157,8 @@ def gemv_kernel(
                 used,
                 norm,
                 weights,
+                biases,
+                means,
                 scales,
                 entries,
                 sizes.n_in,
@@ -168,6 +185,7 @@ def gemv_kernel(
             ahead,
             x_ptr,
             norm,
+            means,
             scales,
             sizes.n_in,
             first,
@@ -283,9 +301,10 @@ def gemv_kernel(
             y = (residual.to(tl.float32) + added).to(dtype)
             square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
             each = tl.arange(0, BATCH)
-            tl.store(
-                out.squares + (each * tl.num_programs(0) + block) * EPILOGUE.reducers + reducer,
-                tl.sum(tl.reshape(square, (BATCH, width)), axis=1),
-                mask=each < ROWS,
-            )
+            of_block = out.squares + (each * tl.num_programs(0) + block) * EPILOGUE.reducers + reducer
+            tl.store(of_block, tl.sum(tl.reshape(square, (BATCH, width)), axis=1), mask=each < ROWS)
+            if EPILOGUE.sums:
+                written = tl.reshape(tl.where(inside, y.to(tl.float32), 0.0), (BATCH, width))
+                of_block += ROWS * tl.num_programs(0) * EPILOGUE.reducers
+                tl.store(of_block, tl.sum(written, axis=1), mask=each < ROWS)
         tl.store(out.y + row * total + outs, y, mask=inside)

@@ -11,7 +11,7 @@ Where a list begins is a pointer to words in global memory, or an address in sha
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, lanes_inside, normalised, rounded
+from teal_kernels.jit_common import INTERPRETING, lanes_inside, layer_normalised, normalised, rounded
 from teal_kernels.jit_partials import merged_partials
 
 
@@ -148,16 +148,25 @@ def _warp():
 
 
 @triton.jit
-def norm_weights(norm, begin, stop, INPUTS: tl.constexpr):
-    """Of some vectors of inputs, a tuple."""
+def norm_weights(weight_ptr, begin, stop, INPUTS: tl.constexpr):
+    """Of some vectors of inputs, a tuple; a layer norm's biases likewise."""
     LANES: tl.constexpr = INPUTS.lanes
     VECTORS: tl.constexpr = INPUTS.vectors
-    at = norm.weight + begin + tl.arange(0, LANES)  # from here to the other vectors is a constant in the instruction
+    at = weight_ptr + begin + tl.arange(0, LANES)  # from here to the other vectors is a constant in the instruction
     weights = ()
     for vector in tl.static_range(VECTORS):
         inside = lanes_inside(begin, stop, vector, LANES, INPUTS.full)
         weights = weights + (tl.load(at + vector * LANES, mask=inside, other=0.0),)
     return weights
+
+
+@triton.jit
+def no_biases(INPUTS: tl.constexpr):
+    """Zeros in the place of those of `norm_weights`."""
+    biases = ()
+    for _ in tl.static_range(INPUTS.vectors):
+        biases = biases + (tl.zeros((INPUTS.lanes,), tl.float32),)
+    return biases
 
 
 @triton.jit
@@ -167,6 +176,8 @@ def take_inputs(
     used,
     norm,
     weights,
+    biases,
+    means,
     scales,
     entries,
     n_in,
@@ -190,6 +201,8 @@ def take_inputs(
     Args:
         used: split-KV partials of the longest row.
         weights: of the norm, if the vectors are taken at once.
+        biases: likewise, of a layer norm; zeros where it has none.
+        means: of each row, for a layer norm.
         scales: of the norm, for each row.
 
     Returns:
@@ -209,8 +222,11 @@ def take_inputs(
     for step in range(steps):
         start = begin + step * (LANES * VECTORS)
         of_norm = weights
+        to_add = biases
         if INPUTS.norm and not INPUTS.at_once:
-            of_norm = norm_weights(norm, start, stop, INPUTS)
+            of_norm = norm_weights(norm.weight, start, stop, INPUTS)
+            if INPUTS.norm_centred:
+                to_add = norm_weights(norm.bias, start, stop, INPUTS) if norm.bias is not None else no_biases(INPUTS)
         raw = ()
         if INPUTS.head_size > 0:
             raw = merged_partials(partials, used, n_in, start, stop, ROWS, INPUTS)
@@ -231,7 +247,11 @@ def take_inputs(
                 value = raw[vector * ROWS + row].to(tl.float32)
                 if INPUTS.head_size > 0:
                     value = rounded(value, dtype)
-                if INPUTS.norm:
+                if INPUTS.norm_centred:
+                    value = layer_normalised(
+                        value, means[row], scales[row], of_norm[vector], to_add[vector], dtype, INPUTS.norm_plus_one
+                    )
+                elif INPUTS.norm:
                     value = normalised(value, scales[row], of_norm[vector], dtype, INPUTS.norm_plus_one)
                 if INPUTS.listed:
                     keep = _keeps(value, inside, threshold)

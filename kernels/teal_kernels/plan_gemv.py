@@ -78,9 +78,11 @@ class ProductShape:
     norm_squares: int = 0
     """Partial sums of squares that an RMS norm in front reads for each row; 0 without one."""
     norm_plus_one: bool = False  # whether that norm multiplies by 1 + weight
+    norm_centred: bool = False  # whether it is a layer norm
     activation: int = 0
     """Of the epilogue: one of `launching.ACTIVATIONS`."""
     scaled: bool = False  # what `residual` adds
+    sums: bool = False  # whether that writes partial sums of its results, too, for a layer norm
     head_size: int = 0
     """Of the attention whose split-KV partials are the inputs; 0 where inputs are plain."""
     splits: int = 0
@@ -123,7 +125,7 @@ class InputConstants(NamedTuple):
     norm_in_tiles: bool
     """Whether they are normalised as tensor cores take tiles of them."""
     norm_plus_one: bool
-    """As in `ProductShape`."""
+    norm_centred: bool  # both as in `ProductShape`
     norm_squares: int
     """Partial sums of squares of a row, up to a power of two."""
     taken: bool
@@ -158,7 +160,8 @@ class EpilogueConstants(NamedTuple):
     kind: int
     """One of `EPILOGUES`."""
     activation: int
-    scaled: bool  # both as in `ProductShape`
+    scaled: bool
+    sums: bool  # these as in `ProductShape`
     even: bool
     """Whether every part is a multiple of `block_out`."""
     split: bool
@@ -367,6 +370,7 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
         norm=norm,
         norm_in_tiles=norm_in_tiles,
         norm_plus_one=shape.norm_plus_one,
+        norm_centred=shape.norm_centred,
         norm_squares=power_of_two(shape.norm_squares),
         taken=listed or norm or shape.head_size > 0,
         several_groups=several,
@@ -392,6 +396,7 @@ def _epilogue_constants(shape: ProductShape, config: TileConfig, chunks: int, re
         kind=EPILOGUES[shape.epilogue],
         activation=shape.activation,
         scaled=shape.scaled,
+        sums=shape.sums,
         even=all(part % config.block_out == 0 for part in shape.parts),
         split=chunks > 1,
         reducers=reducers,

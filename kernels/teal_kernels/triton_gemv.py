@@ -72,15 +72,19 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm in front of a product."""
+    """A norm in front of a product: an RMS norm, or a layer norm where `centred`."""
 
     weight: Tensor
     """(in,)"""
     eps: float
     squares: Tensor
-    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x."""
+    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x; for a layer norm (2, rows, n),
+    the second of x itself."""
     plus_one: bool = False
     """Whether it multiplies by 1 + weight, as Gemma's do."""
+    centred: bool = False
+    bias: Tensor | None = None
+    """(in,), of a layer norm."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class _NormPointers(NamedTuple):
     """As the kernel reads them; so are the next. (Numbers are apart: they come after all pointers, in `_Sizes`.)"""
 
     weight: Tensor
+    bias: Tensor | None
     squares: Tensor
 
 
@@ -210,6 +215,7 @@ def _shape_of(
     partials: AttentionPartials | None = None,
     activation: str | None = None,
     scale: float = 1.0,
+    sums: bool = False,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -221,10 +227,12 @@ def _shape_of(
         group=table.shape[0] if packed is None else packed.group,
         row_stride=(table.words if isinstance(table, Packed) else table).stride(0),
         epilogue=epilogue,
-        norm_squares=0 if norm is None else norm.squares.shape[1],
+        norm_squares=0 if norm is None else norm.squares.shape[-1],
         norm_plus_one=norm is not None and norm.plus_one,
+        norm_centred=norm is not None and norm.centred,
         activation=ACTIVATIONS[activation or _DEFAULT_ACTIVATIONS.get(epilogue, "none")],
         scaled=scale != 1.0,
+        sums=sums,
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
@@ -270,13 +278,14 @@ def gemv(
         config: how the product is divided.
         scratch: memory between programs, and the lists.
         bias: (out,) or None.
-        norm: an RMS norm of x before all else.
+        norm: of x before all else.
         epilogue: `plain`; `activated`: y = activation(product); `residual`: y += scale * product; `gated`: y =
             activation(first part) * second part.
         activation: one of `ACTIVATIONS`; of `gated` SiLU by default.
         activation_threshold: of FATReLU, as the dtype of y holds it.
         scale: of what `residual` adds.
-        squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
+        squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares; (2, rows, ...): and
+            of y itself, for a layer norm.
         counts: (parts,) int64: how many inputs were kept is added to it.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
             weight or the positions of partials, which are read before the wait for it.
@@ -295,9 +304,10 @@ def gemv(
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
-    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale)
+    sums = squares is not None and squares.dim() == 3
+    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums)
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
-    if epilogue == "residual" and (squares is None or squares.shape != (rows, plan.squares)):
+    if epilogue == "residual" and (squares is None or squares.shape[-2:] != (rows, plan.squares)):
         raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     entry = {2: torch.int32, 4: torch.int64}[source.itemsize]  # an index beside the value
@@ -305,7 +315,7 @@ def gemv(
         gemv_kernel,
         plan.grid,
         source,
-        None if norm is None else _NormPointers(norm.weight, norm.squares),
+        None if norm is None else _NormPointers(norm.weight, norm.bias, norm.squares),
         None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
         if isinstance(table, Tensor)
