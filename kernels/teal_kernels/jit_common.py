@@ -26,6 +26,25 @@ def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
 
 
 @triton.jit
+def _total(sums_ptr, n_sums, SQUARES: tl.constexpr):
+    each = tl.arange(0, SQUARES)
+    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0)
+
+
+@triton.jit
+def scales_after_adding(sums_ptr, n_sums, n_in, added_eps, added_scale, eps, SQUARES: tl.constexpr):
+    """Where the RMS norm of y is still to be added to a stream h: what it multiplies y with, and what an RMS norm of
+    the sum multiplies that with. From partial sums of y y, h h, h w y and w y w y, w the weight of y's norm: of them
+    the squares of the sum follow without another pass."""
+    scale = tl.rsqrt(_total(sums_ptr, n_sums, SQUARES) * (1.0 / n_in) + added_eps)
+    share = scale * added_scale
+    squares = _total(sums_ptr + n_sums, n_sums, SQUARES)
+    squares += 2.0 * share * _total(sums_ptr + 2 * n_sums, n_sums, SQUARES)
+    squares += share * share * _total(sums_ptr + 3 * n_sums, n_sums, SQUARES)
+    return scale, tl.rsqrt(tl.maximum(squares, 0.0) * (1.0 / n_in) + eps)
+
+
+@triton.jit
 def mean_of(sums_ptr, n_sums, n_in, SQUARES: tl.constexpr):
     """The mean of one row, from partial sums of it."""
     each = tl.arange(0, SQUARES)

@@ -172,6 +172,7 @@ def no_biases(INPUTS: tl.constexpr):
 @triton.jit
 def take_inputs(
     x_ptr,
+    added,
     partials,
     used,
     norm,
@@ -179,6 +180,10 @@ def take_inputs(
     biases,
     means,
     scales,
+    added_weights,
+    added_scale,
+    of_added,
+    writes,
     entries,
     n_in,
     first,
@@ -204,6 +209,10 @@ def take_inputs(
         biases: likewise, of a layer norm; zeros where it has none.
         means: of each row, for a layer norm.
         scales: of the norm, for each row.
+        added_weights: of the norm of what is added first, as `weights`.
+        added_scale: of that norm.
+        of_added: what that is multiplied by before it is added.
+        writes: whether this program writes the stream, after that.
 
     Returns:
         Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
@@ -223,11 +232,15 @@ def take_inputs(
         start = begin + step * (LANES * VECTORS)
         of_norm = weights
         to_add = biases
+        of_added_norm = added_weights
         if INPUTS.norm and not INPUTS.at_once:
             of_norm = norm_weights(norm.weight, start, stop, INPUTS)
             if INPUTS.norm_centred:
                 to_add = norm_weights(norm.bias, start, stop, INPUTS) if norm.bias is not None else no_biases(INPUTS)
+        if INPUTS.added and not INPUTS.at_once:
+            of_added_norm = norm_weights(added.weight, start, stop, INPUTS)
         raw = ()
+        to_stream = ()
         if INPUTS.head_size > 0:
             raw = merged_partials(partials, used, n_in, start, stop, ROWS, INPUTS)
         else:  # all loads first: they are under way together
@@ -236,6 +249,9 @@ def take_inputs(
                 inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
                 for row in tl.static_range(ROWS):
                     raw = raw + (tl.load(at + row * n_in + vector * LANES, mask=inside, other=0.0),)
+                if INPUTS.added:
+                    at_added = added.y + start + tl.arange(0, LANES) + vector * LANES
+                    to_stream = to_stream + (tl.load(at_added, mask=inside, other=0.0),)
         for vector in tl.static_range(VECTORS):
             index = start - first + vector * LANES + tl.arange(0, LANES)
             inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
@@ -247,6 +263,14 @@ def take_inputs(
                 value = raw[vector * ROWS + row].to(tl.float32)
                 if INPUTS.head_size > 0:
                     value = rounded(value, dtype)
+                if INPUTS.added:
+                    more = normalised(
+                        to_stream[vector], added_scale, of_added_norm[vector], dtype, INPUTS.added_plus_one
+                    )
+                    value = rounded(value + rounded(more * of_added, dtype), dtype)
+                    if writes:
+                        at_stream = added.stream + start + vector * LANES + tl.arange(0, LANES)
+                        tl.store(at_stream, value.to(dtype), mask=inside)
                 if INPUTS.norm_centred:
                     value = layer_normalised(
                         value, means[row], scales[row], of_norm[vector], to_add[vector], dtype, INPUTS.norm_plus_one

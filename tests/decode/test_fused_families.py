@@ -52,6 +52,12 @@ def test_dense_in_16_bits(family: str, lengths: list[int]) -> None:
     check_steps(model, lengths, 2, path="fused")
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "glm4", "exaone4"])
+def test_what_is_added_is_normalised(family: str) -> None:
+    """By the product that reads the stream, where there is one row: sparse."""
+    check_steps(sparse(tiny(family)), [20], 2, path="fused")
+
+
 @pytest.mark.parametrize(("family", "scheme"), [("phi3", "int8"), ("glm4", "int4:32"), ("gemma2", "int8")])
 def test_codes(family: str, scheme: str) -> None:
     """Of gate and up in one layer too, and of an output layer whose logits are capped."""

@@ -32,13 +32,14 @@ from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
-from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Positions, Scratch, gemv, squares_of
 from teal_kernels.triton_gemv import Norm as FusedNorm
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 
 _HIDDEN = "hidden"
-"""The buffer of the residual stream."""
+_OTHER = "other hidden"
+"""The buffers of the residual stream: of the second where it was added to as it was read."""
 
 
 class FusedModel(Protocol):
@@ -68,14 +69,26 @@ class Launch:
         dtype: of the hidden states.
         scale: of what it adds to the residual stream.
         sums: whether a layer norm follows.
+        beside: of a product whose norm the next product adds to the stream.
     """
 
     def __init__(
-        self, product: Product, enabled: bool, rows: int, dtype: torch.dtype, scale: float = 1.0, *, sums: bool = False
+        self,
+        product: Product,
+        enabled: bool,
+        rows: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        *,
+        sums: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         self.product = product
         self.table, self.parts = table_of(product)
-        self.epilogue = "plain" if product.norm is not None else product.epilogue
+        self.beside = beside
+        self.epilogue = product.epilogue
+        if product.norm is not None:
+            self.epilogue = "plain" if beside is None else "beside"
         self.scale = scale if self.epilogue == "residual" else 1.0
         self.activation, threshold = activation_of(product)
         self.activation_threshold = rounded_threshold(threshold, dtype)
@@ -95,17 +108,24 @@ class Launch:
             parts=self.parts,
             dtype=kind_of(self.table),
             rows=rows,
-            epilogue="plain" if self.epilogue == "activated" else self.epilogue,
+            epilogue="plain" if product.epilogue == "activated" else product.epilogue,
             sparsity=skipped / sum(self.parts),
         )
         self.config = fitting(config, self.table, rows)
         count = squares_of(self.table, self.parts, self.config, rows, dtype)
-        self.squares = torch.empty((*([2] * sums), rows, count), dtype=torch.float32, device=device)
+        shape = (*([2] * sums), rows, count) if beside is None else (4, count)
+        self.squares = torch.empty(shape, dtype=torch.float32, device=device)
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows; of a layer norm sums,
-        too."""
+        too. Those of a `beside` one are `Added.sums`."""
 
     def run(
-        self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: FusedNorm | None = None
+        self,
+        x: Tensor | AttentionPartials,
+        y: Tensor,
+        scratch: Scratch,
+        pdl: bool,
+        norm: FusedNorm | None = None,
+        added: Added | None = None,
     ) -> None:
         """Launch it."""
         gemv(
@@ -122,7 +142,9 @@ class Launch:
             activation=self.activation,
             activation_threshold=self.activation_threshold,
             scale=self.scale,
-            squares=self.squares if self.epilogue == "residual" else None,
+            squares=self.squares if self.epilogue in ("residual", "beside") else None,
+            added=added,
+            beside=self.beside,
             counts=self.kept,
             pdl=pdl,
         )
@@ -222,6 +244,8 @@ class StepBinder:
         # Of the block: the norm before its attention, the one aside, and where in `steps` attention is launched.
         self._first_norm: FusedNorm | None = None
         self._aside: FusedNorm | None = None
+        self._added: tuple[Norm, Added] | None = None
+        """What the next product adds to the stream before it reads it."""
         self._attention_at = 0
 
     def buffer(self, name: str, columns: int) -> Tensor:
@@ -251,6 +275,7 @@ class StepBinder:
 
     def write_norm(self, norm: Norm, name: str) -> Tensor:
         """Bind a norm of `hidden` that has a launch of its own, and a buffer."""
+        self.settle()
         normed = self.buffer(name, self.hidden.shape[1])
         self.steps.append(self._writing(norm, self.hidden, normed))
         return normed
@@ -320,21 +345,44 @@ class StepBinder:
         self._source, self._norm = partials, None
 
     def _bind_product(self, step: Product) -> None:
-        centred = self.squares.dim() == 3
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, self.path.scales.residual, sums=centred)
-        self.launches.append(launch)
         source, norm, at = self._source, self._norm, len(self.steps)
         if step.aside or source is None:
             # Beside the attention: launched before it, as long as `hidden` is what the norm before it was of.
             source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
-        added = step.epilogue == "residual"
-        to_stream = added and step.norm is None
-        y = self.hidden if to_stream else self.buffer("added" if added else step.name, step.outputs)
-        self.steps.insert(at, partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
-        if added:
+        added = self._added[1] if self._added is not None and source is self.hidden else None
+        if added is not None:
+            self.hidden, self._added = added.stream, None
+        launch = self._launch(step)
+        to_stream = step.epilogue == "residual" and step.norm is None
+        y = self.hidden if to_stream else self.buffer(step.name, step.outputs)
+        self.steps.insert(at, partial(launch.run, source, y, self.scratch, self.path.pdl, norm, added))
+        if step.epilogue == "residual":
             self.squares = launch.squares
             if step.norm is not None:
-                self.squares = self.added_squares
-                scale = self.path.scales.residual
-                self.steps.append(self._writing(step.norm, y, self.hidden, self.squares, scale))
-        self._source, self._norm, self._before = None if added else y, None, step
+                self._add_later(step.norm, launch, y)
+        self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
+
+    def _launch(self, step: Product) -> Launch:
+        beside = None
+        if step.norm is not None and self.rows == 1 and not step.norm.centred:
+            beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
+        scale, sums = self.path.scales.residual, self.path.last_norm.centred
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, sums=sums, beside=beside)
+        self.launches.append(launch)
+        return launch
+
+    def _add_later(self, norm: Norm, launch: Launch, y: Tensor) -> None:
+        """What the norm makes of y is added by the next product, as it reads the stream; of several rows, at once."""
+        other = self.buffer(_OTHER, self.hidden.shape[1])
+        stream = self.buffer(_HIDDEN, self.hidden.shape[1]) if self.hidden is other else other
+        scale = self.path.scales.residual
+        self._added = norm, Added(y, norm.weight, norm.eps, norm.plus_one, scale, launch.squares, stream)
+        if launch.beside is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bind a launch that adds what no product has added yet."""
+        if self._added is not None:
+            norm, added = self._added
+            self.squares, self._added = self.added_squares, None
+            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added.scale))
