@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
+from teal_cli.models.programs import Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed

@@ -10,7 +10,7 @@ called `hidden`. Each step reads what the step before it wrote:
     where      steps of the blocks that have a module, and other steps of the blocks that do not
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Annotated, Any, Literal
 
@@ -272,5 +272,6 @@ def _check_experts(step: ProductStep, before: Step | None) -> None:
         wanted = "residual"
     if step.experts != (wanted is not None) or (step.experts and step.epilogue != wanted):
         raise ValueError(
-            f"product {step.product}: behind a route, and nowhere else, stand a gated product of experts and a residual one"
+            f"product {step.product}: behind a route, and nowhere else, stand a gated product of experts and a "
+            "residual one"
         )
