@@ -26,6 +26,7 @@ from teal_cli.decode.blocks import (
     rotary_tables,
 )
 from teal_cli.decode.cache import FixedLayer
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.packed_linear import fitting
@@ -263,6 +264,8 @@ class StepBinder:
                     self._bind_norm(step)
                 elif isinstance(step, Attention):
                     self._bind_attention(step)
+                elif isinstance(step, Route):
+                    raise TypeError("the fused path has no kernels for experts")
                 else:
                     self._bind_product(step)
 
