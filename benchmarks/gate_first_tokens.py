@@ -235,7 +235,7 @@ def launches(rows: int, dead: float) -> dict[str, Any]:
     mlp, group = Launches(rows, dead), "one" if rows == 1 else "several"
     tables = mlp.time(mlp.tables)
     chosen = step_config(HIDDEN, rows)
-    found = []
+    found: list[dict[str, Any]] = []
     for dense, configs in ((False, SPARSE[group]), (True, DENSE[group])):
         for config in dict.fromkeys([chosen, *configs]):
             try:

@@ -33,7 +33,8 @@ class FusedSession(ProgramSession):
         self.hidden, self._embedding_squares = binder.hidden, binder.squares
         binder.bind()
         self.launches = binder.launches
-        self._normed: Tensor = self.hidden
+        binder.settle()
+        self._normed: Tensor = binder.hidden
         """What the output layer reads, behind the norm that it takes up."""
         self._norm = None if path.last_norm.centred else binder.fused_norm(path.last_norm)
         if path.last_norm.centred:
@@ -88,7 +89,7 @@ class FusedSession(ProgramSession):
         """As `ProgramSession.counted`."""
         found, before = [], 0
         for launch in self._planned():
-            for projection in launch.counted():
+            for projection in launch.counted() if isinstance(launch, GateFirstLaunch) else _counted(launch):
                 counter = None if projection.counter is None else before + projection.counter
                 found.append(replace(projection, counter=counter))
             before += len(launch.kept)
@@ -97,3 +98,16 @@ class FusedSession(ProgramSession):
     def kept(self) -> Tensor:
         """As `ProgramSession.kept`, on the device."""
         return torch.cat([launch.kept for launch in self._planned()])
+
+
+def _counted(launch: Launch) -> list[Counted]:
+    """The projections of a product; numbers of kept inputs are those in its `kept`."""
+    return [
+        Counted(
+            layer.name,
+            layer.in_features * layer.out_features,
+            layer.in_features,
+            None if launch.config.dense else part,
+        )
+        for part, layer in enumerate(launch.product.sparse_layers)
+    ]
