@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from teal_kernels.experts import NO_EXPERTS, Chosen
 from teal_kernels.launching import EMPTY, TRITON_MISSING, device_facts, launch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
@@ -145,6 +146,11 @@ class _NormPointers(NamedTuple):
     squares: Tensor
 
 
+def norm_pointers(norm: Norm) -> NamedTuple:
+    """A norm as kernels read it."""
+    return _NormPointers(norm.weight, norm.squares)
+
+
 class _PartialsPointers(NamedTuple):
     sums: Tensor
     logs: Tensor
@@ -172,6 +178,11 @@ class _MemoryPointers(NamedTuple):
     counts: Tensor
 
 
+class _ExpertPointers(NamedTuple):
+    ids: Tensor
+    weights: Tensor
+
+
 class _Sizes(NamedTuple):
     n_in: int
     stride: int
@@ -189,6 +200,10 @@ class _Sizes(NamedTuple):
     """Of the norm."""
     window: int
     """Of the attention."""
+    expert_stride: int
+    """Words from one expert's table to the next; 0 without experts, as the next."""
+    expert_scales: int
+    """Scales from one expert's to the next."""
 
 
 def _shape_of(
@@ -199,6 +214,7 @@ def _shape_of(
     epilogue: str = "plain",
     norm: Norm | None = None,
     partials: AttentionPartials | None = None,
+    experts: Chosen | None = None,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -214,14 +230,24 @@ def _shape_of(
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
+        side_by_side=1 if experts is None else experts.side_by_side(epilogue),
+        summed=1 if experts is None else experts.summed(epilogue),
     )
 
 
 def squares_of(
-    table: Tensor | Packed, parts: tuple[int, ...], config: TileConfig, rows: int, dtype: torch.dtype
+    table: Tensor | Packed,
+    parts: tuple[int, ...],
+    config: TileConfig,
+    rows: int,
+    dtype: torch.dtype,
+    experts: Chosen | None = None,
 ) -> int:
     """Partial sums of squares that a `residual` product of a batch of `rows` in `dtype` writes for each row."""
-    return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    if experts is None:
+        return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    shape = _shape_of(table, parts, 1, dtype, "residual", experts=experts)
+    return planned_squares(shape, config, device_facts(table.device)) // rows
 
 
 def gemv(
@@ -238,6 +264,7 @@ def gemv(
     epilogue: str = "plain",
     squares: Tensor | None = None,
     counts: Tensor | None = None,
+    experts: Chosen | None = None,
     pdl: bool = False,
     exclusive_device: bool = True,
     compile_only: bool = False,
@@ -257,6 +284,7 @@ def gemv(
         epilogue: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
+        experts: those of each row. `table` is that of the first one then, and rows of x or y are as `Chosen` has them.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
             weight or the positions of partials, which are read before the wait for it.
         exclusive_device: the promise that no other product runs on this GPU meanwhile, of another stream or another
@@ -272,19 +300,23 @@ def gemv(
     partials = x if isinstance(x, AttentionPartials) else None
     source = y if isinstance(x, AttentionPartials) else x  # of y the kernel then takes the dtype only
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
+    if experts is not None:
+        experts.check(source, y, epilogue)
+        rows = 1
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
-    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials)
+    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials, experts)
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
-    if epilogue == "residual" and (squares is None or squares.shape != (rows, plan.squares)):
-        raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
+    of_squares = (rows, plan.squares) if experts is None else (y.shape[0], plan.squares // y.shape[0])
+    if epilogue == "residual" and (squares is None or squares.shape != of_squares):
+        raise ValueError(f"a residual product needs squares of shape {of_squares}")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     entry = {2: torch.int32, 4: torch.int64}[source.itemsize]  # an index beside the value
     launch(
         gemv_kernel,
         plan.grid,
         source,
-        None if norm is None else _NormPointers(norm.weight, norm.squares),
+        None if norm is None else norm_pointers(norm),
         None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
         if isinstance(table, Tensor)
@@ -296,6 +328,7 @@ def gemv(
             scratch.tensor(f"inputs {entry}", max(1, plan.list_entries), entry),
             scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         ),
+        None if experts is None else _ExpertPointers(experts.ids, experts.weights),
         _Sizes(
             n_in=shape.inputs,
             stride=shape.row_stride,
@@ -308,11 +341,14 @@ def gemv(
             n_squares=max(1, shape.norm_squares),
             eps=0.0 if norm is None else norm.eps,
             window=0 if partials is None else partials.window,
+            expert_stride=0 if experts is None else experts.stride,
+            expert_scales=0 if experts is None else experts.scales,
         ),
         ROWS=rows,
         TILE=plan.tile,
         INPUTS=plan.inputs,
         EPILOGUE=plan.epilogue,
+        EXPERTS=NO_EXPERTS if experts is None else experts.constants(epilogue, plan.grid),
         warps=config.warps,
         pdl=pdl,
         compile_only=compile_only,
