@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, BlockStep, Product
+from teal_cli.decode.blocks import Attention, BlockStep, Product, Route
 from teal_cli.decode.blocks import Norm as NormOfStream
 from teal_cli.decode.cache import FixedCache, FixedLayer
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
@@ -164,6 +164,8 @@ class FusedSession(ProgramSession):
                     partials = self._partials(product, step, layer, partials)
                     self._steps.append(self._attention(step, x, layer, partials))
                     x = partials
+                elif isinstance(step, Route):
+                    raise TypeError("the fused path has no kernels for experts")
                 else:
                     launch = Launch(step, self.enabled, self.rows, self.path.dtype)
                     self.launches.append(launch)
