@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from teal_kernels import active_inputs, masked_input
-from teal_kernels.experts import Chosen, chosen_of, no_ids, table_of
+from teal_kernels.experts import Chosen, chosen_of, expert_of, no_ids, stacked, table_of
 from teal_kernels.launching import EMPTY
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
@@ -16,26 +16,9 @@ from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
 from teal_kernels.triton_router import Router, route
 
 
-def stacked(packed: list[Packed]) -> Packed:
-    """The tables of several experts as one stack."""
-    first = packed[0]
-    zeros = None if first.zeros is None else torch.stack([p.zeros for p in packed if p.zeros is not None])
-    return Packed(
-        torch.stack([p.words for p in packed]),
-        torch.stack([p.scales for p in packed]),
-        zeros,
-        first.bits,
-        first.group,
-        first.parts,
-    )
-
-
 def expert(stack: Tensor | Packed, nth: int) -> Tensor:
     """(in, out) of one expert, in float64."""
-    if isinstance(stack, Tensor):
-        return stack[nth].double()
-    zeros = None if stack.zeros is None else stack.zeros[nth]
-    return weights_of(Packed(stack.words[nth], stack.scales[nth], zeros, stack.bits, stack.group, stack.parts))
+    return stack[nth].double() if isinstance(stack, Tensor) else weights_of(expert_of(stack, nth))
 
 
 def random_norm(x: Tensor, weight: Tensor) -> Norm:

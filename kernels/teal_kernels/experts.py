@@ -8,7 +8,8 @@ make is one sum over all of them, each weighted as the router says, in the order
 Nothing here needs triton.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -81,12 +82,26 @@ class Chosen:
             )
 
 
+def stacked(tables: Sequence[Packed]) -> Packed:
+    """Quantised tables of all experts as one stack: `Packed` whose tensors have the experts in front."""
+    first = tables[0]
+    return replace(
+        first,
+        words=torch.stack([table.words for table in tables]),
+        scales=torch.stack([table.scales for table in tables]),
+        zeros=None if first.zeros is None else torch.stack([t.zeros for t in tables if t.zeros is not None]),
+    )
+
+
+def expert_of(stack: Packed, nth: int) -> Packed:
+    """One expert's table of a stack."""
+    zeros = None if stack.zeros is None else stack.zeros[nth]
+    return replace(stack, words=stack.words[nth], scales=stack.scales[nth], zeros=zeros)
+
+
 def table_of(stack: Tensor | Packed) -> Tensor | Packed:
-    """The first expert's table of a stack: (experts, in, out), or `Packed` whose tensors have the experts in front."""
-    if isinstance(stack, Tensor):
-        return stack[0]
-    zeros = None if stack.zeros is None else stack.zeros[0]
-    return Packed(stack.words[0], stack.scales[0], zeros, stack.bits, stack.group, stack.parts)
+    """The first expert's table of a stack: of (experts, in, out), or of what `stacked` makes."""
+    return stack[0] if isinstance(stack, Tensor) else expert_of(stack, 0)
 
 
 def chosen_of(stack: Tensor | Packed, ids: Tensor, weights: Tensor) -> Chosen:
@@ -117,14 +132,11 @@ def fitting_experts(config: TileConfig, inputs: int, parts: tuple[int, ...]) -> 
         block //= 2
     if any(part % block for part in parts):
         block = config.block_out
-    return TileConfig(
+    return replace(
+        config,
         block_out=block,
         block_in=config.block_in * config.block_out // block,
-        unroll=config.unroll,
         inputs_per_chunk=min(config.inputs_per_chunk, -(-even // 32) * 32),
-        warps=config.warps,
-        dense=config.dense,
-        evict_first=config.evict_first,
     )
 
 

@@ -25,6 +25,7 @@ from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import find_projections
+from teal_cli.models.layers import unstack_experts_
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.schemes import Scheme
@@ -128,6 +129,8 @@ def test_gptq_says_that_hidden_states_are_not_finite() -> None:
 def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
     """A model with the quantised weights in place of its own, the same packed, and the control of that."""
     models = [build_model(family).requires_grad_(False) for _ in range(2)]
+    for model in models:
+        unstack_experts_(model)
     packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
     names = [projection.name for projection in find_projections(models[0])]
     plan = SparsityPlan("uniform", 0.4, {name: Threshold(0.3, 0.4) for name in names})
@@ -139,7 +142,13 @@ def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "scheme", "output"),
-    [*(("llama-bias", *case) for case in CASES), ("llama", "int4:32", False), ("qwen3", "int4:32", True)],
+    [
+        *(("llama-bias", *case) for case in CASES),
+        ("llama", "int4:32", False),
+        ("qwen3", "int4:32", True),
+        *(("mixtral", scheme, False) for scheme in ("int8", "int4:32")),
+        ("qwen3_moe", "int4:32", True),
+    ],
 )
 def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool) -> None:
     plain, packed, (control, packed_control) = _packed(family, scheme, output)
@@ -201,6 +210,20 @@ def test_fused_path(scheme: str, output: bool) -> None:
         assert isinstance(session, FusedSession)
         session.pick()
         assert session.token.tolist() == logits.argmax(-1).tolist()
+
+
+def test_bytes_of_a_token_of_experts() -> None:
+    """Two of four experts: codes of half of them."""
+    plain, packed, _ = _packed("mixtral", "int8", False)
+    layer = packed.get_submodule("model.layers.0.mlp.experts.down_proj")
+    before, after = weight_bytes_per_token(plain, {}), weight_bytes_per_token(packed, {})
+    changed = [packed.get_submodule(projection.name) for projection in find_projections(plain)]
+    dense = sum(module.in_features * module.out_features * 4 * getattr(module, "copies", 2) // 2 for module in changed)
+    codes = sum(module.packed.nbytes * (1 if hasattr(module, "copies") else 2) // 2 for module in changed)
+    assert before - after == dense - codes
+    assert layer.qweight.shape == (4, 100, 16)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert after - weight_bytes_per_token(packed, {name: 0.5}) == layer.qweight.nbytes // 4
 
 
 def test_bytes_of_a_token() -> None:
