@@ -31,6 +31,7 @@ from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised_experts import QuantisedExperts
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_kernels.packing import dequantised
 
@@ -281,6 +282,30 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     for result in (in_place, by_folder):
         assert result["quantization"] == f"int4-32{'-output' if output else ''}"
         assert {entry["quantization"] for entry in result["runs"]} == {result["quantization"]}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_a_checkpoint_with_experts(family: str, corpus: Path, tmp_path: Path) -> None:
+    """Files have each expert by itself, or all under another name; the checkpoint has codes of all together."""
+    dense = save_tiny(tmp_path / "tiny", family)
+    shared = ["--model", str(dense), "--quantise", "int4:32", "--dtype", "float32"]
+    text = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "32", "--sensitivity-tokens", "0"]
+    assert run(["calibrate", *shared, *text]) == 0
+    out = tmp_path / "out"
+    assert run(["export", *shared, "--sparsity", "0.4", "--allocation", "uniform", "--out", str(out)]) == 0
+    assert (out / "model.safetensors").stat().st_size < 0.75 * (dense / "model.safetensors").stat().st_size
+    model = load_model(out, device="cpu", dtype="float32")
+    experts = [module for module in model.modules() if isinstance(module, QuantisedExperts)]
+    assert len(experts) == (2 if family == "qwen3_moe" else 4)
+    config = CalibrateConfig(model=str(dense), quantise="int4:32", device="cpu", dtype="float32")
+    plain, _ = load_dense(dense, config, calibration_file.load(Path("runs/tiny-int4-32")))
+    ids = _tokens(20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", device="cpu", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
