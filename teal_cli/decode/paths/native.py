@@ -29,8 +29,6 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     config, program = model.config.get_text_config(), known_program(model)
     if program is None:
         return f"model type {model.config.model_type}"
-    if any(step.experts for step in program.products):
-        return "experts"
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:
