@@ -16,7 +16,7 @@ from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv, triton_router
+from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Positions, TileConfig
@@ -56,7 +56,7 @@ def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_decode, triton_gate_first, triton_router):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_router):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
