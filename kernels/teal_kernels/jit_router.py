@@ -38,6 +38,7 @@ def router_kernel(
     CHOSEN: tl.constexpr,
     SCORES: tl.constexpr,
     NORMALISED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,7 +65,7 @@ def router_kernel(
     x = tl.load(x_ptr + token * n_in + ins, mask=inside, other=0.0)
     if norm is not None:
         scale = rms_scale(norm.squares + token * n_squares, n_squares, n_in, eps, SQUARES)
-        x = normalised(x, scale, of_norm, dtype)
+        x = normalised(x, scale, of_norm, dtype, PLUS_ONE)
     logit = tl.sum(x.to(tl.float32) * weight.to(tl.float32), axis=0)
     if bias_ptr is not None:
         logit += tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0).to(tl.float32)

@@ -112,6 +112,7 @@ def route(
         CHOSEN=count,
         SCORES=_SCORES[router.scores],
         NORMALISED=router.normalised,
+        PLUS_ONE=norm is not None and norm.plus_one,
         SQUARES=power_of_two(squares),
         BLOCK_IN=power_of_two(n_in),
         warps=warps,

@@ -85,8 +85,8 @@ class FusedSession(ProgramSession):
         return [
             Counted(
                 layer.name,
-                layer.in_features * layer.out_features,
-                layer.in_features,
+                layer.in_features * layer.out_features * getattr(layer, "copies", 1),
+                layer.in_features * launch.times,
                 None if launch.config.dense else len(launch.kept) * index + part,
             )
             for index, launch in enumerate(self._planned())

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import (
@@ -18,6 +18,7 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
+    Route,
     Scales,
     activation_of,
     growth_of,
@@ -26,7 +27,10 @@ from teal_cli.decode.blocks import (
     rotary_tables,
 )
 from teal_cli.decode.cache import FixedLayer
+from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of, stack_of
 from teal_cli.sparse import SparsityControl
+from teal_kernels.experts import fitting_experts
+from teal_kernels.experts import table_of as first_table
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
@@ -34,6 +38,7 @@ from teal_kernels.triton_attention import Heads, attention_splits, decode_attent
 from teal_kernels.triton_decode import write_norm
 from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, gemv, squares_of
 from teal_kernels.triton_gemv import Norm as FusedNorm
+from teal_kernels.triton_router import route
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 
@@ -67,9 +72,18 @@ class Launch:
         rows: of the batch.
         dtype: of the hidden states.
         scale: of what it adds to the residual stream.
+        routing: of the block's router, where it has one.
     """
 
-    def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        product: Product,
+        enabled: bool,
+        rows: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        routing: Routing | None = None,
+    ) -> None:
         self.product = product
         self.table, self.parts = table_of(product)
         self.epilogue = "plain" if product.norm is not None else product.epilogue
@@ -86,20 +100,30 @@ class Launch:
         """Inputs that were kept, for each part; added to by every launch that skips."""
         expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
         skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
+        self.chosen = None if routing is None else routing.of(product)
+        side_by_side = summed = 1
+        if self.chosen is not None:  # tuned as one long product, which the tables of the chosen experts are
+            side_by_side, summed = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)
         config = choose_config(
             device,
-            inputs=self.table.shape[0],
-            parts=self.parts,
+            inputs=self.table.shape[0] * summed,
+            parts=tuple(part * side_by_side for part in self.parts),
             dtype=kind_of(self.table),
-            rows=rows,
+            rows=rows if self.chosen is None else 1,
             epilogue="plain" if self.epilogue == "activated" else self.epilogue,
             sparsity=skipped / sum(self.parts),
         )
-        self.config = fitting(config, self.table, rows)
-        self.squares = torch.empty(
-            rows, squares_of(self.table, self.parts, self.config, rows, dtype), dtype=torch.float32, device=device
-        )
+        if self.chosen is not None:
+            config = fitting_experts(config, self.table.shape[0], self.parts)
+        self.config = fitting(config, self.table, rows if self.chosen is None else 1)
+        squares = squares_of(self.table, self.parts, self.config, rows, dtype, self.chosen)
+        self.squares = torch.empty(rows, squares, dtype=torch.float32, device=device)
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
+
+    @property
+    def times(self) -> int:
+        """How often each of its inputs is one in a token: of experts once for each that was chosen."""
+        return self.chosen.ids.shape[1] if self.chosen is not None else 1
 
     def run(
         self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: FusedNorm | None = None
@@ -121,13 +145,17 @@ class Launch:
             scale=self.scale,
             squares=self.squares if self.epilogue == "residual" else None,
             counts=self.kept,
+            experts=self.chosen,
             pdl=pdl,
         )
 
 
 def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
-    """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other."""
-    table, parts = product.table, product.parts
+    """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other.
+
+    Of experts it is the first one's.
+    """
+    table, parts = first_table(stack_of(product)) if product.experts else product.table, product.parts
     if not product.joined:
         return table, parts
     parts = (parts[0] // 2,) * 2
@@ -214,6 +242,7 @@ class StepBinder:
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
         self._before: Product | None = None
+        self._routing: Routing | None = None
 
     def buffer(self, name: str, columns: int) -> Tensor:
         """(rows, columns) of the model's dtype: the same for the same name in every block."""
@@ -231,6 +260,8 @@ class StepBinder:
                     self._bind_norm(step, written=again)
                 elif isinstance(step, Attention):
                     self._bind_attention(step)
+                elif isinstance(step, Route):
+                    self._bind_route(step, scale_of(block))
                 else:
                     self._bind_product(step)
 
@@ -312,8 +343,29 @@ class StepBinder:
         )
         self._source, self._norm = partials, None
 
+    def _bind_route(self, step: Route, scale: nn.Linear | None) -> None:
+        """What it reads the experts read too, so that stays the source of the next product."""
+        source = self._source
+        if not isinstance(source, Tensor):
+            raise TypeError("a router reads a norm of the residual stream")
+        if self._routing is None or self._routing.chosen.ids.shape[1] != step.top_k:
+            self._routing = Routing.empty(self.rows, step.top_k, self.path.device)
+        self.steps.append(
+            partial(
+                route,
+                source,
+                router_of(step, scale),
+                self._routing.chosen,
+                self.scratch,
+                norm=self._norm,
+                aside_share=None if scale is None else self._routing.every_tokens.weights,
+                pdl=self.path.pdl,
+            )
+        )
+
     def _bind_product(self, step: Product) -> None:
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, self.path.scales.residual)
+        scale = self.path.scales.residual
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, self._routing)
         self.launches.append(launch)
         source, norm = self._source, self._norm
         if step.aside or source is None:  # beside the attention, behind a norm that was written before it
@@ -322,13 +374,13 @@ class StepBinder:
         if added and step.norm is None:
             y = self.hidden
         else:
-            y = self.buffer("added" if added else step.name, step.outputs)
+            y = self.buffer("added" if added else step.name, step.outputs * (1 if added else launch.times))
+            y = y.view(-1, step.outputs)  # of experts a row each
         self.steps.append(partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
         if added:
             self.squares = launch.squares
             if step.norm is not None:
                 self.squares = self.added_squares
-                scale = self.path.scales.residual
                 self.steps.append(self._writing(step.norm, y, self.hidden, self.squares, scale))
         self._source, self._norm, self._before = None if added else y, None, step
 

@@ -15,6 +15,7 @@ from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import MachineError
 from teal_cli.sparse import SparsityControl
+from teal_cli.sparse.quantised_experts import QuantisedExperts
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
 from teal_kernels.native.structures import DTYPES
@@ -57,6 +58,8 @@ class NativePath(ProgramPath):
         """As `Path.unsupported`."""
         if is_spread(model):
             return "weights on several devices"
+        if any(isinstance(module, QuantisedExperts) for module in model.modules()):
+            return "quantised experts"
         parameter = next(model.parameters())
         if parameter.device.type != "cpu":
             return f"weights on {parameter.device.type}"
