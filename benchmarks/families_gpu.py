@@ -64,7 +64,7 @@ def _with_layers(name: str, layers: int) -> Iterator[None]:
         more = {} if kinds is None else {"layer_types": kinds[:layers]}
         return replace(found, shape={**found.shape, "num_hidden_layers": layers, **more})
 
-    aliases.find_alias = shallow
+    aliases.find_alias = shallow  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -104,12 +104,12 @@ def _beside_compiled(name: str, layers: int, repeats: int, reporter: Reporter) -
         engine = Engine(prepared.model)
         rows = []
         for _ in range(repeats):
-            ours = [
-                NEW_TOKENS / decode_seconds(engine, plan, prompt, NEW_TOKENS) for plan in (None, prepared.plans[0])
-            ]
+            ours = [NEW_TOKENS / decode_seconds(engine, plan, prompt, NEW_TOKENS) for plan in (None, prepared.plans[0])]
             rows.append((theirs.speed(prompt, NEW_TOKENS), *ours))
     names = ("transformers_compiled", "ours_dense", "ours_50")
-    speeds = {name: asdict(Spread.of(list(column))) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    speeds = {
+        name: asdict(Spread.of(list(column))) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
     return {"model": name, "layers": layers, "path": engine.path.name, "compile_seconds": compiling, **speeds}
 
 
@@ -143,7 +143,9 @@ def main() -> None:
                 run = _ours(name, options.repeats, reporter)
                 result["runs"].append(run)
                 dense, half = run["runs"]
-                share = [entry["tokens_per_second"]["median"] / entry["limit_tokens_per_second"] for entry in (dense, half)]
+                share = [
+                    entry["tokens_per_second"]["median"] / entry["limit_tokens_per_second"] for entry in (dense, half)
+                ]
                 print(
                     f"{name:16} dense {dense['tokens_per_second']['median']:7.1f} ({share[0]:.2f} of the limit)  "
                     f"50 % {half['tokens_per_second']['median']:7.1f} ({share[1]:.2f}; {half['speedup']:.2f}x, "

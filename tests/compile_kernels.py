@@ -17,7 +17,7 @@ from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Positions, TileConfig
 
@@ -78,6 +78,8 @@ def main(capability: int) -> None:
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
         embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
+        for squares in (None, torch.zeros(rows, 1)):
+            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         for gate in (gates, GateLayer(weight, None)):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)

@@ -191,9 +191,7 @@ def attention_kernel(
         count = heads * DIM
         q_scale = tl.rsqrt(_sum_of_squares(projections, count, HEADS.all_queries) / count + eps)
         count = kv_heads * DIM
-        k_scale = tl.rsqrt(
-            _sum_of_squares(projections + heads * DIM, count, HEADS.all_keys) / count + eps
-        )
+        k_scale = tl.rsqrt(_sum_of_squares(projections + heads * DIM, count, HEADS.all_keys) / count + eps)
     q = _rotated(q, q_partner, q_norm, q_partner_norm, q_scale, cos, sin, eps, HEADS, dtype)
     k_new = _rotated(k_new, k_partner, k_norm, k_partner_norm, k_scale, cos, sin, eps, HEADS, dtype)
     if HEADS.growing:

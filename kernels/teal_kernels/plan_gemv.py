@@ -77,12 +77,10 @@ class ProductShape:
     epilogue: str = "plain"
     norm_squares: int = 0
     """Partial sums of squares that an RMS norm in front reads for each row; 0 without one."""
-    norm_plus_one: bool = False
-    """Whether that norm multiplies by 1 + weight."""
+    norm_plus_one: bool = False  # whether that norm multiplies by 1 + weight
     activation: int = 0
     """Of the epilogue: one of `launching.ACTIVATIONS`."""
-    scaled: bool = False
-    """Whether the epilogue `residual` scales what it adds."""
+    scaled: bool = False  # what `residual` adds
     head_size: int = 0
     """Of the attention whose split-KV partials are the inputs; 0 where inputs are plain."""
     splits: int = 0
@@ -164,8 +162,7 @@ class EpilogueConstants(NamedTuple):
     kind: int
     """One of `EPILOGUES`."""
     activation: int
-    scaled: bool
-    """As in `ProductShape`."""
+    scaled: bool  # both as in `ProductShape`
     even: bool
     """Whether every part is a multiple of `block_out`."""
     split: bool

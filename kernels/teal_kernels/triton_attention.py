@@ -77,7 +77,7 @@ class Heads:
     cap: float = 0.0
     """Soft cap of scores; 0 for none."""
     growth: tuple[float, int] | None = None
-    """Beta and steps of queries that grow with their positions, as in Llama 4: by 1 + beta log(1 + position // steps)."""
+    """Beta and steps of queries that grow with their positions (Llama 4): by 1 + beta log(1 + position // steps)."""
     long_from: int | None = None
     """Of long rope: the position from which on a step has other angles, which lie behind the first."""
 

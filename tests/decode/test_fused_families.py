@@ -57,7 +57,7 @@ def test_joined_codes_that_end_inside_a_word() -> None:
 @pytest.mark.parametrize("lengths", [[20], [5, 20]], ids=str)
 def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
     """All rows have the other angles once one of them is beyond 22, as on the native path."""
-    rope = {**FAMILIES["phi3-long"]["rope_parameters"], "original_max_position_embeddings": 22}  # type: ignore[dict-item]
+    rope = {**FAMILIES["phi3-long"]["rope_parameters"], "original_max_position_embeddings": 22}
 
     def steps(path: str) -> list[torch.Tensor]:
         model: Any = tiny("phi3-long", rope_parameters=rope, original_max_position_embeddings=22)
@@ -72,5 +72,5 @@ def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
 
 def test_queries_grow_with_their_positions() -> None:
     """Ministral 3's, past the first step of their growth."""
-    rope = {**FAMILIES["ministral3"]["rope_parameters"], "original_max_position_embeddings": 8}  # type: ignore[dict-item]
+    rope = {**FAMILIES["ministral3"]["rope_parameters"], "original_max_position_embeddings": 8}
     check_steps(sparse(tiny("ministral3", rope_parameters=rope)), [15], 3, path="fused")

@@ -43,7 +43,9 @@ class FusedSession(ProgramSession):
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
         self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
         of_positions, offset = learned_positions(path.model) or (None, 0)
-        self._embed = partial(embed, of_positions=of_positions, offset=offset, scale=path.scales.embedding, pdl=path.pdl)
+        self._embed = partial(
+            embed, of_positions=of_positions, offset=offset, scale=path.scales.embedding, pdl=path.pdl
+        )
 
     @torch.no_grad()
     def launch(self) -> Tensor:

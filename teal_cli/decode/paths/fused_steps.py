@@ -7,6 +7,7 @@ then a call without arguments.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -197,7 +198,7 @@ class Angles:
 
 
 def _paired(table: Tensor, model: Any) -> Tensor:
-    """The angle of each dimension of a head, as the kernel takes it: transformers has halves where it turns neighbours."""
+    """The angle of each dimension of a head: transformers has those of halves where it turns neighbours."""
     if program_of(model).pairs == "neighbours":
         return table[:, : table.shape[1] // 2].repeat_interleave(2, dim=1).contiguous()
     return table
@@ -371,11 +372,10 @@ class StepBinder:
         if step.aside or source is None:  # beside the attention, behind a norm that was written before it
             source, norm = self.buffer("aside" if step.aside else "normed", self.hidden.shape[1]), None
         added = step.epilogue == "residual"
-        if added and step.norm is None:
-            y = self.hidden
-        else:
-            y = self.buffer("added" if added else step.name, step.outputs * (1 if added else launch.times))
-            y = y.view(-1, step.outputs)  # of experts a row each
+        to_stream = added and step.norm is None
+        columns = step.outputs * (1 if added else launch.times)
+        y = self.hidden if to_stream else self.buffer("added" if added else step.name, columns)
+        y = y.view(-1, step.outputs)  # of experts a row each
         self.steps.append(partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
         if added:
             self.squares = launch.squares
@@ -387,8 +387,7 @@ class StepBinder:
 
 def _reads_norm_again(block: list[BlockStep]) -> bool:
     """Whether a product behind a residual one reads the norm before the attention: then that must be written."""
-    pairs = zip(block, block[1:], strict=False)
     return any(
         isinstance(before, Product) and before.epilogue == "residual" and isinstance(step, Product) and not step.aside
-        for before, step in pairs
+        for before, step in pairwise(block)
     )
