@@ -46,7 +46,7 @@ static void choose(const teal_route *route, const float *outputs, int32_t *taken
     for (int32_t k = 0; k < route->top_k; k++) shares[k] /= total;
 }
 
-/* Notes who chose what, so that each expert is read once for all its rows. */
+/* Notes who chose what, so that each expert is read once for all its rows. They are in order, as lists are. */
 static void note_choices(const teal_session *s, thread_memory *m, const teal_route *route) {
     const int32_t experts = route->router->outputs;
     m->n_choices = 0;
@@ -54,9 +54,12 @@ static void note_choices(const teal_session *s, thread_memory *m, const teal_rou
         choose(route, s->router + (int64_t)r * experts, m->taken, m->shares);
         for (int32_t k = 0; k < route->top_k; k++) {
             int32_t at = 0;
-            while (at < m->n_choices && m->choices[at].expert != m->taken[k]) at++;
+            while (at < m->n_choices && m->choices[at].expert < m->taken[k]) at++;
             choice *c = &m->choices[at];
-            if (at == m->n_choices) *c = (choice){.expert = m->taken[k]}, m->n_choices++;
+            if (at == m->n_choices || c->expert != m->taken[k]) {
+                memmove(c + 1, c, (size_t)(m->n_choices++ - at) * sizeof *c);
+                *c = (choice){.expert = m->taken[k]};
+            }
             c->row[c->rows] = r, c->share[c->rows++] = m->shares[k];
         }
     }
