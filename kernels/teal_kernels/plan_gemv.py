@@ -88,7 +88,7 @@ class ProductShape:
     split_multiple: int = 1
     """Positions that a split of the KV cache is a multiple of."""
     side_by_side: int = 1
-    """Products of these sizes, each with a table of its own, that one launch computes (`plan_experts`)."""
+    """Products of these sizes, each with a table of its own, that one launch computes (`experts`)."""
     summed: int = 1
     """Tables of these sizes whose products are summed to one."""
 
@@ -235,10 +235,7 @@ def squares_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> 
 
 
 def reducers_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
-    """Programs that share the epilogue of one block: a power of two.
-
-    They wait for one another, so all must run at one time.
-    """
+    """Programs that share the epilogue of one block, a power of two: they wait for each other, so all run at once."""
     most = min(
         device.multiprocessors * _resident(shape, config, device) // _blocks(shape, config),
         -(-shape.inputs // config.inputs_per_chunk) * shape.summed,
@@ -264,9 +261,7 @@ def _check(shape: ProductShape, config: TileConfig) -> None:
     if not config.dense and chunk > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {chunk}")
     if min(chunk, shape.inputs) * shape.row_stride > _MAX_ELEMENTS:
-        raise ValueError(
-            f"a program reads at most {_MAX_ELEMENTS} elements of a table, not so many of {shape.inputs} rows"
-        )
+        raise ValueError(f"a program reads at most {_MAX_ELEMENTS} elements of a table: {shape.inputs} rows are more")
 
 
 def _blocks(shape: ProductShape, config: TileConfig) -> int:

@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, build_model
 from experts_cases import ExpertsCase, random_experts, random_router
 from kernel_cases import LIMITS, PDL, relative_error
-from native_models import MIXTURES, plan_for, tiny
+from tiny_configs import MIXTURES
 from torch import Tensor
 from torch.nn.functional import softmax
 
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.models.architectures import find_projections
+from teal_cli.models.layers import unstack_experts_
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import control_of, sparsify_
@@ -106,15 +110,16 @@ def test_routers(tokens: int, experts: int, chosen: int, dtype: torch.dtype) -> 
         first = ids
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4:32"])
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    ("family", "scheme"), [*((family, None) for family in MIXTURES), ("mixtral", "int8"), ("qwen2_moe", "int4:32")]
+)
 def test_text_is_that_of_transformers_forward(family: str, scheme: str | None) -> None:
     """Kernels and graphs beside the general path with the reference backend, on the same GPU."""
-    if scheme is not None and family not in ("mixtral", "qwen2_moe"):
-        pytest.skip("codes are read alike in all families")
-    model = tiny(family, **({"intermediate_size": 112} if family == "mixtral" else {})).cuda()
+    model = build_model(family).requires_grad_(False).cuda()
+    unstack_experts_(model)
     packs = {} if scheme is None else quantise_(model, Scheme.parse(scheme))
-    control = sparsify_(model, plan_for(model, "alike"))
+    rules = {projection.name: Threshold(0.3, 0.5) for projection in find_projections(model)}
+    control = sparsify_(model, SparsityPlan("uniform", 0.5, rules))
     pack_(model, packs)
     prompt = torch.randint(2, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0)).cuda()
     texts, realised = [], []

@@ -45,9 +45,7 @@ def route_of(router: Weight, top_k: int, *, scores: Scores, normalised: bool = F
         normalised: of softmax, whether the weights of the chosen ones sum to 1.
         jitter: of sparsemixer, half of what counts as near.
     """
-    route = Route(
-        router=ctypes.addressof(router), top_k=top_k, scores=scores, normalised=normalised, jitter=jitter
-    )
+    route = Route(router=ctypes.addressof(router), top_k=top_k, scores=scores, normalised=normalised, jitter=jitter)
     route.holds = (router,)
     return route
 
