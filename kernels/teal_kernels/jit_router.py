@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels import launching
 from teal_kernels.jit_common import look, normalised, received, rms_scale, rounded, send
 
 SOFTMAX = tl.constexpr(0)
 SPARSEMIXER = tl.constexpr(1)
+MOST_COMPARED = tl.constexpr(launching.MOST_COMPARED)
 
 
 @triton.jit
@@ -85,10 +87,19 @@ def router_kernel(
     logits = received(bits, of_token + which, there)
     # As torch.topk has it a NaN is above all. Ranks are a permutation then, and each place below is written once.
     height = tl.where(there, tl.where(logits == logits, logits, float("inf")), float("-inf"))
-    above = height[None, :] > height[:, None]
-    before = (height[None, :] == height[:, None]) & (which[None, :] < which[:, None])
-    rank = tl.sum((above | before).to(tl.int32), axis=1)  # of each expert: among equals the lower id comes first
     top = tl.max(height, axis=0)
+    # The rank of each expert: among equals the one with the lower id comes first.
+    if BLOCK_EXPERTS <= MOST_COMPARED:
+        above = height[None, :] > height[:, None]
+        before = (height[None, :] == height[:, None]) & (which[None, :] < which[:, None])
+        rank = tl.sum((above | before).to(tl.int32), axis=1)
+    else:  # the square of so many is too much: one after the other, and those that are not chosen have one rank
+        rank = tl.full((BLOCK_EXPERTS,), EXPERTS, tl.int32)
+        for nth in range(CHOSEN):
+            open_to_choice = there & (rank == EXPERTS)
+            highest = tl.max(tl.where(open_to_choice, height, float("-inf")), axis=0)
+            first_of_them = tl.min(tl.where(open_to_choice & (height == highest), which, EXPERTS), axis=0)
+            rank = tl.where(which == first_of_them, nth, rank)
     if SCORES == SOFTMAX:
         share = tl.where(there, tl.exp(logits - top), 0.0)
         total = tl.sum(share, axis=0)

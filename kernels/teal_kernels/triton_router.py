@@ -3,8 +3,9 @@
 A program computes one expert's logit for one token, so that a router of 128 experts occupies a GPU. It has its row of
 weights under way before the kernel in front has ended. The last program of a token waits until the logits of all have
 come, as the last programs of a product wait for partial sums, and compares each with each: the rank of an expert is the
-number of those above it, and where logits are equal the one with the lower id is above. So there is no sort, the same
-inputs give the same choice on every run, and nothing waits for the host.
+number of those above it, and where logits are equal the one with the lower id is above. So there is no sort, and no
+chain of choices. (Of more than 128 experts there is.) The same inputs give the same choice on every run, and nothing
+waits for the host.
 
 Importable without triton.
 """
@@ -23,10 +24,8 @@ if TRITON_MISSING is None:
 
 _SCORES = {"softmax": 0, "sparsemixer": 1}
 _WARPS = 4
-_MANY = 128
-"""Experts beyond which comparing each with each needs more warps."""
-MAX_EXPERTS = 512
-"""Of one router: a program compares the square of that many."""
+MAX_EXPERTS = 1024
+"""Of one router, whose logits the program that chooses holds."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,6 @@ def route(
         raise ValueError(f"a router of {tuple(router.weight.shape)} does not fit {tuple(x.shape)}")
     if router.aside != (aside_share is not None):
         raise ValueError("aside_share belongs to a router with a gate aside")
-    warps = _WARPS if experts <= _MANY else 2 * _WARPS
     squares = 1 if norm is None else norm.squares.shape[1]
     launch(
         router_kernel,
@@ -108,14 +106,14 @@ def route(
         2.0 * router.jitter,
         EXPERTS=experts,
         ASIDE=router.aside,
-        BLOCK_EXPERTS=max(power_of_two(experts), 32 * warps),
+        BLOCK_EXPERTS=max(power_of_two(experts), 32 * _WARPS),
         CHOSEN=count,
         SCORES=_SCORES[router.scores],
         NORMALISED=router.normalised,
         PLUS_ONE=norm is not None and norm.plus_one,
         SQUARES=power_of_two(squares),
         BLOCK_IN=power_of_two(n_in),
-        warps=warps,
+        warps=_WARPS,
         pdl=pdl,
         compile_only=compile_only,
     )

@@ -152,8 +152,9 @@ def test_without_a_norm_and_with_a_gate_aside() -> None:
     assert torch.equal(case.launch(scratch)[1], weights)
 
 
-def test_among_equals_the_lower_id_comes_first() -> None:
-    case = random_router(1, 7, 4, norm=False)
+@pytest.mark.parametrize("experts", [7, 130])
+def test_among_equals_the_lower_id_comes_first(experts: int) -> None:
+    case = random_router(1, experts, 4, norm=False)
     case.router.weight[:] = 0.0
     case.router.weight[[2, 5]] = case.x[0] / 100
     ids, weights, _ = case.launch()
@@ -161,8 +162,9 @@ def test_among_equals_the_lower_id_comes_first() -> None:
     assert weights[0, 0] == weights[0, 1] > weights[0, 2] == weights[0, 3]
 
 
-def test_logits_that_are_no_numbers_still_give_experts_that_there_are() -> None:
-    case = random_router(1, 6, 3, norm=False)
+@pytest.mark.parametrize("experts", [6, 130])
+def test_logits_that_are_no_numbers_still_give_experts_that_there_are(experts: int) -> None:
+    case = random_router(1, experts, 3, norm=False)
     case.router.weight[[1, 4]] = torch.nan
     ids = case.launch()[0]
     assert ids[0, :2].tolist() == [1, 4]
