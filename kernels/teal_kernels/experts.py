@@ -29,9 +29,11 @@ class ExpertConstants(NamedTuple):
     """Of the outputs of one table."""
     chunks: int
     """Of the inputs of one table."""
+    tokens: int
+    """That have chosen."""
 
 
-NO_EXPERTS = ExpertConstants(0, 0, 0)
+NO_EXPERTS = ExpertConstants(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Chosen:
             chosen=self.ids.shape[1],
             blocks=grid[0] // self.side_by_side(epilogue),
             chunks=grid[1] // self.summed(epilogue),
+            tokens=self.ids.shape[0],
         )
 
     def check(self, x: Tensor, y: Tensor, epilogue: str) -> None:

@@ -5,7 +5,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from teal_kernels import launching
-from teal_kernels.jit_common import look, normalised, received, rms_scale, rounded, send
+from teal_kernels.jit_common import (
+    layer_normalised,
+    layer_scale,
+    look,
+    mean_of,
+    normalised,
+    received,
+    rms_scale,
+    rounded,
+    send,
+)
 
 SOFTMAX = tl.constexpr(0)
 SPARSEMIXER = tl.constexpr(1)
@@ -41,6 +51,7 @@ def router_kernel(
     SCORES: tl.constexpr,
     NORMALISED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
+    CENTRED: tl.constexpr,
     SQUARES: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     PDL: tl.constexpr,
@@ -60,12 +71,21 @@ def router_kernel(
     weight = tl.load(weight_ptr + expert * n_in + ins, mask=inside, other=0.0)
     if norm is not None:
         of_norm = tl.load(norm.weight + ins, mask=inside, other=0.0)
+    if CENTRED:
+        to_add = tl.zeros((BLOCK_IN,), tl.float32)
+        if norm.bias is not None:
+            to_add = tl.load(norm.bias + ins, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + token * n_in + ins, mask=inside, other=0.0)
-    if norm is not None:
+    if CENTRED:
+        squares = norm.squares + token * n_squares
+        mean = mean_of(squares + tl.num_programs(1) * n_squares, n_squares, n_in, SQUARES)
+        scale = layer_scale(squares, mean, n_squares, n_in, eps, SQUARES)
+        x = layer_normalised(x, mean, scale, of_norm, to_add, dtype, PLUS_ONE)
+    elif norm is not None:
         scale = rms_scale(norm.squares + token * n_squares, n_squares, n_in, eps, SQUARES)
         x = normalised(x, scale, of_norm, dtype, PLUS_ONE)
     logit = tl.sum(x.to(tl.float32) * weight.to(tl.float32), axis=0)

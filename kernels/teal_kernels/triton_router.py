@@ -70,7 +70,7 @@ def route(
         router: what chooses.
         chosen: its ids and weights are written, the highest first.
         scratch: memory between programs.
-        norm: an RMS norm of x before all else.
+        norm: of x, before all else.
         aside_share: (tokens,) float32, written where the router has a gate aside.
         pdl: launch while the kernel before still runs, which must write neither weights nor norm weight.
         compile_only: compile what would be launched.
@@ -88,7 +88,7 @@ def route(
         raise ValueError(f"a router of {tuple(router.weight.shape)} does not fit {tuple(x.shape)}")
     if router.aside != (aside_share is not None):
         raise ValueError("aside_share belongs to a router with a gate aside")
-    squares = 1 if norm is None else norm.squares.shape[1]
+    squares = 1 if norm is None else norm.squares.shape[-1]
     launch(
         router_kernel,
         (router.weight.shape[0], tokens),
@@ -111,6 +111,7 @@ def route(
         SCORES=_SCORES[router.scores],
         NORMALISED=router.normalised,
         PLUS_ONE=norm is not None and norm.plus_one,
+        CENTRED=norm is not None and norm.centred,
         SQUARES=power_of_two(squares),
         BLOCK_IN=power_of_two(n_in),
         warps=_WARPS,

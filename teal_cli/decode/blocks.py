@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
 from teal_cli.models.programs import Norms, NormStep, ProductStep, Program, RouteStep, Step
@@ -129,23 +130,6 @@ class Attention:
     """Soft cap of scores; 0 for none."""
     rotates: bool = True
     """Whether queries and keys have the rotary embedding, where the model has one."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """The choice of experts of one block."""
-
-    weight: Tensor
-    """(experts, hidden) of the router."""
-    bias: Tensor | None
-    """(experts,)"""
-    top_k: int
-    scores: str
-    """As the program has it."""
-    normalised: bool
-    """Whether the weights of the chosen ones sum to 1."""
-    jitter: float
-    """Of `sparsemixer`: half of what counts as near."""
 
 
 BlockStep = Norm | Product | Attention | Route
@@ -327,7 +311,7 @@ def _resolved(step: Step, model: Any, block: nn.Module) -> BlockStep:
     if isinstance(step, ProductStep):
         return _product(step, model, block)
     if isinstance(step, RouteStep):
-        return _route(step, model, block)
+        return route_of(step, model.config.get_text_config(), module_at(block, step.route))
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
@@ -362,20 +346,6 @@ def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
         joined=step.joined,
         experts=step.experts,
         scaled_by=None if step.scaled_by is None else module_at(block, step.scaled_by),
-    )
-
-
-def _route(step: RouteStep, model: Any, block: nn.Module) -> Route:
-    config, router = model.config.get_text_config(), module_at(block, step.route)
-    normalised = getattr(config, step.normalised) if isinstance(step.normalised, str) else step.normalised
-    return Route(
-        weight=router.weight,
-        bias=getattr(router, "bias", None),
-        # Sparsemixer chooses two experts, whatever the configuration says.
-        top_k=2 if step.scores == "sparsemixer" else int(getattr(config, step.top_k)),
-        scores=step.scores,
-        normalised=bool(normalised),
-        jitter=0.0 if step.jitter is None else float(getattr(config, step.jitter)),
     )
 
 

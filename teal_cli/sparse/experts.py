@@ -50,10 +50,13 @@ class SparseExperts(SparseLinear):
         control: SparsityControl,
         merged: MergedProjections,
         part: int | None = None,
+        chosen: int | None = None,
     ) -> None:
         shared: dict[str, Any] = {"name": name, "control": control, "merged": merged, "part": part}
         super().__init__(stack.in_features, stack.out_features, False, **shared, device="meta")
         self.copies = stack.copies
+        self.weights_read = (stack.copies if chosen is None else chosen) * stack.in_features * stack.out_features
+        """By a token that drops no input."""
         self.weight = stack.weight
         self.train(stack.training)
 
@@ -74,7 +77,7 @@ class SparseExperts(SparseLinear):
             if context.counter is not None:
                 dropped = active.numel() - active.count_nonzero()
                 seen = int(may_drop.count_nonzero()) * self.in_features
-                context.counter.add(self.name, self.copies * self.in_features * self.out_features, seen, dropped)
+                context.counter.add(self.name, self.weights_read, seen, dropped)
             if decision == "masked":
                 x = x * active
         parts = enumerate(x.split(list(routed.counts)))

@@ -38,6 +38,8 @@ class QuantisedExperts(Codes, SparseExperts):
         packed: Packed | None = None,
     ) -> None:
         super().__init__(stack, name=name, control=control, merged=merged, part=part)  # type: ignore[arg-type]
+        if isinstance(stack, SparseExperts):
+            self.weights_read = stack.weights_read
         self.take_codes_(stack.weight, scheme, packed, copies=(stack.copies,))
 
     @property

@@ -8,7 +8,8 @@ import torch
 from conftest import FAMILIES, TINY_CONFIGS, build_family, build_model
 from tiny_configs import MIXTURES, OTHERS
 
-from teal_cli.decode.blocks import Attention, Norm, Product, Route, block_steps
+from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
+from teal_cli.decode.routes import Route
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
 from teal_cli.sparse import lay_out_, replace_projections_

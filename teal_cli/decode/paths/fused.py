@@ -17,8 +17,8 @@ from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
+from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
-from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.sparse import SparseLinear, SparsityControl

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import BlockStep, Product, Route
+from teal_cli.decode.blocks import BlockStep, Product
+from teal_cli.decode.routes import Route
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels.experts import Chosen, chosen_of, no_ids
 from teal_kernels.packing import Packed
@@ -67,6 +68,8 @@ def cannot_route(block: list[BlockStep]) -> str | None:
     scale = scale_of(block)
     if scale is not None and (not routes or scale.bias is not None):
         return "an expert of all tokens that is scaled by a layer with a bias, or without a router"
+    if routes and any(isinstance(step, Product) and step.norm is not None for step in block):
+        return "a norm of what is added to the stream, in a block with experts"
     stacks = [step for step in block if isinstance(step, Product) and step.experts]
     for stack in map(stack_of, stacks):
         if isinstance(stack, Tensor) and not stack[0].is_contiguous():

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from teal_cli.decode.blocks import learned_positions
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, Launch, StepBinder
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 from teal_kernels.triton_gemv import Positions, Scratch
@@ -31,7 +32,8 @@ class FusedSession(ProgramSession):
         self.hidden, self._embedding_squares = binder.hidden, binder.squares
         binder.bind()
         self.launches = binder.launches
-        self._normed: Tensor = self.hidden
+        binder.settle()
+        self._normed: Tensor = binder.hidden
         """What the output layer reads, behind the norm that it takes up."""
         self._norm = None if path.last_norm.centred else binder.fused_norm(path.last_norm)
         if path.last_norm.centred:
@@ -87,7 +89,7 @@ class FusedSession(ProgramSession):
         return [
             Counted(
                 layer.name,
-                layer.in_features * layer.out_features * getattr(layer, "copies", 1),
+                getattr(layer, "weights_read", layer.in_features * layer.out_features),
                 layer.in_features * launch.times,
                 None if launch.config.dense else len(launch.kept) * index + part,
             )

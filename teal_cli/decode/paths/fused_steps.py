@@ -7,44 +7,36 @@ then a call without arguments.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import (
     Attention,
     BlockStep,
     Norm,
     Product,
-    Route,
     Scales,
-    activation_of,
     growth_of,
     long_rope_from,
     program_of,
     rotary_tables,
 )
 from teal_cli.decode.cache import FixedLayer
-from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of, stack_of
+from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
-from teal_kernels.experts import fitting_experts
-from teal_kernels.experts import table_of as first_table
-from teal_kernels.gate_first import rounded_threshold
-from teal_kernels.packed_linear import fitting
-from teal_kernels.packing import Packed
 from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
-from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.triton_gemv import Norm as FusedNorm
 from teal_kernels.triton_router import route
-from teal_kernels.tuning import choose_config
-from teal_kernels.tuning_entries import kind_of
 
 _HIDDEN = "hidden"
-"""The buffer of the residual stream."""
+_OTHER = "other hidden"
+"""The buffers of the residual stream: of the second where it was added to as it was read."""
 
 
 class FusedModel(Protocol):
@@ -62,113 +54,6 @@ class FusedModel(Protocol):
     def output(self) -> Product | None:
         """Of an output layer that is launched as the products of a block are."""
         ...
-
-
-class Launch:
-    """A product as one session runs it: thresholds, and the tile config that fits the sparsity they give.
-
-    Args:
-        product: what is launched.
-        enabled: False runs it dense.
-        rows: of the batch.
-        dtype: of the hidden states.
-        scale: of what it adds to the residual stream.
-        routing: of the block's router, where it has one.
-    """
-
-    def __init__(
-        self,
-        product: Product,
-        enabled: bool,
-        rows: int,
-        dtype: torch.dtype,
-        scale: float = 1.0,
-        routing: Routing | None = None,
-    ) -> None:
-        self.product = product
-        self.table, self.parts = table_of(product)
-        self.epilogue = "plain" if product.norm is not None else product.epilogue
-        self.scale = scale if self.epilogue == "residual" else 1.0
-        self.activation, threshold = activation_of(product)
-        self.activation_threshold = rounded_threshold(threshold, dtype)
-        rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
-        if product.joined:
-            rules *= 2
-        values = [rule.threshold for rule in rules]
-        device = self.table.device
-        self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
-        self.kept = torch.zeros(3, dtype=torch.int64, device=device)
-        """Inputs that were kept, for each part; added to by every launch that skips."""
-        expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
-        skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
-        self.chosen = None if routing is None else routing.of(product)
-        side_by_side = summed = 1
-        if self.chosen is not None:  # tuned as one long product, which the tables of the chosen experts are
-            side_by_side, summed = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)
-        config = choose_config(
-            device,
-            inputs=self.table.shape[0] * summed,
-            parts=tuple(part * side_by_side for part in self.parts),
-            dtype=kind_of(self.table),
-            rows=rows if self.chosen is None else 1,
-            epilogue="plain" if self.epilogue == "activated" else self.epilogue,
-            sparsity=skipped / sum(self.parts),
-        )
-        if self.chosen is not None:
-            config = fitting_experts(config, self.table.shape[0], self.parts)
-        self.config = fitting(config, self.table, rows if self.chosen is None else 1)
-        squares = squares_of(self.table, self.parts, self.config, rows, dtype, self.chosen)
-        self.squares = torch.empty(rows, squares, dtype=torch.float32, device=device)
-        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
-
-    @property
-    def times(self) -> int:
-        """How often each of its inputs is one in a token: of experts once for each that was chosen."""
-        return self.chosen.ids.shape[1] if self.chosen is not None else 1
-
-    def run(
-        self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: FusedNorm | None = None
-    ) -> None:
-        """Launch it."""
-        gemv(
-            x,
-            self.table,
-            self.parts,
-            self.thresholds,
-            y,
-            self.config,
-            scratch,
-            bias=self.product.bias,
-            norm=norm,
-            epilogue=self.epilogue,
-            activation=self.activation,
-            activation_threshold=self.activation_threshold,
-            scale=self.scale,
-            squares=self.squares if self.epilogue == "residual" else None,
-            counts=self.kept,
-            experts=self.chosen,
-            pdl=pdl,
-        )
-
-
-def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
-    """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other.
-
-    Of experts it is the first one's.
-    """
-    table, parts = first_table(stack_of(product)) if product.experts else product.table, product.parts
-    if not product.joined:
-        return table, parts
-    parts = (parts[0] // 2,) * 2
-    return replace(table, parts=parts) if isinstance(table, Packed) else table, parts
-
-
-def cannot_launch(product: Product) -> str | None:
-    """Why a joined product cannot be launched as gate and up; None where it can."""
-    packed = getattr(product.layers[0], "packed", None)
-    if product.joined and packed is not None and product.outputs * packed.bits % 32:
-        return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
-    return None
 
 
 @dataclass(frozen=True)
@@ -234,8 +119,10 @@ class StepBinder:
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
-        self.squares = torch.empty(self.rows, 1, dtype=torch.float32, device=path.device)
-        """Partial sums of squares of `hidden`, of whoever wrote it last; at first of the embedding."""
+        sums = [2] * path.last_norm.centred
+        self.squares = torch.empty((*sums, self.rows, 1), dtype=torch.float32, device=path.device)
+        """Partial sums of squares of `hidden`, of whoever wrote it last, at first of the embedding; of models with
+        layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
         """Of the norm that was added to it."""
         self._partials: AttentionPartials | None = None
@@ -243,6 +130,12 @@ class StepBinder:
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
         self._before: Product | None = None
+        # Of the block: the norm before its attention or router, the one aside, and where in `steps` that is launched.
+        self._first_norm: FusedNorm | None = None
+        self._aside: FusedNorm | None = None
+        self._added: tuple[Norm, Added] | None = None
+        """What the next product adds to the stream before it reads it."""
+        self._attention_at = 0
         self._routing: Routing | None = None
 
     def buffer(self, name: str, columns: int) -> Tensor:
@@ -255,10 +148,9 @@ class StepBinder:
     def bind(self) -> None:
         """Bind all of them."""
         for block in self.path.blocks:
-            again = _reads_norm_again(block)
             for step in block:
                 if isinstance(step, Norm):
-                    self._bind_norm(step, written=again)
+                    self._bind_norm(step)
                 elif isinstance(step, Attention):
                     self._bind_attention(step)
                 elif isinstance(step, Route):
@@ -266,12 +158,16 @@ class StepBinder:
                 else:
                     self._bind_product(step)
 
-    def fused_norm(self, norm: Norm) -> FusedNorm:
-        """An RMS norm of `hidden` that a product takes up."""
-        return FusedNorm(norm.weight, norm.eps, self.squares, norm.plus_one)
+    def fused_norm(self, norm: Norm) -> FusedNorm | None:
+        """Of `hidden` as it is by now, for a product that takes it up; None for none."""
+        if norm.identity:
+            return None
+        weight = norm.weight.detach().to(self.path.device)  # of a layer norm without weights the ones are made on a CPU
+        return FusedNorm(weight, norm.eps, self.squares, norm.plus_one, norm.centred, norm.bias)
 
     def write_norm(self, norm: Norm, name: str) -> Tensor:
-        """Bind a norm of `hidden` that has a launch of its own, for a layer norm, or where several read it later."""
+        """Bind a norm of `hidden` that has a launch of its own, and a buffer."""
+        self.settle()
         normed = self.buffer(name, self.hidden.shape[1])
         self.steps.append(self._writing(norm, self.hidden, normed))
         return normed
@@ -282,7 +178,7 @@ class StepBinder:
         return partial(
             write_norm,
             x,
-            norm.weight.detach().to(self.path.device),  # of a layer norm without weights the ones are made here
+            norm.weight.detach().to(self.path.device),
             y,
             eps=norm.eps,
             bias=norm.bias,
@@ -293,17 +189,12 @@ class StepBinder:
             pdl=self.path.pdl,
         )
 
-    def _bind_norm(self, norm: Norm, *, written: bool) -> None:
+    def _bind_norm(self, norm: Norm) -> None:
         if norm.aside:
-            self.write_norm(norm, "aside")
+            self._aside = self.fused_norm(norm)
             return
-        self._source, self._norm = self.hidden, None
-        if norm.identity:
-            return
-        if written or norm.centred:
-            self._source = self.write_norm(norm, "normed")
-        else:
-            self._norm = self.fused_norm(norm)
+        self._source, self._norm = self.hidden, self.fused_norm(norm)
+        self._first_norm = self._norm
 
     def _bind_attention(self, step: Attention) -> None:
         qkv, source = self._before, self._source
@@ -317,6 +208,7 @@ class StepBinder:
             self._partials = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
         partials = replace(self._partials, window=step.window)
         cos, sin = self.angles.tables.get(step.angles, (None, None)) if step.rotates else (None, None)
+        self._attention_at = len(self.steps)
         self.steps.append(
             partial(
                 decode_attention,
@@ -346,7 +238,7 @@ class StepBinder:
 
     def _bind_route(self, step: Route, scale: nn.Linear | None) -> None:
         """What it reads the experts read too, so that stays the source of the next product."""
-        source = self._source
+        source, self._attention_at = self._source, len(self.steps)
         if not isinstance(source, Tensor):
             raise TypeError("a router reads a norm of the residual stream")
         if self._routing is None or self._routing.chosen.ids.shape[1] != step.top_k:
@@ -365,29 +257,47 @@ class StepBinder:
         )
 
     def _bind_product(self, step: Product) -> None:
-        scale = self.path.scales.residual
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, self._routing)
-        self.launches.append(launch)
-        source, norm = self._source, self._norm
-        if step.aside or source is None:  # beside the attention, behind a norm that was written before it
-            source, norm = self.buffer("aside" if step.aside else "normed", self.hidden.shape[1]), None
-        added = step.epilogue == "residual"
-        to_stream = added and step.norm is None
-        columns = step.outputs * (1 if added else launch.times)
-        y = self.hidden if to_stream else self.buffer("added" if added else step.name, columns)
-        y = y.view(-1, step.outputs)  # of experts a row each
-        self.steps.append(partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
-        if added:
+        source, norm, at = self._source, self._norm, len(self.steps)
+        if step.aside or source is None:
+            # Beside attention or experts: launched before, as long as `hidden` is what the norm before them was of.
+            source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
+        added = self._added[1] if self._added is not None and source is self.hidden else None
+        if added is not None:
+            self.hidden, self._added = added.stream, None
+        launch = self._launch(step)
+        to_stream = step.epilogue == "residual" and step.norm is None
+        y = self.hidden
+        if not to_stream:  # of experts a row each
+            y = self.buffer(step.name, step.outputs * launch.times).view(-1, step.outputs)
+        self.steps.insert(at, partial(launch.run, source, y, self.scratch, self.path.pdl, norm, added))
+        if step.epilogue == "residual":
             self.squares = launch.squares
             if step.norm is not None:
-                self.squares = self.added_squares
-                self.steps.append(self._writing(step.norm, y, self.hidden, self.squares, scale))
-        self._source, self._norm, self._before = None if added else y, None, step
+                self._add_later(step.norm, launch, y)
+        self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
 
+    def _launch(self, step: Product) -> Launch:
+        beside = None
+        if step.norm is not None and self.rows == 1 and not step.norm.centred:
+            beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
+        scale, sums = self.path.scales.residual, self.path.last_norm.centred
+        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing}
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
+        self.launches.append(launch)
+        return launch
 
-def _reads_norm_again(block: list[BlockStep]) -> bool:
-    """Whether a product behind a residual one reads the norm before the attention: then that must be written."""
-    return any(
-        isinstance(before, Product) and before.epilogue == "residual" and isinstance(step, Product) and not step.aside
-        for before, step in pairwise(block)
-    )
+    def _add_later(self, norm: Norm, launch: Launch, y: Tensor) -> None:
+        """What the norm makes of y is added by the next product, as it reads the stream; of several rows, at once."""
+        other = self.buffer(_OTHER, self.hidden.shape[1])
+        stream = self.buffer(_HIDDEN, self.hidden.shape[1]) if self.hidden is other else other
+        scale = self.path.scales.residual
+        self._added = norm, Added(y, norm.weight, norm.eps, norm.plus_one, scale, launch.squares, stream)
+        if launch.beside is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bind a launch that adds what no product has added yet."""
+        if self._added is not None:
+            norm, added = self._added
+            self.squares, self._added = self.added_squares, None
+            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added.scale))

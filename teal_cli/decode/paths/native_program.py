@@ -14,7 +14,6 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
-    Route,
     activation_of,
     growth_of,
     joined_bias,
@@ -24,6 +23,7 @@ from teal_cli.decode.blocks import (
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
@@ -217,7 +217,7 @@ class NativeProgram:
         if not isinstance(rule, Dense):
             counter, self.counters = self.counters, self.counters + 1
         if layer.is_planned:
-            self.counted.append(Counted(layer.name, experts * outputs * inputs, top_k * inputs, counter))
+            self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
         share = rule.expected_sparsity
         weight = weight_of_experts(
             layer.weight.detach(),
