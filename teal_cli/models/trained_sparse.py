@@ -125,11 +125,11 @@ class TurboSparseMixtralForCausalLM(MixtralForCausalLM):
     """Mixtral with dReLU experts."""
 
     config_class = TurboSparseMixtralConfig
-    _keys_to_ignore_on_load_unexpected = (r"\.predictor\.",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         _names_of_mixtral(config.model_type)
+        self._keys_to_ignore_on_load_unexpected = {r"\.predictor\."}
         for block in self.model.layers:
             block.mlp.experts.__class__ = DoubleReLUExperts  # the same parameters, another forward
 

@@ -69,8 +69,11 @@ def test_an_expert_computes_what_the_paper_says(folder: Path) -> None:
 
 @torch.no_grad()
 def test_plain_from_pretrained_is_enough(folder: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["unexpected_keys"]  # nobody is warned of the predictors
+    assert not report["missing_keys"]
     ids = _tokens(1, 9)
+    plain.eval()
     assert torch.equal(plain(ids).logits, load_model(folder, device="cpu", dtype="auto")(ids).logits)
 
 
