@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for
+from teal_cli.models.architectures import architecture_for, program_for
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -40,6 +40,10 @@ class Product:
     """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
+    input_norm: "Norm | None" = None
+    """Of what a residual product reads."""
+    activation_module: nn.Module | None = None
+    """That activates, where it has weights of its own."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -111,6 +115,10 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
+    q_norms: "tuple[Norm, ...]" = ()
+    """Of query heads: one for all, or each head's own. `q_norm` is the weight of one."""
+    k_norms: "tuple[Norm, ...]" = ()
+    """The same for keys."""
     norms_of: str = "heads"
     """As the program has it."""
     grouped: bool = False
@@ -123,30 +131,39 @@ class Attention:
     """Soft cap of scores; 0 for none."""
     rotates: bool = True
     """Whether queries and keys have the rotary embedding, where the model has one."""
+    clip: float = 0.0
+    """What queries, keys and values are clamped to, before all else; 0 for nothing."""
+    sinks: Tensor | None = None
+    """(heads,) logits that join the denominators of the softmax."""
+    copies: int = 1
+    """Of each key head, that the model's forward puts into a cache."""
 
 
 BlockStep = Norm | Product | Attention
 
 
-def rms_norm(module: Any) -> Norm:
-    """Weight and epsilon of an RMS norm, which transformers' modules name in two ways."""
-    return Norm(module.weight, _eps(module))
-
-
 def _eps(module: Any) -> float:
-    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+    """Which modules name in several ways; OLMo's has none, and takes the default of layer norms."""
+    return float(next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), 1e-5))
 
 
-def layer_norm(module: Any) -> Norm:
-    """Of a layer norm, which may have neither weight nor bias."""
-    weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
-    return Norm(weight, _eps(module), getattr(module, "bias", None), centred=True)
+def norm_of(module: Any, norms: Norms, like: Tensor, size: int) -> Norm:
+    """A module as the norm that a program says it is: RMS norm or layer norm, which may have neither weight nor bias.
 
-
-def norm_of(module: Any, norms: Norms) -> Norm:
-    """A module as the norm that a program says it is."""
-    norm = layer_norm(module) if norms.startswith("layer") else rms_norm(module)
-    return replace(norm, plus_one=norms.endswith("plus_one"))
+    Args:
+        module: of transformers.
+        norms: as the program has it.
+        like: what the weight of a module without one is on the device of, and in the dtype of.
+        size: of that weight.
+    """
+    weight = getattr(module, "weight", None)
+    return Norm(
+        torch.ones(size, dtype=like.dtype, device=like.device) if weight is None else weight,
+        _eps(module),
+        getattr(module, "bias", None),
+        centred=norms.startswith("layer"),
+        plus_one=norms.endswith("plus_one"),
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +224,7 @@ def program_of(model: Any) -> Program:
     Raises:
         ValueError: it has none.
     """
-    program = architecture_for(model).program
+    program = program_for(model)
     if program is None:
         raise ValueError(f"model type {model.config.model_type} has no block program")
     return program
@@ -229,42 +246,96 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
 
 def last_norm(model: Any) -> Norm:
     """The norm in front of the output layer."""
-    program = program_of(model)
-    return norm_of(module_at(model, program.norm), program.norms)
+    return _norm_at(model, model, program_of(model).norm)
+
+
+def embedding_norm(model: Any) -> Norm | None:
+    """The norm that makes of embeddings the first state of the residual stream, where there is one."""
+    path = program_of(model).embedding_norm
+    return None if path is None else _norm_at(model, model, path)
+
+
+def _norm_at(model: Any, parent: nn.Module, path: str, size: int | None = None) -> Norm:
+    """`size`: of what it normalises; by default the residual stream's."""
+    like = model.get_input_embeddings().weight
+    return norm_of(module_at(parent, path), program_of(model).norms, like, size or like.shape[1])
 
 
 def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
-    architecture = architecture_for(model)
     if isinstance(step, NormStep):
         if step.norm is None:
             return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
-        return replace(norm_of(module_at(block, step.norm), program_of(model).norms), aside=step.aside)
+        return replace(_norm_at(model, block, step.norm), aside=step.aside)
     if isinstance(step, ProductStep):
-        names = architecture.sites[step.product]
-        layers = tuple(module_at(block, name) for name in names)
-        activation = None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None)
-        owner = module_at(block, names[0].rpartition(".")[0])
-        norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
-        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.aside, step.joined)
-    attention = module_at(block, step.attention)
-    norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
-    owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
-    window, rotates = getattr(owner, "sliding_window", None), True
+        return _product(step, model, block)
+    return _attention(step, model, block)
+
+
+def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
+    names = architecture_for(model).sites[step.product]
+    layers = tuple(module_at(block, name) for name in names)
+    return Product(
+        step.product,
+        layers,
+        step.epilogue,
+        activation=step.activation_in(model.config.get_text_config()),
+        owner=module_at(block, names[0].rpartition(".")[0]),
+        norm=None if step.added_norm is None else _norm_at(model, block, step.added_norm),
+        aside=step.aside,
+        joined=step.joined,
+        input_norm=None if step.input_norm is None else _norm_at(model, block, step.input_norm, layers[0].in_features),
+        activation_module=None if step.activation_module is None else module_at(block, step.activation_module),
+    )
+
+
+def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
+    attention, config, program = module_at(block, step.attention), model.config.get_text_config(), program_of(model)
+    q_norms, k_norms = (_head_norms(attention, name, program, model) for name in (step.q_norm, step.k_norm))
+    owner = {"layer": attention, "sliding": attention, "model": config}.get(step.window or "")
+    window, rotates = _named("sliding_window", owner), True
+    if step.window == "local" and attention.attention_type == "local":
+        window = config.window_size
     if step.window == "sliding" and window is not None and not attention.is_sliding:
         window, rotates = None, False
     return Attention(
-        scale=float(attention.scaling),
+        scale=_scale(attention) if step.scaled else 1.0,
         window=int(window or 0),
-        q_norm=norms[0].weight if norms[0] else None,
-        k_norm=norms[1].weight if norms[1] else None,
-        eps=next((norm.eps for norm in norms if norm), 0.0),
+        q_norm=q_norms[0].weight if len(q_norms) == 1 else None,
+        k_norm=k_norms[0].weight if len(k_norms) == 1 else None,
+        eps=next((norm.eps for norm in (*q_norms, *k_norms)), 0.0),
+        q_norms=q_norms,
+        k_norms=k_norms,
         norms_of=step.norms_of,
         grouped=step.grouped,
-        plus_one=program_of(model).norms.endswith("plus_one"),
+        plus_one=program.norms.endswith("plus_one"),
         angles=None if step.angles is None else getattr(attention, step.angles),
-        cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
+        cap=float(_named(step.cap, attention) or 0.0),
         rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
+        clip=float(_named(step.clip, attention, config) or 0.0),
+        sinks=_named(step.sinks, attention),
+        copies=attention.num_heads // attention.num_kv_heads if step.repeated else 1,
     )
+
+
+def _named(key: str | None, *owners: Any) -> Any:
+    """The first owner's attribute of this name; None where none has it."""
+    return next((getattr(owner, key) for owner in owners if key is not None and hasattr(owner, key)), None)
+
+
+def _scale(attention: Any) -> float:
+    """Of scores, which modules name in several ways, GPT-J by its inverse."""
+    scale = _named("scaling", attention) or _named("softmax_scale", attention) or _named("inv_norm_factor", attention)
+    return float(scale) if scale is not None else 1.0 / float(attention.scale_attn)
+
+
+def _head_norms(attention: nn.Module, name: str | None, program: Program, model: Any) -> tuple[Norm, ...]:
+    """One norm of all heads, or each head's own (StableLM)."""
+    if name is None:
+        return ()
+    found = module_at(attention, name)
+    like = model.get_input_embeddings().weight
+    of_heads = getattr(found, "norms", None) or [found]
+    return tuple(norm_of(norm, program.norms, like, getattr(attention, "head_dim", 0)) for norm in of_heads)
 
 
 @torch.no_grad()
@@ -276,16 +347,37 @@ def rotary_tables(
     None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
     depends; of the positions behind it nothing is said. `kind`: of angles, where the module has several.
     """
-    path = program_of(model).rotary
-    if path is None:
-        return None
-    module, device = module_at(model, path), next(model.parameters()).device
-    at = torch.arange(positions, device=device)
+    at = torch.arange(positions, device=next(model.parameters()).device)
     if last is not None:
         at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
+    found = rotary_at(model, at, dtype, kind)
+    return None if found is None else (found[0][:positions].contiguous(), found[1][:positions].contiguous())
+
+
+@torch.no_grad()
+def rotary_at(model: Any, at: Tensor, dtype: torch.dtype, kind: str | None = None) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of a pass over these positions, (n,): (n, rotated size) each; None without a rotary embedding."""
+    program = program_of(model)
+    if program.rotary is None:
+        return None
+    module = rotary_module(model, program.rotary)
+    if isinstance(module, Tensor):
+        sin, cos = (table.repeat(1, 2) for table in module[at.clamp(max=len(module) - 1)].to(dtype).chunk(2, dim=1))
+        return cos, sin
     kinds = () if kind is None else (kind,)
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None], *kinds)
-    return cos[0, :positions].contiguous(), sin[0, :positions].contiguous()
+    cos, sin = (table[0] for table in module(torch.empty(0, dtype=dtype, device=at.device), at[None], *kinds))
+    return cos, -sin if program.pairs == "halves_backwards" else sin
+
+
+def rotary_module(model: Any, path: str) -> Any:
+    """What a program names as its rotary embedding: a module, or the tensor of a table.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    parent, _, name = path.rpartition(".")
+    found = getattr(module_at(model, parent), name, None)
+    return found if isinstance(found, Tensor) else module_at(model, path)
 
 
 def long_rope_from(model: Any) -> int | None:

@@ -12,9 +12,8 @@ from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Progr
 
 def departure(model: Any, program: Program) -> str | None:
     """In which way a model is another one than its program computes; None where it is the same."""
-    for key, value in program.requires.items():
-        if (found := getattr(model.config.get_text_config(), key, None)) is not value:
-            return f"{key} {str(found).lower()}"
+    if (reason := program.unmet(model.config.get_text_config())) is not None:
+        return reason
     embedding = model.get_input_embeddings()
     if embedding is None or embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
         return "embeddings of another width than the hidden states"  # OPT's smallest
@@ -33,16 +32,18 @@ def _of_block(model: Any, block: nn.Module, program: Program) -> str | None:
     """A module that the program names and the block does not have, or one with weights that it does not name."""
     modules, named = dict(block.named_modules()), set(_named(model, program))
     for step in program.block:
-        if (norm := _norm(step)) is not None and norm not in modules:
-            return f"blocks without {norm}"
+        norms = (norm for norm in _norms(step) if isinstance(modules.get(norm), nn.Identity | None))
+        if (missing := next(norms, None)) is not None:
+            return f"blocks without {missing}"
         if isinstance(step, AttentionStep) and not getattr(modules.get(step.attention), "is_causal", True):
             return "attention that is not causal"
         if isinstance(step, ProductStep) and step.joined and _outputs(model, block, step) % 4:
             return f"an odd number of neurons in {step.product}"  # codes of 4 bits: up must begin at a byte
-    for path, module in modules.items():
-        parents = {path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."}
-        if any(True for _ in module.parameters(recurse=False)) and not parents & named:
-            return f"blocks with {path}"
+    for name, _ in block.named_parameters():
+        parents = {name[:end] for end in range(len(name) + 1) if end == len(name) or name[end] == "."}
+        if not parents & named:
+            module = name.rpartition(".")[0]
+            return f"blocks with {name if any(other.startswith(f'{module}.') for other in named) else module}"
     return None
 
 
@@ -50,19 +51,23 @@ def _named(model: Any, program: Program) -> Iterator[str]:
     """Modules with weights inside a block, as a program has them."""
     sites = architecture_for(model).sites
     for step in program.block:
-        if (norm := _norm(step)) is not None:
-            yield norm
+        yield from _norms(step)
         if isinstance(step, ProductStep):
             yield from sites[step.product]
-        elif isinstance(step, AttentionStep):
-            yield from (f"{step.attention}.{norm}" for norm in (step.q_norm, step.k_norm) if norm is not None)
+            if step.activation_module is not None:
+                yield step.activation_module
+        elif isinstance(step, AttentionStep) and step.sinks is not None:
+            yield f"{step.attention}.{step.sinks}"
 
 
-def _norm(step: Step) -> str | None:
-    """The module of a norm that a step is, or has."""
+def _norms(step: Step) -> Iterator[str]:
+    """The modules of norms that a step is, or has."""
     if isinstance(step, NormStep):
-        return step.norm
-    return step.added_norm if isinstance(step, ProductStep) else None
+        yield from [step.norm] if step.norm is not None else []
+    elif isinstance(step, ProductStep):
+        yield from (name for name in (step.input_norm, step.added_norm) if name is not None)
+    else:
+        yield from (f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm) if name is not None)
 
 
 def _outputs(model: Any, block: nn.Module, step: ProductStep) -> int:

@@ -116,7 +116,8 @@ class Exact:
             for layer, own in zip(cache.layers, known.layers, strict=True):
                 own.rounded_to = self.dtype  # type: ignore[attr-defined]
                 keys = layer.keys[row : row + 1].transpose(-1, -2).flatten(2, 3)
-                own.update(*(states[:, :, :length].double() for states in (keys, layer.values[row : row + 1])))
+                states = (state[:, :, :length].double() for state in (keys, layer.values[row : row + 1]))
+                own.update(*(state.repeat_interleave(layer.copies, dim=1) for state in states))
             output = self.model(input_ids=token[row : row + 1], past_key_values=known, use_cache=True)
             logits.append(output.logits[:, -1])
         return torch.cat(logits)

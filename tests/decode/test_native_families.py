@@ -61,19 +61,7 @@ def test_the_fused_path_takes_what_a_gpu_has_run(family: str, monkeypatch: pytes
         assert {row.epilogue_of(site) for site in row.sites} == {"plain"}
 
 
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ({"use_parallel_residual": True}, "blocks without post_attention_layernorm"),
-        ({"qk_layernorm": True}, "blocks with self_attn.q_layernorm.norms.0"),
-    ],
-)
-def test_stablelm_of_other_blocks(more: dict[str, bool], reason: str) -> None:
-    assert NativePath.unsupported(tiny("stablelm", **more), None) == reason
-
-
-def test_scales_and_norms_that_are_not_computed() -> None:
-    assert NativePath.unsupported(tiny("cohere", use_qk_norm=True), None) == "blocks with self_attn.q_norm"
+def test_scales_that_are_not_computed() -> None:
     reason = "residuals that are scaled by nothing, or turned round"
     assert NativePath.unsupported(tiny("granite", residual_multiplier=0.0), None) == reason
     model = tiny("granite")
@@ -108,9 +96,17 @@ def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
     assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
 
 
-def test_a_configuration_that_a_program_does_not_compute() -> None:
-    reason = "use_parallel_residual false"
-    assert NativePath.unsupported(tiny("gpt_neox", use_parallel_residual=False), None) == reason
+@pytest.mark.parametrize(
+    ("family", "more", "reason"),
+    [
+        ("persimmon", {"qk_layernorm": False}, "qk_layernorm false"),
+        ("falcon", {"alibi": True}, "alibi true"),
+        ("falcon-new", {"alibi": True}, "new_decoder_architecture true"),
+    ],
+)
+def test_a_configuration_that_no_program_computes(family: str, more: dict[str, bool], reason: str) -> None:
+    """Of several programs the first one says why."""
+    assert NativePath.unsupported(tiny(family, **more), None) == reason
 
 
 def test_scaled_embeddings_that_a_program_does_not_scale() -> None:

@@ -45,8 +45,8 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return reason
     if any(isinstance(module, GateFirstMLP) for module in model.modules()):
         return "MLPs that decode gate first"
-    for key in (step.activation for step in program.products if step.activation is not None):
-        if (activation := getattr(config, key, None)) not in _ACTIVATIONS:
+    for activation in (step.activation_in(config) for step in program.products if step.activation is not None):
+        if activation not in _ACTIVATIONS:
             return f"activation {activation}"
     return unsupported_rope(config)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import (
@@ -13,12 +14,15 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
+    embedding_norm,
     joined_bias,
     module_at,
     program_of,
+    rotary_module,
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
+from teal_cli.decode.positions import alibi_bias
 from teal_cli.models.programs import Program
 from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
@@ -38,6 +42,7 @@ _ACTIVATIONS = {
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
     "drelu": native.Activation.DRELU,
+    "xielu": native.Activation.XIELU,
 }
 _HEAD_NORMS = {
     "heads": native.HeadNorms.HEADS_FIRST,
@@ -54,7 +59,7 @@ _EPILOGUES = {
 
 def unknown_activation(config: Any, program: Program) -> str | None:
     """An activation of a program that the library does not have; None where it has all."""
-    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
+    names = [step.activation_in(config) for step in program.products if step.activation is not None]
     return next((str(name) for name in names if name not in _ACTIVATIONS), None)
 
 
@@ -69,7 +74,8 @@ class NativeProgram:
     """
 
     def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
-        self._sparse = sparse
+        self._model, self._sparse = model, sparse
+        self._biases: dict[tuple[int, int, float], Tensor | None] = {}
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
         self._beta = _growth(model) if program.growing_queries else None
@@ -85,20 +91,28 @@ class NativeProgram:
             if isinstance(step, Norm):
                 self._steps.append(self._norm_of(step))
             elif isinstance(step, Attention):
-                self._note_copies((step.q_norm, None), (step.k_norm, None))
+                for norm in (*step.q_norms, *step.k_norms):
+                    self._note_copies((norm.weight, None), (norm.bias, None))
+                self._note_copies((step.sinks, None))
                 self._steps.append((step, outputs))
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
-        if (rotary := program.rotary) is not None:
-            self._note_copies(*((buffer, None) for buffer in module_at(model, rotary).buffers()))
+        if program.rotary is not None:
+            rotary = rotary_module(model, program.rotary)
+            buffers = [rotary] if isinstance(rotary, Tensor) else rotary.buffers()
+            self._note_copies(*((buffer, None) for buffer in buffers))
         self._norm = self._norm_of(last_norm)
+        first_norm = embedding_norm(model)
+        self._embedding_norm = None if first_norm is None else self._norm_of(first_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
         self._positions, self._offset = _learned_positions(model)
 
     def on(
-        self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+        self,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
     ) -> native.Program:
         """The program of the rows of a cache.
 
@@ -116,6 +130,7 @@ class NativeProgram:
             embedding=self._embedding,
             output=self._output,
             norm=self._norm,
+            embedding_norm=self._embedding_norm,
             position_embedding=self._positions,
             position_offset=self._offset,
             embedding_scale=self._scales.embedding / self._scales.residual,
@@ -134,28 +149,43 @@ class NativeProgram:
     ) -> native.Attention:
         """Attention over one layer of the cache; `outputs` are those of the product before it."""
         kv_heads, positions, dim = values.shape[1:]
-        growth = norms = None
-        if step.q_norm is not None and step.k_norm is not None:
-            one = float(step.plus_one)
-            norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
+        heads = outputs // dim - 2 * kv_heads
+        growth = norms = biases = None
+        centred = False
+        if step.q_norms and step.k_norms:
+            norms, centred = (_joined(step.q_norms), _joined(step.k_norms)), step.q_norms[0].centred
+            if step.q_norms[0].bias is not None:
+                biases = (_joined(step.q_norms, bias=True), _joined(step.k_norms, bias=True))
         if self._beta is not None:
             beta, every = self._beta
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
         return native.attention_of(
             keys,
             values,
-            heads=outputs // dim - 2 * kv_heads,
+            heads=heads,
             scale=step.scale,
             rotary=rotary.get(step.angles) if step.rotates else None,
             head_norms=norms,
+            head_biases=biases,
+            norm_kind=native.NormKind.LAYER_NORM if centred else native.NormKind.RMS_NORM,
             eps=step.eps,
             window=step.window,
             cap=step.cap,
             query_scale=growth,
-            neighbours=self._pairs != "halves",
+            neighbours=self._pairs.startswith("neighbours"),
             norms=_HEAD_NORMS[step.norms_of],
             grouped=step.grouped,
+            clip=step.clip,
+            bias=self._alibi(heads, positions, step.scale),
+            sinks=step.sinks,
         )
+
+    def _alibi(self, heads: int, positions: int, scale: float) -> Tensor | None:
+        """What ALiBi adds to scores, one table for all blocks that are alike."""
+        key = heads, positions, scale
+        if key not in self._biases:
+            self._biases[key] = alibi_bias(self._model, positions, heads, scale)
+        return self._biases[key]
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
         """Of tensors, and where the library reads their values."""
@@ -186,10 +216,29 @@ class NativeProgram:
             parts = [self._part(layers) for layers in self._together(product)]
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
-        norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
-        made = native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        norm, input_norm = (
+            None if own is None else self._norm_of(own, 1.0) for own in (product.norm, product.input_norm)
+        )
+        made = native.product_of(
+            parts,
+            epilogue,
+            activation=activation,
+            activation_threshold=threshold,
+            curve=self._curve(product.activation_module),
+            norm=norm,
+            input_norm=input_norm,
+        )
         made.aside = product.aside
         return made
+
+    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
+        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
+        if xielu is None:
+            return ()
+        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
+        self._note_copies((positive, None), (negative, None), (linear, None))
+        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
+        return float(rise), float(fall), float(linear)
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
@@ -245,6 +294,13 @@ class NativeProgram:
                 )
             )
         return parts
+
+
+def _joined(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
+    """Weights or biases of norms of heads: (dim,) of one for all heads, (heads * dim,) of each head's own."""
+    tables = [norm.bias if bias else norm.weight for norm in norms]
+    joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
+    return joined if bias else joined + float(norms[0].plus_one)
 
 
 def _rule(layer: nn.Linear, sparse: bool) -> Any:

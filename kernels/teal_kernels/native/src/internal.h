@@ -43,6 +43,7 @@ typedef struct {
     float *queries; /* (query heads of a key head, then its key and its value, dim) */
     kept_list list;
     int64_t *kept; /* (counters,) */
+    float squares[TEAL_MAX_ROWS]; /* of `own`, of each row: others read it */
     float best_value[TEAL_MAX_ROWS];
     int64_t best[TEAL_MAX_ROWS];
     int32_t own_first, own_last; /* the inputs of the next residual product that are in `own` */
