@@ -106,6 +106,13 @@ FAMILIES = {
     "cwm": {"model_type": "cwm", **_TINY, "head_dim": 16, "sliding_window": 16, "rope_parameters": _ROPE},
     "ministral": {"model_type": "ministral", **_TINY, "head_dim": 16, "sliding_window": 16},
     "vaultgemma": {"model_type": "vaultgemma", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "granite_swa": {
+        "model_type": "granite_swa",
+        **_TINY,
+        **_SCALES,
+        "sliding_window": 16,
+        "layer_rope_theta": [100.0, 0],
+    },
     "hyperclovax": {"model_type": "hyperclovax", **_TINY, **_SCALES},
     "hyperclovax-plain": {"model_type": "hyperclovax", **_TINY, **_SCALES, "use_post_norm": False},
     "bitnet": {"model_type": "bitnet", **_TINY},
@@ -233,7 +240,18 @@ OTHERS = [
         "olmo-clip",
     ),
     *("olmo-clip", "internlm3", "iquestcoder", "cwm", "ministral", "vaultgemma", "hyperclovax", "hyperclovax-plain"),
-    *("bitnet", "nanochat", "persimmon", "apertus", "gptj", "gpt_bigcode", "gpt_bigcode-heads", "gpt_neo", "biogpt"),
+    *(
+        "granite_swa",
+        "bitnet",
+        "nanochat",
+        "persimmon",
+        "apertus",
+        "gptj",
+        "gpt_bigcode",
+        "gpt_bigcode-heads",
+        "gpt_neo",
+        "biogpt",
+    ),
     *("falcon", "falcon-bias", "falcon-new", "falcon-2", "bloom", "mpt", "mpt-clip"),
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have

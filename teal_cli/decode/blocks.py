@@ -125,7 +125,7 @@ class Attention:
     """Whether each key head's queries, key and value lie side by side."""
     plus_one: bool = False
     """Whether those norms multiply by 1 + weight."""
-    angles: str | None = None
+    angles: str | float | None = None
     """Which of the rotary module's kinds of angles are its own; None where there is one kind."""
     cap: float = 0.0
     """Soft cap of scores; 0 for none."""
@@ -297,6 +297,10 @@ def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
         window = config.window_size
     if step.window == "sliding" and window is not None and not attention.is_sliding:
         window, rotates = None, False
+    angles = _named(step.angles, attention)
+    if angles is None and step.angles is not None:
+        angles = getattr(config, step.angles)[attention.layer_idx]
+        rotates = rotates and angles != 0
     return Attention(
         scale=_scale(attention) if step.scaled else 1.0,
         window=int(window or 0),
@@ -308,7 +312,7 @@ def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
         norms_of=step.norms_of,
         grouped=step.grouped,
         plus_one=program.norms.endswith("plus_one"),
-        angles=None if step.angles is None else getattr(attention, step.angles),
+        angles=angles,
         cap=float(_named(step.cap, attention) or 0.0),
         rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
         clip=float(_named(step.clip, attention, config) or 0.0),
@@ -340,7 +344,7 @@ def _head_norms(attention: nn.Module, name: str | None, program: Program, model:
 
 @torch.no_grad()
 def rotary_tables(
-    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | None = None
+    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | float | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
 
@@ -355,7 +359,9 @@ def rotary_tables(
 
 
 @torch.no_grad()
-def rotary_at(model: Any, at: Tensor, dtype: torch.dtype, kind: str | None = None) -> tuple[Tensor, Tensor] | None:
+def rotary_at(
+    model: Any, at: Tensor, dtype: torch.dtype, kind: str | float | None = None
+) -> tuple[Tensor, Tensor] | None:
     """cos and sin of a pass over these positions, (n,): (n, rotated size) each; None without a rotary embedding."""
     program = program_of(model)
     if program.rotary is None:
@@ -364,6 +370,9 @@ def rotary_at(model: Any, at: Tensor, dtype: torch.dtype, kind: str | None = Non
     if isinstance(module, Tensor):
         sin, cos = (table.repeat(1, 2) for table in module[at.clamp(max=len(module) - 1)].to(dtype).chunk(2, dim=1))
         return cos, sin
+    if isinstance(module, nn.ModuleList):  # one of each base
+        bases = [cast(Any, own).config.rope_parameters["rope_theta"] for own in module]
+        module, kind = module[bases.index(kind)], None
     kinds = () if kind is None else (kind,)
     cos, sin = (table[0] for table in module(torch.empty(0, dtype=dtype, device=at.device), at[None], *kinds))
     return cos, -sin if program.pairs == "halves_backwards" else sin

@@ -86,7 +86,8 @@ class AttentionStep(_Step):
     norms_of: Literal["heads", "rotated_heads", "all_heads"] = "heads"
     """What these normalise: each head, before or after the rotary embedding, or all heads at once, before it."""
     angles: str | None = None
-    """Attribute of the module that names its angles, where the rotary module has several kinds."""
+    """Where the rotary module has several kinds: attribute of the module that names its own; or, where there is a list
+    of modules with different bases, key of the configuration that has each layer's base, 0 for none (granite_swa)."""
     cap: str | None = None
     """Attribute of the module that is the soft cap of scores, where it is not None."""
     rotates: str | None = None

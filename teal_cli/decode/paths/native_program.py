@@ -112,7 +112,7 @@ class NativeProgram:
     def on(
         self,
         caches: Sequence[tuple[Tensor, Tensor]],
-        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
+        rotary: Mapping[str | float | None, tuple[Tensor, Tensor]],
     ) -> native.Program:
         """The program of the rows of a cache.
 
@@ -145,7 +145,7 @@ class NativeProgram:
         outputs: int,
         keys: Tensor,
         values: Tensor,
-        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
+        rotary: Mapping[str | float | None, tuple[Tensor, Tensor]],
     ) -> native.Attention:
         """Attention over one layer of the cache; `outputs` are those of the product before it."""
         kv_heads, positions, dim = values.shape[1:]

@@ -136,7 +136,7 @@ class _Angles:
         self._model, self._positions, self._from = model, positions, long_rope_from(model)
         self._dynamic, self._first = has_dynamic_rope(model), first
         self._is_long = False
-        kinds = {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}
+        kinds = {step.angles for steps in blocks for step in steps if isinstance(step, Attention) and step.rotates}
         made = {kind: self._made(kind) for kind in kinds}
         self.tables = {kind: (tables[0], tables[1]) for kind, tables in made.items() if tables}
 
@@ -155,7 +155,7 @@ class _Angles:
             for own, new in zip(tables, self._made(kind), strict=True):
                 own.copy_(new)
 
-    def _made(self, kind: str | None) -> tuple[Tensor, ...]:
+    def _made(self, kind: str | float | None) -> tuple[Tensor, ...]:
         if not self._dynamic:
             return self._paired(rotary_tables(self._model, self._positions, torch.float32, self._last(), kind))
         like = self._paired(rotary_at(self._model, self._first, torch.float32, kind))
