@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
+from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -206,6 +207,40 @@ def scales_of(model: Any, program: Program) -> Scales:
     )
 
 
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "fatrelu": "fatrelu",
+    "drelu": "drelu",
+    "xielu": "xielu",
+}
+"""Activations as configurations name them, and as both paths do."""
+
+
+def unknown_activation(config: Any, program: Program) -> str | None:
+    """An activation of a program that no path has; None where they have all."""
+    names = [step.activation_in(config) for step in program.products if step.activation is not None]
+    return next((str(name) for name in names if name not in ACTIVATIONS), None)
+
+
+def activation_of(product: Product) -> tuple[str | None, float]:
+    """What a gated or activated product does, and the threshold of that; None of others."""
+    if product.activation is None:
+        return None, 0.0
+    zeroing = product.gate_first.activation if product.gate_first else None
+    if zeroing is None and product.owner is not None:
+        zeroing = zeroing_activation(product.owner)
+    if zeroing is not None:
+        return zeroing.kind, zeroing.threshold
+    return ACTIVATIONS[product.activation], 0.0
+
+
 def module_at(parent: nn.Module, path: str) -> Any:
     """A module that a program names.
 
@@ -340,56 +375,3 @@ def _head_norms(attention: nn.Module, name: str | None, program: Program, model:
     like = model.get_input_embeddings().weight
     of_heads = getattr(found, "norms", None) or [found]
     return tuple(norm_of(norm, program.norms, like, getattr(attention, "head_dim", 0)) for norm in of_heads)
-
-
-@torch.no_grad()
-def rotary_tables(
-    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | float | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
-
-    None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
-    depends; of the positions behind it nothing is said. `kind`: of angles, where the module has several.
-    """
-    at = torch.arange(positions, device=next(model.parameters()).device)
-    if last is not None:
-        at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
-    found = rotary_at(model, at, dtype, kind)
-    return None if found is None else (found[0][:positions].contiguous(), found[1][:positions].contiguous())
-
-
-@torch.no_grad()
-def rotary_at(
-    model: Any, at: Tensor, dtype: torch.dtype, kind: str | float | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of a pass over these positions, (n,): (n, rotated size) each; None without a rotary embedding."""
-    program = program_of(model)
-    if program.rotary is None:
-        return None
-    module = rotary_module(model, program.rotary)
-    if isinstance(module, Tensor):
-        sin, cos = (table.repeat(1, 2) for table in module[at.clamp(max=len(module) - 1)].to(dtype).chunk(2, dim=1))
-        return cos, sin
-    if isinstance(module, nn.ModuleList):  # one of each base
-        bases = [cast(Any, own).config.rope_parameters["rope_theta"] for own in module]
-        module, kind = module[bases.index(kind)], None
-    kinds = () if kind is None else (kind,)
-    cos, sin = (table[0] for table in module(torch.empty(0, dtype=dtype, device=at.device), at[None], *kinds))
-    return cos, -sin if program.pairs == "halves_backwards" else sin
-
-
-def rotary_module(model: Any, path: str) -> Any:
-    """What a program names as its rotary embedding: a module, or the tensor of a table.
-
-    Raises:
-        ArtefactError: there is none.
-    """
-    parent, _, name = path.rpartition(".")
-    found = getattr(module_at(model, parent), name, None)
-    return found if isinstance(found, Tensor) else module_at(model, path)
-
-
-def long_rope_from(model: Any) -> int | None:
-    """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None

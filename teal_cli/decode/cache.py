@@ -44,12 +44,13 @@ class FixedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append states; what is written so far."""
-        keys, values = (states[:, :: self.copies] for states in (key_states, value_states))
+        if self.copies > 1:
+            key_states, value_states = key_states[:, :: self.copies], value_states[:, :: self.copies]
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        start, self.length = self.length, self.length + keys.shape[-2]
-        self._write(start, keys, values)
-        keys, values = self._written(start, keys, values)
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self._write(start, key_states, value_states)
+        keys, values = self._written(start, key_states, value_states)
         if self.copies == 1:
             return keys, values
         return keys.repeat_interleave(self.copies, dim=1), values.repeat_interleave(self.copies, dim=1)

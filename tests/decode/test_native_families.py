@@ -4,20 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, build_model
+from conftest import FAMILIES
 from fused_pair import error_of, random_tokens
 from native_models import LIMIT, NO_LIBRARY, OTHERS, check_steps, sparse, tiny
 from transformers import DynamicCache
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom_alibi
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused
 from teal_cli.decode.paths.native import NativePath
+from teal_cli.decode.positions import alibi_bias
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Architecture, architecture_of
+from teal_cli.models.architectures import architecture_of
 from teal_kernels.native.structures import Weight, halves_of, weight_of
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
-FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def _long(positions: int) -> Any:
@@ -49,18 +51,6 @@ def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
         assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bert"}))
-def test_the_fused_path_takes_what_a_gpu_has_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model(family)
-    model_type = str(FAMILIES[family]["model_type"])
-    reason = fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto")
-    assert (reason is None) == (model_type in FUSED)
-    row = architecture_of(model_type)
-    if row.program is not None and not row.program.fused:
-        assert reason == f"model type {model_type}"
-        assert {row.epilogue_of(site) for site in row.sites} == {"plain"}
-
-
 def test_scales_that_are_not_computed() -> None:
     reason = "residuals that are scaled by nothing, or turned round"
     assert NativePath.unsupported(tiny("granite", residual_multiplier=0.0), None) == reason
@@ -74,26 +64,50 @@ def test_scales_that_are_not_computed() -> None:
         NativePath.unsupported(model, None)
 
 
-@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_of"])
-def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
-    """In a row of a user's own, which does not say `fused: false`."""
-    model = build_model("llama")
-    row = architecture_of("llama").model_dump(mode="json")
-    program, block = row["program"], row["program"]["block"]
-    if key in ("pairs", "logits_cap"):
-        program[key] = "neighbours"
-    elif key == "parallel":
-        block.pop(4)
-        block[4]["parallel"] = True
-    elif key == "added_norm":
-        block[3]["added_norm"] = "input_layernorm"
-    elif key == "no norm":
-        block[0]["norm"] = None
-    else:
-        block[2]["norms_of"] = "rotated_heads"
-    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") is None
-    model.teal_architecture = Architecture.model_validate(row)
-    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[20], [30], [20, 18], [5, 20]], ids=str)
+@pytest.mark.parametrize("earlier", [0, 50])
+def test_dynamic_rope_depends_on_the_longest_row(lengths: list[int], earlier: int) -> None:
+    """As transformers' forward of the same rows, after the same text of so many tokens before."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+    models = [tiny("llama", max_position_embeddings=22, rope_parameters=rope) for _ in range(2)]
+    plain, most, known = models[1].double(), max(lengths), DynamicCache()
+    engine = Engine(models[0], path="native")
+    if earlier:
+        for model in models:
+            model(input_ids=random_tokens(1, earlier))
+    prompt, tokens = random_tokens(len(lengths), most), random_tokens(len(lengths), 5, seed=1)
+    cache = engine.new_cache(most + 5)
+    engine.prefill(prompt, cache, torch.tensor(lengths))
+    mask = torch.zeros(len(lengths), most + 5, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    plain(input_ids=prompt, past_key_values=known)
+    for step, token in enumerate(tokens.split(1, dim=1)):
+        at = torch.tensor(lengths)[:, None] + step
+        mask[:, most + step] = 1
+        expected = plain(
+            input_ids=token, past_key_values=known, position_ids=at, attention_mask=mask[:, : most + step + 1]
+        ).logits[:, -1]
+        assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 4, 6, 12])
+def test_alibi_is_that_of_transformers(heads: int, dtype: torch.dtype) -> None:
+    """Beyond 256 positions too, which bfloat16 does not tell apart, and of heads that are no power of two."""
+    for family, build in (("bloom", bloom_alibi), ("falcon-bias", falcon_alibi), ("mpt", None)):
+        model = tiny(family).to(dtype)
+        found = alibi_bias(model, 700, heads, 0.25)
+        assert found is not None
+        if build is None:
+            expected = build_mpt_alibi_tensor(heads, 700)[:, 0]
+            found = found - found[:, -1:]
+        else:
+            expected = build(torch.ones(1, 700, dtype=torch.int64), heads, dtype)[:, 0].float()
+        expected = expected * 0.25 if family == "falcon-bias" else expected
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ The weights of each product lie in one table (`teal_cli.sparse.merged`). What a 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from teal_cli.decode.blocks import Product, rotary_tables
+from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
+from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_session import FusedSession
+from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import Program
+from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
@@ -26,17 +27,15 @@ from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
-_ACTIVATIONS = ("silu", "swish")
-_KEYS = {"rotary", "block", "norm"}
-_STEP_KEYS = {"norm", "product", "epilogue", "activation", "summed", "attention", "q_norm", "k_norm", "window"}
-"""Of a program and its steps, as far as there are kernels for them; `norm` of a norm step."""
+_STEP_KEYS = ("clip", "sinks", "input_norm", "activation_module")
+"""Of steps, as far as there are no kernels for them."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
-    config, program = model.config, known_program(model)
-    if program is None or not _launches(program):
-        return f"model type {config.model_type}"
+    config, program = model.config.get_text_config(), known_program(model)
+    if program is None or not program.fused:
+        return f"model type {model.config.model_type}"
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
@@ -45,19 +44,22 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return reason
     if any(isinstance(module, GateFirstMLP) for module in model.modules()):
         return "MLPs that decode gate first"
-    for activation in (step.activation_in(config) for step in program.products if step.activation is not None):
-        if activation not in _ACTIVATIONS:
-            return f"activation {activation}"
-    return unsupported_rope(config)
+    if (activation := unknown_activation(config, program)) is not None:
+        return f"activation {activation}"
+    if (key := _not_launched(program)) is not None:
+        return f"blocks with {key}"
+    return unsupported_rope(config, ("longrope",)) or departure(model, program)
 
 
-def _launches(program: Program) -> bool:
-    """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
-    if any(step.epilogue == "activated" for step in program.products):
-        return False
-    steps = [step.model_dump(exclude_defaults=True) for step in program.block]
-    known = all(step.keys() <= _STEP_KEYS and None not in step.values() for step in steps)
-    return known and program.rotary is not None and program.model_dump(exclude_defaults=True).keys() <= _KEYS
+def _not_launched(program: Program) -> str | None:
+    """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
+    if program.pairs == "halves_backwards":
+        return program.pairs
+    for step in program.block:
+        if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
+            return "layer norms of heads"
+    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.block))
+    return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
 
 
 class FusedPath(ProgramPath):
@@ -71,6 +73,7 @@ class FusedPath(ProgramPath):
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         super().__init__(model, control)
         self.dtype: torch.dtype = model.dtype
+        self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
 
     @classmethod
@@ -86,7 +89,8 @@ class FusedPath(ProgramPath):
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
         if not all(layer.merged.one_table or layer.is_output for layer in layers):
             return "projections that are not side by side"
-        return None
+        products = (step for block in block_steps(model) for step in block if isinstance(step, Product))
+        return next((reason for product in products if (reason := cannot_launch(product)) is not None), None)
 
     def output(self) -> Product | None:
         """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""
@@ -98,7 +102,7 @@ class FusedPath(ProgramPath):
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""
-        return FixedCache(self.attentions, length)
+        return FixedCache(self.attentions, length, copies=self.copies)
 
     def open(self, cache: FixedCache) -> FusedSession:
         """As `Path.open`: at most `MAX_ROWS` rows, and the tuning table may be damaged."""
@@ -109,10 +113,3 @@ class FusedPath(ProgramPath):
             return FusedSession(self, cache, rows)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error
-
-    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position: (positions, head size) each."""
-        tables = rotary_tables(self.model, positions, self.dtype)
-        if tables is None:
-            raise TypeError("the fused path has kernels for rotary embeddings only")
-        return tables

@@ -14,17 +14,14 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
+    activation_of,
     embedding_norm,
     joined_bias,
-    module_at,
     program_of,
-    rotary_module,
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
-from teal_cli.decode.positions import alibi_bias
-from teal_cli.models.programs import Program
-from teal_cli.models.trained_sparse import zeroing_activation
+from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
@@ -32,12 +29,10 @@ from teal_kernels.native import structures as native
 from teal_kernels.packing import Packed
 
 _ACTIVATIONS = {
+    None: native.Activation.SILU,
     "silu": native.Activation.SILU,
-    "swish": native.Activation.SILU,
     "gelu": native.Activation.GELU,
-    "gelu_new": native.Activation.GELU_TANH,
-    "gelu_fast": native.Activation.GELU_TANH,
-    "gelu_pytorch_tanh": native.Activation.GELU_TANH,
+    "gelu_tanh": native.Activation.GELU_TANH,
     "relu": native.Activation.RELU,
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
@@ -57,12 +52,6 @@ _EPILOGUES = {
 }
 
 
-def unknown_activation(config: Any, program: Program) -> str | None:
-    """An activation of a program that the library does not have; None where it has all."""
-    names = [step.activation_in(config) for step in program.products if step.activation is not None]
-    return next((str(name) for name in names if name not in _ACTIVATIONS), None)
-
-
 class NativeProgram:
     """What the library computes for a token of a model, under the plan that the model has now.
 
@@ -78,7 +67,7 @@ class NativeProgram:
         self._biases: dict[tuple[int, int, float], Tensor | None] = {}
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
-        self._beta = _growth(model) if program.growing_queries else None
+        self._growth = growth_of(model)
         self.counted: list[Counted] = []
         """Projections that are planned."""
         self.counters = 0
@@ -107,7 +96,9 @@ class NativeProgram:
         self._embedding_norm = None if first_norm is None else self._norm_of(first_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
-        self._positions, self._offset = _learned_positions(model)
+        learned = learned_positions(model)
+        self._positions = None if learned is None else native.weight_of(learned[0])
+        self._offset = 0 if learned is None else learned[1]
 
     def on(
         self,
@@ -156,8 +147,8 @@ class NativeProgram:
             norms, centred = (_joined(step.q_norms), _joined(step.k_norms)), step.q_norms[0].centred
             if step.q_norms[0].bias is not None:
                 biases = (_joined(step.q_norms, bias=True), _joined(step.k_norms, bias=True))
-        if self._beta is not None:
-            beta, every = self._beta
+        if self._growth is not None:
+            beta, every = self._growth
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
         return native.attention_of(
             keys,
@@ -207,7 +198,7 @@ class NativeProgram:
         return made
 
     def _product(self, product: Product) -> native.Product:
-        activation, threshold = _activation(product)
+        activation, threshold = activation_of(product)
         gate_first = product.gate_first
         if gate_first is not None and self._sparse:
             epilogue, parts = native.Epilogue.GATE_FIRST, self._gate_first(gate_first)
@@ -222,7 +213,7 @@ class NativeProgram:
         made = native.product_of(
             parts,
             epilogue,
-            activation=activation,
+            activation=_ACTIVATIONS[activation],
             activation_threshold=threshold,
             curve=self._curve(product.activation_module),
             norm=norm,
@@ -322,30 +313,3 @@ def _weights(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
         return replace(table, parts=(sum(table.parts),))
     # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
     return first.weight.detach() if table is None else table.t()
-
-
-def _activation(product: Product) -> tuple[native.Activation, float]:
-    """How a gated or activated product does it, and the threshold of that."""
-    if product.activation is None:
-        return native.Activation.SILU, 0.0
-    zeroing = product.gate_first.activation if product.gate_first else None
-    if zeroing is None and product.owner is not None:
-        zeroing = zeroing_activation(product.owner)
-    if zeroing is not None:
-        return _ACTIVATIONS[zeroing.kind], zeroing.threshold
-    return _ACTIVATIONS[product.activation], 0.0
-
-
-def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
-    """The embedding of positions, and the row of the first one, which in OPT is not 0."""
-    path = program_of(model).positions
-    if path is None:
-        return None, 0
-    module = module_at(model, path)
-    return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
-
-
-def _growth(model: Any) -> tuple[float, int]:
-    """By how much queries grow with their positions, and in steps of how many."""
-    rope = model.config.get_text_config().rope_parameters
-    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])

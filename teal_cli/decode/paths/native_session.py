@@ -5,19 +5,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import (
-    Attention,
-    BlockStep,
-    Norm,
-    long_rope_from,
-    program_of,
-    rotary_at,
-    rotary_tables,
-)
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, program_of
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
-from teal_cli.decode.positions import has_dynamic_rope
+from teal_cli.decode.positions import has_dynamic_rope, long_rope_from, rotary_at, rotary_tables
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparsityControl
 from teal_kernels.native.library import Session, default_threads, shared_pool
