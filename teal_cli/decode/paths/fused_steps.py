@@ -13,19 +13,9 @@ import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import (
-    Attention,
-    BlockStep,
-    Norm,
-    Product,
-    Scales,
-    activation_of,
-    growth_of,
-    long_rope_from,
-    program_of,
-    rotary_tables,
-)
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, activation_of, program_of
 from teal_cli.decode.cache import FixedLayer
+from teal_cli.decode.positions import growth_of, long_rope_from, rotary_tables
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_kernels.gate_first import rounded_threshold
@@ -172,7 +162,7 @@ def cannot_launch(product: Product) -> str | None:
 class Angles:
     """The tables of a rotary embedding: of each kind (positions, R) twice; with long rope (2, positions, R)."""
 
-    tables: dict[str | None, tuple[Tensor, Tensor]]
+    tables: dict[str | float | None, tuple[Tensor, Tensor]]
     long_from: int | None
 
     @classmethod
@@ -183,8 +173,8 @@ class Angles:
         long_from = first_long if first_long is not None and positions > first_long else None
         if long_from is not None:
             lasts.append(positions - 1)
-        tables: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}:
+        tables: dict[str | float | None, tuple[Tensor, Tensor]] = {}
+        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention) and step.rotates}:
             made = [rotary_tables(model, positions, dtype, last, kind) for last in lasts]
             found = [pair for pair in made if pair is not None]
             if not found:
