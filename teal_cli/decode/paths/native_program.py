@@ -247,7 +247,7 @@ class NativeProgram:
         """Of each token `top_k` experts, all with the rule of their one layer."""
         (layer,) = product.sparse_layers
         layer.merged.lay_out_()
-        experts, outputs, inputs = layer.weight.shape
+        experts, outputs, inputs = layer.copies, layer.out_features, layer.in_features
         rule, counter = _rule(layer, self._sparse), None
         if not isinstance(rule, Dense):
             counter, self.counters = self.counters, self.counters + 1
@@ -255,11 +255,13 @@ class NativeProgram:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
         share = rule.expected_sparsity
         weight = weight_of_experts(
-            layer.weight.detach(),
+            layer.weight.detach() if layer.packed is None else layer.packed,
             threshold=rule.threshold,
             expected=ASSUMED_ZEROS if share is None else share,
             counter=-1 if counter is None else counter,
         )
+        if layer.packed is not None:
+            self._note_copies((layer.packed.scales, weight.scales), (layer.packed.zeros, weight.zeros))
         activation, threshold = activation_of(product)
         kind = _ACTIVATIONS[activation]
         return product_of_experts(

@@ -81,8 +81,8 @@ typedef struct {
     float activation_threshold;
     float curve[3]; /* of TEAL_XIELU: positive, negative, linear */
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
-    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's:
-     * `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
+    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's,
+     * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
      * are gate and up side by side, and a residual one, which adds the weighted sum of the chosen experts. */
     int32_t experts;
     /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
