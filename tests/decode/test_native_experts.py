@@ -36,6 +36,19 @@ def test_steps(
     check_decided_steps(sparse(tiny(family).to(dtype), plan), lengths)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    ("scheme", "lengths", "plan"),
+    [("int8", [20], "apart"), ("int4:32", [20, 9, 4], "alike"), ("int4:64", [7], "alike")],
+)
+def test_steps_of_quantised_weights(
+    family: str, scheme: str, lengths: list[int], plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_threads(monkeypatch, 2)
+    check_decided_steps(sparse(tiny(family), plan, scheme), lengths)
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_engine_takes_it(family: str) -> None:
     engine = Engine(sparse(tiny(family)))

@@ -88,8 +88,8 @@ def _one_behind_the_other(table: Tensor | Packed) -> Tensor | Packed:
         of_codes = table.words, table.scales, table.zeros
         if not all(tensor is None or tensor.is_contiguous() for tensor in of_codes):
             raise ValueError("codes, scales and zero points of experts must be contiguous")
-        words, scales, zeros = (None if tensor is None else tensor.flatten(0, 1) for tensor in of_codes)
-        return replace(table, words=words, scales=scales, zeros=zeros)
+        zeros = None if table.zeros is None else table.zeros.flatten(0, 1)
+        return replace(table, words=table.words.flatten(0, 1), scales=table.scales.flatten(0, 1), zeros=zeros)
     by_input = table.transpose(1, 2)
     if not by_input.is_contiguous():
         raise ValueError(f"experts with strides {table.stride()} are not input-major")

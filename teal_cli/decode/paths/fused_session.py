@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, Launch, StepBinder
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
@@ -88,8 +89,8 @@ class FusedSession(ProgramSession):
         return [
             Counted(
                 layer.name,
-                layer.in_features * layer.out_features,
-                layer.in_features,
+                getattr(layer, "weights_read", layer.in_features * layer.out_features),
+                layer.in_features * launch.times,
                 None if launch.config.dense else len(launch.kept) * index + part,
             )
             for index, launch in enumerate(self._planned())
