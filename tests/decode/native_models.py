@@ -125,7 +125,8 @@ class Exact:
                 keys = layer.keys[row : row + 1]
                 if isinstance(layer, NativeLayer):
                     keys = keys.transpose(-1, -2).flatten(2, 3)
-                own.update(*(states[:, :, :length].double() for states in (keys, layer.values[row : row + 1])))
+                states = (state[:, :, :length].double() for state in (keys, layer.values[row : row + 1]))
+                own.update(*(state.repeat_interleave(layer.copies, dim=1) for state in states))
             output = self.model(input_ids=token[row : row + 1], past_key_values=known, use_cache=True)
             logits.append(output.logits[:, -1])
         return torch.cat(logits)

@@ -12,7 +12,6 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths import fused_experts
 from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.decode.paths.fused_session import FusedSession
-from teal_cli.decode.paths.native import NativePath
 from teal_cli.models.architectures import architecture_of
 from teal_cli.sparse import control_of, sparsify_
 from teal_cli.sparse.experts import SparseExperts
@@ -64,7 +63,6 @@ def test_codes(family: str, scheme: str) -> None:
     sizes = {"intermediate_size": 112, "moe_intermediate_size": 48} if family != "granitemoe" else {}
     model = sparse(tiny(family, **sizes), scheme=scheme)
     check_steps(model, [12], 2, path="fused")
-    assert NativePath.unsupported(model, control_of(model)) == "quantised experts"
 
 
 def test_codes_that_end_inside_a_word() -> None:

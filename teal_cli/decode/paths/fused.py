@@ -23,12 +23,16 @@ from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
+
+_STEP_KEYS = ("clip", "sinks", "input_norm", "activation_module")
+"""Of steps, as far as there are no kernels for them."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
@@ -44,7 +48,20 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return reason
     if (activation := unknown_activation(config, program)) is not None:
         return f"activation {activation}"
+    if (key := _not_launched(program)) is not None:
+        return f"blocks with {key}"
     return unsupported_rope(config, ("longrope",)) or departure(model, program)
+
+
+def _not_launched(program: Program) -> str | None:
+    """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
+    if program.pairs == "halves_backwards":
+        return program.pairs
+    for step in program.block:
+        if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
+            return "layer norms of heads"
+    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.block))
+    return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
 
 
 class FusedPath(ProgramPath):
@@ -90,7 +107,7 @@ class FusedPath(ProgramPath):
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""
-        return FixedCache(self.attentions, length)
+        return FixedCache(self.attentions, length, copies=self.copies)
 
     def open(self, cache: FixedCache) -> FusedSession:
         """As `Path.open`: at most `MAX_ROWS` rows, and the tuning table may be damaged."""

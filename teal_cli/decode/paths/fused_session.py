@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import learned_positions
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.decode.positions import learned_positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 from teal_kernels.triton_gemv import Positions, Scratch
 

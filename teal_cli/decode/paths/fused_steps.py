@@ -12,20 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import (
-    Attention,
-    BlockStep,
-    Norm,
-    Product,
-    Scales,
-    growth_of,
-    program_of,
-)
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.positions import growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP

@@ -15,7 +15,6 @@ from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import MachineError
 from teal_cli.sparse import SparsityControl
-from teal_cli.sparse.quantised_experts import QuantisedExperts
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
 from teal_kernels.native.structures import DTYPES
@@ -35,7 +34,7 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     activation = unknown_activation(config, program)
-    reason = unsupported_rope(config, ("longrope",)) if activation is None else f"activation {activation}"
+    reason = unsupported_rope(config, ("longrope", "dynamic")) if activation is None else f"activation {activation}"
     reason = reason or departure(model, program)
     if reason is not None:
         return reason
@@ -58,8 +57,6 @@ class NativePath(ProgramPath):
         """As `Path.unsupported`."""
         if is_spread(model):
             return "weights on several devices"
-        if any(isinstance(module, QuantisedExperts) for module in model.modules()):
-            return "quantised experts"
         parameter = next(model.parameters())
         if parameter.device.type != "cpu":
             return f"weights on {parameter.device.type}"
@@ -67,7 +64,7 @@ class NativePath(ProgramPath):
 
     def new_cache(self, length: int) -> NativeCache:
         """An empty cache."""
-        return NativeCache(self.attentions, length)
+        return NativeCache(self.attentions, length, self.copies)
 
     def open(self, cache: NativeCache) -> NativeSession:
         """As `Path.open`, of any number of rows."""
