@@ -45,6 +45,21 @@ _T5 = {
     "pad_token_id": 1,
     "eos_token_id": 1,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.3,
+}
+_NEO = {
+    **{key: value for key, value in _TINY.items() if key not in ("num_hidden_layers", "num_attention_heads")},
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 16,
+}
+_MPT = {"vocab_size": VOCABULARY, "d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _GRANITE_EXPERTS = {
     "intermediate_size": 48,
@@ -90,6 +105,37 @@ FAMILIES = {
         },
     },
     "stablelm": {"model_type": "stablelm", **_TINY, "use_qkv_bias": True},
+    "stablelm-parallel": {"model_type": "stablelm", **_TINY, "use_parallel_residual": True},
+    "stablelm-norms": {"model_type": "stablelm", **_TINY, "qk_layernorm": True},
+    "stablelm-2-12b": {"model_type": "stablelm", **_TINY, "qk_layernorm": True, "use_parallel_residual": True},
+    "olmo": {"model_type": "olmo", **_TINY},
+    "olmo-clip": {"model_type": "olmo", **_TINY, "clip_qkv": 0.7},
+    "internlm3": {"model_type": "internlm3", **_TINY, "head_dim": 16},
+    "iquestcoder": {"model_type": "iquestcoder", **_TINY, "head_dim": 16},
+    "cwm": {"model_type": "cwm", **_TINY, "head_dim": 16, "sliding_window": 16, "rope_parameters": _ROPE},
+    "ministral": {"model_type": "ministral", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "vaultgemma": {"model_type": "vaultgemma", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "granite_swa": {
+        "model_type": "granite_swa",
+        **_TINY,
+        **_SCALES,
+        "sliding_window": 16,
+        "layer_rope_theta": [100.0, 0],
+    },
+    "hyperclovax": {"model_type": "hyperclovax", **_TINY, **_SCALES},
+    "hyperclovax-plain": {"model_type": "hyperclovax", **_TINY, **_SCALES, "use_post_norm": False},
+    "bitnet": {"model_type": "bitnet", **_TINY},
+    "nanochat": {"model_type": "nanochat", **_TINY, "final_logit_softcapping": 4.0},
+    "persimmon": {"model_type": "persimmon", **_TINY},
+    "apertus": {"model_type": "apertus", **_TINY, "rope_parameters": _ROPE},
+    "gptj": {"model_type": "gptj", **_TINY, "n_inner": 100, "rotary_dim": 8},
+    "gpt_bigcode": {"model_type": "gpt_bigcode", **_TINY, "n_inner": 100},
+    "gpt_bigcode-heads": {"model_type": "gpt_bigcode", **_TINY, "n_inner": 100, "multi_query": False},
+    "gpt_neo": {"model_type": "gpt_neo", **_NEO},
+    "biogpt": {"model_type": "biogpt", **_TINY},
+    "bloom": {"model_type": "bloom", **_TINY},
+    "mpt": {"model_type": "mpt", **_MPT},
+    "mpt-clip": {"model_type": "mpt", **_MPT, "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}},
     "seed_oss": {"model_type": "seed_oss", **_TINY, "head_dim": 16},
     "smollm3": {"model_type": "smollm3", **_TINY, "no_rope_layers": [1, 0]},
     "arcee": {"model_type": "arcee", **_TINY},
@@ -121,6 +167,7 @@ FAMILIES = {
     "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
     "phi": {"model_type": "phi", **_TINY},
     "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
+    "cohere-norms": {"model_type": "cohere", **_TINY, "logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {
         "model_type": "cohere2",
         **_TINY,
@@ -166,6 +213,13 @@ FAMILIES = {
         "alibi": True,
     },
     "falcon-new": {"model_type": "falcon", **_TINY, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-2": {
+        "model_type": "falcon",
+        **_TINY,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+    },
     "mixtral": {"model_type": "mixtral", **_TINY, "num_local_experts": 4},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
@@ -175,6 +229,12 @@ FAMILIES = {
         "num_experts": 5,
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
+    },
+    "turbosparsemixtral": {
+        "model_type": "turbosparsemixtral",
+        **_TINY,
+        "num_local_experts": 4,
+        "hidden_act": "relu",
     },
     "qwen2_moe": {
         "model_type": "qwen2_moe",
@@ -209,8 +269,33 @@ OTHERS = [
     *("phi3", "phi3-long", "seed_oss", "smollm3", "gemma", "stablelm", "arcee", "nemotron", "starcoder2"),
     *("granite", "ministral3", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "gemma2", "phi", "cohere"),
     *("gemma3_text", "cohere2", "exaone4", "exaone4-full", "olmo2", "olmo3", "jais2", "gemma3", "gpt_neox"),
+    *(
+        "gpt_neox-sequential",
+        "stablelm-parallel",
+        "stablelm-norms",
+        "stablelm-2-12b",
+        "cohere-norms",
+        "olmo",
+        "olmo-clip",
+    ),
+    *("olmo-clip", "internlm3", "iquestcoder", "cwm", "ministral", "vaultgemma", "hyperclovax", "hyperclovax-plain"),
+    *(
+        "granite_swa",
+        "bitnet",
+        "nanochat",
+        "persimmon",
+        "apertus",
+        "gptj",
+        "gpt_bigcode",
+        "gpt_bigcode-heads",
+        "gpt_neo",
+        "biogpt",
+    ),
+    *("falcon", "falcon-bias", "falcon-new", "falcon-2", "bloom", "mpt", "mpt-clip"),
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
-MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"]
+MIXTURES = [
+    *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
+]
 """Mixtures of experts that have a program."""

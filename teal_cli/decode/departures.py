@@ -12,9 +12,8 @@ from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Progr
 
 def departure(model: Any, program: Program) -> str | None:
     """In which way a model is another one than its program computes; None where it is the same."""
-    for key, value in program.requires.items():
-        if (found := getattr(model.config.get_text_config(), key, None)) is not value:
-            return f"{key} {str(found).lower()}"
+    if (reason := program.unmet(model.config.get_text_config())) is not None:
+        return reason
     embedding = model.get_input_embeddings()
     if embedding is None or embedding.weight.shape[1] != model.config.get_text_config().hidden_size:
         return "embeddings of another width than the hidden states"  # OPT's smallest
@@ -33,8 +32,8 @@ def _of_block(model: Any, block: nn.Module, program: Program) -> str | None:
     """A module that the program names and the block does not have, or one with weights that it does not name."""
     steps, modules = steps_of(program, block), dict(block.named_modules())
     for step in steps:
-        missing = next((path for path in _alone(step) if path not in modules), None)
-        if missing is not None:
+        alone = (path for path in _alone(step) if isinstance(modules.get(path), nn.Identity | None))
+        if (missing := next(alone, None)) is not None:
             return f"blocks without {missing}"
         if isinstance(step, AttentionStep) and not getattr(modules.get(step.attention), "is_causal", True):
             return "attention that is not causal"
@@ -43,10 +42,11 @@ def _of_block(model: Any, block: nn.Module, program: Program) -> str | None:
         if isinstance(step, ProductStep) and step.joined and _outputs(model, block, step) % 4:
             return f"an odd number of neurons in {step.product}"  # codes of 4 bits: up must begin at a byte
     named = set(_named(model, steps))
-    for path, module in modules.items():
-        parents = {path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."}
-        if any(True for _ in module.parameters(recurse=False)) and not parents & named:
-            return f"blocks with {path}"
+    for name, _ in block.named_parameters():
+        parents = {name[:end] for end in range(len(name) + 1) if end == len(name) or name[end] == "."}
+        if not parents & named:
+            module = name.rpartition(".")[0]
+            return f"blocks with {name if any(other.startswith(f'{module}.') for other in named) else module}"
     return None
 
 
@@ -56,17 +56,23 @@ def _named(model: Any, steps: list[Step]) -> Iterator[str]:
         yield from _alone(step)
         if isinstance(step, ProductStep):
             yield from _layers(model, step)
-        elif isinstance(step, AttentionStep):
-            yield from (f"{step.attention}.{norm}" for norm in (step.q_norm, step.k_norm) if norm is not None)
+            if step.activation_module is not None:
+                yield step.activation_module
+        elif isinstance(step, AttentionStep) and step.sinks is not None:
+            yield f"{step.attention}.{step.sinks}"
 
 
 def _alone(step: Step) -> list[str]:
-    """The modules of a step that are in no site and not inside attention: norms, routers and scales."""
+    """The modules of a step that are in no site: norms, routers and scales."""
     if isinstance(step, NormStep):
-        return [] if step.norm is None else [step.norm]
-    if isinstance(step, ProductStep):
-        return [path for path in (step.added_norm, step.scaled_by) if path is not None]
-    return [step.route] if isinstance(step, RouteStep) else []
+        found = [step.norm]
+    elif isinstance(step, ProductStep):
+        found = [step.input_norm, step.added_norm, step.scaled_by]
+    elif isinstance(step, RouteStep):
+        found = [step.route]
+    else:
+        found = [None if name is None else f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm)]
+    return [path for path in found if path is not None]
 
 
 def _layers(model: Any, step: ProductStep) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from teal_cli.decode.engine import expected_path
 from teal_cli.model_source import find_outline
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
+from teal_cli.models.forward import position_limit
 from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype, stored_dtype
 from teal_cli.reading import read_json
 from teal_cli.resources import teal_home
@@ -156,7 +157,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         "kind": None if row is None else row.kind,
         "parameters": parameters,
         "projection_parameters": parameters - rest,
-        "max_length": getattr(model.config, "max_position_embeddings", None),
+        "max_length": position_limit(model.config),
         "dtype": _name(dtype),
         "weights": weights,
         "runs_as": next((entry["weights"] for entry in order if entry["fits_on_device"] is not False), None),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.forward import position_limit
 from teal_cli.sparse import SparsityControl
 
 
@@ -127,8 +128,7 @@ class Path(ABC):
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 31
+        return position_limit(self.model.config) or 1 << 31
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Fail before the work where the model's context cannot hold it.

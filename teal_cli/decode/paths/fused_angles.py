@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import Attention, BlockStep, long_rope_from, program_of, rotary_tables
+from teal_cli.decode.blocks import Attention, BlockStep, program_of
+from teal_cli.decode.positions import long_rope_from, rotary_tables
 
 
 @dataclass(frozen=True)
 class Angles:
     """The tables of a rotary embedding: of each kind (positions, R) twice; with long rope (2, positions, R)."""
 
-    tables: dict[str | None, tuple[Tensor, Tensor]]
+    tables: dict[str | float | None, tuple[Tensor, Tensor]]
     long_from: int | None
 
     @classmethod
@@ -24,8 +25,8 @@ class Angles:
         long_from = first_long if first_long is not None and positions > first_long else None
         if long_from is not None:
             lasts.append(positions - 1)
-        tables: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}:
+        tables: dict[str | float | None, tuple[Tensor, Tensor]] = {}
+        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention) and step.rotates}:
             made = [rotary_tables(model, positions, dtype, last, kind) for last in lasts]
             found = [pair for pair in made if pair is not None]
             if not found:

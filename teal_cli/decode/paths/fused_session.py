@@ -6,11 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import learned_positions
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, Launch, StepBinder
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.decode.positions import learned_positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 from teal_kernels.triton_gemv import Positions, Scratch
 
@@ -105,8 +106,8 @@ def _counted(launch: Launch) -> list[Counted]:
     return [
         Counted(
             layer.name,
-            layer.in_features * layer.out_features,
-            layer.in_features,
+            getattr(layer, "weights_read", layer.in_features * layer.out_features),
+            layer.in_features * launch.times,
             None if launch.config.dense else part,
         )
         for part, layer in enumerate(launch.product.sparse_layers)

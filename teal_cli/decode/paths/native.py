@@ -34,7 +34,7 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     activation = unknown_activation(config, program)
-    reason = unsupported_rope(config, ("longrope",)) if activation is None else f"activation {activation}"
+    reason = unsupported_rope(config, ("longrope", "dynamic")) if activation is None else f"activation {activation}"
     reason = reason or departure(model, program)
     if reason is not None:
         return reason
@@ -64,7 +64,7 @@ class NativePath(ProgramPath):
 
     def new_cache(self, length: int) -> NativeCache:
         """An empty cache."""
-        return NativeCache(self.attentions, length)
+        return NativeCache(self.attentions, length, self.copies)
 
     def open(self, cache: NativeCache) -> NativeSession:
         """As `Path.open`, of any number of rows."""

@@ -12,7 +12,7 @@ from teal_cli.decode.blocks import Attention, block_steps, last_norm
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.base import LastTokens, Path
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.architectures import find_projections, program_for
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparsityControl, lay_out_, replace_projections_
 
@@ -22,7 +22,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on t
 def known_program(model: Any) -> Program | None:
     """The program of a model's architecture; None where it has none, or no row."""
     try:
-        return architecture_for(model).program
+        return program_for(model)
     except ArtefactError:
         return None
 
@@ -62,7 +62,16 @@ class ProgramPath(Path):
     @property
     def attentions(self) -> int:
         """Attention steps of all blocks: each has a layer of the cache."""
-        return sum(isinstance(step, Attention) for steps in self.blocks for step in steps)
+        return len(self._attentions)
+
+    @property
+    def copies(self) -> int:
+        """Of each key head, that the model's forward puts into a cache."""
+        return next((step.copies for step in self._attentions), 1)
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [step for steps in self.blocks for step in steps if isinstance(step, Attention)]
 
     def prefill(self, input_ids: Tensor, cache: FixedCache, lengths: list[int] | None) -> Tensor:
         """As `Path.prefill`, by transformers' forward. What follows a prompt cannot change what it is.
