@@ -5,6 +5,7 @@ transformers keeps the experts of a block as two three-dimensional parameters wi
 projections there as everywhere else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +80,11 @@ def rows_from(start: int, x: Tensor, args: tuple[Any, ...], shape: torch.Size | 
     return unflattened(x, shape)[:, start:].flatten(0, -2)
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """Whether hooks are to see what a layer is given, or gives."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+
+
 class StackedLinear(nn.Module):
     """The same projection of all experts: weight (experts, out, in)."""
 
@@ -86,6 +92,10 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.copies, self.out_features, self.in_features = weight.shape
         self.weight = weight
+
+    def is_plain_for(self, states: int) -> bool:
+        """Whether nobody but the product needs what this layer is given, in a pass of (batch * tokens) states."""
+        return not is_watched(self)
 
     def forward(self, x: Tensor, routed: Routed) -> Tensor:
         """(rows, in), sorted by expert -> (rows, out)."""
@@ -97,14 +107,48 @@ class StackedLinear(nn.Module):
         destination[prefix[:-1]] = self.weight if keep_vars else self.weight.detach()
 
 
+class _Stacks:
+    """What transformers' forward of experts reads of its module: the stacked weights as they are now, and their kind."""
+
+    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
+    _is_expert_parallel = False
+
+    def __init__(self, experts: "Experts") -> None:
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj.weight, experts.down_proj.weight
+        self.num_experts = experts.gate_up_proj.copies
+        self.act_fn = experts.act_fn
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden: Tensor = self.act_fn(gate) * up
+        return hidden
+
+
+def _can_be_grouped(weight: Tensor) -> bool:
+    """Whether torch's grouped product takes stacked weights (experts, out, in): transformers does not ask.
+
+    Rows of 16 bytes or a multiple, whichever way they lie, and a dtype that it knows.
+    """
+    aligned = not any(size * weight.element_size() % 16 for size in weight.shape[1:])
+    return aligned and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 class Experts(nn.Module):
-    """Experts of one block, with a module for each projection, computed as transformers does."""
+    """Experts of one block, with a module for each projection, computed as transformers does.
+
+    Where no projection skips inputs or is watched, it is transformers' own function that computes them (`grouped_mm`
+    where the model's configuration says nothing else), on the same weights: a few launches for all experts, and
+    nothing that waits for the device. A layer an expert cost a prompt and a dense step 10 to 60 times the time
+    (H200, shapes of Qwen3-MoE and Mixtral, issue 24).
+    """
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.gate_up_proj: nn.Module = StackedLinear(experts.gate_up_proj)  # type: ignore[arg-type]
         self.down_proj: nn.Module = StackedLinear(experts.down_proj)  # type: ignore[arg-type]
         self.act_fn: Any = experts.act_fn
+        self.config: Any = getattr(experts, "config", None)
+        """The model's, which names the function; None where transformers has one way only."""
         self.train(experts.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -116,6 +160,10 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(batch * tokens, hidden), with the experts of each row and their weights -> (batch * tokens, hidden)."""
+        together = self._together(len(hidden_states))
+        if together is not None:
+            output: Tensor = together(_Stacks(self), hidden_states, top_k_index, top_k_weights)
+            return output
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
         rows = order // top_k_index.shape[-1]
@@ -125,6 +173,18 @@ class Experts(nn.Module):
         output = self.down_proj(self.act_fn(gate) * up, routed)
         output = output * top_k_weights.flatten()[order, None]
         return torch.zeros_like(hidden_states).index_add_(0, rows, output.to(hidden_states.dtype))
+
+    def _together(self, states: int) -> Callable[..., Tensor] | None:
+        """transformers' function for all experts together; None where each projection must see its own rows."""
+        layers = self.gate_up_proj, self.down_proj
+        if self.config is None or not all(layer.is_plain_for(states) for layer in layers):  # type: ignore[operator]
+            return None
+        if not all(_can_be_grouped(layer.weight) for layer in layers):  # type: ignore[arg-type]
+            return None
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        found: Callable[..., Tensor] | None = ALL_EXPERTS_FUNCTIONS.get(self.config._experts_implementation, None)
+        return found
 
 
 def is_stacked(module: nn.Module) -> bool:
