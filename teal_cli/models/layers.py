@@ -108,7 +108,7 @@ class StackedLinear(nn.Module):
 
 
 class _Stacks:
-    """What transformers' forward of experts reads of its module: the stacked weights as they are now, and their kind."""
+    """What transformers' forward of experts reads of its module: the weights as they are now, and their kind."""
 
     has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
     _is_expert_parallel = False
