@@ -18,6 +18,8 @@ import torch
 from conftest import build_family, export_tiny, save_tiny
 from fused_pair import random_tokens
 from test_state import SHAPES, _build
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
@@ -28,6 +30,7 @@ from teal_cli.decode.compiling import CompiledSteps, Compiling, compiled_positio
 from teal_cli.decode.deadline import OutOfTimeError, can_stop, deadline
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.whole_cache import WholeWindowLayer
 from teal_cli.errors import MachineError
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityCounter, sparsify_
@@ -114,6 +117,32 @@ def test_states_that_are_no_keys_are_compiled_too(kind: str, traced: list[Any]) 
     model = _build(kind, **SHAPES[kind])
     assert _written(model, ALWAYS) == _written(model)
     assert len(traced) == 1
+
+
+def test_fixed_memory_keeps_all_positions_of_windows() -> None:
+    """What a GPU would get; the memory is taken with the first keys."""
+    for family, kinds in (("gemma3_text", {WholeWindowLayer, StaticLayer}), ("llama", {StaticLayer})):
+        engine = Engine(build_family(family), path="general")
+        engine.path.device = torch.device("cuda")
+        assert {type(layer) for layer in engine.new_cache(40).state.layers} <= kinds
+        assert engine.path.can_capture(engine.new_cache(40))
+        assert engine.new_cache(1 << 16).state.is_sliding == [family == "gemma3_text"] * 2
+    path = Engine(build_family("gemma3_text"), path="general").path
+    path.device = torch.device("cuda")
+    assert path.not_compiled_because(1 << 16) == "a window that rolls cannot be compiled"
+    assert "sees a window of 16 positions" in path.equal_lengths_because(path.new_cache(40))
+
+
+@torch.no_grad()
+def test_local_attention_of_gpt_neo_has_a_cache_that_grows() -> None:
+    """In a fixed one it would take the last keys that there are for the last that were written."""
+    shape = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+    path = Engine(_build("gpt_neo", **shape), path="general").path
+    path.device = torch.device("cuda")
+    assert isinstance(path.new_cache(40).state, DynamicCache)
+    path = Engine(_build("gpt_neo", **shape | {"attention_types": [[["global"], 2]]}), path="general").path
+    path.device = torch.device("cuda")
+    assert isinstance(path.new_cache(40).state, StaticCache)
 
 
 def test_code_is_made_once_for_rows_and_positions(made: list[Any]) -> None:
