@@ -9,6 +9,11 @@ EMPTY = tl.constexpr(launching.EMPTY)
 MINUS_INFINITY = tl.constexpr(0xFF800000)
 INTERPRETING = tl.constexpr(launching.interpreting())
 LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
+_SILU = tl.constexpr(launching.ACTIVATIONS["silu"])
+_GELU = tl.constexpr(launching.ACTIVATIONS["gelu"])
+_GELU_TANH = tl.constexpr(launching.ACTIVATIONS["gelu_tanh"])
+_RELU2 = tl.constexpr(launching.ACTIVATIONS["relu2"])
+_FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
 
 
 @triton.jit
@@ -37,9 +42,38 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, scale, weight, dtype: tl.constexpr):
-    """What an RMS norm makes of x, float32, rounded where transformers rounds."""
-    return rounded(rounded(x.to(tl.float32) * scale, dtype) * weight.to(tl.float32), dtype)
+def normalised(x, scale, weight, dtype: tl.constexpr, PLUS_ONE: tl.constexpr = False):
+    """What an RMS norm makes of x, float32, rounded where transformers rounds: Gemma's, of 1 + weight, once."""
+    weight = weight.to(tl.float32)
+    if PLUS_ONE:
+        normal = rounded(x.to(tl.float32) * scale * (1.0 + weight), dtype)
+    else:
+        normal = rounded(rounded(x.to(tl.float32) * scale, dtype) * weight, dtype)
+    return normal
+
+
+@triton.jit
+def tanh(x):
+    """Of float32. (`tl` has none that the interpreter knows.)"""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def activated(x, threshold, KIND: tl.constexpr):
+    """An activation of float32, by its number in `launching.ACTIVATIONS`; `threshold` is FATReLU's."""
+    if KIND == _SILU:
+        y = x * tl.sigmoid(x)
+    elif KIND == _GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == _GELU_TANH:
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif KIND == _FATRELU:
+        y = tl.where(x < threshold, 0.0, x)
+    else:
+        y = tl.where(x <= 0.0, 0.0, x)  # not `maximum`: NaN must show
+        if KIND == _RELU2:
+            y = y * y
+    return y
 
 
 @triton.jit

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels import launching
 from teal_kernels.jit_common import (
     LEAST_TILE,
+    activated,
     look,
     received,
     received_both,
@@ -21,6 +23,7 @@ from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
+DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
 
 
 @triton.jit
@@ -264,12 +267,20 @@ def gemv_kernel(
     if EPILOGUE.kind == GATED:
         if out.bias is not None:
             up += tl.load(out.bias + outs, mask=inside, other=0.0).to(tl.float32)
-        gate = y.to(tl.float32)
-        y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
+        gate = rounded(activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation), dtype)
+        up = rounded(up, dtype)
+        if EPILOGUE.activation == DRELU:
+            up = tl.where(up <= 0.0, 0.0, up)
+        y = (gate * up).to(dtype)
         tl.store(out.y + row * part_0 + at, y, mask=inside)
     else:
+        if EPILOGUE.kind == PLAIN and EPILOGUE.activation > 0:
+            y = activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation).to(dtype)
         if EPILOGUE.kind == RESIDUAL:
-            y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
+            added = y.to(tl.float32)
+            if EPILOGUE.scaled:
+                added = rounded(added * sizes.scale, dtype)
+            y = (residual.to(tl.float32) + added).to(dtype)
             square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
             each = tl.arange(0, BATCH)
             tl.store(

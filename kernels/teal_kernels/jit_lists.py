@@ -232,7 +232,7 @@ def take_inputs(
                 if INPUTS.head_size > 0:
                     value = rounded(value, dtype)
                 if INPUTS.norm:
-                    value = normalised(value, scales[row], of_norm[vector], dtype)
+                    value = normalised(value, scales[row], of_norm[vector], dtype, INPUTS.norm_plus_one)
                 if INPUTS.listed:
                     keep = _keeps(value, inside, threshold)
                     read |= keep  # one row of weights serves every row of x

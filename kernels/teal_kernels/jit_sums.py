@@ -277,7 +277,9 @@ def sum_rows(
                     value = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
                     if INPUTS.norm_in_tiles:
                         of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
-                        value = normalised(value, scales[:, None], of_norm[None, :], dtype).to(dtype)
+                        value = normalised(value, scales[:, None], of_norm[None, :], dtype, INPUTS.norm_plus_one).to(
+                            dtype
+                        )
                 if TILE.bits < 16:
                     seen += value.to(tl.float32)
                 values = (value,)

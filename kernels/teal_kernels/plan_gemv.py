@@ -34,7 +34,7 @@ _MAX_REDUCERS = 4
 """Of one block. More were no faster on an H100."""
 _GATHERED_REGISTERS = 32
 """The gathering of partial sums must not need more registers than the loop over weights does."""
-EPILOGUES = {"plain": 0, "residual": 1, "gated": 2}
+EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2}
 """What follows a product, by the number that the kernel knows it by."""
 
 
@@ -77,6 +77,10 @@ class ProductShape:
     epilogue: str = "plain"
     norm_squares: int = 0
     """Partial sums of squares that an RMS norm in front reads for each row; 0 without one."""
+    norm_plus_one: bool = False  # whether that norm multiplies by 1 + weight
+    activation: int = 0
+    """Of the epilogue: one of `launching.ACTIVATIONS`."""
+    scaled: bool = False  # what `residual` adds
     head_size: int = 0
     """Of the attention whose split-KV partials are the inputs; 0 where inputs are plain."""
     splits: int = 0
@@ -118,6 +122,8 @@ class InputConstants(NamedTuple):
     """Whether inputs are normalised as they are taken."""
     norm_in_tiles: bool
     """Whether they are normalised as tensor cores take tiles of them."""
+    norm_plus_one: bool
+    """As in `ProductShape`."""
     norm_squares: int
     """Partial sums of squares of a row, up to a power of two."""
     taken: bool
@@ -151,6 +157,8 @@ class EpilogueConstants(NamedTuple):
 
     kind: int
     """One of `EPILOGUES`."""
+    activation: int
+    scaled: bool  # both as in `ProductShape`
     even: bool
     """Whether every part is a multiple of `block_out`."""
     split: bool
@@ -358,6 +366,7 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
         listed=listed,
         norm=norm,
         norm_in_tiles=norm_in_tiles,
+        norm_plus_one=shape.norm_plus_one,
         norm_squares=power_of_two(shape.norm_squares),
         taken=listed or norm or shape.head_size > 0,
         several_groups=several,
@@ -381,6 +390,8 @@ def _epilogue_constants(shape: ProductShape, config: TileConfig, chunks: int, re
     registers = _GATHERED_REGISTERS // (2 if shape.epilogue == "gated" else 1)
     return EpilogueConstants(
         kind=EPILOGUES[shape.epilogue],
+        activation=shape.activation,
+        scaled=shape.scaled,
         even=all(part % config.block_out == 0 for part in shape.parts),
         split=chunks > 1,
         reducers=reducers,

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, device_facts, launch
+from teal_kernels.launching import ACTIVATIONS, EMPTY, TRITON_MISSING, device_facts, launch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
 from teal_kernels.plan_gemv import squares_of as planned_squares
@@ -43,6 +43,9 @@ __all__ = [
     "gemv",
     "squares_of",
 ]
+
+
+_DEFAULT_ACTIVATIONS = {"gated": "silu"}
 
 
 class Scratch:
@@ -76,6 +79,8 @@ class Norm:
     eps: float
     squares: Tensor
     """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x."""
+    plus_one: bool = False
+    """Whether it multiplies by 1 + weight, as Gemma's do."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,10 @@ class _Sizes(NamedTuple):
     """Of the norm."""
     window: int
     """Of the attention."""
+    threshold: float
+    """Of the activation."""
+    scale: float
+    """Of what `residual` adds."""
 
 
 def _shape_of(
@@ -199,6 +208,8 @@ def _shape_of(
     epilogue: str = "plain",
     norm: Norm | None = None,
     partials: AttentionPartials | None = None,
+    activation: str | None = None,
+    scale: float = 1.0,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -211,6 +222,9 @@ def _shape_of(
         row_stride=(table.words if isinstance(table, Packed) else table).stride(0),
         epilogue=epilogue,
         norm_squares=0 if norm is None else norm.squares.shape[1],
+        norm_plus_one=norm is not None and norm.plus_one,
+        activation=ACTIVATIONS[activation or _DEFAULT_ACTIVATIONS.get(epilogue, "none")],
+        scaled=scale != 1.0,
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
@@ -236,6 +250,9 @@ def gemv(
     bias: Tensor | None = None,
     norm: Norm | None = None,
     epilogue: str = "plain",
+    activation: str | None = None,
+    activation_threshold: float = 0.0,
+    scale: float = 1.0,
     squares: Tensor | None = None,
     counts: Tensor | None = None,
     pdl: bool = False,
@@ -254,7 +271,11 @@ def gemv(
         scratch: memory between programs, and the lists.
         bias: (out,) or None.
         norm: an RMS norm of x before all else.
-        epilogue: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
+        epilogue: `plain`; `activated`: y = activation(product); `residual`: y += scale * product; `gated`: y =
+            activation(first part) * second part.
+        activation: one of `ACTIVATIONS`; of `gated` SiLU by default.
+        activation_threshold: of FATReLU, as the dtype of y holds it.
+        scale: of what `residual` adds.
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
         counts: (parts,) int64: how many inputs were kept is added to it.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
@@ -274,7 +295,7 @@ def gemv(
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
-    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials)
+    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale)
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
     if epilogue == "residual" and (squares is None or squares.shape != (rows, plan.squares)):
         raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
@@ -308,6 +329,8 @@ def gemv(
             n_squares=max(1, shape.norm_squares),
             eps=0.0 if norm is None else norm.eps,
             window=0 if partials is None else partials.window,
+            threshold=activation_threshold,
+            scale=scale,
         ),
         ROWS=rows,
         TILE=plan.tile,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
+from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -187,6 +188,56 @@ def scales_of(model: Any, program: Program) -> Scales:
         logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
         logits_cap=number(program.logits_cap, 0.0),
     )
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "fatrelu": "fatrelu",
+    "drelu": "drelu",
+}
+"""Activations as configurations name them, and as both paths do."""
+
+
+def unknown_activation(config: Any, program: Program) -> str | None:
+    """An activation of a program that no path has; None where they have all."""
+    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
+    return next((str(name) for name in names if name not in ACTIVATIONS), None)
+
+
+def activation_of(product: Product) -> tuple[str | None, float]:
+    """What a gated or activated product does, and the threshold of that; None of others."""
+    if product.activation is None:
+        return None, 0.0
+    zeroing = product.gate_first.activation if product.gate_first else None
+    if zeroing is None and product.owner is not None:
+        zeroing = zeroing_activation(product.owner)
+    if zeroing is not None:
+        return zeroing.kind, zeroing.threshold
+    return ACTIVATIONS[product.activation], 0.0
+
+
+def learned_positions(model: Any) -> tuple[Tensor, int] | None:
+    """The embedding of positions, and the row of the first one, which in OPT is not 0; None where there is none."""
+    path = program_of(model).positions
+    if path is None:
+        return None
+    module = module_at(model, path)
+    return module.weight.detach(), int(getattr(module, "offset", 0))
+
+
+def growth_of(model: Any) -> tuple[float, int] | None:
+    """By how much queries grow with their positions, and in steps of how many; None where they do not."""
+    if not program_of(model).growing_queries:
+        return None
+    rope = model.config.get_text_config().rope_parameters
+    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
 
 
 def module_at(parent: nn.Module, path: str) -> Any:

@@ -58,8 +58,11 @@ class Architecture(BaseModel):
     def epilogue_of(self, site: str) -> str:
         """What follows the product of a site on the fused path, as `teal_kernels` names it."""
         steps = self.program.products if self.program is not None and self.program.fused else []
-        found = next((step.epilogue for step in steps if step.product == site), "plain")
-        return "plain" if found == "activated" else found  # which the fused path does not know
+        step = next((step for step in steps if step.product == site), None)
+        # Of these the epilogue is of no weight beside the product, or not of one launch with it.
+        if step is None or step.epilogue == "activated" or step.joined or step.added_norm is not None:
+            return "plain"
+        return step.epilogue
 
     @property
     def is_one_decoder(self) -> bool:

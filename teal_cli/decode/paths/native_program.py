@@ -13,14 +13,15 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
+    activation_of,
+    growth_of,
     joined_bias,
+    learned_positions,
     module_at,
     program_of,
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
-from teal_cli.models.programs import Program
-from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
@@ -28,12 +29,10 @@ from teal_kernels.native import structures as native
 from teal_kernels.packing import Packed
 
 _ACTIVATIONS = {
+    None: native.Activation.SILU,
     "silu": native.Activation.SILU,
-    "swish": native.Activation.SILU,
     "gelu": native.Activation.GELU,
-    "gelu_new": native.Activation.GELU_TANH,
-    "gelu_fast": native.Activation.GELU_TANH,
-    "gelu_pytorch_tanh": native.Activation.GELU_TANH,
+    "gelu_tanh": native.Activation.GELU_TANH,
     "relu": native.Activation.RELU,
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
@@ -52,12 +51,6 @@ _EPILOGUES = {
 }
 
 
-def unknown_activation(config: Any, program: Program) -> str | None:
-    """An activation of a program that the library does not have; None where it has all."""
-    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
-    return next((str(name) for name in names if name not in _ACTIVATIONS), None)
-
-
 class NativeProgram:
     """What the library computes for a token of a model, under the plan that the model has now.
 
@@ -72,7 +65,7 @@ class NativeProgram:
         self._sparse = sparse
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
-        self._beta = _growth(model) if program.growing_queries else None
+        self._growth = growth_of(model)
         self.counted: list[Counted] = []
         """Projections that are planned."""
         self.counters = 0
@@ -95,7 +88,9 @@ class NativeProgram:
         self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
-        self._positions, self._offset = _learned_positions(model)
+        learned = learned_positions(model)
+        self._positions = None if learned is None else native.weight_of(learned[0])
+        self._offset = 0 if learned is None else learned[1]
 
     def on(
         self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
@@ -138,8 +133,8 @@ class NativeProgram:
         if step.q_norm is not None and step.k_norm is not None:
             one = float(step.plus_one)
             norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
-        if self._beta is not None:
-            beta, every = self._beta
+        if self._growth is not None:
+            beta, every = self._growth
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
         return native.attention_of(
             keys,
@@ -177,7 +172,7 @@ class NativeProgram:
         return made
 
     def _product(self, product: Product) -> native.Product:
-        activation, threshold = _activation(product)
+        activation, threshold = activation_of(product)
         gate_first = product.gate_first
         if gate_first is not None and self._sparse:
             epilogue, parts = native.Epilogue.GATE_FIRST, self._gate_first(gate_first)
@@ -187,7 +182,8 @@ class NativeProgram:
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
         norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
-        made = native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        kind = _ACTIVATIONS[activation]
+        made = native.product_of(parts, epilogue, activation=kind, activation_threshold=threshold, norm=norm)
         made.aside = product.aside
         return made
 
@@ -266,30 +262,3 @@ def _weights(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
         return replace(table, parts=(sum(table.parts),))
     # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
     return first.weight.detach() if table is None else table.t()
-
-
-def _activation(product: Product) -> tuple[native.Activation, float]:
-    """How a gated or activated product does it, and the threshold of that."""
-    if product.activation is None:
-        return native.Activation.SILU, 0.0
-    zeroing = product.gate_first.activation if product.gate_first else None
-    if zeroing is None and product.owner is not None:
-        zeroing = zeroing_activation(product.owner)
-    if zeroing is not None:
-        return _ACTIVATIONS[zeroing.kind], zeroing.threshold
-    return _ACTIVATIONS[product.activation], 0.0
-
-
-def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
-    """The embedding of positions, and the row of the first one, which in OPT is not 0."""
-    path = program_of(model).positions
-    if path is None:
-        return None, 0
-    module = module_at(model, path)
-    return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
-
-
-def _growth(model: Any) -> tuple[float, int]:
-    """By how much queries grow with their positions, and in steps of how many."""
-    rope = model.config.get_text_config().rope_parameters
-    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
