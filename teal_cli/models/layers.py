@@ -107,6 +107,10 @@ class StackedLinear(nn.Module):
         destination[prefix[:-1]] = self.weight if keep_vars else self.weight.detach()
 
 
+_GATHERED_ROWS = 4
+"""Rows whose experts compiled code looks up by themselves. More share experts, which a grouped product reads once."""
+
+
 class _Stacks:
     """What transformers' forward of experts reads of its module: the weights as they are now, and their kind."""
 
@@ -131,6 +135,34 @@ def _can_be_grouped(weight: Tensor) -> bool:
     """
     aligned = not any(size * weight.element_size() % 16 for size in weight.shape[1:])
     return aligned and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gathered_experts(stacks: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts of few rows, each row's own weights times its state: for compiled code only.
+
+    torch's compiler makes one loop of looking the weights up, multiplying and adding, so that they are read once where
+    they lie. As it stands it would copy them first.
+
+    Args:
+        stacks: of the weights, as transformers' functions take it.
+        hidden_states: (rows, hidden).
+        top_k_index: (rows, k) int64 experts.
+        top_k_weights: (rows, k)
+
+    Returns:
+        (rows, hidden)
+    """
+    rows, k = top_k_index.shape
+    chosen = top_k_index.flatten()
+    x = hidden_states[:, None].expand(rows, k, -1).flatten(0, 1)  # (rows * k, hidden)
+    hidden = stacks._apply_gate(_row_by_row(stacks.gate_up_proj[chosen], x))
+    output = _row_by_row(stacks.down_proj[chosen], hidden) * top_k_weights.reshape(-1, 1)
+    return output.view(rows, k, -1).sum(1).to(hidden_states.dtype)
+
+
+def _row_by_row(weight: Tensor, x: Tensor) -> Tensor:
+    """(rows, out, in) times (rows, in) -> (rows, out), added up in float32 as a product is."""
+    return (weight.float() * x.float()[:, None]).sum(-1).to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -179,6 +211,8 @@ class Experts(nn.Module):
         layers = self.gate_up_proj, self.down_proj
         if self.config is None or not all(layer.is_plain_for(states) for layer in layers):  # type: ignore[operator]
             return None
+        if torch.compiler.is_compiling() and self.gate_up_proj.weight.is_cuda and states <= _GATHERED_ROWS:
+            return gathered_experts
         if not all(_can_be_grouped(layer.weight) for layer in layers):  # type: ignore[arg-type]
             return None
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -15,7 +15,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
 from teal_cli.models.architectures import find_projections
-from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.layers import _Stacks, gathered_experts, unstack_experts_
 from teal_cli.sparse import sparsify_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,6 +75,24 @@ def test_prompt_and_dense_steps_are_those_of_transformers(dtype: torch.dtype, mo
     expected = plain(input_ids=torch.cat([ids, ids[:, :1]], dim=1)).logits[0, -2:].double()
     error = (torch.cat(got).double() - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gathered_experts_compute_the_same(dtype: torch.dtype) -> None:
+    """What compiled steps run on a GPU, here as it stands."""
+    experts = build_family("mixtral").to(dtype).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator).to(dtype)
+    index, weights = torch.tensor([[0, 3], [2, 0], [1, 2]]), torch.rand(3, 2, generator=generator)
+    expected = experts(x, index, weights).double()
+    for turned in (False, True):
+        if turned:
+            for layer in (experts.gate_up_proj, experts.down_proj):
+                layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+        got = gathered_experts(_Stacks(experts), x, index, weights)
+        assert got.dtype == dtype
+        assert (got.double() - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 0.01)
 
 
 @torch.no_grad()
