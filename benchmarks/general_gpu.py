@@ -9,6 +9,7 @@ made of, each in a graph of its own: how weights lie, and how experts are looked
 
 import argparse
 import gc
+import inspect
 import shlex
 import statistics
 import sys
@@ -155,25 +156,30 @@ def build(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def peers(plain: Any, prompt: Tensor) -> tuple[dict[str, CompiledStep], dict[str, str]]:
+def peers(plain: Any, prompt: Tensor) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
     """transformers' compiled steps that work, and why others do not; with experts, by two functions."""
-    found, failed = {}, {}
-    kinds = ["grouped_mm"]
-    if any(hasattr(module, "gate_up_proj") and hasattr(module, "num_experts") for module in plain.modules()):
-        kinds.append("batched_mm")
-    for kind in kinds:
-        torch._dynamo.reset()
+    found: dict[str, Callable[[], float]] = {}
+    failed: dict[str, str] = {}
+    if "past_key_values" not in inspect.signature(type(plain).forward).parameters:
+        return found, {"transformers": "a state under another name: CompiledStep does not know it"}
+    has_experts = any(hasattr(module, "gate_up_proj") and hasattr(module, "num_experts") for module in plain.modules())
+    for kind in ("grouped_mm", "batched_mm") if has_experts else ("",):
         step = CompiledStep(plain, mode="reduce-overhead")
+
+        def speed_of(tokens: int = NEW_TOKENS, step: CompiledStep = step, kind: str = kind) -> float:
+            if kind:
+                plain.set_experts_implementation(kind)
+            return step.speed(prompt, tokens)
+
         try:
             with deadline(PEER_SECONDS):
-                plain.set_experts_implementation(kind)
                 for _ in range(3):
-                    step.speed(prompt, 8)
-            found[kind] = step
+                    speed_of()  # with as many positions as later
+            found[f"transformers compiled{kind and f', {kind}'}"] = speed_of
         except OutOfTimeError as error:
-            failed[kind] = str(error)
+            failed[f"transformers {kind}"] = str(error)
         except Exception as error:
-            failed[kind] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failed[f"transformers {kind}"] = f"{type(error).__name__}: {str(error)[:200]}"
     return found, failed
 
 
@@ -197,14 +203,7 @@ def compare(name: str, repeats: int, reporter: Reporter) -> dict[str, Any]:
     choices = [engine.choose(prompt, PROMPT + NEW_TOKENS + 8)]
     for line in choices[0].lines:
         reporter.say(f"{name}: {line}")
-    ways: dict[str, Callable[[], float]] = {}
-    for kind, step in theirs.items():
-
-        def their_speed(step: CompiledStep = step, kind: str = kind) -> float:
-            plain.set_experts_implementation(kind)
-            return step.speed(prompt, NEW_TOKENS)
-
-        ways[f"transformers compiled, {kind}"] = their_speed
+    ways = dict(theirs)
     for form in choices[0].forms:
         for compiled in (False, True)[: 1 + (form.compiled_seconds is not None)]:
 

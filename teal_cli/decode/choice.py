@@ -218,7 +218,7 @@ def _form(trial: _Trial, kind: Kind, plain_seconds: float, positions: int) -> Fo
     engine, compiling = trial.engine, trial.engine.compiling
     with trial.as_kind(kind):
         because = engine.path.not_compiled_because(positions)
-    if because is None and not compiling.pays(plain_seconds):
+    if because is None and not compiling.pays(plain_seconds, engine.device):
         return Forms(kind, plain_seconds)
     if because is None and compiling.seconds is not None and not can_stop():
         because = "nobody could give it up (not the main thread, or an alarm is in use)"

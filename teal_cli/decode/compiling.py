@@ -21,8 +21,9 @@ from torch import Tensor
 LIMIT_SECONDS = 180.0
 """After which `auto` gives a compilation up. On an H200 they took 10 to 130 s (issue 24)."""
 _EXPECTED_SECONDS = 60.0
-_SAVED = 0.4
-"""Of a token's time. On an H200 compiled steps took 0.5 to 0.7 of the time of others (Phi-4-mini, Mixtral)."""
+_SAVED = {"cuda": 0.4, "cpu": 0.1}
+"""Of a token's time. On an H200 transformers' compiled steps took 0.65 of the time of ours as they were (Phi-4-mini,
+issue 24), on a Zen core 0.9 (GPT-NeoX, Qwen3-MoE and Jamba, 20 to 60 MB)."""
 _LEAST_POSITIONS = 256
 _MOST_DOUBLED = 4096
 
@@ -50,9 +51,10 @@ class Compiling:
         """After which it is given up; None for never."""
         return LIMIT_SECONDS if self.when == "auto" else None
 
-    def pays(self, step_seconds: float) -> bool:
+    def pays(self, step_seconds: float, device: torch.device) -> bool:
         """Whether a compilation can be worth its time, where a step takes so long without it."""
-        return self.for_its_speed or (self.tokens or 0) * step_seconds * _SAVED > _EXPECTED_SECONDS
+        saved = (self.tokens or 0) * step_seconds * _SAVED.get(device.type, 0.0)
+        return self.for_its_speed or saved > _EXPECTED_SECONDS
 
 
 def compiled_positions(length: int) -> int:

@@ -140,9 +140,15 @@ def test_local_attention_of_gpt_neo_has_a_cache_that_grows() -> None:
     path = Engine(_build("gpt_neo", **shape), path="general").path
     path.device = torch.device("cuda")
     assert isinstance(path.new_cache(40).state, DynamicCache)
+    assert isinstance(path.new_cache(8).state, StaticCache)  # the window holds all of it
     path = Engine(_build("gpt_neo", **shape | {"attention_types": [[["global"], 2]]}), path="general").path
     path.device = torch.device("cuda")
     assert isinstance(path.new_cache(40).state, StaticCache)
+
+
+def test_local_attention_of_gpt_neo_within_its_window(traced: list[Any]) -> None:
+    model = _build("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]])
+    assert _written(model, ALWAYS) == _written(model)
 
 
 def test_code_is_made_once_for_rows_and_positions(made: list[Any]) -> None:

@@ -73,9 +73,10 @@ class GeneralPath(Path):
 
         On the CPU the growing cache is not slower (15.6 against 14.7 tokens/s on SmolLM2-135M, two
         Zen cores) and attends to the written positions only. So does it for ALiBi on a GPU: transformers' Falcon
-        makes its biases for the written positions, and a fixed cache has more; GPT-Neo's local attention likewise. The
-        states of recurrent blocks have no positions, and whether there is one yet is the host's knowledge, which a
-        graph would freeze: `new_compiled_cache` has it captured after the prompt, and its steps are checked.
+        makes its biases for the written positions, and a fixed cache has more; GPT-Neo's local attention likewise,
+        beyond its window. The states of recurrent blocks have no positions, and whether there is one yet is the
+        host's knowledge, which a graph would freeze: `new_compiled_cache` has it captured after the prompt, and its
+        steps are checked.
         """
         return GeneralCache(self._new_state(length), length)
 
@@ -85,15 +86,19 @@ class GeneralPath(Path):
             return own
         config = self.model.config
         recurrent = states is not None and states.is_recurrent
-        counts_keys = getattr(config, "alibi", False) or self._counts_windows_in_keys
-        if self.device.type == "cpu" or recurrent or counts_keys:
+        if self.device.type == "cpu" or recurrent or self._counts_keys(length):
             return DynamicCache(config=config)
         return static_cache(config, length)
 
     @property
-    def _counts_windows_in_keys(self) -> bool:
-        """Whether local attention takes the last keys that there are for the last that were written (GPT-Neo)."""
+    def _has_local_attention(self) -> bool:
+        """Whether it is GPT-Neo's, which takes the last keys that there are for the last that were written."""
         return "local" in (getattr(self.model.config, "attention_layers", None) or ())
+
+    def _counts_keys(self, length: int) -> bool:
+        """Whether attention would count keys of a fixed cache that are not written yet."""
+        config = self.model.config
+        return getattr(config, "alibi", False) or (self._has_local_attention and config.window_size < length)
 
     def not_compiled_because(self, length: int) -> str | None:
         """As `Path.not_compiled_because`. Whether it works, only trying it says (`decode.choice`)."""
@@ -104,7 +109,7 @@ class GeneralPath(Path):
             return f"model type {kind} has no cache of transformers"
         if hasattr(self.model, "_setup_cache"):
             return f"the layers of model type {kind} hold their state"
-        if getattr(self.model.config, "alibi", False) or self._counts_windows_in_keys:
+        if self._counts_keys(compiled_positions(length)):
             return f"model type {kind} counts keys, and a fixed cache has more than were written"
         if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             return "weights on several devices"
@@ -152,7 +157,7 @@ class GeneralPath(Path):
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or 0
         # GPT-Neo's cache keeps all positions, and its masks count the window in them.
-        has_window = has_windows(cache.state) or self._counts_windows_in_keys
+        has_window = has_windows(cache.state) or self._has_local_attention
         if has_window and window < cache.positions:
             return f"model type {kind} sees a window of {window} positions, which padding would fill"
         if getattr(self.model.config, "alibi", False):
