@@ -8,6 +8,8 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 _MOST_POSITIONS = 1 << 15
 """Above this a rolling window saves more memory than anybody would give for a graph: of Gemma-3-4B 4.5 GB."""
 
+_MARK = "_dynamo_static_input_type"
+
 
 class WholeWindowLayer(StaticLayer):
     """In place of a layer that forgets what leaves its window: all positions stay, and the mask hides them.
@@ -31,6 +33,19 @@ def static_cache(config: Any, positions: int) -> StaticCache:
         if type(layer) is StaticSlidingWindowLayer:  # kinds made of it keep more, and roll on
             cache.layers[index] = WholeWindowLayer(positions)
     return cache
+
+
+def forget_addresses(cache: Any) -> None:
+    """Let code that was compiled for one cache run on another of its shape. After the prompt, which takes the memory.
+
+    transformers marks the tensors for torch's own CUDA graphs, which are not used here. Releases of torch compile
+    anew where a marked address changes (they guard by default), and keep the tensor for as long as the code.
+    """
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                if hasattr(tensor, _MARK):
+                    delattr(tensor, _MARK)
 
 
 def has_windows(cache: Any) -> bool:

@@ -33,6 +33,8 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.whole_cache import WholeWindowLayer
 from teal_cli.errors import MachineError
 from teal_cli.models.architectures import find_projections
+from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.schemes import Scheme
 from teal_cli.sparse import SparsityCounter, sparsify_
 
 GREEDY = SamplingConfig()
@@ -113,10 +115,24 @@ def test_experts_are_compiled_dense(traced: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bamba"])
-def test_states_that_are_no_keys_are_compiled_too(kind: str, traced: list[Any]) -> None:
+def test_states_that_are_no_keys_are_compiled_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all caches, with a torch as well that would compile anew for each address."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def mark(tensor: torch.Tensor) -> None:
+        tensor._dynamo_static_input_type = "guarded"  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", mark)
+    _compile_by(monkeypatch, backend)
     model = _build(kind, **SHAPES[kind])
-    assert _written(model, ALWAYS) == _written(model)
-    assert len(traced) == 1
+    expected, engine = _written(model), Engine(model, path="general", compiling=ALWAYS)
+    for _ in range(3):
+        assert list(engine.generate(random_tokens(1, 16), max_new_tokens=24, sampling=GREEDY)) == expected
+    assert len(graphs) == 1
 
 
 def test_fixed_memory_keeps_all_positions_of_windows() -> None:
@@ -238,6 +254,20 @@ def test_logits_that_differ_are_not_taken(made: list[Any], monkeypatch: pytest.M
     found = Engine(build_family("llama"), path="general", compiling=Compiling("auto")).choose(random_tokens(1, 16), 40)
     assert re.fullmatch(r"dense steps are not compiled: their logits .* by 1\d\d%", found.lines[0])
     assert not found.compiled
+
+
+def test_quantised_weights_are_not_compiled(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, compiled=1.0, plain=2.0)
+    model = build_family("llama")
+    packs = quantise_(model, Scheme.parse("int8"))
+    sparsify_(model, SparsityPlan("uniform", 0.5, {p.name: Threshold(0.3, 0.5) for p in find_projections(model)}))
+    pack_(model, packs)
+    found = Engine(model, path="general", never_worse=True, compiling=Compiling("auto")).choose(
+        random_tokens(1, 16), 40
+    )
+    because = "quantised weights have kernels that torch's compiler does not know"
+    assert [form.because for form in found.forms] == [because] * 2
+    assert made == []
 
 
 @pytest.mark.parametrize("kind", ["openai-gpt", "rwkv", "gpt_neo", "minimax"])

@@ -12,11 +12,11 @@ from transformers import DynamicCache, StaticCache
 from teal_cli.decode.compiling import CompiledSteps, compiled_positions
 from teal_cli.decode.paths.base import LastTokens, Path, Session, refuse_lengths
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
-from teal_cli.decode.whole_cache import has_windows, static_cache
+from teal_cli.decode.whole_cache import forget_addresses, has_windows, static_cache
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import kind_for
 from teal_cli.models.layers import Experts
-from teal_cli.sparse import SparsityControl
+from teal_cli.sparse import SparsityControl, sparse_layers
 
 
 @dataclass
@@ -113,6 +113,8 @@ class GeneralPath(Path):
             return f"model type {kind} counts keys, and a fixed cache has more than were written"
         if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             return "weights on several devices"
+        if any(layer.packed is not None for layer in sparse_layers(self.model).values()):
+            return "quantised weights have kernels that torch's compiler does not know"
         sparse = self.control is not None and self.control.decodes_sparse
         if sparse and any(isinstance(module, Experts) for module in self.model.modules()):
             return "experts that skip inputs wait for the host"
@@ -138,6 +140,8 @@ class GeneralPath(Path):
         last, before = LastTokens.of_rows(lengths, self.device), cache.length
         logits = last.among(self._forward(input_ids, cache, last.keep))
         cache.rows, cache.length = input_ids.shape[0], before + input_ids.shape[1]
+        if cache.compiled:
+            forget_addresses(cache.state)
         if lengths is None:
             return logits
         mask = torch.ones(cache.rows, cache.positions, dtype=torch.int64, device=self.device)
