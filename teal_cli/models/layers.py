@@ -107,6 +107,8 @@ class StackedLinear(nn.Module):
         destination[prefix[:-1]] = self.weight if keep_vars else self.weight.detach()
 
 
+_FUNCTIONS = ("grouped_mm", "batched_mm")
+"""Of transformers' functions for experts, those that read of a module what `_Stacks` has."""
 _GATHERED_ROWS = 4
 """Rows whose experts compiled code looks up by themselves. More share experts, which a grouped product reads once."""
 
@@ -217,8 +219,8 @@ class Experts(nn.Module):
             return None
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        found: Callable[..., Tensor] | None = ALL_EXPERTS_FUNCTIONS.get(self.config._experts_implementation, None)
-        return found
+        name = self.config._experts_implementation
+        return ALL_EXPERTS_FUNCTIONS[name] if name in _FUNCTIONS else None
 
 
 def is_stacked(module: nn.Module) -> bool:
