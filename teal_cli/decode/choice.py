@@ -131,7 +131,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
 
 
-def choose(engine: Decoder, prompt: Tensor, positions: int = 0) -> Choice:
+def choose(engine: Decoder, prompt: Tensor, positions: int = 0, dense: Forms | None = None) -> Choice:
     """Time sparse and dense steps in turn, compiled ones too, where that says something; the fastest is the choice.
 
     Nothing is counted, and no random number is drawn.
@@ -140,6 +140,7 @@ def choose(engine: Decoder, prompt: Tensor, positions: int = 0) -> Choice:
         engine: with the plan that is going to be decoded.
         prompt: (rows, tokens) int64; its first tokens are enough.
         positions: that the cache is going to have, for which compiled steps are made.
+        dense: what another plan's measurement found of dense steps, which are the same for all.
 
     Raises:
         MachineError: compiled steps were asked for by name, and there are none.
@@ -164,7 +165,11 @@ def choose(engine: Decoder, prompt: Tensor, positions: int = 0) -> Choice:
         if tries:
             # For one reply a single compilation is dear enough: that of the kind which is faster as it is.
             in_question = kinds if compiling.for_its_speed else [min(kinds, key=plain.__getitem__)]
-            forms = [_form(trial, kind, plain[kind], max(positions, ids.shape[1] + steps)) for kind in in_question]
+            length = max(positions, ids.shape[1] + steps)
+            forms = [
+                dense if kind == "dense" and dense is not None else _form(trial, kind, plain[kind], length)
+                for kind in in_question
+            ]
     if forms and compiling.when == "always" and not any(form.compiled for form in forms):
         raise _not_compiled("; ".join(form.because or "" for form in forms))
     best: dict[Kind, float] = plain | {form.kind: form.seconds for form in forms}

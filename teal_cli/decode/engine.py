@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.decode.choice import Choice, choose
+from teal_cli.decode.choice import Choice, Forms, choose
 from teal_cli.decode.compiling import Compiling, compiled_positions
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Path, Session
@@ -87,6 +87,7 @@ class Engine:
         self._session: Session | None = None
         self._checked: set[tuple[bool, str, int]] = set()
         self._choices: dict[tuple[Any, int, int], Choice] = {}
+        self._dense_forms: dict[tuple[int, int], Forms] = {}
 
     def _pick(self, name: str | None) -> Path:
         """The first path that can decode the model, or the one of a name."""
@@ -203,7 +204,9 @@ class Engine:
         made_for = compiled_positions(positions) if self.compiling.is_tried else 0
         key = (self.control.decoding if self.control else None), prompt.shape[0], made_for
         if key not in self._choices:
-            self._choices[key] = choose(self, prompt, positions)
+            self._choices[key] = choose(self, prompt, positions, self._dense_forms.get(key[1:]))
+            if (dense := self._choices[key].form("dense")) is not None:
+                self._dense_forms[key[1:]] = dense
         return self._choices[key]
 
     def check_prompt(self, input_ids: Tensor, new_tokens: int) -> None:

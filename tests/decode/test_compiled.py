@@ -35,7 +35,7 @@ from teal_cli.errors import MachineError
 from teal_cli.models.architectures import find_projections
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
-from teal_cli.sparse import SparsityCounter, sparsify_
+from teal_cli.sparse import SparsityCounter, apply_plan_, sparsify_
 
 GREEDY = SamplingConfig()
 ALWAYS = Compiling("always")
@@ -188,7 +188,7 @@ def test_code_is_made_once_for_rows_and_positions(made: list[Any]) -> None:
 def test_the_faster_form_decodes(
     compiled: float, plain: float, made: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Clock(monkeypatch, compiled, plain)
+    clock = Clock(monkeypatch, compiled, plain)
     engine = Engine(_sparse("llama"), path="general", never_worse=True, compiling=Compiling("auto"))
     found = engine.choose(random_tokens(1, 16), 40)
     assert found.compiled == (compiled < plain)
@@ -199,6 +199,14 @@ def test_the_faster_form_decodes(
         for kind in ("dense", "sparse")
     ]
     assert found.sparse_seconds == found.dense_seconds == min(compiled, plain)
+    assert len(made) == 2
+    clock.compiled = 7.0
+    apply_plan_(
+        engine.model,
+        SparsityPlan("uniform", 0.5, {p.name: Threshold(0.4, 0.6) for p in find_projections(engine.model)}),
+    )
+    again = engine.choose(random_tokens(1, 16), 40)  # dense steps are the same at every plan
+    assert again.forms == (Forms("dense", plain, compiled), Forms("sparse", plain, 7.0))
     assert len(made) == 2
 
 
