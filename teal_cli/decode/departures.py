@@ -56,6 +56,7 @@ def _named(model: Any, steps: list[Step]) -> Iterator[str]:
         yield from _alone(step)
         if isinstance(step, ProductStep):
             yield from _layers(model, step)
+            yield from (f"{layer}_bias" for layer in _layers(model, step) if step.experts)
             if step.activation_module is not None:
                 yield step.activation_module
         elif isinstance(step, AttentionStep) and step.sinks is not None:
