@@ -316,6 +316,7 @@ OTHERS = [
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
 MIXTURES = [
     *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
-    "gpt_oss",
 ]
 """Mixtures of experts that have a program."""
+ALL_MIXTURES = [*MIXTURES, "gpt_oss"]
+"""Those too that the native path alone takes."""

@@ -9,6 +9,7 @@ import torch
 from conftest import FAMILIES as ALL_FAMILIES
 from conftest import TINY_CONFIGS
 from fused_pair import THRESHOLDS, error_of, random_tokens
+from tiny_configs import ALL_MIXTURES as ALL_MIXTURES
 from tiny_configs import MIXTURES as MIXTURES
 from tiny_configs import OTHERS as OTHERS
 from torch import Tensor
