@@ -17,7 +17,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.fused_steps import cannot_launch
-from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl
@@ -35,7 +35,7 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
     config, program = model.config.get_text_config(), known_program(model)
     if program is None or not program.fused:
-        return f"model type {model.config.model_type}"
+        return without_program(model)
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
