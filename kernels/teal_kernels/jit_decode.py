@@ -25,6 +25,7 @@ def embed_kernel(
     BLOCK: tl.constexpr,
     SCALED: tl.constexpr,
     LEARNED: tl.constexpr,
+    SUMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Look the token of a row up, and where positions are LEARNED its own, which moves on."""
@@ -51,6 +52,8 @@ def embed_kernel(
         hidden = (hidden.to(tl.float32) + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
     tl.store(hidden_ptr + row * hidden_size + columns, hidden, mask=inside)
     tl.store(squares_ptr + row, tl.sum(hidden.to(tl.float32) * hidden.to(tl.float32), axis=0))
+    if SUMS:
+        tl.store(squares_ptr + ROWS + row, tl.sum(hidden.to(tl.float32), axis=0))
 
 
 @triton.jit
@@ -243,4 +246,6 @@ def norm_kernel(
             y = rounded(y * added_scale, dtype)
         y = rounded(before + y, dtype)
         tl.store(squares_ptr + row, tl.sum(y * y, axis=0))
+        if CENTRED:
+            tl.store(squares_ptr + tl.num_programs(0) + row, tl.sum(y, axis=0))
     tl.store(y_ptr + at, y.to(dtype), mask=inside)

@@ -37,7 +37,7 @@ def embed(
         embedding: (V, H), in any layout.
         positions: each row's last written position; becomes that of its new token.
         hidden: (B, H), written.
-        squares: (B, 1) float32, written: the sum of squares of each row of `hidden`.
+        squares: (B, 1) float32, written: the sum of squares of each row of `hidden`; (2, B, 1): and the sum of the row.
         of_positions: (positions, H) contiguous, an embedding of positions that is added; None for none.
         offset: of a position's row in it from the position.
         scale: of the token's embedding.
@@ -62,6 +62,7 @@ def embed(
         BLOCK=power_of_two(size),
         SCALED=scale != 1.0,
         LEARNED=of_positions is not None,
+        SUMS=squares.dim() == 3,
         warps=8,
         pdl=pdl,
     )
@@ -222,7 +223,8 @@ def write_norm(
         bias: (H,) or None.
         centred: whether the mean is taken off first: a layer norm.
         plus_one: whether it multiplies by 1 + weight.
-        added_squares: (B, 1) float32: the norm is added to y, and its sum of squares is written here.
+        added_squares: (B, 1) float32: the norm is added to y, and its sum of squares is written here; of a layer norm
+            (2, B, 1), and the sum.
         scale: of what is added.
         pdl: launch while the kernel before still runs.
     """

@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
-from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
+from teal_cli.models.likeness import steps_of
+from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -45,6 +47,11 @@ class Product:
     """Of what a residual product reads."""
     activation_module: nn.Module | None = None
     """That activates, where it has weights of its own."""
+    experts: bool = False
+    """Whether it is one of the chosen experts: the one layer is a `SparseExperts`, whose weight is
+    (experts, out, in)."""
+    scaled_by: nn.Linear | None = None
+    """Of what the norm before made; the sigmoid of it multiplies what is added to the residual stream."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -140,7 +147,7 @@ class Attention:
     """Of each key head, that the model's forward puts into a cache."""
 
 
-BlockStep = Norm | Product | Attention
+BlockStep = Norm | Product | Attention | Route
 
 
 def _eps(module: Any) -> float:
@@ -276,7 +283,7 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     """
     architecture = architecture_for(model)
     blocks = [block for stack in architecture.blocks for block in module_at(model, stack).children()]
-    return [[_resolved(step, model, block) for step in program_of(model).block] for block in blocks]
+    return [[_resolved(step, model, block) for step in steps_of(program_of(model), block)] for block in blocks]
 
 
 def last_norm(model: Any) -> Norm:
@@ -296,13 +303,15 @@ def _norm_at(model: Any, parent: nn.Module, path: str, size: int | None = None) 
     return norm_of(module_at(parent, path), program_of(model).norms, like, size or like.shape[1])
 
 
-def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
+def _resolved(step: Step, model: Any, block: nn.Module) -> BlockStep:
     if isinstance(step, NormStep):
         if step.norm is None:
             return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
         return replace(_norm_at(model, block, step.norm), aside=step.aside)
     if isinstance(step, ProductStep):
         return _product(step, model, block)
+    if isinstance(step, RouteStep):
+        return route_of(step, model.config.get_text_config(), module_at(block, step.route))
     return _attention(step, model, block)
 
 
@@ -320,6 +329,8 @@ def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
         joined=step.joined,
         input_norm=None if step.input_norm is None else _norm_at(model, block, step.input_norm, layers[0].in_features),
         activation_module=None if step.activation_module is None else module_at(block, step.activation_module),
+        experts=step.experts,
+        scaled_by=None if step.scaled_by is None else module_at(block, step.scaled_by),
     )
 
 

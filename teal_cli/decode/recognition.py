@@ -28,9 +28,11 @@ from teal_cli.decode.blocks import (
 )
 from teal_cli.decode.departures import departure
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_at
+from teal_cli.decode.routes import Route
 from teal_cli.models.architectures import Architecture, architecture_for
 from teal_cli.models.block_calls import hidden_of, hooked
 from teal_cli.models.forward import position_limit
+from teal_cli.models.likeness import steps_of
 from teal_cli.models.programs import AttentionStep, NormStep, ProductStep
 from teal_cli.sparse import control_of
 
@@ -142,7 +144,7 @@ class _Check:
         sites = architecture_for(self.model).sites
         yield module_at(self.model, self.program.norm)
         for block in self.blocks:
-            for step in self.program.block:
+            for step in steps_of(self.program, block):
                 names: Iterable[str | None] = ()
                 if isinstance(step, NormStep):
                     names = (step.norm,)
@@ -183,13 +185,15 @@ class _Check:
     def _of_block(self, block: nn.Module, steps: list[Any], stream: Tensor, after: Tensor) -> Iterator[str]:
         normed = aside = made = stream
         before = "attention"
-        for step, named in zip(steps, self.program.block, strict=True):
+        for step, named in zip(steps, steps_of(self.program, block), strict=True):
             if isinstance(step, Norm):
                 found = _normed(step, stream)
                 normed, aside = (normed, found) if step.aside else (found, aside)
                 path = named.norm if isinstance(named, NormStep) else None
                 if path is not None and self._differ(self._call(module_at(block, path)).made, found):
                     yield f"norm {path}"
+            elif isinstance(step, Route) or (isinstance(step, Product) and step.experts):
+                continue  # nothing is tried of experts, nor what they add
             elif isinstance(step, Attention) and isinstance(named, AttentionStep):
                 made, before = self._attended(step, made, module_at(block, named.attention)), "attention"
             elif step.epilogue == "residual":
@@ -197,6 +201,8 @@ class _Check:
                 if self._differ(call.given, made if step.input_norm is None else _normed(step.input_norm, made)):
                     yield before
                 added = call.made if step.norm is None else _normed(step.norm, call.made)
+                if step.scaled_by is not None:
+                    added = added * step.scaled_by(normed.to(step.scaled_by.weight.dtype)).float().sigmoid()
                 stream = stream + self.scales.residual * added
             else:
                 calls = [self._call(layer) for layer in step.layers]
@@ -204,7 +210,8 @@ class _Check:
                     yield f"what product {step.name} reads"
                 made = _epilogue(step, torch.cat([call.made for call in calls], dim=1))
                 before = f"product {step.name}"
-        if self._differ(after, stream):
+        has_experts = any(isinstance(step, Route) for step in steps)
+        if not has_experts and self._differ(after, stream):
             yield "what is added to the stream"
 
     def _attended(self, step: Attention, qkv: Tensor, module: Any) -> Tensor:

@@ -11,13 +11,17 @@ from torch import nn
 
 from teal_cli.models.architectures import Architecture, table
 from teal_cli.models.layers import linear_shape
-from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program, Step
+from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program, RouteStep, Step
 
 
 def alike(model: Any) -> dict[str, Architecture]:
-    """Rows with a program that has all modules with weights of this model's blocks, and no others: by model type."""
+    """Rows with a program that has all modules with weights of this model's blocks, and no others: by model type.
+
+    Not rows with experts, whose choice nothing tries.
+    """
     rows = {name: row for name, row in table().items() if row.program is not None and row.is_one_decoder}
-    return {name: row for name, row in rows.items() if _fits(model, row)}
+    dense = {name: row for name, row in rows.items() if not any("experts" in site for site in row.sites)}
+    return {name: row for name, row in dense.items() if _fits(model, row)}
 
 
 def adopt_likeness_(model: Any) -> None:
@@ -34,23 +38,39 @@ def adopt_likeness_(model: Any) -> None:
 
 def block_departure(row: Architecture, block: nn.Module, program: Program) -> str | None:
     """A module that a program names and the block does not have, or one with weights that it does not name."""
-    modules, named = dict(block.named_modules()), set(_named(row, program))
-    for step in program.block:
-        norms = (norm for norm in _norms(step) if isinstance(modules.get(norm), nn.Identity | None))
+    steps, modules = steps_of(program, block), dict(block.named_modules())
+    for step in steps:
+        missing = next((path for path in _alone(step) if isinstance(modules.get(path), nn.Identity | None)), None)
         layers = row.sites[step.product] if isinstance(step, ProductStep) else ()
-        missing = next(norms, None) or next((name for name in layers if name not in modules), None)
+        if isinstance(step, ProductStep) and step.experts and not set(layers) <= modules.keys():
+            return "experts of another form, or not unstacked"
+        missing = missing or next((path for path in layers if path not in modules), None)
         if missing is not None:
             return f"blocks without {missing}"
         if isinstance(step, AttentionStep) and (reason := _of_attention(step, modules.get(step.attention))) is not None:
             return reason
         if isinstance(step, ProductStep) and step.joined and _outputs(modules[layers[0]]) % 4:
             return f"an odd number of neurons in {step.product}"  # codes of 4 bits: up must begin at a byte
+    named = set(_named(row, steps))
     for name, _ in block.named_parameters():
         parents = {name[:end] for end in range(len(name) + 1) if end == len(name) or name[end] == "."}
         if not parents & named:
             module = name.rpartition(".")[0]
             return f"blocks with {name if any(other.startswith(f'{module}.') for other in named) else module}"
     return None
+
+
+def steps_of(program: Program, block: nn.Module) -> list[Step]:
+    """The steps of a program that one block takes: a module that is None is one that it does not have."""
+
+    def has(path: str) -> bool:
+        parent, _, name = path.rpartition(".")
+        try:
+            return block.get_submodule(parent)._modules.get(name) is not None
+        except AttributeError:
+            return False
+
+    return program.steps_where(has)
 
 
 _SCALES = ("scaling", "softmax_scale", "inv_norm_factor", "scale_attn")
@@ -102,10 +122,10 @@ def _at(model: Any, path: str) -> Any:
     return found
 
 
-def _named(row: Architecture, program: Program) -> Iterator[str]:
+def _named(row: Architecture, steps: list[Step]) -> Iterator[str]:
     """Modules with weights inside a block, as a program has them."""
-    for step in program.block:
-        yield from _norms(step)
+    for step in steps:
+        yield from _alone(step)
         if isinstance(step, ProductStep):
             yield from row.sites[step.product]
             if step.activation_module is not None:
@@ -114,14 +134,15 @@ def _named(row: Architecture, program: Program) -> Iterator[str]:
             yield f"{step.attention}.{step.sinks}"
 
 
-def _norms(step: Step) -> Iterator[str]:
-    """The modules of norms that a step is, or has."""
+def _alone(step: Step) -> list[str]:
+    """The modules of a step that are in no site: norms, routers and scales."""
     if isinstance(step, NormStep):
-        yield from [step.norm] if step.norm is not None else []
-    elif isinstance(step, ProductStep):
-        yield from (name for name in (step.input_norm, step.added_norm) if name is not None)
-    else:
-        yield from (f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm) if name is not None)
+        return [] if step.norm is None else [step.norm]
+    if isinstance(step, RouteStep):
+        return [step.route]
+    if isinstance(step, ProductStep):
+        return [path for path in (step.input_norm, step.added_norm, step.scaled_by) if path is not None]
+    return [f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm) if name is not None]
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -34,12 +34,31 @@ def test_rows_of_different_lengths(family: str) -> None:
     check_steps(sparse(tiny(family)), [20, 5], 2, path="fused")
 
 
-# Each kind of norm, of embedding, of output and of attention once, with one row and in bfloat16.
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi", "gpt_neox", "olmo2", "hunyuan_v1_dense", "granite", "glm"])
-def test_one_row_of_16_bits_and_what_is_dense(family: str) -> None:
+# Each kind of norm, of embedding, of output and of attention once; the norms of two rows are taken tile by tile.
+@pytest.mark.parametrize(
+    ("family", "lengths"),
+    [
+        ("gpt2", [12, 7]),
+        ("gemma2", [12]),
+        ("phi", [12, 7]),
+        ("gpt_neox", [12]),
+        ("olmo2", [12, 7]),
+        ("hunyuan_v1_dense", [12]),
+        ("granite", [12]),
+        ("glm", [12]),
+        ("nemotron", [12, 7]),
+    ],
+)
+def test_dense_in_16_bits(family: str, lengths: list[int]) -> None:
     model = sparse(tiny(family).bfloat16())
     control_of(model).enabled = False
-    check_steps(model, [12], 2, path="fused")
+    check_steps(model, lengths, 2, path="fused")
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "glm4", "exaone4"])
+def test_what_is_added_is_normalised(family: str) -> None:
+    """By the product that reads the stream, where there is one row: sparse."""
+    check_steps(sparse(tiny(family)), [20], 2, path="fused")
 
 
 @pytest.mark.parametrize(("family", "scheme"), [("phi3", "int8"), ("glm4", "int4:32"), ("gemma2", "int8")])

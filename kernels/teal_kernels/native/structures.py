@@ -28,6 +28,8 @@ from teal_kernels.native.header import (
     NormKind,
     Product,
     Program,
+    Route,
+    Scores,
     Step,
     StepKind,
     Weight,
@@ -51,6 +53,8 @@ __all__ = [
     "NormKind",
     "Product",
     "Program",
+    "Route",
+    "Scores",
     "Step",
     "StepKind",
     "Weight",
@@ -178,7 +182,7 @@ def product_of(
 
 
 def program_of(
-    steps: Sequence[Norm | Product | Attention],
+    steps: Sequence[Norm | Product | Attention | Route],
     *,
     embedding: Weight,
     output: Product,
@@ -206,7 +210,12 @@ def program_of(
         logits_cap: logits then become cap * tanh(logit / cap); 0 for none.
         counters: how many numbers of kept inputs there are.
     """
-    kinds = {Norm: StepKind.NORM, Product: StepKind.PRODUCT, Attention: StepKind.ATTENTION}
+    kinds = {
+        Norm: StepKind.NORM,
+        Product: StepKind.PRODUCT,
+        Attention: StepKind.ATTENTION,
+        Route: StepKind.ROUTE,
+    }
     array = (Step * len(steps))(*(Step(of=ctypes.addressof(step), kind=kinds[type(step)]) for step in steps))
     program = Program(
         steps=ctypes.addressof(array),

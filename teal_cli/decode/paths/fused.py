@@ -36,6 +36,8 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
     config, program = model.config.get_text_config(), known_program(model)
     if program is None or not program.fused:
         return without_program(model)
+    if any(step.experts or step.scaled_by for step in program.products):
+        return "experts"
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):

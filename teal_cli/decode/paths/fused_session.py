@@ -31,7 +31,8 @@ class FusedSession(ProgramSession):
         self.hidden, self._embedding_squares = binder.hidden, binder.squares
         binder.bind()
         self.launches = binder.launches
-        self._normed: Tensor = self.hidden
+        binder.settle()
+        self._normed: Tensor = binder.hidden
         """What the output layer reads, behind the norm that it takes up."""
         self._norm = None if path.last_norm.centred else binder.fused_norm(path.last_norm)
         if path.last_norm.centred:

@@ -7,7 +7,6 @@ then a call without arguments.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -17,19 +16,21 @@ from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, activation_of, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.positions import growth_of, long_rope_from, rotary_tables
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
-from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Positions, Scratch, gemv, squares_of
 from teal_kernels.triton_gemv import Norm as FusedNorm
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 
 _HIDDEN = "hidden"
-"""The buffer of the residual stream."""
+_OTHER = "other hidden"
+"""The buffers of the residual stream: of the second where it was added to as it was read."""
 
 
 class FusedModel(Protocol):
@@ -58,12 +59,27 @@ class Launch:
         rows: of the batch.
         dtype: of the hidden states.
         scale: of what it adds to the residual stream.
+        sums: whether a layer norm follows.
+        beside: of a product whose norm the next product adds to the stream.
     """
 
-    def __init__(self, product: Product, enabled: bool, rows: int, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        product: Product,
+        enabled: bool,
+        rows: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        *,
+        sums: bool = False,
+        beside: Beside | None = None,
+    ) -> None:
         self.product = product
         self.table, self.parts = table_of(product)
-        self.epilogue = "plain" if product.norm is not None else product.epilogue
+        self.beside = beside
+        self.epilogue = product.epilogue
+        if product.norm is not None:
+            self.epilogue = "plain" if beside is None else "beside"
         self.scale = scale if self.epilogue == "residual" else 1.0
         self.activation, threshold = activation_of(product)
         self.activation_threshold = rounded_threshold(threshold, dtype)
@@ -83,17 +99,24 @@ class Launch:
             parts=self.parts,
             dtype=kind_of(self.table),
             rows=rows,
-            epilogue="plain" if self.epilogue == "activated" else self.epilogue,
+            epilogue="plain" if product.epilogue == "activated" else product.epilogue,
             sparsity=skipped / sum(self.parts),
         )
         self.config = fitting(config, self.table, rows)
-        self.squares = torch.empty(
-            rows, squares_of(self.table, self.parts, self.config, rows, dtype), dtype=torch.float32, device=device
-        )
-        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows."""
+        count = squares_of(self.table, self.parts, self.config, rows, dtype)
+        shape = (*([2] * sums), rows, count) if beside is None else (4, count)
+        self.squares = torch.empty(shape, dtype=torch.float32, device=device)
+        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows; of a layer norm sums,
+        too. Those of a `beside` one are `Added.sums`."""
 
     def run(
-        self, x: Tensor | AttentionPartials, y: Tensor, scratch: Scratch, pdl: bool, norm: FusedNorm | None = None
+        self,
+        x: Tensor | AttentionPartials,
+        y: Tensor,
+        scratch: Scratch,
+        pdl: bool,
+        norm: FusedNorm | None = None,
+        added: Added | None = None,
     ) -> None:
         """Launch it."""
         gemv(
@@ -110,7 +133,9 @@ class Launch:
             activation=self.activation,
             activation_threshold=self.activation_threshold,
             scale=self.scale,
-            squares=self.squares if self.epilogue == "residual" else None,
+            squares=self.squares if self.epilogue in ("residual", "beside") else None,
+            added=added,
+            beside=self.beside,
             counts=self.kept,
             pdl=pdl,
         )
@@ -196,8 +221,10 @@ class StepBinder:
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
-        self.squares = torch.empty(self.rows, 1, dtype=torch.float32, device=path.device)
-        """Partial sums of squares of `hidden`, of whoever wrote it last; at first of the embedding."""
+        sums = [2] * path.last_norm.centred
+        self.squares = torch.empty((*sums, self.rows, 1), dtype=torch.float32, device=path.device)
+        """Partial sums of squares of `hidden`, of whoever wrote it last, at first of the embedding; of models with
+        layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
         """Of the norm that was added to it."""
         self._partials: AttentionPartials | None = None
@@ -205,6 +232,12 @@ class StepBinder:
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
         self._before: Product | None = None
+        # Of the block: the norm before its attention, the one aside, and where in `steps` attention is launched.
+        self._first_norm: FusedNorm | None = None
+        self._aside: FusedNorm | None = None
+        self._added: tuple[Norm, Added] | None = None
+        """What the next product adds to the stream before it reads it."""
+        self._attention_at = 0
 
     def buffer(self, name: str, columns: int) -> Tensor:
         """(rows, columns) of the model's dtype: the same for the same name in every block."""
@@ -216,21 +249,26 @@ class StepBinder:
     def bind(self) -> None:
         """Bind all of them."""
         for block in self.path.blocks:
-            again = _reads_norm_again(block)
             for step in block:
                 if isinstance(step, Norm):
-                    self._bind_norm(step, written=again)
+                    self._bind_norm(step)
                 elif isinstance(step, Attention):
                     self._bind_attention(step)
+                elif isinstance(step, Route):
+                    raise TypeError("the fused path has no kernels for experts")
                 else:
                     self._bind_product(step)
 
-    def fused_norm(self, norm: Norm) -> FusedNorm:
-        """An RMS norm of `hidden` that a product takes up."""
-        return FusedNorm(norm.weight, norm.eps, self.squares, norm.plus_one)
+    def fused_norm(self, norm: Norm) -> FusedNorm | None:
+        """Of `hidden` as it is by now, for a product that takes it up; None for none."""
+        if norm.identity:
+            return None
+        weight = norm.weight.detach().to(self.path.device)  # of a layer norm without weights the ones are made on a CPU
+        return FusedNorm(weight, norm.eps, self.squares, norm.plus_one, norm.centred, norm.bias)
 
     def write_norm(self, norm: Norm, name: str) -> Tensor:
-        """Bind a norm of `hidden` that has a launch of its own, for a layer norm, or where several read it later."""
+        """Bind a norm of `hidden` that has a launch of its own, and a buffer."""
+        self.settle()
         normed = self.buffer(name, self.hidden.shape[1])
         self.steps.append(self._writing(norm, self.hidden, normed))
         return normed
@@ -241,7 +279,7 @@ class StepBinder:
         return partial(
             write_norm,
             x,
-            norm.weight.detach().to(self.path.device),  # of a layer norm without weights the ones are made here
+            norm.weight.detach().to(self.path.device),
             y,
             eps=norm.eps,
             bias=norm.bias,
@@ -252,17 +290,12 @@ class StepBinder:
             pdl=self.path.pdl,
         )
 
-    def _bind_norm(self, norm: Norm, *, written: bool) -> None:
+    def _bind_norm(self, norm: Norm) -> None:
         if norm.aside:
-            self.write_norm(norm, "aside")
+            self._aside = self.fused_norm(norm)
             return
-        self._source, self._norm = self.hidden, None
-        if norm.identity:
-            return
-        if written or norm.centred:
-            self._source = self.write_norm(norm, "normed")
-        else:
-            self._norm = self.fused_norm(norm)
+        self._source, self._norm = self.hidden, self.fused_norm(norm)
+        self._first_norm = self._norm
 
     def _bind_attention(self, step: Attention) -> None:
         qkv, source = self._before, self._source
@@ -276,6 +309,7 @@ class StepBinder:
             self._partials = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
         partials = replace(self._partials, window=step.window)
         cos, sin = self.angles.tables.get(step.angles, (None, None)) if step.rotates else (None, None)
+        self._attention_at = len(self.steps)
         self.steps.append(
             partial(
                 decode_attention,
@@ -304,27 +338,44 @@ class StepBinder:
         self._source, self._norm = partials, None
 
     def _bind_product(self, step: Product) -> None:
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, self.path.scales.residual)
-        self.launches.append(launch)
-        source, norm = self._source, self._norm
-        if step.aside or source is None:  # beside the attention, behind a norm that was written before it
-            source, norm = self.buffer("aside" if step.aside else "normed", self.hidden.shape[1]), None
-        added = step.epilogue == "residual"
-        to_stream = added and step.norm is None
-        y = self.hidden if to_stream else self.buffer("added" if added else step.name, step.outputs)
-        self.steps.append(partial(launch.run, source, y, self.scratch, self.path.pdl, norm))
-        if added:
+        source, norm, at = self._source, self._norm, len(self.steps)
+        if step.aside or source is None:
+            # Beside the attention: launched before it, as long as `hidden` is what the norm before it was of.
+            source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
+        added = self._added[1] if self._added is not None and source is self.hidden else None
+        if added is not None:
+            self.hidden, self._added = added.stream, None
+        launch = self._launch(step)
+        to_stream = step.epilogue == "residual" and step.norm is None
+        y = self.hidden if to_stream else self.buffer(step.name, step.outputs)
+        self.steps.insert(at, partial(launch.run, source, y, self.scratch, self.path.pdl, norm, added))
+        if step.epilogue == "residual":
             self.squares = launch.squares
             if step.norm is not None:
-                self.squares = self.added_squares
-                scale = self.path.scales.residual
-                self.steps.append(self._writing(step.norm, y, self.hidden, self.squares, scale))
-        self._source, self._norm, self._before = None if added else y, None, step
+                self._add_later(step.norm, launch, y)
+        self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
 
+    def _launch(self, step: Product) -> Launch:
+        beside = None
+        if step.norm is not None and self.rows == 1 and not step.norm.centred:
+            beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
+        scale, sums = self.path.scales.residual, self.path.last_norm.centred
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, sums=sums, beside=beside)
+        self.launches.append(launch)
+        return launch
 
-def _reads_norm_again(block: list[BlockStep]) -> bool:
-    """Whether a product behind a residual one reads the norm before the attention: then that must be written."""
-    return any(
-        isinstance(before, Product) and before.epilogue == "residual" and isinstance(step, Product) and not step.aside
-        for before, step in pairwise(block)
-    )
+    def _add_later(self, norm: Norm, launch: Launch, y: Tensor) -> None:
+        """What the norm makes of y is added by the next product, as it reads the stream; of several rows, at once."""
+        other = self.buffer(_OTHER, self.hidden.shape[1])
+        stream = self.buffer(_HIDDEN, self.hidden.shape[1]) if self.hidden is other else other
+        scale = self.path.scales.residual
+        self._added = norm, Added(y, norm.weight, norm.eps, norm.plus_one, scale, launch.squares, stream)
+        if launch.beside is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bind a launch that adds what no product has added yet."""
+        if self._added is not None:
+            norm, added = self._added
+            self.squares, self._added = self.added_squares, None
+            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added.scale))

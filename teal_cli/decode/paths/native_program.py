@@ -1,5 +1,6 @@
 """A model's block program as the native library takes it: structures that point into the model's own tensors."""
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,10 +23,12 @@ from teal_cli.decode.blocks import (
 )
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
 from teal_kernels.native import structures as native
+from teal_kernels.native.experts import product_of_experts, route_of, rows_of, weight_of_experts
 from teal_kernels.packing import Packed
 
 _ACTIVATIONS = {
@@ -44,6 +47,7 @@ _HEAD_NORMS = {
     "rotated_heads": native.HeadNorms.HEADS_LAST,
     "all_heads": native.HeadNorms.ALL_HEADS,
 }
+_SCORES = {"softmax": native.Scores.SOFTMAX, "sparsemixer": native.Scores.SPARSEMIXER}
 _EPILOGUES = {
     "plain": native.Epilogue.PLAIN,
     "gated": native.Epilogue.GATED,
@@ -74,8 +78,8 @@ class NativeProgram:
         """Numbers of kept inputs that the library writes."""
         self.copied: list[Tensor] = []
         """Norms, biases and the like that the library does not read where they lie, but in another dtype or joined."""
-        self._steps: list[native.Norm | native.Product | tuple[Attention, int]] = []
-        outputs = 0
+        self._steps: list[native.Norm | native.Product | native.Route | tuple[Attention, int]] = []
+        outputs = top_k = 0
         for step in (step for block in blocks for step in block):
             if isinstance(step, Norm):
                 self._steps.append(self._norm_of(step))
@@ -84,6 +88,11 @@ class NativeProgram:
                     self._note_copies((norm.weight, None), (norm.bias, None))
                 self._note_copies((step.sinks, None))
                 self._steps.append((step, outputs))
+            elif isinstance(step, Route):
+                self._steps.append(self._route(step))
+                top_k = step.top_k
+            elif step.experts:
+                self._steps.append(self._experts(step, top_k))
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
@@ -220,6 +229,11 @@ class NativeProgram:
             input_norm=input_norm,
         )
         made.aside = product.aside
+        if product.scaled_by is not None:
+            scale = rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
+            self._note_copies((product.scaled_by.bias, scale.bias))
+            made.scaled_by = ctypes.addressof(scale)
+            made.holds += (scale,)
         return made
 
     def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
@@ -230,6 +244,36 @@ class NativeProgram:
         self._note_copies((positive, None), (negative, None), (linear, None))
         rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
         return float(rise), float(fall), float(linear)
+
+    def _route(self, route: Route) -> native.Route:
+        bias = None if route.bias is None else route.bias.detach()
+        router = rows_of(route.weight.detach(), bias)
+        self._note_copies((route.bias, router.bias))
+        scores = _SCORES[route.scores]
+        return route_of(router, route.top_k, scores=scores, normalised=route.normalised, jitter=route.jitter)
+
+    def _experts(self, product: Product, top_k: int) -> native.Product:
+        """Of each token `top_k` experts, all with the rule of their one layer."""
+        (layer,) = product.sparse_layers
+        layer.merged.lay_out_()
+        experts, outputs, inputs = layer.weight.shape
+        rule, counter = _rule(layer, self._sparse), None
+        if not isinstance(rule, Dense):
+            counter, self.counters = self.counters, self.counters + 1
+        if layer.is_planned:
+            self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
+        share = rule.expected_sparsity
+        weight = weight_of_experts(
+            layer.weight.detach(),
+            threshold=rule.threshold,
+            expected=ASSUMED_ZEROS if share is None else share,
+            counter=-1 if counter is None else counter,
+        )
+        activation, threshold = activation_of(product)
+        kind = _ACTIVATIONS[activation]
+        return product_of_experts(
+            weight, experts, _EPILOGUES[product.epilogue], activation=kind, activation_threshold=threshold
+        )
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
