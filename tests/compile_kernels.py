@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
-from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import Positions, TileConfig
+from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
+from teal_kernels.triton_gemv import Norm, Positions, TileConfig
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -26,6 +26,11 @@ PRODUCTS = (
     (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=2048, warps=2), (4, 64, True)),
     (1, TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=128, warps=2, dense=True), (4, 64, True)),
     (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=128, warps=2, dense=True), (8, 64, False)),
+)
+# FMA instructions with all inputs at once and in a loop, and tensor cores for more rows than one.
+GATE_FIRST = (
+    GateFirstConfig(neurons=2, block_out=1, warps=1),
+    GateFirstConfig(neurons=16, block_out=16, block_in=64, unroll=1, warps=1, gate_block_in=64, gate_unroll=1),
 )
 DTYPE = torch.bfloat16
 
@@ -73,8 +78,14 @@ def main(capability: int) -> None:
         for squares in (None, torch.zeros(rows, 1)):
             write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
-        for gate in (gates, GateLayer(weight, None)):
+        layer = GateLayer(weight, None)
+        for gate in (gates, layer):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
+        norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
+        step = partial(launch_gate_first, hidden, layer, weight, None, up, kind="fatrelu", threshold=0.1, norm=norm)
+        for config in GATE_FIRST:
+            for dense in (False, True):
+                step(dense=dense, counts=counts, config=config, pdl=pdl)
     print(*sorted(names), sep="\n")
 
 

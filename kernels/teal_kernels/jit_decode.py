@@ -191,12 +191,19 @@ def pick_kernel(best_ptr, best_token_ptr, token_ptr, n_blocks, BLOCK: tl.constex
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    blocks = tl.arange(0, BLOCK)
-    best = tl.load(best_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf"))
-    tokens = tl.load(best_token_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=0)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)  # of the blocks that each lane has seen, and its token
+    tokens = tl.zeros((BLOCK,), tl.int32)
+    last = tokens
+    for first in range(0, n_blocks, BLOCK):
+        blocks = first + tl.arange(0, BLOCK)
+        new = tl.load(best_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf"))
+        token = tl.load(best_token_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=0)
+        last = tl.maximum(last, token)
+        better = (new > best) | (first == 0)  # of equals the first, whose token is lower
+        best = tl.where(better, new, best)
+        tokens = tl.where(better, token, tokens)
     top = tl.max(best, axis=0)
-    last = tl.max(tokens, axis=0)
-    token = tl.min(tl.where(best == top, tokens, last), axis=0)
+    token = tl.min(tl.where(best == top, tokens, tl.max(last, axis=0)), axis=0)
     tl.store(token_ptr + row, token.to(tl.int64))
 
 

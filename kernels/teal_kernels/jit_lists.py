@@ -286,10 +286,10 @@ def take_inputs(
                         value = tl.where(keep, value, 0.0)
                 values = values + (value,)
             if SUMS:
-                added = ()
+                more_sums = ()
                 for row in tl.static_range(ROWS):
-                    added = added + (sums[row] + values[row],)
-                sums = added
+                    more_sums = more_sums + (sums[row] + values[row],)
+                sums = more_sums
             stored = read
             if (
                 INPUTS.shared_bytes > 0 and LANES < 32 * WARPS

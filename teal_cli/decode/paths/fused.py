@@ -4,7 +4,8 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-The weights of each product lie in one table (`teal_cli.sparse.merged`). What a block computes is data
+An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`). The weights of each product lie
+in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a block computes is data
 (`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
@@ -20,8 +22,7 @@ from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import AttentionStep, Program
-from teal_cli.sparse import SparseLinear, SparsityControl
-from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
@@ -44,8 +45,6 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return f"backend {backend}"
     if (reason := backend_unavailable_reason("triton", device, dtype)) is not None:
         return reason
-    if any(isinstance(module, GateFirstMLP) for module in model.modules()):
-        return "MLPs that decode gate first"
     if (activation := unknown_activation(config, program)) is not None:
         return f"activation {activation}"
     if (key := _not_launched(program)) is not None:
@@ -57,10 +56,10 @@ def _not_launched(program: Program) -> str | None:
     """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
     if program.pairs == "halves_backwards":
         return program.pairs
-    for step in program.block:
+    for step in program.steps:
         if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
             return "layer norms of heads"
-    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.block))
+    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
     return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
 
 
@@ -70,13 +69,14 @@ class FusedPath(ProgramPath):
     name = "fused"
     reported = "compact"
     devices = ("cuda",)  # the interpreter runs it on a CPU too, where it is asked for by name
-    sparse_may_lose = False  # each product is read whole where skipping does not pay (`choose_config`)
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         super().__init__(model, control)
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
+        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that.
+        self.sparse_may_lose = any(isinstance(layer.rule, Zeros) for layer in sparse_layers(model).values())
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:

@@ -5,7 +5,7 @@ then a call without arguments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,11 +13,23 @@ import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, activation_of, program_of
+from teal_cli.decode.blocks import (
+    Attention,
+    BlockStep,
+    Norm,
+    Product,
+    Scales,
+    activation_of,
+    program_of,
+)
 from teal_cli.decode.cache import FixedLayer
-from teal_cli.decode.positions import growth_of, long_rope_from, rotary_tables
+from teal_cli.decode.paths import fused_gate_first
+from teal_cli.decode.paths.fused_angles import Angles
+from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.positions import growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
+from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
@@ -151,44 +163,11 @@ def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
 
 
 def cannot_launch(product: Product) -> str | None:
-    """Why a joined product cannot be launched as gate and up; None where it can."""
+    """Why a joined product cannot be launched as gate and up, or one that decodes gate first; None where it can."""
     packed = getattr(product.layers[0], "packed", None)
     if product.joined and packed is not None and product.outputs * packed.bits % 32:
         return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
-    return None
-
-
-@dataclass(frozen=True)
-class Angles:
-    """The tables of a rotary embedding: of each kind (positions, R) twice; with long rope (2, positions, R)."""
-
-    tables: dict[str | float | None, tuple[Tensor, Tensor]]
-    long_from: int | None
-
-    @classmethod
-    def of(cls, model: Any, blocks: list[list[BlockStep]], positions: int, dtype: torch.dtype) -> "Angles":
-        """As the kernels read them, for a cache of so many positions."""
-        first_long = long_rope_from(model)
-        lasts = [None if first_long is None else first_long - 1]
-        long_from = first_long if first_long is not None and positions > first_long else None
-        if long_from is not None:
-            lasts.append(positions - 1)
-        tables: dict[str | float | None, tuple[Tensor, Tensor]] = {}
-        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention) and step.rotates}:
-            made = [rotary_tables(model, positions, dtype, last, kind) for last in lasts]
-            found = [pair for pair in made if pair is not None]
-            if not found:
-                continue
-            cos, sin = (torch.stack([_paired(pair[of], model) for pair in found]) for of in (0, 1))
-            tables[kind] = (cos, sin) if long_from is not None else (cos[0], sin[0])
-        return cls(tables, long_from)
-
-
-def _paired(table: Tensor, model: Any) -> Tensor:
-    """The angle of each dimension of a head: transformers has those of halves where it turns neighbours."""
-    if program_of(model).pairs == "neighbours":
-        return table[:, : table.shape[1] // 2].repeat_interleave(2, dim=1).contiguous()
-    return table
+    return fused_gate_first.cannot_launch(product)
 
 
 class StepBinder:
@@ -214,7 +193,7 @@ class StepBinder:
     ) -> None:
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | GateFirstLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs != "halves"
@@ -342,6 +321,10 @@ class StepBinder:
         if step.aside or source is None:
             # Beside the attention: launched before it, as long as `hidden` is what the norm before it was of.
             source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
+        if step.gate_first is not None and isinstance(source, Tensor):
+            y = self._bind_gate_first(step, step.gate_first, source, norm, at)
+            self._source, self._norm, self._before = y, None, step
+            return
         added = self._added[1] if self._added is not None and source is self.hidden else None
         if added is not None:
             self.hidden, self._added = added.stream, None
@@ -354,6 +337,36 @@ class StepBinder:
             if step.norm is not None:
                 self._add_later(step.norm, launch, y)
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
+
+    def _bind_gate_first(
+        self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
+    ) -> Tensor:
+        """Gate and live rows of up in one launch, which adds nothing to the stream and takes up no layer norm."""
+        if norm is not None and self._added is not None:
+            self.settle()
+            norm, at = replace(norm, squares=self.squares), len(self.steps)
+        if norm is not None and norm.centred:
+            normed = self.buffer("normed", step.layers[0].in_features)
+            self.steps.insert(
+                at,
+                partial(
+                    write_norm,
+                    source,
+                    norm.weight,
+                    normed,
+                    eps=norm.eps,
+                    bias=norm.bias,
+                    centred=True,
+                    plus_one=norm.plus_one,
+                    pdl=self.path.pdl,
+                ),
+            )
+            source, norm, at = normed, None, at + 1
+        launch = GateFirstLaunch(mlp, self.enabled, self.rows, self.path.dtype)
+        self.launches.append(launch)
+        y = self.buffer(step.name, step.outputs)
+        self.steps.insert(at, partial(launch.run, source, y, self.path.pdl, norm))
+        return y
 
     def _launch(self, step: Product) -> Launch:
         beside = None
