@@ -228,12 +228,18 @@ class Program(BaseModel):
     """Path of the norm in the model that makes of embeddings the first state of the residual stream."""
 
     @property
-    def products(self) -> list[ProductStep]:
-        """The products of all blocks, whatever these choose."""
-        steps = chain.from_iterable(
-            (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+    def steps(self) -> list[Step]:
+        """The steps of all blocks, whatever these choose."""
+        return list(
+            chain.from_iterable(
+                (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+            )
         )
-        return [step for step in steps if isinstance(step, ProductStep)]
+
+    @property
+    def products(self) -> list[ProductStep]:
+        """The products among them."""
+        return [step for step in self.steps if isinstance(step, ProductStep)]
 
     def steps_where(self, has: Callable[[str], bool]) -> list[Step]:
         """The steps of one block.

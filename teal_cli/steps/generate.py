@@ -84,17 +84,24 @@ class Generator:
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         self.engine = Engine(self.model, never_worse=config.backend == "auto")
-        if self.engine.general_because is not None:
-            reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
+        self._because: str | None = None
+        self._say = reporter.say
+        self._say_because()
         if not self.engine.keeps_state:
             reporter.say(
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
             )
         self._turns = 0
-        self._say, self._said = reporter.say, ""
+        self._said = ""
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
+
+    def _say_because(self) -> None:
+        """Why no path of our own decodes, once; its check may be the reason."""
+        if self.engine.general_because != self._because:
+            self._because = self.engine.general_because
+            self._say(f"decoding with transformers' forward, not our own ({self._because})")
 
     def reply(
         self,
@@ -119,6 +126,7 @@ class Generator:
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
+        self._say_because()
         choice = self.engine.choose(prompt) if self.engine.never_worse else None
         if choice is not None and choice.line is not None and choice.line != self._said:
             self._said = choice.line

@@ -238,6 +238,15 @@ class NativeProgram:
             made.holds += (scale,)
         return made
 
+    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
+        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
+        if xielu is None:
+            return ()
+        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
+        self._note_copies((positive, None), (negative, None), (linear, None))
+        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
+        return float(rise), float(fall), float(linear)
+
     def _route(self, route: Route) -> native.Route:
         bias = None if route.bias is None else route.bias.detach()
         router = rows_of(route.weight.detach(), bias)
@@ -278,15 +287,6 @@ class NativeProgram:
             alpha=getattr(product.owner, "alpha", 0.0),
             interleaved=product.joined and getattr(product.owner, "interleaved", False),
         )
-
-    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
-        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
-        if xielu is None:
-            return ()
-        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
-        self._note_copies((positive, None), (negative, None), (linear, None))
-        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
-        return float(rise), float(fall), float(linear)
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
