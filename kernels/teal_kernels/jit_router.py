@@ -50,6 +50,7 @@ def router_kernel(
     CHOSEN: tl.constexpr,
     SCORES: tl.constexpr,
     NORMALISED: tl.constexpr,
+    NORM: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     CENTRED: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -69,7 +70,7 @@ def router_kernel(
     ins = tl.arange(0, BLOCK_IN)
     inside = ins < n_in
     weight = tl.load(weight_ptr + expert * n_in + ins, mask=inside, other=0.0)
-    if norm is not None:
+    if NORM:
         of_norm = tl.load(norm.weight + ins, mask=inside, other=0.0)
     if CENTRED:
         to_add = tl.zeros((BLOCK_IN,), tl.float32)
@@ -85,7 +86,7 @@ def router_kernel(
         mean = mean_of(squares + tl.num_programs(1) * n_squares, n_squares, n_in, SQUARES)
         scale = layer_scale(squares, mean, n_squares, n_in, eps, SQUARES)
         x = layer_normalised(x, mean, scale, of_norm, to_add, dtype, PLUS_ONE)
-    elif norm is not None:
+    elif NORM:
         scale = rms_scale(norm.squares + token * n_squares, n_squares, n_in, eps, SQUARES)
         x = normalised(x, scale, of_norm, dtype, PLUS_ONE)
     logit = tl.sum(x.to(tl.float32) * weight.to(tl.float32), axis=0)
@@ -97,7 +98,7 @@ def router_kernel(
             tl.store(aside_share_ptr + token, tl.sigmoid(logit))
             return
     of_token = logits_ptr + token * EXPERTS
-    send(of_token + expert, logit, True)
+    send(of_token + expert, logit, expert < EXPERTS)
     if expert < last:
         return
 

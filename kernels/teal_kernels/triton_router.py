@@ -110,6 +110,7 @@ def route(
         CHOSEN=count,
         SCORES=_SCORES[router.scores],
         NORMALISED=router.normalised,
+        NORM=norm is not None,  # the kernel cannot ask: triton 3.6 compares no tuple that holds None
         PLUS_ONE=norm is not None and norm.plus_one,
         CENTRED=norm is not None and norm.centred,
         SQUARES=power_of_two(squares),

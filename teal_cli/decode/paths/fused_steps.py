@@ -245,9 +245,9 @@ class StepBinder:
         self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
     ) -> Tensor:
         """Gate and live rows of up in one launch, which adds nothing to the stream and takes up no layer norm."""
-        if norm is not None and self._added is not None:
+        if self._added is not None and source is self.hidden:
             self.settle()
-            norm, at = replace(norm, squares=self.squares), len(self.steps)
+            norm, at = None if norm is None else replace(norm, squares=self.squares), len(self.steps)
         if norm is not None and norm.centred:
             normed = self.buffer("normed", step.layers[0].in_features)
             self.steps.insert(
