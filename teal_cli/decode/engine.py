@@ -21,6 +21,7 @@ from teal_cli.decode.paths.general import GeneralPath
 from teal_cli.decode.paths.native import NativePath, unsupported_on_cpu
 from teal_cli.decode.paths.seq2seq import Seq2SeqPath
 from teal_cli.decode.probe import check_decoding
+from teal_cli.decode.recognition import first_difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import kind_for
@@ -84,6 +85,7 @@ class Engine:
         self.general_because: str | None = None
         """Why no path of our own is taken, where one is for this device."""
         self.path = self._pick(path)
+        self._named = path is not None
         self._session: Session | None = None
         self._checked: set[tuple[bool, str, int]] = set()
         self._choices: dict[tuple[Any, int, int], Choice] = {}
@@ -177,7 +179,7 @@ class Engine:
                 length, whatever is padding in them.
 
         Raises:
-            ArtefactError: it does not.
+            ArtefactError: it does not, and there is no other path.
         """
         control, rows = self.control, prompt.shape[0]
         if not self.keeps_state:
@@ -185,11 +187,26 @@ class Engine:
         with control.uncounted() if control else nullcontext():
             if (path := (False, "", rows)) not in self._checked:
                 with control.switched_off() if control else nullcontext():
-                    check_decoding(self, prompt)
+                    self._check_decoding(prompt)
                 self._checked.add(path)
             if control is not None and (path := (*control.decoding[:2], rows)) not in self._checked:
-                check_decoding(self, prompt)
+                self._check_decoding(prompt)
                 self._checked.add(path)
+
+    def _check_decoding(self, prompt: Tensor) -> None:
+        """Where a path of our own gives other logits and was not asked for by name, the general one takes its place."""
+        try:
+            check_decoding(self, prompt)
+        except ArtefactError:
+            if not self.path.own_kernels or self._named:
+                raise
+            step = first_difference(self.model)
+            self.general_because = f"the {self.path.name} path gives other logits" + (f": {step}" if step else "")
+            self._session = None
+            self._choices.clear()
+            self._dense_forms.clear()
+            self.path = GeneralPath(self.model, self.control)
+            check_decoding(self, prompt)
 
     def choose(self, prompt: Tensor, positions: int = 0) -> Choice:
         """What `auto` decodes, sparse or dense, compiled or not: measured once for a plan, rows and positions.

@@ -88,17 +88,24 @@ class Generator:
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         compiling = Compiling(config.compile, tokens=config.max_new_tokens)
         self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling)
-        if self.engine.general_because is not None:
-            reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
+        self._because: str | None = None
+        self._say = reporter.say
+        self._say_because()
         if not self.engine.keeps_state:
             reporter.say(
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
             )
         self._turns = 0
-        self._say, self._said = reporter.say, set[str]()
+        self._said = set[str]()
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
+
+    def _say_because(self) -> None:
+        """Why no path of our own decodes, once; its check may be the reason."""
+        if self.engine.general_because != self._because:
+            self._because = self.engine.general_because
+            self._say(f"decoding with transformers' forward, not our own ({self._because})")
 
     def reply(
         self,
@@ -123,6 +130,7 @@ class Generator:
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
+        self._say_because()
         length = prompt.shape[1] + config.max_new_tokens
         choice = self.engine.choose(prompt, length) if self.engine.chooses else None
         for line in () if choice is None else choice.lines:
