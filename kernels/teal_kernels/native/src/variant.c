@@ -84,10 +84,12 @@ static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int 
     }
     if (bias)
         for (int32_t r = 0; r < s->rows; r++) add_into(onto + (int64_t)r * hidden, bias, hidden);
-    if (!product->norm) return;
-    for (int32_t r = 0; r < s->rows; r++)
-        normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
-    add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    if (product->norm) {
+        for (int32_t r = 0; r < s->rows; r++)
+            normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
+        add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    }
+    for (int64_t i = 0; i < (int64_t)s->rows * hidden && product->stream_scale != 0; i++) m->hidden[i] *= product->stream_scale;
 }
 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
@@ -368,7 +370,8 @@ static void attention(teal_session *s, thread_memory *m, const teal_attention *a
         } else {
             sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
             sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-            sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+            if (a->keys_as_values) memcpy(m->queries + (group + 1) * dim, m->queries + group * dim, (size_t)dim * sizeof(float));
+            else sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
         }
         if (a->clip > 0) clamp(m->queries, (group + 2) * dim, a->clip);
         if (all_heads) {
