@@ -157,8 +157,7 @@ INLINE void attend_group(const int dtype, const teal_attention *a, int64_t head,
         int32_t seen = (int32_t)(position + 1 - start < count ? position + 1 - start : count);
         for (h = 0; h < group; h++) {
             float *own = scores + h * SCORE_TILE, *maximum = heads + h * stride + dim;
-            if (a->cap > 0)
-                for (int32_t p = 0; p < seen; p++) own[p] = a->cap * tanhf(own[p] / a->cap);
+            if (a->cap > 0) soft_cap(own, seen, a->cap);
             for (int64_t p = start; p < first; p++) own[p - start] = -INFINITY;
             for (int32_t p = seen; p < count; p++) own[p] = -INFINITY;
             float most = largest(own, count), before = *maximum;
