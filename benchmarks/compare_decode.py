@@ -50,7 +50,7 @@ def transformers_speed(model: Any, prompt: torch.Tensor, new_tokens: int) -> flo
 class CompiledStep:
     """The strongest dense decoding of plain transformers: static cache, compiled step (needs a C++ compiler)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, mode: str | None = None) -> None:
         self.model = model
 
         def step(token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
@@ -58,7 +58,7 @@ class CompiledStep:
             chosen: torch.Tensor = logits[:, -1:].argmax(-1)
             return chosen
 
-        self.step = torch.compile(step, fullgraph=True)
+        self.step = torch.compile(step, fullgraph=True, mode=mode)
 
     @torch.no_grad()
     def speed(self, prompt: torch.Tensor, new_tokens: int) -> float:
@@ -68,7 +68,7 @@ class CompiledStep:
         synchronize(prompt.device)
         started = time.perf_counter()
         for _ in range(new_tokens):
-            token = self.step(token, cache)
+            token = self.step(token, cache).clone()  # a captured graph writes into the same memory at each step
         synchronize(prompt.device)
         return new_tokens / (time.perf_counter() - started)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_decode import attention_splits, decode_attention
+from teal_kernels.triton_attention import attention_splits, decode_attention
 from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, TileConfig, gemv
 
 # Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of rotated

@@ -15,8 +15,8 @@ from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_decode, triton_gate_first, triton_gemv
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best
+from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Positions, TileConfig
 
@@ -55,7 +55,7 @@ def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_decode, triton_gate_first):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
@@ -70,6 +70,8 @@ def main(capability: int) -> None:
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
         embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
+        for squares in (None, torch.zeros(rows, 1)):
+            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         for gate in (gates, GateLayer(weight, None)):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)

@@ -269,6 +269,21 @@ def test_aliases_build_the_model_they_name() -> None:
         "qwen2.5-7b": 7.62,
         "qwen3-0.6b": 0.596,
         "qwen3-8b": 8.19,
+        "qwen3-30b-a3b": 30.53,
+        "mixtral-8x7b": 46.70,
+        "phi-4-mini": 3.836,
+        "phi-2": 2.78,
+        "gemma-2-2b": 2.614,
+        "gemma-3-4b": 3.880,  # of its text
+        "olmo-2-7b": 7.299,
+        "command-r7b": 8.028,
+        "starcoder2-3b": 3.030,
+        "pythia-6.9b": 6.857,
+        "glm-4-9b": 9.40,
+        "granite-3.3-8b": 8.17,
+        "opt-6.7b": 6.658,
+        "smollm3-3b": 3.075,
+        "minitron-4b": 4.19,
     }
     assert set(alias_names()) == set(expected)
     for name, billions in expected.items():

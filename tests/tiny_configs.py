@@ -46,6 +46,15 @@ _T5 = {
     "eos_token_id": 1,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GRANITE_EXPERTS = {
+    "intermediate_size": 48,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 5.0,
+}
 FAMILIES = {
     **TINY_CONFIGS,
     "sparsellama": {"model_type": "sparsellama", **_TINY, "hidden_act": "fatrelu", "hidden_act_param": 0.01},
@@ -167,6 +176,30 @@ FAMILIES = {
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_TINY,
+        **_EXPERTS,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 40,
+    },
+    "olmoe": {"model_type": "olmoe", **_TINY, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3},
+    "phimoe": {
+        "model_type": "phimoe",
+        **_TINY,
+        "num_local_experts": 4,
+        "router_jitter_noise": 0.2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "granitemoe": {"model_type": "granitemoe", **_TINY, **_GRANITE_EXPERTS},
+    "granitemoeshared": {
+        "model_type": "granitemoeshared",
+        **_TINY,
+        **_GRANITE_EXPERTS,
+        "shared_intermediate_size": 40,
+    },
     "bert": {"model_type": "bert", **_TINY},
     "t5": {"model_type": "t5", **_T5},
     "t5-gated": {"model_type": "t5", **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -179,3 +212,5 @@ OTHERS = [
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
+MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"]
+"""Mixtures of experts that have a program."""

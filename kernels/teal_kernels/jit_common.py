@@ -9,6 +9,11 @@ EMPTY = tl.constexpr(launching.EMPTY)
 MINUS_INFINITY = tl.constexpr(0xFF800000)
 INTERPRETING = tl.constexpr(launching.interpreting())
 LEAST_TILE = tl.constexpr(launching.LEAST_TILE)
+_SILU = tl.constexpr(launching.ACTIVATIONS["silu"])
+_GELU = tl.constexpr(launching.ACTIVATIONS["gelu"])
+_GELU_TANH = tl.constexpr(launching.ACTIVATIONS["gelu_tanh"])
+_RELU2 = tl.constexpr(launching.ACTIVATIONS["relu2"])
+_FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
 
 
 @triton.jit
@@ -18,6 +23,41 @@ def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
     squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
     # The quotient is ready before the squares are: dividing their sum would wait for them.
     return tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / n_in) + eps)
+
+
+@triton.jit
+def _total(sums_ptr, n_sums, SQUARES: tl.constexpr):
+    each = tl.arange(0, SQUARES)
+    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0)
+
+
+@triton.jit
+def scales_after_adding(sums_ptr, n_sums, n_in, added_eps, added_scale, eps, SQUARES: tl.constexpr):
+    """Where the RMS norm of y is still to be added to a stream h: what it multiplies y with, and what an RMS norm of
+    the sum multiplies that with. From partial sums of y y, h h, h w y and w y w y, w the weight of y's norm: of them
+    the squares of the sum follow without another pass."""
+    scale = tl.rsqrt(_total(sums_ptr, n_sums, SQUARES) * (1.0 / n_in) + added_eps)
+    share = scale * added_scale
+    squares = _total(sums_ptr + n_sums, n_sums, SQUARES)
+    squares += 2.0 * share * _total(sums_ptr + 2 * n_sums, n_sums, SQUARES)
+    squares += share * share * _total(sums_ptr + 3 * n_sums, n_sums, SQUARES)
+    return scale, tl.rsqrt(tl.maximum(squares, 0.0) * (1.0 / n_in) + eps)
+
+
+@triton.jit
+def mean_of(sums_ptr, n_sums, n_in, SQUARES: tl.constexpr):
+    """The mean of one row, from partial sums of it."""
+    each = tl.arange(0, SQUARES)
+    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0) * (1.0 / n_in)
+
+
+@triton.jit
+def layer_scale(squares_ptr, mean, n_squares, n_in, eps, SQUARES: tl.constexpr):
+    """What a layer norm multiplies one row with, less its mean, from partial sums of its squares."""
+    each = tl.arange(0, SQUARES)
+    squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
+    variance = tl.sum(squares, axis=0) * (1.0 / n_in) - mean * mean
+    return tl.rsqrt(tl.maximum(variance, 0.0) + eps)  # rounding may leave a constant row less than nothing
 
 
 @triton.jit
@@ -31,15 +71,68 @@ def rms_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: t
 
 
 @triton.jit
+def layer_scales(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr, ROWS: tl.constexpr):
+    """Means and `layer_scale` of the rows of a batch: (LEAST_TILE,) float32 each. Partial sums lie behind those of
+    squares."""
+    rows = tl.arange(0, LEAST_TILE)
+    means = tl.zeros((LEAST_TILE,), tl.float32)
+    scales = tl.zeros((LEAST_TILE,), tl.float32)
+    for row in tl.static_range(ROWS):
+        mean = mean_of(squares_ptr + (ROWS + row) * n_squares, n_squares, n_in, SQUARES)
+        scale = layer_scale(squares_ptr + row * n_squares, mean, n_squares, n_in, eps, SQUARES)
+        means = tl.where(rows == row, mean, means)
+        scales = tl.where(rows == row, scale, scales)
+    return means, scales
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 as the dtype would hold it. (The interpreter cannot multiply in bfloat16, and a GPU need not.)"""
     return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
-def normalised(x, scale, weight, dtype: tl.constexpr):
-    """What an RMS norm makes of x, float32, rounded where transformers rounds."""
-    return rounded(rounded(x.to(tl.float32) * scale, dtype) * weight.to(tl.float32), dtype)
+def normalised(x, scale, weight, dtype: tl.constexpr, PLUS_ONE: tl.constexpr = False):
+    """What an RMS norm makes of x, float32, rounded where transformers rounds: Gemma's, of 1 + weight, once."""
+    weight = weight.to(tl.float32)
+    if PLUS_ONE:
+        normal = rounded(x.to(tl.float32) * scale * (1.0 + weight), dtype)
+    else:
+        normal = rounded(rounded(x.to(tl.float32) * scale, dtype) * weight, dtype)
+    return normal
+
+
+@triton.jit
+def layer_normalised(x, mean, scale, weight, bias, dtype: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """What a layer norm makes of x, float32, rounded once, as torch's is."""
+    weight = weight.to(tl.float32)
+    if PLUS_ONE:
+        weight += 1.0
+    return rounded((x.to(tl.float32) - mean) * scale * weight + bias.to(tl.float32), dtype)
+
+
+@triton.jit
+def tanh(x):
+    """Of float32. (`tl` has none that the interpreter knows.)"""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def activated(x, threshold, KIND: tl.constexpr):
+    """An activation of float32, by its number in `launching.ACTIVATIONS`; `threshold` is FATReLU's."""
+    if KIND == _SILU:
+        y = x * tl.sigmoid(x)
+    elif KIND == _GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == _GELU_TANH:
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif KIND == _FATRELU:
+        y = tl.where(x < threshold, 0.0, x)
+    else:
+        y = tl.where(x <= 0.0, 0.0, x)  # not `maximum`: NaN must show
+        if KIND == _RELU2:
+            y = y * y
+    return y
 
 
 @triton.jit

@@ -4,29 +4,38 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels import launching
 from teal_kernels.jit_common import (
     LEAST_TILE,
+    activated,
+    layer_scale,
+    layer_scales,
     look,
+    mean_of,
     received,
     received_both,
     rms_scale,
     rms_scales,
     rounded,
+    scales_after_adding,
     send,
 )
-from teal_kernels.jit_lists import begin_list, end_list, norm_weights, take_inputs
+from teal_kernels.jit_lists import begin_list, end_list, no_biases, norm_weights, take_inputs
 from teal_kernels.jit_partials import split_of_cache
 from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
+BESIDE = tl.constexpr(3)
+DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
 
 
 @triton.jit
 def gemv_kernel(
     x_ptr,
     norm,
+    added,
     partials,
     table,
     threshold_ptr,
@@ -45,7 +54,7 @@ def gemv_kernel(
     those of the lowest weight of every word, and so on.
 
     Args:
-        norm, partials, table, out, memory, sizes: as in `triton_gemv`; None where there is none.
+        norm, added, partials, table, out, memory, sizes: as in `triton_gemv`; None where there is none.
         TILE, INPUTS, EPILOGUE: as in `plan_gemv`.
     """
     BLOCK_OUT: tl.constexpr = TILE.block_out
@@ -91,8 +100,14 @@ def gemv_kernel(
     if INPUTS.head_size > 0:  # positions were written long before the kernel that this one follows
         _, _, used = split_of_cache(tl.load(partials.longest), sizes.window, INPUTS.splits, INPUTS.split_multiple)
     weights = ()
+    biases = ()
     if INPUTS.norm and INPUTS.at_once:
-        weights = norm_weights(norm, first, last, INPUTS)
+        weights = norm_weights(norm.weight, first, last, INPUTS)
+        if INPUTS.norm_centred:
+            biases = norm_weights(norm.bias, first, last, INPUTS) if norm.bias is not None else no_biases(INPUTS)
+    added_weights = ()
+    if INPUTS.added and INPUTS.at_once:
+        added_weights = norm_weights(added.weight, first, last, INPUTS)
     # What is read whole is known before the inputs are. (For tensor cores Triton sees to rows under way.)
     summed: tl.constexpr = (
         TILE.fma and TILE.bits < 16
@@ -108,13 +123,28 @@ def gemv_kernel(
         gdc_wait()
 
     dtype = x_ptr.dtype.element_ty
+    means = ()
     scales = ()
-    if INPUTS.norm_in_tiles:
+    if INPUTS.norm_in_tiles and INPUTS.norm_centred:
+        means, scales = layer_scales(norm.squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares, ROWS)
+    elif INPUTS.norm_in_tiles:
         scales = rms_scales(norm.squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares, ROWS)
-    elif INPUTS.norm:
+    elif INPUTS.norm and not INPUTS.added:
         for row in tl.static_range(ROWS):
             squares = norm.squares + row * sizes.n_squares
-            scales = scales + (rms_scale(squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares),)
+            if INPUTS.norm_centred:
+                mean = mean_of(squares + ROWS * sizes.n_squares, sizes.n_squares, sizes.n_in, INPUTS.norm_squares)
+                means = means + (mean,)
+                scale = layer_scale(squares, mean, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares)
+            else:
+                scale = rms_scale(squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares)
+            scales = scales + (scale,)
+    added_scale = 1.0
+    if INPUTS.added:
+        added_scale, scale = scales_after_adding(
+            added.sums, sizes.n_squares, sizes.n_in, sizes.added_eps, sizes.of_added, sizes.eps, INPUTS.norm_squares
+        )
+        scales = (scale,)
     active = 0
     acc = no_sums(ROWS, TILE)
     groups = tl.cdiv(last - first, sizes.group) if INPUTS.several_groups else 1
@@ -135,11 +165,18 @@ def gemv_kernel(
         if INPUTS.taken or summed:
             count, kept, totals = take_inputs(
                 x_ptr,
+                added,
                 partials,
                 used,
                 norm,
                 weights,
+                biases,
+                means,
                 scales,
+                added_weights,
+                added_scale,
+                sizes.of_added,
+                block == 0,
                 entries,
                 sizes.n_in,
                 first,
@@ -165,6 +202,7 @@ def gemv_kernel(
             ahead,
             x_ptr,
             norm,
+            means,
             scales,
             sizes.n_in,
             first,
@@ -264,17 +302,39 @@ def gemv_kernel(
     if EPILOGUE.kind == GATED:
         if out.bias is not None:
             up += tl.load(out.bias + outs, mask=inside, other=0.0).to(tl.float32)
-        gate = y.to(tl.float32)
-        y = (rounded(gate * tl.sigmoid(gate), dtype) * rounded(up, dtype)).to(dtype)
+        gate = rounded(activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation), dtype)
+        up = rounded(up, dtype)
+        if EPILOGUE.activation == DRELU:
+            up = tl.where(up <= 0.0, 0.0, up)
+        y = (gate * up).to(dtype)
         tl.store(out.y + row * part_0 + at, y, mask=inside)
     else:
+        if EPILOGUE.kind == PLAIN and EPILOGUE.activation > 0:
+            y = activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation).to(dtype)
         if EPILOGUE.kind == RESIDUAL:
-            y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
+            added = y.to(tl.float32)
+            if EPILOGUE.scaled:
+                added = rounded(added * sizes.scale, dtype)
+            y = (residual.to(tl.float32) + added).to(dtype)
             square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
             each = tl.arange(0, BATCH)
-            tl.store(
-                out.squares + (each * tl.num_programs(0) + block) * EPILOGUE.reducers + reducer,
-                tl.sum(tl.reshape(square, (BATCH, width)), axis=1),
-                mask=each < ROWS,
-            )
+            of_block = out.squares + (each * tl.num_programs(0) + block) * EPILOGUE.reducers + reducer
+            tl.store(of_block, tl.sum(tl.reshape(square, (BATCH, width)), axis=1), mask=each < ROWS)
+            if EPILOGUE.sums:
+                written = tl.reshape(tl.where(inside, y.to(tl.float32), 0.0), (BATCH, width))
+                of_block += ROWS * tl.num_programs(0) * EPILOGUE.reducers
+                tl.store(of_block, tl.sum(written, axis=1), mask=each < ROWS)
+        if EPILOGUE.kind == BESIDE:  # of y y, h h, h w y, w y w y: see `scales_after_adding`
+            of_norm = tl.load(out.norm_weight + outs, mask=inside, other=0.0).to(tl.float32)
+            if EPILOGUE.plus_one:
+                of_norm += 1.0
+            stream = tl.load(out.stream + outs, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(inside, y.to(tl.float32), 0.0)
+            weighted = of_norm * value
+            of_block = out.squares + block * EPILOGUE.reducers + reducer
+            every = tl.num_programs(0) * EPILOGUE.reducers
+            tl.store(of_block, tl.sum(value * value, axis=0))
+            tl.store(of_block + every, tl.sum(stream * stream, axis=0))
+            tl.store(of_block + 2 * every, tl.sum(stream * weighted, axis=0))
+            tl.store(of_block + 3 * every, tl.sum(weighted * weighted, axis=0))
         tl.store(out.y + row * total + outs, y, mask=inside)

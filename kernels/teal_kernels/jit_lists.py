@@ -11,7 +11,7 @@ Where a list begins is a pointer to words in global memory, or an address in sha
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, lanes_inside, normalised, rounded
+from teal_kernels.jit_common import INTERPRETING, lanes_inside, layer_normalised, normalised, rounded
 from teal_kernels.jit_partials import merged_partials
 
 
@@ -148,11 +148,11 @@ def _warp():
 
 
 @triton.jit
-def norm_weights(norm, begin, stop, INPUTS: tl.constexpr):
-    """Of some vectors of inputs, a tuple."""
+def norm_weights(weight_ptr, begin, stop, INPUTS: tl.constexpr):
+    """Of some vectors of inputs, a tuple; a layer norm's biases likewise."""
     LANES: tl.constexpr = INPUTS.lanes
     VECTORS: tl.constexpr = INPUTS.vectors
-    at = norm.weight + begin + tl.arange(0, LANES)  # from here to the other vectors is a constant in the instruction
+    at = weight_ptr + begin + tl.arange(0, LANES)  # from here to the other vectors is a constant in the instruction
     weights = ()
     for vector in tl.static_range(VECTORS):
         inside = lanes_inside(begin, stop, vector, LANES, INPUTS.full)
@@ -161,13 +161,29 @@ def norm_weights(norm, begin, stop, INPUTS: tl.constexpr):
 
 
 @triton.jit
+def no_biases(INPUTS: tl.constexpr):
+    """Zeros in the place of those of `norm_weights`."""
+    biases = ()
+    for _ in tl.static_range(INPUTS.vectors):
+        biases = biases + (tl.zeros((INPUTS.lanes,), tl.float32),)
+    return biases
+
+
+@triton.jit
 def take_inputs(
     x_ptr,
+    added,
     partials,
     used,
     norm,
     weights,
+    biases,
+    means,
     scales,
+    added_weights,
+    added_scale,
+    of_added,
+    writes,
     entries,
     n_in,
     first,
@@ -190,7 +206,13 @@ def take_inputs(
     Args:
         used: split-KV partials of the longest row.
         weights: of the norm, if the vectors are taken at once.
+        biases: likewise, of a layer norm; zeros where it has none.
+        means: of each row, for a layer norm.
         scales: of the norm, for each row.
+        added_weights: of the norm of what is added first, as `weights`.
+        added_scale: of that norm.
+        of_added: what that is multiplied by before it is added.
+        writes: whether this program writes the stream, after that.
 
     Returns:
         Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
@@ -209,9 +231,16 @@ def take_inputs(
     for step in range(steps):
         start = begin + step * (LANES * VECTORS)
         of_norm = weights
+        to_add = biases
+        of_added_norm = added_weights
         if INPUTS.norm and not INPUTS.at_once:
-            of_norm = norm_weights(norm, start, stop, INPUTS)
+            of_norm = norm_weights(norm.weight, start, stop, INPUTS)
+            if INPUTS.norm_centred:
+                to_add = norm_weights(norm.bias, start, stop, INPUTS) if norm.bias is not None else no_biases(INPUTS)
+        if INPUTS.added and not INPUTS.at_once:
+            of_added_norm = norm_weights(added.weight, start, stop, INPUTS)
         raw = ()
+        to_stream = ()
         if INPUTS.head_size > 0:
             raw = merged_partials(partials, used, n_in, start, stop, ROWS, INPUTS)
         else:  # all loads first: they are under way together
@@ -220,6 +249,9 @@ def take_inputs(
                 inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
                 for row in tl.static_range(ROWS):
                     raw = raw + (tl.load(at + row * n_in + vector * LANES, mask=inside, other=0.0),)
+                if INPUTS.added:
+                    at_added = added.y + start + tl.arange(0, LANES) + vector * LANES
+                    to_stream = to_stream + (tl.load(at_added, mask=inside, other=0.0),)
         for vector in tl.static_range(VECTORS):
             index = start - first + vector * LANES + tl.arange(0, LANES)
             inside = lanes_inside(start, stop, vector, LANES, INPUTS.full)
@@ -231,8 +263,20 @@ def take_inputs(
                 value = raw[vector * ROWS + row].to(tl.float32)
                 if INPUTS.head_size > 0:
                     value = rounded(value, dtype)
-                if INPUTS.norm:
-                    value = normalised(value, scales[row], of_norm[vector], dtype)
+                if INPUTS.added:
+                    more = normalised(
+                        to_stream[vector], added_scale, of_added_norm[vector], dtype, INPUTS.added_plus_one
+                    )
+                    value = rounded(value + rounded(more * of_added, dtype), dtype)
+                    if writes:
+                        at_stream = added.stream + start + vector * LANES + tl.arange(0, LANES)
+                        tl.store(at_stream, value.to(dtype), mask=inside)
+                if INPUTS.norm_centred:
+                    value = layer_normalised(
+                        value, means[row], scales[row], of_norm[vector], to_add[vector], dtype, INPUTS.norm_plus_one
+                    )
+                elif INPUTS.norm:
+                    value = normalised(value, scales[row], of_norm[vector], dtype, INPUTS.norm_plus_one)
                 if INPUTS.listed:
                     keep = _keeps(value, inside, threshold)
                     read |= keep  # one row of weights serves every row of x

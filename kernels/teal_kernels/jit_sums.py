@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from teal_kernels.jit_common import INTERPRETING, LEAST_TILE, launch_dependents, matmul, normalised
+from teal_kernels.jit_common import (
+    INTERPRETING,
+    LEAST_TILE,
+    launch_dependents,
+    layer_normalised,
+    matmul,
+    normalised,
+)
 from teal_kernels.jit_lists import listed_index, listed_value
 
 
@@ -210,6 +217,7 @@ def sum_rows(
     ahead,
     x_ptr,
     norm,
+    means,
     scales,
     n_in,
     first,
@@ -277,7 +285,23 @@ def sum_rows(
                     value = tl.load(x_ptr + rows[:, None] * n_in + slots[None, :], mask=there, other=0.0)
                     if INPUTS.norm_in_tiles:
                         of_norm = tl.load(norm_ptr + slots, mask=slots < stop, other=0.0)
-                        value = normalised(value, scales[:, None], of_norm[None, :], dtype).to(dtype)
+                        if INPUTS.norm_centred:
+                            to_add = tl.zeros((BLOCK_IN,), tl.float32)
+                            if norm.bias is not None:
+                                to_add = tl.load(norm.bias + first + slots, mask=slots < stop, other=0.0)
+                            value = layer_normalised(
+                                value,
+                                means[:, None],
+                                scales[:, None],
+                                of_norm[None, :],
+                                to_add[None, :],
+                                dtype,
+                                INPUTS.norm_plus_one,
+                            ).to(dtype)
+                        else:
+                            value = normalised(
+                                value, scales[:, None], of_norm[None, :], dtype, INPUTS.norm_plus_one
+                            ).to(dtype)
                 if TILE.bits < 16:
                     seen += value.to(tl.float32)
                 values = (value,)

@@ -34,7 +34,7 @@ _MAX_REDUCERS = 4
 """Of one block. More were no faster on an H100."""
 _GATHERED_REGISTERS = 32
 """The gathering of partial sums must not need more registers than the loop over weights does."""
-EPILOGUES = {"plain": 0, "residual": 1, "gated": 2}
+EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2, "beside": 3}
 """What follows a product, by the number that the kernel knows it by."""
 
 
@@ -76,7 +76,17 @@ class ProductShape:
     """Elements from one row of the table to the next."""
     epilogue: str = "plain"
     norm_squares: int = 0
-    """Partial sums of squares that an RMS norm in front reads for each row; 0 without one."""
+    """Partial sums of squares that a norm in front reads for each row; 0 without one."""
+    no_norm: bool = False  # whether they are read for what is `added`, and no norm follows
+    norm_plus_one: bool = False  # whether that norm multiplies by 1 + weight
+    norm_centred: bool = False  # whether it is a layer norm
+    activation: int = 0
+    """Of the epilogue: one of `launching.ACTIVATIONS`."""
+    scaled: bool = False  # what `residual` adds
+    sums: bool = False  # whether that writes partial sums of its results, too, for a layer norm
+    added: bool = False  # whether inputs are a stream to which the norm of something is added first
+    added_plus_one: bool = False
+    beside_plus_one: bool = False  # of the norm behind the epilogue `beside`
     head_size: int = 0
     """Of the attention whose split-KV partials are the inputs; 0 where inputs are plain."""
     splits: int = 0
@@ -118,6 +128,10 @@ class InputConstants(NamedTuple):
     """Whether inputs are normalised as they are taken."""
     norm_in_tiles: bool
     """Whether they are normalised as tensor cores take tiles of them."""
+    norm_plus_one: bool
+    norm_centred: bool
+    added: bool
+    added_plus_one: bool  # these as in `ProductShape`
     norm_squares: int
     """Partial sums of squares of a row, up to a power of two."""
     taken: bool
@@ -151,6 +165,11 @@ class EpilogueConstants(NamedTuple):
 
     kind: int
     """One of `EPILOGUES`."""
+    activation: int
+    scaled: bool
+    sums: bool  # these as in `ProductShape`
+    plus_one: bool
+    """Of the norm behind `beside`."""
     even: bool
     """Whether every part is a multiple of `block_out`."""
     split: bool
@@ -349,7 +368,7 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
     step = min(capacity, shape.group) if several else capacity
     vectors = max(1, min(step // lanes, most // power_of_two(shape.rows)))
     # Inputs of a batch that is read whole are normalised as tensor cores take tiles of them, and need no list.
-    has_norm = shape.norm_squares > 0
+    has_norm = shape.norm_squares > 0 and not shape.no_norm
     norm_in_tiles = has_norm and not shape.head_size and not listed and not shape.fma
     norm = has_norm and not norm_in_tiles
     shared_bytes = _list_bytes(shape, config, device)
@@ -358,8 +377,12 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
         listed=listed,
         norm=norm,
         norm_in_tiles=norm_in_tiles,
+        norm_plus_one=shape.norm_plus_one,
+        norm_centred=shape.norm_centred,
+        added=shape.added,
+        added_plus_one=shape.added_plus_one,
         norm_squares=power_of_two(shape.norm_squares),
-        taken=listed or norm or shape.head_size > 0,
+        taken=listed or norm or shape.added or shape.head_size > 0,
         several_groups=several,
         lanes=lanes,
         vectors=vectors,
@@ -381,6 +404,10 @@ def _epilogue_constants(shape: ProductShape, config: TileConfig, chunks: int, re
     registers = _GATHERED_REGISTERS // (2 if shape.epilogue == "gated" else 1)
     return EpilogueConstants(
         kind=EPILOGUES[shape.epilogue],
+        activation=shape.activation,
+        scaled=shape.scaled,
+        sums=shape.sums,
+        plus_one=shape.beside_plus_one,
         even=all(part % config.block_out == 0 for part in shape.parts),
         split=chunks > 1,
         reducers=reducers,

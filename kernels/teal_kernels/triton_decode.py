@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions
+from teal_kernels.triton_gemv import Norm, Positions
 
 if TRITON_MISSING is None:
-    from teal_kernels.jit_decode import attention_kernel, best_kernel, embed_kernel, output_kernel, pick_kernel
+    from teal_kernels.jit_decode import best_kernel, embed_kernel, norm_kernel, output_kernel, pick_kernel
 
 
 def embed(
-    token: Tensor, embedding: Tensor, positions: Positions, hidden: Tensor, squares: Tensor, *, pdl: bool
+    token: Tensor,
+    embedding: Tensor,
+    positions: Positions,
+    hidden: Tensor,
+    squares: Tensor,
+    *,
+    of_positions: Tensor | None = None,
+    offset: int = 0,
+    scale: float = 1.0,
+    pdl: bool,
 ) -> None:
     """Begin a token of every row: look its embedding up and move the row's position on.
 
@@ -28,7 +37,10 @@ def embed(
         embedding: (V, H), in any layout.
         positions: each row's last written position; becomes that of its new token.
         hidden: (B, H), written.
-        squares: (B, 1) float32, written: the sum of squares of each row of `hidden`.
+        squares: (B, 1) float32, written: the sum of squares of each row of `hidden`; (2, B, 1): and the sum of the row.
+        of_positions: (positions, H) contiguous, an embedding of positions that is added; None for none.
+        offset: of a position's row in it from the position.
+        scale: of the token's embedding.
         pdl: launch while the kernel before still runs.
     """
     size = hidden.shape[1]
@@ -41,91 +53,17 @@ def embed(
         positions.longest,
         hidden,
         squares,
+        hidden if of_positions is None else of_positions,
         size,
         *embedding.stride(),
+        offset,
+        scale,
         ROWS=hidden.shape[0],
         BLOCK=power_of_two(size),
+        SCALED=scale != 1.0,
+        LEARNED=of_positions is not None,
+        SUMS=squares.dim() == 3,
         warps=8,
-        pdl=pdl,
-    )
-
-
-_ATTENTION_BLOCK = 64
-"""Cache positions that a program takes at a time."""
-_ATTENTION_WARPS = 4
-_ATTENTION_PROGRAMS = 128
-"""Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
-_MAX_SPLITS = 16
-"""Splits at most: the programs of the product that follows read the partials of all."""
-
-
-def attention_splits(programs: int) -> int:
-    """Splits of the KV cache, for `programs` rows times key/value heads."""
-    return max(1, min(_MAX_SPLITS, power_of_two(_ATTENTION_PROGRAMS // programs)))
-
-
-def decode_attention(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    partials: AttentionPartials,
-    *,
-    scale: float,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-    pdl: bool = False,
-) -> None:
-    """Rotary embedding, cache write and attention of one new token a row.
-
-    Args:
-        qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation.
-        keys: (B, K, N, D) cache; each row's own position is written. Contiguous.
-        values: like keys.
-        cos: (N or more, D) of the rotary embedding, both halves.
-        sin: like cos.
-        partials: written; its positions are where the new tokens go.
-        scale: of the scores.
-        q_norm: (D,) weight of an RMS norm of every query head (Qwen3), or None.
-        k_norm: the same for keys.
-        eps: of those norms.
-        pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
-            read before the wait for it.
-    """
-    rows, kv_heads, length, dim = keys.shape
-    group = partials.logs.shape[2] // kv_heads
-    padded = max(LEAST_TILE, power_of_two(dim))
-    launch(
-        attention_kernel,
-        (kv_heads, partials.splits, rows),
-        qkv,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        cos,
-        sin,
-        keys,
-        values,
-        partials.positions.own,
-        partials.positions.longest,
-        partials.sums,
-        partials.logs,
-        kv_heads,
-        length,
-        partials.window,
-        scale,
-        eps,
-        GROUP=group,
-        PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
-        DIM=dim,
-        PADDED=padded,
-        BLOCK=_ATTENTION_BLOCK if keys.itemsize == 2 else _ATTENTION_BLOCK // 4,
-        SPLITS=partials.splits,
-        MULTIPLE=partials.split_multiple,
-        SEVERAL_ROWS=rows > 1,
-        NORM=q_norm is not None,
-        warps=_ATTENTION_WARPS,
         pdl=pdl,
     )
 
@@ -160,28 +98,40 @@ def _output_block(rows: int) -> int:
 
 
 def output_logits(
-    hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, logits: Tensor, best: Best, *, pdl: bool = False
+    hidden: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor,
+    best: Best,
+    *,
+    scale: float = 1.0,
+    cap: float = 0.0,
+    pdl: bool = False,
 ) -> None:
     """The last norm and the output layer.
 
     Args:
         hidden: (B, H).
-        norm: the model's last norm, with the sums of squares of `hidden`.
+        norm: the model's last norm, with the sums of squares of `hidden`; None where it is normalised already.
         weight: (V, H), contiguous.
         bias: (V,) or None.
         logits: (B, V), written.
         best: written, for `pick`.
+        scale: of the logits.
+        cap: the soft cap of the scaled logits; 0 for none.
         pdl: launch while the kernel before still runs.
     """
     rows, n_in = hidden.shape
     vocabulary = weight.shape[0]
+    squares = 1 if norm is None else norm.squares.shape[1]
     most = 1024 if rows == 1 else _BATCH_OUTPUT_BYTES // weight.itemsize
     launch(
         output_kernel,
         (best.logits.shape[1],),
         hidden,
-        norm.weight,
-        norm.squares,
+        hidden if norm is None else norm.weight,
+        best.logits if norm is None else norm.squares,
         weight,
         hidden if bias is None else bias,
         logits,
@@ -189,13 +139,19 @@ def output_logits(
         best.tokens,
         n_in,
         vocabulary,
-        norm.squares.shape[1],
-        norm.eps,
+        squares,
+        0.0 if norm is None else norm.eps,
+        scale,
+        cap,
         ROWS=rows,
-        SQUARES=power_of_two(norm.squares.shape[1]),
+        SQUARES=power_of_two(squares),
         HAS_BIAS=bias is not None,
         BLOCK_OUT=_output_block(rows),
         BLOCK_IN=min(most, max(LEAST_TILE, power_of_two(n_in))),
+        NORM=norm is not None,
+        PLUS_ONE=norm is not None and norm.plus_one,
+        SCALED=scale != 1.0,
+        CAPPED=cap != 0.0,
         warps=8,
         pdl=pdl,
     )
@@ -205,8 +161,11 @@ LOGITS_BLOCK = 512
 """Logits of a program of `find_best`."""
 
 
-def find_best(logits: Tensor, best: Best, *, pdl: bool = False) -> None:
-    """The best of each block of logits that another product has written: `Best` of blocks of `LOGITS_BLOCK`."""
+def find_best(logits: Tensor, best: Best, *, scale: float = 1.0, cap: float = 0.0, pdl: bool = False) -> None:
+    """The best of each block of logits that another product has written: `Best` of blocks of `LOGITS_BLOCK`.
+
+    Before that the logits are scaled and capped in place, as `output_logits` does.
+    """
     rows, vocabulary = logits.shape
     launch(
         best_kernel,
@@ -215,10 +174,18 @@ def find_best(logits: Tensor, best: Best, *, pdl: bool = False) -> None:
         best.logits,
         best.tokens,
         vocabulary,
+        scale,
+        cap,
         BLOCK=LOGITS_BLOCK,
+        SCALED=scale != 1.0,
+        CAPPED=cap != 0.0,
         warps=4,
         pdl=pdl,
     )
+
+
+_PICKED = 8192
+"""Blocks that `pick` looks at together: as many as registers hold. With 65,536 it took 31 microseconds (H200)."""
 
 
 def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
@@ -231,7 +198,58 @@ def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
         best.tokens,
         token,
         blocks,
-        BLOCK=power_of_two(blocks),
+        BLOCK=min(_PICKED, power_of_two(blocks)),
         warps=16,
+        pdl=pdl,
+    )
+
+
+def write_norm(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    centred: bool = False,
+    plus_one: bool = False,
+    added_squares: Tensor | None = None,
+    scale: float = 1.0,
+    pdl: bool = False,
+) -> None:
+    """A norm by itself, where no product takes it up as it reads its inputs.
+
+    Args:
+        x: (B, H), contiguous.
+        weight: (H,)
+        y: (B, H), written.
+        eps: of the norm.
+        bias: (H,) or None.
+        centred: whether the mean is taken off first: a layer norm.
+        plus_one: whether it multiplies by 1 + weight.
+        added_squares: (B, 1) float32: the norm is added to y, and its sum of squares is written here; of a layer norm
+            (2, B, 1), and the sum.
+        scale: of what is added.
+        pdl: launch while the kernel before still runs.
+    """
+    rows, size = x.shape
+    launch(
+        norm_kernel,
+        (rows,),
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        x if added_squares is None else added_squares,
+        size,
+        eps,
+        scale,
+        BLOCK=power_of_two(size),
+        CENTRED=centred,
+        PLUS_ONE=plus_one,
+        HAS_BIAS=bias is not None,
+        ADDED=added_squares is not None,
+        SCALED=scale != 1.0,
+        warps=8,
         pdl=pdl,
     )

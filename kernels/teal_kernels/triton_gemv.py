@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teal_kernels.launching import EMPTY, TRITON_MISSING, device_facts, launch
+from teal_kernels.launching import ACTIVATIONS, EMPTY, TRITON_MISSING, device_facts, launch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
 from teal_kernels.plan_gemv import squares_of as planned_squares
@@ -43,6 +43,9 @@ __all__ = [
     "gemv",
     "squares_of",
 ]
+
+
+_DEFAULT_ACTIVATIONS = {"gated": "silu"}
 
 
 class Scratch:
@@ -69,13 +72,47 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm in front of a product."""
+    """A norm in front of a product: an RMS norm, or a layer norm where `centred`."""
 
     weight: Tensor
     """(in,)"""
     eps: float
     squares: Tensor
-    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x."""
+    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x; for a layer norm (2, rows, n),
+    the second of x itself."""
+    plus_one: bool = False
+    """Whether it multiplies by 1 + weight, as Gemma's do."""
+    centred: bool = False
+    bias: Tensor | None = None
+    """(in,), of a layer norm."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """Of one row: an RMS norm of y that is still to be added to the residual stream, which is the input."""
+
+    y: Tensor
+    """(1, in), of a product with the epilogue `beside`, which wrote `sums`."""
+    weight: Tensor
+    eps: float
+    plus_one: bool
+    scale: float
+    """Of what is added."""
+    sums: Tensor
+    """(4, n) float32: partial sums of y y, h h, h w y and w y w y, h the stream and w the norm's weight."""
+    stream: Tensor
+    """(1, in), written: the stream after it. Not the memory of the input, which other programs still read."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the epilogue `beside` reads, for an `Added` of the product that follows."""
+
+    stream: Tensor
+    """(1, out)"""
+    weight: Tensor
+    """(out,) of the norm."""
+    plus_one: bool
 
 
 @dataclass(frozen=True)
@@ -142,7 +179,15 @@ class _NormPointers(NamedTuple):
     """As the kernel reads them; so are the next. (Numbers are apart: they come after all pointers, in `_Sizes`.)"""
 
     weight: Tensor
+    bias: Tensor | None
     squares: Tensor
+
+
+class _AddedPointers(NamedTuple):
+    y: Tensor
+    weight: Tensor
+    sums: Tensor
+    stream: Tensor
 
 
 class _PartialsPointers(NamedTuple):
@@ -162,6 +207,8 @@ class _OutputPointers(NamedTuple):
     bias: Tensor | None
     y: Tensor
     squares: Tensor | None
+    stream: Tensor | None
+    norm_weight: Tensor | None
 
 
 class _MemoryPointers(NamedTuple):
@@ -189,6 +236,13 @@ class _Sizes(NamedTuple):
     """Of the norm."""
     window: int
     """Of the attention."""
+    threshold: float
+    """Of the activation."""
+    scale: float
+    """Of what `residual` adds."""
+    added_eps: float
+    of_added: float
+    """What is added to the stream is multiplied by it."""
 
 
 def _shape_of(
@@ -199,6 +253,11 @@ def _shape_of(
     epilogue: str = "plain",
     norm: Norm | None = None,
     partials: AttentionPartials | None = None,
+    activation: str | None = None,
+    scale: float = 1.0,
+    sums: bool = False,
+    added: Added | None = None,
+    beside: Beside | None = None,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -210,11 +269,26 @@ def _shape_of(
         group=table.shape[0] if packed is None else packed.group,
         row_stride=(table.words if isinstance(table, Packed) else table).stride(0),
         epilogue=epilogue,
-        norm_squares=0 if norm is None else norm.squares.shape[1],
+        norm_squares=_squares_before(norm, added),
+        no_norm=norm is None,
+        norm_plus_one=norm is not None and norm.plus_one,
+        norm_centred=norm is not None and norm.centred,
+        activation=ACTIVATIONS[activation or _DEFAULT_ACTIVATIONS.get(epilogue, "none")],
+        scaled=scale != 1.0,
+        sums=sums,
+        added=added is not None,
+        added_plus_one=added is not None and added.plus_one,
+        beside_plus_one=beside is not None and beside.plus_one,
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
     )
+
+
+def _squares_before(norm: Norm | None, added: Added | None) -> int:
+    if added is not None:
+        return added.sums.shape[1]
+    return 0 if norm is None else norm.squares.shape[-1]
 
 
 def squares_of(
@@ -236,7 +310,12 @@ def gemv(
     bias: Tensor | None = None,
     norm: Norm | None = None,
     epilogue: str = "plain",
+    activation: str | None = None,
+    activation_threshold: float = 0.0,
+    scale: float = 1.0,
     squares: Tensor | None = None,
+    added: Added | None = None,
+    beside: Beside | None = None,
     counts: Tensor | None = None,
     pdl: bool = False,
     exclusive_device: bool = True,
@@ -253,9 +332,17 @@ def gemv(
         config: how the product is divided.
         scratch: memory between programs, and the lists.
         bias: (out,) or None.
-        norm: an RMS norm of x before all else.
-        epilogue: `plain`; `residual`: y += product; `gated`: y = silu(first part) * second part.
-        squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares.
+        norm: of x before all else.
+        epilogue: `plain`; `activated`: y = activation(product); `residual`: y += scale * product; `gated`: y =
+            activation(first part) * second part.
+        activation: one of `ACTIVATIONS`; of `gated` SiLU by default.
+        activation_threshold: of FATReLU, as the dtype of y holds it.
+        scale: of what `residual` adds.
+        added: what is added to x, one row, before all else; `norm` has no squares of its own then.
+        beside: of the epilogue `beside`: y = product, whose norm the next product adds to the stream (`added`); squares
+            are (4, `squares_of`), its `sums`.
+        squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares; (2, rows, ...): and
+            of y itself, for a layer norm.
         counts: (parts,) int64: how many inputs were kept is added to it.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
             weight or the positions of partials, which are read before the wait for it.
@@ -274,9 +361,14 @@ def gemv(
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
-    shape = _shape_of(table, parts, rows, source.dtype, epilogue, norm, partials)
+    sums = squares is not None and squares.dim() == 3
+    shape = _shape_of(
+        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside
+    )
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
-    if epilogue == "residual" and (squares is None or squares.shape != (rows, plan.squares)):
+    if epilogue == "beside" and (squares is None or squares.shape != (4, plan.squares) or beside is None or rows > 1):
+        raise ValueError(f"a product beside the stream is of one row, and needs squares of shape {(4, plan.squares)}")
+    if epilogue == "residual" and (squares is None or squares.shape[-2:] != (rows, plan.squares)):
         raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     entry = {2: torch.int32, 4: torch.int64}[source.itemsize]  # an index beside the value
@@ -284,13 +376,16 @@ def gemv(
         gemv_kernel,
         plan.grid,
         source,
-        None if norm is None else _NormPointers(norm.weight, norm.squares),
+        None if norm is None else _NormPointers(norm.weight, norm.bias, norm.squares if added is None else added.sums),
+        None if added is None else _AddedPointers(added.y, added.weight, added.sums, added.stream),
         None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
         if isinstance(table, Tensor)
         else _TablePointers(table.words, table.scales, table.zeros),
         thresholds,
-        _OutputPointers(bias, y, squares),
+        _OutputPointers(
+            bias, y, squares, None if beside is None else beside.stream, None if beside is None else beside.weight
+        ),
         _MemoryPointers(
             scratch.tensor("partial", plan.partial_sums, torch.int32, EMPTY),
             scratch.tensor(f"inputs {entry}", max(1, plan.list_entries), entry),
@@ -308,6 +403,10 @@ def gemv(
             n_squares=max(1, shape.norm_squares),
             eps=0.0 if norm is None else norm.eps,
             window=0 if partials is None else partials.window,
+            threshold=activation_threshold,
+            scale=scale,
+            added_eps=0.0 if added is None else added.eps,
+            of_added=1.0 if added is None else added.scale,
         ),
         ROWS=rows,
         TILE=plan.tile,

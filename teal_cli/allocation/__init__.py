@@ -85,7 +85,7 @@ def make_plan(
 
 def _model_wide(calibration: Calibration, sparsity: dict[str, float]) -> float:
     projections = calibration.projections
-    return sum(sparsity[p.name] * p.parameters for p in projections) / block_weights(projections)
+    return sum(sparsity[p.name] * p.weights_read for p in projections) / block_weights(projections)
 
 
 def _agreed(own: float, target: float | None, path: Path) -> float:

@@ -37,7 +37,7 @@ class Saving:
 
 def weights_saved(projections: Iterable[Projection]) -> dict[str, Saving]:
     """Projection -> weights that it does not read."""
-    return {p.name: Saving((0.0, 1.0), (0.0, float(p.parameters))) for p in projections}
+    return {p.name: Saving((0.0, 1.0), (0.0, float(p.weights_read))) for p in projections}
 
 
 def time_saved(table: Path, projections: Iterable[Projection]) -> dict[str, Saving]:
@@ -79,7 +79,7 @@ def _saving(
             f"{table} has no times of {projection.name} ({projection.out_features} x {projection.in_features}), dense "
             "and sparse: write it with `teal bench --kernels --sparsity 0.25,0.4,0.5,0.65,0.8 --json FILE`"
         )
-    share = projection.out_features / outputs
+    share = projection.out_features / outputs * (projection.chosen or projection.copies)
     sparsity = sorted(measured)
     raw = [(measured[0.0] - measured[s]) * share for s in sparsity]
     last_slope = (raw[-1] - raw[-2]) / (sparsity[-1] - sparsity[-2])

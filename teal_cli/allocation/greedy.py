@@ -24,7 +24,7 @@ def greedy(calibration: Calibration, target: float) -> dict[str, float]:
     for block, path in calibration.paths.items():
         members = [p for p in calibration.projections if p.name.startswith(f"{block}.")]
         try:
-            found = at_sparsity(path.tolist(), [p.parameters for p in members], target)
+            found = at_sparsity(path.tolist(), [p.weights_read for p in members], target)
         except ValueError as error:
             raise UsageError(f"allocation greedy does not reach sparsity {target:g}: {error}") from error
         sparsity |= {member.name: value for member, value in zip(members, found, strict=True)}

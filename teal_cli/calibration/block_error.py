@@ -183,7 +183,7 @@ class _Walk:
     ) -> None:
         self._block, self._members, self._histograms = block, members, histograms
         self._call, self._error, self._lazy = call, error, lazy
-        self._parameters = [p.parameters for p in members]
+        self._parameters = [p.weights_read for p in members]
         sites = list(dict.fromkeys(p.site for p in members))
         # What a change of one projection leaves as it is: what is read before it, or beside it.
         self._unchanged = [

@@ -217,6 +217,7 @@ class _Projection(Content):
     in_features: Size
     out_features: Size
     copies: Size = 1
+    chosen: Size | None = None
 
 
 class _Meta(Content):

@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program
+from teal_cli.models.programs import Norms, NormStep, ProductStep, Program, RouteStep, Step
+from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -40,6 +42,11 @@ class Product:
     """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
+    experts: bool = False
+    """Whether it is one of the chosen experts: the one layer is a `SparseExperts`, whose weight is
+    (experts, out, in)."""
+    scaled_by: nn.Linear | None = None
+    """Of what the norm before made; the sigmoid of it multiplies what is added to the residual stream."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -125,7 +132,7 @@ class Attention:
     """Whether queries and keys have the rotary embedding, where the model has one."""
 
 
-BlockStep = Norm | Product | Attention
+BlockStep = Norm | Product | Attention | Route
 
 
 def rms_norm(module: Any) -> Norm:
@@ -189,6 +196,56 @@ def scales_of(model: Any, program: Program) -> Scales:
     )
 
 
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "fatrelu": "fatrelu",
+    "drelu": "drelu",
+}
+"""Activations as configurations name them, and as both paths do."""
+
+
+def unknown_activation(config: Any, program: Program) -> str | None:
+    """An activation of a program that no path has; None where they have all."""
+    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
+    return next((str(name) for name in names if name not in ACTIVATIONS), None)
+
+
+def activation_of(product: Product) -> tuple[str | None, float]:
+    """What a gated or activated product does, and the threshold of that; None of others."""
+    if product.activation is None:
+        return None, 0.0
+    zeroing = product.gate_first.activation if product.gate_first else None
+    if zeroing is None and product.owner is not None:
+        zeroing = zeroing_activation(product.owner)
+    if zeroing is not None:
+        return zeroing.kind, zeroing.threshold
+    return ACTIVATIONS[product.activation], 0.0
+
+
+def learned_positions(model: Any) -> tuple[Tensor, int] | None:
+    """The embedding of positions, and the row of the first one, which in OPT is not 0; None where there is none."""
+    path = program_of(model).positions
+    if path is None:
+        return None
+    module = module_at(model, path)
+    return module.weight.detach(), int(getattr(module, "offset", 0))
+
+
+def growth_of(model: Any) -> tuple[float, int] | None:
+    """By how much queries grow with their positions, and in steps of how many; None where they do not."""
+    if not program_of(model).growing_queries:
+        return None
+    rope = model.config.get_text_config().rope_parameters
+    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
+
+
 def module_at(parent: nn.Module, path: str) -> Any:
     """A module that a program names.
 
@@ -224,7 +281,20 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     """
     architecture = architecture_for(model)
     blocks = [block for stack in architecture.blocks for block in module_at(model, stack).children()]
-    return [[_resolved(step, model, block) for step in program_of(model).block] for block in blocks]
+    return [[_resolved(step, model, block) for step in steps_of(program_of(model), block)] for block in blocks]
+
+
+def steps_of(program: Program, block: nn.Module) -> list[Step]:
+    """The steps of a program that one block takes: a module that is None is one that it does not have."""
+
+    def has(path: str) -> bool:
+        parent, _, name = path.rpartition(".")
+        try:
+            return block.get_submodule(parent)._modules.get(name) is not None
+        except AttributeError:
+            return False
+
+    return program.steps_where(has)
 
 
 def last_norm(model: Any) -> Norm:
@@ -233,19 +303,15 @@ def last_norm(model: Any) -> Norm:
     return norm_of(module_at(model, program.norm), program.norms)
 
 
-def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: nn.Module) -> BlockStep:
-    architecture = architecture_for(model)
+def _resolved(step: Step, model: Any, block: nn.Module) -> BlockStep:
     if isinstance(step, NormStep):
         if step.norm is None:
             return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
         return replace(norm_of(module_at(block, step.norm), program_of(model).norms), aside=step.aside)
     if isinstance(step, ProductStep):
-        names = architecture.sites[step.product]
-        layers = tuple(module_at(block, name) for name in names)
-        activation = None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None)
-        owner = module_at(block, names[0].rpartition(".")[0])
-        norm = None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms)
-        return Product(step.product, layers, step.epilogue, activation, owner, norm, step.aside, step.joined)
+        return _product(step, model, block)
+    if isinstance(step, RouteStep):
+        return route_of(step, model.config.get_text_config(), module_at(block, step.route))
     attention = module_at(block, step.attention)
     norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
     owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
@@ -264,6 +330,22 @@ def _resolved(step: NormStep | ProductStep | AttentionStep, model: Any, block: n
         angles=None if step.angles is None else getattr(attention, step.angles),
         cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
         rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
+    )
+
+
+def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
+    names = architecture_for(model).sites[step.product]
+    return Product(
+        name=step.product,
+        layers=tuple(module_at(block, name) for name in names),
+        epilogue=step.epilogue,
+        activation=None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None),
+        owner=module_at(block, names[0].rpartition(".")[0]),
+        norm=None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms),
+        aside=step.aside,
+        joined=step.joined,
+        experts=step.experts,
+        scaled_by=None if step.scaled_by is None else module_at(block, step.scaled_by),
     )
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from teal_cli.decode.blocks import module_at, scales_of
+from teal_cli.decode.blocks import module_at, scales_of, steps_of
 from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program, Step
+from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program, RouteStep, Step
 
 
 def departure(model: Any, program: Program) -> str | None:
@@ -31,14 +31,18 @@ def departure(model: Any, program: Program) -> str | None:
 
 def _of_block(model: Any, block: nn.Module, program: Program) -> str | None:
     """A module that the program names and the block does not have, or one with weights that it does not name."""
-    modules, named = dict(block.named_modules()), set(_named(model, program))
-    for step in program.block:
-        if (norm := _norm(step)) is not None and norm not in modules:
-            return f"blocks without {norm}"
+    steps, modules = steps_of(program, block), dict(block.named_modules())
+    for step in steps:
+        missing = next((path for path in _alone(step) if path not in modules), None)
+        if missing is not None:
+            return f"blocks without {missing}"
         if isinstance(step, AttentionStep) and not getattr(modules.get(step.attention), "is_causal", True):
             return "attention that is not causal"
+        if isinstance(step, ProductStep) and step.experts and not set(_layers(model, step)) <= modules.keys():
+            return "experts of another form, or not unstacked"
         if isinstance(step, ProductStep) and step.joined and _outputs(model, block, step) % 4:
             return f"an odd number of neurons in {step.product}"  # codes of 4 bits: up must begin at a byte
+    named = set(_named(model, steps))
     for path, module in modules.items():
         parents = {path[:end] for end in range(len(path) + 1) if end == len(path) or path[end] == "."}
         if any(True for _ in module.parameters(recurse=False)) and not parents & named:
@@ -46,25 +50,29 @@ def _of_block(model: Any, block: nn.Module, program: Program) -> str | None:
     return None
 
 
-def _named(model: Any, program: Program) -> Iterator[str]:
+def _named(model: Any, steps: list[Step]) -> Iterator[str]:
     """Modules with weights inside a block, as a program has them."""
-    sites = architecture_for(model).sites
-    for step in program.block:
-        if (norm := _norm(step)) is not None:
-            yield norm
+    for step in steps:
+        yield from _alone(step)
         if isinstance(step, ProductStep):
-            yield from sites[step.product]
+            yield from _layers(model, step)
         elif isinstance(step, AttentionStep):
             yield from (f"{step.attention}.{norm}" for norm in (step.q_norm, step.k_norm) if norm is not None)
 
 
-def _norm(step: Step) -> str | None:
-    """The module of a norm that a step is, or has."""
+def _alone(step: Step) -> list[str]:
+    """The modules of a step that are in no site and not inside attention: norms, routers and scales."""
     if isinstance(step, NormStep):
-        return step.norm
-    return step.added_norm if isinstance(step, ProductStep) else None
+        return [] if step.norm is None else [step.norm]
+    if isinstance(step, ProductStep):
+        return [path for path in (step.added_norm, step.scaled_by) if path is not None]
+    return [step.route] if isinstance(step, RouteStep) else []
+
+
+def _layers(model: Any, step: ProductStep) -> tuple[str, ...]:
+    return architecture_for(model).sites[step.product]
 
 
 def _outputs(model: Any, block: nn.Module, step: ProductStep) -> int:
-    (name,) = architecture_for(model).sites[step.product]
+    (name,) = _layers(model, step)
     return int(module_at(block, name).out_features)

@@ -58,8 +58,11 @@ class Architecture(BaseModel):
     def epilogue_of(self, site: str) -> str:
         """What follows the product of a site on the fused path, as `teal_kernels` names it."""
         steps = self.program.products if self.program is not None and self.program.fused else []
-        found = next((step.epilogue for step in steps if step.product == site), "plain")
-        return "plain" if found == "activated" else found  # which the fused path does not know
+        step = next((step for step in steps if step.product == site), None)
+        # Of these the epilogue is of no weight beside the product, or not of one launch with it.
+        if step is None or step.epilogue == "activated" or step.joined or step.added_norm is not None:
+            return "plain"
+        return step.epilogue
 
     @property
     def is_one_decoder(self) -> bool:
@@ -176,11 +179,18 @@ class Projection:
     out_features: int
     copies: int = 1
     """Experts that have one each."""
+    chosen: int | None = None
+    """How many of these a token is sent to; None for all."""
 
     @property
     def parameters(self) -> int:
         """Weights of the projection; the bias is not counted, being read whatever the sparsity."""
         return self.in_features * self.out_features * self.copies
+
+    @property
+    def weights_read(self) -> int:
+        """Weights that a token reads where no input is dropped: of experts those of the chosen ones."""
+        return self.in_features * self.out_features * (self.copies if self.chosen is None else self.chosen)
 
     @property
     def is_output(self) -> bool:
@@ -193,12 +203,12 @@ OUTPUT_SITE = "output_input"
 
 
 def block_weights(projections: Iterable[Projection]) -> int:
-    """Weights of the projections that lie in blocks: what model-wide sparsity is a share of.
+    """Weights that a token reads of the projections that lie in blocks: what model-wide sparsity is a share of.
 
     The output layer may drop inputs too. What it then does not read counts as saved, but it is not part of
     what the share is of: the same sparsity is the same bytes a token, whether it takes part or not.
     """
-    return sum(projection.parameters for projection in projections if not projection.is_output)
+    return sum(projection.weights_read for projection in projections if not projection.is_output)
 
 
 def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> list[Projection]:
@@ -212,6 +222,7 @@ def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> 
         ArtefactError: unsupported model type, or linear layers that are not those that the row says.
     """
     architecture = architecture_for(model)
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)  # type: ignore[union-attr, operator]
     found = []
     for stack in architecture.blocks:
         try:
@@ -219,7 +230,7 @@ def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> 
         except AttributeError as error:
             raise ArtefactError(f"this model has no blocks at {stack}, where its architecture has them") from error
         for index, block in enumerate(blocks.children()):
-            found += list(_of_block(architecture, block, f"{stack}.{index}"))
+            found += list(_of_block(architecture, block, f"{stack}.{index}", chosen))
     if output_layer:
         found.append(output_projection(model, "--output-layer"))
     elif output_layer is None and (output := _find_output(model)) is not None:
@@ -252,7 +263,7 @@ def _find_output(model: nn.Module) -> Projection | None:
     return Projection(name, OUTPUT_SITE, output.in_features, output.out_features)
 
 
-def _of_block(architecture: Architecture, block: nn.Module, prefix: str) -> Iterator[Projection]:
+def _of_block(architecture: Architecture, block: nn.Module, prefix: str, chosen: int | None) -> Iterator[Projection]:
     """The projections of one block: what the row promises must be there, and what is there the row must name."""
     modules = dict(block.named_modules())
     shapes = {name: shape for name, module in modules.items() if (shape := linear_shape(module)) is not None}
@@ -269,7 +280,12 @@ def _of_block(architecture: Architecture, block: nn.Module, prefix: str) -> Iter
                 shape = shapes[name]
                 unnamed.discard(name)
                 yield Projection(
-                    f"{prefix}.{name}", f"{prefix}.{site}", shape.in_features, shape.out_features, shape.copies
+                    f"{prefix}.{name}",
+                    f"{prefix}.{site}",
+                    shape.in_features,
+                    shape.out_features,
+                    shape.copies,
+                    chosen if shape.copies > 1 else None,
                 )
     if unnamed:
         raise ArtefactError(

@@ -6,9 +6,12 @@ called `hidden`. Each step reads what the step before it wrote:
     norm       norm of `hidden`, taken by the product that follows
     product    all projections of one site as one product, then its epilogue
     attention  of the new token over the KV cache, from a product whose parts are queries, keys and values
+    route      choice of experts and of their weights, from the norm before it; their products follow
+    where      steps of the blocks that have a module, and other steps of the blocks that do not
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, combinations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -51,6 +54,27 @@ class ProductStep(_Step):
     """Whether it reads what the norm before the attention made, for attention and MLP in parallel."""
     summed: bool = False
     """Whether several devices would each hold some of the inputs, and sum their results before the epilogue."""
+    experts: bool = False
+    """Whether it is one of the chosen experts. A gated one reads what the route read; a residual one is weighted as the
+    route says, and the sum over the experts is added to `hidden`."""
+    scaled_by: str | None = None
+    """Of `residual`: linear layer of the block with one output; what is added is multiplied by the sigmoid of that
+    output, of what the norm before made."""
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> "ProductStep":
+        where = f"product {self.product}"
+        if self.added_norm is not None and self.epilogue != "residual":
+            raise ValueError(f"{where}: added_norm belongs to epilogue residual")
+        if self.scaled_by is not None and (self.epilogue != "residual" or self.added_norm is not None):
+            raise ValueError(f"{where}: scaled_by belongs to epilogue residual without added_norm")
+        if (self.epilogue in ("gated", "activated")) != (self.activation is not None):
+            raise ValueError(f"{where}: activation belongs to epilogues gated and activated, which need it")
+        if self.joined and self.epilogue != "gated":
+            raise ValueError(f"{where}: joined belongs to epilogue gated")
+        if self.experts and (self.added_norm or self.scaled_by or self.aside or self.parallel or self.summed):
+            raise ValueError(f"{where}: experts take no other key than epilogue, activation and joined")
+        return self
 
 
 class AttentionStep(_Step):
@@ -77,8 +101,30 @@ class AttentionStep(_Step):
     `sliding`: the module, where `is_sliding` is true, and where there are windows only these layers rotate."""
 
 
-Step = NormStep | ProductStep | AttentionStep
-_KINDS: dict[str, type[_Step]] = {"norm": NormStep, "product": ProductStep, "attention": AttentionStep}
+class RouteStep(_Step):
+    """The choice of experts of each row, and of their weights, by the product of a router in float."""
+
+    route: str
+    """Path of the router inside the block: a module with a weight (experts, hidden), and maybe a bias."""
+    top_k: str = "num_experts_per_tok"
+    """How many are chosen: key of the configuration."""
+    scores: Literal["softmax", "sparsemixer"] = "softmax"
+    """`softmax`: the largest products are chosen; their weights are the softmax over all experts. `sparsemixer`: two,
+    each by the largest product of those that are left; its weight is the softmax over those that are near to it, as
+    Phi-3.5-MoE has it."""
+    normalised: bool | str = False
+    """Of `softmax`: whether the weights of the chosen ones sum to 1; or the key of the configuration that says so."""
+    jitter: str | None = None
+    """Of `sparsemixer`: key of the configuration, half of what counts as near, relatively."""
+
+
+Step = NormStep | ProductStep | AttentionStep | RouteStep
+_KINDS: dict[str, type[_Step]] = {
+    "norm": NormStep,
+    "product": ProductStep,
+    "attention": AttentionStep,
+    "route": RouteStep,
+}
 
 
 def _step(value: Any) -> Any:
@@ -98,8 +144,24 @@ def _step(value: Any) -> Any:
     return _KINDS[kinds[0]].model_validate(value)
 
 
+class WhereStep(_Step):
+    """A choice that each block makes."""
+
+    where: str
+    """Path of a module that the block may have."""
+    steps: tuple[Annotated[Step, BeforeValidator(_step)], ...]
+    """Of the blocks that have it."""
+    otherwise: tuple[Annotated[Step, BeforeValidator(_step)], ...] = ()
+    """Of those that do not."""
+
+
+def _step_or_choice(value: Any) -> Any:
+    """The same, or a choice, which has no others inside."""
+    return WhereStep.model_validate(value) if isinstance(value, Mapping) and "where" in value else _step(value)
+
+
 class Program(BaseModel):
-    """A decoder whose blocks all compute the same steps."""
+    """A decoder whose blocks all compute the same steps, but for choices."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,11 +169,11 @@ class Program(BaseModel):
     """Path of the module in the model that makes the angles of the rotary embedding."""
     positions: str | None = None
     """In its place: path of the embedding of positions, learned, which is added to a token's."""
-    requires: dict[str, bool] = {}
+    requires: dict[str, bool | None] = {}
     """Keys of the configuration, and what they must be: with another value, a block computes something else."""
     fused: bool = True
     """Whether the fused path takes it: not where a GPU has not run it yet."""
-    block: Annotated[tuple[Annotated[Step, BeforeValidator(_step)], ...], Field(min_length=1)]
+    block: Annotated[tuple[Annotated[Step | WhereStep, BeforeValidator(_step_or_choice)], ...], Field(min_length=1)]
     norm: str
     """Path of the norm in the model, in front of the output layer."""
     norms: Norms = "rms"
@@ -135,8 +197,24 @@ class Program(BaseModel):
 
     @property
     def products(self) -> list[ProductStep]:
-        """The products of a block."""
-        return [step for step in self.block if isinstance(step, ProductStep)]
+        """The products of all blocks, whatever these choose."""
+        steps = chain.from_iterable(
+            (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+        )
+        return [step for step in steps if isinstance(step, ProductStep)]
+
+    def steps_where(self, has: Callable[[str], bool]) -> list[Step]:
+        """The steps of one block.
+
+        Args:
+            has: whether it has a module of this path.
+        """
+        return list(
+            chain.from_iterable(
+                (step.steps if has(step.where) else step.otherwise) if isinstance(step, WhereStep) else (step,)
+                for step in self.block
+            )
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Program":
@@ -144,7 +222,10 @@ class Program(BaseModel):
             raise ValueError("a program names rotary or positions, one of the two")
         if self.positions is not None and self.residual_scale is not None:
             raise ValueError("residual_scale belongs to programs with rotary")
-        check_order(self.block)
+        choices = {step.where for step in self.block if isinstance(step, WhereStep)}
+        for count in range(len(choices) + 1):
+            for there in combinations(sorted(choices), count):
+                check_order(self.steps_where(there.__contains__))
         return self
 
 
@@ -160,29 +241,37 @@ def check_order(steps: Sequence[Step]) -> None:
         if isinstance(step, NormStep) and not (isinstance(before, NormStep) if step.aside else on_stream):
             raise ValueError(f"norm {step.norm} must stand first or after a residual product")
         if isinstance(step, ProductStep):
-            if (
-                on_stream
-                and not step.aside
-                and not (step.parallel and isinstance(before, ProductStep) and before.added_norm is None)
-            ):
+            again = step.parallel and isinstance(before, ProductStep) and before.added_norm is None
+            if on_stream and not step.aside and not again:
                 raise ValueError(f"product {step.product} must stand after a norm, attention or another product")
             if step.aside and not any(isinstance(other, NormStep) and other.aside for other in steps):
                 raise ValueError(f"product {step.product} reads the norm aside, and there is none")
             if step.parallel and not on_stream:
                 raise ValueError(f"product {step.product}: parallel belongs to a product behind a residual one")
-            if step.added_norm is not None and step.epilogue != "residual":
-                raise ValueError(f"product {step.product}: added_norm belongs to epilogue residual")
-            if (step.epilogue in ("gated", "activated")) != (step.activation is not None):
-                raise ValueError(
-                    f"product {step.product}: activation belongs to epilogues gated and activated, which need it"
-                )
-            if step.joined and step.epilogue != "gated":
-                raise ValueError(f"product {step.product}: joined belongs to epilogue gated")
+            _check_experts(step, before)
         plain = isinstance(before, ProductStep) and before.epilogue == "plain"
         if isinstance(step, AttentionStep) and not plain:
             raise ValueError(f"attention {step.attention} must stand after the plain product of queries, keys, values")
+        if isinstance(step, RouteStep) and not isinstance(before, NormStep):
+            raise ValueError(f"route {step.route} must stand after a norm")
         before = step
     if not (isinstance(before, ProductStep) and before.epilogue == "residual"):
         raise ValueError("the last step must be a product with epilogue residual")
     if sum(isinstance(step, AttentionStep) for step in steps) != 1:
         raise ValueError("there must be one attention step")
+
+
+def _check_experts(step: ProductStep, before: Step | None) -> None:
+    """Refuse products of experts that do not follow a route, and a route that nothing follows.
+
+    Raises:
+        ValueError: saying which step, and what must stand before it.
+    """
+    wanted = "gated" if isinstance(before, RouteStep) else None
+    if isinstance(before, ProductStep) and before.experts and before.epilogue == "gated":
+        wanted = "residual"
+    if step.experts != (wanted is not None) or (step.experts and step.epilogue != wanted):
+        raise ValueError(
+            f"product {step.product}: behind a route, and nowhere else, stand a gated product of experts and a "
+            "residual one"
+        )

@@ -36,10 +36,20 @@ class SparseExperts(SparseLinear):
     `weight` is (experts, out, in), saved under the key that transformers has for it.
     """
 
-    def __init__(self, stack: StackedLinear, *, name: str, control: SparsityControl, merged: MergedProjections) -> None:
+    def __init__(
+        self,
+        stack: StackedLinear,
+        *,
+        name: str,
+        control: SparsityControl,
+        merged: MergedProjections,
+        chosen: int | None = None,
+    ) -> None:
         size = stack.in_features, stack.out_features
         super().__init__(*size, False, name=name, control=control, merged=merged, device="meta")
         self.copies = stack.copies
+        self.weights_read = (stack.copies if chosen is None else chosen) * stack.in_features * stack.out_features
+        """By a token that drops no input."""
         self.weight = stack.weight
         self.train(stack.training)
 
@@ -60,7 +70,7 @@ class SparseExperts(SparseLinear):
             if context.counter is not None:
                 dropped = active.numel() - active.count_nonzero()
                 seen = int(may_drop.count_nonzero()) * self.in_features
-                context.counter.add(self.name, self.copies * self.in_features * self.out_features, seen, dropped)
+                context.counter.add(self.name, self.weights_read, seen, dropped)
             if decision == "masked":
                 x = x * active
         outputs = []

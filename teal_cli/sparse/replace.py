@@ -7,7 +7,7 @@ from torch import nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Architecture, architecture_for, find_projections
+from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.models.layers import StackedLinear, is_conv1d
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.conv1d import SparseConv1D
@@ -30,7 +30,7 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
     """
     architecture = architecture_for(model)
     control = SparsityControl(encodes=architecture.kind == "encoder")
-    site_names = {projection.name: projection.site for projection in find_projections(model)}
+    found = {projection.name: projection for projection in find_projections(model)}
     output = model.get_output_embeddings() if architecture.kind == "causal" else None  # type: ignore[operator]
     merged: dict[str, MergedProjections] = {}
     for name in names:
@@ -39,7 +39,7 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
         except AttributeError:
             linear = None
         parent, _, child = name.rpartition(".")
-        layer = None if linear is None else _sparse(linear, name, control, merged, site_names.get(name, name))
+        layer = None if linear is None else _sparse(linear, name, control, merged, found.get(name))
         if layer is None:
             raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         if linear is output:
@@ -61,12 +61,18 @@ def _begin_and_end_passes(model: nn.Module, architecture: Architecture, control:
 
 
 def _sparse(
-    linear: nn.Module, name: str, control: SparsityControl, merged: dict[str, MergedProjections], site: str
+    linear: nn.Module,
+    name: str,
+    control: SparsityControl,
+    merged: dict[str, MergedProjections],
+    projection: Projection | None,
 ) -> SparseLinear | None:
     """The sparse layer for a linear one, merged with the others of its site; None for a module that is none."""
+    site = name if projection is None else projection.site
     if isinstance(linear, StackedLinear):
+        chosen = None if projection is None else projection.chosen
         tables = merged.setdefault(site, ExpertTables(site))
-        return SparseExperts(linear, name=name, control=control, merged=tables)
+        return SparseExperts(linear, name=name, control=control, merged=tables, chosen=chosen)
     with_others = merged.setdefault(site, MergedProjections(site))
     shared: dict[str, Any] = {"name": name, "control": control, "merged": with_others}
     if isinstance(linear, nn.Linear):

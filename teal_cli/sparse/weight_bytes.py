@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def weight_bytes_per_token(
     inside = {id(module) for module in (*decoder.modules(), output)}
     beyond = {name: size for name, size in _beyond(model, packs).items() if id(model.get_submodule(name)) in inside}
     total += sum(beyond.values())
-    read = {p.name: _share_read(model, architecture, p) for p in find_projections(model)}
+    read = {p.name: _share_read(architecture, p) for p in find_projections(model)}
     for name, share in read.items():
         size = sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
         total -= (1.0 - share) * (size + beyond.get(name, 0))
@@ -61,13 +61,11 @@ def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:
     return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantisedLinear)}
 
 
-def _share_read(model: Any, architecture: Architecture, projection: Projection) -> float:
+def _share_read(architecture: Architecture, projection: Projection) -> float:
     """The share of a projection that a token reads, before inputs are dropped."""
     if projection.site.rpartition(".")[2] in architecture.once:
         return 0.0
-    if projection.copies == 1:
-        return 1.0
-    return float(model.config.get_text_config().num_experts_per_tok / projection.copies)
+    return projection.weights_read / projection.parameters
 
 
 def _storage(model: nn.Module, name: str, packs: Mapping[str, Packed]) -> Tensor:

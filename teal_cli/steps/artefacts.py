@@ -97,7 +97,8 @@ def _check_fits(calibration: Calibration, model: Any) -> None:
 
 def _said(projection: Projection) -> str:
     copies = f", {projection.copies} times" if projection.copies > 1 else ""
-    return f"{projection.name} of {projection.in_features} inputs and {projection.out_features} outputs{copies}"
+    chosen = f" of which a token reads {projection.chosen}" if projection.chosen is not None else ""
+    return f"{projection.name} of {projection.in_features} inputs and {projection.out_features} outputs{copies}{chosen}"
 
 
 def checkpoint_for(

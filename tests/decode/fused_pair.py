@@ -14,7 +14,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, sparsify_
-from teal_kernels import triton_decode
+from teal_kernels import triton_attention, triton_decode
 from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning_entries import Entry, Provenance
 from teal_kernels.tuning_files import keep_entries
@@ -32,8 +32,8 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {0.0: TileConfig(64, 64, 1, 64, 1, dense=True), 0.5: TileConfig(64, 64, 1, 64, 1)}
     entries = [Entry(64, (64,), "float32", 1, "plain", s, 10.0 - 10.0 * s, config) for s, config in configs.items()]
     keep_entries(entries, "cpu", Provenance())
-    monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 2)
-    monkeypatch.setattr(triton_decode, "_ATTENTION_BLOCK", 128)
+    monkeypatch.setattr(triton_attention, "_ATTENTION_PROGRAMS", 2)
+    monkeypatch.setattr(triton_attention, "_ATTENTION_BLOCK", 128)
     monkeypatch.setattr(triton_decode, "_OUTPUT_BLOCK", 256)
     monkeypatch.setattr(triton_decode, "_BATCH_OUTPUT_BLOCK", 256)
 

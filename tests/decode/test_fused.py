@@ -123,20 +123,28 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_model_takes_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    config = AutoConfig.for_model(
+        "gpt_neo",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        attention_types=[[["global"], 1]],
+        max_position_embeddings=64,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     _as_on_a_gpu(monkeypatch)
     engine = Engine(model)
-    assert (engine.path.name, engine.general_because) == ("general", "model type gpt2")
-    with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type gpt2"):
+    assert (engine.path.name, engine.general_because) == ("general", "model type gpt_neo")
+    with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type gpt_neo"):
         Engine(model, path="fused")
 
 
 def test_a_dense_model_that_cannot_take_the_fused_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama")
-    model.config.hidden_act = "gelu"
+    model.config.hidden_act = "mish"
     _as_on_a_gpu(monkeypatch)
-    assert Engine(model).general_because == "activation gelu"
+    assert Engine(model).general_because == "activation mish"
     assert not sparse_layers(model)
 
 
@@ -154,7 +162,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
         ("no GPU", "no GPU"),
         ("backend", "backend reference"),
         ("dtype", "the triton backend takes float16, bfloat16 and float32, not torch.float64"),
-        ("activation", "activation gelu"),
+        ("activation", "activation mish"),
         ("rope", "rope type dynamic"),
         ("devices", "weights on several devices"),
         ("hook", "weights on several devices"),
@@ -172,7 +180,7 @@ def test_unsupported(pair: Pair, what: str, reason: str, monkeypatch: pytest.Mon
     elif what == "dtype":
         model.double()
     elif what == "activation":
-        config.hidden_act = "gelu"
+        config.hidden_act = "mish"
     elif what == "rope":
         config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     elif what == "devices":

@@ -4,20 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, build_model
+from conftest import FAMILIES
 from fused_pair import error_of, random_tokens
 from native_models import LIMIT, NO_LIBRARY, OTHERS, check_steps, sparse, tiny
 from transformers import DynamicCache
 
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused
 from teal_cli.decode.paths.native import NativePath
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import Architecture, architecture_of
+from teal_cli.models.architectures import architecture_of
 from teal_kernels.native.structures import Weight, halves_of, weight_of
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
-FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def _long(positions: int) -> Any:
@@ -49,18 +47,6 @@ def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
         assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bert"}))
-def test_the_fused_path_takes_what_a_gpu_has_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model(family)
-    model_type = str(FAMILIES[family]["model_type"])
-    reason = fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto")
-    assert (reason is None) == (model_type in FUSED)
-    row = architecture_of(model_type)
-    if row.program is not None and not row.program.fused:
-        assert reason == f"model type {model_type}"
-        assert {row.epilogue_of(site) for site in row.sites} == {"plain"}
-
-
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
@@ -84,28 +70,6 @@ def test_scales_and_norms_that_are_not_computed() -> None:
     )
     with pytest.raises(ArtefactError, match="names no_key, which the model does not have"):
         NativePath.unsupported(model, None)
-
-
-@pytest.mark.parametrize("key", ["pairs", "logits_cap", "parallel", "added_norm", "no norm", "norms_of"])
-def test_the_fused_path_takes_no_step_that_it_does_not_know(key: str) -> None:
-    """In a row of a user's own, which does not say `fused: false`."""
-    model = build_model("llama")
-    row = architecture_of("llama").model_dump(mode="json")
-    program, block = row["program"], row["program"]["block"]
-    if key in ("pairs", "logits_cap"):
-        program[key] = "neighbours"
-    elif key == "parallel":
-        block.pop(4)
-        block[4]["parallel"] = True
-    elif key == "added_norm":
-        block[3]["added_norm"] = "input_layernorm"
-    elif key == "no norm":
-        block[0]["norm"] = None
-    else:
-        block[2]["norms_of"] = "rotated_heads"
-    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") is None
-    model.teal_architecture = Architecture.model_validate(row)
-    assert fused.unsupported_on(model, torch.device("cpu"), torch.float32, "auto") == "model type llama"
 
 
 def test_a_configuration_that_a_program_does_not_compute() -> None:

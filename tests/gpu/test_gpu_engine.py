@@ -21,7 +21,7 @@ from teal_cli.console import QUIET
 from teal_cli.decode import choice
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
-from teal_cli.decode.paths import fused_session
+from teal_cli.decode.paths import fused_steps
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.model_loading import load_model
@@ -60,7 +60,7 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
         return choose_config(device, rows=1, **product)
 
-    monkeypatch.setattr(fused_session, "choose_config", choose)
+    monkeypatch.setattr(fused_steps, "choose_config", choose)
 
 
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:

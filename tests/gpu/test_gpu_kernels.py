@@ -23,7 +23,7 @@ from torch.nn.functional import rms_norm
 
 from teal_kernels.launching import EMPTY
 from teal_kernels.packing import Packed
-from teal_kernels.triton_decode import attention_splits, decode_attention
+from teal_kernels.triton_attention import attention_splits, decode_attention
 from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions, Scratch, TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 

@@ -6,8 +6,9 @@ from attention_cases import ATTENTION_LIMITS, Attention, merged
 from kernel_cases import EPS, Output, relative_error
 from torch.nn.functional import rms_norm
 
-from teal_kernels import triton_decode
-from teal_kernels.triton_decode import Best, attention_splits, embed, pick
+from teal_kernels import triton_attention
+from teal_kernels.triton_attention import attention_splits
+from teal_kernels.triton_decode import Best, embed, pick
 from teal_kernels.triton_gemv import AttentionPartials, Positions
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
@@ -18,13 +19,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for programs that find nothing to do."""
-    monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 1)
+    monkeypatch.setattr(triton_attention, "_ATTENTION_PROGRAMS", 1)
 
 
 @pytest.fixture
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More splits than blocks, as in a long cache."""
-    monkeypatch.setattr(triton_decode, "_ATTENTION_PROGRAMS", 16)
+    monkeypatch.setattr(triton_attention, "_ATTENTION_PROGRAMS", 16)
 
 
 HEADS = [(1, 2, 2, 16), (2, 3, 3, 24), (1, 2, 1, 64), (1, 1, 8, 128)]

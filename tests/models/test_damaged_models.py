@@ -211,7 +211,7 @@ def test_a_name_that_no_model_has(spec: str) -> None:
     for find in (find_model, find_outline):
         with pytest.raises(ArtefactError) as caught:
             find(spec)
-        assert len(str(caught.value)) < 500
+        assert len(str(caught.value)) < 700  # it lists the models that have short names
 
 
 def test_a_hub_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_finds_what_the_table_says(family: str) -> None:
     found = discover(model)
     model.teal_architecture = found
     assert set(found.blocks) == set(row.blocks)
-    assert not found.dense
+    assert found.dense == row.dense
     assert {found.sites[site] for site in found.once} == {row.sites[site] for site in row.once}
     assert sorted(p.name for p in find_projections(model)) == sorted(names)
     if family == "falcon":  # one norm for attention and MLP: the table keeps two sites for all falcons

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY_CONFIGS, build_model
-from tiny_configs import OTHERS
+from conftest import FAMILIES, TINY_CONFIGS, build_family, build_model
+from tiny_configs import MIXTURES, OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
+from teal_cli.decode.routes import Route
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
 from teal_cli.sparse import lay_out_, replace_projections_
@@ -16,15 +17,17 @@ from teal_cli.sparse import lay_out_, replace_projections_
 FUSED = sorted({str(shape["model_type"]) for shape in TINY_CONFIGS.values()})
 NORM, QKV, OUT = "{norm: n}", "{product: qkv}", "{product: o, epilogue: residual}"
 ATTENTION = "{attention: a}"
+ROUTE = "{route: gate}"
+GATED = "{product: o, epilogue: gated, activation: a, joined: true, experts: true}"
 _PARALLEL = "{product: o, parallel: true}"
 
 
 def test_who_has_a_program() -> None:
-    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[name]["model_type"]) for name in OTHERS)}
+    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[x]["model_type"]) for x in [*OTHERS, *MIXTURES])}
     assert {name for name, row in table().items() if row.program is not None} == {*FUSED, *others}
 
 
-@pytest.mark.parametrize("model_type", [*FUSED, "gpt2"])
+@pytest.mark.parametrize("model_type", [*FUSED, "gpt2", "qwen2_moe", "phimoe"])
 def test_a_row_survives_json(model_type: str) -> None:
     """TEAL checkpoints carry it so."""
     row = architecture_of(model_type)
@@ -61,8 +64,23 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
             "compact is not a key: leave it out; .* a program",
         ),
         (
-            _row(NORM, QKV, ATTENTION, OUT, "{route: gate}"),
-            "block.4: a step has one of the keys norm, .* route",
+            _row(NORM, QKV, ATTENTION, OUT, "{reduce: gate}"),
+            "block.4: a step has one of the keys norm, .* this one has reduce",
+        ),
+        (_row(NORM, QKV, ATTENTION, OUT, ROUTE), "route gate must stand after a norm"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, ROUTE, OUT), "product o: behind a route, and nowhere else, stand"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, ROUTE, NORM, OUT), "norm n must stand first or after"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, ROUTE, GATED, GATED, OUT), "product o: behind a route, and nowhere"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, ROUTE, GATED), "the last step must be a product with epilogue residual"),
+        (_row(NORM, QKV, ATTENTION, OUT, NORM, GATED, OUT), "product o: behind a route, and nowhere else, stand"),
+        (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, experts: true}"), "product o: behind a route"),
+        (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, experts: true, summed: true}"), "no other key"),
+        (_row(NORM, "{product: qkv, scaled_by: s}", ATTENTION, OUT), "product qkv: scaled_by belongs to"),
+        (_row(NORM, QKV, ATTENTION, "{where: m, steps: []}"), "the last step must be a product"),
+        (_row(NORM, QKV, ATTENTION, OUT, f"{{where: m, steps: [{ATTENTION}]}}"), "attention a must stand after"),
+        (
+            _row(NORM, QKV, ATTENTION, OUT, "{where: m, steps: [{where: n, steps: []}]}"),
+            "block.4.steps.0: a step has one of the keys .* this one has where, steps",
         ),
         (_row(NORM, QKV, ATTENTION, OUT, "3"), "program.block.4: a step is a mapping"),
         (_row(NORM, QKV, "{attention: a, wide: 3}", OUT), "program.block.2.wide is not a key"),
@@ -128,6 +146,46 @@ def test_steps_of_a_model(family: str) -> None:
     assert [step.parts for step in products] == [(64, 32, 32), (64,), (100, 100), (64,)]
     assert [step.outputs for step in products] == [128, 64, 100, 64]
     assert torch.equal(products[3].table, layer.mlp.down_proj.weight.t())  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_steps_of_a_mixture_of_experts(family: str) -> None:
+    model = build_family(family)
+    replace_projections_(model, [projection.name for projection in find_projections(model)])
+    lay_out_(model)
+    norm, route, gate_up, down = block_steps(model)[1][4:8]
+    config = model.config
+    experts = int(getattr(config, "num_local_experts", 0) or config.num_experts)  # type: ignore[arg-type, union-attr]
+    assert isinstance(norm, Norm)
+    assert isinstance(route, Route)
+    assert (route.weight.shape, route.top_k) == ((experts, 64), config.num_experts_per_tok)  # type: ignore[union-attr]
+    assert route.normalised == (family not in ("olmoe", "qwen2_moe", "phimoe"))
+    assert (route.scores, route.jitter) == (("sparsemixer", 0.2) if family == "phimoe" else ("softmax", 0.0))
+    assert isinstance(gate_up, Product)
+    assert isinstance(down, Product)
+    assert gate_up.experts
+    assert down.experts
+    neurons = gate_up.outputs
+    assert gate_up.sparse_layers[0].weight.shape == (experts, 2 * neurons, 64)
+    assert down.sparse_layers[0].weight.shape == (experts, 64, neurons)
+
+
+def test_blocks_of_a_model_that_differ() -> None:
+    """Some have experts, the others an MLP; one more expert may be every token's, scaled or not there."""
+    kinds = {}
+    for family in ("qwen3_moe", "qwen2_moe", "granitemoe", "granitemoeshared"):
+        model = build_family(family)
+        replace_projections_(model, [projection.name for projection in find_projections(model)])
+        blocks = block_steps(model)
+        kinds[family] = [[step.name for step in block[4:] if isinstance(step, Product)] for block in blocks]
+        if family == "qwen2_moe":
+            last = blocks[0][-1]
+            assert isinstance(last, Product)
+            assert last.scaled_by is model.model.layers[0].mlp.shared_expert_gate  # type: ignore[union-attr, index]
+    experts = ["experts_input", "experts_intermediate"]
+    assert kinds["qwen3_moe"] == [["mlp_input", "mlp_intermediate"], experts]
+    assert kinds["granitemoe"] == [experts] * 2
+    assert kinds["qwen2_moe"] == kinds["granitemoeshared"] == [[*experts, "shared_input", "shared_intermediate"]] * 2
 
 
 def test_a_program_of_another_model() -> None:

@@ -1,4 +1,5 @@
-/* Holds every variant that runs here against plain arithmetic in double: products alone, and a decoder of two blocks.
+/* Holds every variant that runs here against plain arithmetic in double: products alone, a decoder of two blocks, and
+ * mixtures of experts.
  *
  * A program without Python, so that it can run under sanitizers and under an emulator of another processor.
  * Prints the variants' names; exits with 1 at the first number that is wrong. */
@@ -362,6 +363,135 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     release();
 }
 
+enum { EXPERTS = 5, NEURONS = 32, SHARED = 20, MIXED_TOKENS = 3, MOST_ROWS = 8 };
+
+/* A block of experts and one that is every token's. */
+typedef struct {
+    matrix router, gate_up, down, shared_gate, shared_up, shared_down, scale;
+    teal_norm norm;
+    teal_route route;
+} mixture;
+
+/* y of one of many experts. */
+static int64_t apply_expert(const matrix *all, int expert, const double *x, double *y) {
+    matrix one = *all;
+    one.weight.inputs /= EXPERTS;
+    one.values += (int64_t)expert * one.weight.inputs * one.weight.outputs;
+    if (one.weight.bias) one.weight.bias += expert * one.weight.outputs;
+    return apply(&one, x, y, NULL);
+}
+
+static double silu(double x) { return x / (1 + exp(-x)); }
+
+/* Experts and their weights, in the order in which they are chosen. */
+static void choose(const teal_route *route, const double *outputs, int *taken, double *shares) {
+    double left[EXPERTS], total = 0;
+    memcpy(left, outputs, sizeof left);
+    for (int k = 0; k < route->top_k; k++) {
+        int best = 0;
+        for (int e = 1; e < EXPERTS; e++) best = left[e] > left[best] ? e : best;
+        taken[k] = best, shares[k] = exp(outputs[best]);
+        double near = 0;
+        for (int e = 0; e < EXPERTS; e++) {
+            double size = fabs(outputs[e]) > outputs[best] ? fabs(outputs[e]) : outputs[best];
+            if (left[e] > -INFINITY && (outputs[best] - left[e]) / size <= 2 * (double)route->jitter) near += exp(left[e]);
+        }
+        if (route->scores == TEAL_SPARSEMIXER) shares[k] /= near;
+        left[best] = -INFINITY;
+        if (route->normalised) total += exp(outputs[best]);
+    }
+    for (int e = 0; e < EXPERTS && !route->normalised; e++) total += exp(outputs[e]);
+    for (int k = 0; k < route->top_k && route->scores == TEAL_SOFTMAX; k++) shares[k] /= total;
+}
+
+static void run_mixture(const mixture *b, double *x, int64_t *kept) {
+    double normed[HIDDEN], outputs[EXPERTS], shares[EXPERTS], both[2 * NEURONS], made[NEURONS], up[SHARED], gate[SHARED];
+    double added[HIDDEN], scale[1];
+    int taken[EXPERTS];
+    normalise(&b->norm, x, normed);
+    apply(&b->router, normed, outputs, NULL);
+    choose(&b->route, outputs, taken, shares);
+    for (int k = 0; k < b->route.top_k; k++) {
+        kept[0] += apply_expert(&b->gate_up, taken[k], normed, both);
+        for (int i = 0; i < NEURONS; i++) made[i] = silu(both[i]) * both[NEURONS + i];
+        kept[1] += apply_expert(&b->down, taken[k], made, added);
+        for (int i = 0; i < HIDDEN; i++) x[i] += shares[k] * added[i];
+    }
+    apply(&b->shared_gate, normed, gate, NULL), apply(&b->shared_up, normed, up, NULL);
+    for (int i = 0; i < SHARED; i++) gate[i] = silu(gate[i]) * up[i];
+    apply(&b->shared_down, gate, added, NULL), apply(&b->scale, normed, scale, NULL);
+    for (int i = 0; i < HIDDEN; i++) x[i] += added[i] / (1 + exp(-scale[0]));
+}
+
+/* One of each dtype and number of rows; the choice is made in another way in each. */
+static void check_mixture(const char *variant, teal_pool *pool, int dtype, int rows) {
+    const int way = (dtype + rows) % 3;
+    mixture b = {.router = make(HIDDEN, EXPERTS, dtype % 3, TEAL_ROW_MAJOR, 1, -INFINITY),
+                 .gate_up = make(EXPERTS * HIDDEN, 2 * NEURONS, dtype, TEAL_INPUT_MAJOR, 16, 0.2f),
+                 .down = make(EXPERTS * NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, dtype % 2 ? NEURONS : 16, 0.1f),
+                 .shared_gate = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
+                 .shared_up = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
+                 .shared_down = make(SHARED, HIDDEN, TEAL_F32, TEAL_INPUT_MAJOR, 1, -INFINITY),
+                 .scale = make(HIDDEN, 1, TEAL_F32, TEAL_ROW_MAJOR, 1, -INFINITY),
+                 .norm = norm_of(TEAL_RMS_NORM)};
+    if (way == 0) b.gate_up.weight.bias = random_floats(EXPERTS * 2 * NEURONS), b.down.weight.bias = random_floats(EXPERTS * HIDDEN);
+    b.router.weight.bias = way == 1 ? random_floats(EXPERTS) : NULL;
+    b.route = (teal_route){.router = &b.router.weight, .top_k = way == 2 ? 2 : 1 + rows % 3, .normalised = way == 1,
+                           .scores = way == 2 ? TEAL_SPARSEMIXER : TEAL_SOFTMAX, .jitter = 0.3f};
+    b.gate_up.weight.counter = 0, b.down.weight.counter = 1;
+    teal_product p[4] = {
+        {.parts = {b.gate_up.weight}, .n_parts = 1, .epilogue = TEAL_GATED, .experts = EXPERTS},
+        {.parts = {b.down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .experts = EXPERTS},
+        {.parts = {b.shared_gate.weight, b.shared_up.weight}, .n_parts = 2, .epilogue = TEAL_GATED},
+        {.parts = {b.shared_down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .scaled_by = &b.scale.weight}};
+    teal_step steps[12];
+    int n = 0;
+    for (int times = 0; times < 2; times++) { /* the same block twice */
+        steps[n++] = (teal_step){&b.norm, TEAL_STEP_NORM, 0}, steps[n++] = (teal_step){&b.route, TEAL_STEP_ROUTE, 0};
+        for (int i = 0; i < 4; i++) steps[n++] = (teal_step){&p[i], TEAL_STEP_PRODUCT, 0};
+    }
+    matrix embedding = make(HIDDEN, VOCABULARY, TEAL_F32, TEAL_ROW_MAJOR, 1, -INFINITY);
+    teal_norm last = norm_of(TEAL_RMS_NORM);
+    teal_product layer = {.parts = {embedding.weight}, .n_parts = 1, .epilogue = TEAL_PLAIN};
+    teal_program program = {.steps = steps, .embedding = &embedding.weight, .norm = &last, .output = &layer,
+                            .n_steps = n, .hidden = HIDDEN, .counters = 2, .embedding_scale = 1, .logits_scale = 1};
+    char error[200] = "";
+    teal_session *session = teal_session_open(&program, pool, rows, variant, error, sizeof error);
+    if (!session) fprintf(stderr, "%s\n", error), exit(1);
+    int64_t tokens[MOST_ROWS], positions[MOST_ROWS] = {0}, best[MOST_ROWS], kept[2], expected_kept[2] = {0};
+    float *logits = floats(rows * VOCABULARY);
+    for (int t = 0; t < MIXED_TOKENS; t++) {
+        for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
+        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        for (int row = 0; row < rows; row++) {
+            double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
+            for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];
+            for (int times = 0; times < 2; times++) run_mixture(&b, x, expected_kept);
+            normalise(&last, x, normed);
+            apply(&embedding, normed, expected, NULL);
+            for (int o = 0; o < VOCABULARY; o++) size = fabs(expected[o]) > size ? fabs(expected[o]) : size;
+            for (int o = 0; o < VOCABULARY; o++) {
+                /* Of one row, inputs of 4-bit codes are rounded to 16 bits. */
+                const double limit = dtype == TEAL_INT4 ? 5e-4 : 2e-5;
+                const double found = logits[row * VOCABULARY + o];
+                if (!(fabs(found - expected[o]) <= limit * size)) fail(variant, "a logit of experts", found, expected[o]);
+            }
+        }
+    }
+    teal_session_kept(session, kept);
+    for (int i = 0; i < 2 && dtype != TEAL_INT4; i++) /* what is rounded may fall on the other side of a threshold */
+        if (kept[i] != expected_kept[i])
+            fail(variant, "a number of inputs kept by experts", (double)kept[i], (double)expected_kept[i]);
+    teal_session_close(session);
+    release();
+}
+
+static void check_mixtures(const char *variant, teal_pool *pool) {
+    static const int row_counts[] = {1, 2, 3, 5, 8};
+    for (int dtype = TEAL_F32; dtype <= TEAL_INT4; dtype++)
+        for (int i = 0; i < 5; i++) check_mixture(variant, pool, dtype, row_counts[i]);
+}
+
 int main(void) {
     if (teal_abi() != TEAL_ABI) fail("library", "the interface", teal_abi(), TEAL_ABI);
     char names[100];
@@ -373,6 +503,7 @@ int main(void) {
             if (!pool) fail(variant, "a pool", 0, threads);
             check_products(variant, pool);
             check_decoder(variant, pool);
+            check_mixtures(variant, pool);
             teal_pool_close(pool);
         }
     return 0;

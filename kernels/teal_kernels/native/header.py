@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 2
+ABI = 3
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -77,6 +77,14 @@ class StepKind(IntEnum):
     NORM = 0
     PRODUCT = 1
     ATTENTION = 2
+    ROUTE = 3
+
+
+class Scores(IntEnum):
+    """teal_scores."""
+
+    SOFTMAX = 0
+    SPARSEMIXER = 1
 
 
 class Structure(ctypes.Structure):
@@ -126,6 +134,20 @@ class Product(Structure):
         ("activation", c_int32),
         ("activation_threshold", c_float),
         ("aside", c_int32),
+        ("experts", c_int32),
+        ("scaled_by", c_void_p),
+    )
+
+
+class Route(Structure):
+    """teal_route; `experts.route_of` makes one."""
+
+    _fields_ = (
+        ("router", c_void_p),
+        ("top_k", c_int32),
+        ("scores", c_int32),
+        ("normalised", c_int32),
+        ("jitter", c_float),
     )
 
 

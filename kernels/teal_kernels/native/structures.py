@@ -27,6 +27,8 @@ from teal_kernels.native.header import (
     NormKind,
     Product,
     Program,
+    Route,
+    Scores,
     Step,
     StepKind,
     Weight,
@@ -49,6 +51,8 @@ __all__ = [
     "NormKind",
     "Product",
     "Program",
+    "Route",
+    "Scores",
     "Step",
     "StepKind",
     "Weight",
@@ -258,7 +262,7 @@ def attention_of(
 
 
 def program_of(
-    steps: Sequence[Norm | Product | Attention],
+    steps: Sequence[Norm | Product | Attention | Route],
     *,
     embedding: Weight,
     output: Product,
@@ -284,7 +288,12 @@ def program_of(
         logits_cap: logits then become cap * tanh(logit / cap); 0 for none.
         counters: how many numbers of kept inputs there are.
     """
-    kinds = {Norm: StepKind.NORM, Product: StepKind.PRODUCT, Attention: StepKind.ATTENTION}
+    kinds = {
+        Norm: StepKind.NORM,
+        Product: StepKind.PRODUCT,
+        Attention: StepKind.ATTENTION,
+        Route: StepKind.ROUTE,
+    }
     array = (Step * len(steps))(*(Step(of=ctypes.addressof(step), kind=kinds[type(step)]) for step in steps))
     parts = (embedding, position_embedding, norm, output)
     at = [None if part is None else ctypes.addressof(part) for part in parts]

@@ -11,14 +11,14 @@ The weights of each product lie in one table (`teal_cli.sparse.merged`). What a 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from teal_cli.decode.blocks import Product, rotary_tables
+from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
+from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_session import FusedSession
+from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import backend_unavailable_reason
@@ -26,17 +26,14 @@ from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
-_ACTIVATIONS = ("silu", "swish")
-_KEYS = {"rotary", "block", "norm"}
-_STEP_KEYS = {"norm", "product", "epilogue", "activation", "summed", "attention", "q_norm", "k_norm", "window"}
-"""Of a program and its steps, as far as there are kernels for them; `norm` of a norm step."""
-
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
-    config, program = model.config, known_program(model)
-    if program is None or not _launches(program):
-        return f"model type {config.model_type}"
+    config, program = model.config.get_text_config(), known_program(model)
+    if program is None or not program.fused:
+        return f"model type {model.config.model_type}"
+    if any(step.experts or step.scaled_by for step in program.products):
+        return "experts"
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
@@ -45,19 +42,9 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return reason
     if any(isinstance(module, GateFirstMLP) for module in model.modules()):
         return "MLPs that decode gate first"
-    for key in (step.activation for step in program.products if step.activation is not None):
-        if (activation := getattr(config, key, None)) not in _ACTIVATIONS:
-            return f"activation {activation}"
-    return unsupported_rope(config)
-
-
-def _launches(program: Program) -> bool:
-    """Whether there are kernels for all of a program: RMS norms, rotary embeddings, gated MLPs."""
-    if any(step.epilogue == "activated" for step in program.products):
-        return False
-    steps = [step.model_dump(exclude_defaults=True) for step in program.block]
-    known = all(step.keys() <= _STEP_KEYS and None not in step.values() for step in steps)
-    return known and program.rotary is not None and program.model_dump(exclude_defaults=True).keys() <= _KEYS
+    if (activation := unknown_activation(config, program)) is not None:
+        return f"activation {activation}"
+    return unsupported_rope(config, ("longrope",)) or departure(model, program)
 
 
 class FusedPath(ProgramPath):
@@ -71,6 +58,7 @@ class FusedPath(ProgramPath):
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         super().__init__(model, control)
         self.dtype: torch.dtype = model.dtype
+        self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
 
     @classmethod
@@ -86,7 +74,8 @@ class FusedPath(ProgramPath):
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
         if not all(layer.merged.one_table or layer.is_output for layer in layers):
             return "projections that are not side by side"
-        return None
+        products = (step for block in block_steps(model) for step in block if isinstance(step, Product))
+        return next((reason for product in products if (reason := cannot_launch(product)) is not None), None)
 
     def output(self) -> Product | None:
         """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""
@@ -109,10 +98,3 @@ class FusedPath(ProgramPath):
             return FusedSession(self, cache, rows)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error
-
-    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position: (positions, head size) each."""
-        tables = rotary_tables(self.model, positions, self.dtype)
-        if tables is None:
-            raise TypeError("the fused path has kernels for rotary embeddings only")
-        return tables

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from teal_cli.decode.blocks import unknown_activation
 from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
-from teal_cli.decode.paths.native_program import unknown_activation
 from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
 from teal_cli.errors import MachineError

@@ -1,5 +1,6 @@
 """A model's block program as the native library takes it: structures that point into the model's own tensors."""
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,27 +14,28 @@ from teal_cli.decode.blocks import (
     BlockStep,
     Norm,
     Product,
+    activation_of,
+    growth_of,
     joined_bias,
+    learned_positions,
     module_at,
     program_of,
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
-from teal_cli.models.programs import Program
-from teal_cli.models.trained_sparse import zeroing_activation
+from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
 from teal_kernels.native import structures as native
+from teal_kernels.native.experts import product_of_experts, route_of, rows_of, weight_of_experts
 from teal_kernels.packing import Packed
 
 _ACTIVATIONS = {
+    None: native.Activation.SILU,
     "silu": native.Activation.SILU,
-    "swish": native.Activation.SILU,
     "gelu": native.Activation.GELU,
-    "gelu_new": native.Activation.GELU_TANH,
-    "gelu_fast": native.Activation.GELU_TANH,
-    "gelu_pytorch_tanh": native.Activation.GELU_TANH,
+    "gelu_tanh": native.Activation.GELU_TANH,
     "relu": native.Activation.RELU,
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
@@ -44,18 +46,13 @@ _HEAD_NORMS = {
     "rotated_heads": native.HeadNorms.HEADS_LAST,
     "all_heads": native.HeadNorms.ALL_HEADS,
 }
+_SCORES = {"softmax": native.Scores.SOFTMAX, "sparsemixer": native.Scores.SPARSEMIXER}
 _EPILOGUES = {
     "plain": native.Epilogue.PLAIN,
     "gated": native.Epilogue.GATED,
     "activated": native.Epilogue.ACTIVATED,
     "residual": native.Epilogue.RESIDUAL,
 }
-
-
-def unknown_activation(config: Any, program: Program) -> str | None:
-    """An activation of a program that the library does not have; None where it has all."""
-    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
-    return next((str(name) for name in names if name not in _ACTIVATIONS), None)
 
 
 class NativeProgram:
@@ -72,21 +69,26 @@ class NativeProgram:
         self._sparse = sparse
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
-        self._beta = _growth(model) if program.growing_queries else None
+        self._growth = growth_of(model)
         self.counted: list[Counted] = []
         """Projections that are planned."""
         self.counters = 0
         """Numbers of kept inputs that the library writes."""
         self.copied: list[Tensor] = []
         """Norms, biases and the like that the library does not read where they lie, but in another dtype or joined."""
-        self._steps: list[native.Norm | native.Product | tuple[Attention, int]] = []
-        outputs = 0
+        self._steps: list[native.Norm | native.Product | native.Route | tuple[Attention, int]] = []
+        outputs = top_k = 0
         for step in (step for block in blocks for step in block):
             if isinstance(step, Norm):
                 self._steps.append(self._norm_of(step))
             elif isinstance(step, Attention):
                 self._note_copies((step.q_norm, None), (step.k_norm, None))
                 self._steps.append((step, outputs))
+            elif isinstance(step, Route):
+                self._steps.append(self._route(step))
+                top_k = step.top_k
+            elif step.experts:
+                self._steps.append(self._experts(step, top_k))
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
@@ -95,7 +97,9 @@ class NativeProgram:
         self._norm = self._norm_of(last_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
-        self._positions, self._offset = _learned_positions(model)
+        learned = learned_positions(model)
+        self._positions = None if learned is None else native.weight_of(learned[0])
+        self._offset = 0 if learned is None else learned[1]
 
     def on(
         self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
@@ -138,8 +142,8 @@ class NativeProgram:
         if step.q_norm is not None and step.k_norm is not None:
             one = float(step.plus_one)
             norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
-        if self._beta is not None:
-            beta, every = self._beta
+        if self._growth is not None:
+            beta, every = self._growth
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
         return native.attention_of(
             keys,
@@ -177,7 +181,7 @@ class NativeProgram:
         return made
 
     def _product(self, product: Product) -> native.Product:
-        activation, threshold = _activation(product)
+        activation, threshold = activation_of(product)
         gate_first = product.gate_first
         if gate_first is not None and self._sparse:
             epilogue, parts = native.Epilogue.GATE_FIRST, self._gate_first(gate_first)
@@ -187,9 +191,45 @@ class NativeProgram:
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
         norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
-        made = native.product_of(parts, epilogue, activation=activation, activation_threshold=threshold, norm=norm)
+        kind = _ACTIVATIONS[activation]
+        made = native.product_of(parts, epilogue, activation=kind, activation_threshold=threshold, norm=norm)
         made.aside = product.aside
+        if product.scaled_by is not None:
+            scale = rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
+            self._note_copies((product.scaled_by.bias, scale.bias))
+            made.scaled_by = ctypes.addressof(scale)
+            made.holds += (scale,)
         return made
+
+    def _route(self, route: Route) -> native.Route:
+        bias = None if route.bias is None else route.bias.detach()
+        router = rows_of(route.weight.detach(), bias)
+        self._note_copies((route.bias, router.bias))
+        scores = _SCORES[route.scores]
+        return route_of(router, route.top_k, scores=scores, normalised=route.normalised, jitter=route.jitter)
+
+    def _experts(self, product: Product, top_k: int) -> native.Product:
+        """Of each token `top_k` experts, all with the rule of their one layer."""
+        (layer,) = product.sparse_layers
+        layer.merged.lay_out_()
+        experts, outputs, inputs = layer.weight.shape
+        rule, counter = _rule(layer, self._sparse), None
+        if not isinstance(rule, Dense):
+            counter, self.counters = self.counters, self.counters + 1
+        if layer.is_planned:
+            self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
+        share = rule.expected_sparsity
+        weight = weight_of_experts(
+            layer.weight.detach(),
+            threshold=rule.threshold,
+            expected=ASSUMED_ZEROS if share is None else share,
+            counter=-1 if counter is None else counter,
+        )
+        activation, threshold = activation_of(product)
+        kind = _ACTIVATIONS[activation]
+        return product_of_experts(
+            weight, experts, _EPILOGUES[product.epilogue], activation=kind, activation_threshold=threshold
+        )
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
         """Layers that can be read as one: side by side in one table, and alike in what they skip."""
@@ -266,30 +306,3 @@ def _weights(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
         return replace(table, parts=(sum(table.parts),))
     # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
     return first.weight.detach() if table is None else table.t()
-
-
-def _activation(product: Product) -> tuple[native.Activation, float]:
-    """How a gated or activated product does it, and the threshold of that."""
-    if product.activation is None:
-        return native.Activation.SILU, 0.0
-    zeroing = product.gate_first.activation if product.gate_first else None
-    if zeroing is None and product.owner is not None:
-        zeroing = zeroing_activation(product.owner)
-    if zeroing is not None:
-        return _ACTIVATIONS[zeroing.kind], zeroing.threshold
-    return _ACTIVATIONS[product.activation], 0.0
-
-
-def _learned_positions(model: Any) -> tuple[native.Weight | None, int]:
-    """The embedding of positions, and the row of the first one, which in OPT is not 0."""
-    path = program_of(model).positions
-    if path is None:
-        return None, 0
-    module = module_at(model, path)
-    return native.weight_of(module.weight.detach()), int(getattr(module, "offset", 0))
-
-
-def _growth(model: Any) -> tuple[float, int]:
-    """By how much queries grow with their positions, and in steps of how many."""
-    rope = model.config.get_text_config().rope_parameters
-    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])

@@ -14,8 +14,16 @@ int32_t pool_threads(const teal_pool *pool);
 /* Waits until all threads of the running work have come here. */
 void pool_barrier(teal_pool *pool);
 
+/* An expert that was chosen, and by which rows. */
+typedef struct {
+    int32_t expert, rows, padded_rows; /* 1, 2, 4 or 8 */
+    int32_t slot; /* of the first row, in all that is kept of chosen experts; those of the others follow */
+    int32_t row[TEAL_MAX_ROWS];
+    float share[TEAL_MAX_ROWS]; /* of the rows: their weights */
+} choice;
+
 /* What one thread does of a step: outputs [first, last) of each part that is row-major,
- * and in [0] the neurons. Of attention: [0] items, in `last[1]` those of a
+ * and in [0] the neurons, of a route the experts. Of attention: [0] items, in `last[1]` those of a
  * row, in `first[1]` the first key head, in [2] the inputs of the product after it. */
 typedef struct {
     int32_t first[TEAL_MAX_PARTS], last[TEAL_MAX_PARTS];
@@ -41,7 +49,13 @@ typedef struct {
     float *partial[2]; /* (rows, hidden): what it adds to the residual stream; two, since one is read while one is written */
     float *scores;  /* (query heads of a key head, positions of a tile) */
     float *queries; /* (query heads of a key head, then its key and its value, dim) */
+    float *gathered; /* (rows, hidden): rows that chose one expert */
+    int32_t *taken;  /* (top_k,): experts of one row */
+    float *shares;   /* (top_k,): their weights */
+    choice *choices; /* (rows * top_k,) */
+    int32_t n_choices;
     kept_list list;
+    int64_t list_kept; /* inputs that the list's rows keep, all together */
     int64_t *kept; /* (counters,) */
     float best_value[TEAL_MAX_ROWS];
     int64_t best[TEAL_MAX_ROWS];
@@ -58,6 +72,7 @@ struct teal_session {
     int32_t *splits;   /* (steps,) of attention: parts of the positions */
     thread_memory *memory;
     float *heads;      /* (rows, splits, heads, dim + HEAD_EXTRA): what `attend` leaves */
+    float *router;     /* (rows, experts): outputs of the router */
     float *shared;     /* (rows, hidden): sums of `partial`, where many threads would each add them up */
     void *block; /* all of the above is in it */
     /* Of the step under way. */

@@ -6,9 +6,12 @@
 typedef struct {
     int32_t splits_of_heads; /* floats of `heads`, of one row */
     int32_t aside, own, sums, group, list, neurons, queries, scores;
+    int32_t experts, top_k, slots, chosen; /* floats of the sums of one chosen expert, chosen: inputs of `own` */
 } needs;
 
 static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int32_t common_divisor(int32_t a, int32_t b) { return b ? common_divisor(b, a % b) : a; }
 
@@ -56,6 +59,48 @@ static const char *plan_product(const teal_program *program, const teal_product 
     return NULL;
 }
 
+static const char *plan_route(const teal_program *program, const teal_route *route, int32_t threads, range *ranges,
+                              needs *n) {
+    const teal_weight *w = route->router;
+    const char *bad = w ? bad_weight(w) : "a route without a router";
+    if (bad) return bad;
+    if (w->layout != TEAL_ROW_MAJOR || w->inputs != program->hidden) return "a router that does not fit";
+    if (route->scores < TEAL_SOFTMAX || route->scores > TEAL_SPARSEMIXER) return "unknown scores of experts";
+    if (route->top_k < 1 || route->top_k > w->outputs || (route->scores == TEAL_SPARSEMIXER && route->top_k != 2))
+        return "a number of experts that cannot be chosen";
+    for (int32_t t = 0; t < threads; t++)
+        ranges[t].first[0] = w->outputs * t / threads, ranges[t].last[0] = w->outputs * (t + 1) / threads;
+    n->experts = greater(n->experts, w->outputs), n->top_k = greater(n->top_k, route->top_k);
+    return NULL;
+}
+
+/* Of products of experts, behind `route`; `neurons`: of each expert, behind the gated one. */
+static const char *plan_experts(const teal_program *program, const teal_product *p, const teal_route *route,
+                                int32_t neurons, int32_t threads, range *ranges, needs *n) {
+    const teal_weight *w = p->parts;
+    const char *bad = bad_weight(w);
+    if (bad) return bad;
+    if (!route || p->experts != route->router->outputs || p->n_parts != 1 || w->inputs % p->experts || p->aside || p->norm ||
+        p->scaled_by)
+        return "experts that do not fit their router";
+    if (w->counter >= program->counters) return "a counter that there is no place for";
+    const int32_t inputs = w->inputs / p->experts, half = w->outputs / 2;
+    if (w->layout != TEAL_INPUT_MAJOR || (w->dtype >= TEAL_INT8 && inputs % w->group)) return "experts that lie otherwise";
+    n->group = greater(n->group, SUMS_TILE);
+    if (p->epilogue == TEAL_RESIDUAL)
+        return inputs == neurons && w->outputs == program->hidden ? NULL : "a residual product that does not fit what stands before it";
+    if (p->epilogue != TEAL_GATED || p->activation < TEAL_SILU || p->activation > TEAL_DRELU || inputs != program->hidden || w->outputs % 2)
+        return "experts that are not gated";
+    n->slots = greater(n->slots, w->outputs);
+    for (int32_t t = 0; t < threads; t++) {
+        cut(half, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
+        n->chosen = greater(n->chosen, ranges[t].last[0] - ranges[t].first[0]);
+    }
+    n->neurons = greater(n->neurons, 2 * n->chosen);
+    n->list = greater(n->list, greater(inputs, route->top_k * n->chosen));
+    return NULL;
+}
+
 static const char *plan_attention(const teal_attention *a, int32_t columns, int32_t rows, int32_t threads,
                                   range *ranges, int32_t *splits, needs *n) {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1) return "attention with heads that do not fit";
@@ -89,6 +134,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
 static const char *plan(teal_session *s, needs *n) {
     const teal_program *p = s->program;
     const teal_attention *attended = NULL;
+    const teal_route *routed = NULL;
     int32_t neurons = 0, columns = 0, normed = 0;
     if (p->hidden < 1 || !p->embedding || !p->output || p->n_steps < 1) return "a program without a part that all have";
     if (p->embedding->inputs != p->hidden || p->embedding->dtype > TEAL_F16) return "embeddings that do not fit";
@@ -101,10 +147,21 @@ static const char *plan(teal_session *s, needs *n) {
             const teal_product *product = step->of;
             if (product->epilogue != TEAL_RESIDUAL && !(product->aside ? n->aside : normed)) return "a product without a norm before it";
             if (product->norm && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
+            if (product->scaled_by && (product->epilogue != TEAL_RESIDUAL || !normed || product->parts[0].bias ||
+                                       bad_weight(product->scaled_by) || product->scaled_by->layout != TEAL_ROW_MAJOR ||
+                                       product->scaled_by->inputs != p->hidden || product->scaled_by->outputs != 1))
+                return "a scale that does not fit";
             if (product->norm) normed = 0; /* takes the memory */
-            bad = plan_product(p, product, attended, neurons, s->threads, ranges, n);
+            if (!product->experts != !routed) return "experts without a route, or a route without experts";
+            bad = product->experts ? plan_experts(p, product, routed, neurons, s->threads, ranges, n)
+                                   : plan_product(p, product, attended, neurons, s->threads, ranges, n);
             if (bad) return bad;
             columns = neurons = 0, attended = NULL;
+            if (product->experts) {
+                if (product->epilogue == TEAL_GATED) neurons = product->parts[0].outputs / 2;
+                else routed = NULL;
+                continue;
+            }
             if (product->epilogue == TEAL_PLAIN)
                 for (int32_t part = 0; part < product->n_parts; part++) columns += product->parts[part].outputs;
             else if (product->epilogue != TEAL_RESIDUAL) neurons = product->parts[0].outputs;
@@ -116,11 +173,16 @@ static const char *plan(teal_session *s, needs *n) {
         } else if (step->kind == TEAL_STEP_NORM) {
             if (((const teal_norm *)step->of)->aside) n->aside = p->hidden;
             else normed = 1;
+        } else if (step->kind == TEAL_STEP_ROUTE) {
+            if (!normed || routed || attended || columns || neurons) return "a route that does not stand behind a norm";
+            routed = step->of;
+            bad = plan_route(p, routed, s->threads, ranges, n);
+            if (bad) return bad;
         } else {
             return "a step of unknown kind";
         }
     }
-    if (columns || neurons || attended) return "a last product that is not added to the residual stream";
+    if (columns || neurons || attended || routed) return "a last product that is not added to the residual stream";
     const char *bad = bad_weight(p->output->parts);
     if (bad) return bad;
     if (p->output->parts[0].inputs != p->hidden) return "an output layer that does not fit";
@@ -135,17 +197,23 @@ static const char *plan(teal_session *s, needs *n) {
 static int take_buffers(teal_session *s, const needs *n) {
     const teal_program *p = s->program;
     const int64_t rows = s->rows, padded = s->padded_rows;
+    const int64_t slots = rows * n->top_k + TEAL_MAX_ROWS; /* behind the last one, rows that are padding */
     arena a = {0};
     for (int measuring = 1; measuring >= 0; measuring--) {
         s->heads = take_floats(&a, rows * n->splits_of_heads);
         s->shared = take_floats(&a, rows * p->hidden);
+        s->router = take_floats(&a, padded * n->experts);
         for (int32_t t = 0; t < s->threads; t++) {
             thread_memory *m = &s->memory[t];
             m->hidden = take_floats(&a, padded * p->hidden);
             m->normed = take_floats(&a, padded * p->hidden);
             m->aside = take_floats(&a, padded * n->aside);
-            m->own = take_floats(&a, padded * n->own);
-            m->sums = take_floats(&a, padded * n->sums);
+            m->own = take_floats(&a, larger(padded * n->own, slots * n->chosen));
+            m->sums = take_floats(&a, larger(padded * n->sums, slots * n->slots));
+            m->gathered = take_floats(&a, n->experts ? padded * p->hidden : 0);
+            m->taken = take_floats(&a, n->top_k);
+            m->shares = take_floats(&a, n->top_k);
+            m->choices = take(&a, rows * n->top_k * (int64_t)sizeof *m->choices);
             m->group = take_floats(&a, padded * n->group);
             m->tile = take_floats(&a, padded * OUTPUT_TILE);
             m->neurons = take_floats(&a, padded * n->neurons);

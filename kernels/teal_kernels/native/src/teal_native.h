@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 2 /* raised with every change in this file */
+#define TEAL_ABI 3 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -78,7 +78,28 @@ typedef struct {
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
+    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's:
+     * `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
+     * are gate and up side by side, and a residual one, which adds the weighted sum of the chosen experts. */
+    int32_t experts;
+    /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
+     * multiplied. TEAL_ROW_MAJOR; or NULL. */
+    const teal_weight *scaled_by;
 } teal_product;
+
+typedef enum {
+    TEAL_SOFTMAX,     /* the largest outputs; weights are the softmax over all experts */
+    TEAL_SPARSEMIXER, /* two, each the largest output of those left; its weight is the softmax over those near to it */
+} teal_scores;
+
+/* Which experts a row is sent to, and with which weights; it reads what the norm before it made. */
+typedef struct {
+    const teal_weight *router; /* TEAL_ROW_MAJOR, floats; an output for each expert */
+    int32_t top_k;
+    int32_t scores;     /* teal_scores */
+    int32_t normalised; /* of TEAL_SOFTMAX: whether the weights of the chosen ones are divided by their sum */
+    float jitter;       /* of TEAL_SPARSEMIXER: near is what lies within twice this, relatively */
+} teal_route;
 
 /* Where q_norm and k_norm stand: of each head before the rotary embedding or after it, or before it of all heads at once. */
 typedef enum { TEAL_HEADS_FIRST, TEAL_HEADS_LAST, TEAL_ALL_HEADS } teal_head_norms;
@@ -101,10 +122,10 @@ typedef struct {
     float cap; /* scores become cap * tanh(score / cap); 0: none */
 } teal_attention;
 
-typedef enum { TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION } teal_step_kind;
+typedef enum { TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION, TEAL_STEP_ROUTE } teal_step_kind;
 
 typedef struct {
-    const void *of; /* a teal_norm, teal_product or teal_attention */
+    const void *of; /* a teal_norm, teal_product, teal_attention or teal_route */
     int32_t kind;   /* teal_step_kind */
     int32_t unused;
 } teal_step;

@@ -63,7 +63,7 @@ static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n
 /* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
 static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const teal_product *product) {
     const int32_t hidden = s->program->hidden;
-    const float *bias = product->parts[0].bias;
+    const float *bias = product->experts ? NULL : product->parts[0].bias;
     float *onto = product->norm ? m->normed : m->hidden;
     if (product->norm) memset(onto, 0, (size_t)s->rows * (size_t)hidden * sizeof *onto);
     if (s->threads > MANY_THREADS) {
@@ -401,6 +401,8 @@ static void some_outputs(const teal_weight *w, int32_t rows, int32_t padded, con
     }
 }
 
+#include "experts.h"
+
 void NAMED(teal_run_)(void *session, int32_t thread) {
     teal_session *s = session;
     const teal_program *p = s->program;
@@ -438,15 +440,21 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
                     take_heads(s, m, attended, &s->ranges[(int64_t)attended_step * s->threads + thread],
                                s->splits[attended_step]);
                 attended = NULL;
-                residual_product(s, m, product, parity);
+                if (product->experts) residual_of_experts(s, m, thread, product, parity);
+                else residual_product(s, m, product, parity);
+                if (product->scaled_by) scale_partial(s, m, product->scaled_by, parity);
                 parity ^= 1;
                 pool_barrier(s->pool);
             } else {
-                partial_sums(s, m, thread, product, own);
+                if (product->experts) sums_of_experts(s, m, thread, product);
+                else partial_sums(s, m, thread, product, own);
                 pool_barrier(s->pool);
-                if (product->epilogue != TEAL_PLAIN) neurons(s, m, product, own);
+                if (product->experts) neurons_of_experts(s, m, product, own);
+                else if (product->epilogue != TEAL_PLAIN) neurons(s, m, product, own);
             }
             before = product;
+        } else if (step->kind == TEAL_STEP_ROUTE) {
+            route_rows(s, m, step->of, own);
         }
     }
 }

@@ -1,0 +1,106 @@
+"""What the native library reads of mixtures of experts, made of tensors: routers, and the weights of many experts."""
+
+import ctypes
+from math import inf
+
+from torch import Tensor
+
+from teal_kernels.native.structures import (
+    Activation,
+    Epilogue,
+    Layout,
+    Product,
+    Route,
+    Scores,
+    Weight,
+    product_of,
+    weight_of,
+)
+
+
+def rows_of(table: Tensor, bias: Tensor | None = None) -> Weight:
+    """The weights of a router or of a scale, row-major even where there is one output.
+
+    Args:
+        table: (outputs, hidden) of float32, bfloat16 or float16, contiguous.
+        bias: (outputs,), or None.
+
+    Raises:
+        ValueError: a table that lies otherwise.
+    """
+    if not table.is_contiguous():
+        raise ValueError(f"a table with strides {table.stride()} is not row-major")
+    weight = weight_of(table, bias=bias)
+    weight.layout, weight.row_bytes = Layout.ROW_MAJOR, table.shape[1] * table.itemsize
+    return weight
+
+
+def route_of(router: Weight, top_k: int, *, scores: Scores, normalised: bool = False, jitter: float = 0.0) -> Route:
+    """A choice among experts.
+
+    Args:
+        router: of `rows_of`, (experts, hidden).
+        top_k: experts of each row.
+        scores: how they are chosen and weighted.
+        normalised: of softmax, whether the weights of the chosen ones sum to 1.
+        jitter: of sparsemixer, half of what counts as near.
+    """
+    route = Route(router=ctypes.addressof(router), top_k=top_k, scores=scores, normalised=normalised, jitter=jitter)
+    route.holds = (router,)
+    return route
+
+
+def weight_of_experts(
+    table: Tensor,
+    *,
+    bias: Tensor | None = None,
+    threshold: float = -inf,
+    expected: float = 0.0,
+    counter: int = -1,
+) -> Weight:
+    """The weights of one projection of all experts, without a copy of them; the inputs of one behind the other's.
+
+    Args:
+        table: (experts, out, in) of float32, bfloat16 or float16, which lies as (experts, in, out).
+        bias: (experts, out), or None.
+        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none.
+        expected: share of the inputs that is expected to be skipped.
+        counter: where kept inputs are counted; -1 nowhere.
+
+    Raises:
+        ValueError: a table that lies otherwise.
+    """
+    experts, outputs, inputs = table.shape
+    by_input = table.transpose(1, 2)
+    if not by_input.is_contiguous():
+        raise ValueError(f"experts with strides {table.stride()} are not input-major")
+    weight = weight_of(
+        by_input.view(experts * inputs, outputs).t(), threshold=threshold, expected=expected, counter=counter
+    )
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+        weight.bias = bias.data_ptr()
+        weight.holds += (bias,)
+    return weight
+
+
+def product_of_experts(
+    weight: Weight,
+    experts: int,
+    epilogue: Epilogue,
+    *,
+    activation: Activation = Activation.SILU,
+    activation_threshold: float = 0.0,
+) -> Product:
+    """The chosen experts' product.
+
+    Args:
+        weight: of all experts; of a gated one gate and up side by side.
+        experts: how many there are.
+        epilogue: gated or residual.
+        activation: of a gated one.
+        activation_threshold: of that.
+    """
+    product = product_of([weight], epilogue, activation=activation, activation_threshold=activation_threshold)
+    product.experts = experts
+    return product

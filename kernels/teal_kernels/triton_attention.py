@@ -1,0 +1,176 @@
+"""Attention of a decoded token on a GPU: rotary embedding, cache write and split-KV partials in one launch.
+
+Shapes use B rows (sequences decoded together), A attention heads, K key/value heads, D head size, N cache positions.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from teal_kernels.launching import HEAD_NORMS, LEAST_TILE, TRITON_MISSING, launch, power_of_two
+from teal_kernels.triton_gemv import AttentionPartials
+
+if TRITON_MISSING is None:
+    from teal_kernels.jit_attention import attention_kernel
+
+_ATTENTION_BLOCK = 64
+"""Cache positions that a program takes at a time."""
+_ATTENTION_WARPS = 4
+_ATTENTION_PROGRAMS = 128
+"""Programs to aim for: about one a multiprocessor of the GPUs that this is for."""
+_MAX_SPLITS = 16
+"""Splits at most: the programs of the product that follows read the partials of all."""
+
+
+def attention_splits(programs: int) -> int:
+    """Splits of the KV cache, for `programs` rows times key/value heads."""
+    return max(1, min(_MAX_SPLITS, power_of_two(_ATTENTION_PROGRAMS // programs)))
+
+
+class HeadConstants(NamedTuple):
+    """What attention does with heads, known when the kernel is compiled."""
+
+    group: int
+    """Query heads of a key head."""
+    size: int
+    """D."""
+    padded: int
+    rotated: int
+    """Dimensions of a head that are rotated, the first; 0 for none."""
+    neighbours: bool
+    norms: int
+    """One of `HEAD_NORMS`."""
+    plus_one: bool
+    grouped: bool
+    capped: bool
+    growing: bool
+    long_rope: bool
+    all_queries: int
+    """Of a norm of all heads: A D, up to a power of two."""
+    all_keys: int
+
+
+class AttentionNumbers(NamedTuple):
+    """What few models have, known when the kernel is launched."""
+
+    cap: float
+    growth: float
+    every: int
+    long_from: int
+    angles: int
+    """Of one table of cosines."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What happens to the heads of queries and keys before their scores, and to these."""
+
+    norms: str = "heads"
+    """What `q_norm` and `k_norm` normalise, one of `HEAD_NORMS`."""
+    plus_one: bool = False
+    """Whether those norms multiply by 1 + weight."""
+    neighbours: bool = False
+    """Whether the rotary embedding turns neighbours together, not the two halves; its tables have both angles."""
+    grouped: bool = False
+    """Whether each key head's queries, key and value lie side by side in the product before."""
+    cap: float = 0.0
+    """Soft cap of scores; 0 for none."""
+    growth: tuple[float, int] | None = None
+    """Beta and steps of queries that grow with their positions (Llama 4): by 1 + beta log(1 + position // steps)."""
+    long_from: int | None = None
+    """Of long rope: the position from which on a step has other angles, which lie behind the first."""
+
+
+def decode_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    partials: AttentionPartials,
+    *,
+    scale: float,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    heads: Heads = Heads(),
+    pdl: bool = False,
+) -> None:
+    """Rotary embedding, cache write and attention of one new token a row.
+
+    Args:
+        qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation.
+        keys: (B, K, N, D) cache; each row's own position is written. Contiguous.
+        values: like keys.
+        cos: (N or more, R) of the rotary embedding of the first R dimensions of a head, both halves; with long rope
+            (2, positions, R). None for no rotary embedding.
+        sin: like cos.
+        partials: written; its positions are where the new tokens go.
+        scale: of the scores.
+        q_norm: weight of an RMS norm of queries, (D,), or (A D,) of all heads at once; None for none.
+        k_norm: the same for keys.
+        eps: of those norms.
+        heads: all else.
+        pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
+            read before the wait for it.
+    """
+    rows, kv_heads, length, dim = keys.shape
+    all_heads = partials.logs.shape[2]
+    group = all_heads // kv_heads
+    growth, every = heads.growth or (0.0, 1)
+    launch(
+        attention_kernel,
+        (kv_heads, partials.splits, rows),
+        qkv,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        keys,
+        values,
+        partials.positions.own,
+        partials.positions.longest,
+        partials.sums,
+        partials.logs,
+        kv_heads,
+        length,
+        partials.window,
+        scale,
+        eps,
+        AttentionNumbers(
+            heads.cap,
+            growth,
+            every,
+            heads.long_from or 0,
+            0 if heads.long_from is None or cos is None else cos[0].numel(),
+        ),
+        PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
+        BLOCK=_attention_block(dim, keys.itemsize),
+        SPLITS=partials.splits,
+        MULTIPLE=partials.split_multiple,
+        SEVERAL_ROWS=rows > 1,
+        HEADS=HeadConstants(
+            group=group,
+            size=dim,
+            padded=max(LEAST_TILE, power_of_two(dim)),
+            rotated=0 if cos is None else cos.shape[-1],
+            neighbours=heads.neighbours,
+            norms=HEAD_NORMS["none" if q_norm is None else heads.norms],
+            plus_one=heads.plus_one,
+            grouped=heads.grouped,
+            capped=heads.cap != 0.0,
+            growing=heads.growth is not None,
+            long_rope=heads.long_from is not None,
+            all_queries=power_of_two(all_heads * dim),
+            all_keys=power_of_two(kv_heads * dim),
+        ),
+        warps=_ATTENTION_WARPS,
+        pdl=pdl,
+    )
+
+
+def _attention_block(dim: int, itemsize: int) -> int:
+    """Cache positions that a program takes at a time: of wide heads, and of float32, fewer fit registers."""
+    narrower = 1 if dim <= 128 else 2
+    return max(LEAST_TILE, _ATTENTION_BLOCK // (narrower if itemsize == 2 else 4))
