@@ -51,7 +51,8 @@ def write_gguf(model: Any, source: Path, file: Path, older_keys: dict[str, Any] 
         # Some count its tokens, and none needs to know them.
         tokenizer = {"model": {"vocab": [""] * vocabulary}, "added_tokens": []}
         Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-        made = conversion.get_model_class(type(model).__name__)(Path(folder), gguf.LlamaFileType.MOSTLY_BF16, file)
+        (name,) = (older_keys or {}).get("architectures", [type(model).__name__])
+        made = conversion.get_model_class(name)(Path(folder), gguf.LlamaFileType.MOSTLY_BF16, file)
         converter = getattr(made, "impl", made)
 
         def set_vocab() -> None:
