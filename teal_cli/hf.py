@@ -25,6 +25,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
+from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.schemes import Scheme
@@ -86,6 +87,7 @@ class TealQuantizer(HfQuantizer):
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self.quantization_config.architecture is not None:
             model.teal_architecture = self.quantization_config.architecture  # type: ignore[assignment]
+        adopt_likeness_(model)
         quantization = self.quantization_config.quantization
         if quantization is not None:  # codes of experts have keys of their own
             unstack_experts_(model)

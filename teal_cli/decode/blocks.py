@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
+from teal_cli.models.likeness import steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
@@ -42,15 +43,15 @@ class Product:
     """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
+    input_norm: "Norm | None" = None
+    """Of what a residual product reads."""
+    activation_module: nn.Module | None = None
+    """That activates, where it has weights of its own."""
     experts: bool = False
     """Whether it is one of the chosen experts: the one layer is a `SparseExperts`, whose weight is
     (experts, out, in)."""
     scaled_by: nn.Linear | None = None
     """Of what the norm before made; the sigmoid of it multiplies what is added to the residual stream."""
-    input_norm: "Norm | None" = None
-    """Of what a residual product reads."""
-    activation_module: nn.Module | None = None
-    """That activates, where it has weights of its own."""
 
     @property
     def sparse_layers(self) -> tuple[SparseLinear, ...]:
@@ -214,8 +215,7 @@ def scales_of(model: Any, program: Program) -> Scales:
 
 
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -225,6 +225,7 @@ ACTIVATIONS = {
     "fatrelu": "fatrelu",
     "drelu": "drelu",
     "xielu": "xielu",
+    "clamped_swiglu": "clamped_swiglu",  # of `ClampedExperts`, in programs alone
 }
 """Activations as configurations name them, and as both paths do."""
 
@@ -244,7 +245,7 @@ def activation_of(product: Product) -> tuple[str | None, float]:
         zeroing = zeroing_activation(product.owner)
     if zeroing is not None:
         return zeroing.kind, zeroing.threshold
-    return ACTIVATIONS[product.activation], 0.0
+    return ACTIVATIONS[product.activation], float(getattr(product.owner, "limit", 0.0))
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -283,19 +284,6 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     architecture = architecture_for(model)
     blocks = [block for stack in architecture.blocks for block in module_at(model, stack).children()]
     return [[_resolved(step, model, block) for step in steps_of(program_of(model), block)] for block in blocks]
-
-
-def steps_of(program: Program, block: nn.Module) -> list[Step]:
-    """The steps of a program that one block takes: a module that is None is one that it does not have."""
-
-    def has(path: str) -> bool:
-        parent, _, name = path.rpartition(".")
-        try:
-            return block.get_submodule(parent)._modules.get(name) is not None
-        except AttributeError:
-            return False
-
-    return program.steps_where(has)
 
 
 def last_norm(model: Any) -> Norm:

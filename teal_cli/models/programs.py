@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
-Pairs = Literal["halves", "halves_backwards", "neighbours", "neighbours_repeated"]
+Pairs = Literal["halves", "halves_once", "halves_backwards", "neighbours", "neighbours_repeated"]
 Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
 Alibi = Literal["exact", "rounded", "scaled"]
 
@@ -209,7 +209,8 @@ class Program(BaseModel):
     """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
     multiply by 1 + weight."""
     pairs: Pairs = "halves"
-    """What the rotary embedding turns together: the two halves, or neighbours; `halves_backwards`: by negative angles;
+    """What the rotary embedding turns together: the two halves, or neighbours; `halves_once`: the module has an angle
+    for each pair, where others have it for both of its numbers; `halves_backwards`: by negative angles;
     `neighbours_repeated`: and the angles of a pair stand side by side too."""
     growing_queries: bool = False
     """Whether queries grow with their positions, as in Llama 4: by `llama_4_scaling_beta` of `rope_parameters`."""
@@ -227,12 +228,18 @@ class Program(BaseModel):
     """Path of the norm in the model that makes of embeddings the first state of the residual stream."""
 
     @property
-    def products(self) -> list[ProductStep]:
-        """The products of all blocks, whatever these choose."""
-        steps = chain.from_iterable(
-            (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+    def steps(self) -> list[Step]:
+        """The steps of all blocks, whatever these choose."""
+        return list(
+            chain.from_iterable(
+                (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+            )
         )
-        return [step for step in steps if isinstance(step, ProductStep)]
+
+    @property
+    def products(self) -> list[ProductStep]:
+        """The products among them."""
+        return [step for step in self.steps if isinstance(step, ProductStep)]
 
     def steps_where(self, has: Callable[[str], bool]) -> list[Step]:
         """The steps of one block.

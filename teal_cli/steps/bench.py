@@ -21,6 +21,7 @@ from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.decode.choice import Choice
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
@@ -152,7 +153,7 @@ def measure(
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = Engine(model, never_worse=config.backend == "auto")
+    engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     dtype = str(model.dtype).removeprefix("torch.")
@@ -175,7 +176,7 @@ def measure(
             on_tokens=advance,
             on_choice=choices.append,
         )
-    for line in dict.fromkeys(choice.line for choice in choices if choice.line is not None):
+    for line in dict.fromkeys(line for choice in choices for line in choice.lines):
         reporter.say(line)
     kernels: list[KernelRun] = []
     if config.kernels:

@@ -126,7 +126,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         stored = stored_dtype(found, read_json(found / "config.json", "model configuration"))
     dtype = pick_dtype(config.dtype, stored, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    row = table().get(model.config.model_type)
+    row = table().get(model.config.model_type) or getattr(model, "teal_architecture", None)
     projections = find_projections(model) if row is not None else []
     linear = all(p.copies == 1 and isinstance(model.get_submodule(p.name), nn.Linear) for p in projections)
     rest = parameters - sum(projection.parameters for projection in projections)

@@ -332,7 +332,8 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     model: Any = build_model("opt") if what == "width" else sparse(tiny("opt" if what == "last norm" else "llama"))
     config = model.config
     if what == "family":
-        config.model_type = "codegen"
+        config.model_type = "codegen"  # whose blocks are not alike
+        model.model.layers[0].more = torch.nn.Linear(2, 2)
     elif what == "backend":
         control_of(model).backend = "reference"
     elif what == "dtype":
@@ -383,5 +384,9 @@ def test_a_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.check(random_tokens(1, 12))
     monkeypatch.setattr(engine.path, "blocks", engine.path.blocks[::-1])
     engine._checked.clear()
+    engine.check(random_tokens(1, 12))
+    assert (engine.path.name, engine.general_because) == ("general", "the native path gives other logits")
+    engine = Engine(build_model("llama"), path="native")
+    monkeypatch.setattr(engine.path, "blocks", engine.path.blocks[::-1])
     with pytest.raises(ArtefactError, match=r"\(native path, dense\) does not give .* use --backend reference"):
         engine.check(random_tokens(1, 12))

@@ -23,6 +23,7 @@ from teal_cli.models.architectures import (
 )
 from teal_cli.models.discovery import block_lists, discover
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.programs import NormStep
 from teal_cli.sparse import sparse_layers
 
 assert teal_cli.hf
@@ -52,7 +53,8 @@ def test_finds_what_the_table_says(family: str) -> None:
     assert found.dense == row.dense
     assert {found.sites[site] for site in found.once} == {row.sites[site] for site in row.once}
     assert sorted(p.name for p in find_projections(model)) == sorted(names)
-    if program is not None and any(step.parallel for step in program.products):  # attention and MLP read one state
+    norms = [step for step in program.block if isinstance(step, NormStep)] if program is not None else []
+    if program is not None and len(norms) == 1:  # attention and MLP read one state
         sites = ("attention_input", "mlp_input")
         both = [{f"{row.blocks[0]}.{i}.{layer}" for site in sites for layer in row.sites[site]} for i in range(2)]
         wanted = {group for group in wanted if not any(group <= pair for pair in both)} | set(map(frozenset, both))

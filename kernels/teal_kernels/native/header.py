@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 4
+ABI = 5
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -62,6 +62,7 @@ class Activation(IntEnum):
     FATRELU = 5
     DRELU = 6
     XIELU = 7
+    CLAMPED_SWIGLU = 8
 
 
 class HeadNorms(IntEnum):
@@ -138,6 +139,7 @@ class Product(Structure):
         ("curve", c_float * 3),
         ("aside", c_int32),
         ("experts", c_int32),
+        ("interleaved", c_int32),
         ("scaled_by", c_void_p),
     )
 

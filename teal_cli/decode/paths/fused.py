@@ -21,7 +21,7 @@ from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
-from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
@@ -39,7 +39,7 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
     config, program = model.config.get_text_config(), known_program(model)
     if program is None or not program.fused:
-        return f"model type {model.config.model_type}"
+        return without_program(model)
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
@@ -57,10 +57,10 @@ def _not_launched(program: Program) -> str | None:
     """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
     if program.pairs == "halves_backwards":
         return program.pairs
-    for step in program.block:
+    for step in program.steps:
         if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
             return "layer norms of heads"
-    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.block))
+    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
     return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
 
 

@@ -12,7 +12,7 @@ from teal_cli.decode.blocks import unknown_activation
 from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession
-from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import MachineError
 from teal_cli.sparse import SparsityControl
 from teal_kernels import BackendUnavailableError
@@ -28,7 +28,7 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     """
     config, program = model.config.get_text_config(), known_program(model)
     if program is None:
-        return f"model type {model.config.model_type}"
+        return without_program(model)
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:

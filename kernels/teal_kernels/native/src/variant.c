@@ -113,6 +113,10 @@ static int same_list(const teal_weight *a, const teal_weight *b, int32_t padded)
 }
 
 INLINE vf positive(vf x) { return (vf)(~(x <= all(0.0f)) & (vi)x); } /* a NaN stays */
+INLINE vf lower(vf x, float most) { /* the lower one; a NaN stays */
+    const vi above = x > all(most);
+    return (vf)((above & (vi)all(most)) | (~above & (vi)x));
+}
 INLINE vf sigmoid(vf x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
 INLINE vf hyperbolic_tangent(vf x) { return all(2.0f) * sigmoid(all(2.0f) * x) - all(1.0f); }
 
@@ -129,6 +133,10 @@ INLINE vf activated(const teal_product *p, vf g) {
         for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.7071067812f));
         memcpy(&g, x, sizeof x);
         return g;
+    }
+    case TEAL_CLAMPED_SWIGLU: {
+        vf low = lower(g, p->activation_threshold);
+        return low * sigmoid(all(p->curve[0]) * low);
     }
     case TEAL_RELU2: return positive(g) * positive(g);
     case TEAL_FATRELU: return (vf)(~(g < all(p->activation_threshold)) & (vi)g);
@@ -160,7 +168,10 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
             g = parts[0], u = u ? parts[1] : NULL, to = parts[0];
         }
         vf result = activated(p, load(g));
-        if (u) result *= p->activation == TEAL_DRELU ? positive(load(u)) : load(u);
+        if (u && p->activation == TEAL_DRELU) result *= positive(load(u));
+        else if (u && p->activation == TEAL_CLAMPED_SWIGLU)
+            result *= all(1.0f) - lower(-lower(load(u), p->activation_threshold), p->activation_threshold);
+        else if (u) result *= load(u);
         store(to, result);
         if (!whole) memcpy(y + i, parts[0], (size_t)(n - i) * sizeof *y);
     }
