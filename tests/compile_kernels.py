@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import triton
 from attention_cases import Attention, PartialsCase
+from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv
+from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Norm, Positions, TileConfig
@@ -60,7 +61,7 @@ def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_router):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
@@ -68,6 +69,13 @@ def main(capability: int) -> None:
             random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
+    for _, config, quantised in PRODUCTS[::2]:
+        for epilogue in ("gated", "residual"):
+            for packed in (None, quantised):
+                case = random_experts(epilogue, 2, inputs=128, outputs=64, dtype=DTYPE, packed=packed)
+                case.launch(config, pdl=pdl)
+    for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
+        random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)

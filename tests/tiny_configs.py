@@ -241,6 +241,12 @@ FAMILIES = {
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
     },
+    "turbosparsemixtral": {
+        "model_type": "turbosparsemixtral",
+        **_TINY,
+        "num_local_experts": 4,
+        "hidden_act": "relu",
+    },
     "qwen2_moe": {
         "model_type": "qwen2_moe",
         **_TINY,
@@ -301,5 +307,7 @@ OTHERS = [
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
-MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"]
+MIXTURES = [
+    *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
+]
 """Mixtures of experts that have a program."""

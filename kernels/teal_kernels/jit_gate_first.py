@@ -34,7 +34,8 @@ def _hidden(gate, up, threshold, dtype: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def _inside(ins, n_in, TILE: tl.constexpr):
     """Which inputs of a tile there are."""
-    return tl.full((TILE.block_in,), True, tl.int1) if TILE.full else ins < n_in
+    BLOCK_IN: tl.constexpr = TILE.block_in
+    return tl.full((BLOCK_IN,), True, tl.int1) if TILE.full else ins < n_in
 
 
 @triton.jit
@@ -44,10 +45,12 @@ def _weights(rows, there, start, n_in, TILE: tl.constexpr):
     Args:
         rows: where the rows of one matrix, or of each of two, begin.
     """
+    UNROLL: tl.constexpr = TILE.unroll
+    MATRICES: tl.constexpr = len(rows)
     weights = ()
-    for step in tl.static_range(TILE.unroll):
+    for step in tl.static_range(UNROLL):
         ins = start + step * TILE.block_in + tl.arange(0, TILE.block_in)
-        for matrix in tl.static_range(len(rows)):
+        for matrix in tl.static_range(MATRICES):
             weights = weights + (
                 tl.load(
                     rows[matrix][:, None] + ins[None, :],
@@ -62,9 +65,10 @@ def _weights(rows, there, start, n_in, TILE: tl.constexpr):
 @triton.jit
 def _weights_of_norm(norm, start, n_in, TILE: tl.constexpr):
     """Of the inputs of the same tiles, a tuple; none without a norm."""
+    UNROLL: tl.constexpr = TILE.unroll
     weights = ()
     if norm is not None:
-        for step in tl.static_range(TILE.unroll):
+        for step in tl.static_range(UNROLL):
             ins = start + step * TILE.block_in + tl.arange(0, TILE.block_in)
             weights = weights + (tl.load(norm.weight + ins, mask=_inside(ins, n_in, TILE), other=0.0),)
     return weights
@@ -74,8 +78,9 @@ def _weights_of_norm(norm, start, n_in, TILE: tl.constexpr):
 def _inputs(x_ptr, start, n_in, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Inputs of the same tiles, a tuple: for each tile those of every row, or one tile of all rows."""
     rows = tl.arange(0, LEAST_TILE)
+    UNROLL: tl.constexpr = TILE.unroll
     inputs = ()
-    for step in tl.static_range(TILE.unroll):
+    for step in tl.static_range(UNROLL):
         ins = start + step * TILE.block_in + tl.arange(0, TILE.block_in)
         inside = _inside(ins, n_in, TILE)
         if TILE.fma:
@@ -104,13 +109,15 @@ def _scales(norm, sizes, ROWS: tl.constexpr, SQUARES: tl.constexpr, TILE: tl.con
 @triton.jit
 def _no_sums(MATRICES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """For each matrix a tile of zeros for every row, or one of all rows: a tuple."""
+    BLOCK_OUT: tl.constexpr = TILE.block_out
+    BLOCK_IN: tl.constexpr = TILE.block_in
     sums = ()
     for _ in tl.static_range(MATRICES):
         if TILE.fma:
             for _row in tl.static_range(ROWS):
-                sums = sums + (tl.zeros((TILE.block_out, TILE.block_in), dtype=tl.float32),)
+                sums = sums + (tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32),)
         else:
-            sums = sums + (tl.zeros((LEAST_TILE, TILE.block_out), dtype=tl.float32),)
+            sums = sums + (tl.zeros((LEAST_TILE, BLOCK_OUT), dtype=tl.float32),)
     return sums
 
 
@@ -129,7 +136,8 @@ def _added(
 ):
     """The sums, and tiles of weights times their inputs, normalised where there are scales."""
     NORM: tl.constexpr = len(scales) > 0
-    for step in tl.static_range(TILE.unroll):
+    UNROLL: tl.constexpr = TILE.unroll
+    for step in tl.static_range(UNROLL):
         values = ()
         if TILE.fma:
             for row in tl.static_range(ROWS):

@@ -163,8 +163,9 @@ def norm_weights(weight_ptr, begin, stop, INPUTS: tl.constexpr):
 @triton.jit
 def no_biases(INPUTS: tl.constexpr):
     """Zeros in the place of those of `norm_weights`."""
+    VECTORS: tl.constexpr = INPUTS.vectors
     biases = ()
-    for _ in tl.static_range(INPUTS.vectors):
+    for _ in tl.static_range(VECTORS):
         biases = biases + (tl.zeros((INPUTS.lanes,), tl.float32),)
     return biases
 

@@ -93,6 +93,10 @@ class ProductShape:
     """Of the KV cache at most, where inputs are split-KV partials."""
     split_multiple: int = 1
     """Positions that a split of the KV cache is a multiple of."""
+    side_by_side: int = 1
+    """Products of these sizes, each with a table of its own, that one launch computes (`experts`)."""
+    summed: int = 1
+    """Tables of these sizes whose products are summed to one."""
 
     @property
     def fma(self) -> bool:
@@ -198,7 +202,7 @@ class ProductPlan:
 
     @property
     def squares(self) -> int:
-        """Partial sums of squares of each row that a `residual` epilogue writes."""
+        """Partial sums of squares that a `residual` epilogue writes of each row; or of all, side by side."""
         return self.grid[0] * self.epilogue.reducers
 
 
@@ -219,7 +223,7 @@ def plan_product(
     """
     _check(shape, config)
     rows, chunk = shape.rows, config.inputs_per_chunk
-    blocks, chunks = _blocks(shape.parts, config), -(-shape.inputs // chunk)
+    blocks, chunks = _blocks(shape, config), -(-shape.inputs // chunk) * shape.summed
     partial_sums = chunks * rows * blocks * config.block_out
     if partial_sums > _MAX_ELEMENTS:
         raise ValueError(f"{chunks} times {rows} rows of {sum(shape.parts)} partial sums are more than {_MAX_ELEMENTS}")
@@ -238,17 +242,14 @@ def plan_product(
 
 def squares_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
     """As `ProductPlan.squares` of a launch that has the device for itself."""
-    return _blocks(shape.parts, config) * reducers_of(shape, config, device)
+    return _blocks(shape, config) * reducers_of(shape, config, device)
 
 
 def reducers_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
-    """Programs that share the epilogue of one block: a power of two.
-
-    They wait for one another, so all must run at one time.
-    """
+    """Programs that share the epilogue of one block, a power of two: they wait for each other, so all run at once."""
     most = min(
-        device.multiprocessors * _resident(shape, config, device) // _blocks(shape.parts, config),
-        -(-shape.inputs // config.inputs_per_chunk),
+        device.multiprocessors * _resident(shape, config, device) // _blocks(shape, config),
+        -(-shape.inputs // config.inputs_per_chunk) * shape.summed,
         config.block_out // 32,
         _MAX_REDUCERS,
     )
@@ -271,13 +272,11 @@ def _check(shape: ProductShape, config: TileConfig) -> None:
     if not config.dense and chunk > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {chunk}")
     if min(chunk, shape.inputs) * shape.row_stride > _MAX_ELEMENTS:
-        raise ValueError(
-            f"a program reads at most {_MAX_ELEMENTS} elements of a table, not so many of {shape.inputs} rows"
-        )
+        raise ValueError(f"a program reads at most {_MAX_ELEMENTS} elements of a table: {shape.inputs} rows are more")
 
 
-def _blocks(parts: tuple[int, ...], config: TileConfig) -> int:
-    return sum(-(-part // config.block_out) for part in parts)
+def _blocks(shape: ProductShape, config: TileConfig) -> int:
+    return shape.side_by_side * sum(-(-part // config.block_out) for part in shape.parts)
 
 
 def _tile(shape: ProductShape, config: TileConfig) -> tuple[int, int]:

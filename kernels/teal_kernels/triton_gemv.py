@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from teal_kernels.experts import NO_EXPERTS, Chosen
 from teal_kernels.launching import ACTIVATIONS, EMPTY, TRITON_MISSING, device_facts, launch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
@@ -190,6 +191,11 @@ class _AddedPointers(NamedTuple):
     stream: Tensor
 
 
+def norm_pointers(norm: Norm, sums: Tensor | None = None) -> NamedTuple:
+    """A norm as kernels read it; `sums` in the place of its own squares, where something is added before."""
+    return _NormPointers(norm.weight, norm.bias, norm.squares if sums is None else sums)
+
+
 class _PartialsPointers(NamedTuple):
     sums: Tensor
     logs: Tensor
@@ -219,6 +225,11 @@ class _MemoryPointers(NamedTuple):
     counts: Tensor
 
 
+class _ExpertPointers(NamedTuple):
+    ids: Tensor
+    weights: Tensor
+
+
 class _Sizes(NamedTuple):
     n_in: int
     stride: int
@@ -243,6 +254,10 @@ class _Sizes(NamedTuple):
     added_eps: float
     of_added: float
     """What is added to the stream is multiplied by it."""
+    expert_stride: int
+    """Words from one expert's table to the next; 0 without experts, as the next."""
+    expert_scales: int
+    """Scales from one expert's to the next."""
 
 
 def _shape_of(
@@ -258,6 +273,7 @@ def _shape_of(
     sums: bool = False,
     added: Added | None = None,
     beside: Beside | None = None,
+    experts: Chosen | None = None,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -282,6 +298,8 @@ def _shape_of(
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
+        side_by_side=1 if experts is None else experts.side_by_side(epilogue),
+        summed=1 if experts is None else experts.summed(epilogue),
     )
 
 
@@ -292,10 +310,18 @@ def _squares_before(norm: Norm | None, added: Added | None) -> int:
 
 
 def squares_of(
-    table: Tensor | Packed, parts: tuple[int, ...], config: TileConfig, rows: int, dtype: torch.dtype
+    table: Tensor | Packed,
+    parts: tuple[int, ...],
+    config: TileConfig,
+    rows: int,
+    dtype: torch.dtype,
+    experts: Chosen | None = None,
 ) -> int:
     """Partial sums of squares that a `residual` product of a batch of `rows` in `dtype` writes for each row."""
-    return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    if experts is None:
+        return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    shape = _shape_of(table, parts, 1, dtype, "residual", experts=experts)
+    return planned_squares(shape, config, device_facts(table.device)) // rows
 
 
 def gemv(
@@ -317,6 +343,7 @@ def gemv(
     added: Added | None = None,
     beside: Beside | None = None,
     counts: Tensor | None = None,
+    experts: Chosen | None = None,
     pdl: bool = False,
     exclusive_device: bool = True,
     compile_only: bool = False,
@@ -344,6 +371,7 @@ def gemv(
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares; (2, rows, ...): and
             of y itself, for a layer norm.
         counts: (parts,) int64: how many inputs were kept is added to it.
+        experts: those of each row. `table` is that of the first one then, and rows of x or y are as `Chosen` has them.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
             weight or the positions of partials, which are read before the wait for it.
         exclusive_device: the promise that no other product runs on this GPU meanwhile, of another stream or another
@@ -359,24 +387,28 @@ def gemv(
     partials = x if isinstance(x, AttentionPartials) else None
     source = y if isinstance(x, AttentionPartials) else x  # of y the kernel then takes the dtype only
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
+    if experts is not None:
+        experts.check(source, y, epilogue)
+        rows = 1
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
     sums = squares is not None and squares.dim() == 3
     shape = _shape_of(
-        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside
+        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside, experts
     )
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
     if epilogue == "beside" and (squares is None or squares.shape != (4, plan.squares) or beside is None or rows > 1):
         raise ValueError(f"a product beside the stream is of one row, and needs squares of shape {(4, plan.squares)}")
-    if epilogue == "residual" and (squares is None or squares.shape[-2:] != (rows, plan.squares)):
-        raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
+    of_squares = (rows, plan.squares) if experts is None else (y.shape[0], plan.squares // y.shape[0])
+    if epilogue == "residual" and (squares is None or squares.shape[-2:] != of_squares):
+        raise ValueError(f"a residual product needs squares of shape {of_squares}")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     entry = {2: torch.int32, 4: torch.int64}[source.itemsize]  # an index beside the value
     launch(
         gemv_kernel,
         plan.grid,
         source,
-        None if norm is None else _NormPointers(norm.weight, norm.bias, norm.squares if added is None else added.sums),
+        None if norm is None else norm_pointers(norm, None if added is None else added.sums),
         None if added is None else _AddedPointers(added.y, added.weight, added.sums, added.stream),
         None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
@@ -391,6 +423,7 @@ def gemv(
             scratch.tensor(f"inputs {entry}", max(1, plan.list_entries), entry),
             scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         ),
+        None if experts is None else _ExpertPointers(experts.ids, experts.weights),
         _Sizes(
             n_in=shape.inputs,
             stride=shape.row_stride,
@@ -407,11 +440,14 @@ def gemv(
             scale=scale,
             added_eps=0.0 if added is None else added.eps,
             of_added=1.0 if added is None else added.scale,
+            expert_stride=0 if experts is None else experts.stride,
+            expert_scales=0 if experts is None else experts.scales,
         ),
         ROWS=rows,
         TILE=plan.tile,
         INPUTS=plan.inputs,
         EPILOGUE=plan.epilogue,
+        EXPERTS=NO_EXPERTS if experts is None else experts.constants(epilogue, plan.grid),
         warps=config.warps,
         pdl=pdl,
         compile_only=compile_only,

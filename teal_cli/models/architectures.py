@@ -70,7 +70,7 @@ class Architecture(BaseModel):
         steps = self.program.products if self.program is not None and self.program.fused else []
         step = next((step for step in steps if step.product == site), None)
         # Of these the epilogue is of no weight beside the product, or not of one launch with it.
-        if step is None or step.epilogue == "activated" or step.joined or step.added_norm is not None:
+        if step is None or step.epilogue == "activated" or (step.joined and not step.experts):
             return "plain"
         return step.epilogue
 

@@ -105,6 +105,8 @@ class Experts(nn.Module):
         self.gate_up_proj: nn.Module = StackedLinear(experts.gate_up_proj)  # type: ignore[arg-type]
         self.down_proj: nn.Module = StackedLinear(experts.down_proj)  # type: ignore[arg-type]
         self.act_fn: Any = experts.act_fn
+        self.activates_up = bool(getattr(experts, "activates_up", False))
+        """Whether up passes the activation too, not the gate alone."""
         self.train(experts.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -122,6 +124,8 @@ class Experts(nn.Module):
         counts = chosen.bincount(minlength=self.gate_up_proj.copies).tolist()  # type: ignore[arg-type]
         routed = Routed(tuple(counts), rows, len(hidden_states))
         gate, up = self.gate_up_proj(hidden_states[rows], routed).chunk(2, dim=-1)
+        if self.activates_up:
+            up = self.act_fn(up)
         output = self.down_proj(self.act_fn(gate) * up, routed)
         output = output * top_k_weights.flatten()[order, None]
         return torch.zeros_like(hidden_states).index_add_(0, rows, output.to(hidden_states.dtype))

@@ -83,8 +83,8 @@ class ProductStep(_Step):
             raise ValueError(f"{where}: activation_module stands beside activation")
         if self.joined and self.epilogue != "gated":
             raise ValueError(f"{where}: joined belongs to epilogue gated")
-        others = (self.added_norm, self.input_norm, self.stream_scale, self.activation_module, self.scaled_by)
-        if self.experts and (any(others) or self.aside or self.parallel or self.summed):
+        known = {"product", "epilogue", "activation", "joined", "experts"}
+        if self.experts and not self.model_fields_set <= known:
             raise ValueError(f"{where}: experts take no other key than epilogue, activation and joined")
         return self
 

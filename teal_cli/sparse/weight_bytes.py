@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised import Codes, QuantisedLinear
 from teal_cli.sparse.replace import sparse_layers
 from teal_kernels.packing import Packed
 
@@ -58,7 +58,7 @@ def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:
     """Bytes of quantised layers beyond those of their parameters; where weights stand for packs, fewer than none."""
     found = {name: packed.nbytes - _storage(model, name, {}).nbytes for name, packed in packs.items()}
     layers = sparse_layers(model).items()
-    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantisedLinear)}
+    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, Codes)}
 
 
 def _share_read(architecture: Architecture, projection: Projection) -> float:

@@ -48,7 +48,7 @@ from teal_cli.sparse import (
     sparsify_,
     use_backend,
 )
-from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised import Codes
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
 from teal_cli.steps.beside_llama_cpp import llama_bench
 from teal_cli.versions import commit, device_description, library_versions
@@ -235,9 +235,19 @@ def site_products(model: Any) -> list[ProductShape]:
     shapes = []
     for group, epilogue in groups:
         layer = layers.get(group[0].name)
-        scheme = layer.scheme if isinstance(layer, QuantisedLinear) else None
-        shapes.append(ProductShape(group[0].in_features, tuple(p.out_features for p in group), epilogue, scheme))
+        scheme = layer.scheme if isinstance(layer, Codes) else None
+        shapes.append(ProductShape(*_sizes(group, epilogue), epilogue, scheme))
     return shapes
+
+
+def _sizes(group: list[Projection], epilogue: str) -> tuple[int, tuple[int, ...]]:
+    """Inputs and outputs of a product; of experts those of one long product, as tile configs are chosen for them."""
+    inputs, parts, chosen = group[0].in_features, tuple(p.out_features for p in group), group[0].chosen or 1
+    if epilogue == "gated" and len(parts) == 1:  # gate and up in one projection
+        parts = (parts[0] // 2,) * 2
+    if epilogue == "residual":
+        return inputs * chosen, parts
+    return inputs, tuple(part * chosen for part in parts)
 
 
 def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Reporter) -> None:

@@ -167,6 +167,6 @@ def check_steps(
             for row in range(len(lengths)):
                 assert (error := error_of(got[row], expected[row])) < limit, (step, row, error)
     assert counter.by_projection() == expected_counter.by_projection()
-    wide = expected_counter.model_wide()  # sums of another order; none of a dense model
-    assert counter.model_wide() == (None if wide is None else pytest.approx(wide, rel=1e-12))
+    wide = expected_counter.model_wide()
+    assert counter.model_wide() == (None if wide is None else pytest.approx(wide, rel=1e-12))  # sums of another order
     return True

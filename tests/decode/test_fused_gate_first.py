@@ -6,6 +6,7 @@ import pytest
 import torch
 from fused_pair import LIMIT, Pair, error_of, random_tokens, session_of, use_small_tiles
 from intrinsic_models import KINDS, save_kind
+from native_models import check_steps, tiny
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Rule, Threshold, Zeros
@@ -18,6 +19,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import control_of, make_intrinsic_, sparsify_
+from teal_cli.sparse.gate_first import GateFirstMLP
 
 THRESHOLDS = {"attention_input": 0.5, "attention_output": 0.2}
 STEPS = 4
@@ -149,3 +151,25 @@ def test_zeros_before_down_of_an_mlp_that_is_not_gate_first(tmp_path: Path) -> N
     found = counter.by_projection()
     assert 0.3 < found["model.layers.0.mlp.down_proj"] < 0.7
     assert 0.1 < found["model.layers.0.mlp.up_proj"] < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes", "gate_first"),
+    [
+        ("gemma2", {"hidden_activation": "relu"}, True),  # norms before and after, which add to the stream
+        ("olmo2", {"hidden_act": "relu2"}, True),
+        ("cohere2", {"hidden_act": "relu"}, True),  # a layer norm, and an MLP beside the attention
+        ("granite", {"hidden_act": "relu"}, True),
+        ("glm4", {"hidden_act": "relu2"}, False),  # gate and up are one projection: only zeros are skipped
+        ("opt", {}, False),  # MLPs without a gate
+        ("nemotron", {}, False),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[12], [12, 5]], ids=str)
+def test_other_families(family: str, changes: dict[str, str], gate_first: bool, lengths: list[int]) -> None:
+    """Counts too."""
+    model = tiny(family, **changes)
+    make_intrinsic_(model)
+    assert any(isinstance(module, GateFirstMLP) for module in model.modules()) == gate_first
+    check_steps(model, lengths, 2, path="fused")

@@ -41,7 +41,9 @@ def test_what_follows_the_product_of_a_site() -> None:
         "plain",
         "residual",
     ]
-    assert [architecture_of("mixtral").epilogue_of(site) for site in ("attention_output", "lm_head")] == ["plain"] * 2
+    row = architecture_of("mixtral")
+    assert [row.epilogue_of(site) for site in row.sites] == ["plain", "residual", "gated", "residual"]
+    assert row.epilogue_of("lm_head") == "plain"
 
 
 def _row(*steps: str, more: str = "") -> str:

@@ -60,10 +60,11 @@ typedef struct {
     double *values;
 } matrix;
 
-static matrix make(int inputs, int outputs, int dtype, int layout, int group, float threshold) {
+/* `apiece`: inputs of each of several tables, one behind the other, which have groups of their own. */
+static matrix make_many(int inputs, int outputs, int dtype, int layout, int group, float threshold, int apiece) {
     matrix m = {.values = doubles((int64_t)inputs * outputs)};
     int rows = layout == TEAL_ROW_MAJOR ? outputs : inputs, columns = layout == TEAL_ROW_MAJOR ? inputs : outputs;
-    int groups = (inputs + group - 1) / group;
+    int groups_apiece = (apiece + group - 1) / group, groups = inputs / apiece * groups_apiece;
     const int64_t sizes[] = {4 * columns, 2 * columns, 2 * columns, columns, (columns + 1) / 2};
     const int64_t row_bytes = sizes[dtype];
     uint8_t *data = give((size_t)(rows * row_bytes));
@@ -87,7 +88,7 @@ static matrix make(int inputs, int outputs, int dtype, int layout, int group, fl
                 memcpy(at + 2 * column, &x, 2), *value = dtype == TEAL_F16 ? of_half(x) : of_bfloat(x);
             } else {
                 int code = (int)(bits() % (unsigned)whole);
-                int64_t of = (int64_t)(i / group) * outputs + o;
+                int64_t of = (int64_t)(i / apiece * groups_apiece + i % apiece / group) * outputs + o;
                 if (dtype == TEAL_INT8) at[column] = (uint8_t)code;
                 else at[column / 2] |= (uint8_t)(code << 4 * (column % 2));
                 *value = (code - (with_zeros ? of_half(zeros[of]) : whole / 2)) * (double)scales[of];
@@ -100,6 +101,10 @@ static matrix make(int inputs, int outputs, int dtype, int layout, int group, fl
                              .scale_dtype = halves ? TEAL_F16 : TEAL_F32, .group = group, .threshold = threshold,
                              .expected = 0.4f, .counter = -1};
     return m;
+}
+
+static matrix make(int inputs, int outputs, int dtype, int layout, int group, float threshold) {
+    return make_many(inputs, outputs, dtype, layout, group, threshold, inputs);
 }
 
 /* y += x times the weight; what is added up in `size` is what errors are measured by. Returns inputs kept. */
@@ -385,7 +390,7 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     release();
 }
 
-enum { EXPERTS = 5, NEURONS = 32, SHARED = 20, MIXED_TOKENS = 3, MOST_ROWS = 8 };
+enum { EXPERTS = 5, NEURONS = 40, SHARED = 20, MIXED_TOKENS = 3, MOST_ROWS = 8 };
 
 /* A block of experts and one that is every token's. */
 typedef struct {
@@ -449,8 +454,8 @@ static void run_mixture(const mixture *b, double *x, int64_t *kept) {
 static void check_mixture(const char *variant, teal_pool *pool, int dtype, int rows) {
     const int way = (dtype + rows) % 3;
     mixture b = {.router = make(HIDDEN, EXPERTS, dtype % 3, TEAL_ROW_MAJOR, 1, -INFINITY),
-                 .gate_up = make(EXPERTS * HIDDEN, 2 * NEURONS, dtype, TEAL_INPUT_MAJOR, 16, 0.2f),
-                 .down = make(EXPERTS * NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, dtype % 2 ? NEURONS : 16, 0.1f),
+                 .gate_up = make_many(EXPERTS * HIDDEN, 2 * NEURONS, dtype, TEAL_INPUT_MAJOR, 16, 0.2f, HIDDEN),
+                 .down = make_many(EXPERTS * NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, rows % 2 ? 8 : 32, 0.1f, NEURONS),
                  .shared_gate = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
                  .shared_up = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
                  .shared_down = make(SHARED, HIDDEN, TEAL_F32, TEAL_INPUT_MAJOR, 1, -INFINITY),

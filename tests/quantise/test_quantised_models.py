@@ -25,11 +25,13 @@ from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import find_projections
+from teal_cli.models.layers import unstack_experts_
 from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised_experts import QuantisedExperts
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_kernels.packing import dequantised
 
@@ -128,6 +130,8 @@ def test_gptq_says_that_hidden_states_are_not_finite() -> None:
 def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
     """A model with the quantised weights in place of its own, the same packed, and the control of that."""
     models = [build_model(family).requires_grad_(False) for _ in range(2)]
+    for model in models:
+        unstack_experts_(model)
     packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
     names = [projection.name for projection in find_projections(models[0])]
     plan = SparsityPlan("uniform", 0.4, {name: Threshold(0.3, 0.4) for name in names})
@@ -139,7 +143,13 @@ def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "scheme", "output"),
-    [*(("llama-bias", *case) for case in CASES), ("llama", "int4:32", False), ("qwen3", "int4:32", True)],
+    [
+        *(("llama-bias", *case) for case in CASES),
+        ("llama", "int4:32", False),
+        ("qwen3", "int4:32", True),
+        *(("mixtral", scheme, False) for scheme in ("int8", "int4:32")),
+        ("qwen3_moe", "int4:32", True),
+    ],
 )
 def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool) -> None:
     plain, packed, (control, packed_control) = _packed(family, scheme, output)
@@ -203,6 +213,20 @@ def test_fused_path(scheme: str, output: bool) -> None:
         assert session.token.tolist() == logits.argmax(-1).tolist()
 
 
+def test_bytes_of_a_token_of_experts() -> None:
+    """Two of four experts: codes of half of them."""
+    plain, packed, _ = _packed("mixtral", "int8", False)
+    layer = packed.get_submodule("model.layers.0.mlp.experts.down_proj")
+    before, after = weight_bytes_per_token(plain, {}), weight_bytes_per_token(packed, {})
+    changed = [packed.get_submodule(projection.name) for projection in find_projections(plain)]
+    dense = sum(module.in_features * module.out_features * 4 * getattr(module, "copies", 2) // 2 for module in changed)
+    codes = sum(module.packed.nbytes * (1 if hasattr(module, "copies") else 2) // 2 for module in changed)
+    assert before - after == dense - codes
+    assert layer.qweight.shape == (4, 100, 16)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert after - weight_bytes_per_token(packed, {name: 0.5}) == layer.qweight.nbytes // 4
+
+
 def test_bytes_of_a_token() -> None:
     plain, packed, _ = _packed("llama", "int8", True)
     whole, quantised = weight_bytes_per_token(plain, {}), weight_bytes_per_token(packed, {})
@@ -258,6 +282,30 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     for result in (in_place, by_folder):
         assert result["quantization"] == f"int4-32{'-output' if output else ''}"
         assert {entry["quantization"] for entry in result["runs"]} == {result["quantization"]}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_a_checkpoint_with_experts(family: str, corpus: Path, tmp_path: Path) -> None:
+    """Files have each expert by itself, or all under another name; the checkpoint has codes of all together."""
+    dense = save_tiny(tmp_path / "tiny", family)
+    shared = ["--model", str(dense), "--quantise", "int4:32", "--dtype", "float32"]
+    text = ["--dataset", str(corpus), "--tokens", "128", "--seq-len", "32", "--sensitivity-tokens", "0"]
+    assert run(["calibrate", *shared, *text]) == 0
+    out = tmp_path / "out"
+    assert run(["export", *shared, "--sparsity", "0.4", "--allocation", "uniform", "--out", str(out)]) == 0
+    assert (out / "model.safetensors").stat().st_size < 0.75 * (dense / "model.safetensors").stat().st_size
+    model = load_model(out, device="cpu", dtype="float32")
+    experts = [module for module in model.modules() if isinstance(module, QuantisedExperts)]
+    assert len(experts) == (2 if family == "qwen3_moe" else 4)
+    config = CalibrateConfig(model=str(dense), quantise="int4:32", device="cpu", dtype="float32")
+    plain, _ = load_dense(dense, config, calibration_file.load(Path("runs/tiny-int4-32")))
+    ids = _tokens(20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", device="cpu", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_what_cannot_be(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

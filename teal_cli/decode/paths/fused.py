@@ -9,6 +9,7 @@ in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a 
 (`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
+from teal_cli.decode.paths.fused_experts import cannot_route
+from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
-from teal_cli.decode.paths.fused_steps import cannot_launch
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
+from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
@@ -37,8 +40,6 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
     config, program = model.config.get_text_config(), known_program(model)
     if program is None or not program.fused:
         return without_program(model)
-    if any(step.experts or step.scaled_by for step in program.products):
-        return "experts"
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
@@ -89,10 +90,12 @@ class FusedPath(ProgramPath):
         if is_spread(model):
             return "weights on several devices"
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-        if not all(layer.merged.one_table or layer.is_output for layer in layers):
+        if not all(layer.merged.one_table or layer.is_output or isinstance(layer, SparseExperts) for layer in layers):
             return "projections that are not side by side"
-        products = (step for block in block_steps(model) for step in block if isinstance(step, Product))
-        return next((reason for product in products if (reason := cannot_launch(product)) is not None), None)
+        blocks = block_steps(model)
+        products = (step for block in blocks for step in block if isinstance(step, Product))
+        reasons = chain(map(cannot_launch, products), map(cannot_route, blocks))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def output(self) -> Product | None:
         """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""

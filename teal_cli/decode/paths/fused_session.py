@@ -8,7 +8,8 @@ from torch import Tensor
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, Launch, StepBinder
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
@@ -105,8 +106,8 @@ def _counted(launch: Launch) -> list[Counted]:
     return [
         Counted(
             layer.name,
-            layer.in_features * layer.out_features,
-            layer.in_features,
+            getattr(layer, "weights_read", layer.in_features * layer.out_features),
+            layer.in_features * launch.times,
             None if launch.config.dense else part,
         )
         for part, layer in enumerate(launch.product.sparse_layers)

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from teal_cli.decode.paths.program_session import Counted
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparseLinear
+from teal_cli.sparse.experts import SparseExperts
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
 from teal_kernels.native import structures as native
@@ -259,9 +260,9 @@ class NativeProgram:
 
     def _experts(self, product: Product, top_k: int) -> native.Product:
         """Of each token `top_k` experts, all with the rule of their one layer."""
-        (layer,) = product.sparse_layers
+        layer = cast(SparseExperts, product.layers[0])
         layer.merged.lay_out_()
-        experts, outputs, inputs = layer.weight.shape
+        experts, outputs, inputs = layer.copies, layer.out_features, layer.in_features
         rule, counter = _rule(layer, self._sparse), None
         if not isinstance(rule, Dense):
             counter, self.counters = self.counters, self.counters + 1
@@ -269,11 +270,13 @@ class NativeProgram:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
         share = rule.expected_sparsity
         weight = weight_of_experts(
-            layer.weight.detach(),
+            layer.weight.detach() if layer.packed is None else layer.packed,
             threshold=rule.threshold,
             expected=ASSUMED_ZEROS if share is None else share,
             counter=-1 if counter is None else counter,
         )
+        if layer.packed is not None:
+            self._note_copies((layer.packed.scales, weight.scales), (layer.packed.zeros, weight.zeros))
         activation, threshold = activation_of(product)
         kind = _ACTIVATIONS[activation]
         return product_of_experts(

@@ -86,7 +86,7 @@ static const char *plan_experts(const teal_program *program, const teal_product 
         return "experts that do not fit their router";
     if (w->counter >= program->counters) return "a counter that there is no place for";
     const int32_t inputs = w->inputs / p->experts, half = w->outputs / 2;
-    if (w->layout != TEAL_INPUT_MAJOR || (w->dtype >= TEAL_INT8 && inputs % w->group)) return "experts that lie otherwise";
+    if (w->layout != TEAL_INPUT_MAJOR) return "experts that lie otherwise";
     n->group = greater(n->group, SUMS_TILE);
     if (p->epilogue == TEAL_RESIDUAL)
         return inputs == neurons && w->outputs == program->hidden ? NULL : "a residual product that does not fit what stands before it";

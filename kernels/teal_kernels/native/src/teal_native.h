@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 4 /* raised with every change in this file */
+#define TEAL_ABI 5 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -82,8 +82,8 @@ typedef struct {
     float curve[3]; /* of TEAL_XIELU: positive, negative, linear */
     float stream_scale; /* of a residual one: what the whole stream is multiplied by afterwards; 0: nothing */
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
-    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's:
-     * `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
+    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's,
+     * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
      * are gate and up side by side, and a residual one, which adds the weighted sum of the chosen experts. */
     int32_t experts;
     /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
