@@ -87,10 +87,10 @@ class TealQuantizer(HfQuantizer):
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self.quantization_config.architecture is not None:
             model.teal_architecture = self.quantization_config.architecture  # type: ignore[assignment]
-        adopt_likeness_(model)
         quantization = self.quantization_config.quantization
         if quantization is not None:  # codes of experts have keys of their own
             unstack_experts_(model)
+        adopt_likeness_(model)
         modules = dict(model.named_modules())
         self._replaced = not any(is_stacked(module) or is_conv1d(module) for module in modules.values())
         if not self._replaced:

@@ -319,7 +319,7 @@ def test_the_cache_has_what_a_fixed_one_has(chunks: list[int]) -> None:
         ("backend", "backend reference"),
         ("dtype", "dtype float64"),
         ("activation", "activation tanh"),
-        ("rope", "rope type proportional"),
+        ("rope", "rope type spiral"),
         ("devices", "weights on several devices"),
         ("elsewhere", "weights on meta"),
         ("hook", "weights on several devices"),
@@ -341,7 +341,7 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     elif what == "activation":
         config.hidden_act = "tanh"
     elif what == "rope":
-        config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10000.0}
+        config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
     elif what == "devices":
         model.lm_head.to("meta")
     elif what == "elsewhere":
