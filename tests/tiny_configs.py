@@ -90,6 +90,17 @@ FAMILIES = {
         },
         "mm_tokens_per_image": 4,
     },
+    "gemma4_text": {
+        "model_type": "gemma4_text",
+        **_TINY,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {"model_type": "phi3", **_TINY, "sliding_window": 16},
     "phi3-long": {
         "model_type": "phi3",
@@ -311,6 +322,7 @@ OTHERS = [
         "biogpt",
     ),
     *("falcon", "falcon-bias", "falcon-new", "falcon-2", "bloom", "mpt", "mpt-clip"),
+    "gemma4_text",
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""

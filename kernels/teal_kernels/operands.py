@@ -1,4 +1,7 @@
-"""What the kernels of a token hand one another: norms, partials of attention, positions, scratch memory."""
+"""What a decoded token's products read and write beside their tables: norms, what is still to be added, partials.
+
+Importable without triton.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

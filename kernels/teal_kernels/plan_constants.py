@@ -1,4 +1,7 @@
-"""The compile-time constants of one product, in groups: Triton takes each group as one argument."""
+"""The constants of the product kernel, in three groups: Triton takes each as one argument.
+
+`plan_gemv` finds them; what a field is that has no words here, `ProductShape` says.
+"""
 
 from typing import NamedTuple
 
@@ -34,7 +37,7 @@ class InputConstants(NamedTuple):
     norm_plus_one: bool
     norm_centred: bool
     added: bool
-    added_plus_one: bool  # these as in `plan_gemv.ProductShape`
+    added_plus_one: bool  # these as in `ProductShape`
     norm_squares: int
     """Partial sums of squares of a row, up to a power of two."""
     taken: bool
@@ -56,7 +59,7 @@ class InputConstants(NamedTuple):
     shared_bytes: int
     """Of a list in shared memory; 0 where it lies in global memory."""
     head_size: int
-    """As in `plan_gemv.ProductShape`."""
+    """As in `ProductShape`."""
     splits: int
     split_multiple: int
     vectors_per_head: int
@@ -67,10 +70,10 @@ class EpilogueConstants(NamedTuple):
     """How partial sums become results."""
 
     kind: int
-    """One of `plan_gemv.EPILOGUES`."""
+    """One of `EPILOGUES`."""
     activation: int
     scaled: bool
-    sums: bool  # these as in `plan_gemv.ProductShape`
+    sums: bool  # these as in `ProductShape`
     plus_one: bool
     """Of the norm behind `beside`."""
     even: bool

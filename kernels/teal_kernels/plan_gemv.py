@@ -1,7 +1,8 @@
 """How one product is launched: its grid and every compile-time constant, from sizes alone.
 
 Pure functions: no tensor is needed, and no device, whose facts are `DeviceFacts`. `triton_gemv` launches.
-The constants of the kernel are three groups (`plan_constants`), which it reads by the names that they have there.
+The constants of the kernel are three groups (`TileConstants`, `InputConstants`, `EpilogueConstants`):
+Triton takes each as one argument, and the kernel reads them by the names that they have here.
 
 Importable without triton.
 """

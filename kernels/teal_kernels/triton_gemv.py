@@ -25,7 +25,7 @@ from torch import Tensor
 
 from teal_kernels.experts import NO_EXPERTS, Chosen
 from teal_kernels.launching import ACTIVATIONS, EMPTY, TRITON_MISSING, device_facts, launch
-from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Positions, Scratch
+from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Scratch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
 from teal_kernels.plan_gemv import squares_of as planned_squares
@@ -33,20 +33,7 @@ from teal_kernels.plan_gemv import squares_of as planned_squares
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
 
-__all__ = [
-    "MAX_LISTED",
-    "MAX_ROWS",
-    "Added",
-    "AttentionPartials",
-    "Beside",
-    "Norm",
-    "Positions",
-    "Scratch",
-    "TileConfig",
-    "gemv",
-    "squares_of",
-]
-
+__all__ = ["MAX_LISTED", "MAX_ROWS", "TileConfig", "gemv", "squares_of"]
 
 _DEFAULT_ACTIVATIONS = {"gated": "silu"}
 

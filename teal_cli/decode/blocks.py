@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
-from teal_cli.models.likeness import steps_of
+from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
@@ -43,6 +43,8 @@ class Product:
     """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
+    stream_scale: Tensor | None = None
+    """(1,) what the whole stream is multiplied by behind a residual product."""
     input_norm: "Norm | None" = None
     """Of what a residual product reads."""
     activation_module: nn.Module | None = None
@@ -127,6 +129,10 @@ class Attention:
     """Of query heads: one for all, or each head's own. `q_norm` is the weight of one."""
     k_norms: "tuple[Norm, ...]" = ()
     """The same for keys."""
+    v_norms: "tuple[Norm, ...]" = ()
+    """The same for values."""
+    keys_as_values: bool = False
+    """Whether values are the keys as they come from the product, which has none."""
     norms_of: str = "heads"
     """As the program has it."""
     grouped: bool = False
@@ -316,7 +322,7 @@ def _resolved(step: Step, model: Any, block: nn.Module) -> BlockStep:
 
 
 def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
-    names = architecture_for(model).sites[step.product]
+    names = layers_of(architecture_for(model), step, block)
     layers = tuple(module_at(block, name) for name in names)
     return Product(
         step.product,
@@ -329,6 +335,7 @@ def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
         joined=step.joined,
         input_norm=None if step.input_norm is None else _norm_at(model, block, step.input_norm, layers[0].in_features),
         activation_module=None if step.activation_module is None else module_at(block, step.activation_module),
+        stream_scale=_named(step.stream_scale, block),
         experts=step.experts,
         scaled_by=None if step.scaled_by is None else module_at(block, step.scaled_by),
     )
@@ -336,7 +343,9 @@ def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
 
 def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
     attention, config, program = module_at(block, step.attention), model.config.get_text_config(), program_of(model)
-    q_norms, k_norms = (_head_norms(attention, name, program, model) for name in (step.q_norm, step.k_norm))
+    q_norms, k_norms, v_norms = (
+        _head_norms(attention, name, program, model) for name in (step.q_norm, step.k_norm, step.v_norm)
+    )
     owner = {"layer": attention, "sliding": attention, "model": config}.get(step.window or "")
     window, rotates = _named("sliding_window", owner), True
     if step.window == "local" and attention.attention_type == "local":
@@ -355,6 +364,8 @@ def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
         eps=next((norm.eps for norm in (*q_norms, *k_norms)), 0.0),
         q_norms=q_norms,
         k_norms=k_norms,
+        v_norms=v_norms,
+        keys_as_values=bool(_named(step.keys_as_values, attention)),
         norms_of=step.norms_of,
         grouped=step.grouped,
         plus_one=program.norms.endswith("plus_one"),

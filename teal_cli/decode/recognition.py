@@ -32,7 +32,7 @@ from teal_cli.decode.routes import Route
 from teal_cli.models.architectures import Architecture, architecture_for
 from teal_cli.models.block_calls import hidden_of, hooked
 from teal_cli.models.forward import position_limit
-from teal_cli.models.likeness import steps_of
+from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, NormStep, ProductStep
 from teal_cli.sparse import control_of
 
@@ -141,7 +141,7 @@ class _Check:
             yield module.register_forward_hook(called, with_kwargs=True)
 
     def _listened(self) -> Iterator[nn.Module]:
-        sites = architecture_for(self.model).sites
+        row = architecture_for(self.model)
         yield module_at(self.model, self.program.norm)
         for block in self.blocks:
             for step in steps_of(self.program, block):
@@ -149,7 +149,7 @@ class _Check:
                 if isinstance(step, NormStep):
                     names = (step.norm,)
                 elif isinstance(step, ProductStep):
-                    names = sites[step.product]
+                    names = layers_of(row, step, block)
                 yield from (module_at(block, name) for name in names if name is not None)
 
     def differences(self) -> Iterator[str]:
@@ -204,6 +204,8 @@ class _Check:
                 if step.scaled_by is not None:
                     added = added * step.scaled_by(normed.to(step.scaled_by.weight.dtype)).float().sigmoid()
                 stream = stream + self.scales.residual * added
+                if step.stream_scale is not None:
+                    stream = stream * step.stream_scale.float()
             else:
                 calls = [self._call(layer) for layer in step.layers]
                 if any(self._differ(call.given, aside if step.aside else normed) for call in calls):
@@ -219,8 +221,10 @@ class _Check:
         config, tokens = self.model.config.get_text_config(), len(qkv)
         heads = config.num_attention_heads
         dim = getattr(module, "head_dim", None) or config.hidden_size // heads
-        kv_heads, group = (qkv.shape[1] // dim - heads) // 2, 0
+        kv_heads = (qkv.shape[1] // dim - heads) // (1 if step.keys_as_values else 2)
         group = heads // kv_heads
+        if step.keys_as_values:
+            qkv = torch.cat([qkv, qkv[:, heads * dim :]], dim=1)
         if step.clip:
             qkv = qkv.clamp(-step.clip, step.clip)
         if step.grouped:
@@ -234,6 +238,7 @@ class _Check:
             q, k = (_normed(own[0], x.flatten(1)).view_as(x) if own else x for x, own in norms)
         elif step.norms_of == "heads":
             q, k = (_normed_heads(x, own) for x, own in norms)
+        v = _normed_heads(v, step.v_norms)
         if step.rotates:
             q, k = (self._rotated(x, step) for x in (q, k))
         if step.norms_of == "rotated_heads":

@@ -41,7 +41,7 @@ def block_departure(row: Architecture, block: nn.Module, program: Program) -> st
     steps, modules = steps_of(program, block), dict(block.named_modules())
     for step in steps:
         missing = next((path for path in _alone(step) if isinstance(modules.get(path), nn.Identity | None)), None)
-        layers = row.sites[step.product] if isinstance(step, ProductStep) else ()
+        layers = layers_of(row, step, block) if isinstance(step, ProductStep) else []
         if isinstance(step, ProductStep) and step.experts and not set(layers) <= modules.keys():
             return "experts of another form, or not unstacked"
         missing = missing or next((path for path in layers if path not in modules), None)
@@ -58,6 +58,13 @@ def block_departure(row: Architecture, block: nn.Module, program: Program) -> st
             module = name.rpartition(".")[0]
             return f"blocks with {name if any(other.startswith(f'{module}.') for other in named) else module}"
     return None
+
+
+def layers_of(row: Architecture, step: ProductStep, block: nn.Module) -> list[str]:
+    """The layers of a product: of a site that blocks may lack, those that this one has, or all that are named."""
+    names, modules = list(row.sites[step.product]), dict(block.named_modules())
+    there = [name for name in names if name in modules]
+    return there if there and step.product in row.optional else names
 
 
 def steps_of(program: Program, block: nn.Module) -> list[Step]:
@@ -143,7 +150,7 @@ def _alone(step: Step) -> list[str]:
         return [step.route]
     if isinstance(step, ProductStep):
         return [path for path in (step.input_norm, step.added_norm, step.scaled_by) if path is not None]
-    return [f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm) if name is not None]
+    return [f"{step.attention}.{name}" for name in (step.q_norm, step.k_norm, step.v_norm) if name is not None]
 
 
 def _outputs(layer: nn.Module) -> int:

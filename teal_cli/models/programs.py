@@ -52,6 +52,8 @@ class ProductStep(_Step):
     """Module of the block that activates, where it has weights of its own (xIELU)."""
     input_norm: str | None = None
     """Of `residual`: module of the block that normalises what the product reads."""
+    stream_scale: str | None = None
+    """Of `residual`: attribute of the block, what the whole stream is multiplied by afterwards (Gemma 4)."""
     added_norm: str | None = None
     """Of `residual`: module of the block that normalises what is added."""
     aside: bool = False
@@ -70,7 +72,7 @@ class ProductStep(_Step):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "ProductStep":
         where = f"product {self.product}"
-        for key in ("input_norm", "added_norm"):
+        for key in ("input_norm", "added_norm", "stream_scale"):
             if getattr(self, key) is not None and self.epilogue != "residual":
                 raise ValueError(f"{where}: {key} belongs to epilogue residual")
         if self.scaled_by is not None and (self.epilogue != "residual" or self.added_norm is not None):
@@ -100,6 +102,10 @@ class AttentionStep(_Step):
     """Module inside it that normalises each query head; None for none."""
     k_norm: str | None = None
     """The same for keys."""
+    v_norm: str | None = None
+    """The same for values."""
+    keys_as_values: str | None = None
+    """Attribute of the module that says whether values are the keys, as they come from the product, which has none."""
     grouped: bool = False
     """Whether the product before has each key head's queries, key and value side by side."""
     scaled: bool = True
@@ -265,6 +271,8 @@ class Program(BaseModel):
             raise ValueError("a program names rotary, positions or alibi, one of them")
         if self.residual_scale is not None and (self.rotary is None or self.embedding_norm is not None):
             raise ValueError("residual_scale belongs to programs with rotary and without embedding_norm")
+        if self.residual_scale is not None and any(step.stream_scale for step in self.products):
+            raise ValueError("residual_scale belongs to programs without stream_scale")
         choices = {step.where for step in self.block if isinstance(step, WhereStep)}
         for count in range(len(choices) + 1):
             for there in combinations(sorted(choices), count):

@@ -326,14 +326,25 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
-    """Random weights, with thresholds measured on them, so that the sparsity is realised."""
+    """A model of an alias's shape with random weights."""
     alias = require_alias(config.model)
     if architecture_of(str(alias.shape["model_type"])).kind != "causal":
         raise UsageError(f"random weights (flag --random-weights) are for decoders, and {alias.name} is none")
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
-    vocabulary = int(alias.shape["vocab_size"])
-    name = f"{alias.name} (random weights)"
+    return prepare_random(config, alias.name, model)
+
+
+def prepare_random(config: BenchConfig, shape: str, model: Any) -> Prepared:
+    """Plans for a model with random weights, of thresholds that are measured on them.
+
+    Args:
+        config: of bench.
+        shape: what the model is called.
+        model: dense, as `build_random_model` makes it; changed in place.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    name = f"{shape} (random weights)"
     prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
     if config.mode == "intrinsic":
         return Prepared(name, "", model, [make_intrinsic_(model)], prompt)
@@ -350,7 +361,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
         sensitivities = sensitivity.measure(model, projections, sequences, sink_tokens=_SINK_TOKENS)
     calibration = Calibration(
         CalibrationInfo(
-            model=alias.name,
+            model=shape,
             weights=f"random, seed {config.seed}",
             dataset="random tokens",
             tokens=_RANDOM_SEQUENCES * _RANDOM_SEQ_LEN,

@@ -177,6 +177,10 @@ def _cache_values(config: Any) -> int | None:
     queries = getattr(config, "num_attention_heads", None)
     if not queries:
         return None
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return int(2 * config.num_hidden_layers * heads * size)
+    of_layers = getattr(config, "per_layer_config", None)  # Gemma 4's differ
+    values = 0
+    for index in range(config.num_hidden_layers):
+        layer = of_layers[index] if of_layers else config
+        heads = getattr(layer, "num_key_value_heads", None) or queries
+        values += 2 * heads * (getattr(layer, "head_dim", None) or config.hidden_size // queries)
+    return int(values)

@@ -66,6 +66,9 @@ def tiny(family: str, **more: object) -> Any:
                 parameter.normal_(0, 0.1)
             else:
                 parameter.uniform_(0.5 - one, 1.5 - one)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # which is 1 before it is trained
+                buffer.fill_(0.7)
     return model
 
 

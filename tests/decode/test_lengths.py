@@ -35,6 +35,7 @@ REFUSED = {
     "olmo3": "olmo3 sees a window",
     "cohere2": "cohere2 sees a window",
     "ministral": "ministral sees a window",
+    "gemma4_text": "gemma4_text sees a window",
     "cwm": "cwm sees a window",
     "vaultgemma": "vaultgemma sees a window",
     "granite_swa": "granite_swa sees a window",

@@ -217,6 +217,11 @@ static void attend(block *b, int row, int position, double *q, const double *k, 
     memcpy(keys + position * KV_HEADS * DIM, k, sizeof(double) * KV_HEADS * DIM);
     for (int i = position * KV_HEADS * DIM; i < (position + 1) * KV_HEADS * DIM && a->clip > 0; i++)
         keys[i] = clamp(keys[i], (double)a->clip), values[i] = clamp(values[i], (double)a->clip);
+    for (int h = 0; h < KV_HEADS && a->v_norm; h++) {
+        const teal_norm own = {a->v_norm + h * DIM, NULL, a->eps, a->norm_kind, 0};
+        double *value = values + (position * KV_HEADS + h) * DIM;
+        normalise_some(&own, DIM, value, value);
+    }
     if (all_heads) {
         normalise_heads(a, a->q_norm, HEADS, q);
         normalise_heads(a, a->k_norm, KV_HEADS, keys + position * KV_HEADS * DIM);
@@ -270,7 +275,7 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
         gate[i] = b->gated ? gate[i] / (1 + exp(-gate[i])) * up[i] : gate[i] * (1 + erf(gate[i] / sqrt(2))) / 2;
     if (!b->gated) normalise_some(&b->inner[1], WIDE, gate, gate);
     kept[3] += apply(&b->down, gate, added, NULL);
-    for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
+    for (int i = 0; i < HIDDEN; i++) x[i] = (x[i] + added[i]) * (b->gated ? 1 : 0.75);
 }
 
 /* One of each kind: a Llama's with codes, whose MLP reads the stream as it is and with a norm of all heads, and one with all that Llama has not:
@@ -309,7 +314,7 @@ static block make_block(int gated) {
     b.attention.q_norm = random_floats(HEADS * DIM), b.attention.k_norm = random_floats(KV_HEADS * DIM);
     b.attention.q_bias = random_floats(HEADS * DIM), b.attention.k_bias = random_floats(KV_HEADS * DIM);
     b.attention.norms = TEAL_HEADS_LAST, b.attention.norm_kind = TEAL_LAYER_NORM;
-    b.attention.sinks = random_floats(HEADS), b.attention.bias = random_floats(HEADS * POSITIONS), b.attention.clip = 0.6f;
+    b.attention.v_norm = random_floats(KV_HEADS * DIM), b.attention.sinks = random_floats(HEADS), b.attention.bias = random_floats(HEADS * POSITIONS), b.attention.clip = 0.6f;
     b.inner[0] = (teal_norm){random_floats(HEADS * DIM), NULL, 1e-5f, TEAL_RMS_NORM, 0};
     b.inner[1] = (teal_norm){random_floats(WIDE), NULL, 1e-5f, TEAL_RMS_NORM, 0};
     b.attention.grouped = 1, b.norms[1].aside = 1;
@@ -332,7 +337,7 @@ static void check_decoder(const char *variant, teal_pool *pool) {
                               .epilogue = b->gated ? TEAL_GATED : TEAL_ACTIVATED,
                               .activation = b->gated ? TEAL_SILU : TEAL_GELU};
         p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL,
-                              .input_norm = b->gated ? NULL : &b->inner[1]};
+                              .input_norm = b->gated ? NULL : &b->inner[1], .stream_scale = b->gated ? 0 : 0.75f};
         p[2].aside = b->norms[1].aside;
         const teal_step norm = {&b->norms[1], TEAL_STEP_NORM, 0};
         steps[n++] = (teal_step){&b->norms[0], TEAL_STEP_NORM, 0};

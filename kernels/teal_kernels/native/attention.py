@@ -24,6 +24,8 @@ def attention_of(
     norms: HeadNorms = HeadNorms.HEADS_FIRST,
     grouped: bool = False,
     clip: float = 0.0,
+    keys_as_values: bool = False,
+    value_norm: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Attention:
@@ -47,6 +49,8 @@ def attention_of(
         norms: where the norms of heads stand; of all heads at once, the weights are (heads * dim,), (kv_heads * dim,).
         grouped: whether the product before has each key head's queries, key and value side by side.
         clip: what queries, keys and values are clamped to before all else; 0 for nothing.
+        keys_as_values: whether values are keys as they come from the product, which then has no values.
+        value_norm: weight of the norm of values' heads, as of those of keys; or None.
         bias: (heads, positions) added to the scores of keys, or None.
         sinks: (heads,) scores that count in the sum of the exponentials alone, or None.
 
@@ -77,8 +81,13 @@ def attention_of(
         eps=eps,
         cap=cap,
         clip=clip,
+        keys_as_values=keys_as_values,
     )
     attention.holds = (keys, values)
+    if value_norm is not None:
+        value_norm = _of_heads(value_norm, kv_heads, dim)
+        attention.v_norm = value_norm.data_ptr()
+        attention.holds += (value_norm,)
     if bias is not None:
         bias = floats(bias, (heads, positions))
         attention.bias = bias.data_ptr()

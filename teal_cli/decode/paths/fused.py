@@ -31,7 +31,7 @@ from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
-_STEP_KEYS = ("clip", "sinks", "input_norm", "activation_module")
+_STEP_KEYS = ("clip", "sinks", "v_norm", "keys_as_values", "input_norm", "activation_module", "stream_scale")
 """Of steps, as far as there are no kernels for them."""
 
 

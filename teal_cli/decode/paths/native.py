@@ -19,6 +19,9 @@ from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
 from teal_kernels.native.structures import DTYPES
 
+_ROPE_TYPES = ("longrope", "dynamic", "proportional")
+"""Beside those that any path takes."""
+
 
 def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the native path on a CPU, wherever it is now; None where it can.
@@ -34,7 +37,7 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     activation = unknown_activation(config, program)
-    reason = unsupported_rope(config, ("longrope", "dynamic")) if activation is None else f"activation {activation}"
+    reason = unsupported_rope(config, _ROPE_TYPES) if activation is None else f"activation {activation}"
     reason = reason or departure(model, program)
     if reason is not None:
         return reason

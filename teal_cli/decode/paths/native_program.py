@@ -86,7 +86,7 @@ class NativeProgram:
             if isinstance(step, Norm):
                 self._steps.append(self._norm_of(step))
             elif isinstance(step, Attention):
-                for norm in (*step.q_norms, *step.k_norms):
+                for norm in (*step.q_norms, *step.k_norms, *step.v_norms):
                     self._note_copies((norm.weight, None), (norm.bias, None))
                 self._note_copies((step.sinks, None))
                 self._steps.append((step, outputs))
@@ -151,7 +151,7 @@ class NativeProgram:
     ) -> native.Attention:
         """Attention over one layer of the cache; `outputs` are those of the product before it."""
         kv_heads, positions, dim = values.shape[1:]
-        heads = outputs // dim - 2 * kv_heads
+        heads = outputs // dim - kv_heads * (1 if step.keys_as_values else 2)
         growth = norms = biases = None
         centred = False
         if step.q_norms and step.k_norms:
@@ -178,6 +178,8 @@ class NativeProgram:
             norms=_HEAD_NORMS[step.norms_of],
             grouped=step.grouped,
             clip=step.clip,
+            keys_as_values=step.keys_as_values,
+            value_norm=_joined(step.v_norms) if step.v_norms else None,
             bias=self._alibi(heads, positions, step.scale),
             sinks=step.sinks,
         )
@@ -231,6 +233,9 @@ class NativeProgram:
             input_norm=input_norm,
         )
         made.aside = product.aside
+        if product.stream_scale is not None:
+            self._note_copies((product.stream_scale, None))
+            made.stream_scale = float(product.stream_scale)
         if product.scaled_by is not None:
             scale = rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
             self._note_copies((product.scaled_by.bias, scale.bias))

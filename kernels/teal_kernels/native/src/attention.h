@@ -55,8 +55,9 @@ static void put(int32_t dtype, void *to, int64_t at, float x) {
 }
 
 static void write_cache(const teal_attention *a, int64_t row, int32_t kv_head, int64_t position, float *key,
-                        const float *value) {
+                        float *value) {
     const int64_t head = row * a->kv_heads + kv_head;
+    if (a->v_norm) normalise_head(a, value, of_head(a->v_norm, kv_head, a->dim), NULL);
     prepare_head(a, key, of_head(a->k_norm, kv_head, a->dim), of_head(a->k_bias, kv_head, a->dim), position);
     int64_t keys = ((head * (a->positions / KEYS) + position / KEYS) * a->dim) * KEYS + position % KEYS;
     int64_t values = (head * a->positions + position) * a->dim;
@@ -167,8 +168,7 @@ INLINE void attend_group(const int dtype, const teal_attention *a, const float *
         int32_t seen = (int32_t)(position + 1 - start < count ? position + 1 - start : count);
         for (h = 0; h < group; h++) {
             float *own = scores + h * SCORE_TILE, *maximum = heads + h * stride + dim;
-            if (a->cap > 0)
-                for (int32_t p = 0; p < seen; p++) own[p] = a->cap * tanhf(own[p] / a->cap);
+            if (a->cap > 0) soft_cap(own, seen, a->cap);
             if (bias)
                 for (int32_t p = 0; p < seen; p++) own[p] += bias[h * a->positions + start + p];
             for (int64_t p = start; p < first; p++) own[p - start] = -INFINITY;

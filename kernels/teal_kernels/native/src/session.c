@@ -105,7 +105,7 @@ static const char *plan_experts(const teal_program *program, const teal_product 
 static const char *plan_attention(const teal_attention *a, int32_t columns, int32_t rows, int32_t threads,
                                   range *ranges, int32_t *splits, needs *n) {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1) return "attention with heads that do not fit";
-    if ((a->heads + 2 * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
+    if ((a->heads + (a->keys_as_values ? 1 : 2) * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
     if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
@@ -113,6 +113,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
         return "norms of heads of no use";
     if (a->norm_kind > TEAL_LAYER_NORM || a->norm_kind < TEAL_RMS_NORM || (a->norm_kind == TEAL_LAYER_NORM && a->norms == TEAL_ALL_HEADS))
         return "norms of heads of a kind that there is not";
+    if (a->keys_as_values && a->grouped) return "grouped heads without values";
     if (a->clip > 0 && a->norms == TEAL_ALL_HEADS && a->q_norm) return "heads that are clamped before a norm of all of them";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
@@ -150,7 +151,7 @@ static const char *plan(teal_session *s, needs *n) {
         if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
             if (product->epilogue != TEAL_RESIDUAL && !(product->aside ? n->aside : normed)) return "a product without a norm before it";
-            if ((product->norm || product->input_norm) && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
+            if ((product->norm || product->input_norm || product->stream_scale != 0) && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
             if (product->scaled_by && (product->epilogue != TEAL_RESIDUAL || !normed || product->parts[0].bias ||
                                        bad_weight(product->scaled_by) || product->scaled_by->layout != TEAL_ROW_MAJOR ||
                                        product->scaled_by->inputs != p->hidden || product->scaled_by->outputs != 1))

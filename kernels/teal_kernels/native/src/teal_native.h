@@ -81,6 +81,7 @@ typedef struct {
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
     float curve[3]; /* of TEAL_XIELU: positive, negative, linear; of TEAL_CLAMPED_SWIGLU the first */
+    float stream_scale; /* of a residual one: what the whole stream is multiplied by afterwards; 0: nothing */
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
     /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's,
      * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a
@@ -114,7 +115,8 @@ typedef struct {
     void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
     void *values; /* (rows, kv_heads, positions, dim) */
     const float *q_norm, *k_norm; /* (heads, dim), (kv_heads, dim) weights of norms of heads; or NULL */
-    const float *q_bias, *k_bias; /* of those norms, or NULL */
+    const float *v_norm;          /* (kv_heads, dim) weights of norms of values, of norm_kind; or NULL */
+    const float *q_bias, *k_bias; /* of the norms of queries and keys, or NULL */
     const float *bias;            /* (heads, positions) added to the scores of keys, for ALiBi; or NULL */
     const float *sinks;           /* (heads,) scores that count in the sum of the exponentials alone; or NULL */
     const float *cos, *sin;       /* (>= positions, rotary) each, twice the angles of all pairs; NULL: no rotary embedding */
@@ -126,6 +128,7 @@ typedef struct {
     int32_t neighbours; /* whether a pair that is rotated lies side by side; else it is in the two halves */
     int32_t norms; /* teal_head_norms */
     int32_t norm_kind; /* of those: TEAL_RMS_NORM, or TEAL_LAYER_NORM of each head before the rotary embedding */
+    int32_t keys_as_values; /* whether values are keys as they come from the product, which then has no values */
     int32_t grouped; /* whether the product has each key head's queries, key and value side by side */
     float scale, eps;
     float cap; /* scores become cap * tanh(score / cap); 0: none */

@@ -84,10 +84,12 @@ static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int 
     }
     if (bias)
         for (int32_t r = 0; r < s->rows; r++) add_into(onto + (int64_t)r * hidden, bias, hidden);
-    if (!product->norm) return;
-    for (int32_t r = 0; r < s->rows; r++)
-        normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
-    add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    if (product->norm) {
+        for (int32_t r = 0; r < s->rows; r++)
+            normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
+        add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    }
+    for (int64_t i = 0; i < (int64_t)s->rows * hidden && product->stream_scale != 0; i++) m->hidden[i] *= product->stream_scale;
 }
 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
@@ -117,27 +119,19 @@ INLINE vf lower(vf x, float most) { /* the lower one; a NaN stays */
     const vi above = x > all(most);
     return (vf)((above & (vi)all(most)) | (~above & (vi)x));
 }
-INLINE vf sigmoid(vf x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
-INLINE vf hyperbolic_tangent(vf x) { return all(2.0f) * sigmoid(all(2.0f) * x) - all(1.0f); }
 
 INLINE vf activated(const teal_product *p, vf g) {
     switch (p->activation) {
     case TEAL_SILU: return g * sigmoid(g);
     case TEAL_GELU_TANH: {
         vf inner = all(0.7978845608f) * (g + all(0.044715f) * g * g * g);
-        return all(0.5f) * g * (all(1.0f) + hyperbolic_tangent(inner));
-    }
-    case TEAL_GELU: {
-        float x[LANES];
-        memcpy(x, &g, sizeof x);
-        for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.7071067812f));
-        memcpy(&g, x, sizeof x);
-        return g;
+        return g * sigmoid(inner + inner); /* 1 + tanh is twice that */
     }
     case TEAL_CLAMPED_SWIGLU: {
         vf low = lower(g, p->activation_threshold);
         return low * sigmoid(all(p->curve[0]) * low);
     }
+    case TEAL_GELU: return gelu(g);
     case TEAL_RELU2: return positive(g) * positive(g);
     case TEAL_FATRELU: return (vf)(~(g < all(p->activation_threshold)) & (vi)g);
     case TEAL_XIELU: {
@@ -368,7 +362,8 @@ static void attention(teal_session *s, thread_memory *m, const teal_attention *a
         } else {
             sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
             sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-            sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+            if (a->keys_as_values) memcpy(m->queries + (group + 1) * dim, m->queries + group * dim, (size_t)dim * sizeof(float));
+            else sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
         }
         if (a->clip > 0) clamp(m->queries, (group + 2) * dim, a->clip);
         if (all_heads) {
@@ -403,8 +398,7 @@ static void finish_logits(const teal_session *s, int32_t first, int32_t last) {
     for (int32_t r = 0; r < s->rows; r++) {
         float *logits = s->logits + (int64_t)r * p->output->parts[0].outputs;
         for (int32_t i = first; i < last; i++) logits[i] *= p->logits_scale;
-        if (p->logits_cap > 0)
-            for (int32_t i = first; i < last; i++) logits[i] = p->logits_cap * tanhf(logits[i] / p->logits_cap);
+        if (p->logits_cap > 0) soft_cap(logits + first, last - first, p->logits_cap);
     }
 }
 
