@@ -47,6 +47,10 @@ class QuantisedExperts(Codes, SparseExperts):
         """Codes of all experts."""
         return self.packed
 
+    def is_plain_for(self, states: int) -> bool:
+        """Never: transformers' function for all experts reads weights, and here are none."""
+        return False
+
     def _product(self, nth: int, x: Tensor, *, skip: bool) -> Tensor:
         packed = expert_of(self.packed, nth)
         few = len(x) == 1  # then the codes are multiplied as they are, dense too

@@ -104,6 +104,9 @@ def test_experts_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.weight.data = turned.contiguous()
     assert FusedPath.unsupported(model, control_of(model)) == "experts that do not lie input-major"
     layer.weight.data = turned
+    layer.bias = torch.nn.Parameter(torch.zeros(64))
+    assert FusedPath.unsupported(model, control_of(model)) == "experts with biases"
+    layer.bias = None
     assert FusedPath.unsupported(model, control_of(model)) is None
     monkeypatch.setattr(fused_experts, "MAX_EXPERTS", 3)
     assert FusedPath.unsupported(model, control_of(model)) == "more than 3 experts"

@@ -70,8 +70,10 @@ def cannot_route(block: list[BlockStep]) -> str | None:
         return "an expert of all tokens that is scaled by a layer with a bias, or without a router"
     if routes and any(isinstance(step, Product) and step.norm is not None for step in block):
         return "a norm of what is added to the stream, in a block with experts"
-    stacks = [step for step in block if isinstance(step, Product) and step.experts]
-    for stack in map(stack_of, stacks):
+    products = [step for step in block if isinstance(step, Product) and step.experts]
+    if any(product.layers[0].bias is not None for product in products):
+        return "experts with biases"
+    for stack in map(stack_of, products):
         if isinstance(stack, Tensor) and not stack[0].is_contiguous():
             return "experts that do not lie input-major"
     return None
