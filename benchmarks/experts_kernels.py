@@ -23,7 +23,8 @@ from teal_cli.bench.timing import graph_microseconds
 from teal_cli.versions import device_description, library_versions
 from teal_kernels.experts import Chosen, chosen_of, fitting_experts, no_ids, table_of
 from teal_kernels.launching import hopper_or_later
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.operands import Norm, Scratch
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.triton_router import Router, route
 
 LAUNCHES = 32

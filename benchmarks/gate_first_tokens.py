@@ -42,8 +42,9 @@ from teal_cli.versions import device_description, library_versions
 from teal_kernels import KEEP_ALL
 from teal_kernels.gate_first import GateActivation, rounded_threshold
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first, step_config
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DEVICE = torch.device("cuda")

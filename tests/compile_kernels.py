@@ -17,9 +17,10 @@ from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
+from teal_kernels.operands import Norm, Positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import Norm, Positions, TileConfig
+from teal_kernels.triton_gemv import TileConfig
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (

@@ -10,9 +10,10 @@ from torch.nn.functional import silu
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.experts import Chosen, chosen_of, expert_of, no_ids, stacked, table_of
 from teal_kernels.launching import EMPTY
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.triton_router import Router, route
 
 

@@ -264,6 +264,25 @@ FAMILIES = {
         "attention_bias": True,
         "lm_head_bias": True,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_TINY,
+        "intermediate_size": 48,
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 16,
+        "swiglu_limit": 0.7,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "granitemoe": {"model_type": "granitemoe", **_TINY, **_GRANITE_EXPERTS},
     "granitemoeshared": {
         "model_type": "granitemoeshared",
@@ -311,3 +330,5 @@ MIXTURES = [
     *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
 ]
 """Mixtures of experts that have a program."""
+ALL_MIXTURES = [*MIXTURES, "gpt_oss"]
+"""Those too that the native path alone takes."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import Norm, Positions
+from teal_kernels.operands import Norm, Positions
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import best_kernel, embed_kernel, norm_kernel, output_kernel, pick_kernel

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, hopper_or_later, launch, power_of_two
-from teal_kernels.triton_gemv import Norm
+from teal_kernels.operands import Norm
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gate_first import gate_first_kernel
@@ -90,6 +90,7 @@ def step_config(n_in: int, rows: int) -> GateFirstConfig:
         warps=warps,
         gate_block_in=block_in,
         gate_unroll=unroll,
+        late=True,
     )
 
 

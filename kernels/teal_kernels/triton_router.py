@@ -17,7 +17,8 @@ from torch import Tensor
 
 from teal_kernels.experts import Chosen
 from teal_kernels.launching import EMPTY, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import Norm, Scratch, norm_pointers
+from teal_kernels.operands import Norm, Scratch
+from teal_kernels.triton_gemv import norm_pointers
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_router import router_kernel

@@ -221,8 +221,7 @@ def scales_of(model: Any, program: Program) -> Scales:
 
 
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -232,6 +231,7 @@ ACTIVATIONS = {
     "fatrelu": "fatrelu",
     "drelu": "drelu",
     "xielu": "xielu",
+    "clamped_swiglu": "clamped_swiglu",  # of `ClampedExperts`, in programs alone
 }
 """Activations as configurations name them, and as both paths do."""
 
@@ -251,7 +251,7 @@ def activation_of(product: Product) -> tuple[str | None, float]:
         zeroing = zeroing_activation(product.owner)
     if zeroing is not None:
         return zeroing.kind, zeroing.threshold
-    return ACTIVATIONS[product.activation], 0.0
+    return ACTIVATIONS[product.activation], float(getattr(product.owner, "limit", 0.0))
 
 
 def module_at(parent: nn.Module, path: str) -> Any:

@@ -50,6 +50,8 @@ def rotary_at(
         module, kind = module[bases.index(kind)], None
     kinds = () if kind is None else (kind,)
     cos, sin = (table[0] for table in module(torch.empty(0, dtype=dtype, device=at.device), at[None], *kinds))
+    if program.pairs == "halves_once":
+        cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
     return cos, -sin if program.pairs == "halves_backwards" else sin
 
 

@@ -135,6 +135,7 @@ def _named(row: Architecture, steps: list[Step]) -> Iterator[str]:
         yield from _alone(step)
         if isinstance(step, ProductStep):
             yield from row.sites[step.product]
+            yield from (f"{layer}_bias" for layer in row.sites[step.product] if step.experts)
             if step.activation_module is not None:
                 yield step.activation_module
         elif isinstance(step, AttentionStep) and step.sinks is not None:

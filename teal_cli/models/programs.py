@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
-Pairs = Literal["halves", "halves_backwards", "neighbours", "neighbours_repeated"]
+Pairs = Literal["halves", "halves_once", "halves_backwards", "neighbours", "neighbours_repeated"]
 Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
 Alibi = Literal["exact", "rounded", "scaled"]
 
@@ -215,7 +215,8 @@ class Program(BaseModel):
     """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
     multiply by 1 + weight."""
     pairs: Pairs = "halves"
-    """What the rotary embedding turns together: the two halves, or neighbours; `halves_backwards`: by negative angles;
+    """What the rotary embedding turns together: the two halves, or neighbours; `halves_once`: the module has an angle
+    for each pair, where others have it for both of its numbers; `halves_backwards`: by negative angles;
     `neighbours_repeated`: and the angles of a pair stand side by side too."""
     growing_queries: bool = False
     """Whether queries grow with their positions, as in Llama 4: by `llama_4_scaling_beta` of `rope_parameters`."""

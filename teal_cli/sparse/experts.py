@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.models.layers import Routed, StackedLinear
+from teal_cli.models.layers import Routed, StackedLinear, is_watched
 from teal_cli.sparse.context import decide
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.linear import SparseLinear
@@ -54,7 +54,7 @@ class SparseExperts(SparseLinear):
     ) -> None:
         shared: dict[str, Any] = {"name": name, "control": control, "merged": merged, "part": part}
         super().__init__(stack.in_features, stack.out_features, False, **shared, device="meta")
-        self.copies = stack.copies
+        self.copies, self.transposed = stack.copies, stack.transposed
         self.weights_read = (stack.copies if chosen is None else chosen) * stack.in_features * stack.out_features
         """By a token that drops no input."""
         self.weight = stack.weight
@@ -62,7 +62,13 @@ class SparseExperts(SparseLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self.weight if keep_vars else self.weight.detach()
-        destination[prefix[:-1]] = weight.contiguous()
+        destination[prefix[:-1]] = (weight.transpose(1, 2) if self.transposed else weight).contiguous()
+
+    def is_plain_for(self, states: int) -> bool:
+        """As for a `StackedLinear`; a layer that skips inputs, or counts those that it could, must see them."""
+        context = self.control.context or self.control.context_of(1, states)
+        counted = context.counter is not None and context.may_drop(states)
+        return not counted and decide(self.rule, context, states) == "dense" and not is_watched(self)
 
     def forward(self, x: Tensor, routed: Routed) -> Tensor:  # type: ignore[override]
         """(rows, in), sorted by expert -> (rows, out). Outside of a pass, all rows are taken for one sequence."""

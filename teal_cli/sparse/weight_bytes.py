@@ -44,7 +44,10 @@ def weight_bytes_per_token(
     total += sum(beyond.values())
     read = {p.name: _share_read(architecture, p) for p in find_projections(model)}
     for name, share in read.items():
-        size = sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
+        owner, _, own = name.rpartition(".")
+        bias = getattr(model.get_submodule(owner), f"{own}_bias", None)  # of experts, which lies beside their weights
+        of_layer = [*model.get_submodule(name).parameters(), *([] if bias is None else [bias])]
+        size = sum(p.nbytes for p in of_layer if id(p) in parameters)
         total -= (1.0 - share) * (size + beyond.get(name, 0))
     skipped = sum(
         _storage(model, name, packs).nbytes * share * read.get(name, 1.0)

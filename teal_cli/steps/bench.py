@@ -21,6 +21,7 @@ from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.decode.choice import Choice
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
@@ -152,7 +153,7 @@ def measure(
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = Engine(model, never_worse=config.backend == "auto")
+    engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     dtype = str(model.dtype).removeprefix("torch.")
@@ -175,7 +176,7 @@ def measure(
             on_tokens=advance,
             on_choice=choices.append,
         )
-    for line in dict.fromkeys(choice.line for choice in choices if choice.line is not None):
+    for line in dict.fromkeys(line for choice in choices for line in choice.lines):
         reporter.say(line)
     kernels: list[KernelRun] = []
     if config.kernels:
@@ -325,14 +326,25 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
-    """Random weights, with thresholds measured on them, so that the sparsity is realised."""
+    """A model of an alias's shape with random weights."""
     alias = require_alias(config.model)
     if architecture_of(str(alias.shape["model_type"])).kind != "causal":
         raise UsageError(f"random weights (flag --random-weights) are for decoders, and {alias.name} is none")
     reporter.say(f"building {alias.name} with random weights")
     model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
-    vocabulary = int(alias.shape["vocab_size"])
-    name = f"{alias.name} (random weights)"
+    return prepare_random(config, alias.name, model)
+
+
+def prepare_random(config: BenchConfig, shape: str, model: Any) -> Prepared:
+    """Plans for a model with random weights, of thresholds that are measured on them.
+
+    Args:
+        config: of bench.
+        shape: what the model is called.
+        model: dense, as `build_random_model` makes it; changed in place.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    name = f"{shape} (random weights)"
     prompt = random_prompt(vocabulary, config.prompt_tokens, config.seed, config.batch)
     if config.mode == "intrinsic":
         return Prepared(name, "", model, [make_intrinsic_(model)], prompt)
@@ -349,7 +361,7 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
         sensitivities = sensitivity.measure(model, projections, sequences, sink_tokens=_SINK_TOKENS)
     calibration = Calibration(
         CalibrationInfo(
-            model=alias.name,
+            model=shape,
             weights=f"random, seed {config.seed}",
             dataset="random tokens",
             tokens=_RANDOM_SEQUENCES * _RANDOM_SEQ_LEN,

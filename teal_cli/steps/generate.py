@@ -10,6 +10,7 @@ from teal_cli.config import GenerateConfig
 from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.choice import Choice
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.streaming import text_streamer
@@ -44,6 +45,8 @@ class Reply:
     """Of it, the share of MLP neurons that were zero, in mode intrinsic."""
     decodes: str
     """`sparse`, or `dense`: asked for, or chosen because sparse steps were measured to be slower."""
+    compiled: bool
+    """Whether steps were compiled by torch.compile, which measured faster or was asked for."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -83,7 +86,8 @@ class Generator:
             self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        self.engine = Engine(self.model, never_worse=config.backend == "auto")
+        compiling = Compiling(config.compile, tokens=config.max_new_tokens)
+        self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling)
         self._because: str | None = None
         self._say = reporter.say
         self._say_because()
@@ -92,7 +96,7 @@ class Generator:
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
             )
         self._turns = 0
-        self._said = ""
+        self._said = set[str]()
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
@@ -127,10 +131,12 @@ class Generator:
         control = self.engine.control
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
         self._say_because()
-        choice = self.engine.choose(prompt) if self.engine.never_worse else None
-        if choice is not None and choice.line is not None and choice.line != self._said:
-            self._said = choice.line
-            self._say(choice.line)
+        length = prompt.shape[1] + config.max_new_tokens
+        choice = self.engine.choose(prompt, length) if self.engine.chooses else None
+        for line in () if choice is None else choice.lines:
+            if line not in self._said:
+                self._said.add(line)
+                self._say(line)
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
@@ -155,6 +161,7 @@ class Generator:
             realised_sparsity=counter.model_wide(),
             neuron_sparsity=self._neuron_sparsity(counter),
             decodes=self._decodes(choice),
+            compiled=choice is not None and choice.compiled,
             interrupted=interrupted,
         )
 

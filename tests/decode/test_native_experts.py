@@ -8,7 +8,16 @@ import torch
 from conftest import build_model
 from covering import covering
 from fused_pair import error_of, random_tokens
-from native_models import LIMIT, LIMIT_OF_4_BITS, MIXTURES, NO_LIBRARY, check_decided_steps, sparse, tiny, use_threads
+from native_models import (
+    ALL_MIXTURES,
+    LIMIT,
+    LIMIT_OF_4_BITS,
+    NO_LIBRARY,
+    check_decided_steps,
+    sparse,
+    tiny,
+    use_threads,
+)
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.native import NativePath
@@ -27,7 +36,7 @@ LENGTHS = [[20], [3, 20], [3, 20, 11], [5, 1, 9, 20], [1, 6, 3, 4, 5], [7] * 9]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 @covering(2, plan=["alike", "apart", "output"], dtype=DTYPES, lengths=LENGTHS, threads=[1, 2, 3])
 def test_steps(
     family: str, plan: str, dtype: torch.dtype, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
@@ -37,7 +46,7 @@ def test_steps(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 @pytest.mark.parametrize(
     ("scheme", "lengths", "plan"),
     [("int8", [20], "apart"), ("int4:32", [20, 9, 4], "alike"), ("int4:64", [7], "alike")],
@@ -49,7 +58,7 @@ def test_steps_of_quantised_weights(
     check_decided_steps(sparse(tiny(family), plan, scheme), lengths)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_the_engine_takes_it(family: str) -> None:
     engine = Engine(sparse(tiny(family)))
     assert (engine.path.name, engine.general_because) == ("native", None)

@@ -16,9 +16,10 @@ from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_decode import embed
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first, step_config
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig
+from teal_kernels.triton_gemv import TileConfig
 
 CONFIGS = (
     TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=64, warps=1),

@@ -21,7 +21,8 @@ from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import control_of, sparsify_
 from teal_kernels.experts import fitting_experts
-from teal_kernels.triton_gemv import Scratch, TileConfig
+from teal_kernels.operands import Scratch
+from teal_kernels.triton_gemv import TileConfig
 
 # Hidden size, experts, chosen ones, neurons.
 MODELS = {

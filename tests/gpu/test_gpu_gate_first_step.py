@@ -19,8 +19,9 @@ from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import control_of, make_intrinsic_
 from teal_kernels import KEEP_ALL
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first, step_config
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 # Relative norm error: float32 sums, and for 16 bits the roundings of x, gate, up and product; relu has no step.

@@ -7,7 +7,8 @@ from kernel_cases import LIMITS, relative_error
 from torch.nn.functional import softmax
 
 from teal_kernels.experts import Chosen, fitting_experts, no_ids, table_of
-from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
+from teal_kernels.operands import Scratch
+from teal_kernels.triton_gemv import TileConfig, gemv
 from teal_kernels.triton_router import route
 
 CONFIGS = {

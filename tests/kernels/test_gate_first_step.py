@@ -9,8 +9,8 @@ from covering import covering
 from torch import Tensor
 
 from teal_kernels.gate_first import GateActivation
+from teal_kernels.operands import Norm
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import Norm
 
 ACTIVATIONS = [
     GateActivation("relu"),

@@ -40,7 +40,7 @@ from teal_cli.steps.generate import Generator
 
 assert teal_cli.hf
 SPARSITY = 0.5
-_OF_NO_PROJECTION = ("gate.weight", "router.weight", "attention_bias", "_norm.weight")
+_OF_NO_PROJECTION = ("gate.weight", "router.weight", "attention_bias", "_norm.weight", "_proj_bias")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, TINY_CONFIGS, build_family, build_model
-from tiny_configs import MIXTURES, OTHERS
+from tiny_configs import ALL_MIXTURES, OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.decode.routes import Route
@@ -23,7 +23,13 @@ _PARALLEL = "{product: o, parallel: true}"
 
 
 def test_who_has_a_program() -> None:
-    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[x]["model_type"]) for x in [*OTHERS, *MIXTURES])}
+    others = {
+        "bamboo",
+        "gpt2",
+        "opt",
+        "sparsellama",
+        *(str(FAMILIES[x]["model_type"]) for x in [*OTHERS, *ALL_MIXTURES]),
+    }
     assert {name for name, row in table().items() if row.program is not None} == {*FUSED, *others}
 
 
@@ -153,7 +159,7 @@ def test_steps_of_a_model(family: str) -> None:
     assert torch.equal(products[3].table, layer.mlp.down_proj.weight.t())  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_steps_of_a_mixture_of_experts(family: str) -> None:
     model = build_family(family)
     replace_projections_(model, [projection.name for projection in find_projections(model)])

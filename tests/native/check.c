@@ -397,6 +397,7 @@ typedef struct {
     matrix router, gate_up, down, shared_gate, shared_up, shared_down, scale;
     teal_norm norm;
     teal_route route;
+    int clamped; /* gate and up beside one another, as gpt-oss has them */
 } mixture;
 
 /* y of one of many experts. */
@@ -409,6 +410,11 @@ static int64_t apply_expert(const matrix *all, int expert, const double *x, doub
 }
 
 static double silu(double x) { return x / (1 + exp(-x)); }
+static double clamped_swiglu(double gate, double up) {
+    gate = gate > 0.75 ? 0.75 : gate;
+    up = up > 0.75 ? 0.75 : up < -0.75 ? -0.75 : up;
+    return (up + 1) * gate / (1 + exp(-1.5 * gate));
+}
 
 /* Experts and their weights, in the order in which they are chosen. */
 static void choose(const teal_route *route, const double *outputs, int *taken, double *shares) {
@@ -440,7 +446,8 @@ static void run_mixture(const mixture *b, double *x, int64_t *kept) {
     choose(&b->route, outputs, taken, shares);
     for (int k = 0; k < b->route.top_k; k++) {
         kept[0] += apply_expert(&b->gate_up, taken[k], normed, both);
-        for (int i = 0; i < NEURONS; i++) made[i] = silu(both[i]) * both[NEURONS + i];
+        for (int i = 0; i < NEURONS; i++)
+            made[i] = b->clamped ? clamped_swiglu(both[2 * i], both[2 * i + 1]) : silu(both[i]) * both[NEURONS + i];
         kept[1] += apply_expert(&b->down, taken[k], made, added);
         for (int i = 0; i < HIDDEN; i++) x[i] += shares[k] * added[i];
     }
@@ -460,14 +467,15 @@ static void check_mixture(const char *variant, teal_pool *pool, int dtype, int r
                  .shared_up = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
                  .shared_down = make(SHARED, HIDDEN, TEAL_F32, TEAL_INPUT_MAJOR, 1, -INFINITY),
                  .scale = make(HIDDEN, 1, TEAL_F32, TEAL_ROW_MAJOR, 1, -INFINITY),
-                 .norm = norm_of(TEAL_RMS_NORM)};
+                 .norm = norm_of(TEAL_RMS_NORM), .clamped = way == 0};
     if (way == 0) b.gate_up.weight.bias = random_floats(EXPERTS * 2 * NEURONS), b.down.weight.bias = random_floats(EXPERTS * HIDDEN);
     b.router.weight.bias = way == 1 ? random_floats(EXPERTS) : NULL;
     b.route = (teal_route){.router = &b.router.weight, .top_k = way == 2 ? 2 : 1 + rows % 3, .normalised = way == 1,
                            .scores = way == 2 ? TEAL_SPARSEMIXER : TEAL_SOFTMAX, .jitter = 0.3f};
     b.gate_up.weight.counter = 0, b.down.weight.counter = 1;
     teal_product p[4] = {
-        {.parts = {b.gate_up.weight}, .n_parts = 1, .epilogue = TEAL_GATED, .experts = EXPERTS},
+        {.parts = {b.gate_up.weight}, .n_parts = 1, .epilogue = TEAL_GATED, .activation_threshold = 0.75f, .curve = {1.5f},
+         .activation = b.clamped ? TEAL_CLAMPED_SWIGLU : TEAL_SILU, .experts = EXPERTS, .interleaved = b.clamped},
         {.parts = {b.down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .experts = EXPERTS},
         {.parts = {b.shared_gate.weight, b.shared_up.weight}, .n_parts = 2, .epilogue = TEAL_GATED},
         {.parts = {b.shared_down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .scaled_by = &b.scale.weight}};

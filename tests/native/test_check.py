@@ -1,4 +1,4 @@
-"""check.c under sanitizers and, for processors that this machine is not, under an emulator.
+"""check.c under sanitizers and, for processors that this machine is not, under an emulator; and functions.c.
 
 The emulator is qemu-user (`apt-get install qemu-user`), and other machines need the package `ziglang`; what is not
 there is skipped.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from teal_kernels.native import build
+from teal_kernels.native import build, library
 
 _CHECK = Path(__file__).with_name("check.c")
 # Optimising more takes a minute, and the library of the other tests is made so. -g1 tells a sanitizer the line, and it
@@ -58,6 +58,19 @@ def test_sanitizers_find_nothing(kinds: str, variants: list[str], tmp_path: Path
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("the compiler has no such sanitizer here")
     assert _variants(_program(tmp_path, *flags, variants=variants))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
+@pytest.mark.parametrize("variant", build.target_of(None).variants)
+def test_functions_are_near_those_of_the_c_library(variant: str, tmp_path: Path) -> None:
+    native = library.load()
+    if native is None or variant not in native.variants:
+        pytest.skip(f"cannot run {variant} here")
+    goal, program = build.target_of(None), tmp_path / "functions"
+    command = [*build.command_for(goal, None), *_FLAGS, *goal.variants[variant], f"-I{build.SOURCES}"]
+    subprocess.run([*command, _CHECK.with_name("functions.c"), "-lm", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(not find_spec("ziglang"), reason="needs ziglang")

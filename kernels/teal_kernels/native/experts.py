@@ -103,6 +103,8 @@ def product_of_experts(
     *,
     activation: Activation = Activation.SILU,
     activation_threshold: float = 0.0,
+    alpha: float = 0.0,
+    interleaved: bool = False,
 ) -> Product:
     """The chosen experts' product.
 
@@ -111,8 +113,12 @@ def product_of_experts(
         experts: how many there are.
         epilogue: gated or residual.
         activation: of a gated one.
-        activation_threshold: of that.
+        activation_threshold: of that; of a clamped SwiGLU what it clamps to.
+        alpha: of a clamped SwiGLU.
+        interleaved: whether up of a neuron stands beside its gate.
     """
-    product = product_of([weight], epilogue, activation=activation, activation_threshold=activation_threshold)
-    product.experts = experts
+    product = product_of(
+        [weight], epilogue, activation=activation, activation_threshold=activation_threshold, curve=(alpha,)
+    )
+    product.experts, product.interleaved = experts, interleaved
     return product

@@ -62,6 +62,7 @@ class Activation(IntEnum):
     FATRELU = 5
     DRELU = 6
     XIELU = 7
+    CLAMPED_SWIGLU = 8
 
 
 class HeadNorms(IntEnum):
@@ -139,6 +140,7 @@ class Product(Structure):
         ("stream_scale", c_float),
         ("aside", c_int32),
         ("experts", c_int32),
+        ("interleaved", c_int32),
         ("scaled_by", c_void_p),
     )
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.forward import position_limit
@@ -100,6 +101,18 @@ class Path(ABC):
     def new_cache(self, length: int) -> Any:
         """An empty cache for `length` positions."""
 
+    def not_compiled_because(self, length: int) -> str | None:
+        """Why steps are not compiled by torch.compile, in a few words; None where that can be tried.
+
+        Args:
+            length: positions of the cache.
+        """
+        return "its kernels are compiled already"
+
+    def new_compiled_cache(self, length: int) -> Any:
+        """An empty cache for `length` positions, whose steps are compiled; where `not_compiled_because` is None."""
+        raise TypeError(f"path {self.name} compiles no steps")
+
     @abstractmethod
     def prefill(self, input_ids: Tensor, cache: Any, lengths: list[int] | None) -> Tensor:
         """Run prompts densely.
@@ -163,12 +176,15 @@ class Decoder(Protocol):
     control: SparsityControl | None
     path: Path
 
+    never_worse: bool
+    compiling: Compiling
+
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
         ...
 
-    def new_cache(self, length: int) -> Any:
+    def new_cache(self, length: int, compiled: bool = False) -> Any:
         """An empty cache."""
         ...
 

@@ -7,8 +7,8 @@ from teal_cli.decode.blocks import Product
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.gate_first import rounded_threshold
+from teal_kernels.operands import Norm
 from teal_kernels.triton_gate_first import GateLayer, launch_gate_first, step_config
-from teal_kernels.triton_gemv import Norm
 
 
 class GateFirstLaunch:

@@ -12,9 +12,10 @@ from teal_cli.decode.paths.fused_experts import Routing, stack_of
 from teal_kernels.experts import fitting_experts
 from teal_kernels.experts import table_of as first_table
 from teal_kernels.gate_first import rounded_threshold
+from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Norm, Scratch, gemv, squares_of
+from teal_kernels.triton_gemv import gemv, squares_of
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 

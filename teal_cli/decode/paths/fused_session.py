@@ -12,8 +12,8 @@ from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
+from teal_kernels.operands import Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
-from teal_kernels.triton_gemv import Positions, Scratch
 
 
 class FusedSession(ProgramSession):

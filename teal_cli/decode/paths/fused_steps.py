@@ -22,10 +22,10 @@ from teal_cli.decode.positions import growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
+from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
-from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Positions, Scratch
-from teal_kernels.triton_gemv import Norm as FusedNorm
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"

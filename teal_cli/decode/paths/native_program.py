@@ -42,6 +42,7 @@ _ACTIVATIONS = {
     "fatrelu": native.Activation.FATRELU,
     "drelu": native.Activation.DRELU,
     "xielu": native.Activation.XIELU,
+    "clamped_swiglu": native.Activation.CLAMPED_SWIGLU,
 }
 _HEAD_NORMS = {
     "heads": native.HeadNorms.HEADS_FIRST,
@@ -269,18 +270,27 @@ class NativeProgram:
         if layer.is_planned:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
         share = rule.expected_sparsity
+        bias = getattr(product.owner, f"{layer.name.rpartition('.')[2]}_bias", None)
         weight = weight_of_experts(
             layer.weight.detach() if layer.packed is None else layer.packed,
+            bias=bias,
             threshold=rule.threshold,
             expected=ASSUMED_ZEROS if share is None else share,
             counter=-1 if counter is None else counter,
         )
+        self._note_copies((bias, weight.bias))
         if layer.packed is not None:
             self._note_copies((layer.packed.scales, weight.scales), (layer.packed.zeros, weight.zeros))
         activation, threshold = activation_of(product)
         kind = _ACTIVATIONS[activation]
         return product_of_experts(
-            weight, experts, _EPILOGUES[product.epilogue], activation=kind, activation_threshold=threshold
+            weight,
+            experts,
+            _EPILOGUES[product.epilogue],
+            activation=kind,
+            activation_threshold=threshold,
+            alpha=getattr(product.owner, "alpha", 0.0),
+            interleaved=product.joined and getattr(product.owner, "interleaved", False),
         )
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:

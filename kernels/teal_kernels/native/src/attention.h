@@ -168,8 +168,7 @@ INLINE void attend_group(const int dtype, const teal_attention *a, const float *
         int32_t seen = (int32_t)(position + 1 - start < count ? position + 1 - start : count);
         for (h = 0; h < group; h++) {
             float *own = scores + h * SCORE_TILE, *maximum = heads + h * stride + dim;
-            if (a->cap > 0)
-                for (int32_t p = 0; p < seen; p++) own[p] = a->cap * tanhf(own[p] / a->cap);
+            if (a->cap > 0) soft_cap(own, seen, a->cap);
             if (bias)
                 for (int32_t p = 0; p < seen; p++) own[p] += bias[h * a->positions + start + p];
             for (int64_t p = start; p < first; p++) own[p - start] = -INFINITY;

@@ -137,13 +137,18 @@ static void outputs_of_slot(const teal_session *s, int64_t outputs, int32_t slot
 /* The neurons of this thread, of all chosen experts, into `own`: (slots, own neurons). */
 static void neurons_of_experts(teal_session *s, thread_memory *m, const teal_product *p, const range *own) {
     const int32_t first = own->first[0], n = own->last[0] - first, outputs = p->parts[0].outputs;
-    float *gates = m->neurons, *ups = m->neurons + n;
+    float *gates = m->neurons, *ups = m->neurons + n, *both = m->neurons + 2 * n;
     for (int32_t at = 0; at < m->n_choices; at++) {
         const choice *c = &m->choices[at];
         const float *bias = weight_of_expert(&p->parts[0], p->experts, c->expert).bias;
         for (int32_t slot = c->slot; slot < c->slot + c->rows; slot++) {
-            outputs_of_slot(s, outputs, slot, bias, first, n, gates);
-            outputs_of_slot(s, outputs, slot, bias, outputs / 2 + first, n, ups);
+            if (p->interleaved) {
+                outputs_of_slot(s, outputs, slot, bias, 2 * first, 2 * n, both);
+                for (int32_t i = 0; i < n; i++) gates[i] = both[2 * i], ups[i] = both[2 * i + 1];
+            } else {
+                outputs_of_slot(s, outputs, slot, bias, first, n, gates);
+                outputs_of_slot(s, outputs, slot, bias, outputs / 2 + first, n, ups);
+            }
             activate(p, gates, ups, m->own + (int64_t)slot * n, n);
         }
     }

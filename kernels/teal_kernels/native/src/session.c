@@ -90,14 +90,14 @@ static const char *plan_experts(const teal_program *program, const teal_product 
     n->group = greater(n->group, SUMS_TILE);
     if (p->epilogue == TEAL_RESIDUAL)
         return inputs == neurons && w->outputs == program->hidden ? NULL : "a residual product that does not fit what stands before it";
-    if (p->epilogue != TEAL_GATED || p->activation < TEAL_SILU || p->activation > TEAL_DRELU || inputs != program->hidden || w->outputs % 2)
+    if (p->epilogue != TEAL_GATED || p->activation < TEAL_SILU || p->activation > TEAL_CLAMPED_SWIGLU || inputs != program->hidden || w->outputs % 2)
         return "experts that are not gated";
     n->slots = greater(n->slots, w->outputs);
     for (int32_t t = 0; t < threads; t++) {
         cut(half, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
         n->chosen = greater(n->chosen, ranges[t].last[0] - ranges[t].first[0]);
     }
-    n->neurons = greater(n->neurons, 2 * n->chosen);
+    n->neurons = greater(n->neurons, 4 * n->chosen);
     n->list = greater(n->list, greater(inputs, route->top_k * n->chosen));
     return NULL;
 }

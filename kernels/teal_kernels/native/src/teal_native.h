@@ -66,6 +66,7 @@ typedef enum {
     TEAL_FATRELU, /* g where g >= activation_threshold, else 0 */
     TEAL_DRELU,   /* max(g, 0), and max(up, 0) in the place of up */
     TEAL_XIELU,   /* by `curve`: positive * g^2 + linear * g, below 0 negative * (e^min(g, -1e-6) - 1 - g) + linear * g */
+    TEAL_CLAMPED_SWIGLU, /* min(g, t) * sigmoid(curve[0] * min(g, t)), and up clamped to [-t, t], plus 1; t: threshold */
 } teal_activation;
 
 /* Projections that read one hidden state. A plain, gated or activated product reads what the norm before it made of the
@@ -79,13 +80,14 @@ typedef struct {
     int32_t epilogue;   /* teal_epilogue */
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
-    float curve[3]; /* of TEAL_XIELU: positive, negative, linear */
+    float curve[3]; /* of TEAL_XIELU: positive, negative, linear; of TEAL_CLAMPED_SWIGLU the first */
     float stream_scale; /* of a residual one: what the whole stream is multiplied by afterwards; 0: nothing */
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
     /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's,
-     * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
-     * are gate and up side by side, and a residual one, which adds the weighted sum of the chosen experts. */
+     * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a
+     * gated one, whose outputs are gate, then up, and a residual one, which adds the weighted sum of the chosen experts. */
     int32_t experts;
+    int32_t interleaved; /* of gated experts: whether up of a neuron stands beside its gate */
     /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
      * multiplied. TEAL_ROW_MAJOR; or NULL. */
     const teal_weight *scaled_by;

@@ -115,23 +115,23 @@ static int same_list(const teal_weight *a, const teal_weight *b, int32_t padded)
 }
 
 INLINE vf positive(vf x) { return (vf)(~(x <= all(0.0f)) & (vi)x); } /* a NaN stays */
-INLINE vf sigmoid(vf x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
-INLINE vf hyperbolic_tangent(vf x) { return all(2.0f) * sigmoid(all(2.0f) * x) - all(1.0f); }
+INLINE vf lower(vf x, float most) { /* the lower one; a NaN stays */
+    const vi above = x > all(most);
+    return (vf)((above & (vi)all(most)) | (~above & (vi)x));
+}
 
 INLINE vf activated(const teal_product *p, vf g) {
     switch (p->activation) {
     case TEAL_SILU: return g * sigmoid(g);
     case TEAL_GELU_TANH: {
         vf inner = all(0.7978845608f) * (g + all(0.044715f) * g * g * g);
-        return all(0.5f) * g * (all(1.0f) + hyperbolic_tangent(inner));
+        return g * sigmoid(inner + inner); /* 1 + tanh is twice that */
     }
-    case TEAL_GELU: {
-        float x[LANES];
-        memcpy(x, &g, sizeof x);
-        for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.7071067812f));
-        memcpy(&g, x, sizeof x);
-        return g;
+    case TEAL_CLAMPED_SWIGLU: {
+        vf low = lower(g, p->activation_threshold);
+        return low * sigmoid(all(p->curve[0]) * low);
     }
+    case TEAL_GELU: return gelu(g);
     case TEAL_RELU2: return positive(g) * positive(g);
     case TEAL_FATRELU: return (vf)(~(g < all(p->activation_threshold)) & (vi)g);
     case TEAL_XIELU: {
@@ -162,7 +162,10 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
             g = parts[0], u = u ? parts[1] : NULL, to = parts[0];
         }
         vf result = activated(p, load(g));
-        if (u) result *= p->activation == TEAL_DRELU ? positive(load(u)) : load(u);
+        if (u && p->activation == TEAL_DRELU) result *= positive(load(u));
+        else if (u && p->activation == TEAL_CLAMPED_SWIGLU)
+            result *= all(1.0f) - lower(-lower(load(u), p->activation_threshold), p->activation_threshold);
+        else if (u) result *= load(u);
         store(to, result);
         if (!whole) memcpy(y + i, parts[0], (size_t)(n - i) * sizeof *y);
     }
@@ -395,8 +398,7 @@ static void finish_logits(const teal_session *s, int32_t first, int32_t last) {
     for (int32_t r = 0; r < s->rows; r++) {
         float *logits = s->logits + (int64_t)r * p->output->parts[0].outputs;
         for (int32_t i = first; i < last; i++) logits[i] *= p->logits_scale;
-        if (p->logits_cap > 0)
-            for (int32_t i = first; i < last; i++) logits[i] = p->logits_cap * tanhf(logits[i] / p->logits_cap);
+        if (p->logits_cap > 0) soft_cap(logits + first, last - first, p->logits_cap);
     }
 }
 
