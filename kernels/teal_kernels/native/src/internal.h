@@ -22,6 +22,9 @@ typedef struct {
     float share[TEAL_MAX_ROWS]; /* of the rows: their weights */
 } choice;
 
+/* Has the weights of a program in large pages, where the system gives them. */
+void pages_of(const teal_program *program);
+
 /* What one thread does of a step: outputs [first, last) of each part that is row-major,
  * and in [0] the neurons, of a route the experts. Of attention: [0] items, in `last[1]` those of a
  * row, in `first[1]` the first key head, in [2] the inputs of the product after it. */

@@ -255,7 +255,10 @@ EXPORTED teal_session *teal_session_open(const teal_program *program, teal_pool 
         if (s->ranges && s->splits && s->memory) bad = plan(s, &n);
     }
     if (!bad && !(s && s->ranges && s->splits && s->memory && take_buffers(s, &n))) bad = "not enough memory";
-    if (!bad) return s;
+    if (!bad) {
+        pages_of(program);
+        return s;
+    }
     if (error && length > 0) snprintf(error, (size_t)length, "%s", bad);
     teal_session_close(s);
     return NULL;
