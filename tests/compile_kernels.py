@@ -17,10 +17,10 @@ from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
-from teal_kernels.operands import Norm, Positions
+from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import TileConfig
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -58,6 +58,34 @@ def _compile(kernel: Any, *arguments: Any, pdl: bool, names: set[str], **options
     names.add(kernel.__name__)
 
 
+def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
+    """Products that take up a layer norm with and without biases, and what is still to be added to the stream."""
+    x, weight, table = (torch.zeros(*shape, dtype=DTYPE) for shape in ((rows, 72), (72,), (72, 128)))
+    scratch, thresholds, y = Scratch(x.device), torch.zeros(1), torch.zeros(rows, 128, dtype=DTYPE)
+    count = squares_of(table, (128,), config, rows, DTYPE)
+    sums = torch.zeros(2, rows, count)
+    for bias in (None, weight):
+        norm = Norm(weight, 1e-5, torch.zeros(2, rows, 3), centred=True, bias=bias)
+        options = {"norm": norm, "epilogue": "residual", "squares": sums, "scale": 0.5, "pdl": pdl}
+        gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
+    for activation in launching.ACTIVATIONS if rows == 1 else ():
+        if activation != "drelu":
+            options = {"epilogue": "activated", "activation": activation, "pdl": pdl}
+            gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
+    if rows == 1:
+        added = Added(x, weight, 1e-5, True, 0.5, torch.zeros(4, 3), x.clone())
+        for first in (None, Norm(weight, 1e-5, sums[0])):
+            options = {
+                "norm": first,
+                "added": added,
+                "epilogue": "beside",
+                "squares": torch.zeros(4, count),
+                "pdl": pdl,
+            }
+            of_outputs = Beside(y.clone(), torch.zeros(128, dtype=DTYPE), True)
+            gemv(x, table, (128,), thresholds, y, config, scratch, beside=of_outputs, **options)  # type: ignore[arg-type]
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
@@ -68,6 +96,7 @@ def main(capability: int) -> None:
     for rows, config, quantised in PRODUCTS:
         for epilogue in PARTS:
             random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
+        _norms(rows, config, pdl=pdl)
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
     for _, config, quantised in PRODUCTS[::2]:

@@ -164,9 +164,10 @@ def norm_weights(weight_ptr, begin, stop, INPUTS: tl.constexpr):
 def no_biases(INPUTS: tl.constexpr):
     """Zeros in the place of those of `norm_weights`."""
     VECTORS: tl.constexpr = INPUTS.vectors
+    LANES: tl.constexpr = INPUTS.lanes
     biases = ()
     for _ in tl.static_range(VECTORS):
-        biases = biases + (tl.zeros((INPUTS.lanes,), tl.float32),)
+        biases = biases + (tl.zeros((LANES,), tl.float32),)
     return biases
 
 

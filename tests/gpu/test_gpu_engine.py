@@ -21,7 +21,7 @@ from teal_cli.console import QUIET
 from teal_cli.decode import choice
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
-from teal_cli.decode.paths import fused_steps
+from teal_cli.decode.paths import fused_launch
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.model_loading import load_model
@@ -60,7 +60,7 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
         return choose_config(device, rows=1, **product)
 
-    monkeypatch.setattr(fused_steps, "choose_config", choose)
+    monkeypatch.setattr(fused_launch, "choose_config", choose)
 
 
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:
@@ -273,7 +273,7 @@ def test_rows_of_different_lengths(family: str, path: str, dtype: torch.dtype, s
         assert _error(logits[row].double(), truth) < limit, row
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma2", "t5"])
+@pytest.mark.parametrize("family", ["gpt_oss", "mpt", "t5"])
 def test_sparse_or_dense_is_measured(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is chosen: the text is that of the choice, and both were timed."""
     monkeypatch.setattr(choice, "LEAST_BYTES", 0)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Rule, Threshold
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused_steps
+from teal_cli.decode.paths import fused_launch
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import control_of, make_intrinsic_
@@ -143,7 +143,7 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(device: torch.device, *, rows: int, **product: object) -> TileConfig:
         return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fused_steps, "choose_config", choose)
+    monkeypatch.setattr(fused_launch, "choose_config", choose)
 
 
 def _decoded(model: torch.nn.Module, rows: int, path: str, dense: bool) -> tuple[Tensor, dict[str, float]]:
