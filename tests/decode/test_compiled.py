@@ -162,6 +162,15 @@ def test_local_attention_of_gpt_neo_has_a_cache_that_grows() -> None:
     assert isinstance(path.new_cache(40).state, StaticCache)
 
 
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon-bias"])
+def test_alibi_has_a_cache_that_grows(family: str) -> None:
+    """transformers makes its biases for the written positions, and a fixed cache has more."""
+    path = Engine(build_family(family), path="general").path
+    path.device = torch.device("cuda")
+    assert isinstance(path.new_cache(40).state, DynamicCache)
+    assert path.not_compiled_because(40) is not None
+
+
 def test_local_attention_of_gpt_neo_within_its_window(traced: list[Any]) -> None:
     model = _build("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]])
     assert _written(model, ALWAYS) == _written(model)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from teal_cli.decode.compiling import CompiledSteps, compiled_positions
 from teal_cli.decode.paths.base import LastTokens, Path, Session, refuse_lengths
+from teal_cli.decode.paths.program import known_program
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
 from teal_cli.decode.whole_cache import forget_addresses, has_windows, static_cache
 from teal_cli.errors import ArtefactError
@@ -97,8 +98,9 @@ class GeneralPath(Path):
 
     def _counts_keys(self, length: int) -> bool:
         """Whether attention would count keys of a fixed cache that are not written yet."""
-        config = self.model.config
-        return getattr(config, "alibi", False) or (self._has_local_attention and config.window_size < length)
+        config, program = self.model.config, known_program(self.model)
+        alibi = getattr(config, "alibi", False) or (program is not None and program.alibi is not None)
+        return alibi or (self._has_local_attention and config.window_size < length)
 
     def not_compiled_because(self, length: int) -> str | None:
         """As `Path.not_compiled_because`. Whether it works, only trying it says (`decode.choice`)."""
