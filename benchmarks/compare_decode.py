@@ -52,6 +52,7 @@ class CompiledStep:
 
     def __init__(self, model: PreTrainedModel, mode: str | None = None) -> None:
         self.model = model
+        self._caches: dict[int, StaticCache] = {}  # another address would have graphs recorded anew, within the time
 
         def step(token: torch.Tensor, cache: StaticCache) -> torch.Tensor:
             logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
@@ -63,7 +64,11 @@ class CompiledStep:
     @torch.no_grad()
     def speed(self, prompt: torch.Tensor, new_tokens: int) -> float:
         """Tokens a second, without the prefill."""
-        cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens)
+        length = prompt.shape[1] + new_tokens
+        if length not in self._caches:
+            self._caches[length] = StaticCache(config=self.model.config, max_cache_len=length)
+        cache = self._caches[length]
+        cache.reset()
         token = self.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         synchronize(prompt.device)
         started = time.perf_counter()

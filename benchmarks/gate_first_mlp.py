@@ -14,8 +14,9 @@ from teal_cli.bench.timing import Spread, graph_microseconds
 from teal_kernels import KEEP_ALL, input_major, sparse_linear
 from teal_kernels.gate_first import GateActivation, gate_first, rounded_threshold
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.operands import Scratch
 from teal_kernels.triton_gate_first import UNTUNED, UNTUNED_FUSED, GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import TileConfig, gemv
 from teal_kernels.tuning import choose_config
 
 TUNED_AT = 0.89

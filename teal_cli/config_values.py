@@ -13,6 +13,8 @@ from teal_cli.writing import check_file, check_folder
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Mode = Literal["calibrated", "intrinsic"]
+# Not on and off, which YAML reads as true and false.
+Compile = Literal["auto", "always", "never"]
 ALLOCATION_NAMES = ("uniform", "greedy", "fisher", "fisher-site")
 
 

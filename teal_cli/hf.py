@@ -25,6 +25,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
+from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.schemes import Scheme
@@ -74,7 +75,7 @@ class TealQuantizer(HfQuantizer):
     """Replaces projections before the weights are read, sets thresholds and layout after.
 
     Projections that are not `nn.Linear` (Conv1D, stacked experts) are replaced after: their weights are read
-    under the shapes and keys that transformers knows.
+    under the shapes and keys that transformers knows. Quantised experts are not: their codes have keys of their own.
     """
 
     requires_calibration = False
@@ -86,12 +87,15 @@ class TealQuantizer(HfQuantizer):
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if self.quantization_config.architecture is not None:
             model.teal_architecture = self.quantization_config.architecture  # type: ignore[assignment]
+        quantization = self.quantization_config.quantization
+        if quantization is not None:  # codes of experts have keys of their own
+            unstack_experts_(model)
+        adopt_likeness_(model)
         modules = dict(model.named_modules())
         self._replaced = not any(is_stacked(module) or is_conv1d(module) for module in modules.values())
         if not self._replaced:
             return model
         control = replace_projections_(model, names)
-        quantization = self.quantization_config.quantization
         if quantization is not None:
             try:
                 of_blocks = [name for name in names if name != control.output]

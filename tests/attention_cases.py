@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from teal_kernels import active_inputs, masked_input
+from teal_kernels.operands import AttentionPartials, Positions, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_attention import attention_splits, decode_attention
-from teal_kernels.triton_gemv import AttentionPartials, Positions, Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import TileConfig, gemv
 
 # Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
 # queries and keys, of the weights of the values and of the result.

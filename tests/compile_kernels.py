@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import triton
 from attention_cases import Attention, PartialsCase
+from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv
+from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
+from teal_kernels.operands import Norm, Positions
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
-from teal_kernels.triton_gate_first import GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import Positions, TileConfig
+from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
+from teal_kernels.triton_gemv import TileConfig
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -26,6 +28,11 @@ PRODUCTS = (
     (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=2048, warps=2), (4, 64, True)),
     (1, TileConfig(block_out=128, block_in=4, unroll=2, inputs_per_chunk=128, warps=2, dense=True), (4, 64, True)),
     (3, TileConfig(block_out=64, block_in=16, unroll=1, inputs_per_chunk=128, warps=2, dense=True), (8, 64, False)),
+)
+# FMA instructions with all inputs at once and in a loop, and tensor cores for more rows than one.
+GATE_FIRST = (
+    GateFirstConfig(neurons=2, block_out=1, warps=1),
+    GateFirstConfig(neurons=16, block_out=16, block_in=64, unroll=1, warps=1, gate_block_in=64, gate_unroll=1),
 )
 DTYPE = torch.bfloat16
 
@@ -55,7 +62,7 @@ def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_router):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
@@ -63,6 +70,13 @@ def main(capability: int) -> None:
             random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
+    for _, config, quantised in PRODUCTS[::2]:
+        for epilogue in ("gated", "residual"):
+            for packed in (None, quantised):
+                case = random_experts(epilogue, 2, inputs=128, outputs=64, dtype=DTYPE, packed=packed)
+                case.launch(config, pdl=pdl)
+    for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
+        random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)
@@ -73,8 +87,14 @@ def main(capability: int) -> None:
         for squares in (None, torch.zeros(rows, 1)):
             write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
-        for gate in (gates, GateLayer(weight, None)):
+        layer = GateLayer(weight, None)
+        for gate in (gates, layer):
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
+        norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
+        step = partial(launch_gate_first, hidden, layer, weight, None, up, kind="fatrelu", threshold=0.1, norm=norm)
+        for config in GATE_FIRST:
+            for dense in (False, True):
+                step(dense=dense, counts=counts, config=config, pdl=pdl)
     print(*sorted(names), sep="\n")
 
 

@@ -8,10 +8,11 @@ from torch.nn.functional import silu
 
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised, pack, side_by_side
 from teal_kernels.triton_decode import Best, output_logits, pick
-from teal_kernels.triton_gemv import EMPTY, Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import EMPTY, TileConfig, gemv, squares_of
 
 # Relative norm error of products: float32 sums of forty terms, and up to three roundings to the 16-bit dtype.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -45,6 +45,21 @@ _T5 = {
     "pad_token_id": 1,
     "eos_token_id": 1,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.3,
+}
+_NEO = {
+    **{key: value for key, value in _TINY.items() if key not in ("num_hidden_layers", "num_attention_heads")},
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 16,
+}
+_MPT = {"vocab_size": VOCABULARY, "d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _GRANITE_EXPERTS = {
     "intermediate_size": 48,
@@ -75,6 +90,17 @@ FAMILIES = {
         },
         "mm_tokens_per_image": 4,
     },
+    "gemma4_text": {
+        "model_type": "gemma4_text",
+        **_TINY,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {"model_type": "phi3", **_TINY, "sliding_window": 16},
     "phi3-long": {
         "model_type": "phi3",
@@ -90,6 +116,37 @@ FAMILIES = {
         },
     },
     "stablelm": {"model_type": "stablelm", **_TINY, "use_qkv_bias": True},
+    "stablelm-parallel": {"model_type": "stablelm", **_TINY, "use_parallel_residual": True},
+    "stablelm-norms": {"model_type": "stablelm", **_TINY, "qk_layernorm": True},
+    "stablelm-2-12b": {"model_type": "stablelm", **_TINY, "qk_layernorm": True, "use_parallel_residual": True},
+    "olmo": {"model_type": "olmo", **_TINY},
+    "olmo-clip": {"model_type": "olmo", **_TINY, "clip_qkv": 0.7},
+    "internlm3": {"model_type": "internlm3", **_TINY, "head_dim": 16},
+    "iquestcoder": {"model_type": "iquestcoder", **_TINY, "head_dim": 16},
+    "cwm": {"model_type": "cwm", **_TINY, "head_dim": 16, "sliding_window": 16, "rope_parameters": _ROPE},
+    "ministral": {"model_type": "ministral", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "vaultgemma": {"model_type": "vaultgemma", **_TINY, "head_dim": 16, "sliding_window": 16},
+    "granite_swa": {
+        "model_type": "granite_swa",
+        **_TINY,
+        **_SCALES,
+        "sliding_window": 16,
+        "layer_rope_theta": [100.0, 0],
+    },
+    "hyperclovax": {"model_type": "hyperclovax", **_TINY, **_SCALES},
+    "hyperclovax-plain": {"model_type": "hyperclovax", **_TINY, **_SCALES, "use_post_norm": False},
+    "bitnet": {"model_type": "bitnet", **_TINY},
+    "nanochat": {"model_type": "nanochat", **_TINY, "final_logit_softcapping": 4.0},
+    "persimmon": {"model_type": "persimmon", **_TINY},
+    "apertus": {"model_type": "apertus", **_TINY, "rope_parameters": _ROPE},
+    "gptj": {"model_type": "gptj", **_TINY, "n_inner": 100, "rotary_dim": 8},
+    "gpt_bigcode": {"model_type": "gpt_bigcode", **_TINY, "n_inner": 100},
+    "gpt_bigcode-heads": {"model_type": "gpt_bigcode", **_TINY, "n_inner": 100, "multi_query": False},
+    "gpt_neo": {"model_type": "gpt_neo", **_NEO},
+    "biogpt": {"model_type": "biogpt", **_TINY},
+    "bloom": {"model_type": "bloom", **_TINY},
+    "mpt": {"model_type": "mpt", **_MPT},
+    "mpt-clip": {"model_type": "mpt", **_MPT, "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}},
     "seed_oss": {"model_type": "seed_oss", **_TINY, "head_dim": 16},
     "smollm3": {"model_type": "smollm3", **_TINY, "no_rope_layers": [1, 0]},
     "arcee": {"model_type": "arcee", **_TINY},
@@ -121,6 +178,7 @@ FAMILIES = {
     "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
     "phi": {"model_type": "phi", **_TINY},
     "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
+    "cohere-norms": {"model_type": "cohere", **_TINY, "logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {
         "model_type": "cohere2",
         **_TINY,
@@ -166,6 +224,13 @@ FAMILIES = {
         "alibi": True,
     },
     "falcon-new": {"model_type": "falcon", **_TINY, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-2": {
+        "model_type": "falcon",
+        **_TINY,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+    },
     "mixtral": {"model_type": "mixtral", **_TINY, "num_local_experts": 4},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
@@ -175,6 +240,12 @@ FAMILIES = {
         "num_experts": 5,
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
+    },
+    "turbosparsemixtral": {
+        "model_type": "turbosparsemixtral",
+        **_TINY,
+        "num_local_experts": 4,
+        "hidden_act": "relu",
     },
     "qwen2_moe": {
         "model_type": "qwen2_moe",
@@ -193,6 +264,25 @@ FAMILIES = {
         "attention_bias": True,
         "lm_head_bias": True,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_TINY,
+        "intermediate_size": 48,
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 16,
+        "swiglu_limit": 0.7,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "granitemoe": {"model_type": "granitemoe", **_TINY, **_GRANITE_EXPERTS},
     "granitemoeshared": {
         "model_type": "granitemoeshared",
@@ -209,8 +299,36 @@ OTHERS = [
     *("phi3", "phi3-long", "seed_oss", "smollm3", "gemma", "stablelm", "arcee", "nemotron", "starcoder2"),
     *("granite", "ministral3", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "gemma2", "phi", "cohere"),
     *("gemma3_text", "cohere2", "exaone4", "exaone4-full", "olmo2", "olmo3", "jais2", "gemma3", "gpt_neox"),
+    *(
+        "gpt_neox-sequential",
+        "stablelm-parallel",
+        "stablelm-norms",
+        "stablelm-2-12b",
+        "cohere-norms",
+        "olmo",
+        "olmo-clip",
+    ),
+    *("olmo-clip", "internlm3", "iquestcoder", "cwm", "ministral", "vaultgemma", "hyperclovax", "hyperclovax-plain"),
+    *(
+        "granite_swa",
+        "bitnet",
+        "nanochat",
+        "persimmon",
+        "apertus",
+        "gptj",
+        "gpt_bigcode",
+        "gpt_bigcode-heads",
+        "gpt_neo",
+        "biogpt",
+    ),
+    *("falcon", "falcon-bias", "falcon-new", "falcon-2", "bloom", "mpt", "mpt-clip"),
+    "gemma4_text",
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
-MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"]
+MIXTURES = [
+    *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
+]
 """Mixtures of experts that have a program."""
+ALL_MIXTURES = [*MIXTURES, "gpt_oss"]
+"""Those too that the native path alone takes."""

@@ -41,11 +41,13 @@ def gemv_kernel(
     threshold_ptr,
     out,
     memory,
+    experts,
     sizes,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     INPUTS: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    EXPERTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x (ROWS, in), weights input-major (in, out), partial sums (chunks, ROWS, blocks) float32; see `triton_gemv.gemv`.
@@ -54,16 +56,33 @@ def gemv_kernel(
     those of the lowest weight of every word, and so on.
 
     Args:
-        norm, added, partials, table, out, memory, sizes: as in `triton_gemv`; None where there is none.
-        TILE, INPUTS, EPILOGUE: as in `plan_gemv`.
+        norm, added, partials, table, out, memory, experts, sizes: as in `triton_gemv`; None where there is none.
+        TILE, INPUTS, EPILOGUE, EXPERTS: as in `plan_gemv` and `experts`.
     """
     BLOCK_OUT: tl.constexpr = TILE.block_out
     PACK: tl.constexpr = TILE.pack
     WORDS: tl.constexpr = TILE.words
     BATCH: tl.constexpr = EPILOGUE.batch
     GATHERED: tl.constexpr = EPILOGUE.gathered
-    block = tl.program_id(0)
+    place = tl.program_id(0)  # of its partial sums
     chunk = tl.program_id(1)
+    block = place
+    own_chunk = chunk
+    row_of_x = 0
+    row_of_y = 0
+    rows_of_norm = ROWS
+    if EXPERTS.chosen > 0:  # a table for each row of x; of what is added to the stream, those of one row make one y
+        row_of_y = place // EXPERTS.blocks
+        block = place % EXPERTS.blocks
+        row_of_x = row_of_y
+        if EPILOGUE.kind == RESIDUAL:
+            row_of_x = row_of_y * EXPERTS.chosen + chunk // EXPERTS.chunks
+            own_chunk = chunk % EXPERTS.chunks
+        routed = row_of_x
+        rows_of_norm = EXPERTS.tokens
+        if EPILOGUE.kind != RESIDUAL:
+            row_of_x = routed // EXPERTS.chosen
+        x_ptr += row_of_x * sizes.n_in
     # Which part, which outputs. Blocks never straddle two parts: each has one threshold.
     part_0 = sizes.part_0
     part_1 = sizes.part_1
@@ -87,13 +106,13 @@ def gemv_kernel(
     inside = out_start + words * PACK < out_stop
     if EPILOGUE.even:
         inside = tl.full((WORDS,), True, tl.int1)
-    first = chunk * sizes.inputs_per_chunk
+    first = own_chunk * sizes.inputs_per_chunk
     last = tl.minimum(first + sizes.inputs_per_chunk, sizes.n_in)
     threshold = 0.0
     if INPUTS.listed:
         threshold = tl.load(threshold_ptr + part)
     columns = table.weights + first.to(tl.int64) * sizes.stride + word_start + words
-    entries = memory.lists + (block * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
+    entries = memory.lists + (place * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
     if INPUTS.taken:
         entries = begin_list(entries, INPUTS.shared_bytes)
     used = 0
@@ -117,10 +136,21 @@ def gemv_kernel(
     # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
     early: tl.constexpr = PDL and one_loop and EPILOGUE.kind == PLAIN
     ahead = ()
-    if whole:
+    if whole and EXPERTS.chosen == 0:
         ahead = load_rows(columns, inside, (), 0, last - first, sizes.stride, INPUTS.listed, TILE)
     if PDL:
         gdc_wait()
+    share = 1.0
+    scales_start = 0
+    if EXPERTS.chosen > 0:
+        expert = tl.load(experts.ids + routed).to(tl.int64)
+        columns += expert * sizes.expert_stride
+        if TILE.bits < 16:
+            scales_start = expert * sizes.expert_scales
+        if EPILOGUE.kind == RESIDUAL:
+            share = tl.load(experts.weights + routed)
+        if whole:
+            ahead = load_rows(columns, inside, (), 0, last - first, sizes.stride, INPUTS.listed, TILE)
 
     dtype = x_ptr.dtype.element_ty
     means = ()
@@ -131,9 +161,11 @@ def gemv_kernel(
         scales = rms_scales(norm.squares, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares, ROWS)
     elif INPUTS.norm and not INPUTS.added:
         for row in tl.static_range(ROWS):
-            squares = norm.squares + row * sizes.n_squares
+            squares = norm.squares + (row_of_x + row) * sizes.n_squares
             if INPUTS.norm_centred:
-                mean = mean_of(squares + ROWS * sizes.n_squares, sizes.n_squares, sizes.n_in, INPUTS.norm_squares)
+                mean = mean_of(
+                    squares + rows_of_norm * sizes.n_squares, sizes.n_squares, sizes.n_in, INPUTS.norm_squares
+                )
                 means = means + (mean,)
                 scale = layer_scale(squares, mean, sizes.n_squares, sizes.n_in, sizes.eps, INPUTS.norm_squares)
             else:
@@ -155,7 +187,7 @@ def gemv_kernel(
             begin = first + nth * sizes.group
             stop = tl.minimum(begin + sizes.group, last)
         if TILE.bits < 16:
-            row_of_group = (begin // sizes.group).to(tl.int64) * total
+            row_of_group = scales_start + (begin // sizes.group).to(tl.int64) * total
             factors, zeros = group_factors(table, row_of_group, out_start + words * PACK, out_stop, TILE)
         if INPUTS.several_groups and INPUTS.taken:
             # Or entries would be stored where a warp of the group before still reads ahead, if for nothing.
@@ -242,14 +274,17 @@ def gemv_kernel(
     if meet:
         rows = tl.arange(0, LEAST_TILE)
         for k in tl.static_range(PACK):
-            sent = block * BLOCK_OUT + k * WORDS + words
+            sent = place * BLOCK_OUT + k * WORDS + words
             inside = out_start + words * PACK + k < out_stop
             if EPILOGUE.even:
                 inside = tl.full((WORDS,), True, tl.int1)
             if TILE.fma:
                 for of_row in tl.static_range(ROWS):
                     mine = memory.partial_sums + (chunk * ROWS + of_row) * all_outputs
-                    send(mine + sent, tl.sum(acc[k * ROWS + of_row], axis=0), inside)
+                    summed_up = tl.sum(acc[k * ROWS + of_row], axis=0)
+                    if EXPERTS.chosen > 0:
+                        summed_up *= share
+                    send(mine + sent, summed_up, inside)
             else:
                 mine = memory.partial_sums + (chunk * ROWS + rows)[:, None] * all_outputs
                 send(mine + sent[None, :], acc[k], (rows < ROWS)[:, None] & inside[None, :])
@@ -259,7 +294,7 @@ def gemv_kernel(
         if reducer < 0:
             return
     columns_here = tl.arange(0, BATCH * width)
-    row = 0
+    row = row_of_y
     column = reducer * width + columns_here % width
     outs = out_start + column
     if PACK > 1:  # not column % WORDS * PACK + column // WORDS: with that, triton 3.6 computes wrong addresses
@@ -270,8 +305,11 @@ def gemv_kernel(
     if ROWS > 1:
         row = columns_here // width
         inside = (outs < out_stop) & (row < ROWS)
+    row_of_sums = row
+    if EXPERTS.chosen > 0:
+        row_of_sums = 0
     at = outs
-    own_column = block * BLOCK_OUT + column
+    own_column = place * BLOCK_OUT + column
     gate_column = own_column
     if EPILOGUE.kind == GATED:
         at = outs - part_0
@@ -285,10 +323,10 @@ def gemv_kernel(
             chunks = first_chunk + tl.arange(0, GATHERED)
             there = (chunks < sizes.n_chunks)[:, None] & inside[None, :]
             from_chunk = memory.partial_sums + (chunks * ROWS)[:, None] * all_outputs
-            gate_at = from_chunk + (row * all_outputs + gate_column)[None, :]
+            gate_at = from_chunk + (row_of_sums * all_outputs + gate_column)[None, :]
             bits = look(gate_at, there)
             if EPILOGUE.kind == GATED:
-                up_at = from_chunk + (row * all_outputs + own_column)[None, :]
+                up_at = from_chunk + (row_of_sums * all_outputs + own_column)[None, :]
                 gate_sums, up_sums = received_both(bits, gate_at, look(up_at, there), up_at, there)
                 y += tl.sum(gate_sums, axis=0)
                 up += tl.sum(up_sums, axis=0)
@@ -296,6 +334,8 @@ def gemv_kernel(
                 y += tl.sum(received(bits, gate_at, there), axis=0)
     else:
         y = tl.sum(acc[0], axis=0)
+        if EXPERTS.chosen > 0:
+            y *= share
     if out.bias is not None:
         y += tl.load(out.bias + at, mask=inside, other=0.0).to(tl.float32)
     y = y.to(dtype)
@@ -318,7 +358,7 @@ def gemv_kernel(
             y = (residual.to(tl.float32) + added).to(dtype)
             square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
             each = tl.arange(0, BATCH)
-            of_block = out.squares + (each * tl.num_programs(0) + block) * EPILOGUE.reducers + reducer
+            of_block = out.squares + (each * tl.num_programs(0) + place) * EPILOGUE.reducers + reducer
             tl.store(of_block, tl.sum(tl.reshape(square, (BATCH, width)), axis=1), mask=each < ROWS)
             if EPILOGUE.sums:
                 written = tl.reshape(tl.where(inside, y.to(tl.float32), 0.0), (BATCH, width))

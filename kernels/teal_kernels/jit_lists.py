@@ -163,8 +163,9 @@ def norm_weights(weight_ptr, begin, stop, INPUTS: tl.constexpr):
 @triton.jit
 def no_biases(INPUTS: tl.constexpr):
     """Zeros in the place of those of `norm_weights`."""
+    VECTORS: tl.constexpr = INPUTS.vectors
     biases = ()
-    for _ in tl.static_range(INPUTS.vectors):
+    for _ in tl.static_range(VECTORS):
         biases = biases + (tl.zeros((INPUTS.lanes,), tl.float32),)
     return biases
 
@@ -286,10 +287,10 @@ def take_inputs(
                         value = tl.where(keep, value, 0.0)
                 values = values + (value,)
             if SUMS:
-                added = ()
+                more_sums = ()
                 for row in tl.static_range(ROWS):
-                    added = added + (sums[row] + values[row],)
-                sums = added
+                    more_sums = more_sums + (sums[row] + values[row],)
+                sums = more_sums
             stored = read
             if (
                 INPUTS.shared_bytes > 0 and LANES < 32 * WARPS

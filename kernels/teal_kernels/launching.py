@@ -26,6 +26,8 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu
 HEAD_NORMS = {"none": 0, "heads": 1, "rotated_heads": 2, "all_heads": 3}
 """What RMS norms of attention normalise, by the number that kernels know it by: nothing; each head, before or after the
 rotary embedding; all heads at once, before it."""
+MOST_COMPARED = 128
+"""Experts of which a router compares each with each, in registers; more are chosen one after the other."""
 FIRST_PARTIALS = 4
 """Split-KV partials that are read at a time: at first those of a short context."""
 

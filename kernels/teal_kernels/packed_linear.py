@@ -9,9 +9,10 @@ from torch import Tensor
 
 from teal_kernels.cpu import bound_of, offsets_of, select_active
 from teal_kernels.launching import LEAST_TILE, uses_fma
+from teal_kernels.operands import Scratch
 from teal_kernels.packing import Packed, codes_of, dequantised
 from teal_kernels.reference import masked_input
-from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import MAX_ROWS, TileConfig, gemv
 
 _ROW_END = 8
 """Bytes behind each row of a byte table: its scale and its offset, float32."""

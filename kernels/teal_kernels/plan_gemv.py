@@ -9,9 +9,9 @@ Importable without triton.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from teal_kernels.launching import FIRST_PARTIALS, LEAST_TILE, DeviceFacts, power_of_two, uses_fma
+from teal_kernels.plan_constants import EpilogueConstants, InputConstants, TileConstants
 
 MAX_ROWS = 8
 """Rows of a batch that one launch takes: each program lists the inputs of all."""
@@ -93,93 +93,15 @@ class ProductShape:
     """Of the KV cache at most, where inputs are split-KV partials."""
     split_multiple: int = 1
     """Positions that a split of the KV cache is a multiple of."""
+    side_by_side: int = 1
+    """Products of these sizes, each with a table of its own, that one launch computes (`experts`)."""
+    summed: int = 1
+    """Tables of these sizes whose products are summed to one."""
 
     @property
     def fma(self) -> bool:
         """Whether it runs on the FMA path."""
         return uses_fma(self.rows, self.bits)
-
-
-class TileConstants(NamedTuple):
-    """Tiles of weights, as this batch runs them."""
-
-    block_out: int
-    block_in: int
-    unroll: int
-    warps: int
-    evict: str
-    """Triton's eviction policy for weights."""
-    bits: int
-    """Of a weight."""
-    fma: bool
-    """Whether rows are multiplied by FMA instructions, not on tensor cores."""
-    pack: int
-    """Weights in a word of the table."""
-    words: int
-    """Words of a row that a program reads."""
-
-
-class InputConstants(NamedTuple):
-    """How a program takes its inputs."""
-
-    listed: bool
-    """Whether those above the threshold are listed; else every row of weights is read."""
-    norm: bool
-    """Whether inputs are normalised as they are taken."""
-    norm_in_tiles: bool
-    """Whether they are normalised as tensor cores take tiles of them."""
-    norm_plus_one: bool
-    norm_centred: bool
-    added: bool
-    added_plus_one: bool  # these as in `ProductShape`
-    norm_squares: int
-    """Partial sums of squares of a row, up to a power of two."""
-    taken: bool
-    """Whether inputs are written to the list: all of them in their own slots, or with `listed` those that are kept."""
-    several_groups: bool
-    """Whether a chunk has several groups of quantised weights."""
-    lanes: int
-    """Inputs of a vector."""
-    vectors: int
-    """Vectors taken at a time."""
-    at_once: bool
-    """Whether those are all of the chunk."""
-    full: bool
-    """Whether no vector reaches beyond the inputs."""
-    capacity: int
-    """Entries of a list in global memory, for each row."""
-    slots: int
-    """Entries of a list, for each row."""
-    shared_bytes: int
-    """Of a list in shared memory; 0 where it lies in global memory."""
-    head_size: int
-    """As in `ProductShape`."""
-    splits: int
-    split_multiple: int
-    vectors_per_head: int
-    """Vectors, one after the other, that surely lie in one head."""
-
-
-class EpilogueConstants(NamedTuple):
-    """How partial sums become results."""
-
-    kind: int
-    """One of `EPILOGUES`."""
-    activation: int
-    scaled: bool
-    sums: bool  # these as in `ProductShape`
-    plus_one: bool
-    """Of the norm behind `beside`."""
-    even: bool
-    """Whether every part is a multiple of `block_out`."""
-    split: bool
-    """Whether inputs are split into several chunks."""
-    reducers: int
-    """Programs that share the epilogue of one block."""
-    gathered: int
-    """Chunks whose partial sums are read at a time."""
-    batch: int
-    """Rows, up to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +120,7 @@ class ProductPlan:
 
     @property
     def squares(self) -> int:
-        """Partial sums of squares of each row that a `residual` epilogue writes."""
+        """Partial sums of squares that a `residual` epilogue writes of each row; or of all, side by side."""
         return self.grid[0] * self.epilogue.reducers
 
 
@@ -219,7 +141,7 @@ def plan_product(
     """
     _check(shape, config)
     rows, chunk = shape.rows, config.inputs_per_chunk
-    blocks, chunks = _blocks(shape.parts, config), -(-shape.inputs // chunk)
+    blocks, chunks = _blocks(shape, config), -(-shape.inputs // chunk) * shape.summed
     partial_sums = chunks * rows * blocks * config.block_out
     if partial_sums > _MAX_ELEMENTS:
         raise ValueError(f"{chunks} times {rows} rows of {sum(shape.parts)} partial sums are more than {_MAX_ELEMENTS}")
@@ -238,17 +160,14 @@ def plan_product(
 
 def squares_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
     """As `ProductPlan.squares` of a launch that has the device for itself."""
-    return _blocks(shape.parts, config) * reducers_of(shape, config, device)
+    return _blocks(shape, config) * reducers_of(shape, config, device)
 
 
 def reducers_of(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
-    """Programs that share the epilogue of one block: a power of two.
-
-    They wait for one another, so all must run at one time.
-    """
+    """Programs that share the epilogue of one block, a power of two: they wait for each other, so all run at once."""
     most = min(
-        device.multiprocessors * _resident(shape, config, device) // _blocks(shape.parts, config),
-        -(-shape.inputs // config.inputs_per_chunk),
+        device.multiprocessors * _resident(shape, config, device) // _blocks(shape, config),
+        -(-shape.inputs // config.inputs_per_chunk) * shape.summed,
         config.block_out // 32,
         _MAX_REDUCERS,
     )
@@ -271,13 +190,11 @@ def _check(shape: ProductShape, config: TileConfig) -> None:
     if not config.dense and chunk > MAX_LISTED:
         raise ValueError(f"a program lists at most {MAX_LISTED} inputs, not {chunk}")
     if min(chunk, shape.inputs) * shape.row_stride > _MAX_ELEMENTS:
-        raise ValueError(
-            f"a program reads at most {_MAX_ELEMENTS} elements of a table, not so many of {shape.inputs} rows"
-        )
+        raise ValueError(f"a program reads at most {_MAX_ELEMENTS} elements of a table: {shape.inputs} rows are more")
 
 
-def _blocks(parts: tuple[int, ...], config: TileConfig) -> int:
-    return sum(-(-part // config.block_out) for part in parts)
+def _blocks(shape: ProductShape, config: TileConfig) -> int:
+    return shape.side_by_side * sum(-(-part // config.block_out) for part in shape.parts)
 
 
 def _tile(shape: ProductShape, config: TileConfig) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from teal_kernels.launching import HEAD_NORMS, LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import AttentionPartials
+from teal_kernels.operands import AttentionPartials
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_attention import attention_kernel

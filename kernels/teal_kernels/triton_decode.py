@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.triton_gemv import Norm, Positions
+from teal_kernels.operands import Norm, Positions
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_decode import best_kernel, embed_kernel, norm_kernel, output_kernel, pick_kernel
@@ -84,8 +84,11 @@ class Best:
         return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
 
 
-_OUTPUT_BLOCK = 8
+_OUTPUT_BLOCK = 16
 """Logits of one program."""
+_OUTPUT_INPUTS = 256
+"""Inputs that it takes at a time. A token of Gemma-3-4B's shapes took 77 microseconds less than with 8 logits, 1,024
+inputs and 8 warps (H200)."""
 _BATCH_OUTPUT_BLOCK = 128
 """Of one that takes a batch, whose sums are not kept for every input of a tile."""
 _BATCH_OUTPUT_BYTES = 256
@@ -125,7 +128,7 @@ def output_logits(
     rows, n_in = hidden.shape
     vocabulary = weight.shape[0]
     squares = 1 if norm is None else norm.squares.shape[1]
-    most = 1024 if rows == 1 else _BATCH_OUTPUT_BYTES // weight.itemsize
+    most = _OUTPUT_INPUTS if rows == 1 else _BATCH_OUTPUT_BYTES // weight.itemsize
     launch(
         output_kernel,
         (best.logits.shape[1],),
@@ -152,7 +155,7 @@ def output_logits(
         PLUS_ONE=norm is not None and norm.plus_one,
         SCALED=scale != 1.0,
         CAPPED=cap != 0.0,
-        warps=8,
+        warps=4 if rows == 1 else 8,
         pdl=pdl,
     )
 

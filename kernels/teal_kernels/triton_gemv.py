@@ -18,14 +18,14 @@ one hidden state are parts of one table, each with its own threshold.
 TRITON_INTERPRET=1.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from teal_kernels.experts import NO_EXPERTS, Chosen
 from teal_kernels.launching import ACTIVATIONS, EMPTY, TRITON_MISSING, device_facts, launch
+from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Scratch
 from teal_kernels.packing import Packed, bits_of
 from teal_kernels.plan_gemv import MAX_LISTED, MAX_ROWS, ProductShape, TileConfig, plan_product
 from teal_kernels.plan_gemv import squares_of as planned_squares
@@ -33,146 +33,9 @@ from teal_kernels.plan_gemv import squares_of as planned_squares
 if TRITON_MISSING is None:
     from teal_kernels.jit_gemv import gemv_kernel
 
-__all__ = [
-    "MAX_LISTED",
-    "MAX_ROWS",
-    "AttentionPartials",
-    "Norm",
-    "Scratch",
-    "TileConfig",
-    "gemv",
-    "squares_of",
-]
-
+__all__ = ["MAX_LISTED", "MAX_ROWS", "TileConfig", "gemv", "squares_of"]
 
 _DEFAULT_ACTIVATIONS = {"gated": "silu"}
-
-
-class Scratch:
-    """Scratch memory that kernels share, one after the other on one stream.
-
-    Places for partial sums are empty between launches: who takes the sums empties them.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._tensors: dict[str, Tensor] = {}
-        self._replaced: list[Tensor] = []  # a captured graph may hold their addresses
-
-    def tensor(self, name: str, elements: int, dtype: torch.dtype, fill: int | None = None) -> Tensor:
-        """A tensor of at least that many elements, filled when it is made if `fill` is given."""
-        held = self._tensors.get(name)
-        if held is None or held.numel() < elements or held.dtype != dtype:
-            if held is not None:
-                self._replaced.append(held)
-            held = torch.empty(elements, dtype=dtype, device=self.device)
-            self._tensors[name] = held if fill is None else held.fill_(fill)
-        return held
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm in front of a product: an RMS norm, or a layer norm where `centred`."""
-
-    weight: Tensor
-    """(in,)"""
-    eps: float
-    squares: Tensor
-    """(rows, n) float32: partial sums of the squares of x, from the kernel that wrote x; for a layer norm (2, rows, n),
-    the second of x itself."""
-    plus_one: bool = False
-    """Whether it multiplies by 1 + weight, as Gemma's do."""
-    centred: bool = False
-    bias: Tensor | None = None
-    """(in,), of a layer norm."""
-
-
-@dataclass(frozen=True)
-class Added:
-    """Of one row: an RMS norm of y that is still to be added to the residual stream, which is the input."""
-
-    y: Tensor
-    """(1, in), of a product with the epilogue `beside`, which wrote `sums`."""
-    weight: Tensor
-    eps: float
-    plus_one: bool
-    scale: float
-    """Of what is added."""
-    sums: Tensor
-    """(4, n) float32: partial sums of y y, h h, h w y and w y w y, h the stream and w the norm's weight."""
-    stream: Tensor
-    """(1, in), written: the stream after it. Not the memory of the input, which other programs still read."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What the epilogue `beside` reads, for an `Added` of the product that follows."""
-
-    stream: Tensor
-    """(1, out)"""
-    weight: Tensor
-    """(out,) of the norm."""
-    plus_one: bool
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the rows of a batch are in their sequences."""
-
-    own: Tensor
-    """(rows,) int32: of each row's token."""
-    longest: Tensor
-    """(1,) int32: the highest of them, from which the splits of the KV cache follow; of one row `own` itself."""
-
-    @classmethod
-    def at(cls, positions: Sequence[int], device: torch.device | str) -> "Positions":
-        """Of rows at these positions."""
-        own = torch.tensor(positions, dtype=torch.int32, device=device)
-        return cls(own, own if len(positions) == 1 else own.amax(0, keepdim=True))
-
-
-@dataclass(frozen=True)
-class AttentionPartials:
-    """What attention leaves for the product after it: split-KV partials, for each query head one of each split.
-
-    That product merges them as it reads them. Were they merged by attention, its programs would wait for
-    one another with nothing to read: 2 of its 6 microseconds on an H100, at any length of the context.
-    """
-
-    sums: Tensor
-    """(splits, rows, heads D) float32: weighted averages of values."""
-    logs: Tensor
-    """(splits, rows, heads) float32: logarithms, to the base of 2, of the sums of the weights."""
-    positions: Positions
-    """Of each row's token. How many partials the rows have follows from it. What the longest row has and another has
-    not is read all the same: its sums are 0 and its logarithms minus infinity."""
-    window: int = 0
-    """Positions that are seen, the new one included; 0 for all."""
-    split_multiple: int = 64
-    """A split is a multiple of so many positions."""
-
-    def __post_init__(self) -> None:
-        own = self.positions.own
-        if own.shape != self.sums.shape[1:2]:
-            raise ValueError(f"{self.sums.shape[1]} rows need as many positions, not {tuple(own.shape)}")
-
-    @property
-    def splits(self) -> int:
-        """Of the KV cache at most."""
-        return self.sums.shape[0]
-
-    @property
-    def head_size(self) -> int:
-        """D."""
-        return self.sums.shape[2] // self.logs.shape[2]
-
-    @classmethod
-    def empty(
-        cls, rows: int, heads: int, dim: int, splits: int, positions: Positions, **options: int
-    ) -> "AttentionPartials":
-        """Not written yet."""
-        sums = torch.empty(splits, rows, heads * dim, dtype=torch.float32, device=positions.own.device)
-        return cls(sums, sums.new_empty(splits, rows, heads), positions, **options)
 
 
 class _NormPointers(NamedTuple):
@@ -188,6 +51,11 @@ class _AddedPointers(NamedTuple):
     weight: Tensor
     sums: Tensor
     stream: Tensor
+
+
+def norm_pointers(norm: Norm, sums: Tensor | None = None) -> NamedTuple:
+    """A norm as kernels read it; `sums` in the place of its own squares, where something is added before."""
+    return _NormPointers(norm.weight, norm.bias, norm.squares if sums is None else sums)
 
 
 class _PartialsPointers(NamedTuple):
@@ -219,6 +87,11 @@ class _MemoryPointers(NamedTuple):
     counts: Tensor
 
 
+class _ExpertPointers(NamedTuple):
+    ids: Tensor
+    weights: Tensor
+
+
 class _Sizes(NamedTuple):
     n_in: int
     stride: int
@@ -243,6 +116,10 @@ class _Sizes(NamedTuple):
     added_eps: float
     of_added: float
     """What is added to the stream is multiplied by it."""
+    expert_stride: int
+    """Words from one expert's table to the next; 0 without experts, as the next."""
+    expert_scales: int
+    """Scales from one expert's to the next."""
 
 
 def _shape_of(
@@ -258,6 +135,7 @@ def _shape_of(
     sums: bool = False,
     added: Added | None = None,
     beside: Beside | None = None,
+    experts: Chosen | None = None,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -282,6 +160,8 @@ def _shape_of(
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
+        side_by_side=1 if experts is None else experts.side_by_side(epilogue),
+        summed=1 if experts is None else experts.summed(epilogue),
     )
 
 
@@ -292,10 +172,18 @@ def _squares_before(norm: Norm | None, added: Added | None) -> int:
 
 
 def squares_of(
-    table: Tensor | Packed, parts: tuple[int, ...], config: TileConfig, rows: int, dtype: torch.dtype
+    table: Tensor | Packed,
+    parts: tuple[int, ...],
+    config: TileConfig,
+    rows: int,
+    dtype: torch.dtype,
+    experts: Chosen | None = None,
 ) -> int:
     """Partial sums of squares that a `residual` product of a batch of `rows` in `dtype` writes for each row."""
-    return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    if experts is None:
+        return planned_squares(_shape_of(table, parts, rows, dtype), config, device_facts(table.device))
+    shape = _shape_of(table, parts, 1, dtype, "residual", experts=experts)
+    return planned_squares(shape, config, device_facts(table.device)) // rows
 
 
 def gemv(
@@ -317,6 +205,7 @@ def gemv(
     added: Added | None = None,
     beside: Beside | None = None,
     counts: Tensor | None = None,
+    experts: Chosen | None = None,
     pdl: bool = False,
     exclusive_device: bool = True,
     compile_only: bool = False,
@@ -344,6 +233,7 @@ def gemv(
         squares: (rows, `squares_of`) float32, written by `residual`: partial sums of y's squares; (2, rows, ...): and
             of y itself, for a layer norm.
         counts: (parts,) int64: how many inputs were kept is added to it.
+        experts: those of each row. `table` is that of the first one then, and rows of x or y are as `Chosen` has them.
         pdl: launch while the kernel before still runs. That one must not write table, thresholds, norm
             weight or the positions of partials, which are read before the wait for it.
         exclusive_device: the promise that no other product runs on this GPU meanwhile, of another stream or another
@@ -359,24 +249,28 @@ def gemv(
     partials = x if isinstance(x, AttentionPartials) else None
     source = y if isinstance(x, AttentionPartials) else x  # of y the kernel then takes the dtype only
     rows = source.shape[0] if partials is None else partials.sums.shape[1]
+    if experts is not None:
+        experts.check(source, y, epilogue)
+        rows = 1
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
     sums = squares is not None and squares.dim() == 3
     shape = _shape_of(
-        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside
+        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside, experts
     )
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
     if epilogue == "beside" and (squares is None or squares.shape != (4, plan.squares) or beside is None or rows > 1):
         raise ValueError(f"a product beside the stream is of one row, and needs squares of shape {(4, plan.squares)}")
-    if epilogue == "residual" and (squares is None or squares.shape[-2:] != (rows, plan.squares)):
-        raise ValueError(f"a residual product needs squares of shape {(rows, plan.squares)}")
+    of_squares = (rows, plan.squares) if experts is None else (y.shape[0], plan.squares // y.shape[0])
+    if epilogue == "residual" and (squares is None or squares.shape[-2:] != of_squares):
+        raise ValueError(f"a residual product needs squares of shape {of_squares}")
     part_0, part_1, part_2 = (*parts, 0, 0)[:3]
     entry = {2: torch.int32, 4: torch.int64}[source.itemsize]  # an index beside the value
     launch(
         gemv_kernel,
         plan.grid,
         source,
-        None if norm is None else _NormPointers(norm.weight, norm.bias, norm.squares if added is None else added.sums),
+        None if norm is None else norm_pointers(norm, None if added is None else added.sums),
         None if added is None else _AddedPointers(added.y, added.weight, added.sums, added.stream),
         None if partials is None else _PartialsPointers(partials.sums, partials.logs, partials.positions.longest),
         _TablePointers(table, None, None)
@@ -391,6 +285,7 @@ def gemv(
             scratch.tensor(f"inputs {entry}", max(1, plan.list_entries), entry),
             scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         ),
+        None if experts is None else _ExpertPointers(experts.ids, experts.weights),
         _Sizes(
             n_in=shape.inputs,
             stride=shape.row_stride,
@@ -407,11 +302,14 @@ def gemv(
             scale=scale,
             added_eps=0.0 if added is None else added.eps,
             of_added=1.0 if added is None else added.scale,
+            expert_stride=0 if experts is None else experts.stride,
+            expert_scales=0 if experts is None else experts.scales,
         ),
         ROWS=rows,
         TILE=plan.tile,
         INPUTS=plan.inputs,
         EPILOGUE=plan.epilogue,
+        EXPERTS=NO_EXPERTS if experts is None else experts.constants(epilogue, plan.grid),
         warps=config.warps,
         pdl=pdl,
         compile_only=compile_only,

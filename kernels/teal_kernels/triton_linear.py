@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from teal_kernels.layout import input_major
-from teal_kernels.triton_gemv import MAX_ROWS, Scratch, gemv
+from teal_kernels.operands import Scratch
+from teal_kernels.triton_gemv import MAX_ROWS, gemv
 from teal_kernels.tuning import UNTUNED, choose_config
 
 # The op knows a threshold, not the sparsity that it gives, and must not wait for the device to ask.

@@ -107,19 +107,19 @@ def _write(path: Path, text: str) -> None:
 
 @lru_cache(maxsize=8)
 def table_of(device_name: str) -> tuple[Entry, ...]:
-    """The user's entries and those packaged for this GPU; without any, those of another GPU.
+    """The user's entries and those packaged for this GPU, with those of others for products that it has none of;
+    where nobody has measured this GPU, those of others.
 
     Raises:
         TuningTableError: a table is damaged.
     """
     own = user_table(device_name)
     packaged = PACKAGED / own.name
-    found: tuple[Entry, ...] = ()
-    for path in (own, packaged):
-        if path.is_file():
-            products = {entry.product for entry in found}
-            found += tuple(entry for entry in read_table(path) if entry.product not in products)
-    if not found:
-        for path in sorted(PACKAGED.glob("*.json"))[:1]:
-            found = read_table(path)
+    found = read_table(own) if own.is_file() else ()
+    if packaged.is_file() or not found:
+        others = (path for path in sorted(PACKAGED.glob("*.json")) if path != packaged)
+        for path in (packaged, *others):
+            if path.is_file():
+                products = {entry.product for entry in found}
+                found += tuple(entry for entry in read_table(path) if entry.product not in products)
     return found

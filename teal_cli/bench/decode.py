@@ -12,7 +12,7 @@ from torch import Tensor
 from teal_cli.bench.timing import Spread
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.data import token_blocks
-from teal_cli.decode.choice import Choice
+from teal_cli.decode.choice import Choice, Forms, Kind
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
@@ -49,6 +49,10 @@ class DecodeRun:
     """Median speed over the first dense run's."""
     decodes: str
     """What backend `auto` decodes at this sparsity, `sparse` or `dense`: this run is sparse all the same."""
+    compiled: bool = False
+    """Whether steps were compiled by torch.compile, which measured faster or was asked for."""
+    step_seconds: dict[str, float | None] | None = None
+    """A step's time `plain` and `compiled`, by which that was decided; None where compiling was not tried."""
     over_llama_cpp: Spread | None = None
     """This speed over that of llama.cpp in the same round; None where it was not timed."""
 
@@ -70,11 +74,16 @@ class Prompt:
         self._once = engine.path.own_kernels and engine.device.type == "cpu"
         self._read: tuple[Any, Tensor] | None = None
 
-    def read(self) -> tuple[Any, Tensor]:
-        """A cache with the prompt in it, and (batch, vocabulary) logits after it."""
+    @property
+    def positions(self) -> int:
+        """Of the cache."""
+        return self._length
+
+    def read(self, compiled: bool = False) -> tuple[Any, Tensor]:
+        """A cache with the prompt in it, whose steps are compiled or not, and (batch, vocabulary) logits after it."""
         if self._read is not None:
             return copy.deepcopy(self._read)
-        cache = self.engine.new_cache(self._length)
+        cache = self.engine.new_cache(self._length, compiled)
         found = cache, self.engine.prefill(self.ids.to(self.engine.device), cache)
         if self._once:
             self._read = copy.deepcopy(found)
@@ -82,7 +91,13 @@ class Prompt:
 
 
 def decode_seconds(
-    engine: Engine, plan: SparsityPlan | None, prompt: Tensor, new_tokens: int, before: Prompt | None = None
+    engine: Engine,
+    plan: SparsityPlan | None,
+    prompt: Tensor,
+    new_tokens: int,
+    before: Prompt | None = None,
+    *,
+    compiled: bool = False,
 ) -> float:
     """Seconds that `new_tokens` steps after a prompt take, without the prefill and a GPU's first steps.
 
@@ -92,6 +107,7 @@ def decode_seconds(
         prompt: (batch, tokens) int64.
         new_tokens: decode steps.
         before: the prompt, where it is shared by several calls.
+        compiled: whether steps are compiled, which `Engine.choose` has tried.
     """
     control = engine.control
     if control is None:
@@ -101,7 +117,7 @@ def decode_seconds(
     warm_up = TokenLoop.first_steps(engine)
     with control.switched_off() if plan is None else nullcontext():
         engine.check(prompt)
-        cache, logits = (before or Prompt(engine, prompt, warm_up + new_tokens)).read()
+        cache, logits = (before or Prompt(engine, prompt, warm_up + new_tokens)).read(compiled)
         sampler = Sampler(SamplingConfig(), engine.device)
         loop = TokenLoop(engine, cache, sampler.next_token(logits), sampler)
         for _ in range(warm_up):
@@ -153,19 +169,27 @@ def bench_decode(
     realised: list[dict[str, float]] = []
     model_wide: list[float] = []
     decodes: list[str] = []
+    forms: list[Forms | None] = []
+    compiled: list[bool] = []
     for plan in settings:
         with control.counting() as counter:
             decode_seconds(engine, plan, prompt, new_tokens, before)
         realised.append(counter.by_projection())
         model_wide.append(counter.model_wide() or 0.0)
-        decodes.append(_decodes(engine, plan, prompt, on_choice))
+        choice = _choice(engine, plan, before)
+        on_choice(choice)
+        decodes.append(choice.decodes)
+        kind: Kind = "dense" if plan is None else "sparse"
+        forms.append(choice.form(kind))
+        compiled.append(choice.compiles(kind))
         on_tokens(new_tokens)
     speeds: list[list[float]] = [[] for _ in settings]
     theirs: list[float] = []
     batch = prompt.shape[0]
     for _ in range(repeats):
         for index, plan in enumerate(settings):
-            speeds[index].append(batch * new_tokens / decode_seconds(engine, plan, prompt, new_tokens, before))
+            seconds = decode_seconds(engine, plan, prompt, new_tokens, before, compiled=compiled[index])
+            speeds[index].append(batch * new_tokens / seconds)
             on_tokens(new_tokens)
         if llama_cpp is not None:
             theirs.append(llama_cpp())
@@ -189,19 +213,20 @@ def bench_decode(
                 limit_tokens_per_second=reading_gb_s * 1e9 / size if size and reading_gb_s else None,
                 speedup=spreads[index].median / spreads[0].median,
                 decodes=decodes[index],
+                compiled=compiled[index],
+                step_seconds=None if (form := forms[index]) is None else form.measured,
                 over_llama_cpp=Spread.of_ratios(speeds[index], theirs) if theirs else None,
             )
         )
     return runs
 
 
-def _decodes(engine: Engine, plan: SparsityPlan | None, prompt: Tensor, on_choice: Callable[[Choice], None]) -> str:
-    """What is decoded at a plan, which the model has by now."""
-    if plan is None or not engine.never_worse:
-        return "dense" if plan is None else "sparse"
-    choice = engine.choose(prompt)
-    on_choice(choice)
-    return choice.decodes
+def _choice(engine: Engine, plan: SparsityPlan | None, before: Prompt) -> Choice:
+    """What is decoded at a plan, which the model has by now, and in which form."""
+    if not engine.chooses:
+        return Choice("dense" if plan is None else "sparse")
+    with engine.control.switched_off() if plan is None and engine.control else nullcontext():
+        return engine.choose(before.ids, before.positions)
 
 
 def text_prompt(tokenizer: Any, tokens: int, seed: int, batch: int = 1) -> Tensor:

@@ -12,8 +12,9 @@ from teal_cli.bench.timing import Spread, graph_microseconds
 from teal_cli.schemes import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import Norm, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 
 _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:

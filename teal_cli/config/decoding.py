@@ -6,7 +6,16 @@ from pydantic import Field, model_validator
 
 from teal_cli.config.shared import MOST
 from teal_cli.config.sparsity import OneAllocation, SparseConfig
-from teal_cli.config_values import Backend, InputFile, Mode, QuantisationList, Sparsity, SparsityList, TokenList
+from teal_cli.config_values import (
+    Backend,
+    Compile,
+    InputFile,
+    Mode,
+    QuantisationList,
+    Sparsity,
+    SparsityList,
+    TokenList,
+)
 
 _OF_CALIBRATED = (
     "sparsity",
@@ -57,6 +66,11 @@ class GenerateConfig(OneAllocation, DecodingConfig):
     chat: bool | None = Field(None, description="use the model's chat template (default: if it has one)")
     stop: TokenList = Field(default_factory=list, description="more stop tokens, comma-separated")
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
+    compile: Compile = Field(
+        "auto",
+        description="torch.compile of steps that decode by transformers' forward: auto where so many tokens pay for it "
+        "and it measures faster",
+    )
 
     @model_validator(mode="after")
     def _sampling_needs_temperature(self) -> Self:
@@ -112,6 +126,11 @@ class BenchConfig(OneAllocation, ComparingConfig):
     )
     batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
+    compile: Compile = Field(
+        "auto",
+        description="torch.compile of steps that decode by transformers' forward: auto where it measures faster, tried "
+        "for 3 minutes at most",
+    )
     compare_llama_cpp: InputFile | None = Field(
         None, description="path of llama.cpp's llama-bench, to be timed in turn with ours, on a CPU"
     )

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for
-from teal_cli.models.programs import Norms, NormStep, ProductStep, Program, RouteStep, Step
+from teal_cli.models.architectures import architecture_for, program_for
+from teal_cli.models.likeness import layers_of, steps_of
+from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -42,6 +43,12 @@ class Product:
     """Whether it reads the norm aside."""
     joined: bool = False
     """Whether the one layer holds gate and up, side by side."""
+    stream_scale: Tensor | None = None
+    """(1,) what the whole stream is multiplied by behind a residual product."""
+    input_norm: "Norm | None" = None
+    """Of what a residual product reads."""
+    activation_module: nn.Module | None = None
+    """That activates, where it has weights of its own."""
     experts: bool = False
     """Whether it is one of the chosen experts: the one layer is a `SparseExperts`, whose weight is
     (experts, out, in)."""
@@ -118,42 +125,59 @@ class Attention:
     k_norm: Tensor | None
     eps: float
     """Of those two norms."""
+    q_norms: "tuple[Norm, ...]" = ()
+    """Of query heads: one for all, or each head's own. `q_norm` is the weight of one."""
+    k_norms: "tuple[Norm, ...]" = ()
+    """The same for keys."""
+    v_norms: "tuple[Norm, ...]" = ()
+    """The same for values."""
+    keys_as_values: bool = False
+    """Whether values are the keys as they come from the product, which has none."""
     norms_of: str = "heads"
     """As the program has it."""
     grouped: bool = False
     """Whether each key head's queries, key and value lie side by side."""
     plus_one: bool = False
     """Whether those norms multiply by 1 + weight."""
-    angles: str | None = None
+    angles: str | float | None = None
     """Which of the rotary module's kinds of angles are its own; None where there is one kind."""
     cap: float = 0.0
     """Soft cap of scores; 0 for none."""
     rotates: bool = True
     """Whether queries and keys have the rotary embedding, where the model has one."""
+    clip: float = 0.0
+    """What queries, keys and values are clamped to, before all else; 0 for nothing."""
+    sinks: Tensor | None = None
+    """(heads,) logits that join the denominators of the softmax."""
+    copies: int = 1
+    """Of each key head, that the model's forward puts into a cache."""
 
 
 BlockStep = Norm | Product | Attention | Route
 
 
-def rms_norm(module: Any) -> Norm:
-    """Weight and epsilon of an RMS norm, which transformers' modules name in two ways."""
-    return Norm(module.weight, _eps(module))
-
-
 def _eps(module: Any) -> float:
-    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+    """Which modules name in several ways; OLMo's has none, and takes the default of layer norms."""
+    return float(next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), 1e-5))
 
 
-def layer_norm(module: Any) -> Norm:
-    """Of a layer norm, which may have neither weight nor bias."""
-    weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
-    return Norm(weight, _eps(module), getattr(module, "bias", None), centred=True)
+def norm_of(module: Any, norms: Norms, like: Tensor, size: int) -> Norm:
+    """A module as the norm that a program says it is: RMS norm or layer norm, which may have neither weight nor bias.
 
-
-def norm_of(module: Any, norms: Norms) -> Norm:
-    """A module as the norm that a program says it is."""
-    norm = layer_norm(module) if norms.startswith("layer") else rms_norm(module)
-    return replace(norm, plus_one=norms.endswith("plus_one"))
+    Args:
+        module: of transformers.
+        norms: as the program has it.
+        like: what the weight of a module without one is on the device of, and in the dtype of.
+        size: of that weight.
+    """
+    weight = getattr(module, "weight", None)
+    return Norm(
+        torch.ones(size, dtype=like.dtype, device=like.device) if weight is None else weight,
+        _eps(module),
+        getattr(module, "bias", None),
+        centred=norms.startswith("layer"),
+        plus_one=norms.endswith("plus_one"),
+    )
 
 
 @dataclass(frozen=True)
@@ -197,8 +221,7 @@ def scales_of(model: Any, program: Program) -> Scales:
 
 
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -207,13 +230,15 @@ ACTIVATIONS = {
     "relu2": "relu2",
     "fatrelu": "fatrelu",
     "drelu": "drelu",
+    "xielu": "xielu",
+    "clamped_swiglu": "clamped_swiglu",  # of `ClampedExperts`, in programs alone
 }
 """Activations as configurations name them, and as both paths do."""
 
 
 def unknown_activation(config: Any, program: Program) -> str | None:
     """An activation of a program that no path has; None where they have all."""
-    names = [getattr(config, step.activation, None) for step in program.products if step.activation is not None]
+    names = [step.activation_in(config) for step in program.products if step.activation is not None]
     return next((str(name) for name in names if name not in ACTIVATIONS), None)
 
 
@@ -226,24 +251,7 @@ def activation_of(product: Product) -> tuple[str | None, float]:
         zeroing = zeroing_activation(product.owner)
     if zeroing is not None:
         return zeroing.kind, zeroing.threshold
-    return ACTIVATIONS[product.activation], 0.0
-
-
-def learned_positions(model: Any) -> tuple[Tensor, int] | None:
-    """The embedding of positions, and the row of the first one, which in OPT is not 0; None where there is none."""
-    path = program_of(model).positions
-    if path is None:
-        return None
-    module = module_at(model, path)
-    return module.weight.detach(), int(getattr(module, "offset", 0))
-
-
-def growth_of(model: Any) -> tuple[float, int] | None:
-    """By how much queries grow with their positions, and in steps of how many; None where they do not."""
-    if not program_of(model).growing_queries:
-        return None
-    rope = model.config.get_text_config().rope_parameters
-    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
+    return ACTIVATIONS[product.activation], float(getattr(product.owner, "limit", 0.0))
 
 
 def module_at(parent: nn.Module, path: str) -> Any:
@@ -264,7 +272,7 @@ def program_of(model: Any) -> Program:
     Raises:
         ValueError: it has none.
     """
-    program = architecture_for(model).program
+    program = program_for(model)
     if program is None:
         raise ValueError(f"model type {model.config.model_type} has no block program")
     return program
@@ -284,93 +292,108 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     return [[_resolved(step, model, block) for step in steps_of(program_of(model), block)] for block in blocks]
 
 
-def steps_of(program: Program, block: nn.Module) -> list[Step]:
-    """The steps of a program that one block takes: a module that is None is one that it does not have."""
-
-    def has(path: str) -> bool:
-        parent, _, name = path.rpartition(".")
-        try:
-            return block.get_submodule(parent)._modules.get(name) is not None
-        except AttributeError:
-            return False
-
-    return program.steps_where(has)
-
-
 def last_norm(model: Any) -> Norm:
     """The norm in front of the output layer."""
-    program = program_of(model)
-    return norm_of(module_at(model, program.norm), program.norms)
+    return _norm_at(model, model, program_of(model).norm)
+
+
+def embedding_norm(model: Any) -> Norm | None:
+    """The norm that makes of embeddings the first state of the residual stream, where there is one."""
+    path = program_of(model).embedding_norm
+    return None if path is None else _norm_at(model, model, path)
+
+
+def _norm_at(model: Any, parent: nn.Module, path: str, size: int | None = None) -> Norm:
+    """`size`: of what it normalises; by default the residual stream's."""
+    like = model.get_input_embeddings().weight
+    return norm_of(module_at(parent, path), program_of(model).norms, like, size or like.shape[1])
 
 
 def _resolved(step: Step, model: Any, block: nn.Module) -> BlockStep:
     if isinstance(step, NormStep):
         if step.norm is None:
             return Norm(torch.empty(0), 0.0, identity=True, aside=step.aside)
-        return replace(norm_of(module_at(block, step.norm), program_of(model).norms), aside=step.aside)
+        return replace(_norm_at(model, block, step.norm), aside=step.aside)
     if isinstance(step, ProductStep):
         return _product(step, model, block)
     if isinstance(step, RouteStep):
         return route_of(step, model.config.get_text_config(), module_at(block, step.route))
-    attention = module_at(block, step.attention)
-    norms = [None if name is None else rms_norm(module_at(attention, name)) for name in (step.q_norm, step.k_norm)]
-    owner = {"layer": attention, "sliding": attention, "model": model.config.get_text_config()}.get(step.window or "")
-    window, rotates = getattr(owner, "sliding_window", None), True
-    if step.window == "sliding" and window is not None and not attention.is_sliding:
-        window, rotates = None, False
-    return Attention(
-        scale=float(attention.scaling),
-        window=int(window or 0),
-        q_norm=norms[0].weight if norms[0] else None,
-        k_norm=norms[1].weight if norms[1] else None,
-        eps=next((norm.eps for norm in norms if norm), 0.0),
-        norms_of=step.norms_of,
-        grouped=step.grouped,
-        plus_one=program_of(model).norms.endswith("plus_one"),
-        angles=None if step.angles is None else getattr(attention, step.angles),
-        cap=float((None if step.cap is None else getattr(attention, step.cap)) or 0.0),
-        rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
-    )
+    return _attention(step, model, block)
 
 
 def _product(step: ProductStep, model: Any, block: nn.Module) -> Product:
-    names = architecture_for(model).sites[step.product]
+    names = layers_of(architecture_for(model), step, block)
+    layers = tuple(module_at(block, name) for name in names)
     return Product(
-        name=step.product,
-        layers=tuple(module_at(block, name) for name in names),
-        epilogue=step.epilogue,
-        activation=None if step.activation is None else getattr(model.config.get_text_config(), step.activation, None),
+        step.product,
+        layers,
+        step.epilogue,
+        activation=step.activation_in(model.config.get_text_config()),
         owner=module_at(block, names[0].rpartition(".")[0]),
-        norm=None if step.added_norm is None else norm_of(module_at(block, step.added_norm), program_of(model).norms),
+        norm=None if step.added_norm is None else _norm_at(model, block, step.added_norm),
         aside=step.aside,
         joined=step.joined,
+        input_norm=None if step.input_norm is None else _norm_at(model, block, step.input_norm, layers[0].in_features),
+        activation_module=None if step.activation_module is None else module_at(block, step.activation_module),
+        stream_scale=_named(step.stream_scale, block),
         experts=step.experts,
         scaled_by=None if step.scaled_by is None else module_at(block, step.scaled_by),
     )
 
 
-@torch.no_grad()
-def rotary_tables(
-    model: Any, positions: int, dtype: torch.dtype, last: int | None = None, kind: str | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of every position, as the model's own module makes them: (positions, rotated size) each.
+def _attention(step: AttentionStep, model: Any, block: nn.Module) -> Attention:
+    attention, config, program = module_at(block, step.attention), model.config.get_text_config(), program_of(model)
+    q_norms, k_norms, v_norms = (
+        _head_norms(attention, name, program, model) for name in (step.q_norm, step.k_norm, step.v_norm)
+    )
+    owner = {"layer": attention, "sliding": attention, "model": config}.get(step.window or "")
+    window, rotates = _named("sliding_window", owner), True
+    if step.window == "local" and attention.attention_type == "local":
+        window = config.window_size
+    if step.window == "sliding" and window is not None and not attention.is_sliding:
+        window, rotates = None, False
+    angles = _named(step.angles, attention)
+    if angles is None and step.angles is not None:
+        angles = getattr(config, step.angles)[attention.layer_idx]
+        rotates = rotates and angles != 0
+    return Attention(
+        scale=_scale(attention) if step.scaled else 1.0,
+        window=int(window or 0),
+        q_norm=q_norms[0].weight if len(q_norms) == 1 else None,
+        k_norm=k_norms[0].weight if len(k_norms) == 1 else None,
+        eps=next((norm.eps for norm in (*q_norms, *k_norms)), 0.0),
+        q_norms=q_norms,
+        k_norms=k_norms,
+        v_norms=v_norms,
+        keys_as_values=bool(_named(step.keys_as_values, attention)),
+        norms_of=step.norms_of,
+        grouped=step.grouped,
+        plus_one=program.norms.endswith("plus_one"),
+        angles=angles,
+        cap=float(_named(step.cap, attention) or 0.0),
+        rotates=rotates and (step.rotates is None or bool(getattr(attention, step.rotates))),
+        clip=float(_named(step.clip, attention, config) or 0.0),
+        sinks=_named(step.sinks, attention),
+        copies=attention.num_heads // attention.num_kv_heads if step.repeated else 1,
+    )
 
-    None of a model without a rotary embedding. `last`: as in a pass whose last position is this one, on which long rope
-    depends; of the positions behind it nothing is said. `kind`: of angles, where the module has several.
-    """
-    path = program_of(model).rotary
-    if path is None:
-        return None
-    module, device = module_at(model, path), next(model.parameters()).device
-    at = torch.arange(positions, device=device)
-    if last is not None:
-        at = torch.cat([at.clamp(max=last), at.new_tensor([last])])
-    kinds = () if kind is None else (kind,)
-    cos, sin = module(torch.empty(0, dtype=dtype, device=device), at[None], *kinds)
-    return cos[0, :positions].contiguous(), sin[0, :positions].contiguous()
+
+def _named(key: str | None, *owners: Any) -> Any:
+    """The first owner's attribute of this name; None where none has it."""
+    return next((getattr(owner, key) for owner in owners if key is not None and hasattr(owner, key)), None)
 
 
-def long_rope_from(model: Any) -> int | None:
-    """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
+def _scale(attention: Any) -> float:
+    """Of scores, which modules name in several ways, GPT-J by its inverse."""
+    scale = _named("scaling", attention) or _named("softmax_scale", attention) or _named("inv_norm_factor", attention)
+    return float(scale) if scale is not None else 1.0 / float(attention.scale_attn)
+
+
+def _head_norms(attention: nn.Module, name: str | None, program: Program, model: Any) -> tuple[Norm, ...]:
+    """One norm of all heads, or each head's own (StableLM)."""
+    if name is None:
+        return ()
+    found = module_at(attention, name)
+    like = model.get_input_embeddings().weight
+    of_heads = getattr(found, "norms", None) or [found]
+    return tuple(norm_of(norm, program.norms, like, getattr(attention, "head_dim", 0)) for norm in of_heads)

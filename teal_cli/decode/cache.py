@@ -25,9 +25,11 @@ class FixedLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, copies: int = 1) -> None:
         super().__init__()
         self.positions = positions
+        self.copies = copies
+        """Of each head, that states come with (Falcon's); one is kept."""
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -42,11 +44,16 @@ class FixedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append states; what is written so far."""
+        if self.copies > 1:
+            key_states, value_states = key_states[:, :: self.copies], value_states[:, :: self.copies]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
         self._write(start, key_states, value_states)
-        return self._written(start, key_states, value_states)
+        keys, values = self._written(start, key_states, value_states)
+        if self.copies == 1:
+            return keys, values
+        return keys.repeat_interleave(self.copies, dim=1), values.repeat_interleave(self.copies, dim=1)
 
     def _write(self, start: int, key_states: Tensor, value_states: Tensor) -> None:
         self.keys[:, :, start : self.length] = key_states
@@ -89,8 +96,8 @@ class FixedCache(Cache):
 
     layers: list[FixedLayer]  # type: ignore[assignment]  # transformers' list is of any kind of layer
 
-    def __init__(self, layers: int, positions: int, kind: type[FixedLayer] = FixedLayer) -> None:
-        super().__init__(layers=[kind(positions) for _ in range(layers)])
+    def __init__(self, layers: int, positions: int, kind: type[FixedLayer] = FixedLayer, copies: int = 1) -> None:
+        super().__init__(layers=[kind(positions, copies) for _ in range(layers)])
         self.positions = positions
         self._shorter: list[int] | None = None  # of each row, positions fewer than `length`
 

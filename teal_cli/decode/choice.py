@@ -1,22 +1,27 @@
-"""Sparse or dense: where sparse layers can be slower than dense ones, both are timed, and the faster decodes.
+"""Sparse or dense, compiled or not: where one can be slower than the other, both are timed, and the faster decodes.
 
 Transformers' forward calls each layer by itself. A sparse layer then has costs that a dense one has not (of a mixture
 of experts: a launch for each expert), and may lose: on an H200 at 50 %, 0.33 of the dense speed for the shapes of
-Qwen3-MoE and 0.44 for Gemma 3 (issue 22).
+Qwen3-MoE and 0.44 for Gemma 3 (issue 22). Compiled by torch.compile, with a static cache, either may be faster still
+(issue 24); where that is tried, `compiling.Compiling` says.
 """
 
 import statistics
-from collections.abc import Callable
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from teal_cli.decode.deadline import OutOfTimeError, can_stop, deadline
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Decoder
+from teal_cli.decode.probe import TOLERANCE, difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
+from teal_cli.errors import MachineError, shortened
 from teal_cli.sparse import sparse_layers
 from teal_kernels import resolve_backend
 
@@ -29,17 +34,80 @@ REPEATS = 5
 NOISE = 1.05
 """Sparse is slower only by more than this: medians of few steps are apart by some per cent on a busy machine."""
 
+_LONGEST_REASON = 200
+
+Kind = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """A kind of step, as it is and compiled."""
+
+    kind: Kind
+    plain_seconds: float
+    """Median of a step."""
+    compiled_seconds: float | None = None
+    """None where it was not compiled."""
+    because: str | None = None
+    """Why not; None where it would not pay, too."""
+    always: bool = False
+    """Whether compiled steps are taken whatever their time."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled form is the one to take."""
+        return self.compiled_seconds is not None and (self.always or self.compiled_seconds < self.plain_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Of the form to take."""
+        return self.plain_seconds if self.compiled_seconds is None or not self.compiled else self.compiled_seconds
+
+    @property
+    def measured(self) -> dict[str, float | None] | None:
+        """What results say of it; None where nothing was compiled or tried."""
+        if self.compiled_seconds is None and self.because is None:
+            return None
+        return {"plain": self.plain_seconds, "compiled": self.compiled_seconds}
+
+    @property
+    def line(self) -> str | None:
+        """What a user is told; None where nothing was compiled or tried."""
+        if self.because is not None:
+            return f"{self.kind} steps are not compiled: {self.because}"
+        if self.compiled_seconds is None:
+            return None
+        compiled, plain = (_milliseconds(seconds) for seconds in (self.compiled_seconds, self.plain_seconds))
+        taken = "compiled" if self.compiled else "as it is"
+        return f"a {self.kind} step took {compiled} ms compiled (torch.compile), {plain} as it is: decoding {taken}"
+
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the two decodes."""
+    """Which of them decodes."""
 
-    decodes: Literal["sparse", "dense"]
+    decodes: Kind
     backend: str = ""
     """That runs sparse layers."""
     sparse_seconds: float | None = None
-    """Median of a step; None where nothing was measured."""
+    """Median of a step, in the faster form; None where nothing was measured."""
     dense_seconds: float | None = None
+    forms: tuple[Forms, ...] = ()
+    """Of the kinds of step that were to be compiled."""
+
+    def form(self, kind: Kind) -> Forms | None:
+        """Of a kind of step; None where it was not to be compiled."""
+        return next((form for form in self.forms if form.kind == kind), None)
+
+    def compiles(self, kind: Kind) -> bool:
+        """Whether steps of a kind are compiled."""
+        form = self.form(kind)
+        return form is not None and form.compiled
+
+    @property
+    def compiled(self) -> bool:
+        """Whether what decodes is compiled."""
+        return self.compiles(self.decodes)
 
     @property
     def line(self) -> str | None:
@@ -52,47 +120,167 @@ class Choice:
             f"(--backend {self.backend} decodes sparse all the same)"
         )
 
+    @property
+    def lines(self) -> list[str]:
+        """All that a user is told."""
+        return [line for line in (*(form.line for form in self.forms), self.line) if line is not None]
+
 
 def _milliseconds(seconds: float) -> str:
     """With three digits."""
     return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
 
 
-def choose(engine: Decoder, prompt: Tensor) -> Choice:
-    """Time sparse and dense steps in turn, where that says something; the faster one is the choice.
+def choose(engine: Decoder, prompt: Tensor, positions: int = 0, dense: Forms | None = None) -> Choice:
+    """Time sparse and dense steps in turn, compiled ones too, where that says something; the fastest is the choice.
 
     Nothing is counted, and no random number is drawn.
 
     Args:
         engine: with the plan that is going to be decoded.
         prompt: (rows, tokens) int64; its first tokens are enough.
+        positions: that the cache is going to have, for which compiled steps are made.
+        dense: what another plan's measurement found of dense steps, which are the same for all.
+
+    Raises:
+        MachineError: compiled steps were asked for by name, and there are none.
     """
-    control = engine.control
-    if control is None or not control.decodes_sparse:
-        return Choice("dense")
-    bytes_of_weights = sum(layer.storage.nbytes for layer in sparse_layers(engine.model).values())
+    control, compiling = engine.control, engine.compiling
+    sparse = control is not None and control.decodes_sparse
     steps = _warm_up(engine) + REPEATS
     ids = prompt[:, :PROMPT].to(engine.device)
-    too_long = ids.shape[1] + steps > engine.max_length
-    if not engine.path.sparse_may_lose or not engine.path.keeps_state or bytes_of_weights < LEAST_BYTES or too_long:
-        return Choice("sparse")
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    with control.uncounted():
-        ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
-            "dense": control.switched_off,
-            "sparse": nullcontext,
-        }
-        loops = {way: _loop(engine, ids, steps) for way in ways}
-        for step in range(steps):
-            for way, switched in ways.items():
-                with switched():
-                    seconds = seconds_of(loops[way].advance, engine.device)
-                if step >= _warm_up(engine):
-                    times[way].append(seconds)
-    medians = {way: statistics.median(found) for way, found in times.items()}
-    slower = medians["sparse"] > NOISE * medians["dense"]
-    backend = resolve_backend(control.backend, engine.device, engine.model.dtype)
-    return Choice("dense" if slower else "sparse", backend, medians["sparse"], medians["dense"])
+    fits = engine.path.keeps_state and ids.shape[1] + steps <= engine.max_length
+    worthwhile = fits and _bytes_of_weights(engine.model) >= LEAST_BYTES
+    may_lose = sparse and engine.never_worse and engine.path.sparse_may_lose
+    kinds: list[Kind] = ["dense", "sparse"] if may_lose and worthwhile else ["sparse" if sparse else "dense"]
+    tries = compiling.is_tried and fits and (worthwhile or compiling.when == "always") and not engine.path.own_kernels
+    if compiling.when == "always" and not fits and not engine.path.own_kernels:
+        raise _not_compiled("its context is too short to try, or it keeps no state")
+    if len(kinds) == 1 and not tries:
+        return Choice(kinds[0])
+    trial = _Trial(engine, ids, steps)
+    forms: list[Forms] = []
+    with control.uncounted() if control else nullcontext():
+        plain = trial.seconds({kind: trial.loop(kind) for kind in kinds})
+        if tries:
+            # For one reply a single compilation is dear enough: that of the kind which is faster as it is.
+            in_question = kinds if compiling.for_its_speed else [min(kinds, key=plain.__getitem__)]
+            length = max(positions, ids.shape[1] + steps)
+            forms = [
+                dense if kind == "dense" and dense is not None else _form(trial, kind, plain[kind], length)
+                for kind in in_question
+            ]
+    if forms and compiling.when == "always" and not any(form.compiled for form in forms):
+        raise _not_compiled("; ".join(form.because or "" for form in forms))
+    best: dict[Kind, float] = plain | {form.kind: form.seconds for form in forms}
+    backend = resolve_backend(control.backend, engine.device, engine.model.dtype) if control and sparse else ""
+    if len(kinds) == 1:
+        return Choice(kinds[0], backend, best.get("sparse"), best.get("dense"), tuple(forms))
+    slower = best["sparse"] > NOISE * best["dense"]
+    return Choice("dense" if slower else "sparse", backend, best["sparse"], best["dense"], tuple(forms))
+
+
+def _not_compiled(because: str) -> MachineError:
+    return MachineError(f"compile always (flag --compile): steps are not compiled: {because}; use --compile auto")
+
+
+class _Trial:
+    """Loops from the same prompt that are timed."""
+
+    def __init__(self, engine: Decoder, ids: Tensor, steps: int) -> None:
+        self.engine, self.ids, self.steps = engine, ids, steps
+
+    def as_kind(self, kind: Kind) -> AbstractContextManager[None]:
+        """Dense or sparse inside the block."""
+        control = self.engine.control
+        return control.switched_off() if control is not None and kind == "dense" else nullcontext()
+
+    def loop(self, kind: Kind, positions: int = 0, *, compiled: bool = False) -> TokenLoop:
+        """A loop after the prompt, with a cache for so many positions, or as many as are needed."""
+        engine = self.engine
+        with self.as_kind(kind):
+            cache = engine.new_cache(positions or self.ids.shape[1] + self.steps, compiled)
+            sampler = Sampler(SamplingConfig(), engine.device)
+            return TokenLoop(engine, cache, sampler.next_token(engine.prefill(self.ids, cache)), sampler)
+
+    def seconds(self, loops: dict[Kind, TokenLoop]) -> dict[Kind, float]:
+        """Medians of their steps, which are taken in turn."""
+        times: dict[Kind, list[float]] = {kind: [] for kind in loops}
+        for step in range(self.steps):
+            for kind, loop in loops.items():
+                with self.as_kind(kind):
+                    seconds = seconds_of(loop.advance, self.engine.device)
+                if step >= _warm_up(self.engine):
+                    times[kind].append(seconds)
+        return {kind: statistics.median(found) for kind, found in times.items()}
+
+
+def _form(trial: _Trial, kind: Kind, plain_seconds: float, positions: int) -> Forms:
+    """Compile a kind of step, make sure of what it gives, and time it in turn with the form that is there.
+
+    Whatever torch raises is a reason not to.
+    """
+    engine, compiling = trial.engine, trial.engine.compiling
+    with trial.as_kind(kind):
+        because = engine.path.not_compiled_because(positions)
+    if because is None and not compiling.pays(plain_seconds, engine.device):
+        return Forms(kind, plain_seconds)
+    if because is None and compiling.seconds is not None and not can_stop():
+        because = "nobody could give it up (not the main thread, or an alarm is in use)"
+    if because is not None:
+        return Forms(kind, plain_seconds, because=because)
+    try:
+        beside, loop = trial.loop(kind, positions), trial.loop(kind, positions, compiled=True)
+        because = _differs(trial, kind, loop, beside)
+        if because is None:
+            plain, compiled = _in_turn(trial, kind, loop, beside)
+            return Forms(kind, plain, compiled, always=compiling.when == "always")
+    except Exception as error:
+        because = str(error) if isinstance(error, OutOfTimeError) else _root(error)
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return Forms(kind, plain_seconds, because=because)
+
+
+def _root(error: BaseException) -> str:
+    """What went wrong first, in one line: torch wraps it several times."""
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
+    said = str(error).strip().splitlines()
+    return shortened(": ".join([type(error).__name__, *said[:1]]), _LONGEST_REASON)
+
+
+def _differs(trial: _Trial, kind: Kind, compiled: TokenLoop, plain: TokenLoop) -> str | None:
+    """Take the first steps of both, which compile and capture; a reason where their logits are not the same.
+
+    Raises:
+        OutOfTimeError: the first one, which compiles, took longer than it may.
+    """
+    engine = trial.engine
+    errors = []
+    for step in range(_warm_up(engine) + 1):
+        with trial.as_kind(kind):
+            token = plain.advance()
+            with warnings.catch_warnings(), deadline(engine.compiling.seconds if step == 0 else None):
+                warnings.simplefilter("ignore")  # of torch's compiler, about transformers' code
+                compiled.advance()
+        errors.append(difference(compiled.logits, plain.logits).max())
+        compiled.take(token)
+    error = float(torch.stack(errors).median())
+    if error <= TOLERANCE[kind == "sparse"][engine.model.dtype]:
+        return None
+    return f"their logits differ from those of other steps by {error:.0%}"
+
+
+def _in_turn(trial: _Trial, kind: Kind, compiled: TokenLoop, plain: TokenLoop) -> tuple[float, float]:
+    """Medians of a step as it is, and compiled."""
+    times: list[tuple[float, float]] = []
+    device = trial.engine.device
+    with trial.as_kind(kind):
+        for _ in range(trial.steps - _warm_up(trial.engine) - 1):
+            times.append((seconds_of(plain.advance, device), seconds_of(compiled.advance, device)))
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return medians[0], medians[1]
 
 
 def _warm_up(engine: Decoder) -> int:
@@ -100,7 +288,7 @@ def _warm_up(engine: Decoder) -> int:
     return TokenLoop.first_steps(engine) + 1
 
 
-def _loop(engine: Decoder, ids: Tensor, steps: int) -> TokenLoop:
-    cache = engine.new_cache(ids.shape[1] + steps)
-    sampler = Sampler(SamplingConfig(), engine.device)
-    return TokenLoop(engine, cache, sampler.next_token(engine.prefill(ids, cache)), sampler)
+def _bytes_of_weights(model: nn.Module) -> int:
+    """Of all projections; of a model without sparse layers, all that it has."""
+    layers = sparse_layers(model).values()
+    return sum(layer.storage.nbytes for layer in layers) or sum(p.nbytes for p in model.parameters())

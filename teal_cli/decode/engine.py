@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal_cli.decode.choice import Choice, choose
+from teal_cli.decode.choice import Choice, Forms, choose
+from teal_cli.decode.compiling import Compiling, compiled_positions
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Path, Session
 from teal_cli.decode.paths.fused import FusedPath, unsupported_on
@@ -20,6 +21,7 @@ from teal_cli.decode.paths.general import GeneralPath
 from teal_cli.decode.paths.native import NativePath, unsupported_on_cpu
 from teal_cli.decode.paths.seq2seq import Seq2SeqPath
 from teal_cli.decode.probe import check_decoding
+from teal_cli.decode.recognition import first_difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import kind_for
@@ -55,18 +57,26 @@ class Engine:
         path: the name of a decode path, which is then taken or refused; by default the first of `PATHS` that can
             decode the model.
         never_worse: whether `generate` decodes dense where sparse steps were measured to be slower (`choose`).
+        compiling: whether steps are compiled by torch.compile, where the path has any to compile; by default never.
 
     Raises:
         ArtefactError: an encoder, which does not decode, or a model whose state teal does not know.
         UsageError: a path asked for by name that cannot decode this model.
     """
 
-    def __init__(self, model: Any, *, path: str | None = None, never_worse: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        path: str | None = None,
+        never_worse: bool = False,
+        compiling: Compiling | None = None,
+    ) -> None:
         if kind_for(model) == "encoder":
             raise ArtefactError("this model is an encoder: it writes no text (`teal eval` measures it)")
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        self.never_worse = never_worse
+        self.never_worse, self.compiling = never_worse, compiling or Compiling()
         self.control: SparsityControl | None
         try:
             self.control = control_of(model)
@@ -75,9 +85,11 @@ class Engine:
         self.general_because: str | None = None
         """Why no path of our own is taken, where one is for this device."""
         self.path = self._pick(path)
+        self._named = path is not None
         self._session: Session | None = None
         self._checked: set[tuple[bool, str, int]] = set()
-        self._choices: dict[tuple[Any, int], Choice] = {}
+        self._choices: dict[tuple[Any, int, int], Choice] = {}
+        self._dense_forms: dict[tuple[int, int], Forms] = {}
 
     def _pick(self, name: str | None) -> Path:
         """The first path that can decode the model, or the one of a name."""
@@ -106,10 +118,15 @@ class Engine:
         """Whether a step costs one token; False where every step runs the whole sequence again."""
         return self.path.keeps_state
 
-    def new_cache(self, length: int) -> Any:
-        """An empty cache of the path for `length` positions."""
+    @property
+    def chooses(self) -> bool:
+        """Whether something is left to be measured before a reply (`choose`)."""
+        return self.never_worse or self.compiling.is_tried
+
+    def new_cache(self, length: int, compiled: bool = False) -> Any:
+        """An empty cache of the path for `length` positions; the steps of some are compiled (`Choice.compiled`)."""
         self._session = None  # the memory of the last cache, before that of the next
-        return self.path.new_cache(length)
+        return self.path.new_compiled_cache(length) if compiled else self.path.new_cache(length)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, cache: Any, lengths: Tensor | None = None) -> Tensor:
@@ -162,7 +179,7 @@ class Engine:
                 length, whatever is padding in them.
 
         Raises:
-            ArtefactError: it does not.
+            ArtefactError: it does not, and there is no other path.
         """
         control, rows = self.control, prompt.shape[0]
         if not self.keeps_state:
@@ -170,21 +187,43 @@ class Engine:
         with control.uncounted() if control else nullcontext():
             if (path := (False, "", rows)) not in self._checked:
                 with control.switched_off() if control else nullcontext():
-                    check_decoding(self, prompt)
+                    self._check_decoding(prompt)
                 self._checked.add(path)
             if control is not None and (path := (*control.decoding[:2], rows)) not in self._checked:
-                check_decoding(self, prompt)
+                self._check_decoding(prompt)
                 self._checked.add(path)
 
-    def choose(self, prompt: Tensor) -> Choice:
-        """What `auto` decodes, sparse or dense: measured once for a plan and a number of rows (`decode.choice`).
+    def _check_decoding(self, prompt: Tensor) -> None:
+        """Where a path of our own gives other logits and was not asked for by name, the general one takes its place."""
+        try:
+            check_decoding(self, prompt)
+        except ArtefactError:
+            if not self.path.own_kernels or self._named:
+                raise
+            step = first_difference(self.model)
+            self.general_because = f"the {self.path.name} path gives other logits" + (f": {step}" if step else "")
+            self._session = None
+            self._choices.clear()
+            self._dense_forms.clear()
+            self.path = GeneralPath(self.model, self.control)
+            check_decoding(self, prompt)
+
+    def choose(self, prompt: Tensor, positions: int = 0) -> Choice:
+        """What `auto` decodes, sparse or dense, compiled or not: measured once for a plan, rows and positions.
 
         Args:
             prompt: (rows, tokens) int64 that is going to be decoded.
+            positions: of the cache; they matter where steps are compiled.
+
+        Raises:
+            MachineError: compiled steps were asked for by name, and there are none.
         """
-        key = (self.control.decoding if self.control else None), prompt.shape[0]
+        made_for = compiled_positions(positions) if self.compiling.is_tried else 0
+        key = (self.control.decoding if self.control else None), prompt.shape[0], made_for
         if key not in self._choices:
-            self._choices[key] = choose(self, prompt)
+            self._choices[key] = choose(self, prompt, positions, self._dense_forms.get(key[1:]))
+            if (dense := self._choices[key].form("dense")) is not None:
+                self._dense_forms[key[1:]] = dense
         return self._choices[key]
 
     def check_prompt(self, input_ids: Tensor, new_tokens: int) -> None:
@@ -197,8 +236,8 @@ class Engine:
             raise ArtefactError("the prompt has no tokens")
         self.check_length(input_ids.shape[1], new_tokens)
         self.check(input_ids)
-        if self.never_worse:
-            self.choose(input_ids)
+        if self.chooses:
+            self.choose(input_ids, input_ids.shape[1] + new_tokens)
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Fail before the work where the model's context cannot hold it.
@@ -227,9 +266,10 @@ class Engine:
                 that do not give what a pass without a cache gives.
         """
         self.check_prompt(input_ids, max_new_tokens)
-        choice = self.choose(input_ids) if self.never_worse else None
+        length = input_ids.shape[1] + max_new_tokens
+        choice = self.choose(input_ids, length) if self.chooses else None
         sampler = Sampler(sampling, self.device)
-        cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
+        cache = self.new_cache(length, compiled=choice is not None and choice.compiled)
         logits = self.prefill(input_ids.to(self.device), cache)
         self.check_numbers(logits)  # the host waits for the first token anyway
         token = sampler.next_token(logits)

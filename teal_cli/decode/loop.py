@@ -62,6 +62,10 @@ class TokenLoop:
         session.end()
         return session.token.view(-1, 1)
 
+    def take(self, token: Tensor) -> None:
+        """Let the next step read another token than was chosen: (rows, 1) int64."""
+        self._session.token.copy_(token.view(-1))
+
     def _renew(self) -> None:
         """Drop what was prepared or captured for another plan."""
         token, self._graph = self._session.token.clone(), None

@@ -50,5 +50,5 @@ class NativeLayer(FixedLayer):
 class NativeCache(FixedCache):
     """A `FixedCache` of such layers."""
 
-    def __init__(self, layers: int, positions: int) -> None:
-        super().__init__(layers, positions, NativeLayer)
+    def __init__(self, layers: int, positions: int, copies: int = 1) -> None:
+        super().__init__(layers, positions, NativeLayer, copies)

@@ -11,6 +11,7 @@ from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.paths.base import Decoder
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, blame
+from teal_cli.models.layers import Experts
 
 PROMPT = 12
 """Tokens of the prompt that are tried."""
@@ -28,6 +29,7 @@ models 1.1e-6, 0 and 6e-4. A lost state gives 1.07 on SmolLM2-135M, 0.25 (positi
 (Mamba) on tiny models. Sparse, an input beside its threshold may fall on the other side by rounding, and others follow:
 1.1e-6 in float32 as long as none does, but 0.3 on SmolLM2-135M and up to 0.84 (Mixtral) on tiny models in 16 bits.
 There only logits that have nothing in common are refused (about 1.4): a state passes through the same code dense.
+Mixtral's shapes with random weights differ dense by 0.62 in bfloat16 (H200): so does what chooses among experts.
 """
 
 
@@ -56,7 +58,9 @@ def check_decoding(engine: Decoder, prompt: Tensor) -> None:
             got, expected = _both_ways(engine, ids)
     errors = difference(got, expected).median(dim=1).values.max()
     sparse = engine.control is not None and engine.control.decodes_sparse
-    if float(errors) > TOLERANCE[sparse][engine.model.dtype]:
+    # Of 16 bits rounding decides which of two experts is chosen whose scores are alike, and all blocks behind differ.
+    chooses = engine.model.dtype != torch.float32 and any(isinstance(m, Experts) for m in engine.model.modules())
+    if float(errors) > TOLERANCE[sparse or chooses][engine.model.dtype]:
         way = (f"{engine.path.name} path, " if engine.path.own_kernels else "") + ("sparse" if sparse else "dense")
         raise ArtefactError(
             f"decoding a token of model type {kind} ({way}) does not give the logits of a pass over the whole text "

@@ -84,7 +84,8 @@ class StateNames:
         found: dict[str, Any] = {str(self.name): state.value if carried else state}
         if self.takes_positions:
             start, tokens = state.length if carried else state.get_seq_length(), input_ids.shape[1]
-            positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
+            # The start may be on the device (of a static cache), where a captured step must find it.
+            positions = (torch.arange(tokens, device=input_ids.device) + start)[None]
             found["position_ids"] = positions.expand(input_ids.shape[0], -1)
         return found
 

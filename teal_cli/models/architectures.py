@@ -36,6 +36,7 @@ class Architecture(BaseModel):
     once: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     program: Program | None = None
+    variants: tuple[Program, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -45,7 +46,11 @@ class Architecture(BaseModel):
 
     @model_validator(mode="after")
     def _program_names_sites(self) -> "Architecture":
-        for step in self.program.products if self.program is not None else ():
+        if self.variants and self.program is None:
+            raise ValueError("variants stand beside program")
+        if self.variants and not all(program.requires for program in self.programs):
+            raise ValueError("program and variants must say what they require of the configuration")
+        for step in (step for program in self.programs for step in program.products):
             if step.product not in self.sites:
                 raise ValueError(f"program: product {step.product} is no site; the sites are {', '.join(self.sites)}")
             layers = self.sites[step.product]
@@ -55,12 +60,17 @@ class Architecture(BaseModel):
                 raise ValueError(f"program: site {step.product} is gated, so its layers are gate and up, or one joined")
         return self
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """`program` and its variants; the first whose requirements a configuration meets is the model's."""
+        return () if self.program is None else (self.program, *self.variants)
+
     def epilogue_of(self, site: str) -> str:
         """What follows the product of a site on the fused path, as `teal_kernels` names it."""
         steps = self.program.products if self.program is not None and self.program.fused else []
         step = next((step for step in steps if step.product == site), None)
         # Of these the epilogue is of no weight beside the product, or not of one launch with it.
-        if step is None or step.epilogue == "activated" or step.joined or step.added_norm is not None:
+        if step is None or step.epilogue == "activated" or (step.joined and not step.experts):
             return "plain"
         return step.epilogue
 
@@ -157,6 +167,17 @@ def architecture_for(model: Any) -> Architecture:
     """
     own = getattr(model, "teal_architecture", None)
     return own if isinstance(own, Architecture) else architecture_of(str(model.config.model_type))
+
+
+def program_for(model: Any) -> Program | None:
+    """The block program of a model; None where its architecture has none.
+
+    Raises:
+        ArtefactError: as `architecture_for`.
+    """
+    architecture, config = architecture_for(model), model.config.get_text_config()
+    met = (program for program in architecture.programs if program.unmet(config) is None)
+    return next(met, architecture.program)
 
 
 def kind_for(model: Any) -> Kind:

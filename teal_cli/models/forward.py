@@ -35,20 +35,29 @@ def halves(model: Any, ids: Tensor) -> Halves:
     return Halves(source, start, target)
 
 
+def position_limit(config: Any) -> int | None:
+    """Positions that a model with this configuration was made for; None where it names no number."""
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's
+    return int(found) if found else None
+
+
 def check_positions(model: Any, seq_len: int) -> None:
     """Refuse sequences for which a model has no positions; rotary ones go on without end.
 
     Raises:
         UsageError: a table of positions that is shorter than the sequences.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.config)
     tables = {
         module.num_embeddings
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
     }
-    # Some tables begin with two rows for padding.
-    if limit is not None and seq_len > limit and tables & {limit, limit + 2}:
+    tables |= {len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")}  # GPT-J's
+    # Some tables begin with two rows for padding. MPT's forward makes a table for ALiBi, of all positions.
+    ends = tables & {limit, (limit or 0) + 2} or model.config.model_type == "mpt"
+    if limit is not None and seq_len > limit and ends:
         raise UsageError(f"seq_len ({seq_len}, flag --seq-len) exceeds the {limit} positions of this model")
 
 

@@ -17,6 +17,7 @@ from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
 from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
 from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.reading import read_json
@@ -209,6 +210,7 @@ def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Arc
     if architecture is not None and method_of(config) != QUANT_METHOD:  # a TEAL checkpoint brings its own
         model.teal_architecture = architecture
     unstack_experts_(model)
+    adopt_likeness_(model)
     set_activation_thresholds_(model)
     return model.to(target).eval()
 
@@ -288,4 +290,5 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
             unstack_experts_(found)
     if architecture is not None:
         found.teal_architecture = architecture
+    adopt_likeness_(found)
     return found

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Epilogue = Literal["plain", "gated", "activated", "residual"]
-Pairs = Literal["halves", "neighbours", "neighbours_repeated"]
+Pairs = Literal["halves", "halves_once", "halves_backwards", "neighbours", "neighbours_repeated"]
 Norms = Literal["rms", "layer", "rms_plus_one", "layer_plus_one"]
+Alibi = Literal["exact", "rounded", "scaled"]
 
 
 class _Step(BaseModel):
@@ -43,9 +44,16 @@ class ProductStep(_Step):
     """`gated`: activation(first projection) * second one. `activated`: activation(the one projection). `residual`: the
     result is added to `hidden`."""
     activation: str | None = None
-    """Key of the model's configuration that names the activation of `gated` and `activated`."""
+    """Key of the model's configuration that names the activation of `gated` and `activated`, or, where it has no such
+    key, the name itself."""
     joined: bool = False
     """Of `gated`: whether one projection holds gate and up, side by side, in the place of two."""
+    activation_module: str | None = None
+    """Module of the block that activates, where it has weights of its own (xIELU)."""
+    input_norm: str | None = None
+    """Of `residual`: module of the block that normalises what the product reads."""
+    stream_scale: str | None = None
+    """Of `residual`: attribute of the block, what the whole stream is multiplied by afterwards (Gemma 4)."""
     added_norm: str | None = None
     """Of `residual`: module of the block that normalises what is added."""
     aside: bool = False
@@ -64,17 +72,25 @@ class ProductStep(_Step):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "ProductStep":
         where = f"product {self.product}"
-        if self.added_norm is not None and self.epilogue != "residual":
-            raise ValueError(f"{where}: added_norm belongs to epilogue residual")
+        for key in ("input_norm", "added_norm", "stream_scale"):
+            if getattr(self, key) is not None and self.epilogue != "residual":
+                raise ValueError(f"{where}: {key} belongs to epilogue residual")
         if self.scaled_by is not None and (self.epilogue != "residual" or self.added_norm is not None):
             raise ValueError(f"{where}: scaled_by belongs to epilogue residual without added_norm")
         if (self.epilogue in ("gated", "activated")) != (self.activation is not None):
             raise ValueError(f"{where}: activation belongs to epilogues gated and activated, which need it")
+        if self.activation_module is not None and self.activation is None:
+            raise ValueError(f"{where}: activation_module stands beside activation")
         if self.joined and self.epilogue != "gated":
             raise ValueError(f"{where}: joined belongs to epilogue gated")
-        if self.experts and (self.added_norm or self.scaled_by or self.aside or self.parallel or self.summed):
+        known = {"product", "epilogue", "activation", "joined", "experts"}
+        if self.experts and not self.model_fields_set <= known:
             raise ValueError(f"{where}: experts take no other key than epilogue, activation and joined")
         return self
+
+    def activation_in(self, config: Any) -> str | None:
+        """The name of the activation of a model with this configuration; None for none."""
+        return None if self.activation is None else getattr(config, self.activation, self.activation)
 
 
 class AttentionStep(_Step):
@@ -83,22 +99,37 @@ class AttentionStep(_Step):
     attention: str
     """Path of the module inside the block; it knows its scale."""
     q_norm: str | None = None
-    """Module inside it that normalises each query head (RMS); None for none."""
+    """Module inside it that normalises each query head; None for none."""
     k_norm: str | None = None
     """The same for keys."""
+    v_norm: str | None = None
+    """The same for values."""
+    keys_as_values: str | None = None
+    """Attribute of the module that says whether values are the keys, as they come from the product, which has none."""
     grouped: bool = False
     """Whether the product before has each key head's queries, key and value side by side."""
+    scaled: bool = True
+    """Whether scores are multiplied by a scale, which the module knows; GPT-Neo's are not."""
+    repeated: bool = False
+    """Whether the model's forward caches a key head once for each of its queries (Falcon)."""
+    clip: str | None = None
+    """What queries, keys and values are clamped to, as they come from the product: attribute of the module, or key of
+    the configuration, which may be null."""
+    sinks: str | None = None
+    """Attribute of the module: of each query head a logit that joins the denominator of the softmax, and no more."""
     norms_of: Literal["heads", "rotated_heads", "all_heads"] = "heads"
     """What these normalise: each head, before or after the rotary embedding, or all heads at once, before it."""
     angles: str | None = None
-    """Attribute of the module that names its angles, where the rotary module has several kinds."""
+    """Where the rotary module has several kinds: attribute of the module that names its own; or, where there is a list
+    of modules with different bases, key of the configuration that has each layer's base, 0 for none (granite_swa)."""
     cap: str | None = None
     """Attribute of the module that is the soft cap of scores, where it is not None."""
     rotates: str | None = None
     """Attribute of the module that says whether this layer has the rotary embedding; None: all have it."""
-    window: Literal["layer", "model", "sliding"] | None = None
+    window: Literal["layer", "model", "sliding", "local"] | None = None
     """Who has `sliding_window`, the positions that are seen: the module, layer by layer, or the configuration;
-    `sliding`: the module, where `is_sliding` is true, and where there are windows only these layers rotate."""
+    `sliding`: the module, where `is_sliding` is true, and where there are windows only these layers rotate; `local`:
+    the configuration, as `window_size`, of modules whose `attention_type` is local."""
 
 
 class RouteStep(_Step):
@@ -166,10 +197,14 @@ class Program(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rotary: str | None = None
-    """Path of the module in the model that makes the angles of the rotary embedding."""
+    """Path of the module in the model that makes the angles of the rotary embedding, or of their table: the sines of a
+    position's pairs, then the cosines (GPT-J)."""
     positions: str | None = None
     """In its place: path of the embedding of positions, learned, which is added to a token's."""
-    requires: dict[str, bool | None] = {}
+    alibi: Alibi | None = None
+    """In its place: ALiBi, a number for each query head times a key's position, added to scores. `rounded`: to the
+    model's dtype (Bloom); `scaled`: to bfloat16, and multiplied as scores are (Falcon)."""
+    requires: dict[str, bool | int | None] = {}
     """Keys of the configuration, and what they must be: with another value, a block computes something else."""
     fused: bool = True
     """Whether the fused path takes it: not where a GPU has not run it yet."""
@@ -180,8 +215,9 @@ class Program(BaseModel):
     """What all norms are: RMS norms, or layer norms, which take off the mean and may have a bias; `plus_one`: they
     multiply by 1 + weight."""
     pairs: Pairs = "halves"
-    """What the rotary embedding turns together: the two halves, or neighbours; `neighbours_repeated`: and the angles of
-    a pair stand side by side too."""
+    """What the rotary embedding turns together: the two halves, or neighbours; `halves_once`: the module has an angle
+    for each pair, where others have it for both of its numbers; `halves_backwards`: by negative angles;
+    `neighbours_repeated`: and the angles of a pair stand side by side too."""
     growing_queries: bool = False
     """Whether queries grow with their positions, as in Llama 4: by `llama_4_scaling_beta` of `rope_parameters`."""
     residual_scale: str | None = None
@@ -194,14 +230,22 @@ class Program(BaseModel):
     """The soft cap of logits: key of the configuration, which may be null."""
     embedding_scale: str | None = None
     """What a token's embedding is multiplied by: key of the configuration, or attribute of the embeddings' module."""
+    embedding_norm: str | None = None
+    """Path of the norm in the model that makes of embeddings the first state of the residual stream."""
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps of all blocks, whatever these choose."""
+        return list(
+            chain.from_iterable(
+                (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
+            )
+        )
 
     @property
     def products(self) -> list[ProductStep]:
-        """The products of all blocks, whatever these choose."""
-        steps = chain.from_iterable(
-            (*step.steps, *step.otherwise) if isinstance(step, WhereStep) else (step,) for step in self.block
-        )
-        return [step for step in steps if isinstance(step, ProductStep)]
+        """The products among them."""
+        return [step for step in self.steps if isinstance(step, ProductStep)]
 
     def steps_where(self, has: Callable[[str], bool]) -> list[Step]:
         """The steps of one block.
@@ -216,12 +260,19 @@ class Program(BaseModel):
             )
         )
 
+    def unmet(self, config: Any) -> str | None:
+        """The first key of a configuration that is not what the program requires, and its value; None for none."""
+        found = ((key, getattr(config, key, None), value) for key, value in self.requires.items())
+        return next((f"{key} {str(own).lower()}" for key, own, value in found if own != value), None)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Program":
-        if (self.rotary is None) == (self.positions is None):
-            raise ValueError("a program names rotary or positions, one of the two")
-        if self.positions is not None and self.residual_scale is not None:
-            raise ValueError("residual_scale belongs to programs with rotary")
+        if sum(kind is not None for kind in (self.rotary, self.positions, self.alibi)) != 1:
+            raise ValueError("a program names rotary, positions or alibi, one of them")
+        if self.residual_scale is not None and (self.rotary is None or self.embedding_norm is not None):
+            raise ValueError("residual_scale belongs to programs with rotary and without embedding_norm")
+        if self.residual_scale is not None and any(step.stream_scale for step in self.products):
+            raise ValueError("residual_scale belongs to programs without stream_scale")
         choices = {step.where for step in self.block if isinstance(step, WhereStep)}
         for count in range(len(choices) + 1):
             for there in combinations(sorted(choices), count):

@@ -1,10 +1,12 @@
 """Models that were trained to be sparse: their activations and model types, without code from a hub.
 
-Importing it (`teal_cli.hf` does) teaches transformers the activation `fatrelu` and two model types
+Importing it (`teal_cli.hf` does) teaches transformers the activation `fatrelu` and three model types
 that come with code of their own on the hub, as what they are: Llama with FATReLU (`sparsellama`,
-ProSparse, arXiv 2402.13516) and Mistral with dReLU (`bamboo`, Turbo Sparse, arXiv 2406.05955).
+ProSparse, arXiv 2402.13516), Mistral with dReLU (`bamboo`, Turbo Sparse, arXiv 2406.05955), and Mixtral
+with dReLU in its experts (`turbosparsemixtral`), whose predictors of zeros are not loaded: zeros are seen.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from transformers.activations import ACT2FN, ReLUSquaredActivation
 from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from teal_cli.errors import ArtefactError, nearest, shown
+from teal_cli.models.layers import Experts
 from teal_kernels.gate_first import GateActivation
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
@@ -56,6 +62,8 @@ class FatReLU(nn.Module):
 
 class DoubleReLUMLP(MistralMLP):
     """An MLP whose gate and up products both pass the activation."""
+
+    activates_up = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)"""
@@ -96,8 +104,53 @@ class BambooForCausalLM(MistralForCausalLM):
             block.mlp.__class__ = DoubleReLUMLP  # the same modules and keys, another forward
 
 
+class DoubleReLUExperts(MixtralExperts):
+    """Experts whose gate and up products both pass the activation."""
+
+    activates_up = True
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(batch * tokens, hidden), with the experts of each row and their weights -> (batch * tokens, hidden)"""
+        hidden: Tensor = Experts(self)(hidden_states, top_k_index, top_k_weights)
+        return hidden
+
+
+class TurboSparseMixtralConfig(MixtralConfig):
+    """`turbosparsemixtral`: Mixtral's."""
+
+    model_type = "turbosparsemixtral"
+
+
+class TurboSparseMixtralForCausalLM(MixtralForCausalLM):
+    """Mixtral with dReLU experts."""
+
+    config_class = TurboSparseMixtralConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _names_of_mixtral(config.model_type)
+        self._keys_to_ignore_on_load_unexpected = {r"\.predictor\."}
+        for block in self.model.layers:
+            block.mlp.experts.__class__ = DoubleReLUExperts  # the same parameters, another forward
+
+
+@cache
+def _names_of_mixtral(model_type: str) -> None:
+    """Let the tensors of a model type be read and written under the names that Mixtral's have in files."""
+    from transformers.conversion_mapping import (  # takes 0.1 s
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("mixtral"), overwrite=True)
+
+
 ACT2FN["fatrelu"] = FatReLU
-for _config, _model in ((SparseLlamaConfig, SparseLlamaForCausalLM), (BambooConfig, BambooForCausalLM)):
+for _config, _model in (
+    (SparseLlamaConfig, SparseLlamaForCausalLM),
+    (BambooConfig, BambooForCausalLM),
+    (TurboSparseMixtralConfig, TurboSparseMixtralForCausalLM),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
@@ -140,7 +193,7 @@ def zeroing_activation(mlp: nn.Module) -> GateActivation | None:
     """The activation of an MLP (or of a block that has its MLP's layers itself), if it makes exact zeros."""
     for module in mlp.children():
         if isinstance(module, nn.ReLU):
-            return GateActivation("drelu" if isinstance(mlp, DoubleReLUMLP) else "relu")
+            return GateActivation("drelu" if getattr(mlp, "activates_up", False) else "relu")
         if isinstance(module, ReLUSquaredActivation):
             return GateActivation("relu2")
         if isinstance(module, FatReLU):

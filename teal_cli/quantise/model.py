@@ -9,15 +9,19 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, find_projections, output_projection
+from teal_cli.models.layers import StackedLinear
 from teal_cli.quantise.blockwise import quantise_blocks_
 from teal_cli.quantise.dequantise import dequantise_
 from teal_cli.quantise.rounding import quantise
 from teal_cli.schemes import INT8, Scheme
 from teal_cli.sparse.control import control_of
+from teal_cli.sparse.experts import SparseExperts
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.merged import MergedProjections
 from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised_experts import QuantisedExperts
 from teal_cli.sparse.replace import lay_out_
+from teal_kernels.experts import stacked
 from teal_kernels.packing import Packed
 
 
@@ -56,11 +60,11 @@ def quantise_(
     architecture = architecture_for(model)
     if batches and not known and scheme.bits == 4 and architecture.is_one_decoder:
         (path,) = architecture.blocks
-        packs = quantise_blocks_(model, path, projections, scheme, batches, on_block)
+        # Of experts the nearest codes are taken: of many, a text of some thousand tokens says little.
+        layers = [p for p in projections if isinstance(model.get_submodule(p.name), nn.Linear)]
+        packs = quantise_blocks_(model, path, layers, scheme, batches, on_block)
     nearest = {
-        name: quantise(model.get_submodule(name).weight, of_this)
-        for name, of_this in schemes.items()
-        if name not in packs
+        name: _nearest(model.get_submodule(name), of_this) for name, of_this in schemes.items() if name not in packs
     }
     dequantise_(model, nearest)
     return packs | nearest
@@ -75,16 +79,23 @@ def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[
         output_layer: the output layer too, to 8 bits.
 
     Raises:
-        ArtefactError: a projection that is Conv1D, or stacked experts; an output layer that is not linear.
+        ArtefactError: a projection that is Conv1D; an output layer that is not linear.
     """
     schemes = {projection.name: scheme for projection in find_projections(model)}
     for name in schemes:
         kind = type(model.get_submodule(name))
-        if not issubclass(kind, nn.Linear):
+        if not issubclass(kind, nn.Linear | StackedLinear):
             raise ArtefactError(f"{name} is a {kind.__name__}: only linear layers of their own can be quantised")
     if output_layer:
         schemes[output_projection(model, "--quantise-output").name] = INT8
     return schemes
+
+
+def _nearest(layer: nn.Module, scheme: Scheme) -> Packed:
+    """The nearest codes of a layer, or of each of its experts."""
+    if isinstance(layer, StackedLinear):
+        return stacked([quantise(weight, scheme) for weight in layer.weight])
+    return quantise(layer.weight, scheme)  # type: ignore[arg-type]
 
 
 def schemes_of(names: Iterable[str], scheme: Scheme, output: str | None) -> dict[str, Scheme]:
@@ -103,7 +114,7 @@ def pack_(model: Any, packs: dict[str, Packed]) -> None:
     if not packs:
         return
     for name, packed in packs.items():
-        _replace(model, name, Scheme(packed.bits, 0 if packed.scales.shape[0] == 1 else packed.group), packed)
+        _replace(model, name, Scheme(packed.bits, 0 if packed.scales.shape[-2] == 1 else packed.group), packed)
     lay_out_(model)
 
 
@@ -124,7 +135,11 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
         layer = SparseLinear.from_linear(layer, name=name, control=control_of(model), merged=MergedProjections(name))
         layer.is_planned = False
     shared: dict[str, Any] = {"name": name, "control": layer.control, "merged": layer.merged, "part": layer.part}
-    quantised = QuantisedLinear(layer, scheme, **shared, packed=packed)
+    quantised: QuantisedExperts | QuantisedLinear
+    if isinstance(layer, SparseExperts):
+        quantised = QuantisedExperts(layer, scheme, **shared, packed=packed)
+    else:
+        quantised = QuantisedLinear(layer, scheme, **shared, packed=packed)
     quantised.is_output, quantised.is_planned = layer.is_output, layer.is_planned
     if not quantised.storage.is_meta:
         quantised.set_rule_(layer.rule)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teal_cli.atomic import atomic_path
 from teal_cli.errors import ArtefactError, reading
+from teal_cli.models.layers import StackedLinear
 from teal_cli.models.weights import tensor_header
 from teal_cli.schemes import Scheme
 from teal_kernels.packing import Packed
@@ -53,7 +54,9 @@ def require_weights(shards: list[Path], layers: Iterable[str], model: Any) -> No
     """
     stored = {key for shard in shards for key in tensor_header(shard)}
     keys = model_keys(stored, model)
-    absent = {f"{layer}.weight" for layer in layers if layer != _OUTPUT} - set(keys.values())  # it may be tied
+    # The output layer may be tied, and files have experts one by one.
+    wanted_layers = (layer for layer in layers if layer != _OUTPUT and not _is_stack(model, layer))
+    absent = {f"{layer}.weight" for layer in wanted_layers} - set(keys.values())
     if absent:
         wanted = min(absent)
         last = wanted.split(".")[-2]
@@ -71,6 +74,10 @@ def require_weights(shards: list[Path], layers: Iterable[str], model: Any) -> No
         )
 
 
+def _is_stack(model: Any, layer: str) -> bool:
+    return isinstance(model.get_submodule(layer), StackedLinear)
+
+
 def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path, model: Any) -> None:
     """Write the weights of a quantised model: qweight, scales and zeros of the layers in `packs`, all else as it was.
 
@@ -78,7 +85,7 @@ def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path, mo
         shards: the dense weight files, which hold the layers (`require_weights`).
         packs: by module path.
         file: where to; it appears whole or not at all. Its keys are those of the model.
-        model: the model, or its outline.
+        model: the model. Of one with experts what the files have under other names is taken from here.
     """
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -86,6 +93,13 @@ def write_quantised(shards: list[Path], packs: dict[str, Packed], file: Path, mo
             for key, name in model_keys(stream.keys(), model).items():
                 if name.removesuffix(".weight") not in packs:
                     tensors[name] = stream.get_tensor(key)
+    if any(_is_stack(model, name) for name in packs):
+        rest = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if name not in packs and name.removesuffix(".weight") not in packs
+        }
+        tensors = {name: tensors.get(name, tensor) for name, tensor in rest.items()}
     tensors |= tensors_of(packs)
     with atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -116,5 +130,6 @@ def read_quantised(file: Path, schemes: dict[str, Scheme], device: torch.device)
         for name, scheme in schemes.items():
             words, scales = stream.get_tensor(f"{name}.{_CODES}"), stream.get_tensor(f"{name}.{_SCALES}")
             zeros = stream.get_tensor(f"{name}.{_ZEROS}") if scheme.has_zeros else None
-            packs[name] = Packed(words, scales, zeros, scheme.bits, scheme.group_of(len(words)), (scales.shape[1],))
+            group = scheme.group_of(words.shape[-2])
+            packs[name] = Packed(words, scales, zeros, scheme.bits, group, (scales.shape[-1],))
     return packs

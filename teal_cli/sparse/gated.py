@@ -28,8 +28,8 @@ class GatedMLP:
 
 
 def intermediates(projections: Iterable[Projection]) -> list[Projection]:
-    """The projections that read the neurons of MLPs."""
-    return [p for p in projections if p.site.rpartition(".")[2] == "mlp_intermediate"]
+    """The projections that read the neurons of MLPs, or of experts."""
+    return [p for p in projections if p.site.rpartition(".")[2] in ("mlp_intermediate", "experts_intermediate")]
 
 
 def gated_mlps(model: Any, downs: Collection[str]) -> list[GatedMLP]:

@@ -18,7 +18,7 @@ INTRINSIC = "intrinsic"
 def make_intrinsic_(model: Any, elsewhere: SparsityPlan | None = None) -> SparsityPlan:
     """Let a dense model, loaded already, skip the zeros that its activation makes. The weights are not copied.
 
-    A gated MLP decodes gate first; of an MLP without a gate, the inputs of its second layer that are
+    A gated MLP decodes gate first; of an MLP without a gate, and of experts, the inputs of the second layer that are
     zero are skipped.
 
     Args:
@@ -63,7 +63,7 @@ def make_intrinsic_(model: Any, elsewhere: SparsityPlan | None = None) -> Sparsi
 
 
 def neuron_sparsity(model: Any, realised: Mapping[str, float]) -> float | None:
-    """Share of MLP neurons that were zero, a mean over blocks; None where nothing was counted.
+    """Share of neurons of MLPs or chosen experts that were zero, a mean over blocks; None where nothing was counted.
 
     Args:
         model: after `make_intrinsic_`.

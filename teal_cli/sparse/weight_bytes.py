@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.sparse.linear import SparseLinear
-from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised import Codes, QuantisedLinear
 from teal_cli.sparse.replace import sparse_layers
 from teal_kernels.packing import Packed
 
@@ -44,7 +44,10 @@ def weight_bytes_per_token(
     total += sum(beyond.values())
     read = {p.name: _share_read(architecture, p) for p in find_projections(model)}
     for name, share in read.items():
-        size = sum(p.nbytes for p in model.get_submodule(name).parameters() if id(p) in parameters)
+        owner, _, own = name.rpartition(".")
+        bias = getattr(model.get_submodule(owner), f"{own}_bias", None)  # of experts, which lies beside their weights
+        of_layer = [*model.get_submodule(name).parameters(), *([] if bias is None else [bias])]
+        size = sum(p.nbytes for p in of_layer if id(p) in parameters)
         total -= (1.0 - share) * (size + beyond.get(name, 0))
     skipped = sum(
         _storage(model, name, packs).nbytes * share * read.get(name, 1.0)
@@ -58,7 +61,7 @@ def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:
     """Bytes of quantised layers beyond those of their parameters; where weights stand for packs, fewer than none."""
     found = {name: packed.nbytes - _storage(model, name, {}).nbytes for name, packed in packs.items()}
     layers = sparse_layers(model).items()
-    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, QuantisedLinear)}
+    return found | {name: layer.packed.nbytes for name, layer in layers if isinstance(layer, Codes)}
 
 
 def _share_read(architecture: Architecture, projection: Projection) -> float:

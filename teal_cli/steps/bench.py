@@ -21,6 +21,7 @@ from teal_cli.config import BenchConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.decode.choice import Choice
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
@@ -48,7 +49,7 @@ from teal_cli.sparse import (
     sparsify_,
     use_backend,
 )
-from teal_cli.sparse.quantised import QuantisedLinear
+from teal_cli.sparse.quantised import Codes
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
 from teal_cli.steps.beside_llama_cpp import llama_bench
 from teal_cli.versions import commit, device_description, library_versions
@@ -152,7 +153,7 @@ def measure(
     control = control_of(model)
     device = model.device
     backend = use_backend(control, config.backend, device, model.dtype)
-    engine = Engine(model, never_worse=config.backend == "auto")
+    engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     limit = reading_gb_s(device) if device.type == "cuda" else None
     dtype = str(model.dtype).removeprefix("torch.")
@@ -175,7 +176,7 @@ def measure(
             on_tokens=advance,
             on_choice=choices.append,
         )
-    for line in dict.fromkeys(choice.line for choice in choices if choice.line is not None):
+    for line in dict.fromkeys(line for choice in choices for line in choice.lines):
         reporter.say(line)
     kernels: list[KernelRun] = []
     if config.kernels:
@@ -235,9 +236,19 @@ def site_products(model: Any) -> list[ProductShape]:
     shapes = []
     for group, epilogue in groups:
         layer = layers.get(group[0].name)
-        scheme = layer.scheme if isinstance(layer, QuantisedLinear) else None
-        shapes.append(ProductShape(group[0].in_features, tuple(p.out_features for p in group), epilogue, scheme))
+        scheme = layer.scheme if isinstance(layer, Codes) else None
+        shapes.append(ProductShape(*_sizes(group, epilogue), epilogue, scheme))
     return shapes
+
+
+def _sizes(group: list[Projection], epilogue: str) -> tuple[int, tuple[int, ...]]:
+    """Inputs and outputs of a product; of experts those of one long product, as tile configs are chosen for them."""
+    inputs, parts, chosen = group[0].in_features, tuple(p.out_features for p in group), group[0].chosen or 1
+    if epilogue == "gated" and len(parts) == 1:  # gate and up in one projection
+        parts = (parts[0] // 2,) * 2
+    if epilogue == "residual":
+        return inputs * chosen, parts
+    return inputs, tuple(part * chosen for part in parts)
 
 
 def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Reporter) -> None:

@@ -15,9 +15,17 @@ from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.config import CalibrateConfig, ImportConfig
 from teal_cli.console import Reporter
 from teal_cli.data import check_dataset, dataset_identity, token_blocks
-from teal_cli.errors import UsageError, is_out_of_memory
+from teal_cli.decode.recognition import recognise_
+from teal_cli.errors import ArtefactError, UsageError, is_out_of_memory
 from teal_cli.model_loading import load_model
-from teal_cli.models.architectures import Projection, architecture_for, architecture_in, find_projections, table
+from teal_cli.models.architectures import (
+    Architecture,
+    Projection,
+    architecture_for,
+    architecture_in,
+    find_projections,
+    table,
+)
 from teal_cli.models.discovery import propose
 from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import outline, pick_device, use_threads
@@ -47,7 +55,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     # Whatever can fail cheaply fails before the model is loaded.
     require(check_folder, run_folder(config, workspace))
     model_type = str(source.config.get("model_type"))
-    architecture = architecture_in(config.architecture, model_type) or table().get(model_type)
+    given = architecture_in(config.architecture, model_type)
+    architecture = given or table().get(model_type) or _alike(workspace, reporter)
     if architecture is None:
         run = run_folder(config, workspace)
         raise propose(source.name, source.folder, run, device=config.device, dtype=config.dtype)
@@ -56,13 +65,13 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     if config.greedy_tokens:
         require_one_row(architecture)
     device = pick_device(config.device)
-    _require_possible(config, source.folder, outline(source.folder, architecture))
+    _require_possible(config, source.folder, outline(source.folder, given))
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
     sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
     model = None
     if config.dataset == "self":
-        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=architecture)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=given)
         check_positions(model, config.seq_len)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
@@ -77,8 +86,14 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     say_if_short(reporter, config.dataset, blocks, config.tokens)
     if model is None:
         where = "cpu" if config.offload else config.device
-        model = load_model(source.folder, device=where, dtype=config.dtype, architecture=architecture)
+        model = load_model(source.folder, device=where, dtype=config.dtype, architecture=given)
     check_positions(model, config.seq_len)
+    recognise_(model)
+    if (reason := getattr(model, "teal_differs", None)) is not None:
+        reporter.say(reason)
+        raise propose(
+            source.name, source.folder, run_folder(config, workspace), device=config.device, dtype=config.dtype
+        )
     started = time.perf_counter()
     quantised = _first(blocks, config.quantise_tokens)
     packs = _quantised(config, source.folder, model, quantised, reporter)
@@ -132,6 +147,21 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         info.quantised_weights = fingerprint_of([result.quantised])
     calibration_file.save(result, run)
     return result
+
+
+def _alike(workspace: Workspace, reporter: Reporter) -> Architecture | None:
+    """The row that the blocks of a model of an unknown type fit by the names of their modules; None where none does."""
+    source = workspace.source
+    try:
+        rows: dict[str, Architecture] = getattr(outline(source.folder), "teal_alike", {})
+    except ArtefactError:  # which `propose` tells better
+        return None
+    if not rows:
+        return None
+    name, row = next(iter(rows.items()))
+    kind = source.config.get("model_type")
+    reporter.say(f"model type {kind} is not in the table of architectures: it is tried as one like {name}")
+    return row
 
 
 def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None:

@@ -10,6 +10,7 @@ from teal_cli.config import GenerateConfig
 from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message, encode_prompt, stop_ids, wants_chat
 from teal_cli.decode.choice import Choice
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.streaming import text_streamer
@@ -44,6 +45,8 @@ class Reply:
     """Of it, the share of MLP neurons that were zero, in mode intrinsic."""
     decodes: str
     """`sparse`, or `dense`: asked for, or chosen because sparse steps were measured to be slower."""
+    compiled: bool
+    """Whether steps were compiled by torch.compile, which measured faster or was asked for."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -83,18 +86,26 @@ class Generator:
             self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        self.engine = Engine(self.model, never_worse=config.backend == "auto")
-        if self.engine.general_because is not None:
-            reporter.say(f"decoding with transformers' forward, not our own ({self.engine.general_because})")
+        compiling = Compiling(config.compile, tokens=config.max_new_tokens)
+        self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling)
+        self._because: str | None = None
+        self._say = reporter.say
+        self._say_because()
         if not self.engine.keeps_state:
             reporter.say(
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"
             )
         self._turns = 0
-        self._say, self._said = reporter.say, ""
+        self._said = set[str]()
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
             self.engine.control.enabled = config.sparsity != 0.0
+
+    def _say_because(self) -> None:
+        """Why no path of our own decodes, once; its check may be the reason."""
+        if self.engine.general_because != self._because:
+            self._because = self.engine.general_because
+            self._say(f"decoding with transformers' forward, not our own ({self._because})")
 
     def reply(
         self,
@@ -119,10 +130,13 @@ class Generator:
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
         control = self.engine.control
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
-        choice = self.engine.choose(prompt) if self.engine.never_worse else None
-        if choice is not None and choice.line is not None and choice.line != self._said:
-            self._said = choice.line
-            self._say(choice.line)
+        self._say_because()
+        length = prompt.shape[1] + config.max_new_tokens
+        choice = self.engine.choose(prompt, length) if self.engine.chooses else None
+        for line in () if choice is None else choice.lines:
+            if line not in self._said:
+                self._said.add(line)
+                self._say(line)
         count, interrupted = 0, False
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
@@ -147,6 +161,7 @@ class Generator:
             realised_sparsity=counter.model_wide(),
             neuron_sparsity=self._neuron_sparsity(counter),
             decodes=self._decodes(choice),
+            compiled=choice is not None and choice.compiled,
             interrupted=interrupted,
         )
 

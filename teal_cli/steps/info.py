@@ -13,6 +13,7 @@ from teal_cli.decode.engine import expected_path
 from teal_cli.model_source import find_outline
 from teal_cli.models.aliases import Alias, alias_names, find_alias
 from teal_cli.models.architectures import find_projections, table
+from teal_cli.models.forward import position_limit
 from teal_cli.models.loading import available_bytes, outline, pick_device, pick_dtype, stored_dtype
 from teal_cli.reading import read_json
 from teal_cli.resources import teal_home
@@ -125,7 +126,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         stored = stored_dtype(found, read_json(found / "config.json", "model configuration"))
     dtype = pick_dtype(config.dtype, stored, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    row = table().get(model.config.model_type)
+    row = table().get(model.config.model_type) or getattr(model, "teal_architecture", None)
     projections = find_projections(model) if row is not None else []
     linear = all(p.copies == 1 and isinstance(model.get_submodule(p.name), nn.Linear) for p in projections)
     rest = parameters - sum(projection.parameters for projection in projections)
@@ -156,7 +157,7 @@ def model_fit(config: InfoConfig) -> dict[str, Any]:
         "kind": None if row is None else row.kind,
         "parameters": parameters,
         "projection_parameters": parameters - rest,
-        "max_length": getattr(model.config, "max_position_embeddings", None),
+        "max_length": position_limit(model.config),
         "dtype": _name(dtype),
         "weights": weights,
         "runs_as": next((entry["weights"] for entry in order if entry["fits_on_device"] is not False), None),
@@ -176,6 +177,10 @@ def _cache_values(config: Any) -> int | None:
     queries = getattr(config, "num_attention_heads", None)
     if not queries:
         return None
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return int(2 * config.num_hidden_layers * heads * size)
+    of_layers = getattr(config, "per_layer_config", None)  # Gemma 4's differ
+    values = 0
+    for index in range(config.num_hidden_layers):
+        layer = of_layers[index] if of_layers else config
+        heads = getattr(layer, "num_key_value_heads", None) or queries
+        values += 2 * heads * (getattr(layer, "head_dim", None) or config.hidden_size // queries)
+    return int(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, build_family, calibrate_tiny, save_tiny
-from tiny_configs import MIXTURES
+from tiny_configs import ALL_MIXTURES
 
 from teal_cli.allocation import make_plan
 from teal_cli.allocation.cost import time_saved, weights_saved
@@ -25,7 +25,7 @@ def _calibration(folder: Path, family: str) -> Calibration:
     return calibration
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_equal_sparsity_is_equal_bytes_a_token(family: str, tmp_path: Path) -> None:
     calibration, model = _calibration(tmp_path / "m", family), build_family(family)
     dense = weight_bytes_per_token(model, {})
@@ -37,7 +37,7 @@ def test_equal_sparsity_is_equal_bytes_a_token(family: str, tmp_path: Path) -> N
         assert saved == pytest.approx(0.4 * of_blocks, rel=0.01), allocation
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_what_a_token_reads_of_experts(family: str) -> None:
     model = build_family(family)
     chosen = int(model.config.num_experts_per_tok)  # type: ignore[union-attr, arg-type]

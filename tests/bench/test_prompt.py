@@ -19,7 +19,7 @@ class _Engine:
         self.path = SimpleNamespace(own_kernels=own_kernels)
         self.prefills = 0
 
-    def new_cache(self, length: int) -> FixedCache:
+    def new_cache(self, length: int, compiled: bool = False) -> FixedCache:
         return FixedCache(1, length)
 
     def prefill(self, ids: Tensor, cache: FixedCache) -> Tensor:

@@ -182,9 +182,9 @@ def test_types_without_a_row(tmp_path: Path, shape: dict[str, object], cached: i
 
 
 def test_models_that_cannot_run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tiny / "config.json").write_text(json.dumps({"model_type": "bloom", "n_layer": 2, "hidden_size": 64, "n_head": 2}))
+    (tiny / "config.json").write_text(json.dumps({"model_type": "codegen", "n_layer": 2, "n_embd": 64, "n_head": 4}))
     found = _asked("--model", tiny)["model"]
-    assert (found["supported"], found["general_because"]) == (False, "model type bloom")
+    assert (found["supported"], found["general_because"]) == (False, "model type codegen")
     assert [entry["weights"] for entry in found["weights"]] == ["float32", "bfloat16"]
     assert "not in the table" in capsys.readouterr().out
     (tiny / "config.json").write_text('{"model_type": "nothing-known"}')

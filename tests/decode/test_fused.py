@@ -124,19 +124,13 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_model_takes_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model(
-        "gpt_neo",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        attention_types=[[["global"], 1]],
-        max_position_embeddings=64,
+        "codegen", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=8
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     _as_on_a_gpu(monkeypatch)
     engine = Engine(model)
-    assert (engine.path.name, engine.general_because) == ("general", "model type gpt_neo")
-    with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type gpt_neo"):
+    assert (engine.path.name, engine.general_because) == ("general", "model type codegen")
+    with pytest.raises(UsageError, match="decode path fused cannot decode this model: model type codegen"):
         Engine(model, path="fused")
 
 
@@ -158,7 +152,7 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("family", "model type falcon"),
+        ("family", "model type codegen"),
         ("no GPU", "no GPU"),
         ("backend", "backend reference"),
         ("dtype", "the triton backend takes float16, bfloat16 and float32, not torch.float64"),
@@ -172,7 +166,8 @@ def test_different_thresholds_of_one_site_are_not_side_by_side_on_the_cpu() -> N
 def test_unsupported(pair: Pair, what: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = pair.model, pair.model.config
     if what == "family":
-        config.model_type = "falcon"
+        config.model_type = "codegen"  # whose blocks are not alike
+        model.model.layers[0].more = torch.nn.Linear(2, 2)
     elif what == "no GPU":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
     elif what == "backend":

@@ -10,14 +10,17 @@ from native_models import check_steps, sparse, tiny
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.fused import FusedPath
-from teal_cli.models.architectures import architecture_of
+from teal_cli.models.architectures import Architecture, architecture_of
 from teal_cli.sparse import control_of
+
+NATIVE_VARIANTS = {"cohere-norms", "falcon-bias", "stablelm-2-12b", "stablelm-norms"}
+"""Of families whose other models the fused path takes."""
 
 
 def _with_programs() -> list[str]:
     rows = {name: architecture_of(str(FAMILIES[name]["model_type"])) for name in FAMILIES}
     known = {name for name, row in rows.items() if row.program is not None and row.program.fused}
-    return sorted((known | {"qwen2-window"}) - set(TINY_CONFIGS) - {"gpt_neox-sequential"})
+    return sorted((known | {"qwen2-window"}) - set(TINY_CONFIGS) - NATIVE_VARIANTS)
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +96,26 @@ def test_queries_grow_with_their_positions() -> None:
     """Ministral 3's, past the first step of their growth."""
     rope = {**FAMILIES["ministral3"]["rope_parameters"], "original_max_position_embeddings": 8}
     check_steps(sparse(tiny("ministral3", rope_parameters=rope)), [15], 3, path="fused")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("llama", {"block": {2: {"clip": "clip_qkv"}}}, "clip"),
+        ("llama", {"block": {2: {"sinks": "sinks"}}}, "sinks"),
+        ("llama", {"block": {3: {"input_norm": "input_layernorm"}}}, "input_norm"),
+        ("llama", {"pairs": "halves_backwards"}, "halves_backwards"),
+        ("llama", {"embedding_norm": "model.norm"}, "embedding_norm"),
+        ("llama", {"rotary": None, "alibi": "exact"}, "alibi"),
+        ("qwen3", {"norms": "layer"}, "layer norms of heads"),
+    ],
+)
+def test_what_has_no_kernel_is_refused(family: str, change: dict[str, Any], reason: str) -> None:
+    """In a row of a user's own, which does not say `fused: false`."""
+    model: Any = tiny(family)
+    row = architecture_of(family).model_dump(mode="json")
+    for index, keys in change.pop("block", {}).items():
+        row["program"]["block"][index] |= keys
+    row["program"] |= change
+    model.teal_architecture = Architecture.model_validate(row)
+    assert FusedPath.unsupported(model, None) == f"blocks with {reason}"

@@ -34,7 +34,16 @@ REFUSED = {
     "exaone4": "exaone4 sees a window",
     "olmo3": "olmo3 sees a window",
     "cohere2": "cohere2 sees a window",
+    "ministral": "ministral sees a window",
+    "gemma4_text": "gemma4_text sees a window",
+    "cwm": "cwm sees a window",
+    "vaultgemma": "vaultgemma sees a window",
+    "granite_swa": "granite_swa sees a window",
+    "gpt_neo": "gpt_neo sees a window",
     "falcon-bias": "falcon counts distances with padding",
+    "bloom": "model type bloom ",
+    "mpt": "model type mpt ",
+    "mpt-clip": "model type mpt ",
     "t5": "an encoder would read the padding",
     "t5-gated": "an encoder would read the padding",
 }
@@ -97,7 +106,7 @@ def test_general_path(family: str, kind: str) -> None:
 )
 def test_models_without_positions_are_refused(kind: str, shape: dict[str, int]) -> None:
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, n_embd=32, hidden_size=32, n_positions=64, **shape)
-    engine = Engine(AutoModelForCausalLM.from_config(config).eval())
+    engine = Engine(AutoModelForCausalLM.from_config(config).eval(), path="general")
     ids, lengths = _prompts()
     with pytest.raises(UsageError, match=f"model type {kind} "):
         engine.prefill(ids, engine.new_cache(30), lengths)
@@ -120,7 +129,7 @@ def test_windows_and_positions_that_only_the_model_counts_are_refused(
 ) -> None:
     """GPT-Neo's cache is not a sliding one, and RoBERTa's first position is not 0: both gave other text in silence."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64, **shape}
-    engine = Engine(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval())
+    engine = Engine(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval(), path="general")
     ids, lengths = _prompts()
     with pytest.raises(UsageError, match=f"model type {kind} {why}"):
         engine.prefill(ids, engine.new_cache(30), lengths)

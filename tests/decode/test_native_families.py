@@ -8,9 +8,13 @@ from conftest import FAMILIES
 from fused_pair import error_of, random_tokens
 from native_models import LIMIT, NO_LIBRARY, OTHERS, check_steps, sparse, tiny
 from transformers import DynamicCache
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom_alibi
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.native import NativePath
+from teal_cli.decode.positions import alibi_bias
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_of
 from teal_kernels.native.structures import Weight, halves_of, weight_of
@@ -47,19 +51,7 @@ def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
         assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
 
 
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ({"use_parallel_residual": True}, "blocks without post_attention_layernorm"),
-        ({"qk_layernorm": True}, "blocks with self_attn.q_layernorm.norms.0"),
-    ],
-)
-def test_stablelm_of_other_blocks(more: dict[str, bool], reason: str) -> None:
-    assert NativePath.unsupported(tiny("stablelm", **more), None) == reason
-
-
-def test_scales_and_norms_that_are_not_computed() -> None:
-    assert NativePath.unsupported(tiny("cohere", use_qk_norm=True), None) == "blocks with self_attn.q_norm"
+def test_scales_that_are_not_computed() -> None:
     reason = "residuals that are scaled by nothing, or turned round"
     assert NativePath.unsupported(tiny("granite", residual_multiplier=0.0), None) == reason
     model = tiny("granite")
@@ -72,9 +64,63 @@ def test_scales_and_norms_that_are_not_computed() -> None:
         NativePath.unsupported(model, None)
 
 
-def test_a_configuration_that_a_program_does_not_compute() -> None:
-    reason = "use_parallel_residual false"
-    assert NativePath.unsupported(tiny("gpt_neox", use_parallel_residual=False), None) == reason
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[20], [30], [20, 18], [5, 20]], ids=str)
+@pytest.mark.parametrize("earlier", [0, 50])
+def test_dynamic_rope_depends_on_the_longest_row(lengths: list[int], earlier: int) -> None:
+    """As transformers' forward of the same rows, after the same text of so many tokens before."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+    models = [tiny("llama", max_position_embeddings=22, rope_parameters=rope) for _ in range(2)]
+    plain, most, known = models[1].double(), max(lengths), DynamicCache()
+    engine = Engine(models[0], path="native")
+    if earlier:
+        for model in models:
+            model(input_ids=random_tokens(1, earlier))
+    prompt, tokens = random_tokens(len(lengths), most), random_tokens(len(lengths), 5, seed=1)
+    cache = engine.new_cache(most + 5)
+    engine.prefill(prompt, cache, torch.tensor(lengths))
+    mask = torch.zeros(len(lengths), most + 5, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    plain(input_ids=prompt, past_key_values=known)
+    for step, token in enumerate(tokens.split(1, dim=1)):
+        at = torch.tensor(lengths)[:, None] + step
+        mask[:, most + step] = 1
+        expected = plain(
+            input_ids=token, past_key_values=known, position_ids=at, attention_mask=mask[:, : most + step + 1]
+        ).logits[:, -1]
+        assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 4, 6, 12])
+def test_alibi_is_that_of_transformers(heads: int, dtype: torch.dtype) -> None:
+    """Beyond 256 positions too, which bfloat16 does not tell apart, and of heads that are no power of two."""
+    for family, build in (("bloom", bloom_alibi), ("falcon-bias", falcon_alibi), ("mpt", None)):
+        model = tiny(family).to(dtype)
+        found = alibi_bias(model, 700, heads, 0.25)
+        assert found is not None
+        if build is None:
+            expected = build_mpt_alibi_tensor(heads, 700)[:, 0]
+            found = found - found[:, -1:]
+        else:
+            expected = build(torch.ones(1, 700, dtype=torch.int64), heads, dtype)[:, 0].float()
+        expected = expected * 0.25 if family == "falcon-bias" else expected
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "reason"),
+    [
+        ("persimmon", {"qk_layernorm": False}, "qk_layernorm false"),
+        ("falcon", {"alibi": True}, "alibi true"),
+        ("falcon-new", {"alibi": True}, "new_decoder_architecture true"),
+    ],
+)
+def test_a_configuration_that_no_program_computes(family: str, more: dict[str, bool], reason: str) -> None:
+    """Of several programs the first one says why."""
+    assert NativePath.unsupported(tiny(family, **more), None) == reason
 
 
 def test_scaled_embeddings_that_a_program_does_not_scale() -> None:

@@ -213,6 +213,12 @@ def _after_a_step(engine: Engine) -> Any:
         ("gemma3_text", None, "model.layers.1.post_feedforward_layernorm.weight"),
         ("gemma3_text", None, "model.layers.0.self_attn.q_norm.weight"),
         ("gpt_neox", None, "gpt_neox.layers.1.post_attention_layernorm.bias"),
+        ("stablelm-2-12b", None, "model.layers.1.self_attn.q_layernorm.norms.2.weight"),
+        ("persimmon", None, "model.layers.0.self_attn.k_layernorm.bias"),
+        ("bitnet", None, "model.layers.1.mlp.ffn_sub_norm.weight"),
+        ("granite_swa", None, "model.layers.1.self_attn.sinks"),
+        ("apertus", None, "model.layers.0.mlp.act_fn.alpha_n"),
+        ("bloom", None, "transformer.word_embeddings_layernorm.bias"),
     ],
 )
 def test_a_small_tensor_that_is_written_between_tokens(family: str, scheme: str | None, name: str) -> None:
@@ -309,11 +315,11 @@ def test_the_cache_has_what_a_fixed_one_has(chunks: list[int]) -> None:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("family", "model type falcon"),
+        ("family", "model type codegen"),
         ("backend", "backend reference"),
         ("dtype", "dtype float64"),
         ("activation", "activation tanh"),
-        ("rope", "rope type dynamic"),
+        ("rope", "rope type spiral"),
         ("devices", "weights on several devices"),
         ("elsewhere", "weights on meta"),
         ("hook", "weights on several devices"),
@@ -326,7 +332,8 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     model: Any = build_model("opt") if what == "width" else sparse(tiny("opt" if what == "last norm" else "llama"))
     config = model.config
     if what == "family":
-        config.model_type = "falcon"
+        config.model_type = "codegen"  # whose blocks are not alike
+        model.model.layers[0].more = torch.nn.Linear(2, 2)
     elif what == "backend":
         control_of(model).backend = "reference"
     elif what == "dtype":
@@ -334,7 +341,7 @@ def test_unsupported(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) ->
     elif what == "activation":
         config.hidden_act = "tanh"
     elif what == "rope":
-        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
     elif what == "devices":
         model.lm_head.to("meta")
     elif what == "elsewhere":
@@ -377,5 +384,9 @@ def test_a_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.check(random_tokens(1, 12))
     monkeypatch.setattr(engine.path, "blocks", engine.path.blocks[::-1])
     engine._checked.clear()
+    engine.check(random_tokens(1, 12))
+    assert (engine.path.name, engine.general_because) == ("general", "the native path gives other logits")
+    engine = Engine(build_model("llama"), path="native")
+    monkeypatch.setattr(engine.path, "blocks", engine.path.blocks[::-1])
     with pytest.raises(ArtefactError, match=r"\(native path, dense\) does not give .* use --backend reference"):
         engine.check(random_tokens(1, 12))

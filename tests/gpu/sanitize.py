@@ -16,8 +16,10 @@ from attention_cases import Attention, PartialsCase
 from kernel_cases import PARTS, Output, random_case
 
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
+from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_decode import embed
-from teal_kernels.triton_gemv import Scratch, TileConfig
+from teal_kernels.triton_gate_first import GateLayer, launch_gate_first, step_config
+from teal_kernels.triton_gemv import TileConfig
 
 CONFIGS = (
     TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=64, warps=1),
@@ -70,6 +72,21 @@ def others(rows: int) -> None:
         x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
         gated_hidden(x, gate, None, up, None, GateActivation("relu"), "triton")
         gate_first(x, torch.nn.functional.linear(x, gate), up, None, GateActivation("relu"), "triton")
+        norm = Norm(gate[0], 1e-5, x.float().square())
+        for dense in (False, True):
+            launch_gate_first(
+                x,
+                GateLayer(gate, None),
+                up,
+                None,
+                x.new_empty(rows, 152),
+                kind="relu",
+                threshold=0.0,
+                norm=norm,
+                dense=dense,
+                counts=torch.zeros(1, dtype=torch.int64, device="cuda"),
+                config=step_config(width, rows),
+            )
     output = Output.random(rows, 72, 1001, bias=True, dtype=torch.bfloat16, device="cuda")
     _, token = output.launch()
     embed(

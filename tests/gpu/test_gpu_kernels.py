@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from teal_kernels.launching import EMPTY
+from teal_kernels.operands import AttentionPartials, Norm, Positions, Scratch
 from teal_kernels.packing import Packed
 from teal_kernels.triton_attention import attention_splits, decode_attention
-from teal_kernels.triton_gemv import AttentionPartials, Norm, Positions, Scratch, TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.tuning import choose_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -9,9 +9,10 @@ from kernel_cases import LIMITS, PARTS, PDL, random_case, random_packed, relativ
 from torch import Tensor
 
 from teal_kernels import masked_input
+from teal_kernels.operands import Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed, dequantised
-from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import TileConfig, gemv
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 

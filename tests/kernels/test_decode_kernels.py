@@ -7,9 +7,9 @@ from kernel_cases import EPS, Output, relative_error
 from torch.nn.functional import rms_norm
 
 from teal_kernels import triton_attention
+from teal_kernels.operands import AttentionPartials, Positions
 from teal_kernels.triton_attention import attention_splits
 from teal_kernels.triton_decode import Best, embed, pick
-from teal_kernels.triton_gemv import AttentionPartials, Positions
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

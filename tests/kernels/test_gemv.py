@@ -12,7 +12,8 @@ from attention_cases import PartialsCase
 from kernel_cases import INPUTS, LIMITS, PARTS, Case, random_case, relative_error
 
 from teal_kernels import active_inputs, plan_gemv
-from teal_kernels.triton_gemv import MAX_ROWS, Scratch, TileConfig, gemv
+from teal_kernels.operands import Scratch
+from teal_kernels.triton_gemv import MAX_ROWS, TileConfig, gemv
 
 CONFIGS = {
     "one chunk": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=128, warps=1),

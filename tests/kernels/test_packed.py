@@ -9,6 +9,7 @@ from attention_cases import PartialsCase
 from covering import covering
 from kernel_cases import PARTS, random_case, random_packed, relative_error
 
+from teal_kernels.operands import Scratch
 from teal_kernels.packed_linear import (
     byte_table,
     cpu_packed_linear,
@@ -17,7 +18,7 @@ from teal_kernels.packed_linear import (
     triton_packed_linear,
 )
 from teal_kernels.packing import codes_of, dequantised, pack, side_by_side
-from teal_kernels.triton_gemv import Scratch, TileConfig, gemv
+from teal_kernels.triton_gemv import TileConfig, gemv
 from teal_kernels.tuning import UNTUNED
 
 INPUTS = 200

@@ -13,15 +13,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import teal_cli.hf
 from teal_cli.cli import run
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.architectures import Architecture, architecture_of, find_projections, read_table, table
+from teal_cli.models.architectures import (
+    Architecture,
+    architecture_of,
+    find_projections,
+    program_for,
+    read_table,
+    table,
+)
 from teal_cli.models.discovery import block_lists, discover
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.programs import NormStep
 from teal_cli.sparse import sparse_layers
 
 assert teal_cli.hf
-_BEHIND_A_NORM = (*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.fc1", "mlp.gate_proj", "mlp.up_proj")
 _HALF = {"layers": 2, "attention_heads": 2, "ffn_dim": 40}
-_GPTJ = {"n_embd": 64, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 256, "rotary_dim": 8}
+_CODEGEN = {"n_embd": 64, "n_inner": 100, "n_layer": 3, "n_head": 4, "n_positions": 256, "rotary_dim": 8}
 
 
 def _groups(model: nn.Module) -> set[frozenset[str]]:
@@ -37,6 +44,7 @@ def test_finds_what_the_table_says(family: str) -> None:
     """The table as it would be if it were not there: the same layers, at the same sites."""
     model = build_family(family)
     row = architecture_of(FAMILIES[family]["model_type"])
+    program = program_for(model)
     wanted, names = _groups(model), [p.name for p in find_projections(model)]
     model.teal_architecture = Architecture(kind=row.kind, blocks=("",), sites={"none": ("",)})
     found = discover(model)
@@ -45,12 +53,13 @@ def test_finds_what_the_table_says(family: str) -> None:
     assert found.dense == row.dense
     assert {found.sites[site] for site in found.once} == {row.sites[site] for site in row.once}
     assert sorted(p.name for p in find_projections(model)) == sorted(names)
-    if family == "falcon":  # one norm for attention and MLP: the table keeps two sites for all falcons
-        pairs = [{p for p in names if f".{i}." in p and ("query" in p or "h_to_4h" in p)} for i in range(2)]
-        wanted = {group for group in wanted if not any(group <= pair for pair in pairs)} | set(map(frozenset, pairs))
-    if row.program is not None and any(step.parallel for step in row.program.products):  # the program has two products
-        inputs = [{n for n in names if any(f".{i}.{x}" in n for x in _BEHIND_A_NORM)} for i in range(2)]
-        wanted = {group for group in wanted if not any(group <= both for both in inputs)} | set(map(frozenset, inputs))
+    norms = [step for step in program.block if isinstance(step, NormStep)] if program is not None else []
+    if program is not None and len(norms) == 1:  # attention and MLP read one state
+        sites = ("attention_input", "mlp_input")
+        both = [{f"{row.blocks[0]}.{i}.{layer}" for site in sites for layer in row.sites[site]} for i in range(2)]
+        wanted = {group for group in wanted if not any(group <= pair for pair in both)} | set(map(frozenset, both))
+    if family == "gemma4_text":  # one block has values and one has not: each layer by itself
+        wanted = {frozenset({name}) for name in names}
     assert _groups(model) == wanted
 
 
@@ -104,31 +113,31 @@ def test_lists_of_blocks() -> None:
 
 
 @pytest.fixture
-def gptj(tmp_path: Path) -> Path:
+def codegen(tmp_path: Path) -> Path:
     """A model of a type that the table does not have: attention and MLP read one hidden state."""
-    assert "gptj" not in table()
-    config = AutoConfig.for_model("gptj", vocab_size=VOCABULARY, **_GPTJ)
+    assert "codegen" not in table()
+    config = AutoConfig.for_model("codegen", vocab_size=VOCABULARY, **_CODEGEN)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
-    build_tokenizer().save_pretrained(tmp_path / "gptj")
-    return tmp_path / "gptj"
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "codegen")
+    build_tokenizer().save_pretrained(tmp_path / "codegen")
+    return tmp_path / "codegen"
 
 
 def test_from_an_unknown_type_to_a_checkpoint(
-    gptj: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    codegen: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
-    shared = ["--model", str(gptj), "--runs", str(runs), "--quiet"]
+    shared = ["--model", str(codegen), "--runs", str(runs), "--quiet"]
     chain = [*shared, "--dataset", str(corpus), "--tokens", "256", "--seq-len", "32"]
-    written = runs / "gptj" / "architecture.yaml"
+    written = runs / "codegen" / "architecture.yaml"
     assert run(["calibrate", *chain]) == 3
     message = capsys.readouterr().err
-    assert "model type 'gptj' is not in the table" in message
+    assert "model type 'codegen' is not in the table" in message
     assert f"confirm with --architecture {written}" in message
-    assert not (runs / "gptj" / "calibration.json").exists()  # nothing was measured, nothing runs dense in silence
-    row = yaml.safe_load(written.read_text())["gptj"]
+    assert not (runs / "codegen" / "calibration.json").exists()  # nothing was measured, nothing runs dense in silence
+    row = yaml.safe_load(written.read_text())["codegen"]
     assert row["blocks"] == ["transformer.h"]
-    assert row["sites"]["attn_q_proj_input"] == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"]
+    assert row["sites"]["attn_qkv_proj_input"] == ["attn.qkv_proj", "mlp.fc_in"]
     edited = written.read_text() + "# checked\n"
     written.write_text(edited)
     assert run(["calibrate", *chain]) == 3  # unconfirmed as before, and not written over
@@ -137,9 +146,9 @@ def test_from_an_unknown_type_to_a_checkpoint(
     confirmed = ["--architecture", str(written)]
     assert run(["calibrate", *chain, *confirmed]) == 0
     assert run(["export", *shared, *confirmed, "--sparsity", "0.5"]) == 0
-    folder = runs / "gptj" / "fisher-0.50"
+    folder = runs / "codegen" / "fisher-0.50"
     sparse = AutoModelForCausalLM.from_pretrained(folder)  # the checkpoint carries its row
-    assert len(sparse_layers(sparse)) == 3 * 6 + 1  # the output layer
+    assert len(sparse_layers(sparse)) == 3 * 4 + 1  # the output layer
     sparse.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["quantization_config"]["architecture"] == row
@@ -155,14 +164,14 @@ def test_from_an_unknown_type_to_a_checkpoint(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("gptj: {blocks: model.layers}", "gptj: sites: Field required"),
-        ("gptj: {blocks: model.layers, sites: {a.b: [x]}}", "gptj: sites.a.b"),
+        ("codegen: {blocks: model.layers}", "codegen: sites: Field required"),
+        ("codegen: {blocks: model.layers, sites: {a.b: [x]}}", "codegen: sites.a.b"),
         (
-            "gptj: {blocks: model.layers, sites: {a: [x]}, speed: 3}",
-            "gptj: speed is not a key: the keys are kind, blocks",
+            "codegen: {blocks: model.layers, sites: {a: [x]}, speed: 3}",
+            "codegen: speed is not a key: the keys are kind, blocks",
         ),
-        ("gptj: {like: fhi}", "there is no row 'fhi' to be like"),
-        ("gptj: 3", "a row is a mapping"),
+        ("codegen: {like: fhi}", "there is no row 'fhi' to be like"),
+        ("codegen: 3", "a row is a mapping"),
     ],
 )
 def test_bad_rows_are_refused(row: str, message: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, TINY_CONFIGS, build_family, build_model
-from tiny_configs import MIXTURES, OTHERS
+from tiny_configs import ALL_MIXTURES, OTHERS
 
 from teal_cli.decode.blocks import Attention, Norm, Product, block_steps
 from teal_cli.decode.routes import Route
@@ -23,7 +23,13 @@ _PARALLEL = "{product: o, parallel: true}"
 
 
 def test_who_has_a_program() -> None:
-    others = {"bamboo", "gpt2", "opt", "sparsellama", *(str(FAMILIES[x]["model_type"]) for x in [*OTHERS, *MIXTURES])}
+    others = {
+        "bamboo",
+        "gpt2",
+        "opt",
+        "sparsellama",
+        *(str(FAMILIES[x]["model_type"]) for x in [*OTHERS, *ALL_MIXTURES]),
+    }
     assert {name for name, row in table().items() if row.program is not None} == {*FUSED, *others}
 
 
@@ -41,7 +47,9 @@ def test_what_follows_the_product_of_a_site() -> None:
         "plain",
         "residual",
     ]
-    assert [architecture_of("mixtral").epilogue_of(site) for site in ("attention_output", "lm_head")] == ["plain"] * 2
+    row = architecture_of("mixtral")
+    assert [row.epilogue_of(site) for site in row.sites] == ["plain", "residual", "gated", "residual"]
+    assert row.epilogue_of("lm_head") == "plain"
 
 
 def _row(*steps: str, more: str = "") -> str:
@@ -106,16 +114,19 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         ),
         (
             "m: {blocks: b, sites: {s: x}, program: {positions: p, residual_scale: r, block: [{norm: n}], norm: n}}",
-            "residual_scale belongs to programs with rotary",
+            "residual_scale belongs to programs with rotary and without embedding_norm",
         ),
         (_row(NORM, QKV, NORM, OUT), "norm n must stand first or after a residual product"),
         (_row(NORM, ATTENTION, OUT), "attention a must stand after the plain product of queries, keys, values"),
         (_row(NORM, QKV, ATTENTION), "the last step must be a product with epilogue residual"),
         (_row(NORM, OUT), "there must be one attention step"),
-        ("m: {blocks: b, sites: {s: x}, program: {block: [{norm: n}], norm: n}}", "names rotary or positions, one"),
+        (
+            "m: {blocks: b, sites: {s: x}, program: {block: [{norm: n}], norm: n}}",
+            "names rotary, positions or alibi, one",
+        ),
         (
             "m: {blocks: b, sites: {s: x}, program: {rotary: r, positions: p, block: [{norm: n}], norm: n}}",
-            "one of the",
+            "one of them",
         ),
     ],
 )
@@ -148,7 +159,7 @@ def test_steps_of_a_model(family: str) -> None:
     assert torch.equal(products[3].table, layer.mlp.down_proj.weight.t())  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_steps_of_a_mixture_of_experts(family: str) -> None:
     model = build_family(family)
     replace_projections_(model, [projection.name for projection in find_projections(model)])

@@ -60,10 +60,11 @@ typedef struct {
     double *values;
 } matrix;
 
-static matrix make(int inputs, int outputs, int dtype, int layout, int group, float threshold) {
+/* `apiece`: inputs of each of several tables, one behind the other, which have groups of their own. */
+static matrix make_many(int inputs, int outputs, int dtype, int layout, int group, float threshold, int apiece) {
     matrix m = {.values = doubles((int64_t)inputs * outputs)};
     int rows = layout == TEAL_ROW_MAJOR ? outputs : inputs, columns = layout == TEAL_ROW_MAJOR ? inputs : outputs;
-    int groups = (inputs + group - 1) / group;
+    int groups_apiece = (apiece + group - 1) / group, groups = inputs / apiece * groups_apiece;
     const int64_t sizes[] = {4 * columns, 2 * columns, 2 * columns, columns, (columns + 1) / 2};
     const int64_t row_bytes = sizes[dtype];
     uint8_t *data = give((size_t)(rows * row_bytes));
@@ -87,7 +88,7 @@ static matrix make(int inputs, int outputs, int dtype, int layout, int group, fl
                 memcpy(at + 2 * column, &x, 2), *value = dtype == TEAL_F16 ? of_half(x) : of_bfloat(x);
             } else {
                 int code = (int)(bits() % (unsigned)whole);
-                int64_t of = (int64_t)(i / group) * outputs + o;
+                int64_t of = (int64_t)(i / apiece * groups_apiece + i % apiece / group) * outputs + o;
                 if (dtype == TEAL_INT8) at[column] = (uint8_t)code;
                 else at[column / 2] |= (uint8_t)(code << 4 * (column % 2));
                 *value = (code - (with_zeros ? of_half(zeros[of]) : whole / 2)) * (double)scales[of];
@@ -100,6 +101,10 @@ static matrix make(int inputs, int outputs, int dtype, int layout, int group, fl
                              .scale_dtype = halves ? TEAL_F16 : TEAL_F32, .group = group, .threshold = threshold,
                              .expected = 0.4f, .counter = -1};
     return m;
+}
+
+static matrix make(int inputs, int outputs, int dtype, int layout, int group, float threshold) {
+    return make_many(inputs, outputs, dtype, layout, group, threshold, inputs);
 }
 
 /* y += x times the weight; what is added up in `size` is what errors are measured by. Returns inputs kept. */
@@ -153,6 +158,7 @@ enum { COLUMNS = (HEADS + 2 * KV_HEADS) * DIM };
 typedef struct {
     matrix q, k, v, o, gate, up, down;
     teal_norm norms[3]; /* before attention and MLP, and of what attention adds */
+    teal_norm inner[2]; /* of what the residual products read, where there is no gate */
     teal_attention attention;
     double *keys, *values; /* (ROWS, POSITIONS, KV_HEADS * DIM) */
     int gated;
@@ -162,26 +168,27 @@ static teal_norm norm_of(int kind) {
     return (teal_norm){random_floats(HIDDEN), kind == TEAL_LAYER_NORM ? random_floats(HIDDEN) : NULL, 1e-5f, kind};
 }
 
-static void normalise(const teal_norm *norm, const double *x, double *y) {
+static void normalise_some(const teal_norm *norm, int n, const double *x, double *y) {
     double mean = 0, squares = 0;
     if (norm->kind == TEAL_NO_NORM) {
-        for (int i = 0; i < HIDDEN; i++) y[i] = x[i];
+        for (int i = 0; i < n; i++) y[i] = x[i];
         return;
     }
-    for (int i = 0; i < HIDDEN && norm->kind == TEAL_LAYER_NORM; i++) mean += x[i] / HIDDEN;
-    for (int i = 0; i < HIDDEN; i++) squares += (x[i] - mean) * (x[i] - mean) / HIDDEN;
-    for (int i = 0; i < HIDDEN; i++)
+    for (int i = 0; i < n && norm->kind == TEAL_LAYER_NORM; i++) mean += x[i] / n;
+    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean) / n;
+    for (int i = 0; i < n; i++)
         y[i] = (x[i] - mean) / sqrt(squares + (double)norm->eps) * (double)norm->weight[i] +
                (norm->bias ? (double)norm->bias[i] : 0);
 }
 
-static void prepare(const teal_attention *a, const float *norm, int position, double *x) {
+static void normalise(const teal_norm *norm, const double *x, double *y) { normalise_some(norm, HIDDEN, x, y); }
+
+/* `norm`, `bias`: of the first of all heads, or NULL. */
+static void prepare(const teal_attention *a, const float *norm, const float *bias, int head, int position, double *x) {
     double turned[DIM];
     for (int last = 0; last < 2; last++) {
-        double squares = 0;
-        for (int i = 0; i < DIM; i++) squares += x[i] * x[i] / DIM;
-        for (int i = 0; i < DIM && norm && last == (a->norms == TEAL_HEADS_LAST); i++)
-            x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
+        const teal_norm own = {norm + head * DIM, bias ? bias + head * DIM : NULL, a->eps, a->norm_kind, 0};
+        if (norm && last == (a->norms == TEAL_HEADS_LAST)) normalise_some(&own, DIM, x, x);
         if (last || !a->cos) continue;
         for (int i = 0; i < a->rotary; i++) {
             int half = a->rotary / 2, at = position * a->rotary + (a->neighbours ? i / 2 : i);
@@ -198,29 +205,40 @@ static void normalise_heads(const teal_attention *a, const float *norm, int head
     for (int i = 0; i < heads * DIM; i++) x[i] *= (double)norm[i] / sqrt(squares + (double)a->eps);
 }
 
+static double clamp(double x, double most) { return fmin(fmax(x, -most), most); }
+
 static void attend(block *b, int row, int position, double *q, const double *k, const double *v, double *y) {
     const teal_attention *a = &b->attention;
     double *keys = b->keys + (int64_t)row * POSITIONS * KV_HEADS * DIM, *values = b->values + (keys - b->keys);
     const int all_heads = a->norms == TEAL_ALL_HEADS;
     const float *q_norm = all_heads ? NULL : a->q_norm, *k_norm = all_heads ? NULL : a->k_norm;
+    for (int i = 0; i < HEADS * DIM && a->clip > 0; i++) q[i] = clamp(q[i], (double)a->clip);
     memcpy(values + position * KV_HEADS * DIM, v, sizeof(double) * KV_HEADS * DIM);
     memcpy(keys + position * KV_HEADS * DIM, k, sizeof(double) * KV_HEADS * DIM);
+    for (int i = position * KV_HEADS * DIM; i < (position + 1) * KV_HEADS * DIM && a->clip > 0; i++)
+        keys[i] = clamp(keys[i], (double)a->clip), values[i] = clamp(values[i], (double)a->clip);
+    for (int h = 0; h < KV_HEADS && a->v_norm; h++) {
+        const teal_norm own = {a->v_norm + h * DIM, NULL, a->eps, a->norm_kind, 0};
+        double *value = values + (position * KV_HEADS + h) * DIM;
+        normalise_some(&own, DIM, value, value);
+    }
     if (all_heads) {
         normalise_heads(a, a->q_norm, HEADS, q);
         normalise_heads(a, a->k_norm, KV_HEADS, keys + position * KV_HEADS * DIM);
     }
-    for (int h = 0; h < KV_HEADS; h++) prepare(a, k_norm, position, keys + (position * KV_HEADS + h) * DIM);
+    for (int h = 0; h < KV_HEADS; h++) prepare(a, k_norm, a->k_bias, h, position, keys + (position * KV_HEADS + h) * DIM);
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
     for (int h = 0; h < HEADS; h++) {
-        double total = 0, scores[POSITIONS], *head = y + h * DIM;
+        double total = a->sinks ? exp((double)a->sinks[h]) : 0, scores[POSITIONS], *head = y + h * DIM;
         int kv = h / (HEADS / KV_HEADS);
-        prepare(a, q_norm, position, q + h * DIM);
+        prepare(a, q_norm, a->q_bias, h, position, q + h * DIM);
         memset(head, 0, sizeof(double) * DIM);
         for (int p = first; p <= position; p++) {
             scores[p] = 0;
             for (int i = 0; i < DIM; i++) scores[p] += q[h * DIM + i] * keys[(p * KV_HEADS + kv) * DIM + i];
             scores[p] *= (double)a->scale * (a->query_scale ? (double)a->query_scale[position] : 1);
             if (a->cap > 0) scores[p] = (double)a->cap * tanh(scores[p] / (double)a->cap);
+            if (a->bias) scores[p] += (double)a->bias[h * POSITIONS + p];
             total += scores[p] = exp(scores[p]);
         }
         for (int p = first; p <= position; p++)
@@ -245,6 +263,7 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
         memcpy(v + h * DIM, own + (group + 1) * DIM, sizeof(double) * DIM);
     }
     attend(b, row, position, q, k, v, heads);
+    if (!b->gated) normalise_some(&b->inner[0], HEADS * DIM, heads, heads);
     kept[1] += apply(&b->o, heads, added, NULL);
     if (!b->gated) normalise(&b->norms[2], added, added);
     for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
@@ -254,13 +273,14 @@ static void run_block(block *b, int row, int position, double *x, int64_t *kept)
     if (b->gated) apply(&b->up, normed, up, NULL);
     for (int i = 0; i < WIDE; i++)
         gate[i] = b->gated ? gate[i] / (1 + exp(-gate[i])) * up[i] : gate[i] * (1 + erf(gate[i] / sqrt(2))) / 2;
+    if (!b->gated) normalise_some(&b->inner[1], WIDE, gate, gate);
     kept[3] += apply(&b->down, gate, added, NULL);
-    for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
+    for (int i = 0; i < HIDDEN; i++) x[i] = (x[i] + added[i]) * (b->gated ? 1 : 0.75);
 }
 
 /* One of each kind: a Llama's with codes, whose MLP reads the stream as it is and with a norm of all heads, and one with all that Llama has not:
- * LayerNorm, norms of heads after a rotary embedding of neighbours, a window, a cap, growing
- * queries and no gate, whose MLP stands beside attention, behind a norm of its own. */
+ * LayerNorm, of heads too, after a rotary embedding of neighbours, a window, a cap, growing queries, sinks, ALiBi, clamps,
+ * norms of what the residual products read and no gate, whose MLP stands beside attention, behind a norm of its own. */
 static block make_block(int gated) {
     const int dtype = gated ? TEAL_INT8 : TEAL_F32;
     block b = {.gated = gated};
@@ -291,7 +311,12 @@ static block make_block(int gated) {
     }
     float *growth = random_floats(POSITIONS);
     for (int i = 0; i < POSITIONS; i++) growth[i] += 2;
-    b.attention.q_norm = random_floats(DIM), b.attention.k_norm = random_floats(DIM), b.attention.norms = TEAL_HEADS_LAST;
+    b.attention.q_norm = random_floats(HEADS * DIM), b.attention.k_norm = random_floats(KV_HEADS * DIM);
+    b.attention.q_bias = random_floats(HEADS * DIM), b.attention.k_bias = random_floats(KV_HEADS * DIM);
+    b.attention.norms = TEAL_HEADS_LAST, b.attention.norm_kind = TEAL_LAYER_NORM;
+    b.attention.v_norm = random_floats(KV_HEADS * DIM), b.attention.sinks = random_floats(HEADS), b.attention.bias = random_floats(HEADS * POSITIONS), b.attention.clip = 0.6f;
+    b.inner[0] = (teal_norm){random_floats(HEADS * DIM), NULL, 1e-5f, TEAL_RMS_NORM, 0};
+    b.inner[1] = (teal_norm){random_floats(WIDE), NULL, 1e-5f, TEAL_RMS_NORM, 0};
     b.attention.grouped = 1, b.norms[1].aside = 1;
     b.attention.neighbours = 1, b.attention.cap = 1.5f, b.attention.query_scale = growth;
     return b;
@@ -307,11 +332,12 @@ static void check_decoder(const char *variant, teal_pool *pool) {
         teal_product *p = products[i];
         p[0] = (teal_product){.parts = {b->q.weight, b->k.weight, b->v.weight}, .n_parts = 3, .epilogue = TEAL_PLAIN};
         p[1] = (teal_product){.parts = {b->o.weight}, .norm = b->gated ? NULL : &b->norms[2], .n_parts = 1,
-                              .epilogue = TEAL_RESIDUAL};
+                              .input_norm = b->gated ? NULL : &b->inner[0], .epilogue = TEAL_RESIDUAL};
         p[2] = (teal_product){.parts = {b->gate.weight, b->up.weight}, .n_parts = 1 + b->gated,
                               .epilogue = b->gated ? TEAL_GATED : TEAL_ACTIVATED,
                               .activation = b->gated ? TEAL_SILU : TEAL_GELU};
-        p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL};
+        p[3] = (teal_product){.parts = {b->down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL,
+                              .input_norm = b->gated ? NULL : &b->inner[1], .stream_scale = b->gated ? 0 : 0.75f};
         p[2].aside = b->norms[1].aside;
         const teal_step norm = {&b->norms[1], TEAL_STEP_NORM, 0};
         steps[n++] = (teal_step){&b->norms[0], TEAL_STEP_NORM, 0};
@@ -325,10 +351,10 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     }
     matrix embedding = make(HIDDEN, VOCABULARY, TEAL_BF16, TEAL_ROW_MAJOR, 1, -INFINITY);
     matrix output = make(HIDDEN, VOCABULARY, TEAL_F16, TEAL_INPUT_MAJOR, 1, 0.1f);
-    teal_norm last = norm_of(TEAL_RMS_NORM);
+    teal_norm last = norm_of(TEAL_RMS_NORM), first = norm_of(TEAL_LAYER_NORM);
     teal_product layer = {.parts = {output.weight}, .n_parts = 1, .epilogue = TEAL_PLAIN};
-    teal_program program = {.steps = steps, .embedding = &embedding.weight, .norm = &last, .output = &layer,
-                            .n_steps = n, .hidden = HIDDEN, .counters = 4, .embedding_scale = 1.5f,
+    teal_program program = {.steps = steps, .embedding = &embedding.weight, .embedding_norm = &first, .norm = &last,
+                            .output = &layer, .n_steps = n, .hidden = HIDDEN, .counters = 4, .embedding_scale = 1.5f,
                             .logits_scale = 0.6f, .logits_cap = 2};
     char error[200] = "";
     teal_session *session = teal_session_open(&program, pool, ROWS, variant, error, sizeof error);
@@ -345,6 +371,7 @@ static void check_decoder(const char *variant, teal_pool *pool) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY];
             const float *found = logits + row * VOCABULARY;
             for (int i = 0; i < HIDDEN; i++) x[i] = 1.5 * embedding.values[i * VOCABULARY + tokens[row]];
+            normalise(&first, x, x);
             for (int i = 0; i < 2; i++) run_block(&blocks[i], row, (int)positions[row], x, expected_kept);
             normalise(&last, x, normed);
             apply(&output, normed, expected, NULL);
@@ -363,13 +390,14 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     release();
 }
 
-enum { EXPERTS = 5, NEURONS = 32, SHARED = 20, MIXED_TOKENS = 3, MOST_ROWS = 8 };
+enum { EXPERTS = 5, NEURONS = 40, SHARED = 20, MIXED_TOKENS = 3, MOST_ROWS = 8 };
 
 /* A block of experts and one that is every token's. */
 typedef struct {
     matrix router, gate_up, down, shared_gate, shared_up, shared_down, scale;
     teal_norm norm;
     teal_route route;
+    int clamped; /* gate and up beside one another, as gpt-oss has them */
 } mixture;
 
 /* y of one of many experts. */
@@ -382,6 +410,11 @@ static int64_t apply_expert(const matrix *all, int expert, const double *x, doub
 }
 
 static double silu(double x) { return x / (1 + exp(-x)); }
+static double clamped_swiglu(double gate, double up) {
+    gate = gate > 0.75 ? 0.75 : gate;
+    up = up > 0.75 ? 0.75 : up < -0.75 ? -0.75 : up;
+    return (up + 1) * gate / (1 + exp(-1.5 * gate));
+}
 
 /* Experts and their weights, in the order in which they are chosen. */
 static void choose(const teal_route *route, const double *outputs, int *taken, double *shares) {
@@ -413,7 +446,8 @@ static void run_mixture(const mixture *b, double *x, int64_t *kept) {
     choose(&b->route, outputs, taken, shares);
     for (int k = 0; k < b->route.top_k; k++) {
         kept[0] += apply_expert(&b->gate_up, taken[k], normed, both);
-        for (int i = 0; i < NEURONS; i++) made[i] = silu(both[i]) * both[NEURONS + i];
+        for (int i = 0; i < NEURONS; i++)
+            made[i] = b->clamped ? clamped_swiglu(both[2 * i], both[2 * i + 1]) : silu(both[i]) * both[NEURONS + i];
         kept[1] += apply_expert(&b->down, taken[k], made, added);
         for (int i = 0; i < HIDDEN; i++) x[i] += shares[k] * added[i];
     }
@@ -427,20 +461,21 @@ static void run_mixture(const mixture *b, double *x, int64_t *kept) {
 static void check_mixture(const char *variant, teal_pool *pool, int dtype, int rows) {
     const int way = (dtype + rows) % 3;
     mixture b = {.router = make(HIDDEN, EXPERTS, dtype % 3, TEAL_ROW_MAJOR, 1, -INFINITY),
-                 .gate_up = make(EXPERTS * HIDDEN, 2 * NEURONS, dtype, TEAL_INPUT_MAJOR, 16, 0.2f),
-                 .down = make(EXPERTS * NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, dtype % 2 ? NEURONS : 16, 0.1f),
+                 .gate_up = make_many(EXPERTS * HIDDEN, 2 * NEURONS, dtype, TEAL_INPUT_MAJOR, 16, 0.2f, HIDDEN),
+                 .down = make_many(EXPERTS * NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, rows % 2 ? 8 : 32, 0.1f, NEURONS),
                  .shared_gate = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
                  .shared_up = make(HIDDEN, SHARED, TEAL_F32, TEAL_INPUT_MAJOR, 1, 0.2f),
                  .shared_down = make(SHARED, HIDDEN, TEAL_F32, TEAL_INPUT_MAJOR, 1, -INFINITY),
                  .scale = make(HIDDEN, 1, TEAL_F32, TEAL_ROW_MAJOR, 1, -INFINITY),
-                 .norm = norm_of(TEAL_RMS_NORM)};
+                 .norm = norm_of(TEAL_RMS_NORM), .clamped = way == 0};
     if (way == 0) b.gate_up.weight.bias = random_floats(EXPERTS * 2 * NEURONS), b.down.weight.bias = random_floats(EXPERTS * HIDDEN);
     b.router.weight.bias = way == 1 ? random_floats(EXPERTS) : NULL;
     b.route = (teal_route){.router = &b.router.weight, .top_k = way == 2 ? 2 : 1 + rows % 3, .normalised = way == 1,
                            .scores = way == 2 ? TEAL_SPARSEMIXER : TEAL_SOFTMAX, .jitter = 0.3f};
     b.gate_up.weight.counter = 0, b.down.weight.counter = 1;
     teal_product p[4] = {
-        {.parts = {b.gate_up.weight}, .n_parts = 1, .epilogue = TEAL_GATED, .experts = EXPERTS},
+        {.parts = {b.gate_up.weight}, .n_parts = 1, .epilogue = TEAL_GATED, .activation_threshold = 0.75f, .curve = {1.5f},
+         .activation = b.clamped ? TEAL_CLAMPED_SWIGLU : TEAL_SILU, .experts = EXPERTS, .interleaved = b.clamped},
         {.parts = {b.down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .experts = EXPERTS},
         {.parts = {b.shared_gate.weight, b.shared_up.weight}, .n_parts = 2, .epilogue = TEAL_GATED},
         {.parts = {b.shared_down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL, .scaled_by = &b.scale.weight}};

@@ -4,19 +4,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, build_model, save_tiny
+from conftest import build_model, save_tiny
+from quantised_pair import check_packed, packed_pair, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache
 
 import teal_cli.hf
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Threshold
 from teal_cli.cli import run
 from teal_cli.config import CalibrateConfig
 from teal_cli.decode.engine import Engine
@@ -25,20 +22,15 @@ from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.quantise.model import quantise_
 from teal_cli.quantise.rounding import gptq, quantise
 from teal_cli.schemes import Scheme
-from teal_cli.sparse import sparsify_
 from teal_cli.sparse.quantised import QuantisedLinear
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_kernels.packing import dequantised
 
 assert teal_cli.hf
 CASES = [("int8", True), ("int4:32", False), ("int4:32", True), ("int4", True)]
-
-
-def _tokens(length: int) -> Tensor:
-    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("text", "parsed"), [("int8", (8, 0)), ("int4", (4, 128)), ("int4:64", (4, 64))])
@@ -122,44 +114,25 @@ def test_gptq_says_that_hidden_states_are_not_finite() -> None:
     model = build_model("llama").requires_grad_(False)
     model.model.layers[0].input_layernorm.weight.fill_(float("inf"))
     with pytest.raises(ArtefactError, match="not finite: run with --dtype float32"):
-        quantise_(model, Scheme(4, 32), batches=(_tokens(16),))
+        quantise_(model, Scheme(4, 32), batches=(tokens(16),))
 
 
-def _packed(family: str, scheme: str, output: bool) -> tuple[Any, Any, Any]:
-    """A model with the quantised weights in place of its own, the same packed, and the control of that."""
-    models = [build_model(family).requires_grad_(False) for _ in range(2)]
-    packs = [quantise_(model, Scheme.parse(scheme), output_layer=output) for model in models]
-    names = [projection.name for projection in find_projections(models[0])]
-    plan = SparsityPlan("uniform", 0.4, {name: Threshold(0.3, 0.4) for name in names})
-    controls = [sparsify_(model, plan) for model in models]
-    pack_(models[1], packs[1])
-    return models[0], models[1], controls
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "scheme", "output"),
-    [*(("llama-bias", *case) for case in CASES), ("llama", "int4:32", False), ("qwen3", "int4:32", True)],
+    [
+        *(("llama-bias", *case) for case in CASES),
+        ("llama", "int4:32", False),
+        ("qwen3", "int4:32", True),
+    ],
 )
 def test_packed_is_the_quantised_network(family: str, scheme: str, output: bool) -> None:
-    plain, packed, (control, packed_control) = _packed(family, scheme, output)
-    ids = _tokens(12)
-    with control.masked(0), packed_control.masked(0):
-        expected = plain(ids).logits
-        torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
-    with control.dense(), packed_control.dense():
-        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-    for backend in ("cpu", "reference", "triton"):
-        packed_control.backend = backend
-        cache = DynamicCache(config=packed.config)
-        steps = [packed(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(4)]
-        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, :4], rtol=1e-4, atol=1e-4)
+    check_packed(family, scheme, output)
 
 
 @torch.no_grad()
 def test_shared_product_notices_other_inputs_and_modes() -> None:
     """Layers of a site called alone, with changed inputs, or dense after sparse, compute for themselves."""
-    _, packed, (_, control) = _packed("llama-bias", "int8", False)
+    _, packed, (_, control) = packed_pair("llama-bias", "int8", False)
     control.backend = "cpu"
     attention = packed.model.layers[0].self_attn
     x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -184,10 +157,10 @@ def test_shared_product_notices_other_inputs_and_modes() -> None:
 @pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize(("scheme", "output"), CASES)
 def test_fused_path(scheme: str, output: bool) -> None:
-    plain, packed, (_, control) = _packed("llama-bias", scheme, output)
+    plain, packed, (_, control) = packed_pair("llama-bias", scheme, output)
     assert FusedPath.unsupported(packed, control) is None
     engine, reference = Engine(packed, path="fused"), Engine(plain)
-    ids = _tokens(8)
+    ids = tokens(8)
     caches = engine.new_cache(12), reference.new_cache(12)
     logits = engine.prefill(ids, caches[0])
     torch.testing.assert_close(logits, reference.prefill(ids, caches[1]), rtol=1e-4, atol=1e-4)
@@ -204,7 +177,7 @@ def test_fused_path(scheme: str, output: bool) -> None:
 
 
 def test_bytes_of_a_token() -> None:
-    plain, packed, _ = _packed("llama", "int8", True)
+    plain, packed, _ = packed_pair("llama", "int8", True)
     whole, quantised = weight_bytes_per_token(plain, {}), weight_bytes_per_token(packed, {})
     assert 0.24 * whole < quantised < 0.30 * whole
     name = "model.layers.0.mlp.down_proj"
@@ -232,7 +205,7 @@ def test_the_chain(family: str, output: bool, corpus: Path, tmp_path: Path, caps
     calibration = calibration_file.load(folder.parent)
     assert calibration.info.quantize_tokens == 512
     plain, _ = load_dense(dense, config, calibration)
-    ids = _tokens(20)
+    ids = tokens(20)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")

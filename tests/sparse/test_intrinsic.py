@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig, OPTForCa
 import teal_cli.hf
 from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.sparse import SparseLinear, SparsityControl, control_of, make_intrinsic_, neuron_sparsity, use_backend
+from teal_cli.sparse import SparseLinear, control_of, make_intrinsic_, neuron_sparsity, use_backend
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
@@ -104,13 +103,6 @@ def test_greedy_equals_dense(folder: Path) -> None:
     make_intrinsic_(sparse)
     got = list(Engine(sparse).generate(ids, max_new_tokens=40, sampling=SamplingConfig()))
     assert got == expected[0, 12:].tolist()
-
-
-def test_the_fused_path_is_not_taken(tmp_path: Path) -> None:
-    model = load_model(save_kind(tmp_path / "m", "relu"), device="cpu", dtype="auto")
-    assert FusedPath.unsupported(model, SparsityControl()) == "activation relu"
-    make_intrinsic_(model)
-    assert FusedPath.unsupported(model, SparsityControl()) == "MLPs that decode gate first"
 
 
 @torch.no_grad()

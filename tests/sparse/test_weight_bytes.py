@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import FAMILIES, build_family
-from tiny_configs import MIXTURES
+from tiny_configs import ALL_MIXTURES
 from torch import nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -27,11 +27,14 @@ def _expected(family: str, model: nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight is not tied:
             total -= module.weight.nbytes - module.weight[0].nbytes
-    if family in MIXTURES:
+    if family in ALL_MIXTURES:
         chosen = model.config.num_experts_per_tok
         stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]
         assert len(stacks) == (2 if family == "qwen3_moe" else 4)  # which has a block without experts
-        total -= sum(stack[chosen:].nbytes for stack in stacks)
+        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("experts.down_proj_bias")]
+        biases += [parameter for name, parameter in model.named_parameters() if name.endswith("gate_up_proj_bias")]
+        assert len(biases) == (4 if family == "gpt_oss" else 0)
+        total -= sum(stack[chosen:].nbytes for stack in (*stacks, *biases))
     elif family == "gemma3":
         total -= _bytes(model.model.vision_tower) + _bytes(model.model.multi_modal_projector)
         total += sum(

@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 3
+ABI = 5
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -61,6 +61,8 @@ class Activation(IntEnum):
     RELU2 = 4
     FATRELU = 5
     DRELU = 6
+    XIELU = 7
+    CLAMPED_SWIGLU = 8
 
 
 class HeadNorms(IntEnum):
@@ -129,12 +131,16 @@ class Product(Structure):
     _fields_ = (
         ("parts", Weight * MAX_PARTS),
         ("norm", c_void_p),
+        ("input_norm", c_void_p),
         ("n_parts", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("activation_threshold", c_float),
+        ("curve", c_float * 3),
+        ("stream_scale", c_float),
         ("aside", c_int32),
         ("experts", c_int32),
+        ("interleaved", c_int32),
         ("scaled_by", c_void_p),
     )
 
@@ -159,6 +165,11 @@ class Attention(Structure):
         ("values", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("v_norm", c_void_p),
+        ("q_bias", c_void_p),
+        ("k_bias", c_void_p),
+        ("bias", c_void_p),
+        ("sinks", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("query_scale", c_void_p),
@@ -171,10 +182,13 @@ class Attention(Structure):
         ("window", c_int32),
         ("neighbours", c_int32),
         ("norms", c_int32),
+        ("norm_kind", c_int32),
+        ("keys_as_values", c_int32),
         ("grouped", c_int32),
         ("scale", c_float),
         ("eps", c_float),
         ("cap", c_float),
+        ("clip", c_float),
     )
 
 
@@ -194,6 +208,7 @@ class Program(Structure):
         ("steps", c_void_p),
         ("embedding", c_void_p),
         ("position_embedding", c_void_p),
+        ("embedding_norm", c_void_p),
         ("norm", c_void_p),
         ("output", c_void_p),
         ("position_offset", c_int64),

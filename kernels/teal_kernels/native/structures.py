@@ -12,6 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from teal_kernels.native.attention import attention_of
 from teal_kernels.native.header import (
     ABI,
     KEY_BLOCK,
@@ -33,6 +34,7 @@ from teal_kernels.native.header import (
     StepKind,
     Weight,
 )
+from teal_kernels.native.tensors import DTYPES, address, floats, pointer
 from teal_kernels.packing import Packed
 
 __all__ = [
@@ -65,9 +67,6 @@ __all__ = [
     "weight_of",
 ]
 
-DTYPES = {torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16}
-"""Those of floats, as the header names them."""
-
 
 def weight_of(
     table: Tensor | Packed,
@@ -94,9 +93,9 @@ def weight_of(
     """
     if table.device.type != "cpu":
         raise ValueError(f"the native library reads weights on the CPU, not on {table.device}")
-    weight = _of_codes(table, part) if isinstance(table, Packed) else _of_floats(table)
+    weight = _of_codes(table, part) if isinstance(table, Packed) else _offloats(table)
     if bias is not None:
-        bias = _floats(bias, (weight.outputs,))
+        bias = floats(bias, (weight.outputs,))
         weight.bias = bias.data_ptr()
         weight.holds += (bias,)
     weight.threshold, weight.expected, weight.counter = threshold, expected, counter
@@ -144,9 +143,9 @@ def norm_of(weight: Tensor, eps: float, *, bias: Tensor | None = None, kind: Nor
     Raises:
         ValueError: weight and bias do not fit each other.
     """
-    weight = _floats(weight, (weight.numel(),))
-    held = (weight, None if bias is None else _floats(bias, weight.shape))
-    norm = Norm(weight=weight.data_ptr(), bias=_pointer(held[1]), eps=eps, kind=kind)
+    weight = floats(weight, (weight.numel(),))
+    held = (weight, None if bias is None else floats(bias, weight.shape))
+    norm = Norm(weight=weight.data_ptr(), bias=pointer(held[1]), eps=eps, kind=kind)
     norm.holds = held
     return norm
 
@@ -157,11 +156,14 @@ def product_of(
     *,
     activation: Activation = Activation.SILU,
     activation_threshold: float = 0.0,
+    curve: Sequence[float] = (),
     norm: Norm | None = None,
+    input_norm: Norm | None = None,
 ) -> Product:
     """Projections that read one hidden state; the epilogue says what becomes of them.
 
-    `norm`: of what a residual product gives, before it is added.
+    `curve`: three numbers of XIELU. `norm`: of what a residual product gives, before it is added; `input_norm`: of what
+    it reads.
 
     Raises:
         ValueError: no part, or more than MAX_PARTS.
@@ -173,92 +175,10 @@ def product_of(
     )
     for index, part in enumerate(parts):
         product.parts[index] = part
-    product.holds = tuple(parts)
-    if norm is not None:
-        product.norm = ctypes.addressof(norm)
-        product.holds += (norm,)
+    product.curve[: len(curve)] = curve
+    product.holds = (*parts, norm, input_norm)
+    product.norm, product.input_norm = address(norm), address(input_norm)
     return product
-
-
-def attention_of(
-    keys: Tensor,
-    values: Tensor,
-    *,
-    heads: int,
-    scale: float,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    head_norms: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    window: int = 0,
-    cap: float = 0.0,
-    query_scale: Tensor | None = None,
-    neighbours: bool = False,
-    norms: HeadNorms = HeadNorms.HEADS_FIRST,
-    grouped: bool = False,
-) -> Attention:
-    """Attention over a KV cache.
-
-    Args:
-        keys: (rows, kv_heads, positions / KEY_BLOCK, dim, KEY_BLOCK), contiguous; float32, bfloat16 or float16.
-        values: (rows, kv_heads, positions, dim), contiguous, the dtype of keys.
-        heads: of the queries.
-        scale: of the scores.
-        rotary: cosines and sines, (>= positions, rotated dimensions) each; None for no rotary embedding.
-        head_norms: weights (dim,) of the RMS norms of each query's and each key's head, or None.
-        eps: of those norms.
-        window: positions that are seen, the token's own among them; 0 for all.
-        cap: scores become cap * tanh(score / cap); 0 for none.
-        query_scale: (>= positions,) what queries are multiplied with beside `scale`, or None.
-        neighbours: whether the rotary embedding turns neighbours, not the two halves; `rotary` is the same.
-        norms: where the norms of heads stand; of all heads at once, the weights are (heads * dim,), (kv_heads * dim,).
-        grouped: whether the product before has each key head's queries, key and value side by side.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
-    """
-    rows, kv_heads, positions, dim = values.shape
-    if keys.shape != (rows, kv_heads, positions // KEY_BLOCK, dim, KEY_BLOCK) or positions % KEY_BLOCK:
-        raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit values of shape {tuple(values.shape)}")
-    if keys.dtype != values.dtype or keys.dtype not in DTYPES:
-        raise ValueError(f"a KV cache of {keys.dtype} and {values.dtype} is none that the native library reads")
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous")
-    attention = Attention(
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        positions=positions,
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=dim,
-        dtype=DTYPES[keys.dtype],
-        window=window,
-        neighbours=neighbours,
-        norms=norms,
-        grouped=grouped,
-        scale=scale,
-        eps=eps,
-        cap=cap,
-    )
-    attention.holds = (keys, values)
-    if query_scale is not None:
-        if len(query_scale) < positions:
-            raise ValueError(f"scales of {len(query_scale)} positions are too few for {positions}")
-        query_scale = _floats(query_scale, query_scale.shape)
-        attention.query_scale = query_scale.data_ptr()
-        attention.holds += (query_scale,)
-    if rotary is not None:
-        if rotary[0].shape[0] < positions:
-            raise ValueError(f"a rotary embedding of {rotary[0].shape[0]} positions is too short for {positions}")
-        cos, sin = (_floats(table, rotary[0].shape) for table in rotary)
-        attention.cos, attention.sin, attention.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
-        attention.holds += (cos, sin)
-    if head_norms is not None:
-        together = norms == HeadNorms.ALL_HEADS
-        sizes = (heads * dim, kv_heads * dim) if together else (dim, dim)
-        q_norm, k_norm = (_floats(weight, (size,)) for weight, size in zip(head_norms, sizes, strict=True))
-        attention.q_norm, attention.k_norm = q_norm.data_ptr(), k_norm.data_ptr()
-        attention.holds += (q_norm, k_norm)
-    return attention
 
 
 def program_of(
@@ -267,6 +187,7 @@ def program_of(
     embedding: Weight,
     output: Product,
     norm: Norm | None = None,
+    embedding_norm: Norm | None = None,
     position_embedding: Weight | None = None,
     position_offset: int = 0,
     embedding_scale: float = 1.0,
@@ -281,6 +202,7 @@ def program_of(
         embedding: row-major, (vocabulary, hidden).
         output: one plain part, (vocabulary, hidden).
         norm: the last one, or None.
+        embedding_norm: of what embeddings are, or None.
         position_embedding: learned, row-major, (positions, hidden); or None.
         position_offset: added to a position before position_embedding is read.
         embedding_scale: what the token's embedding is multiplied with.
@@ -295,14 +217,13 @@ def program_of(
         Route: StepKind.ROUTE,
     }
     array = (Step * len(steps))(*(Step(of=ctypes.addressof(step), kind=kinds[type(step)]) for step in steps))
-    parts = (embedding, position_embedding, norm, output)
-    at = [None if part is None else ctypes.addressof(part) for part in parts]
     program = Program(
         steps=ctypes.addressof(array),
-        embedding=at[0],
-        position_embedding=at[1],
-        norm=at[2],
-        output=at[3],
+        embedding=address(embedding),
+        position_embedding=address(position_embedding),
+        embedding_norm=address(embedding_norm),
+        norm=address(norm),
+        output=address(output),
         position_offset=position_offset,
         n_steps=len(steps),
         hidden=embedding.inputs,
@@ -312,11 +233,11 @@ def program_of(
         logits_cap=logits_cap,
     )
     program.vocabulary = output.parts[0].outputs
-    program.holds = (array, *steps, *parts)
+    program.holds = (array, *steps, embedding, position_embedding, embedding_norm, norm, output)
     return program
 
 
-def _of_floats(table: Tensor) -> Weight:
+def _offloats(table: Tensor) -> Weight:
     if table.dim() != 2 or table.dtype not in DTYPES:
         raise ValueError(f"a weight of shape {tuple(table.shape)} and {table.dtype} is none that the library reads")
     outputs, inputs = table.shape
@@ -351,7 +272,7 @@ def _of_codes(packed: Packed, part: int) -> Weight:
     weight = Weight(
         data=words.data_ptr() + first_word * words.itemsize,
         scales=scales.data_ptr(),
-        zeros=_pointer(zeros),
+        zeros=pointer(zeros),
         row_bytes=words.stride(0) * words.itemsize,
         scale_stride=scales.stride(0),
         zero_stride=0 if zeros is None else zeros.stride(0),
@@ -369,14 +290,3 @@ def _of_codes(packed: Packed, part: int) -> Weight:
 def _columns(table: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
     columns = table[:, first : first + count].to(dtype)
     return columns if columns.stride(1) == 1 else columns.contiguous()
-
-
-def _floats(table: Tensor, shape: Sequence[int]) -> Tensor:
-    """As contiguous float32 on the CPU; the tensor itself where it is that."""
-    if table.shape != torch.Size(shape):
-        raise ValueError(f"{tuple(table.shape)} values do not fit, {tuple(shape)} are needed")
-    return table.detach().to("cpu", torch.float32).contiguous()
-
-
-def _pointer(table: Tensor | None) -> int | None:
-    return None if table is None else table.data_ptr()

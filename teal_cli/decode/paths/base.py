@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.models.forward import position_limit
 from teal_cli.sparse import SparsityControl
 
 
@@ -81,7 +83,7 @@ class Path(ABC):
     """Types of device for which the engine considers this path by itself; None for all that torch has."""
     own_kernels: ClassVar[bool] = False
     """Whether a step is ours from end to end."""
-    sparse_may_lose: ClassVar[bool] = True
+    sparse_may_lose: bool = True
     """Whether a sparse step may take longer than a dense one: the engine then measures (`decode.choice`)."""
     keeps_state: bool = True
     """Whether a step costs one token; False where every step runs the whole sequence again."""
@@ -98,6 +100,18 @@ class Path(ABC):
     @abstractmethod
     def new_cache(self, length: int) -> Any:
         """An empty cache for `length` positions."""
+
+    def not_compiled_because(self, length: int) -> str | None:
+        """Why steps are not compiled by torch.compile, in a few words; None where that can be tried.
+
+        Args:
+            length: positions of the cache.
+        """
+        return "its kernels are compiled already"
+
+    def new_compiled_cache(self, length: int) -> Any:
+        """An empty cache for `length` positions, whose steps are compiled; where `not_compiled_because` is None."""
+        raise TypeError(f"path {self.name} compiles no steps")
 
     @abstractmethod
     def prefill(self, input_ids: Tensor, cache: Any, lengths: list[int] | None) -> Tensor:
@@ -127,8 +141,7 @@ class Path(ABC):
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 31
+        return position_limit(self.model.config) or 1 << 31
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Fail before the work where the model's context cannot hold it.
@@ -163,12 +176,15 @@ class Decoder(Protocol):
     control: SparsityControl | None
     path: Path
 
+    never_worse: bool
+    compiling: Compiling
+
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
         ...
 
-    def new_cache(self, length: int) -> Any:
+    def new_cache(self, length: int, compiled: bool = False) -> Any:
         """An empty cache."""
         ...
 

@@ -4,47 +4,64 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-The weights of each product lie in one table (`teal_cli.sparse.merged`). What a block computes is data
+An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`). The weights of each product lie
+in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a block computes is data
 (`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
 
+from teal_cli.checkpoint.rules import Zeros
 from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
+from teal_cli.decode.paths.fused_experts import cannot_route
+from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
-from teal_cli.decode.paths.fused_steps import cannot_launch
-from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.sparse import SparseLinear, SparsityControl
-from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.models.programs import AttentionStep, Program
+from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
+from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
+
+_STEP_KEYS = ("clip", "sinks", "v_norm", "keys_as_values", "input_norm", "activation_module", "stream_scale")
+"""Of steps, as far as there are no kernels for them."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
     config, program = model.config.get_text_config(), known_program(model)
     if program is None or not program.fused:
-        return f"model type {model.config.model_type}"
-    if any(step.experts or step.scaled_by for step in program.products):
-        return "experts"
+        return without_program(model)
     if device.type != "cuda" and not interpreting():
         return "no GPU"
     if backend not in ("auto", "triton"):
         return f"backend {backend}"
     if (reason := backend_unavailable_reason("triton", device, dtype)) is not None:
         return reason
-    if any(isinstance(module, GateFirstMLP) for module in model.modules()):
-        return "MLPs that decode gate first"
     if (activation := unknown_activation(config, program)) is not None:
         return f"activation {activation}"
+    if (key := _not_launched(program)) is not None:
+        return f"blocks with {key}"
     return unsupported_rope(config, ("longrope",)) or departure(model, program)
+
+
+def _not_launched(program: Program) -> str | None:
+    """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
+    if program.pairs == "halves_backwards":
+        return program.pairs
+    for step in program.steps:
+        if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
+            return "layer norms of heads"
+    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
+    return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
 
 
 class FusedPath(ProgramPath):
@@ -53,13 +70,14 @@ class FusedPath(ProgramPath):
     name = "fused"
     reported = "compact"
     devices = ("cuda",)  # the interpreter runs it on a CPU too, where it is asked for by name
-    sparse_may_lose = False  # each product is read whole where skipping does not pay (`choose_config`)
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         super().__init__(model, control)
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
+        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that.
+        self.sparse_may_lose = any(isinstance(layer.rule, Zeros) for layer in sparse_layers(model).values())
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -72,10 +90,12 @@ class FusedPath(ProgramPath):
         if is_spread(model):
             return "weights on several devices"
         layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-        if not all(layer.merged.one_table or layer.is_output for layer in layers):
+        if not all(layer.merged.one_table or layer.is_output or isinstance(layer, SparseExperts) for layer in layers):
             return "projections that are not side by side"
-        products = (step for block in block_steps(model) for step in block if isinstance(step, Product))
-        return next((reason for product in products if (reason := cannot_launch(product)) is not None), None)
+        blocks = block_steps(model)
+        products = (step for block in blocks for step in block if isinstance(step, Product))
+        reasons = chain(map(cannot_launch, products), map(cannot_route, blocks))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def output(self) -> Product | None:
         """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""
@@ -87,7 +107,7 @@ class FusedPath(ProgramPath):
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""
-        return FixedCache(self.attentions, length)
+        return FixedCache(self.attentions, length, copies=self.copies)
 
     def open(self, cache: FixedCache) -> FusedSession:
         """As `Path.open`: at most `MAX_ROWS` rows, and the tuning table may be damaged."""

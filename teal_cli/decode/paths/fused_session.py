@@ -1,16 +1,19 @@
 """A session of the fused path: the steps of all blocks bound to buffers, launched one right behind the other."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import learned_positions
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, Launch, StepBinder
+from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.decode.positions import learned_positions
+from teal_kernels.operands import Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
-from teal_kernels.triton_gemv import Positions, Scratch
 
 
 class FusedSession(ProgramSession):
@@ -79,23 +82,33 @@ class FusedSession(ProgramSession):
         """Make the greedy choice from the last launch's logits the next launch's `token`."""
         pick(self.best, self.token, pdl=self.path.pdl)
 
-    def _planned(self) -> list[Launch]:
+    def _planned(self) -> list[Launch | GateFirstLaunch]:
         output = self.output
         return [*self.launches, *([output] if output and output.product.sparse_layers[0].is_planned else [])]
 
     def counted(self) -> list[Counted]:
-        """As `ProgramSession.counted`: three numbers a launch."""
-        return [
-            Counted(
-                layer.name,
-                layer.in_features * layer.out_features,
-                layer.in_features,
-                None if launch.config.dense else len(launch.kept) * index + part,
-            )
-            for index, launch in enumerate(self._planned())
-            for part, layer in enumerate(launch.product.sparse_layers)
-        ]
+        """As `ProgramSession.counted`."""
+        found, before = [], 0
+        for launch in self._planned():
+            for projection in launch.counted() if isinstance(launch, GateFirstLaunch) else _counted(launch):
+                counter = None if projection.counter is None else before + projection.counter
+                found.append(replace(projection, counter=counter))
+            before += len(launch.kept)
+        return found
 
     def kept(self) -> Tensor:
         """As `ProgramSession.kept`, on the device."""
         return torch.cat([launch.kept for launch in self._planned()])
+
+
+def _counted(launch: Launch) -> list[Counted]:
+    """The projections of a product; numbers of kept inputs are those in its `kept`."""
+    return [
+        Counted(
+            layer.name,
+            getattr(layer, "weights_read", layer.in_features * layer.out_features),
+            layer.in_features * launch.times,
+            None if launch.config.dense else part,
+        )
+        for part, layer in enumerate(launch.product.sparse_layers)
+    ]

@@ -5,38 +5,28 @@ then a call without arguments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import (
-    Attention,
-    BlockStep,
-    Norm,
-    Product,
-    Scales,
-    activation_of,
-    growth_of,
-    long_rope_from,
-    program_of,
-    rotary_tables,
-)
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, program_of
 from teal_cli.decode.cache import FixedLayer
+from teal_cli.decode.paths.fused_angles import Angles
+from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
+from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.positions import growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
-from teal_kernels.gate_first import rounded_threshold
-from teal_kernels.packed_linear import fitting
-from teal_kernels.packing import Packed
+from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
+from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
-from teal_kernels.triton_gemv import Added, AttentionPartials, Beside, Positions, Scratch, gemv, squares_of
-from teal_kernels.triton_gemv import Norm as FusedNorm
-from teal_kernels.tuning import choose_config
-from teal_kernels.tuning_entries import kind_of
+from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
 _OTHER = "other hidden"
@@ -58,147 +48,6 @@ class FusedModel(Protocol):
     def output(self) -> Product | None:
         """Of an output layer that is launched as the products of a block are."""
         ...
-
-
-class Launch:
-    """A product as one session runs it: thresholds, and the tile config that fits the sparsity they give.
-
-    Args:
-        product: what is launched.
-        enabled: False runs it dense.
-        rows: of the batch.
-        dtype: of the hidden states.
-        scale: of what it adds to the residual stream.
-        sums: whether a layer norm follows.
-        beside: of a product whose norm the next product adds to the stream.
-    """
-
-    def __init__(
-        self,
-        product: Product,
-        enabled: bool,
-        rows: int,
-        dtype: torch.dtype,
-        scale: float = 1.0,
-        *,
-        sums: bool = False,
-        beside: Beside | None = None,
-    ) -> None:
-        self.product = product
-        self.table, self.parts = table_of(product)
-        self.beside = beside
-        self.epilogue = product.epilogue
-        if product.norm is not None:
-            self.epilogue = "plain" if beside is None else "beside"
-        self.scale = scale if self.epilogue == "residual" else 1.0
-        self.activation, threshold = activation_of(product)
-        self.activation_threshold = rounded_threshold(threshold, dtype)
-        rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
-        if product.joined:
-            rules *= 2
-        values = [rule.threshold for rule in rules]
-        device = self.table.device
-        self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
-        self.kept = torch.zeros(3, dtype=torch.int64, device=device)
-        """Inputs that were kept, for each part; added to by every launch that skips."""
-        expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
-        skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
-        config = choose_config(
-            device,
-            inputs=self.table.shape[0],
-            parts=self.parts,
-            dtype=kind_of(self.table),
-            rows=rows,
-            epilogue="plain" if product.epilogue == "activated" else product.epilogue,
-            sparsity=skipped / sum(self.parts),
-        )
-        self.config = fitting(config, self.table, rows)
-        count = squares_of(self.table, self.parts, self.config, rows, dtype)
-        shape = (*([2] * sums), rows, count) if beside is None else (4, count)
-        self.squares = torch.empty(shape, dtype=torch.float32, device=device)
-        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows; of a layer norm sums,
-        too. Those of a `beside` one are `Added.sums`."""
-
-    def run(
-        self,
-        x: Tensor | AttentionPartials,
-        y: Tensor,
-        scratch: Scratch,
-        pdl: bool,
-        norm: FusedNorm | None = None,
-        added: Added | None = None,
-    ) -> None:
-        """Launch it."""
-        gemv(
-            x,
-            self.table,
-            self.parts,
-            self.thresholds,
-            y,
-            self.config,
-            scratch,
-            bias=self.product.bias,
-            norm=norm,
-            epilogue=self.epilogue,
-            activation=self.activation,
-            activation_threshold=self.activation_threshold,
-            scale=self.scale,
-            squares=self.squares if self.epilogue in ("residual", "beside") else None,
-            added=added,
-            beside=self.beside,
-            counts=self.kept,
-            pdl=pdl,
-        )
-
-
-def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
-    """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other."""
-    table, parts = product.table, product.parts
-    if not product.joined:
-        return table, parts
-    parts = (parts[0] // 2,) * 2
-    return replace(table, parts=parts) if isinstance(table, Packed) else table, parts
-
-
-def cannot_launch(product: Product) -> str | None:
-    """Why a joined product cannot be launched as gate and up; None where it can."""
-    packed = getattr(product.layers[0], "packed", None)
-    if product.joined and packed is not None and product.outputs * packed.bits % 32:
-        return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
-    return None
-
-
-@dataclass(frozen=True)
-class Angles:
-    """The tables of a rotary embedding: of each kind (positions, R) twice; with long rope (2, positions, R)."""
-
-    tables: dict[str | None, tuple[Tensor, Tensor]]
-    long_from: int | None
-
-    @classmethod
-    def of(cls, model: Any, blocks: list[list[BlockStep]], positions: int, dtype: torch.dtype) -> "Angles":
-        """As the kernels read them, for a cache of so many positions."""
-        first_long = long_rope_from(model)
-        lasts = [None if first_long is None else first_long - 1]
-        long_from = first_long if first_long is not None and positions > first_long else None
-        if long_from is not None:
-            lasts.append(positions - 1)
-        tables: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for kind in {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}:
-            made = [rotary_tables(model, positions, dtype, last, kind) for last in lasts]
-            found = [pair for pair in made if pair is not None]
-            if not found:
-                continue
-            cos, sin = (torch.stack([_paired(pair[of], model) for pair in found]) for of in (0, 1))
-            tables[kind] = (cos, sin) if long_from is not None else (cos[0], sin[0])
-        return cls(tables, long_from)
-
-
-def _paired(table: Tensor, model: Any) -> Tensor:
-    """The angle of each dimension of a head: transformers has those of halves where it turns neighbours."""
-    if program_of(model).pairs == "neighbours":
-        return table[:, : table.shape[1] // 2].repeat_interleave(2, dim=1).contiguous()
-    return table
 
 
 class StepBinder:
@@ -224,7 +73,7 @@ class StepBinder:
     ) -> None:
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | GateFirstLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs != "halves"
@@ -242,12 +91,13 @@ class StepBinder:
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
         self._before: Product | None = None
-        # Of the block: the norm before its attention, the one aside, and where in `steps` attention is launched.
+        # Of the block: the norm before its attention or router, the one aside, and where in `steps` that is launched.
         self._first_norm: FusedNorm | None = None
         self._aside: FusedNorm | None = None
         self._added: tuple[Norm, Added] | None = None
         """What the next product adds to the stream before it reads it."""
         self._attention_at = 0
+        self._routing: Routing | None = None
 
     def buffer(self, name: str, columns: int) -> Tensor:
         """(rows, columns) of the model's dtype: the same for the same name in every block."""
@@ -265,7 +115,7 @@ class StepBinder:
                 elif isinstance(step, Attention):
                     self._bind_attention(step)
                 elif isinstance(step, Route):
-                    raise TypeError("the fused path has no kernels for experts")
+                    self._bind_route(step, scale_of(block))
                 else:
                     self._bind_product(step)
 
@@ -347,17 +197,43 @@ class StepBinder:
         )
         self._source, self._norm = partials, None
 
+    def _bind_route(self, step: Route, scale: nn.Linear | None) -> None:
+        """What it reads the experts read too, so that stays the source of the next product."""
+        source, self._attention_at = self._source, len(self.steps)
+        if not isinstance(source, Tensor):
+            raise TypeError("a router reads a norm of the residual stream")
+        if self._routing is None or self._routing.chosen.ids.shape[1] != step.top_k:
+            self._routing = Routing.empty(self.rows, step.top_k, self.path.device)
+        self.steps.append(
+            partial(
+                route,
+                source,
+                router_of(step, scale),
+                self._routing.chosen,
+                self.scratch,
+                norm=self._norm,
+                aside_share=None if scale is None else self._routing.every_tokens.weights,
+                pdl=self.path.pdl,
+            )
+        )
+
     def _bind_product(self, step: Product) -> None:
         source, norm, at = self._source, self._norm, len(self.steps)
         if step.aside or source is None:
-            # Beside the attention: launched before it, as long as `hidden` is what the norm before it was of.
+            # Beside attention or experts: launched before, as long as `hidden` is what the norm before them was of.
             source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
+        if step.gate_first is not None and isinstance(source, Tensor):
+            y = self._bind_gate_first(step, step.gate_first, source, norm, at)
+            self._source, self._norm, self._before = y, None, step
+            return
         added = self._added[1] if self._added is not None and source is self.hidden else None
         if added is not None:
             self.hidden, self._added = added.stream, None
         launch = self._launch(step)
         to_stream = step.epilogue == "residual" and step.norm is None
-        y = self.hidden if to_stream else self.buffer(step.name, step.outputs)
+        y = self.hidden
+        if not to_stream:  # of experts a row each
+            y = self.buffer(step.name, step.outputs * launch.times).view(-1, step.outputs)
         self.steps.insert(at, partial(launch.run, source, y, self.scratch, self.path.pdl, norm, added))
         if step.epilogue == "residual":
             self.squares = launch.squares
@@ -365,12 +241,43 @@ class StepBinder:
                 self._add_later(step.norm, launch, y)
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
 
+    def _bind_gate_first(
+        self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
+    ) -> Tensor:
+        """Gate and live rows of up in one launch, which adds nothing to the stream and takes up no layer norm."""
+        if self._added is not None and source is self.hidden:
+            self.settle()
+            norm, at = None if norm is None else replace(norm, squares=self.squares), len(self.steps)
+        if norm is not None and norm.centred:
+            normed = self.buffer("normed", step.layers[0].in_features)
+            self.steps.insert(
+                at,
+                partial(
+                    write_norm,
+                    source,
+                    norm.weight,
+                    normed,
+                    eps=norm.eps,
+                    bias=norm.bias,
+                    centred=True,
+                    plus_one=norm.plus_one,
+                    pdl=self.path.pdl,
+                ),
+            )
+            source, norm, at = normed, None, at + 1
+        launch = GateFirstLaunch(mlp, self.enabled, self.rows, self.path.dtype)
+        self.launches.append(launch)
+        y = self.buffer(step.name, step.outputs)
+        self.steps.insert(at, partial(launch.run, source, y, self.path.pdl, norm))
+        return y
+
     def _launch(self, step: Product) -> Launch:
         beside = None
         if step.norm is not None and self.rows == 1 and not step.norm.centred:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
-        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, sums=sums, beside=beside)
+        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing}
+        launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from teal_cli.decode.compiling import CompiledSteps, compiled_positions
 from teal_cli.decode.paths.base import LastTokens, Path, Session, refuse_lengths
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
+from teal_cli.decode.whole_cache import forget_addresses, has_windows, static_cache
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import kind_for
-from teal_cli.sparse import SparsityControl
+from teal_cli.models.layers import Experts
+from teal_cli.sparse import SparsityControl, sparse_layers
 
 
 @dataclass
@@ -42,6 +45,8 @@ class GeneralCache:
     """None where all rows have the same length."""
     encoded: Any = None
     """What an encoder made of the prompt."""
+    compiled: bool = False
+    """Whether steps are compiled."""
 
 
 class GeneralPath(Path):
@@ -53,6 +58,7 @@ class GeneralPath(Path):
         super().__init__(model, control)
         self._states = self._state_names()
         self.keeps_state = self._states is None or self._states.name is not None
+        self._compiled = CompiledSteps(model)
 
     def _state_names(self) -> StateNames | None:
         return StateNames(self.model)
@@ -67,8 +73,10 @@ class GeneralPath(Path):
 
         On the CPU the growing cache is not slower (15.6 against 14.7 tokens/s on SmolLM2-135M, two
         Zen cores) and attends to the written positions only. So does it for ALiBi on a GPU: transformers' Falcon
-        makes its biases for the written positions, and a fixed cache has more. The states of recurrent blocks have
-        no positions, and whether there is one yet is the host's knowledge, which a graph would freeze.
+        makes its biases for the written positions, and a fixed cache has more; GPT-Neo's local attention likewise,
+        beyond its window. The states of recurrent blocks have no positions, and whether there is one yet is the
+        host's knowledge, which a graph would freeze: `new_compiled_cache` has it captured after the prompt, and its
+        steps are checked.
         """
         return GeneralCache(self._new_state(length), length)
 
@@ -76,10 +84,50 @@ class GeneralPath(Path):
         states = self._states
         if states is not None and (own := states.new()) is not None:
             return own
+        config = self.model.config
         recurrent = states is not None and states.is_recurrent
-        if self.device.type == "cpu" or recurrent or getattr(self.model.config, "alibi", False):
-            return DynamicCache(config=self.model.config)
-        return StaticCache(config=self.model.config, max_cache_len=length)
+        if self.device.type == "cpu" or recurrent or self._counts_keys(length):
+            return DynamicCache(config=config)
+        return static_cache(config, length)
+
+    @property
+    def _has_local_attention(self) -> bool:
+        """Whether it is GPT-Neo's, which takes the last keys that there are for the last that were written."""
+        return "local" in (getattr(self.model.config, "attention_layers", None) or ())
+
+    def _counts_keys(self, length: int) -> bool:
+        """Whether attention would count keys of a fixed cache that are not written yet."""
+        config = self.model.config
+        return getattr(config, "alibi", False) or (self._has_local_attention and config.window_size < length)
+
+    def not_compiled_because(self, length: int) -> str | None:
+        """As `Path.not_compiled_because`. Whether it works, only trying it says (`decode.choice`)."""
+        states, kind = self._states, self.model.config.model_type
+        if states is None:
+            return "the cache of an encoder-decoder grows"
+        if states.name not in ("past_key_values", "cache_params"):
+            return f"model type {kind} has no cache of transformers"
+        if hasattr(self.model, "_setup_cache"):
+            return f"the layers of model type {kind} hold their state"
+        if self._counts_keys(compiled_positions(length)):
+            return f"model type {kind} counts keys, and a fixed cache has more than were written"
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            return "weights on several devices"
+        if any(layer.packed is not None for layer in sparse_layers(self.model).values()):
+            return "quantised weights have kernels that torch's compiler does not know"
+        sparse = self.control is not None and self.control.decodes_sparse
+        if sparse and any(isinstance(module, Experts) for module in self.model.modules()):
+            return "experts that skip inputs wait for the host"
+        try:
+            cache = self.new_compiled_cache(length)
+        except KeyError:  # a kind of layer that it does not know, as transformers names it in the configuration
+            return f"transformers has no static cache for model type {kind}"
+        return "a window that rolls cannot be compiled" if any(cache.state.is_sliding) else None
+
+    def new_compiled_cache(self, length: int) -> GeneralCache:
+        """As `Path.new_compiled_cache`: in fixed memory, on a CPU too, the states of recurrent blocks as well."""
+        positions = compiled_positions(length)
+        return GeneralCache(static_cache(self.model.config, positions), positions, compiled=True)
 
     def prefill(self, input_ids: Tensor, cache: GeneralCache, lengths: list[int] | None) -> Tensor:
         """As `Path.prefill`. Padding needs no mask here: it comes after all tokens of its row."""
@@ -92,6 +140,8 @@ class GeneralPath(Path):
         last, before = LastTokens.of_rows(lengths, self.device), cache.length
         logits = last.among(self._forward(input_ids, cache, last.keep))
         cache.rows, cache.length = input_ids.shape[0], before + input_ids.shape[1]
+        if cache.compiled:
+            forget_addresses(cache.state)
         if lengths is None:
             return logits
         mask = torch.ones(cache.rows, cache.positions, dtype=torch.int64, device=self.device)
@@ -111,7 +161,7 @@ class GeneralPath(Path):
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or 0
         # GPT-Neo's cache keeps all positions, and its masks count the window in them.
-        has_window = any(cache.state.is_sliding) or "local" in (getattr(config, "attention_layers", None) or ())
+        has_window = has_windows(cache.state) or self._has_local_attention
         if has_window and window < cache.positions:
             return f"model type {kind} sees a window of {window} positions, which padding would fill"
         if getattr(self.model.config, "alibi", False):
@@ -129,7 +179,12 @@ class GeneralPath(Path):
 
     def step(self, token: Tensor, cache: GeneralCache) -> Tensor:
         """A decode step: (rows, 1) int64 -> (rows, vocabulary) logits. Lengths on the host's side stay."""
-        return self._forward(token, cache, 1)[:, -1]
+        control = self.control
+        counting = control is not None and control.counter is not None and control.counter.active
+        if not cache.compiled or cache.ragged is not None or counting or self._states is None:
+            return self._forward(token, cache, 1)[:, -1]
+        kind = (None if control is None else control.decoding[:2], cache.rows, cache.positions)
+        return self._compiled.logits(kind, token, self._states.arguments(token, cache.state))[:, -1]
 
     def _forward(self, input_ids: Tensor, cache: GeneralCache, keep: int | Tensor) -> Tensor:
         """(rows, tokens) int64 -> (rows, kept, vocabulary) logits."""

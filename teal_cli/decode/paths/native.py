@@ -12,12 +12,15 @@ from teal_cli.decode.blocks import unknown_activation
 from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession
-from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope
+from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import MachineError
 from teal_cli.sparse import SparsityControl
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
 from teal_kernels.native.structures import DTYPES
+
+_ROPE_TYPES = ("longrope", "dynamic", "proportional")
+"""Beside those that any path takes."""
 
 
 def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | None:
@@ -28,13 +31,13 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     """
     config, program = model.config.get_text_config(), known_program(model)
     if program is None:
-        return f"model type {model.config.model_type}"
+        return without_program(model)
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     activation = unknown_activation(config, program)
-    reason = unsupported_rope(config, ("longrope",)) if activation is None else f"activation {activation}"
+    reason = unsupported_rope(config, _ROPE_TYPES) if activation is None else f"activation {activation}"
     reason = reason or departure(model, program)
     if reason is not None:
         return reason
@@ -64,7 +67,7 @@ class NativePath(ProgramPath):
 
     def new_cache(self, length: int) -> NativeCache:
         """An empty cache."""
-        return NativeCache(self.attentions, length)
+        return NativeCache(self.attentions, length, self.copies)
 
     def open(self, cache: NativeCache) -> NativeSession:
         """As `Path.open`, of any number of rows."""

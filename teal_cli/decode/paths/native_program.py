@@ -3,10 +3,11 @@
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
 from teal_cli.decode.blocks import (
@@ -15,16 +16,16 @@ from teal_cli.decode.blocks import (
     Norm,
     Product,
     activation_of,
-    growth_of,
+    embedding_norm,
     joined_bias,
-    learned_positions,
-    module_at,
     program_of,
     scales_of,
 )
 from teal_cli.decode.paths.program_session import Counted
+from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparseLinear
+from teal_cli.sparse.experts import SparseExperts
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels import KEEP_ALL
 from teal_kernels.native import structures as native
@@ -40,6 +41,8 @@ _ACTIVATIONS = {
     "relu2": native.Activation.RELU2,
     "fatrelu": native.Activation.FATRELU,
     "drelu": native.Activation.DRELU,
+    "xielu": native.Activation.XIELU,
+    "clamped_swiglu": native.Activation.CLAMPED_SWIGLU,
 }
 _HEAD_NORMS = {
     "heads": native.HeadNorms.HEADS_FIRST,
@@ -66,7 +69,8 @@ class NativeProgram:
     """
 
     def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
-        self._sparse = sparse
+        self._model, self._sparse = model, sparse
+        self._biases: dict[tuple[int, int, float], Tensor | None] = {}
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
         self._growth = growth_of(model)
@@ -82,7 +86,9 @@ class NativeProgram:
             if isinstance(step, Norm):
                 self._steps.append(self._norm_of(step))
             elif isinstance(step, Attention):
-                self._note_copies((step.q_norm, None), (step.k_norm, None))
+                for norm in (*step.q_norms, *step.k_norms, *step.v_norms):
+                    self._note_copies((norm.weight, None), (norm.bias, None))
+                self._note_copies((step.sinks, None))
                 self._steps.append((step, outputs))
             elif isinstance(step, Route):
                 self._steps.append(self._route(step))
@@ -92,9 +98,13 @@ class NativeProgram:
             else:
                 self._steps.append(self._product(step))
                 outputs = step.outputs
-        if (rotary := program.rotary) is not None:
-            self._note_copies(*((buffer, None) for buffer in module_at(model, rotary).buffers()))
+        if program.rotary is not None:
+            rotary = rotary_module(model, program.rotary)
+            buffers = [rotary] if isinstance(rotary, Tensor) else rotary.buffers()
+            self._note_copies(*((buffer, None) for buffer in buffers))
         self._norm = self._norm_of(last_norm)
+        first_norm = embedding_norm(model)
+        self._embedding_norm = None if first_norm is None else self._norm_of(first_norm)
         self._output = self._product(Product("output", (model.get_output_embeddings(),), "plain"))
         self._embedding = native.weight_of(model.get_input_embeddings().weight.detach())
         learned = learned_positions(model)
@@ -102,7 +112,9 @@ class NativeProgram:
         self._offset = 0 if learned is None else learned[1]
 
     def on(
-        self, caches: Sequence[tuple[Tensor, Tensor]], rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+        self,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        rotary: Mapping[str | float | None, tuple[Tensor, Tensor]],
     ) -> native.Program:
         """The program of the rows of a cache.
 
@@ -120,6 +132,7 @@ class NativeProgram:
             embedding=self._embedding,
             output=self._output,
             norm=self._norm,
+            embedding_norm=self._embedding_norm,
             position_embedding=self._positions,
             position_offset=self._offset,
             embedding_scale=self._scales.embedding / self._scales.residual,
@@ -134,32 +147,49 @@ class NativeProgram:
         outputs: int,
         keys: Tensor,
         values: Tensor,
-        rotary: Mapping[str | None, tuple[Tensor, Tensor]],
+        rotary: Mapping[str | float | None, tuple[Tensor, Tensor]],
     ) -> native.Attention:
         """Attention over one layer of the cache; `outputs` are those of the product before it."""
         kv_heads, positions, dim = values.shape[1:]
-        growth = norms = None
-        if step.q_norm is not None and step.k_norm is not None:
-            one = float(step.plus_one)
-            norms = (step.q_norm.detach().float() + one, step.k_norm.detach().float() + one)
+        heads = outputs // dim - kv_heads * (1 if step.keys_as_values else 2)
+        growth = norms = biases = None
+        centred = False
+        if step.q_norms and step.k_norms:
+            norms, centred = (_joined(step.q_norms), _joined(step.k_norms)), step.q_norms[0].centred
+            if step.q_norms[0].bias is not None:
+                biases = (_joined(step.q_norms, bias=True), _joined(step.k_norms, bias=True))
         if self._growth is not None:
             beta, every = self._growth
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
         return native.attention_of(
             keys,
             values,
-            heads=outputs // dim - 2 * kv_heads,
+            heads=heads,
             scale=step.scale,
             rotary=rotary.get(step.angles) if step.rotates else None,
             head_norms=norms,
+            head_biases=biases,
+            norm_kind=native.NormKind.LAYER_NORM if centred else native.NormKind.RMS_NORM,
             eps=step.eps,
             window=step.window,
             cap=step.cap,
             query_scale=growth,
-            neighbours=self._pairs != "halves",
+            neighbours=self._pairs.startswith("neighbours"),
             norms=_HEAD_NORMS[step.norms_of],
             grouped=step.grouped,
+            clip=step.clip,
+            keys_as_values=step.keys_as_values,
+            value_norm=_joined(step.v_norms) if step.v_norms else None,
+            bias=self._alibi(heads, positions, step.scale),
+            sinks=step.sinks,
         )
+
+    def _alibi(self, heads: int, positions: int, scale: float) -> Tensor | None:
+        """What ALiBi adds to scores, one table for all blocks that are alike."""
+        key = heads, positions, scale
+        if key not in self._biases:
+            self._biases[key] = alibi_bias(self._model, positions, heads, scale)
+        return self._biases[key]
 
     def _note_copies(self, *tensors: tuple[Tensor | None, int | None]) -> None:
         """Of tensors, and where the library reads their values."""
@@ -190,16 +220,37 @@ class NativeProgram:
             parts = [self._part(layers) for layers in self._together(product)]
             if product.joined:
                 parts = list(native.halves_of(parts[0]))
-        norm = None if product.norm is None else self._norm_of(product.norm, 1.0)
-        kind = _ACTIVATIONS[activation]
-        made = native.product_of(parts, epilogue, activation=kind, activation_threshold=threshold, norm=norm)
+        norm, input_norm = (
+            None if own is None else self._norm_of(own, 1.0) for own in (product.norm, product.input_norm)
+        )
+        made = native.product_of(
+            parts,
+            epilogue,
+            activation=_ACTIVATIONS[activation],
+            activation_threshold=threshold,
+            curve=self._curve(product.activation_module),
+            norm=norm,
+            input_norm=input_norm,
+        )
         made.aside = product.aside
+        if product.stream_scale is not None:
+            self._note_copies((product.stream_scale, None))
+            made.stream_scale = float(product.stream_scale)
         if product.scaled_by is not None:
             scale = rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
             self._note_copies((product.scaled_by.bias, scale.bias))
             made.scaled_by = ctypes.addressof(scale)
             made.holds += (scale,)
         return made
+
+    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
+        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
+        if xielu is None:
+            return ()
+        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
+        self._note_copies((positive, None), (negative, None), (linear, None))
+        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
+        return float(rise), float(fall), float(linear)
 
     def _route(self, route: Route) -> native.Route:
         bias = None if route.bias is None else route.bias.detach()
@@ -210,25 +261,36 @@ class NativeProgram:
 
     def _experts(self, product: Product, top_k: int) -> native.Product:
         """Of each token `top_k` experts, all with the rule of their one layer."""
-        (layer,) = product.sparse_layers
+        layer = cast(SparseExperts, product.layers[0])
         layer.merged.lay_out_()
-        experts, outputs, inputs = layer.weight.shape
+        experts, outputs, inputs = layer.copies, layer.out_features, layer.in_features
         rule, counter = _rule(layer, self._sparse), None
         if not isinstance(rule, Dense):
             counter, self.counters = self.counters, self.counters + 1
         if layer.is_planned:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
         share = rule.expected_sparsity
+        bias = getattr(product.owner, f"{layer.name.rpartition('.')[2]}_bias", None)
         weight = weight_of_experts(
-            layer.weight.detach(),
+            layer.weight.detach() if layer.packed is None else layer.packed,
+            bias=bias,
             threshold=rule.threshold,
             expected=ASSUMED_ZEROS if share is None else share,
             counter=-1 if counter is None else counter,
         )
+        self._note_copies((bias, weight.bias))
+        if layer.packed is not None:
+            self._note_copies((layer.packed.scales, weight.scales), (layer.packed.zeros, weight.zeros))
         activation, threshold = activation_of(product)
         kind = _ACTIVATIONS[activation]
         return product_of_experts(
-            weight, experts, _EPILOGUES[product.epilogue], activation=kind, activation_threshold=threshold
+            weight,
+            experts,
+            _EPILOGUES[product.epilogue],
+            activation=kind,
+            activation_threshold=threshold,
+            alpha=getattr(product.owner, "alpha", 0.0),
+            interleaved=product.joined and getattr(product.owner, "interleaved", False),
         )
 
     def _together(self, product: Product) -> list[tuple[nn.Linear, ...]]:
@@ -285,6 +347,13 @@ class NativeProgram:
                 )
             )
         return parts
+
+
+def _joined(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
+    """Weights or biases of norms of heads: (dim,) of one for all heads, (heads * dim,) of each head's own."""
+    tables = [norm.bias if bias else norm.weight for norm in norms]
+    joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
+    return joined if bias else joined + float(norms[0].plus_one)
 
 
 def _rule(layer: nn.Linear, sparse: bool) -> Any:

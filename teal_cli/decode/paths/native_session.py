@@ -5,10 +5,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, long_rope_from, program_of, rotary_tables
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, program_of
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
+from teal_cli.decode.positions import has_dynamic_rope, long_rope_from, rotary_at, rotary_tables
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparsityControl
 from teal_kernels.native.library import Session, default_threads, shared_pool
@@ -49,7 +50,7 @@ class NativeSession(ProgramSession):
         """(rows,) int64: where the next token of each row stands."""
         self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
         self.best = torch.empty(rows, dtype=torch.int64)
-        self._angles = _Angles(path.model, path.blocks, cache.layers[0].values.shape[2])
+        self._angles = _Angles(path.model, path.blocks, cache.layers[0].values.shape[2], self.positions)
         rotary = self._angles.tables
         pool = shared_pool(default_threads())
         self._sessions = []
@@ -113,31 +114,50 @@ class _Angles:
     """The tables of a rotary embedding, which the library reads: of each kind (positions, rotated size) float32 twice.
 
     With long rope, a pass that reaches beyond the positions of the first training has other angles at all of its
-    positions, as in transformers: the tables are written anew where it begins, or ends.
+    positions, as in transformers: the tables are written anew where it begins, or ends. With dynamic rope all
+    depends on the passes so far: each step asks for those of its own positions.
+
+    Args:
+        model: with a block program.
+        blocks: its steps.
+        positions: of the cache.
+        first: (rows,) int64, those of the first step.
     """
 
-    def __init__(self, model: Any, blocks: list[list[BlockStep]], positions: int) -> None:
+    def __init__(self, model: Any, blocks: list[list[BlockStep]], positions: int, first: Tensor) -> None:
         self._model, self._positions, self._from = model, positions, long_rope_from(model)
+        self._dynamic, self._first = has_dynamic_rope(model), first
         self._is_long = False
-        kinds = {step.angles for steps in blocks for step in steps if isinstance(step, Attention)}
+        kinds = {step.angles for steps in blocks for step in steps if isinstance(step, Attention) and step.rotates}
         made = {kind: self._made(kind) for kind in kinds}
-        self.tables = {kind: tables for kind, tables in made.items() if tables is not None}
+        self.tables = {kind: (tables[0], tables[1]) for kind, tables in made.items() if tables}
 
     def for_positions(self, positions: Tensor) -> None:
         """Make the tables those of a step at these positions, one a row."""
+        if self._dynamic:
+            for kind, tables in self.tables.items():
+                for own, new in zip(
+                    tables, self._paired(rotary_at(self._model, positions, torch.float32, kind)), strict=True
+                ):
+                    own[positions] = new
         if self._from is None or (int(positions.max()) >= self._from) == self._is_long:
             return
         self._is_long = not self._is_long
         for kind, tables in self.tables.items():
-            for own, new in zip(tables, self._made(kind) or (), strict=True):
+            for own, new in zip(tables, self._made(kind), strict=True):
                 own.copy_(new)
 
-    def _made(self, kind: str | None) -> tuple[Tensor, Tensor] | None:
-        tables = rotary_tables(self._model, self._positions, torch.float32, self._last(), kind)
+    def _made(self, kind: str | float | None) -> tuple[Tensor, ...]:
+        if not self._dynamic:
+            return self._paired(rotary_tables(self._model, self._positions, torch.float32, self._last(), kind))
+        like = self._paired(rotary_at(self._model, self._first, torch.float32, kind))
+        return tuple(table.new_zeros(self._positions, table.shape[1]) for table in like)
+
+    def _paired(self, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """As the library takes all; nothing of a model without a rotary embedding."""
         if tables is None or program_of(self._model).pairs != "neighbours_repeated":
-            return tables
-        cos, sin = (torch.cat([table[:, ::2]] * 2, dim=1) for table in tables)  # as the library takes all
-        return cos, sin
+            return tables or ()
+        return tuple(torch.cat([table[:, ::2]] * 2, dim=1) for table in tables)
 
     def _last(self) -> int | None:
         if self._from is None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from teal_cli.decode.blocks import Attention, block_steps, last_norm
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.base import LastTokens, Path
+from teal_cli.decode.recognition import recognise_
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for, find_projections
+from teal_cli.models.architectures import find_projections, program_for
+from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparsityControl, lay_out_, replace_projections_
 
@@ -20,11 +22,21 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on t
 
 
 def known_program(model: Any) -> Program | None:
-    """The program of a model's architecture; None where it has none, or no row."""
+    """The program of a model's architecture; None where it has none, or no row.
+
+    Of a type that the table does not have, of a row that it is like, where its steps are the model's.
+    """
+    adopt_likeness_(model)
+    recognise_(model)
     try:
-        return architecture_for(model).program
+        return program_for(model)
     except ArtefactError:
         return None
+
+
+def without_program(model: Any) -> str:
+    """Why a model has no program, in a few words."""
+    return str(getattr(model, "teal_differs", f"model type {model.config.model_type}"))
 
 
 def unsupported_rope(config: Any, more: tuple[str, ...] = ()) -> str | None:
@@ -62,7 +74,16 @@ class ProgramPath(Path):
     @property
     def attentions(self) -> int:
         """Attention steps of all blocks: each has a layer of the cache."""
-        return sum(isinstance(step, Attention) for steps in self.blocks for step in steps)
+        return len(self._attentions)
+
+    @property
+    def copies(self) -> int:
+        """Of each key head, that the model's forward puts into a cache."""
+        return next((step.copies for step in self._attentions), 1)
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [step for steps in self.blocks for step in steps if isinstance(step, Attention)]
 
     def prefill(self, input_ids: Tensor, cache: FixedCache, lengths: list[int] | None) -> Tensor:
         """As `Path.prefill`, by transformers' forward. What follows a prompt cannot change what it is.

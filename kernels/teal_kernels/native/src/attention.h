@@ -7,11 +7,16 @@
 
 #define KEYS TEAL_KEY_BLOCK
 
-static void normalise_head(float *x, const float *weight, int32_t dim, float eps) {
-    float squares = 0;
-    for (int32_t i = 0; i < dim; i++) squares += x[i] * x[i];
-    float scale = 1.0f / sqrtf(squares / (float)dim + eps);
-    for (int32_t i = 0; i < dim; i++) x[i] *= scale * weight[i];
+static void normalise_head(const teal_attention *a, float *x, const float *weight, const float *bias) {
+    const int32_t dim = a->dim;
+    float mean = 0, squares = 0;
+    if (a->norm_kind == TEAL_LAYER_NORM) {
+        for (int32_t i = 0; i < dim; i++) mean += x[i];
+        mean /= (float)dim;
+    }
+    for (int32_t i = 0; i < dim; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf(squares / (float)dim + a->eps);
+    for (int32_t i = 0; i < dim; i++) x[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f);
 }
 
 static void rotate_head(float *x, const float *cos, const float *sin, int32_t rotary) {
@@ -31,23 +36,29 @@ static void rotate_neighbours(float *x, const float *cos, const float *sin, int3
     }
 }
 
-static void prepare_head(const teal_attention *a, float *x, const float *norm, int64_t position) {
-    if (norm && a->norms == TEAL_HEADS_FIRST) normalise_head(x, norm, a->dim, a->eps);
+/* `norm`, `bias`: of this head, or NULL. */
+static void prepare_head(const teal_attention *a, float *x, const float *norm, const float *bias, int64_t position) {
+    if (norm && a->norms == TEAL_HEADS_FIRST) normalise_head(a, x, norm, bias);
     if (a->cos) {
         const float *cos = a->cos + position * a->rotary, *sin = a->sin + position * a->rotary;
         if (a->neighbours) rotate_neighbours(x, cos, sin, a->rotary);
         else rotate_head(x, cos, sin, a->rotary);
     }
-    if (norm && a->norms == TEAL_HEADS_LAST) normalise_head(x, norm, a->dim, a->eps);
+    if (norm && a->norms == TEAL_HEADS_LAST) normalise_head(a, x, norm, bias);
 }
+
+static const float *of_head(const float *table, int32_t head, int64_t size) { return table ? table + head * size : NULL; }
 
 static void put(int32_t dtype, void *to, int64_t at, float x) {
     if (dtype == TEAL_F32) ((float *)to)[at] = x;
     else ((uint16_t *)to)[at] = dtype == TEAL_BF16 ? to_bfloat(x) : to_half(x);
 }
 
-static void write_cache(const teal_attention *a, int64_t head, int64_t position, float *key, const float *value) {
-    prepare_head(a, key, a->k_norm, position);
+static void write_cache(const teal_attention *a, int64_t row, int32_t kv_head, int64_t position, float *key,
+                        float *value) {
+    const int64_t head = row * a->kv_heads + kv_head;
+    if (a->v_norm) normalise_head(a, value, of_head(a->v_norm, kv_head, a->dim), NULL);
+    prepare_head(a, key, of_head(a->k_norm, kv_head, a->dim), of_head(a->k_bias, kv_head, a->dim), position);
     int64_t keys = ((head * (a->positions / KEYS) + position / KEYS) * a->dim) * KEYS + position % KEYS;
     int64_t values = (head * a->positions + position) * a->dim;
     for (int32_t i = 0; i < a->dim; i++) {
@@ -130,8 +141,8 @@ INLINE float largest(const float *x, int32_t n) { /* n is a multiple of KEYS */
 }
 
 /* Queries of one key head, from block `begin` to `end` of its keys, into `heads` (group, stride): values that are not
- * divided by the sum yet, then maximum and sum. */
-INLINE void attend_group(const int dtype, const teal_attention *a, int64_t head, int32_t group, int64_t first,
+ * divided by the sum yet, then maximum and sum. `bias`: of the first of these queries, or NULL. */
+INLINE void attend_group(const int dtype, const teal_attention *a, const float *bias, int64_t head, int32_t group, int64_t first,
                          int64_t position, int64_t begin, int64_t end, const float *queries, float *scores,
                          float *heads, int64_t stride) {
     const int32_t dim = a->dim;
@@ -158,6 +169,8 @@ INLINE void attend_group(const int dtype, const teal_attention *a, int64_t head,
         for (h = 0; h < group; h++) {
             float *own = scores + h * SCORE_TILE, *maximum = heads + h * stride + dim;
             if (a->cap > 0) soft_cap(own, seen, a->cap);
+            if (bias)
+                for (int32_t p = 0; p < seen; p++) own[p] += bias[h * a->positions + start + p];
             for (int64_t p = start; p < first; p++) own[p - start] = -INFINITY;
             for (int32_t p = seen; p < count; p++) own[p] = -INFINITY;
             float most = largest(own, count), before = *maximum;
@@ -205,27 +218,30 @@ static void attend(const teal_attention *a, int64_t row, int32_t kv_head, int32_
     const float scale = a->query_scale ? a->scale * a->query_scale[position] : a->scale;
     for (int32_t h = 0; h < group; h++) {
         float *query = queries + h * dim;
-        prepare_head(a, query, a->q_norm, position);
+        const int32_t own = kv_head * group + h;
+        prepare_head(a, query, of_head(a->q_norm, own, dim), of_head(a->q_bias, own, dim), position);
         for (int32_t i = 0; i < dim; i++) query[i] *= scale;
     }
     if (part == parts - 1) /* whose block holds the new position */
-        write_cache(a, head, position, queries + group * dim, queries + (group + 1) * dim);
+        write_cache(a, row, kv_head, position, queries + group * dim, queries + (group + 1) * dim);
+    const float *bias = of_head(a->bias, kv_head * group, a->positions);
     if (a->dtype == TEAL_F32)
-        attend_group(TEAL_F32, a, head, group, first, position, begin, end, queries, scores, heads, stride);
+        attend_group(TEAL_F32, a, bias, head, group, first, position, begin, end, queries, scores, heads, stride);
     else if (a->dtype == TEAL_BF16)
-        attend_group(TEAL_BF16, a, head, group, first, position, begin, end, queries, scores, heads, stride);
+        attend_group(TEAL_BF16, a, bias, head, group, first, position, begin, end, queries, scores, heads, stride);
     else
-        attend_group(TEAL_F16, a, head, group, first, position, begin, end, queries, scores, heads, stride);
+        attend_group(TEAL_F16, a, bias, head, group, first, position, begin, end, queries, scores, heads, stride);
 }
 
-/* One head's values of all parts, `distance` floats apart, into x (dim,). */
-static void merge_parts(const float *heads, int32_t parts, int64_t distance, int32_t dim, float *x) {
-    float most = -INFINITY, total = 0;
+/* One head's values of all parts, `distance` floats apart, into x (dim,). `sink`: a score of no value, or -infinity. */
+static void merge_parts(const float *heads, int32_t parts, int64_t distance, int32_t dim, float sink, float *x) {
+    float most = sink, total = 0;
     for (int32_t part = 0; part < parts; part++) {
         float maximum = heads[part * distance + dim];
         most = maximum > most ? maximum : most;
     }
     memset(x, 0, (size_t)dim * sizeof *x);
+    if (sink > -INFINITY) total = expf(sink - most);
     for (int32_t part = 0; part < parts; part++) {
         const float *own = heads + part * distance;
         if (own[dim + 1] == 0.0f) continue; /* a part without positions */

@@ -85,8 +85,8 @@ static void route_rows(teal_session *s, thread_memory *m, const teal_route *rout
 static teal_weight weight_of_expert(const teal_weight *all, int32_t experts, int32_t expert) {
     teal_weight w = *all;
     w.inputs = all->inputs / experts;
-    const int64_t inputs = (int64_t)expert * w.inputs, groups = w.dtype >= TEAL_INT8 ? inputs / w.group : 0;
-    w.data = (const uint8_t *)all->data + inputs * w.row_bytes;
+    const int64_t groups = w.dtype >= TEAL_INT8 ? expert * (int64_t)((w.inputs + w.group - 1) / w.group) : 0;
+    w.data = (const uint8_t *)all->data + (int64_t)expert * w.inputs * w.row_bytes;
     if (w.scales) w.scales = (const uint8_t *)all->scales + groups * w.scale_stride * (w.scale_dtype == TEAL_F16 ? 2 : 4);
     if (w.zeros) w.zeros = (const uint16_t *)all->zeros + groups * w.zero_stride;
     if (w.bias) w.bias = all->bias + (int64_t)expert * w.outputs;
@@ -137,45 +137,52 @@ static void outputs_of_slot(const teal_session *s, int64_t outputs, int32_t slot
 /* The neurons of this thread, of all chosen experts, into `own`: (slots, own neurons). */
 static void neurons_of_experts(teal_session *s, thread_memory *m, const teal_product *p, const range *own) {
     const int32_t first = own->first[0], n = own->last[0] - first, outputs = p->parts[0].outputs;
-    float *gates = m->neurons, *ups = m->neurons + n;
+    float *gates = m->neurons, *ups = m->neurons + n, *both = m->neurons + 2 * n;
     for (int32_t at = 0; at < m->n_choices; at++) {
         const choice *c = &m->choices[at];
         const float *bias = weight_of_expert(&p->parts[0], p->experts, c->expert).bias;
         for (int32_t slot = c->slot; slot < c->slot + c->rows; slot++) {
-            outputs_of_slot(s, outputs, slot, bias, first, n, gates);
-            outputs_of_slot(s, outputs, slot, bias, outputs / 2 + first, n, ups);
+            if (p->interleaved) {
+                outputs_of_slot(s, outputs, slot, bias, 2 * first, 2 * n, both);
+                for (int32_t i = 0; i < n; i++) gates[i] = both[2 * i], ups[i] = both[2 * i + 1];
+            } else {
+                outputs_of_slot(s, outputs, slot, bias, first, n, gates);
+                outputs_of_slot(s, outputs, slot, bias, outputs / 2 + first, n, ups);
+            }
             activate(p, gates, ups, m->own + (int64_t)slot * n, n);
         }
     }
     m->own_first = first, m->own_last = first + n;
 }
 
-/* Appends to the list what this thread's neurons of one chosen expert keep, times their weights. */
-static void append_expert(thread_memory *m, const teal_product *p, const choice *c) {
-    const teal_weight *w = &p->parts[0];
+/* Appends to the list what this thread's neurons of one chosen expert keep, times their weights. Their numbers begin at
+ * `first`. */
+static void append_expert(thread_memory *m, const teal_weight *w, const choice *c, int32_t first) {
     const int32_t n = m->own_last - m->own_first, padded = c->padded_rows;
     kept_list more = {m->list.index + m->list.count, m->list.value + (int64_t)m->list.count * padded, 0};
-    make_list(m->own + (int64_t)c->slot * n, n, c->rows, padded, n, c->expert * (w->inputs / p->experts) + m->own_first,
-              w->threshold, &more, counter(w, m, 1));
+    make_list(m->own + (int64_t)c->slot * n, n, c->rows, padded, n, first, w->threshold, &more, counter(w, m, 1));
     for (int32_t i = 0; i < more.count; i++)
         for (int32_t r = 0; r < c->rows; r++) more.value[(int64_t)i * padded + r] *= c->share[r];
     m->list.count += more.count;
 }
 
-/* What this thread adds to the residual stream: its neurons of all chosen experts. Those of the same rows are one list. */
+/* What this thread adds to the residual stream: its neurons of all chosen experts. Those of the same rows are one list, but
+ * for codes whose last group is a smaller one. */
 static void residual_of_experts(teal_session *s, thread_memory *m, int32_t thread, const teal_product *p, int which) {
     const teal_weight *w = &p->parts[0];
-    const int32_t hidden = w->outputs;
+    const int32_t hidden = w->outputs, inputs = w->inputs / p->experts;
+    const int apart = w->dtype >= TEAL_INT8 && inputs % w->group;
     float *y = m->partial[which];
     memset(y, 0, (size_t)s->rows * (size_t)hidden * sizeof *y);
     for (int32_t at = 0, next; at < m->n_choices; at = next) {
         const choice *c = &m->choices[at];
+        const teal_weight own = apart ? weight_of_expert(w, p->experts, c->expert) : *w;
         m->list.count = 0;
-        for (next = at; next < m->n_choices && same_rows(c, &m->choices[next]); next++)
-            append_expert(m, p, &m->choices[next]);
+        for (next = at; next < m->n_choices && (next == at || (!apart && same_rows(c, &m->choices[next]))); next++)
+            append_expert(m, w, &m->choices[next], (apart ? 0 : m->choices[next].expert * inputs) + m->own_first);
         for (int32_t tile = 0; tile < hidden; tile += SUMS_TILE) {
             int32_t n = hidden - tile < SUMS_TILE ? hidden - tile : SUMS_TILE;
-            multiplications[w->dtype][which_rows(c->padded_rows)](w, &m->list, 0, m->list.count, tile, n, m->tile, n, m->group);
+            multiplications[w->dtype][which_rows(c->padded_rows)](&own, &m->list, 0, m->list.count, tile, n, m->tile, n, m->group);
             for (int32_t r = 0; r < c->rows; r++)
                 add_into(y + (int64_t)c->row[r] * hidden + tile, m->tile + (int64_t)r * n, n);
         }

@@ -60,6 +60,7 @@ typedef struct {
     kept_list list;
     int64_t list_kept; /* inputs that the list's rows keep, all together */
     int64_t *kept; /* (counters,) */
+    float squares[TEAL_MAX_ROWS]; /* of `own`, of each row: others read it */
     float best_value[TEAL_MAX_ROWS];
     int64_t best[TEAL_MAX_ROWS];
     int32_t own_first, own_last; /* the inputs of the next residual product that are in `own` */

@@ -30,12 +30,13 @@ static const char *plan_product(const teal_program *program, const teal_product 
         int32_t before = attended ? attended->heads * attended->dim : neurons;
         if (p->n_parts != 1 || w->inputs != before || w->outputs != program->hidden)
             return "a residual product that does not fit what stands before it";
+        if (p->input_norm && p->input_norm->kind != TEAL_RMS_NORM) return "a norm of inputs that is no RMS norm";
         n->group = greater(n->group, SUMS_TILE);
         return NULL;
     }
     for (int32_t i = 0; i < p->n_parts; i++)
         if (p->parts[i].inputs != program->hidden) return "a product of something else than the residual stream";
-    if (p->epilogue > TEAL_RESIDUAL || p->activation < TEAL_SILU || p->activation > TEAL_DRELU)
+    if (p->epilogue > TEAL_RESIDUAL || p->activation < TEAL_SILU || p->activation > TEAL_XIELU)
         return "an unknown epilogue or activation";
     int32_t outputs = 0;
     for (int32_t i = 0; i < p->n_parts; i++) {
@@ -85,18 +86,18 @@ static const char *plan_experts(const teal_program *program, const teal_product 
         return "experts that do not fit their router";
     if (w->counter >= program->counters) return "a counter that there is no place for";
     const int32_t inputs = w->inputs / p->experts, half = w->outputs / 2;
-    if (w->layout != TEAL_INPUT_MAJOR || (w->dtype >= TEAL_INT8 && inputs % w->group)) return "experts that lie otherwise";
+    if (w->layout != TEAL_INPUT_MAJOR) return "experts that lie otherwise";
     n->group = greater(n->group, SUMS_TILE);
     if (p->epilogue == TEAL_RESIDUAL)
         return inputs == neurons && w->outputs == program->hidden ? NULL : "a residual product that does not fit what stands before it";
-    if (p->epilogue != TEAL_GATED || p->activation < TEAL_SILU || p->activation > TEAL_DRELU || inputs != program->hidden || w->outputs % 2)
+    if (p->epilogue != TEAL_GATED || p->activation < TEAL_SILU || p->activation > TEAL_CLAMPED_SWIGLU || inputs != program->hidden || w->outputs % 2)
         return "experts that are not gated";
     n->slots = greater(n->slots, w->outputs);
     for (int32_t t = 0; t < threads; t++) {
         cut(half, threads, t, &ranges[t].first[0], &ranges[t].last[0]);
         n->chosen = greater(n->chosen, ranges[t].last[0] - ranges[t].first[0]);
     }
-    n->neurons = greater(n->neurons, 2 * n->chosen);
+    n->neurons = greater(n->neurons, 4 * n->chosen);
     n->list = greater(n->list, greater(inputs, route->top_k * n->chosen));
     return NULL;
 }
@@ -104,12 +105,16 @@ static const char *plan_experts(const teal_program *program, const teal_product 
 static const char *plan_attention(const teal_attention *a, int32_t columns, int32_t rows, int32_t threads,
                                   range *ranges, int32_t *splits, needs *n) {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1) return "attention with heads that do not fit";
-    if ((a->heads + 2 * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
+    if ((a->heads + (a->keys_as_values ? 1 : 2) * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
     if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
     if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS || (a->grouped && a->norms == TEAL_ALL_HEADS))
         return "norms of heads of no use";
+    if (a->norm_kind > TEAL_LAYER_NORM || a->norm_kind < TEAL_RMS_NORM || (a->norm_kind == TEAL_LAYER_NORM && a->norms == TEAL_ALL_HEADS))
+        return "norms of heads of a kind that there is not";
+    if (a->keys_as_values && a->grouped) return "grouped heads without values";
+    if (a->clip > 0 && a->norms == TEAL_ALL_HEADS && a->q_norm) return "heads that are clamped before a norm of all of them";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
     *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);
@@ -146,7 +151,7 @@ static const char *plan(teal_session *s, needs *n) {
         if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;
             if (product->epilogue != TEAL_RESIDUAL && !(product->aside ? n->aside : normed)) return "a product without a norm before it";
-            if (product->norm && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
+            if ((product->norm || product->input_norm || product->stream_scale != 0) && product->epilogue != TEAL_RESIDUAL) return "a norm of what is not added to the residual stream";
             if (product->scaled_by && (product->epilogue != TEAL_RESIDUAL || !normed || product->parts[0].bias ||
                                        bad_weight(product->scaled_by) || product->scaled_by->layout != TEAL_ROW_MAJOR ||
                                        product->scaled_by->inputs != p->hidden || product->scaled_by->outputs != 1))

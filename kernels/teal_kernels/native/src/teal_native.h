@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 3 /* raised with every change in this file */
+#define TEAL_ABI 5 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -65,6 +65,8 @@ typedef enum {
     TEAL_RELU2,   /* max(g, 0) squared */
     TEAL_FATRELU, /* g where g >= activation_threshold, else 0 */
     TEAL_DRELU,   /* max(g, 0), and max(up, 0) in the place of up */
+    TEAL_XIELU,   /* by `curve`: positive * g^2 + linear * g, below 0 negative * (e^min(g, -1e-6) - 1 - g) + linear * g */
+    TEAL_CLAMPED_SWIGLU, /* min(g, t) * sigmoid(curve[0] * min(g, t)), and up clamped to [-t, t], plus 1; t: threshold */
 } teal_activation;
 
 /* Projections that read one hidden state. A plain, gated or activated product reads what the norm before it made of the
@@ -73,15 +75,19 @@ typedef enum {
 typedef struct {
     teal_weight parts[TEAL_MAX_PARTS];
     const teal_norm *norm; /* of a residual one: of what it gives, before that is added; or NULL */
+    const teal_norm *input_norm; /* of a residual one: an RMS norm (inputs,) of what it reads; or NULL */
     int32_t n_parts;
     int32_t epilogue;   /* teal_epilogue */
     int32_t activation; /* teal_activation, of gated, activated and gate first */
     float activation_threshold;
+    float curve[3]; /* of TEAL_XIELU: positive, negative, linear; of TEAL_CLAMPED_SWIGLU the first */
+    float stream_scale; /* of a residual one: what the whole stream is multiplied by afterwards; 0: nothing */
     int32_t aside; /* whether it reads what the norm aside made; not of a residual one */
-    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's:
-     * `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a gated one, whose outputs
-     * are gate and up side by side, and a residual one, which adds the weighted sum of the chosen experts. */
+    /* Of experts how many there are, else 0. The one part has the weights of all, one expert's inputs behind the other's,
+     * and so their groups: `inputs` are those of all experts, `bias` is (experts, outputs). Behind a teal_route stand a
+     * gated one, whose outputs are gate, then up, and a residual one, which adds the weighted sum of the chosen experts. */
     int32_t experts;
+    int32_t interleaved; /* of gated experts: whether up of a neuron stands beside its gate */
     /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
      * multiplied. TEAL_ROW_MAJOR; or NULL. */
     const teal_weight *scaled_by;
@@ -108,7 +114,11 @@ typedef enum { TEAL_HEADS_FIRST, TEAL_HEADS_LAST, TEAL_ALL_HEADS } teal_head_nor
 typedef struct {
     void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
     void *values; /* (rows, kv_heads, positions, dim) */
-    const float *q_norm, *k_norm; /* (dim,) RMS norms of each head, or of all: (heads, dim), (kv_heads, dim); or NULL */
+    const float *q_norm, *k_norm; /* (heads, dim), (kv_heads, dim) weights of norms of heads; or NULL */
+    const float *v_norm;          /* (kv_heads, dim) weights of norms of values, of norm_kind; or NULL */
+    const float *q_bias, *k_bias; /* of the norms of queries and keys, or NULL */
+    const float *bias;            /* (heads, positions) added to the scores of keys, for ALiBi; or NULL */
+    const float *sinks;           /* (heads,) scores that count in the sum of the exponentials alone; or NULL */
     const float *cos, *sin;       /* (>= positions, rotary) each, twice the angles of all pairs; NULL: no rotary embedding */
     const float *query_scale;     /* (>= positions,) what queries are multiplied with beside `scale`, or NULL */
     int64_t positions;            /* a multiple of TEAL_KEY_BLOCK */
@@ -117,9 +127,12 @@ typedef struct {
     int32_t window; /* positions that are seen, the token's own among them; 0 for all */
     int32_t neighbours; /* whether a pair that is rotated lies side by side; else it is in the two halves */
     int32_t norms; /* teal_head_norms */
+    int32_t norm_kind; /* of those: TEAL_RMS_NORM, or TEAL_LAYER_NORM of each head before the rotary embedding */
+    int32_t keys_as_values; /* whether values are keys as they come from the product, which then has no values */
     int32_t grouped; /* whether the product has each key head's queries, key and value side by side */
     float scale, eps;
     float cap; /* scores become cap * tanh(score / cap); 0: none */
+    float clip; /* what queries, keys and values are clamped to before all else; 0: none */
 } teal_attention;
 
 typedef enum { TEAL_STEP_NORM, TEAL_STEP_PRODUCT, TEAL_STEP_ATTENTION, TEAL_STEP_ROUTE } teal_step_kind;
@@ -135,6 +148,7 @@ typedef struct {
     const teal_step *steps;
     const teal_weight *embedding; /* TEAL_ROW_MAJOR (vocabulary, hidden): inputs = hidden, outputs = vocabulary */
     const teal_weight *position_embedding; /* learned, (positions, hidden), or NULL */
+    const teal_norm *embedding_norm;       /* of what embeddings are; or NULL */
     const teal_norm *norm;                 /* the last one, or NULL */
     const teal_product *output;            /* one part, plain */
     int64_t position_offset;               /* added to a position before position_embedding is read */

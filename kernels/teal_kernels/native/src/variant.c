@@ -8,24 +8,6 @@
 #define PASTE(a, b) PASTE_(a, b)
 #define NAMED(name) PASTE(name, TEAL_VARIANT)
 
-static void embed(const teal_session *s, thread_memory *m) {
-    const teal_program *p = s->program;
-    for (int32_t r = 0; r < s->rows; r++) {
-        float *hidden = m->hidden + (int64_t)r * p->hidden;
-        const teal_weight *e = p->embedding;
-        const uint8_t *row = (const uint8_t *)e->data + s->tokens[r] * e->row_bytes;
-        if (e->layout == TEAL_INPUT_MAJOR) /* tied to an output layer that skips inputs */
-            for (int32_t i = 0; i < p->hidden; i++)
-                hidden[i] = one_weight(e->dtype, (const uint8_t *)e->data + i * e->row_bytes, s->tokens[r]) * p->embedding_scale;
-        else
-            for (int32_t i = 0; i < p->hidden; i++) hidden[i] = one_weight(e->dtype, row, i) * p->embedding_scale;
-        if (!p->position_embedding) continue;
-        e = p->position_embedding;
-        row = (const uint8_t *)e->data + (s->positions[r] + p->position_offset) * e->row_bytes;
-        for (int32_t i = 0; i < p->hidden; i++) hidden[i] += one_weight(e->dtype, row, i);
-    }
-}
-
 INLINE void add_into(float *to, const float *from, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) store(to + i, load(to + i) + load(from + i));
@@ -60,6 +42,26 @@ static void normalise(const teal_norm *norm, const float *x, float *y, int32_t n
     if (norm->bias) add_into(y, norm->bias, n);
 }
 
+static void embed(const teal_session *s, thread_memory *m) {
+    const teal_program *p = s->program;
+    for (int32_t r = 0; r < s->rows; r++) {
+        float *hidden = m->hidden + (int64_t)r * p->hidden;
+        const teal_weight *e = p->embedding;
+        const uint8_t *row = (const uint8_t *)e->data + s->tokens[r] * e->row_bytes;
+        if (e->layout == TEAL_INPUT_MAJOR) /* tied to an output layer that skips inputs */
+            for (int32_t i = 0; i < p->hidden; i++)
+                hidden[i] = one_weight(e->dtype, (const uint8_t *)e->data + i * e->row_bytes, s->tokens[r]) * p->embedding_scale;
+        else
+            for (int32_t i = 0; i < p->hidden; i++) hidden[i] = one_weight(e->dtype, row, i) * p->embedding_scale;
+        if (p->position_embedding) {
+            e = p->position_embedding;
+            row = (const uint8_t *)e->data + (s->positions[r] + p->position_offset) * e->row_bytes;
+            for (int32_t i = 0; i < p->hidden; i++) hidden[i] += one_weight(e->dtype, row, i);
+        }
+        if (p->embedding_norm) normalise(p->embedding_norm, hidden, hidden, p->hidden);
+    }
+}
+
 /* Adds what all threads made of the last residual product to this thread's copy of the residual stream. */
 static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int which, const teal_product *product) {
     const int32_t hidden = s->program->hidden;
@@ -82,10 +84,12 @@ static void add_partials(teal_session *s, thread_memory *m, int32_t thread, int 
     }
     if (bias)
         for (int32_t r = 0; r < s->rows; r++) add_into(onto + (int64_t)r * hidden, bias, hidden);
-    if (!product->norm) return;
-    for (int32_t r = 0; r < s->rows; r++)
-        normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
-    add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    if (product->norm) {
+        for (int32_t r = 0; r < s->rows; r++)
+            normalise(product->norm, onto + (int64_t)r * hidden, onto + (int64_t)r * hidden, hidden);
+        add_into(m->hidden, onto, (int64_t)s->rows * hidden);
+    }
+    for (int64_t i = 0; i < (int64_t)s->rows * hidden && product->stream_scale != 0; i++) m->hidden[i] *= product->stream_scale;
 }
 
 /* Parts that are multiplied before the epilogue: of gate first, the gate. */
@@ -111,17 +115,36 @@ static int same_list(const teal_weight *a, const teal_weight *b, int32_t padded)
 }
 
 INLINE vf positive(vf x) { return (vf)(~(x <= all(0.0f)) & (vi)x); } /* a NaN stays */
+INLINE vf lower(vf x, float most) { /* the lower one; a NaN stays */
+    const vi above = x > all(most);
+    return (vf)((above & (vi)all(most)) | (~above & (vi)x));
+}
 
-INLINE vf activated(int32_t kind, vf g, float threshold) {
-    switch (kind) {
+INLINE vf activated(const teal_product *p, vf g) {
+    switch (p->activation) {
     case TEAL_SILU: return g * sigmoid(g);
     case TEAL_GELU_TANH: {
         vf inner = all(0.7978845608f) * (g + all(0.044715f) * g * g * g);
         return g * sigmoid(inner + inner); /* 1 + tanh is twice that */
     }
+    case TEAL_CLAMPED_SWIGLU: {
+        vf low = lower(g, p->activation_threshold);
+        return low * sigmoid(all(p->curve[0]) * low);
+    }
     case TEAL_GELU: return gelu(g);
     case TEAL_RELU2: return positive(g) * positive(g);
-    case TEAL_FATRELU: return (vf)(~(g < all(threshold)) & (vi)g);
+    case TEAL_FATRELU: return (vf)(~(g < all(p->activation_threshold)) & (vi)g);
+    case TEAL_XIELU: {
+        float x[LANES];
+        memcpy(x, &g, sizeof x);
+        for (int i = 0; i < LANES; i++) {
+            float curved = x[i] > 0.0f ? p->curve[0] * x[i] * x[i]
+                                       : p->curve[1] * (expm1f(x[i] > -1e-6f ? -1e-6f : x[i]) - x[i]);
+            x[i] = curved + p->curve[2] * x[i];
+        }
+        memcpy(&g, x, sizeof x);
+        return g;
+    }
     default: return positive(g);
     }
 }
@@ -138,8 +161,11 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
             if (u) memcpy(parts[1], u, (size_t)(n - i) * sizeof *u);
             g = parts[0], u = u ? parts[1] : NULL, to = parts[0];
         }
-        vf result = activated(p->activation, load(g), p->activation_threshold);
-        if (u) result *= p->activation == TEAL_DRELU ? positive(load(u)) : load(u);
+        vf result = activated(p, load(g));
+        if (u && p->activation == TEAL_DRELU) result *= positive(load(u));
+        else if (u && p->activation == TEAL_CLAMPED_SWIGLU)
+            result *= all(1.0f) - lower(-lower(load(u), p->activation_threshold), p->activation_threshold);
+        else if (u) result *= load(u);
         store(to, result);
         if (!whole) memcpy(y + i, parts[0], (size_t)(n - i) * sizeof *y);
     }
@@ -263,12 +289,30 @@ static void neurons(teal_session *s, thread_memory *m, const teal_product *p, co
     m->own_first = first, m->own_last = first + n;
 }
 
+/* An RMS norm of what a residual product reads, of which each thread has some in `own`. */
+static void normalise_own(teal_session *s, thread_memory *m, const teal_norm *norm, int32_t inputs) {
+    const int32_t n = m->own_last - m->own_first;
+    for (int32_t r = 0; r < s->rows; r++) {
+        const float *own = m->own + (int64_t)r * n;
+        m->squares[r] = 0;
+        for (int32_t i = 0; i < n; i++) m->squares[r] += own[i] * own[i];
+    }
+    pool_barrier(s->pool);
+    for (int32_t r = 0; r < s->rows; r++) {
+        float squares = 0, *own = m->own + (int64_t)r * n;
+        for (int32_t t = 0; t < s->threads; t++) squares += s->memory[t].squares[r];
+        const float scale = 1.0f / sqrtf(squares / (float)inputs + norm->eps);
+        for (int32_t i = 0; i < n; i++) own[i] *= scale * norm->weight[m->own_first + i];
+    }
+}
+
 /* What this thread adds to the residual stream: `own` inputs times their weights. */
 static void residual_product(teal_session *s, thread_memory *m, const teal_product *p, int which) {
     const teal_weight *w = &p->parts[0];
     const int32_t n = m->own_last - m->own_first, size = which_rows(s->padded_rows);
     int64_t *kept = counter(w, m, 1);
     float *y = m->partial[which];
+    if (p->input_norm) normalise_own(s, m, p->input_norm, w->inputs);
     if (w->layout == TEAL_ROW_MAJOR) {
         dot_functions[w->dtype][size](w, NULL, 0, w->outputs, m->own, n, m->own_first, n, y, w->outputs);
         if (kept) *kept += (int64_t)s->rows * n;
@@ -290,6 +334,10 @@ static float scale_of_heads(const teal_session *s, const teal_attention *a, cons
         for (int32_t i = 0; i < a->dim; i++) squares += head[i] * head[i];
     }
     return 1.0f / sqrtf(squares / (float)(heads * a->dim) + a->eps);
+}
+
+static void clamp(float *x, int32_t n, float most) {
+    for (int32_t i = 0; i < n; i++) x[i] = x[i] > most ? most : x[i] < -most ? -most : x[i]; /* a NaN stays */
 }
 
 static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
@@ -314,8 +362,10 @@ static void attention(teal_session *s, thread_memory *m, const teal_attention *a
         } else {
             sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
             sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-            sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+            if (a->keys_as_values) memcpy(m->queries + (group + 1) * dim, m->queries + group * dim, (size_t)dim * sizeof(float));
+            else sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
         }
+        if (a->clip > 0) clamp(m->queries, (group + 2) * dim, a->clip);
         if (all_heads) {
             const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
             for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= q_scale * q_norm[i];
@@ -335,7 +385,8 @@ static void take_heads(teal_session *s, thread_memory *m, const teal_attention *
         for (int32_t at = first; at < first + n;) {
             int32_t head = at / dim, inside = at % dim, take = dim - inside;
             if (take > first + n - at) take = first + n - at;
-            merge_parts(s->heads + (int64_t)r * splits * of_split + head * of_head, splits, of_split, dim, x);
+            merge_parts(s->heads + (int64_t)r * splits * of_split + head * of_head, splits, of_split, dim,
+                        a->sinks ? a->sinks[head] : -INFINITY, x);
             memcpy(m->own + (int64_t)r * n + at - first, x + inside, (size_t)take * sizeof *x);
             at += take;
         }

@@ -1,0 +1,145 @@
+"""A product as one session of the fused path launches it: thresholds, tile config, and the experts that it is of."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.decode.blocks import Product, activation_of
+from teal_cli.decode.paths import fused_gate_first
+from teal_cli.decode.paths.fused_experts import Routing, stack_of
+from teal_kernels.experts import fitting_experts
+from teal_kernels.experts import table_of as first_table
+from teal_kernels.gate_first import rounded_threshold
+from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Scratch
+from teal_kernels.packed_linear import fitting
+from teal_kernels.packing import Packed
+from teal_kernels.triton_gemv import gemv, squares_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
+
+
+class Launch:
+    """A product as one session runs it: thresholds, and the tile config that fits the sparsity they give.
+
+    Args:
+        product: what is launched.
+        enabled: False runs it dense.
+        rows: of the batch.
+        dtype: of the hidden states.
+        scale: of what it adds to the residual stream.
+        sums: whether a layer norm follows.
+        beside: of a product whose norm the next product adds to the stream.
+        routing: of the block's router, where it has one.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        enabled: bool,
+        rows: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        *,
+        sums: bool = False,
+        beside: Beside | None = None,
+        routing: Routing | None = None,
+    ) -> None:
+        self.product = product
+        self.table, self.parts = table_of(product)
+        self.beside = beside
+        self.epilogue = product.epilogue
+        if product.norm is not None:
+            self.epilogue = "plain" if beside is None else "beside"
+        self.scale = scale if self.epilogue == "residual" else 1.0
+        self.activation, threshold = activation_of(product)
+        self.activation_threshold = rounded_threshold(threshold, dtype)
+        rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
+        if product.joined:
+            rules *= 2
+        values = [rule.threshold for rule in rules]
+        device = self.table.device
+        self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
+        self.kept = torch.zeros(3, dtype=torch.int64, device=device)
+        """Inputs that were kept, for each part; added to by every launch that skips."""
+        expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
+        skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
+        self.chosen = None if routing is None else routing.of(product)
+        side_by_side = summed = 1
+        if self.chosen is not None:  # tuned as one long product, which the tables of the chosen experts are
+            side_by_side, summed = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)
+        config = choose_config(
+            device,
+            inputs=self.table.shape[0] * summed,
+            parts=tuple(part * side_by_side for part in self.parts),
+            dtype=kind_of(self.table),
+            rows=rows if self.chosen is None else 1,
+            epilogue="plain" if product.epilogue == "activated" else product.epilogue,
+            sparsity=skipped / sum(self.parts),
+        )
+        if self.chosen is not None:
+            config = fitting_experts(config, self.table.shape[0], self.parts)
+        self.config = fitting(config, self.table, rows if self.chosen is None else 1)
+        count = squares_of(self.table, self.parts, self.config, rows, dtype, self.chosen)
+        shape = (*([2] * sums), rows, count) if beside is None else (4, count)
+        self.squares = torch.empty(shape, dtype=torch.float32, device=device)
+        """Partial sums of squares of what a `residual` launch wrote, for the norm that follows; of a layer norm sums,
+        too. Those of a `beside` one are `Added.sums`."""
+
+    @property
+    def times(self) -> int:
+        """How often each of its inputs is one in a token: of experts once for each that was chosen."""
+        return self.chosen.ids.shape[1] if self.chosen is not None else 1
+
+    def run(
+        self,
+        x: Tensor | AttentionPartials,
+        y: Tensor,
+        scratch: Scratch,
+        pdl: bool,
+        norm: Norm | None = None,
+        added: Added | None = None,
+    ) -> None:
+        """Launch it."""
+        gemv(
+            x,
+            self.table,
+            self.parts,
+            self.thresholds,
+            y,
+            self.config,
+            scratch,
+            bias=self.product.bias,
+            norm=norm,
+            epilogue=self.epilogue,
+            activation=self.activation,
+            activation_threshold=self.activation_threshold,
+            scale=self.scale,
+            squares=self.squares if self.epilogue in ("residual", "beside") else None,
+            added=added,
+            beside=self.beside,
+            counts=self.kept,
+            experts=self.chosen,
+            pdl=pdl,
+        )
+
+
+def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
+    """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other.
+
+    Of experts it is the first one's.
+    """
+    table, parts = first_table(stack_of(product)) if product.experts else product.table, product.parts
+    if not product.joined:
+        return table, parts
+    parts = (parts[0] // 2,) * 2
+    return replace(table, parts=parts) if isinstance(table, Packed) else table, parts
+
+
+def cannot_launch(product: Product) -> str | None:
+    """Why a joined product cannot be launched as gate and up, or one that decodes gate first; None where it can."""
+    packed = getattr(product.layers[0], "packed", None)
+    if product.joined and packed is not None and product.outputs * packed.bits % 32:
+        return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
+    return fused_gate_first.cannot_launch(product)
