@@ -84,6 +84,11 @@ def benchmarks_beside_llama_cpp(page: Page) -> None:
         if name in runs
     }
     page.table("| weights | bytes a weight | perplexity over float32 |", rows)
+    packaged = {run["weights"]: run for run in result("quality-4bit-llama")["runs"] if run["channels"] == "packaged"}
+    page.says(
+        "finds the codes again, {} ± {}, and `Q4_0` does not, {} ± {}",
+        *(packaged[name][key] for name in ("int4:32", "Q4_0") for key in ("perplexity_ratio", "stderr")),
+    )
 
 
 def method_output_layer(page: Page) -> None:
