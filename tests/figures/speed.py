@@ -41,22 +41,20 @@ def readme_speed(page: Page) -> None:
         ),
         "the same in int4": (later["teal, int4, dense"], later["teal, int4, 50 %"], later["gpt-fast, int4"]),
     }
-    for label, model in (
-        ("H200, Phi-4-mini shape", "phi-4-mini"),
-        ("H200, Mixtral shape, 8 layers", "mixtral, 8 layers"),
-        ("H200, Qwen3-30B-A3B shape, 16 layers", "qwen3-30b-a3b, 16 layers"),
+    others = _peers(2)["models"]
+    compiled = others["phi-4-mini"]["transformers_compiled"]
+    for label, model, instead in (
+        ("H200, Phi-4-mini shape", "phi-4-mini", (compiled["min"], compiled["max"])),
+        ("H200, Gemma-3-4B shape", "gemma-3-4b", others["gemma-3-4b"]["transformers_eager"]),
+        ("H200, Mixtral-8x7B shape", "mixtral-8x7b", None),
+        ("H200, Qwen3-30B-A3B shape", "qwen3-30b-a3b", None),
     ):
-        rows[label] = _other_family(model)
+        run = one(result("families-gpu")["runs"], model=model)
+        rows[label] = _median(run["dense"]), _median(run["sparse"]), instead
     rows["two CPU cores, SmolLM2-135M"] = _beside_llama_cpp("bfloat16")
     rows["two CPU cores, int8"] = _beside_llama_cpp("int8")
     rows["two CPU cores, int4"] = _beside_llama_cpp("int4:32")
     page.table("| | `teal`, dense | `teal`, 50 % | instead |", rows)
-
-
-def _other_family(model: str) -> tuple[Cell, ...]:
-    entry = _peers(2)["models"][model]
-    peer = entry.get("transformers_compiled", entry.get("transformers_eager"))
-    return entry["dense"], entry["sparse_50"], (peer["min"], peer["max"]) if isinstance(peer, dict) else peer
 
 
 def _cell(name: str) -> Any:
@@ -143,15 +141,58 @@ def benchmarks_peers(page: Page) -> None:
     page.says("ours {} dense, {}, {} and {} at 40, 50 and 65 %, in int4 {} dense and {} at 50 %;", *ours)
     theirs = [later[name] for name in ("gpt-fast, compiled", "gpt-fast, int4", "transformers generate, eager")]
     page.says("gpt-fast {}, in int4 {}; transformers eager {}.", *theirs)
-    families = {
-        "Phi-4-mini": "phi-4-mini",
-        "Gemma-3-4B": "gemma-3-4b",
-        "Mixtral, 8 layers": "mixtral, 8 layers",
-        "Qwen3-30B-A3B, 16 layers": "qwen3-30b-a3b, 16 layers",
-        "Llama-2-7B with ReLU, intrinsic, half dead": "llama-2-7b with ReLU, intrinsic, half dead",
+
+
+_FAMILIES = {
+    "Llama-3-8B": "llama-3-8b",
+    "Phi-4-mini": "phi-4-mini",
+    "Phi-2": "phi-2",
+    "Gemma-2-2B": "gemma-2-2b",
+    "Gemma-3-4B": "gemma-3-4b",
+    "OLMo-2-7B": "olmo-2-7b",
+    "Command R7B": "command-r7b",
+    "Granite-3.3-8B": "granite-3.3-8b",
+    "GLM-4-9B": "glm-4-9b",
+    "SmolLM3-3B": "smollm3-3b",
+    "Minitron-4B": "minitron-4b",
+    "StarCoder2-3B": "starcoder2-3b",
+    "Pythia-6.9B": "pythia-6.9b",
+    "OPT-6.7B": "opt-6.7b",
+    "Mixtral-8x7B": "mixtral-8x7b",
+    "Qwen3-30B-A3B": "qwen3-30b-a3b",
+}
+
+
+def benchmarks_families(page: Page) -> None:
+    """Families other than Llama's on a GPU, and a token that is sparse by training."""
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for label, model in _FAMILIES.items():
+        run = one(result("families-gpu")["runs"], model=model)
+        dense, half = run["dense"], run["sparse"]
+        shares = [100 * entry["of_the_limit"] for entry in (dense, half)]
+        rows[label] = (_median(dense), shares[0], _median(half), shares[1], half["speedup"], half["realised_sparsity"])
+    share = "of what the memory allows"
+    page.table(f"| one H200, shape | dense | {share} | 50 % | {share} | over dense | realised |", rows)
+    others = _peers(2)["models"]
+    compiled = others["phi-4-mini"]["transformers_compiled"]
+    more = [others[name]["transformers_compiled"] for name in ("mixtral, 8 layers", "qwen3-30b-a3b, 16 layers")]
+    eager = others["gemma-3-4b"]["transformers_eager"]
+    page.says(
+        "Phi-4-mini {} to {} tokens/s, Mixtral of 8 blocks {}, Qwen3-30B-A3B of 16 blocks {}; Gemma-3-4B {}, eager",
+        *(compiled["min"], compiled["max"], *more, eager),
+    )
+    ways = {entry["way"]: entry for entry in result("gate-first-tokens-gpu")["tokens"]}
+    labels = {
+        "nothing, ordinary tables": "dense on tables",
+        "nothing, gate first": "gate first, dense",
+        "zeros": "zeros",
+        "zeros, and 51 % of the inputs of attention": "zeros, attention 50%",
+        "zeros, and 67 % of the inputs of attention": "zeros, attention 65%",
     }
-    rows = {label: _other_family(model) for label, model in families.items()}
-    page.table("| shape | `teal`, dense | `teal`, 50 % | transformers |", rows)
+    page.table(
+        "| what is skipped | tokens/s | over dense |",
+        {label: (_median(ways[way]), ways[way]["speedup"]["median"]) for label, way in labels.items()},
+    )
 
 
 def benchmarks_batches(page: Page) -> None:
