@@ -81,8 +81,8 @@ def rows_from(start: int, x: Tensor, args: tuple[Any, ...], shape: torch.Size | 
 
 
 def is_watched(layer: nn.Module) -> bool:
-    """Whether hooks are to see what a layer is given, or gives."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+    """Whether hooks, or a forward in the place of its own, are to see what a layer is given, or gives."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)
 
 
 class StackedLinear(nn.Module):

@@ -65,7 +65,7 @@ def test_own_files_are_offered() -> None:
         Path(path).write_text("")
     Path("runs/mine/lookup-0.50.yaml").write_text("")
     Path("edited.yaml").write_text("")
-    assert _bash("teal generate --model mi") == ["mine", "mistral-7b"]
+    assert _bash("teal generate --model mi") == ["mine", "minitron-4b", "mistral-7b", "mixtral-8x7b"]
     assert _bash("teal generate --model ru") == ["runs/mine/greedy-0.50"]
     assert _bash("teal export --allocation ed") == ["edited.yaml"]
     assert _bash("teal export --allocation runs") == [

@@ -33,6 +33,7 @@ REFUSED = {
     "starcoder2": "starcoder2 sees a window",
     "exaone4": "exaone4 sees a window",
     "olmo3": "olmo3 sees a window",
+    "gpt_oss": "gpt_oss sees a window",
     "cohere2": "cohere2 sees a window",
     "ministral": "ministral sees a window",
     "gemma4_text": "gemma4_text sees a window",
