@@ -71,8 +71,9 @@ class Prompt:
 
     def __init__(self, engine: Engine, ids: Tensor, positions: int) -> None:
         self.engine, self.ids, self._length = engine, ids, ids.shape[1] + positions
-        self._once = engine.path.own_kernels and engine.device.type == "cpu"
         self._read: tuple[Any, Tensor] | None = None
+        self._read_on: object = None
+        """The decode path: the engine takes another one where that gives other logits."""
 
     @property
     def positions(self) -> int:
@@ -81,12 +82,13 @@ class Prompt:
 
     def read(self, compiled: bool = False) -> tuple[Any, Tensor]:
         """A cache with the prompt in it, whose steps are compiled or not, and (batch, vocabulary) logits after it."""
-        if self._read is not None:
+        path = self.engine.path
+        if self._read is not None and self._read_on is path:
             return copy.deepcopy(self._read)
         cache = self.engine.new_cache(self._length, compiled)
         found = cache, self.engine.prefill(self.ids.to(self.engine.device), cache)
-        if self._once:
-            self._read = copy.deepcopy(found)
+        if path.own_kernels and self.engine.device.type == "cpu":
+            self._read, self._read_on = copy.deepcopy(found), path
         return found
 
 

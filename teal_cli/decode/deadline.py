@@ -14,6 +14,10 @@ class _Late(BaseException):
     """Not an `Exception`: libraries that catch those must let it pass, as they let Ctrl-C."""
 
 
+_AGAIN = 5.0
+"""Seconds after which the alarm comes again."""
+
+
 def can_stop() -> bool:
     """Whether work of this thread can be given up: of the main thread of a Unix process that uses no alarm itself."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
@@ -40,7 +44,8 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Again after a while: what is raised in a callback of the garbage collector is printed, and lost.
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
         try:
             yield
         finally:
@@ -48,4 +53,4 @@ def deadline(seconds: float | None) -> Iterator[None]:
     except _Late:
         raise OutOfTimeError(f"it took longer than {seconds:.0f} s") from None
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)

@@ -6,7 +6,7 @@ runs `TokenLoop` on its sessions.
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from teal_cli.decode.paths.fused import FusedPath, unsupported_on
 from teal_cli.decode.paths.general import GeneralPath
 from teal_cli.decode.paths.native import NativePath, unsupported_on_cpu
 from teal_cli.decode.paths.seq2seq import Seq2SeqPath
-from teal_cli.decode.probe import check_decoding
+from teal_cli.decode.probe import OtherLogitsError, check_decoding
 from teal_cli.decode.recognition import first_difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
@@ -197,14 +197,17 @@ class Engine:
         """Where a path of our own gives other logits and was not asked for by name, the general one takes its place."""
         try:
             check_decoding(self, prompt)
-        except ArtefactError:
+        except OtherLogitsError:
             if not self.path.own_kernels or self._named:
                 raise
-            step = first_difference(self.model)
+            step = None
+            with suppress(Exception):  # it only says more, of a model that may be odd in any way
+                step = first_difference(self.model)
             self.general_because = f"the {self.path.name} path gives other logits" + (f": {step}" if step else "")
             self._session = None
             self._choices.clear()
             self._dense_forms.clear()
+            self._checked.clear()
             self.path = GeneralPath(self.model, self.control)
             check_decoding(self, prompt)
 

@@ -53,3 +53,14 @@ def test_decoding_on_one_copy_leaves_the_others() -> None:
     assert (first.length, second.length, third.length) == (4, 4, 3)
     assert float(third.layers[0].keys.max()) == 1.0
     assert torch.equal(logits, torch.ones(1, 5))
+
+
+def test_a_prompt_is_read_anew_on_another_path() -> None:
+    """The engine takes another path where a step of its own gives other logits: the old cache is none of that."""
+    engine: Any = _Engine("cpu", own_kernels=True)
+    prompt = Prompt(engine, torch.zeros(1, 3, dtype=torch.int64), 2)
+    prompt.read()
+    engine.path = SimpleNamespace(own_kernels=False)
+    for prefills in (2, 3):
+        prompt.read()
+        assert engine.prefills == prefills

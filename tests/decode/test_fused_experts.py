@@ -12,6 +12,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths import fused_experts
 from teal_cli.decode.paths.fused import FusedPath
 from teal_cli.decode.paths.fused_session import FusedSession
+from teal_cli.decode.paths.native import NativePath
 from teal_cli.models.architectures import architecture_of
 from teal_cli.sparse import control_of, sparsify_
 from teal_cli.sparse.experts import SparseExperts
@@ -104,9 +105,35 @@ def test_experts_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.weight.data = turned.contiguous()
     assert FusedPath.unsupported(model, control_of(model)) == "experts that do not lie input-major"
     layer.weight.data = turned
-    layer.bias = torch.nn.Parameter(torch.zeros(64))
+    owner = model.model.layers[0].mlp.experts
+    owner.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 64))
     assert FusedPath.unsupported(model, control_of(model)) == "experts with biases"
-    layer.bias = None
+    owner.down_proj_bias = None
     assert FusedPath.unsupported(model, control_of(model)) is None
     monkeypatch.setattr(fused_experts, "MAX_EXPERTS", 3)
     assert FusedPath.unsupported(model, control_of(model)) == "more than 3 experts"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_dense_mixture_is_laid_out(family: str) -> None:
+    """As `--sparsity 0` has it on a GPU: no layer is sparse before."""
+    model, token = tiny(family), random_tokens(1, 1, seed=1)
+    expected = model(input_ids=torch.cat([random_tokens(1, 8), token], dim=1)).logits[:, -1]
+    engine = Engine(model, path="fused")
+    cache = engine.new_cache(9)
+    engine.prefill(random_tokens(1, 8), cache)
+    assert float((engine.step(token, cache) - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("left_out", ["experts", "down_proj", "gate_up_proj", "q_proj", "k_proj", "self_attn"])
+def test_plans_that_leave_projections_out(left_out: str) -> None:
+    """Neither path reads a table that is not there, or not whole."""
+    model = tiny("mixtral")
+    plan = plan_for(model, "alike")
+    for name in [name for name in plan.projections if left_out in name]:
+        del plan.projections[name]
+    control = sparsify_(model, plan)
+    assert FusedPath.unsupported(model, control) == "projections that the plan leaves out"
+    experts = left_out not in ("q_proj", "k_proj", "self_attn")
+    assert NativePath.unsupported(model, control) == ("experts that the plan leaves out" if experts else None)

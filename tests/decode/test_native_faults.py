@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_model
 from fused_pair import error_of, random_tokens
 from native_models import NO_LIBRARY, sparse, tiny, use_threads
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from teal_cli.decode import cache as cache_module
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths import native_session, program_session
+from teal_cli.decode.paths.native import NativePath
+from teal_cli.errors import ArtefactError
 from teal_kernels.native import library
 
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
@@ -152,3 +155,17 @@ def test_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of(_steps(*_prefilled(model), 3), expected) < 1e-5  # sums are split among threads
     monkeypatch.setattr(library.torch, "get_num_threads", lambda: 64)
     assert library.default_threads() <= (os.cpu_count() or 1)
+
+
+@torch.no_grad()
+def test_another_error_is_not_taken_for_other_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a damaged table of the fused path: it is said, and the path stays."""
+
+    def refuse(path: NativePath, cache: object) -> object:
+        raise ArtefactError("a table is damaged")
+
+    engine = Engine(build_model("llama"))
+    monkeypatch.setattr(NativePath, "open", refuse)
+    with pytest.raises(ArtefactError, match="a table is damaged"):
+        engine.check(random_tokens(1, 12))
+    assert engine.path.name == "native"

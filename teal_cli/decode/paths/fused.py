@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from teal_cli.checkpoint.rules import Zeros
-from teal_cli.decode.blocks import Product, block_steps, program_of, scales_of, unknown_activation
+from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
@@ -57,11 +57,24 @@ def _not_launched(program: Program) -> str | None:
     """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
     if program.pairs == "halves_backwards":
         return program.pairs
+    products = program.products
+    if any(step.added_norm for step in products) and any(step.parallel or step.aside for step in products):
+        return "added_norm in parallel blocks"
     for step in program.steps:
         if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
             return "layer norms of heads"
     owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
     return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
+
+
+def _is_in_the_plan(product: Product) -> bool:
+    """Whether all layers of a product are sparse ones, side by side as the program has them."""
+    if product.gate_first is not None:
+        return True
+    if not all(isinstance(layer, SparseLinear) for layer in product.layers):
+        return False
+    merged = product.sparse_layers[0].merged
+    return product.experts or list(map(id, merged.layers)) == list(map(id, product.layers))
 
 
 class FusedPath(ProgramPath):
@@ -93,7 +106,11 @@ class FusedPath(ProgramPath):
         if not all(layer.merged.one_table or layer.is_output or isinstance(layer, SparseExperts) for layer in layers):
             return "projections that are not side by side"
         blocks = block_steps(model)
-        products = (step for block in blocks for step in block if isinstance(step, Product))
+        products = [step for block in blocks for step in block if isinstance(step, Product)]
+        if control is not None and not all(map(_is_in_the_plan, products)):
+            return "projections that the plan leaves out"
+        if any(isinstance(step, Attention) and len(step.q_norms) > 1 for block in blocks for step in block):
+            return "heads with norms of their own"
         reasons = chain(map(cannot_launch, products), map(cannot_route, blocks))
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -71,9 +71,13 @@ def cannot_route(block: list[BlockStep]) -> str | None:
     if routes and any(isinstance(step, Product) and step.norm is not None for step in block):
         return "a norm of what is added to the stream, in a block with experts"
     products = [step for step in block if isinstance(step, Product) and step.experts]
-    if any(product.layers[0].bias is not None for product in products):
-        return "experts with biases"
-    for stack in map(stack_of, products):
+    for product in products:
+        owner, layer = product.owner, product.layers[0]
+        if any(getattr(owner, f"{name}_bias", None) is not None for name in ("gate_up_proj", "down_proj")):
+            return "experts with biases"
+        if not isinstance(layer, SparseExperts):
+            continue  # of a dense model, whose experts the path lays out
+        stack = layer.table
         if isinstance(stack, Tensor) and not stack[0].is_contiguous():
             return "experts that do not lie input-major"
     return None

@@ -14,6 +14,7 @@ from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import MachineError
+from teal_cli.models.layers import StackedLinear
 from teal_cli.sparse import SparsityControl
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
@@ -60,6 +61,8 @@ class NativePath(ProgramPath):
         """As `Path.unsupported`."""
         if is_spread(model):
             return "weights on several devices"
+        if control is not None and any(isinstance(module, StackedLinear) for module in model.modules()):
+            return "experts that the plan leaves out"
         parameter = next(model.parameters())
         if parameter.device.type != "cpu":
             return f"weights on {parameter.device.type}"
