@@ -17,18 +17,17 @@ _FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
 
 
 @triton.jit
-def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
-    """What an RMS norm multiplies one row with, from partial sums of its squares."""
+def _total(sums_ptr, n_sums, SQUARES: tl.constexpr):
+    """Of partial sums of one row."""
     each = tl.arange(0, SQUARES)
-    squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
-    # The quotient is ready before the squares are: dividing their sum would wait for them.
-    return tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / n_in) + eps)
+    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0)
 
 
 @triton.jit
-def _total(sums_ptr, n_sums, SQUARES: tl.constexpr):
-    each = tl.arange(0, SQUARES)
-    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0)
+def rms_scale(squares_ptr, n_squares, n_in, eps, SQUARES: tl.constexpr):
+    """What an RMS norm multiplies one row with, from partial sums of its squares."""
+    # The quotient is ready before the squares are: dividing their sum would wait for them.
+    return tl.rsqrt(_total(squares_ptr, n_squares, SQUARES) * (1.0 / n_in) + eps)
 
 
 @triton.jit
@@ -47,16 +46,13 @@ def scales_after_adding(sums_ptr, n_sums, n_in, added_eps, added_scale, eps, SQU
 @triton.jit
 def mean_of(sums_ptr, n_sums, n_in, SQUARES: tl.constexpr):
     """The mean of one row, from partial sums of it."""
-    each = tl.arange(0, SQUARES)
-    return tl.sum(tl.load(sums_ptr + each, mask=each < n_sums, other=0.0), axis=0) * (1.0 / n_in)
+    return _total(sums_ptr, n_sums, SQUARES) * (1.0 / n_in)
 
 
 @triton.jit
 def layer_scale(squares_ptr, mean, n_squares, n_in, eps, SQUARES: tl.constexpr):
     """What a layer norm multiplies one row with, less its mean, from partial sums of its squares."""
-    each = tl.arange(0, SQUARES)
-    squares = tl.load(squares_ptr + each, mask=each < n_squares, other=0.0)
-    variance = tl.sum(squares, axis=0) * (1.0 / n_in) - mean * mean
+    variance = mean_of(squares_ptr, n_squares, n_in, SQUARES) - mean * mean
     return tl.rsqrt(tl.maximum(variance, 0.0) + eps)  # rounding may leave a constant row less than nothing
 
 

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from teal_kernels.jit_common import LEAST_TILE, matmul, normalised, rms_scale, rms_scales, rounded, tanh
+from teal_kernels.jit_common import (
+    LEAST_TILE,
+    layer_normalised,
+    matmul,
+    normalised,
+    rms_scale,
+    rms_scales,
+    rounded,
+    tanh,
+)
 
 
 @triton.jit
@@ -244,8 +253,8 @@ def norm_kernel(
     if CENTRED:
         x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    if CENTRED:  # rounded once, as torch's layer norm is
-        y = rounded(x * scale * (weight + 1.0 if PLUS_ONE else weight) + bias, dtype)
+    if CENTRED:  # the mean is off already
+        y = layer_normalised(x, 0.0, scale, weight, bias, dtype, PLUS_ONE)
     else:
         y = normalised(x, scale, weight, dtype, PLUS_ONE)
     if ADDED:

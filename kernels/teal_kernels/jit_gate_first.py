@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from teal_kernels import launching
 from teal_kernels.jit_common import LEAST_TILE, matmul, normalised, rms_scale, rms_scales, rounded
 
-RELU = tl.constexpr(0)
-FATRELU = tl.constexpr(1)
-RELU2 = tl.constexpr(2)
-DRELU = tl.constexpr(3)
+FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
+RELU2 = tl.constexpr(launching.ACTIVATIONS["relu2"])
+DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
 
 
 @triton.jit

@@ -23,13 +23,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, hopper_or_later, launch, power_of_two
+from teal_kernels.launching import ACTIVATIONS, LEAST_TILE, TRITON_MISSING, hopper_or_later, launch, power_of_two
 from teal_kernels.operands import Norm
 
 if TRITON_MISSING is None:
     from teal_kernels.jit_gate_first import gate_first_kernel
 
-_KINDS = {"relu": 0, "fatrelu": 1, "relu2": 2, "drelu": 3}
 _MAX_ROWS = 8
 """Tokens that one launch takes: each has sums of its own in registers."""
 _LEAST_BLOCK_IN = 64
@@ -257,7 +256,7 @@ def launch_gate_first(
             eps=0.0 if norm is None else norm.eps,
             threshold=threshold,
         ),
-        KIND=_KINDS[kind],
+        KIND=ACTIVATIONS[kind],
         ROWS=rows,
         SQUARES=1 if norm is None else power_of_two(norm.squares.shape[1]),
         WHAT=_What(
