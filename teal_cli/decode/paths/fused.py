@@ -69,12 +69,12 @@ def _not_launched(program: Program) -> str | None:
 
 def _is_in_the_plan(product: Product) -> bool:
     """Whether all layers of a product are sparse ones, side by side as the program has them."""
+    if product.experts:
+        return isinstance(product.layers[0], SparseExperts)
     if product.gate_first is not None:
         return True
-    if not all(isinstance(layer, SparseLinear) for layer in product.layers):
-        return False
-    merged = product.sparse_layers[0].merged
-    return product.experts or list(map(id, merged.layers)) == list(map(id, product.layers))
+    sparse = all(isinstance(layer, SparseLinear) for layer in product.layers)
+    return sparse and product.sparse_layers[0].merged.are_all(product.layers)
 
 
 class FusedPath(ProgramPath):

@@ -304,8 +304,7 @@ class NativeProgram:
         if product.epilogue != "plain" or len(layers) == 1 or not isinstance(first, SparseLinear):
             return alone
         merged, rules = first.merged, {_rule(layer, self._sparse) for layer in layers}
-        in_order = [id(part) for part in merged.layers] == [id(layer) for layer in layers]
-        one = len(rules) == 1 and in_order and merged.one_table and _is_gapless(merged.table)
+        one = len(rules) == 1 and merged.are_all(layers) and merged.one_table and _is_gapless(merged.table)
         return [layers] if one else alone
 
     def _part(self, layers: tuple[nn.Linear, ...]) -> native.Weight:
