@@ -76,7 +76,7 @@ class StepBinder:
         self.launches: list[Launch | GateFirstLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
-        self._neighbours = program_of(path.model).pairs != "halves"
+        self._neighbours = program_of(path.model).pairs.startswith("neighbours")
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
@@ -134,7 +134,7 @@ class StepBinder:
         return normed
 
     def _writing(
-        self, norm: Norm, x: Tensor, y: Tensor, added_squares: Tensor | None = None, scale: float = 1.0
+        self, norm: Norm | FusedNorm, x: Tensor, y: Tensor, added_squares: Tensor | None = None, scale: float = 1.0
     ) -> Callable[[], None]:
         return partial(
             write_norm,
@@ -250,20 +250,7 @@ class StepBinder:
             norm, at = None if norm is None else replace(norm, squares=self.squares), len(self.steps)
         if norm is not None and norm.centred:
             normed = self.buffer("normed", step.layers[0].in_features)
-            self.steps.insert(
-                at,
-                partial(
-                    write_norm,
-                    source,
-                    norm.weight,
-                    normed,
-                    eps=norm.eps,
-                    bias=norm.bias,
-                    centred=True,
-                    plus_one=norm.plus_one,
-                    pdl=self.path.pdl,
-                ),
-            )
+            self.steps.insert(at, self._writing(norm, source, normed))
             source, norm, at = normed, None, at + 1
         launch = GateFirstLaunch(mlp, self.enabled, self.rows, self.path.dtype)
         self.launches.append(launch)
