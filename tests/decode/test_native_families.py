@@ -27,17 +27,12 @@ def _long(positions: int) -> Any:
     return tiny("phi3-long", rope_parameters=rope, original_max_position_embeddings=positions)
 
 
-@needs_library
-@torch.no_grad()
-@pytest.mark.parametrize("lengths", [[20], [30], [20, 18], [5, 20]], ids=str)
-def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
-    """As transformers' forward does of the same rows: all have the other angles once one of them is beyond 22."""
-    model, most = _long(22), max(lengths)
-    engine = Engine(model, path="native")
+def _check_rows(engine: Engine, plain: Any, lengths: list[int]) -> None:
+    """Steps of rows of different lengths, against transformers' masked forward of the same rows."""
+    most, known = max(lengths), DynamicCache()
     prompt, tokens = random_tokens(len(lengths), most), random_tokens(len(lengths), 5, seed=1)
     cache = engine.new_cache(most + 5)
     engine.prefill(prompt, cache, torch.tensor(lengths))
-    plain, known = _long(22).double(), DynamicCache()
     mask = torch.zeros(len(lengths), most + 5, dtype=torch.int64)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
@@ -49,6 +44,14 @@ def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
             input_ids=token, past_key_values=known, position_ids=at, attention_mask=mask[:, : most + step + 1]
         ).logits[:, -1]
         assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[20], [30], [20, 18], [5, 20]], ids=str)
+def test_long_rope_changes_with_the_longest_row(lengths: list[int]) -> None:
+    """As transformers' forward does of the same rows: all have the other angles once one of them is beyond 22."""
+    _check_rows(Engine(_long(22), path="native"), _long(22).double(), lengths)
 
 
 def test_scales_that_are_not_computed() -> None:
@@ -72,25 +75,11 @@ def test_dynamic_rope_depends_on_the_longest_row(lengths: list[int], earlier: in
     """As transformers' forward of the same rows, after the same text of so many tokens before."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
     models = [tiny("llama", max_position_embeddings=22, rope_parameters=rope) for _ in range(2)]
-    plain, most, known = models[1].double(), max(lengths), DynamicCache()
-    engine = Engine(models[0], path="native")
+    plain, engine = models[1].double(), Engine(models[0], path="native")
     if earlier:
         for model in models:
             model(input_ids=random_tokens(1, earlier))
-    prompt, tokens = random_tokens(len(lengths), most), random_tokens(len(lengths), 5, seed=1)
-    cache = engine.new_cache(most + 5)
-    engine.prefill(prompt, cache, torch.tensor(lengths))
-    mask = torch.zeros(len(lengths), most + 5, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        mask[row, :length] = 1
-    plain(input_ids=prompt, past_key_values=known)
-    for step, token in enumerate(tokens.split(1, dim=1)):
-        at = torch.tensor(lengths)[:, None] + step
-        mask[:, most + step] = 1
-        expected = plain(
-            input_ids=token, past_key_values=known, position_ids=at, attention_mask=mask[:, : most + step + 1]
-        ).logits[:, -1]
-        assert error_of(engine.step(token, cache), expected) < LIMIT[torch.float32], step
+    _check_rows(engine, plain, lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
