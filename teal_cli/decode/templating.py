@@ -1,7 +1,7 @@
 """Chat templates: programs that come with a model, run where they can do no harm.
 
 A template may loop without end or ask for any amount of memory, and jinja2's sandbox bounds neither. So it runs in a
-child of this process, which has two seconds and half a GB, and says its text through a pipe.
+child of this process, which has two seconds of a processor and half a GB, and says its text through a pipe.
 """
 
 import gc
@@ -17,7 +17,11 @@ from typing import Any
 
 from teal_cli.errors import ArtefactError, UsageError
 
-_SECONDS = 2.0
+_SECONDS = 2
+"""Of a processor: on a busy machine a good template takes longer by the clock."""
+_PATIENCE = 60.0
+"""Seconds by the clock after which a child that got no processor is given up."""
+_NOT_DONE = f"it is not done after {_SECONDS} seconds".encode()
 _BYTES = 512 << 20
 _CHARACTERS = 1 << 20
 """What a template may write beside the conversation, each character of which it may write four times."""
@@ -83,7 +87,7 @@ def _in_child(work: Callable[[], bytes], most: int) -> bytes:
         return work()
     if child == 0:
         try:
-            os.close(reading)
+            _close_all_but(writing)
             _limit()
             answer = memoryview(work())
             while answer:
@@ -91,14 +95,32 @@ def _in_child(work: Callable[[], bytes], most: int) -> bytes:
         finally:  # whatever happened: none of the parent's exit handlers, none of its buffers
             os._exit(0)
     os.close(writing)
+    answer = b""
     try:
-        return _read(reading, most)
+        answer = _read(reading, most)
     finally:
         os.close(reading)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(child, 0)
+        ended_by = _end(child)
+    return _FAILED + _NOT_DONE if not answer and ended_by == signal.SIGXCPU else answer
+
+
+def _end(child: int) -> int:
+    """End a child, if it has not ended, and return the signal that ended it (0: none)."""
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return 0
+
+
+def _close_all_but(pipe: int) -> None:
+    """Close what this child has open beside a pipe and the standard streams.
+
+    A child that another thread forks at the same time has the writing end of the first one's pipe, which would not
+    end before both children have.
+    """
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _limit() -> None:
@@ -106,21 +128,24 @@ def _limit() -> None:
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     gc.disable()
-    resource.setrlimit(resource.RLIMIT_CPU, (int(_SECONDS) + 1, int(_SECONDS) + 1))
-    with suppress(OSError, ValueError):  # no /proc, or a limit of the user's that is lower
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError):  # a limit of the user's that is lower
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 1))
+    with suppress(OSError, ValueError):  # no /proc, or a lower limit again
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _BYTES, used + _BYTES))
 
 
 def _read(pipe: int, most: int) -> bytes:
     """Everything that comes through a pipe, or an answer that says what was wrong with it."""
-    until, answer = time.monotonic() + _SECONDS, bytearray()
+    until, answer = time.monotonic() + _PATIENCE, bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
             if not selector.select(max(0.0, until - time.monotonic())):
-                return _FAILED + f"it is not done after {_SECONDS:g} seconds".encode()
+                return _FAILED + _NOT_DONE
             piece = os.read(pipe, 1 << 20)
             if not piece:
                 return bytes(answer)

@@ -1,12 +1,16 @@
 """Chat templates are programs of the model: they do no harm, and their faults are the model's."""
 
+import os
+import stat
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import CHAT_TEMPLATE, build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from teal_cli.decode import templating
 from teal_cli.decode.templating import render
 from teal_cli.errors import ArtefactError, UsageError
 
@@ -53,7 +57,7 @@ def test_faults_are_the_models(template: object, message: str) -> None:
     started = time.perf_counter()
     with pytest.raises(ArtefactError, match=message) as caught:
         render(_with(template), TALK)
-    assert time.perf_counter() - started < 6  # 2, on a machine that has other things to do
+    assert time.perf_counter() - started < 30  # 2, on a machine that has other things to do
     assert len(str(caught.value)) < 400
     assert "--no-chat" in str(caught.value)
 
@@ -65,7 +69,7 @@ def test_a_refused_conversation_is_the_users() -> None:
 
 
 def test_in_threads() -> None:
-    """Each has a child of its own; one that loops does not hold up the others."""
+    """Each has a child of its own; one that loops does not hold up the others, though it began first."""
     found: list[str] = []
 
     def work(template: str) -> None:
@@ -79,8 +83,37 @@ def test_in_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found)[:6] == ["<s>"] * 6
-    assert "not done" in sorted(found)[6]
+    assert found[:6] == ["<s>"] * 6
+    assert "not done" in found[6]
+
+
+def test_a_childs_pipe_is_no_other_childs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two threads fork at once, the second child has the first one's pipe open, and must close it."""
+    reading, writing = os.pipe()  # as another thread's render has
+    monkeypatch.setattr(templating, "_answer", lambda *_: b"t" + _open_files().encode())
+    try:
+        assert render(_with("x"), TALK) == "pipe"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _open_files() -> str:
+    """What is open beside the standard streams."""
+    names = []
+    for file in range(3, 64):
+        with suppress(OSError):
+            names.append("pipe" if stat.S_ISFIFO(os.fstat(file).st_mode) else "other")
+    return " ".join(names)
+
+
+def test_time_is_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that had to wait for a processor is not ended for it; one that waits for ever is."""
+    monkeypatch.setattr(templating, "_answer", lambda *_: time.sleep(2.5) or b"tdone")
+    assert render(_with("x"), TALK) == "done"
+    monkeypatch.setattr(templating, "_PATIENCE", 0.5)
+    with pytest.raises(ArtefactError, match="not done"):
+        render(_with("x"), TALK)
 
 
 def test_where_nothing_can_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
