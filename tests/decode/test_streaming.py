@@ -211,9 +211,9 @@ def test_work_for_a_token_does_not_grow_with_the_text(monkeypatch: pytest.Monkey
                 return super()._decode(ids)
 
         stream = Counting(made, lambda text: None)
-        started = time.perf_counter()
+        started = time.process_time()
         stream.put([token] * 5000)
-        assert time.perf_counter() - started < 5.0
+        assert time.process_time() - started < 5.0
         assert decoded < 5000 * 3 * streaming._WINDOW
 
 

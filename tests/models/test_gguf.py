@@ -295,10 +295,10 @@ DAMAGED = {
 @pytest.mark.parametrize(("content", "reason"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_header_is_refused_at_once(file: Path, content: bytes, reason: str) -> None:
     file.write_bytes(b"GGUF" + content)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ArtefactError, match=reason):
         converted(file)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_home_that_cannot_be_written_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
