@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import check_memory
 
 _TRAINED_BYTES = 16
@@ -36,6 +38,18 @@ class Estimate:
         parts = {"weights": self.weights, "gradients and optimiser": self.training, "teacher": self.teacher}
         parts["activations"] = self.activations
         return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
+
+
+def trained_parameters(model: Any, *, lora: int, frozen: bool) -> int:
+    """How many train: adapters of a rank, a vector a projection, or all but embeddings and output layer."""
+    projections = [p for p in find_projections(model) if not p.is_output]
+    if lora:
+        return sum(lora * (p.in_features + p.out_features) for p in projections)
+    if frozen:
+        return sum(p.out_features for p in projections)
+    layers = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    kept = {id(layer.weight): layer.weight for layer in (*layers, model.get_output_embeddings())}
+    return sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in kept.values())
 
 
 def estimate(
