@@ -107,7 +107,7 @@ class _DoubleExperts(_ActivatesUp):
 
 
 @cache
-def _subclass(base: type, form: type, names: tuple[tuple[str, Any], ...] = ()) -> type:
+def _subclass(base: Any, form: Any, names: tuple[tuple[str, Any], ...] = ()) -> type:
     return type(f"DoubleReLU{base.__name__}", (form, base), {"__doc__": "With dReLU.", **dict(names)})
 
 
@@ -122,7 +122,7 @@ def activate_up_(module: nn.Module) -> None:
     """
     if getattr(module, "activates_up", False):
         return
-    act = _activation_name(module)
+    act = activation_name(module)
     if isinstance(module, Experts):
         module.activates_up = True
     elif is_stacked(module):
@@ -164,7 +164,7 @@ def _computes_gated(mlp: nn.Module, order: tuple[str, ...]) -> bool:
         tiny[name] = layer
     probe = object.__new__(type(mlp))
     probe.__dict__.update(vars(mlp))
-    probe._modules = {**mlp._modules, **tiny, _activation_name(mlp): nn.SiLU()}
+    probe._modules = {**mlp._modules, **tiny, activation_name(mlp): nn.SiLU()}
     x = torch.randn(3, _HIDDEN, generator=random, dtype=torch.float64, device="cpu")
     *first, last = tiny.values()
     gate, up = (layer(x) for layer in first) if len(first) == 2 else first[0](x).chunk(2, dim=-1)
@@ -176,7 +176,7 @@ def _computes_gated(mlp: nn.Module, order: tuple[str, ...]) -> bool:
     return isinstance(found, Tensor) and found.shape == (1, 3, _HIDDEN) and torch.allclose(found[0], expected)
 
 
-def _activation_name(module: nn.Module) -> str:
+def activation_name(module: nn.Module) -> str:
     """Of a module's child that activates.
 
     Raises:
@@ -202,17 +202,21 @@ def _take_from_config_(model: Any) -> None:
             activate_up_(module)
 
 
+def block_number(path: str) -> int:
+    """Of a module inside a block: the first number in its path."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), 0)
+
+
 def _threshold(config: Any, path: str) -> float:
-    """Of the FATReLU at a module path, whose first number is that of its layer."""
+    """Of the FATReLU at a module path."""
     given = getattr(config, _THRESHOLDS, None)
     if isinstance(given, list | tuple):
-        layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
         if len(given) != config.num_hidden_layers:
             raise ArtefactError(
                 f"{_THRESHOLDS} in config.json has {len(given)} thresholds of fatrelu, and there are "
                 f"{config.num_hidden_layers} layers"
             )
-        given = given[layer]
+        given = given[block_number(path)]
     if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
         raise ArtefactError(
             f"hidden_act fatrelu needs its threshold as {_THRESHOLDS} in config.json, not {shown(given)}"
@@ -253,6 +257,12 @@ def neuron_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield path, model.get_submodule(path)
 
 
+def activation_keys(config: Any) -> list[str]:
+    """The keys of a text model's configuration that say its activation, and FATReLU's thresholds where it has some."""
+    names = [key for key in _KEYS if isinstance(getattr(config, key, None), str)]
+    return [*names, _THRESHOLDS] if getattr(config, _THRESHOLDS, None) is not None else names
+
+
 def set_activation_(model: Any, name: str, thresholds: list[float] | None = None) -> None:
     """Give all MLPs and experts of a decoder another activation, and its configuration the keys that say so.
 
@@ -275,7 +285,7 @@ def set_activation_(model: Any, name: str, thresholds: list[float] | None = None
     with torch.device("meta"):
         again = type(model)(wanted)
     places = list(neuron_modules(model))
-    made = [getattr(module, _activation_name(module)) for module in (again.get_submodule(path) for path, _ in places)]
+    made = [getattr(module, activation_name(module)) for module in (again.get_submodule(path) for path, _ in places)]
     expected = type(ACT2FN[name])
     if not places or any(type(activation) is not expected for activation in made):
         raise ArtefactError(
@@ -287,7 +297,7 @@ def set_activation_(model: Any, name: str, thresholds: list[float] | None = None
             activate_up_(module)
         elif getattr(module, "activates_up", False):
             raise ArtefactError(f"{type(module).__name__} activates up too: {name} would be of the gate alone")
-        setattr(module, _activation_name(module), activation)
+        setattr(module, activation_name(module), activation)
     for key in keys:
         setattr(config, key, name)
     if thresholds is not None:
