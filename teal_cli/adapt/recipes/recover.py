@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -126,7 +127,8 @@ class Recover(Recipe):
         """See `Recipe`."""
         self._control.straight_through = False
         plan = recalibrate_(model, self._plan, sequences, dense_prefix=sequences.shape[1] // 2)
-        return Outcome(plan, dict.fromkeys(self._switches, True))
+        named = replace(plan, allocation=f"{self.name}, {plan.allocation}")
+        return Outcome(named, dict.fromkeys(self._switches, True))
 
 
 RECIPE = Recover
