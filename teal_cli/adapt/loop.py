@@ -15,8 +15,9 @@ from torch.utils.data import Dataset, Subset
 
 from teal_cli.adapt import lora, state
 from teal_cli.adapt.distil import Student, Teacher
+from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Outcome, Recipe, Stage
-from teal_cli.adapt.trainer import AdaptTrainer, Figures, Held, Plan, checkpoint_in
+from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.reading import read_json
 
 
@@ -41,7 +42,7 @@ class Run:
     text_weight: float = 0.0
     recompute: bool = False
     dtype: torch.dtype = torch.float32
-    """What the trained parameters are cast to at the end: the thresholds that are set then are those of such weights."""
+    """What the trained parameters are cast to at the end, before thresholds are set by them."""
     tell: Callable[[Figures], None] = lambda figures: None
     on_step: Callable[[int], None] = lambda step: None
     """Told the number of each optimiser step of the run, once it is done."""
@@ -85,12 +86,12 @@ def run(setup: Run) -> Trained:
     recipe, model = setup.recipe, setup.model
     resumed = _resumable(setup.plan.folder, setup.key, setup.say)
     switch_off_dropout_(model)
+    LogitMaker(model).require_exact()
     held = Held(setup.key, measured=_measured(setup, resumed))
     recipe.operate_(model, held.measured)
     model.requires_grad_(False)
     adapters = _adapters(setup)
     student = Student(model, _teacher(setup), recipe, setup.text_weight)
-    student.maker.require_exact()
     if setup.recompute:
         _recompute_(model, student)
     first = 0 if resumed is None else int(read_json(resumed / state.RUN, "state of a run")["stage"])
@@ -117,7 +118,7 @@ def forget(folder: Path) -> None:
 
 
 def _resumable(folder: Path, key: str, say: Callable[[str], None]) -> Path | None:
-    found = checkpoint_in(folder)
+    found = state.checkpoint_in(folder)
     if found is None:
         return None
     run = read_json(found / state.RUN, "state of a run")
@@ -183,7 +184,6 @@ def _recompute_(model: Any, student: Student) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.enable_input_require_grads()
 
 
 def _train(
@@ -197,6 +197,8 @@ def _train(
     steps_before: int,
 ) -> None:
     """One stage; from where it was cut short, if it was."""
+    from teal_cli.adapt.trainer import AdaptTrainer  # which brings transformers' Trainer
+
     held.stage, held.best, held.best_weights, held.worse, held.stopped = number, {}, {}, 0, False
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))
