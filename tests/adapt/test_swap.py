@@ -1,6 +1,7 @@
 """Recipes relu, prosparse and drelu: surgery, the dense model inside it, their losses, and runs from end to end."""
 
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,15 @@ def test_what_is_refused() -> None:
     ids=["prosparse", "drelu"],
 )
 def test_a_run_leaves_an_ordinary_folder(
-    tmp_path: Path, corpus: Path, name: str, options: str, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    corpus: Path,
+    name: str,
+    options: str,
+    flags: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its logits are those of the model that was trained, in mode intrinsic too, and teal eval takes it."""
+    """Its logits are those of the model that was trained, and the command that is named next measures it."""
     source = save_tiny(tmp_path / "tiny")
     trained: list[Tensor] = []
     write = step.write_adapted
@@ -166,7 +173,7 @@ def test_a_run_leaves_an_ordinary_folder(
     own = ("--options", options) if options else ()
     places = ("--model", source, "--dataset", corpus, "--out", "out")
     arguments = [*map(str, ("adapt", "--recipe", name, *places, *sizes, *own, *flags))]
-    assert teal([*arguments, "--quiet"]) == 0
+    assert teal(arguments) == 0
     loaded = load_model(Path("out"), device="cpu", dtype="auto")
     with torch.no_grad():
         assert torch.equal(loaded(_ids()).logits, trained[0])
@@ -183,6 +190,7 @@ def test_a_run_leaves_an_ordinary_folder(
     if name == "drelu":
         assert 0.2 < record["notes"]["flipped"] < 0.8
         return
+    onward = shlex.split(capsys.readouterr().err.split("next: teal ")[1].splitlines()[0])
     text = ("--text", corpus, "--tokens", 64, "--seq-len", 32, "--json", "e.json")
-    assert teal(["eval", "--model", "out", "--mode", "intrinsic", *map(str, text), "--quiet"]) == 0
+    assert teal([*onward, *map(str, text)]) == 0
     assert json.loads(Path("e.json").read_text())["sparse"]["neuron_sparsity"] > 0.3
