@@ -7,6 +7,9 @@ _RISE = (0.05, 0.6)
 """Shares of the steps between which the wanted share of zeros grows; after that the model trains at it."""
 _QUICK, _SLOW = 10.0, 150.0
 """By which power of e the weight answers to a share that is wrong by 1: at once, and over a whole run."""
+_TOO_MANY = 0.01
+"""Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient, and
+does not come back when the weight falls."""
 _FURTHEST = math.log(1e4)
 
 
@@ -35,7 +38,7 @@ def staged(at: float, stages: Sequence[tuple[float, float]]) -> float:
 class Steering:
     """Finds the weight by which a share of zeros follows what is wanted: it grows along a sine, then stays.
 
-    The logarithm of the weight answers to the error, and to the sum of all errors so far.
+    The logarithm of the weight answers to the error, and to the sum of all errors so far; with too many zeros it is 0.
 
     Args:
         weight: to begin with.
@@ -68,4 +71,6 @@ class Steering:
             self.start = found
         error = self.wanted(at) - found
         self.total = min(max(self.total + error * step, -_FURTHEST / _SLOW), _FURTHEST / _SLOW)
-        return 0.0 if at < _RISE[0] else math.exp(self._first + _QUICK * error + _SLOW * self.total)
+        if at < _RISE[0] or error <= -_TOO_MANY:
+            return 0.0
+        return min(1.0, 1.0 + error / _TOO_MANY) * math.exp(self._first + _QUICK * error + _SLOW * self.total)
