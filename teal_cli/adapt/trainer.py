@@ -31,6 +31,8 @@ class AdaptTrainer(Trainer):
         held: changed in place as the run goes on.
         tell: told figures as they are logged, by every process.
         on_step: told the number of each optimiser step once it is done.
+        resumes: whether a checkpoint of this stage is taken up. A stage that begins is evaluated first: what training
+            makes worse is not kept.
     """
 
     def __init__(
@@ -44,10 +46,13 @@ class AdaptTrainer(Trainer):
         held: Held,
         tell: Callable[[Figures], None],
         on_step: Callable[[int], None],
+        *,
+        resumes: bool,
     ) -> None:
         self.student, self.stage, self.plan, self.held, self.tell = student, stage, plan, held, tell
         self.on_step = on_step
         self.trainable = list(trainable)
+        student.at = (stage.name, 0, stage.steps)
         steps = max(1, min(plan.evaluate_every, stage.steps))
         arguments = TrainingArguments(
             output_dir=str(plan.folder),
@@ -66,6 +71,7 @@ class AdaptTrainer(Trainer):
             logging_nan_inf_filter=False,
             eval_strategy="steps",
             eval_steps=steps,
+            eval_on_start=not resumes,
             save_strategy="steps",
             save_steps=max(1, plan.save_every),
             report_to=[],
