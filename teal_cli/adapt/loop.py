@@ -203,7 +203,18 @@ def _train(
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))
     on_step = partial(_add, setup.on_step, steps_before)
-    trainer = AdaptTrainer(student, stage, setup.plan, names, text, setup.held_out, held, setup.tell, on_step)
+    trainer = AdaptTrainer(
+        student,
+        stage,
+        setup.plan,
+        names,
+        text,
+        setup.held_out,
+        held,
+        setup.tell,
+        on_step,
+        resumes=resumed is not None,
+    )
     if resumed is not None:
         trainer._load_from_checkpoint(str(resumed))
         finished = read_json(resumed / state.TRAINER, "state of a run")["global_step"] >= stage.steps

@@ -35,7 +35,7 @@ from teal_cli.models.loading import DTYPES, outline, pick_device, pick_dtype, st
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.models.weights import fingerprint
 from teal_cli.planning import allocate, allocations, recalibrate
-from teal_cli.sparse import control_of, make_intrinsic_, sparsify_
+from teal_cli.sparse import control_of, make_intrinsic_, sparse_layers, sparsify_
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for
 from teal_cli.version import __version__
@@ -101,7 +101,7 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
         workspace = workspace or Workspace.of(config, reporter)
     out = config.out or adapted_folder(config, workspace)
     recipe = recipe_class(config.recipe)(
-        Setting(config.recipe_options, config.seed, config.sparsity, config.lora, say=reporter.say)
+        Setting(config.recipe_options, config.seed, _target(config), config.lora, say=reporter.say)
     )
     _check(config, workspace, recipe, out, processes)
     plan, before = None, None
@@ -123,6 +123,7 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     model = _load(config, workspace, "float32" if teachers else _stored(workspace))
     state = out.with_name(f"{out.name}.run")
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
+    gc.collect()  # the optimiser's moments
     if processes.is_first:
         teachers = teachers or [_load(config, workspace, config.dtype)]
         after = _quality(model, teachers[0], trained.outcome.plan, reads.held_out)
@@ -137,12 +138,23 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
 
 def adapted_folder(config: AdaptConfig, workspace: Workspace) -> Path:
     """Where `teal adapt` writes by default: RUNS/<model>/<recipe>-<sparsity>, with the rank of adapters."""
-    rank = f"-lora{config.lora}" if config.lora else ""
-    return workspace.run / f"{config.recipe}-{digits_of(config.sparsity)}{rank}"
+    target, rank = _target(config), f"-lora{config.lora}" if config.lora else ""
+    return workspace.run / f"{config.recipe}{'' if target is None else f'-{digits_of(target)}'}{rank}"
+
+
+def _target(config: AdaptConfig) -> float | None:
+    """The sparsity that was asked for; None where nobody did and the recipe can do without."""
+    asked = recipe_class(config.recipe).needs_plan or "sparsity" in config.model_fields_set
+    return config.sparsity if asked else None
 
 
 def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path, processes: Processes) -> None:
     """Refuse what can be refused before anything is loaded or calibrated."""
+    if config.quantise is not None:
+        raise UsageError(
+            "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then quantise "
+            "what came out"
+        )
     workspace.require_dense("adapt")
     require(check_folder, out.parent)
     check_replaceable(out)
@@ -305,6 +317,8 @@ def _quality(model: Any, dense: Any, plan: SparsityPlan | None, sequences: Tenso
             plan = make_intrinsic_(model)
         except ArtefactError:
             return None
+    elif not sparse_layers(model):
+        sparsify_(model, plan)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != dense.dtype):
         ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
     return Quality(

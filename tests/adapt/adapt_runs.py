@@ -22,7 +22,7 @@ STEPS, BATCH, TOKENS = 4, 4, 24
 
 
 class Rows(torch.utils.data.Dataset):
-    """Random sequences, each with a dense prefix of its own; the first ones again and again where `distinct` is less."""
+    """Random sequences, each with a dense prefix of its own; so many `distinct` ones, again and again."""
 
     def __init__(self, count: int, seed: int, distinct: int | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,6 @@ def tiny_run(
     key: str = "the run",
     rate: float = 2e-3,
     patience: int = 0,
-    evaluate_every: int = 2,
     distinct: int | None = None,
     **options: str,
 ) -> tuple[Any, Trained]:
@@ -73,7 +72,7 @@ def tiny_run(
         bf16=False,
         on_cpu=True,
         log_every=1,
-        evaluate_every=evaluate_every,
+        evaluate_every=2,
         save_every=2,
         patience=patience,
         seed=0,
@@ -86,7 +85,7 @@ def tiny_run(
             plan=plan,
             steps=steps,
             text=text,
-            held_out=Rows(4, 2),
+            held_out=Rows(BATCH, 2 if distinct is None else 1),
             sequences=text.ids[:2],
             key=key,
             teacher=lambda: dense,
