@@ -8,9 +8,10 @@ _RISE = (0.05, 0.6)
 _QUICK, _SLOW = 10.0, 150.0
 """By which power of e the weight answers to a share that is wrong by 1: at once, and over a whole run."""
 _TOO_MANY = 0.01
-"""Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient, and
-does not come back when the weight falls."""
-_FURTHEST = math.log(1e4)
+"""Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient,
+and does not come back when the weight falls."""
+_FURTHEST = math.log(1e3)
+"""From the weight to begin with, either way: a run too short to follow must not end in the L1 loss alone."""
 
 
 def along_sine(before: float, after: float, at: float) -> float:
@@ -70,7 +71,12 @@ class Steering:
         if self.start is None:
             self.start = found
         error = self.wanted(at) - found
-        self.total = min(max(self.total + error * step, -_FURTHEST / _SLOW), _FURTHEST / _SLOW)
+        self.total = _within(self.total + error * step, _FURTHEST / _SLOW)
         if at < _RISE[0] or error <= -_TOO_MANY:
             return 0.0
-        return min(1.0, 1.0 + error / _TOO_MANY) * math.exp(self._first + _QUICK * error + _SLOW * self.total)
+        further = _within(_QUICK * error + _SLOW * self.total, _FURTHEST)
+        return min(1.0, 1.0 + error / _TOO_MANY) * math.exp(self._first + further)
+
+
+def _within(value: float, most: float) -> float:
+    return min(max(value, -most), most)

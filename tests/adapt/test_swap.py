@@ -186,7 +186,7 @@ def test_a_run_leaves_an_ordinary_folder(
     if name == "prosparse":
         assert len(config["hidden_act_param"]) == 2
         assert zeros["gate"] > record["notes"]["zeros_with_relu"]["gate"]
-        assert {"l1_weight", "gate_zeros", "hidden_zeros"} <= record["curve"][0].keys()
+        assert {"l1_weight", "gate_zeros", "hidden_zeros"} <= record["curve"][1].keys()
     if name == "drelu":
         assert 0.2 < record["notes"]["flipped"] < 0.8
         return
