@@ -179,7 +179,7 @@ def _trainable_(model: nn.Module, recipe: Recipe, stage: Stage, adapters: Sequen
 
 def _recompute_(model: Any, student: Student) -> None:
     """Hold the activations of one block at a time."""
-    options = {"use_reentrant": False, "context_fn": student.around_recomputed}
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": student.around_recomputed}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:

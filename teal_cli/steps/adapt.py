@@ -20,7 +20,7 @@ from teal_cli.adapt.recipes import recipe_class
 from teal_cli.adapt.training import Plan
 from teal_cli.adapt.watch import Watch
 from teal_cli.adapt.write import check_replaceable, write_adapted
-from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, read_record, stored
+from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, is_adapted, read_record, stored
 from teal_cli.checkpoint.calibration import CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -360,6 +360,8 @@ def _record(
     model: Any,
 ) -> Record:
     """adapt.json."""
+    trained_one = _source(config, workspace)
+    again = is_adapted(workspace.source.folder)
     steps = round(max((point["step"] for point in trained.curve), default=0.0))
     return Record(
         teal_version=__version__,
@@ -367,7 +369,8 @@ def _record(
         recipe=recipe.name,
         options=config.recipe_options.model_dump(mode="json"),
         settings=config.settings(),
-        source=_source(config, workspace),
+        source=read_record(workspace.source.folder).source if again else trained_one,
+        parent=trained_one if again else None,
         text=reads.used(config),
         repeats=reads.text.repeats(),
         tokens=steps * config.tokens_a_step,

@@ -20,6 +20,9 @@ from teal_cli.adapt import memory
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 from teal_cli.models import loading
+from teal_cli.report.inputs import read_material
+from teal_cli.report.page import Drawings, content_of, render
+from teal_cli.report.training import training_plots
 
 _SIZE = ("--tokens", 512, "--seq-len", 32, "--batch-size", 4, "--held-out-tokens", 64, "--evaluate-every", 2)
 
@@ -124,10 +127,12 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
     capsys.readouterr()
     assert _teal("run", "recipe.yaml") == 0
     assert capsys.readouterr().err.count("done before, kept") == 2
-    assert _teal("report", "runs/tiny", "--quiet") == 0
-    page = Path("runs/tiny/report.html").read_text()
+    material = read_material(Path("runs/tiny"))
+    page = render(content_of(material, Drawings([], [], training_plots(material), {}, [])))
     assert 'id="training"' in page
-    assert f"{result['adapt']['after']['perplexity_ratio']:.3f} times dense" in page
+    after = result["adapt"]["after"]
+    assert f"{after['perplexity_ratio']:.3f} times dense" in page  # in the table
+    assert f"recover-0.60 after: {after['perplexity_ratio']:.3f} at " in page  # in the words of the plot
 
 
 @pytest.mark.parametrize(
