@@ -114,7 +114,7 @@ def main(capability: int) -> None:
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
         embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
         for squares in (None, torch.zeros(rows, 1)):
-            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
+            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, squares=squares, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         layer = GateLayer(weight, None)
         for gate in (gates, layer):

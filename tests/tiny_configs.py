@@ -326,9 +326,8 @@ OTHERS = [
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
-MIXTURES = [
+ALL_MIXTURES = [
     *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
+    "gpt_oss",
 ]
 """Mixtures of experts that have a program."""
-ALL_MIXTURES = [*MIXTURES, "gpt_oss"]
-"""Those too that the native path alone takes."""

@@ -231,10 +231,11 @@ def norm_kernel(
     PLUS_ONE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDED: tl.constexpr,
+    SQUARES: tl.constexpr,
     SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The norm of a row, written, or where ADDED added to `y`, whose sum of squares is written too."""
+    """The norm of a row, written, or where ADDED added to `y`. With SQUARES its sum of squares is written too."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -261,6 +262,7 @@ def norm_kernel(
         if SCALED:
             y = rounded(y * added_scale, dtype)
         y = rounded(before + y, dtype)
+    if SQUARES:
         tl.store(squares_ptr + row, tl.sum(y * y, axis=0))
         if CENTRED:
             tl.store(squares_ptr + tl.num_programs(0) + row, tl.sum(y, axis=0))

@@ -155,6 +155,38 @@ def no_sums(ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def bias_of_words(bias_ptr, columns, stop, TILE: tl.constexpr):
+    """For each weight of a word the biases of its outputs, (words,) float32; 0 from output `stop` on.
+
+    Args:
+        columns: the output of each word's first weight.
+    """
+    biases = ()
+    for k in tl.static_range(TILE.pack):
+        biases = biases + (tl.load(bias_ptr + columns + k, mask=columns + k < stop, other=0.0).to(tl.float32),)
+    return biases
+
+
+@triton.jit
+def columns_of_pairs(slice_of_block, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Where a block's sums lie whose outputs are gate and up by turns.
+
+    (WIDTH / 2,) each of gates and of ups, and which pair of the block it is.
+
+    The block is in slices of WIDTH. Of words the sums of one weight lie before those of the next.
+    """
+    pair = slice_of_block * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+    which = pair
+    gates = 2 * pair
+    ups = gates + 1
+    if TILE.pack > 1:
+        which = pair * (TILE.pack // 2) % (TILE.block_out // 2) + pair * (TILE.pack // 2) // (TILE.block_out // 2)
+        gates = pair + pair // TILE.words * TILE.words
+        ups = gates + TILE.words
+    return gates, ups, which
+
+
+@triton.jit
 def _added(acc, values, words, one, dtype: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The sums, and values times a tile of weights.
 

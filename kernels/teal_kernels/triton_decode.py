@@ -216,7 +216,8 @@ def write_norm(
     bias: Tensor | None = None,
     centred: bool = False,
     plus_one: bool = False,
-    added_squares: Tensor | None = None,
+    squares: Tensor | None = None,
+    added: bool = False,
     scale: float = 1.0,
     pdl: bool = False,
 ) -> None:
@@ -230,8 +231,8 @@ def write_norm(
         bias: (H,) or None.
         centred: whether the mean is taken off first: a layer norm.
         plus_one: whether it multiplies by 1 + weight.
-        added_squares: (B, 1) float32: the norm is added to y, and its sum of squares is written here; of a layer norm
-            (2, B, 1), and the sum.
+        squares: (B, 1) float32: the sum of squares of y is written here; with a layer norm (2, B, 1), and the sum.
+        added: the norm is added to y, in the place of what is there.
         scale: of what is added.
         pdl: launch while the kernel before still runs.
     """
@@ -243,7 +244,7 @@ def write_norm(
         weight,
         weight if bias is None else bias,
         y,
-        x if added_squares is None else added_squares,
+        x if squares is None else squares,
         size,
         eps,
         scale,
@@ -251,7 +252,8 @@ def write_norm(
         CENTRED=centred,
         PLUS_ONE=plus_one,
         HAS_BIAS=bias is not None,
-        ADDED=added_squares is not None,
+        ADDED=added,
+        SQUARES=squares is not None,
         SCALED=scale != 1.0,
         warps=8,
         pdl=pdl,

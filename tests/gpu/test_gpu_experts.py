@@ -7,7 +7,7 @@ import torch
 from conftest import VOCABULARY, build_model
 from experts_cases import ExpertsCase, random_experts, random_router
 from kernel_cases import LIMITS, PDL, relative_error
-from tiny_configs import MIXTURES
+from tiny_configs import ALL_MIXTURES
 from torch import Tensor
 from torch.nn.functional import softmax
 
@@ -112,7 +112,11 @@ def test_routers(tokens: int, experts: int, chosen: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme"), [*((family, None) for family in MIXTURES), ("mixtral", "int8"), ("qwen2_moe", "int4:32")]
+    ("family", "scheme"),
+    [
+        *((family, None) for family in ALL_MIXTURES),
+        *(("mixtral", "int8"), ("qwen2_moe", "int4:32"), ("gpt_oss", "int8"), ("gpt_oss", "int4:32")),
+    ],
 )
 def test_text_is_that_of_transformers_forward(family: str, scheme: str | None) -> None:
     """Kernels and graphs beside the general path with the reference backend, on the same GPU."""

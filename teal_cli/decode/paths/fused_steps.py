@@ -12,23 +12,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, program_of
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, embedding_norm, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
-from teal_cli.decode.positions import growth_of
+from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.sparse import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.operands import Norm as FusedNorm
-from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
+from teal_kernels.triton_attention import attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
+_EMBEDDED = "embedded"
 _OTHER = "other hidden"
 """The buffers of the residual stream: of the second where it was added to as it was read."""
 
@@ -77,6 +79,7 @@ class StepBinder:
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs.startswith("neighbours")
+        self._alibi: dict[tuple[int, float], Tensor | None] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
@@ -86,6 +89,11 @@ class StepBinder:
         layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
         """Of the norm that was added to it."""
+        self.embedded = self.hidden
+        """Where a token's embedding goes."""
+        if (norm := embedding_norm(path.model)) is not None:
+            self.embedded = self.buffer(_EMBEDDED, self.hidden.shape[1])
+            self.steps.append(self._writing(norm, self.embedded, self.hidden, self.squares))
         self._partials: AttentionPartials | None = None
         # What the next product reads: a buffer, and the norm that it takes up.
         self._source: Tensor | AttentionPartials | None = None
@@ -134,7 +142,14 @@ class StepBinder:
         return normed
 
     def _writing(
-        self, norm: Norm | FusedNorm, x: Tensor, y: Tensor, added_squares: Tensor | None = None, scale: float = 1.0
+        self,
+        norm: Norm | FusedNorm,
+        x: Tensor,
+        y: Tensor,
+        squares: Tensor | None = None,
+        *,
+        added: bool = False,
+        scale: float = 1.0,
     ) -> Callable[[], None]:
         return partial(
             write_norm,
@@ -145,7 +160,8 @@ class StepBinder:
             bias=norm.bias,
             centred=norm.centred,
             plus_one=norm.plus_one,
-            added_squares=added_squares,
+            squares=squares,
+            added=added,
             scale=scale,
             pdl=self.path.pdl,
         )
@@ -180,22 +196,28 @@ class StepBinder:
                 sin,
                 partials,
                 scale=step.scale,
-                q_norm=step.q_norm,
-                k_norm=step.k_norm,
+                q_norm=weight_of_norms(step.q_norms),
+                k_norm=weight_of_norms(step.k_norms),
                 eps=step.eps,
-                heads=Heads(
-                    norms=step.norms_of,
-                    plus_one=step.plus_one,
+                heads=heads_of(
+                    step,
                     neighbours=self._neighbours,
-                    grouped=step.grouped,
-                    cap=step.cap,
                     growth=self._growth,
                     long_from=None if cos is None else self.angles.long_from,
+                    alibi=self._alibi_of(heads, layer.keys.shape[2], step.scale),
                 ),
                 pdl=self.path.pdl,
             )
         )
         self._source, self._norm = partials, None
+
+    def _alibi_of(self, heads: int, positions: int, scale: float) -> Tensor | None:
+        """One table for all blocks that are alike."""
+        key = heads, scale
+        if key not in self._alibi:
+            bias = alibi_bias(self.path.model, positions, heads, scale)
+            self._alibi[key] = None if bias is None else bias.to(self.path.device).contiguous()
+        return self._alibi[key]
 
     def _bind_route(self, step: Route, scale: nn.Linear | None) -> None:
         """What it reads the experts read too, so that stays the source of the next product."""
@@ -282,4 +304,4 @@ class StepBinder:
         if self._added is not None:
             norm, added = self._added
             self.squares, self._added = self.added_squares, None
-            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added.scale))
+            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added=True, scale=added.scale))
