@@ -19,7 +19,7 @@ from teal_kernels.triton_gemv import TileConfig, gemv
 # queries and keys, of the weights of the values and of the result.
 ATTENTION_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 POSITIONS = 160
-RARE = ("sinks", "alibi", "clip", "layer norms", "own layer norms")
+RARE = ("sinks", "alibi", "clip", "layer norms", "own layer norms", "keys as values")
 """What fewer models have of attention: `Attention.rare`."""
 Position = int | tuple[int, ...]
 """Of the new token: of every row, or of each."""
@@ -64,7 +64,8 @@ class Attention:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
-        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
+        parts = self.group + (1 if "keys as values" in self.rare else 2)
+        self.qkv = random(self.rows, parts * self.kv_heads * self.dim)
         self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
         self.values = random(*self.keys.shape)
         angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
@@ -77,6 +78,7 @@ class Attention:
         slopes = torch.linspace(0.02, 0.5, heads)[:, None]
         alibi = (slopes * torch.arange(self.positions)).to(self.device)
         self.alibi = alibi if "alibi" in self.rare else None
+        self.v_norm = random(self.dim) if "keys as values" in self.rare else None
         self.clip = 0.9 if "clip" in self.rare else 0.0
         self.biases: tuple[Tensor, Tensor] | None = None
         if "layer norms" in self.rare:
@@ -98,8 +100,11 @@ class Attention:
         """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
         heads = self.kv_heads * self.group
         sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
+        if self.v_norm is not None:
+            sizes.pop()
         qkv = self.qkv.clamp(-self.clip, self.clip) if self.clip else self.qkv
-        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in qkv.split(sizes, dim=1))
+        q, k, *rest = (part.view(self.rows, -1, self.dim).double() for part in qkv.split(sizes, dim=1))
+        v = rest[0] if self.v_norm is None else rms_norm(k, (self.dim,), self.v_norm.double(), EPS)
         q_bias, k_bias = self.biases or (None, None)
         q, k = self._normed(q, self.q_norm, q_bias), self._normed(k, self.k_norm, k_bias)
         turn = self.cos[self.at].double()[:, None], self.sin[self.at].double()[:, None]
@@ -126,7 +131,7 @@ class Attention:
         """That row alone."""
         alone = replace(self, rows=1, position=self.at[row])
         alone.qkv, alone.keys, alone.values = (of[row : row + 1] for of in (self.qkv, self.keys, self.values))
-        for name in ("cos", "sin", "q_norm", "k_norm", "sinks", "alibi", "biases"):
+        for name in ("cos", "sin", "q_norm", "k_norm", "sinks", "alibi", "biases", "v_norm"):
             setattr(alone, name, getattr(self, name))
         return alone
 
@@ -159,6 +164,8 @@ class Attention:
                 clip=self.clip,
                 sinks=self.sinks,
                 alibi=self.alibi,
+                keys_as_values=self.v_norm is not None,
+                v_norm=self.v_norm,
             ),
             pdl=pdl,
         )
@@ -174,7 +181,10 @@ class Attention:
         assert float((out.double() - expected).norm() / expected.norm()) < limit
         for row, here in enumerate(self.at):
             assert float((keys[row, :, here].double() - k[row]).norm() / k[row].norm()) < limit
-            assert torch.equal(values[row, :, here].double(), v[row])
+            if self.v_norm is None:
+                assert torch.equal(values[row, :, here].double(), v[row])
+            else:
+                assert relative_error(values[row, :, here], v[row]) < limit
             keys[row, :, here], values[row, :, here] = self.keys[row, :, here], self.values[row, :, here]
         assert torch.equal(keys, self.keys)  # nowhere else
         assert torch.equal(values, self.values)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
 from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
 
@@ -111,7 +111,7 @@ def main(capability: int) -> None:
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)
-        for rare in (RARE[:4], RARE[4:]):
+        for rare in (RARE[:4], RARE[4:5], RARE[5:]):
             attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, rare=rare)
             attention.launch(attention.keys, attention.values, pdl=pdl)
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
@@ -122,6 +122,10 @@ def main(capability: int) -> None:
             for added in {False, squares is not None}:
                 options = {"centred": squares is None, "squares": squares, "added": added, "pdl": pdl}
                 write_norm(hidden, hidden[0], hidden, eps=1e-5, **options)  # type: ignore[arg-type]
+        left = PartialsCase(rows, 3, 24, 150).read
+        for bias in (None, hidden[0]):
+            centred = bias is not None
+            write_norm_of_partials(left, hidden[0], hidden, eps=1e-5, bias=bias, centred=centred, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         layer = GateLayer(weight, None)
         for gate in (gates, layer):

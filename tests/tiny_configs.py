@@ -177,6 +177,7 @@ FAMILIES = {
     "glm": {"model_type": "glm", **_TINY, "head_dim": 16},
     "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
     "phi": {"model_type": "phi", **_TINY},
+    "phi-norms": {"model_type": "phi", **_TINY, "qk_layernorm": True},
     "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
     "cohere-norms": {"model_type": "cohere", **_TINY, "logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {
@@ -305,6 +306,7 @@ OTHERS = [
         "stablelm-norms",
         "stablelm-2-12b",
         "cohere-norms",
+        "phi-norms",
         "olmo",
         "olmo-clip",
     ),

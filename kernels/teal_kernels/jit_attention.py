@@ -201,6 +201,8 @@ def attention_kernel(
         q_partner_bias = tl.load(rare.q_bias + other[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
         k_bias = tl.load(rare.k_bias + d[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
         k_partner_bias = tl.load(rare.k_bias + other[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+    if HEADS.value_norms:
+        v_norm = tl.load(rare.v_norm + d, mask=in_head, other=0.0).to(tl.float32)
     if HEADS.sinks:
         sinks = tl.load(rare.sinks + head * GROUP + group, mask=in_group, other=float("-inf")).to(tl.float32)
     if HEADS.alibi:
@@ -220,6 +222,9 @@ def attention_kernel(
         first_query = head * (GROUP + 2)
         own_key = first_query + GROUP
         own_value = own_key + 1
+    if HEADS.keys_as_values:
+        projections = qkv_ptr + row * (GROUP + 1) * kv_heads * DIM
+        own_value = own_key
     q_heads = projections + (first_query + group)[:, None] * DIM
     q_inside = in_group[:, None] & in_head[None, :]
     k_head = projections + (own_key + tl.arange(0, 1))[:, None] * DIM
@@ -241,6 +246,10 @@ def attention_kernel(
         k_new = _clamped(k_new, rare.clip)
         k_partner = _clamped(k_partner, rare.clip)
         v_new = _clamped(v_new, rare.clip)
+    if HEADS.value_norms:
+        wide = v_new.to(tl.float32)
+        v_scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / DIM + eps)
+        v_new = normalised(wide, v_scale, v_norm, dtype, HEADS.plus_one).to(dtype)
     q_scale = 1.0
     k_scale = 1.0
     if HEADS.norms == ALL:

@@ -161,8 +161,9 @@ def bias_of_words(bias_ptr, columns, stop, TILE: tl.constexpr):
     Args:
         columns: the output of each word's first weight.
     """
+    PACK: tl.constexpr = TILE.pack
     biases = ()
-    for k in tl.static_range(TILE.pack):
+    for k in tl.static_range(PACK):
         biases = biases + (tl.load(bias_ptr + columns + k, mask=columns + k < stop, other=0.0).to(tl.float32),)
     return biases
 
@@ -175,14 +176,18 @@ def columns_of_pairs(slice_of_block, WIDTH: tl.constexpr, TILE: tl.constexpr):
 
     The block is in slices of WIDTH. Of words the sums of one weight lie before those of the next.
     """
-    pair = slice_of_block * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+    HALF: tl.constexpr = TILE.block_out // 2
+    WORDS: tl.constexpr = TILE.words
+    PAIRS: tl.constexpr = TILE.pack // 2  # of a word
+    slice_pairs: tl.constexpr = WIDTH // 2
+    pair = slice_of_block * slice_pairs + tl.arange(0, slice_pairs)
     which = pair
     gates = 2 * pair
     ups = gates + 1
-    if TILE.pack > 1:
-        which = pair * (TILE.pack // 2) % (TILE.block_out // 2) + pair * (TILE.pack // 2) // (TILE.block_out // 2)
-        gates = pair + pair // TILE.words * TILE.words
-        ups = gates + TILE.words
+    if PAIRS > 0:
+        which = pair * PAIRS % HALF + pair * PAIRS // HALF
+        gates = pair + pair // WORDS * WORDS
+        ups = gates + WORDS
     return gates, ups, which
 
 

@@ -54,6 +54,8 @@ class HeadConstants(NamedTuple):
     clipped: bool
     sinks: bool
     alibi: bool
+    keys_as_values: bool
+    value_norms: bool
     all_queries: int
     """Of a norm of all heads: A D, up to a power of two."""
     all_keys: int
@@ -77,6 +79,7 @@ class RareOperands(NamedTuple):
     alibi: Tensor | None
     q_bias: Tensor | None
     k_bias: Tensor | None
+    v_norm: Tensor | None
     clip: float
 
 
@@ -108,14 +111,18 @@ class Heads:
     """(A,) logits that join the denominators of the softmax, and have no values (gpt-oss)."""
     alibi: Tensor | None = None
     """(A, N) float32, contiguous: what is added to the scores of a key's position."""
+    keys_as_values: bool = False
+    """Whether the product has no values: they are the keys as they come, before norm and rotation."""
+    v_norm: Tensor | None = None
+    """(D,) weight of an RMS norm of values."""
 
     @property
     def rare(self) -> RareOperands | None:
         """Those that most models have not."""
-        if self.biases is None and self.sinks is None and self.alibi is None and self.clip == 0.0:
+        if self.clip == 0.0 and all(own is None for own in (self.biases, self.sinks, self.alibi, self.v_norm)):
             return None
         q_bias, k_bias = self.biases or (None, None)
-        return RareOperands(self.sinks, self.alibi, q_bias, k_bias, self.clip)
+        return RareOperands(self.sinks, self.alibi, q_bias, k_bias, self.v_norm, self.clip)
 
 
 def decode_attention(
@@ -136,7 +143,8 @@ def decode_attention(
     """Rotary embedding, cache write and attention of one new token a row.
 
     Args:
-        qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation.
+        qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation; (B, (A + K) D) with
+            `keys_as_values`.
         keys: (B, K, N, D) cache; each row's own position is written. Contiguous.
         values: like keys.
         cos: (N or more, R) of the rotary embedding of the first R dimensions of a head, both halves; with long rope
@@ -146,7 +154,7 @@ def decode_attention(
         scale: of the scores.
         q_norm: weight of a norm of queries, (D,), or (A D,) of all heads at once or of each head's own; None for none.
         k_norm: the same for keys.
-        eps: of those norms.
+        eps: of those norms, and of that of values.
         heads: all else.
         pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
             read before the wait for it.
@@ -217,6 +225,8 @@ def decode_attention(
             clipped=heads.clip != 0.0,
             sinks=heads.sinks is not None,
             alibi=heads.alibi is not None,
+            keys_as_values=heads.keys_as_values,
+            value_norms=heads.v_norm is not None,
             all_queries=power_of_two(all_heads * dim),
             all_keys=power_of_two(kv_heads * dim),
         ),
@@ -227,5 +237,5 @@ def decode_attention(
 
 def _attention_block(dim: int, itemsize: int) -> int:
     """Cache positions that a program takes at a time: of wide heads, and of float32, fewer fit registers."""
-    narrower = 1 if dim <= 128 else 2
+    narrower = max(1, power_of_two(dim) // 128)
     return max(LEAST_TILE, _ATTENTION_BLOCK // (narrower if itemsize == 2 else 4))

@@ -1,6 +1,6 @@
 """Checkpoints whose experts are in MXFP4 (gpt-oss as it is published): dequantised once, exactly.
 
-Two values of four bits share a byte, and 32 values along the inputs share a power of two (OCP Microscaling Formats 1.0).
+Two values of four bits share a byte, and 32 values along the inputs share a power of two (OCP Microscaling Formats).
 bfloat16 holds each product. Such a folder becomes a dense one under TEAL_HOME, with the weights as transformers names
 them, four times as large.
 """

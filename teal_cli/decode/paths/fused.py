@@ -33,9 +33,6 @@ from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
 
-_STEP_KEYS = ("v_norm", "keys_as_values", "input_norm", "stream_scale")
-"""Of steps, as far as there are no kernels for them."""
-
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
     """Why a model cannot take the fused path on a device, wherever it is now; None where it can."""
@@ -52,7 +49,7 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return f"activation {activation}"
     if (key := _not_launched(program)) is not None:
         return f"blocks with {key}"
-    return unsupported_rope(config, ("longrope",)) or departure(model, program)
+    return unsupported_rope(config, ("longrope", "proportional")) or departure(model, program)
 
 
 def _not_launched(program: Program) -> str | None:
@@ -60,7 +57,9 @@ def _not_launched(program: Program) -> str | None:
     products = program.products
     if any(step.added_norm for step in products) and any(step.parallel or step.aside for step in products):
         return "added_norm in parallel blocks"
-    return next((key for step in program.steps for key in _STEP_KEYS if getattr(step, key, None) is not None), None)
+    if any(step.stream_scale and not step.added_norm for step in products):
+        return "stream_scale without added_norm"
+    return None
 
 
 def _is_in_the_plan(product: Product) -> bool:

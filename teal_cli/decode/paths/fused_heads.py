@@ -44,6 +44,8 @@ def heads_of(
         clip=step.clip,
         sinks=None if step.sinks is None else step.sinks.detach(),
         alibi=alibi,
+        keys_as_values=step.keys_as_values,
+        v_norm=weight_of_norms(step.v_norms),
     )
 
 
@@ -52,6 +54,8 @@ def cannot_attend(step: Attention) -> str | None:
     for norms in (step.q_norms, step.k_norms):
         if norms and norms[0].centred and step.norms_of != "heads":
             return "layer norms of heads that are rotated, or of all heads"
+        if len(step.v_norms) > 1 or any(norm.centred for norm in step.v_norms):
+            return "norms of values that are layer norms, or each head's own"
         if len(norms) > 1 and any(norm.bias is not None for norm in norms):
             return "norms of each head with biases"
     return None

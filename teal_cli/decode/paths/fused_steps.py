@@ -26,7 +26,7 @@ from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import attention_splits, decode_attention
-from teal_kernels.triton_decode import write_norm
+from teal_kernels.triton_decode import write_norm, write_norm_of_partials
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
@@ -94,7 +94,7 @@ class StepBinder:
         if (norm := embedding_norm(path.model)) is not None:
             self.embedded = self.buffer(_EMBEDDED, self.hidden.shape[1])
             self.steps.append(self._writing(norm, self.embedded, self.hidden, self.squares))
-        self._partials: AttentionPartials | None = None
+        self._partials: dict[tuple[int, int], AttentionPartials] = {}
         # What the next product reads: a buffer, and the norm that it takes up.
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
@@ -150,6 +150,7 @@ class StepBinder:
         *,
         added: bool = False,
         scale: float = 1.0,
+        stream_scale: float = 1.0,
     ) -> Callable[[], None]:
         return partial(
             write_norm,
@@ -163,6 +164,7 @@ class StepBinder:
             squares=squares,
             added=added,
             scale=scale,
+            stream_scale=stream_scale,
             pdl=self.path.pdl,
         )
 
@@ -179,11 +181,11 @@ class StepBinder:
             raise TypeError("attention reads the product of queries, keys and values")
         layer = next(self._layers)
         kv_heads, dim = layer.keys.shape[1], layer.keys.shape[3]
-        heads = qkv.outputs // dim - 2 * kv_heads
-        if self._partials is None:  # the same memory in every block
+        heads = qkv.outputs // dim - kv_heads * (1 if step.keys_as_values else 2)
+        if (kv_heads, dim) not in self._partials:  # the same memory in every block that is alike
             splits = attention_splits(self.rows * kv_heads)
-            self._partials = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
-        partials = replace(self._partials, window=step.window)
+            self._partials[kv_heads, dim] = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
+        partials = replace(self._partials[kv_heads, dim], window=step.window)
         cos, sin = self.angles.tables.get(step.angles, (None, None)) if step.rotates else (None, None)
         self._attention_at = len(self.steps)
         self.steps.append(
@@ -248,6 +250,8 @@ class StepBinder:
             y = self._bind_gate_first(step, step.gate_first, source, norm, at)
             self._source, self._norm, self._before = y, None, step
             return
+        if step.input_norm is not None:
+            source, norm, at = self._written_input(step, step.input_norm, source), None, len(self.steps)
         added = self._added[1] if self._added is not None and source is self.hidden else None
         if added is not None:
             self.hidden, self._added = added.stream, None
@@ -260,8 +264,29 @@ class StepBinder:
         if step.epilogue == "residual":
             self.squares = launch.squares
             if step.norm is not None:
-                self._add_later(step.norm, launch, y)
+                self._add_later(step.norm, launch, y, 1.0 if step.stream_scale is None else float(step.stream_scale))
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
+
+    def _written_input(self, step: Product, norm: Norm, source: Tensor | AttentionPartials) -> Tensor:
+        """Bind the norm of what a residual product reads, which has a launch and a buffer of its own."""
+        normed = self.buffer(f"{step.name} normed", step.layers[0].in_features)
+        if isinstance(source, Tensor):
+            self.steps.append(self._writing(norm, source, normed))
+            return normed
+        self.steps.append(
+            partial(
+                write_norm_of_partials,
+                source,
+                norm.weight.detach(),
+                normed,
+                eps=norm.eps,
+                bias=norm.bias,
+                centred=norm.centred,
+                plus_one=norm.plus_one,
+                pdl=self.path.pdl,
+            )
+        )
+        return normed
 
     def _bind_gate_first(
         self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
@@ -282,7 +307,7 @@ class StepBinder:
 
     def _launch(self, step: Product) -> Launch:
         beside = None
-        if step.norm is not None and self.rows == 1 and not step.norm.centred:
+        if step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
         options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing}
@@ -290,18 +315,28 @@ class StepBinder:
         self.launches.append(launch)
         return launch
 
-    def _add_later(self, norm: Norm, launch: Launch, y: Tensor) -> None:
+    def _add_later(self, norm: Norm, launch: Launch, y: Tensor, stream_scale: float) -> None:
         """What the norm makes of y is added by the next product, as it reads the stream; of several rows, at once."""
         other = self.buffer(_OTHER, self.hidden.shape[1])
         stream = self.buffer(_HIDDEN, self.hidden.shape[1]) if self.hidden is other else other
         scale = self.path.scales.residual
         self._added = norm, Added(y, norm.weight, norm.eps, norm.plus_one, scale, launch.squares, stream)
         if launch.beside is None:
-            self.settle()
+            self.settle(stream_scale)
 
-    def settle(self) -> None:
-        """Bind a launch that adds what no product has added yet."""
+    def settle(self, stream_scale: float = 1.0) -> None:
+        """Bind a launch that adds what no product has added yet, and multiplies the stream then."""
         if self._added is not None:
             norm, added = self._added
             self.squares, self._added = self.added_squares, None
-            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added=True, scale=added.scale))
+            self.steps.append(
+                self._writing(
+                    norm,
+                    added.y,
+                    self.hidden,
+                    self.squares,
+                    added=True,
+                    scale=added.scale,
+                    stream_scale=stream_scale,
+                )
+            )
