@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 import triton
-from attention_cases import Attention, PartialsCase
+from attention_cases import RARE, Attention, PartialsCase
 from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
 from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
 from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -69,8 +69,9 @@ def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
         options = {"norm": norm, "epilogue": "residual", "squares": sums, "scale": 0.5, "pdl": pdl}
         gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
     for activation in launching.ACTIVATIONS if rows == 1 else ():
-        if activation != "drelu":
-            options = {"epilogue": "activated", "activation": activation, "pdl": pdl}
+        if activation not in ("drelu", "clamped_swiglu"):
+            curve = Curve(0.8, 0.8, 0.5) if activation == "xielu" else None
+            options = {"epilogue": "activated", "activation": activation, "curve": curve, "pdl": pdl}
             gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
     if rows == 1:
         added = Added(x, weight, 1e-5, True, 0.5, torch.zeros(4, 3), x.clone())
@@ -100,21 +101,31 @@ def main(capability: int) -> None:
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
     for _, config, quantised in PRODUCTS[::2]:
-        for epilogue in ("gated", "residual"):
+        for epilogue in ("gated", "residual", "paired"):
             for packed in (None, quantised):
-                case = random_experts(epilogue, 2, inputs=128, outputs=64, dtype=DTYPE, packed=packed)
-                case.launch(config, pdl=pdl)
+                sizes = {"inputs": 128, "outputs": 64, "dtype": DTYPE, "packed": packed}
+                for bias in {False, True} if epilogue == "residual" else {epilogue == "paired"}:
+                    random_experts(epilogue, 2, **sizes, bias=bias).launch(config, pdl=pdl)  # type: ignore[arg-type]
     for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
         random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)
+        for rare in (RARE[:4], RARE[4:5], RARE[5:]):
+            attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, rare=rare)
+            attention.launch(attention.keys, attention.values, pdl=pdl)
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
         embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
         for squares in (None, torch.zeros(rows, 1)):
-            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
+            for added in {False, squares is not None}:
+                options = {"centred": squares is None, "squares": squares, "added": added, "pdl": pdl}
+                write_norm(hidden, hidden[0], hidden, eps=1e-5, **options)  # type: ignore[arg-type]
+        left = PartialsCase(rows, 3, 24, 150).read
+        for bias in (None, hidden[0]):
+            centred = bias is not None
+            write_norm_of_partials(left, hidden[0], hidden, eps=1e-5, bias=bias, centred=centred, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         layer = GateLayer(weight, None)
         for gate in (gates, layer):

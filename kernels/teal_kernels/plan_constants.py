@@ -71,6 +71,8 @@ class EpilogueConstants(NamedTuple):
 
     kind: int
     """One of `EPILOGUES`."""
+    two: bool
+    """Whether a result is made of two sums, gate and up."""
     activation: int
     scaled: bool
     sums: bool  # these as in `ProductShape`

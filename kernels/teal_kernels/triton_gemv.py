@@ -36,6 +36,8 @@ if TRITON_MISSING is None:
 __all__ = ["MAX_LISTED", "MAX_ROWS", "TileConfig", "gemv", "squares_of"]
 
 _DEFAULT_ACTIVATIONS = {"gated": "silu"}
+_CURVED = ("xielu", "clamped_swiglu")
+"""Activations whose numbers are a `Curve`."""
 
 
 class _NormPointers(NamedTuple):
@@ -90,6 +92,17 @@ class _MemoryPointers(NamedTuple):
 class _ExpertPointers(NamedTuple):
     ids: Tensor
     weights: Tensor
+
+
+class Curve(NamedTuple):
+    """Numbers of an activation that has several.
+
+    Of xIELU what the parabola, the exponential and the line are multiplied by; of a clamped SwiGLU its alpha alone.
+    """
+
+    first: float
+    second: float = 0.0
+    third: float = 0.0
 
 
 class _Sizes(NamedTuple):
@@ -200,6 +213,7 @@ def gemv(
     epilogue: str = "plain",
     activation: str | None = None,
     activation_threshold: float = 0.0,
+    curve: Curve | None = None,
     scale: float = 1.0,
     squares: Tensor | None = None,
     added: Added | None = None,
@@ -217,15 +231,17 @@ def gemv(
         table: (in, out), each row contiguous; the dtype of y. Or quantised.
         parts: outputs of each projection in the table, at most three.
         thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
-        y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
+        y: (rows, out), written. With `residual` it is added to; with `gated` and `paired` it is (rows, out / 2).
         config: how the product is divided.
         scratch: memory between programs, and the lists.
-        bias: (out,) or None.
+        bias: (out,), of experts (experts, out), or None.
         norm: of x before all else.
         epilogue: `plain`; `activated`: y = activation(product); `residual`: y += scale * product; `gated`: y =
-            activation(first part) * second part.
+            activation(first part) * second part; `paired`: the same of the one part of experts, in which gate and up
+            alternate.
         activation: one of `ACTIVATIONS`; of `gated` SiLU by default.
-        activation_threshold: of FATReLU, as the dtype of y holds it.
+        activation_threshold: of FATReLU, or the limit of a clamped SwiGLU, as the dtype of y holds it.
+        curve: of xIELU and clamped SwiGLU, which need one.
         scale: of what `residual` adds.
         added: what is added to x, one row, before all else; `norm` has no squares of its own then.
         beside: of the epilogue `beside`: y = product, whose norm the next product adds to the stream (`added`); squares
@@ -244,7 +260,7 @@ def gemv(
         compile_only: compile what would be launched.
 
     Raises:
-        ValueError: too many rows, or `parts`, `squares` or `config` does not fit.
+        ValueError: too many rows, `parts`, `squares` or `config` does not fit, or an activation has no curve.
     """
     partials = x if isinstance(x, AttentionPartials) else None
     source = y if isinstance(x, AttentionPartials) else x  # of y the kernel then takes the dtype only
@@ -254,6 +270,10 @@ def gemv(
         rows = 1
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
+    if activation in _CURVED and curve is None:
+        raise ValueError(f"{activation} needs a curve")
+    if epilogue == "paired" and experts is None:
+        raise ValueError("a paired product is one of experts")
     sums = squares is not None and squares.dim() == 3
     shape = _shape_of(
         table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside, experts
@@ -286,6 +306,7 @@ def gemv(
             scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         ),
         None if experts is None else _ExpertPointers(experts.ids, experts.weights),
+        curve,
         _Sizes(
             n_in=shape.inputs,
             stride=shape.row_stride,

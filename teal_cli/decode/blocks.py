@@ -17,7 +17,6 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
 from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
-from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.packing import Packed
@@ -218,40 +217,6 @@ def scales_of(model: Any, program: Program) -> Scales:
         logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
         logits_cap=number(program.logits_cap, 0.0),
     )
-
-
-ACTIVATIONS = {
-    **dict.fromkeys(("silu", "swish"), "silu"),
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "fatrelu": "fatrelu",
-    "drelu": "drelu",
-    "xielu": "xielu",
-    "clamped_swiglu": "clamped_swiglu",  # of `ClampedExperts`, in programs alone
-}
-"""Activations as configurations name them, and as both paths do."""
-
-
-def unknown_activation(config: Any, program: Program) -> str | None:
-    """An activation of a program that no path has; None where they have all."""
-    names = [step.activation_in(config) for step in program.products if step.activation is not None]
-    return next((str(name) for name in names if name not in ACTIVATIONS), None)
-
-
-def activation_of(product: Product) -> tuple[str | None, float]:
-    """What a gated or activated product does, and the threshold of that; None of others."""
-    if product.activation is None:
-        return None, 0.0
-    zeroing = product.gate_first.activation if product.gate_first else None
-    if zeroing is None and product.owner is not None:
-        zeroing = zeroing_activation(product.owner)
-    if zeroing is not None:
-        return zeroing.kind, zeroing.threshold
-    return ACTIVATIONS[product.activation], float(getattr(product.owner, "limit", 0.0))
 
 
 def module_at(parent: nn.Module, path: str) -> Any:

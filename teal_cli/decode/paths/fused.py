@@ -15,24 +15,23 @@ from typing import Any
 import torch
 
 from teal_cli.checkpoint.rules import Zeros
-from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of, unknown_activation
+from teal_cli.decode.activations import unknown_activation
+from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
+from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import AttentionStep, Program
+from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
-
-_STEP_KEYS = ("clip", "sinks", "v_norm", "keys_as_values", "input_norm", "activation_module", "stream_scale")
-"""Of steps, as far as there are no kernels for them."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
@@ -50,21 +49,17 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return f"activation {activation}"
     if (key := _not_launched(program)) is not None:
         return f"blocks with {key}"
-    return unsupported_rope(config, ("longrope",)) or departure(model, program)
+    return unsupported_rope(config, ("longrope", "proportional")) or departure(model, program)
 
 
 def _not_launched(program: Program) -> str | None:
-    """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
-    if program.pairs == "halves_backwards":
-        return program.pairs
+    """What of a program, or of its steps, there is no kernel for; None where there are all."""
     products = program.products
     if any(step.added_norm for step in products) and any(step.parallel or step.aside for step in products):
         return "added_norm in parallel blocks"
-    for step in program.steps:
-        if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
-            return "layer norms of heads"
-    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
-    return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
+    if any(step.stream_scale and not step.added_norm for step in products):
+        return "stream_scale without added_norm"
+    return None
 
 
 def _is_in_the_plan(product: Product) -> bool:
@@ -109,9 +104,8 @@ class FusedPath(ProgramPath):
         products = [step for block in blocks for step in block if isinstance(step, Product)]
         if control is not None and not all(map(_is_in_the_plan, products)):
             return "projections that the plan leaves out"
-        if any(isinstance(step, Attention) and len(step.q_norms) > 1 for block in blocks for step in block):
-            return "heads with norms of their own"
-        reasons = chain(map(cannot_launch, products), map(cannot_route, blocks))
+        attentions = [step for block in blocks for step in block if isinstance(step, Attention)]
+        reasons = chain(map(cannot_attend, attentions), map(cannot_launch, products), map(cannot_route, blocks))
         return next((reason for reason in reasons if reason is not None), None)
 
     def output(self) -> Product | None:

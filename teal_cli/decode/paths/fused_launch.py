@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
-from teal_cli.decode.blocks import Product, activation_of
+from teal_cli.decode.activations import activation_of, curve_of
+from teal_cli.decode.blocks import Product
 from teal_cli.decode.paths import fused_gate_first
-from teal_cli.decode.paths.fused_experts import Routing, stack_of
+from teal_cli.decode.paths.fused_experts import Routing, alternate, bias_of, stack_of
 from teal_kernels.experts import fitting_experts
 from teal_kernels.experts import table_of as first_table
 from teal_kernels.gate_first import rounded_threshold
 from teal_kernels.operands import Added, AttentionPartials, Beside, Norm, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import gemv, squares_of
+from teal_kernels.triton_gemv import Curve, gemv, squares_of
 from teal_kernels.tuning import choose_config
 from teal_kernels.tuning_entries import kind_of
 
@@ -52,12 +53,16 @@ class Launch:
         self.epilogue = product.epilogue
         if product.norm is not None:
             self.epilogue = "plain" if beside is None else "beside"
+        if alternate(product):
+            self.epilogue = "paired"
         self.scale = scale if self.epilogue == "residual" else 1.0
         self.activation, threshold = activation_of(product)
         self.activation_threshold = rounded_threshold(threshold, dtype)
+        curve = curve_of(product)
+        self.curve = Curve(*curve) if curve else None
+        self.bias = bias_of(product)
         rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
-        if product.joined:
-            rules *= 2
+        rules *= len(self.parts) // len(rules)  # gate and up in one layer
         values = [rule.threshold for rule in rules]
         device = self.table.device
         self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
@@ -75,7 +80,7 @@ class Launch:
             parts=tuple(part * side_by_side for part in self.parts),
             dtype=kind_of(self.table),
             rows=rows if self.chosen is None else 1,
-            epilogue="plain" if product.epilogue == "activated" else product.epilogue,
+            epilogue="plain" if self.epilogue in ("activated", "paired") else product.epilogue,
             sparsity=skipped / sum(self.parts),
         )
         if self.chosen is not None:
@@ -110,11 +115,12 @@ class Launch:
             y,
             self.config,
             scratch,
-            bias=self.product.bias,
+            bias=self.bias,
             norm=norm,
             epilogue=self.epilogue,
             activation=self.activation,
             activation_threshold=self.activation_threshold,
+            curve=self.curve,
             scale=self.scale,
             squares=self.squares if self.epilogue in ("residual", "beside") else None,
             added=added,
@@ -128,10 +134,10 @@ class Launch:
 def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
     """The table of a product as it is launched, and its parts: of a joined gate and up both, one beside the other.
 
-    Of experts it is the first one's.
+    Of experts it is the first one's. Where gate and up alternate they are one part.
     """
     table, parts = first_table(stack_of(product)) if product.experts else product.table, product.parts
-    if not product.joined:
+    if not product.joined or alternate(product):
         return table, parts
     parts = (parts[0] // 2,) * 2
     return replace(table, parts=parts) if isinstance(table, Packed) else table, parts
@@ -140,6 +146,6 @@ def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
 def cannot_launch(product: Product) -> str | None:
     """Why a joined product cannot be launched as gate and up, or one that decodes gate first; None where it can."""
     packed = getattr(product.layers[0], "packed", None)
-    if product.joined and packed is not None and product.outputs * packed.bits % 32:
+    if product.joined and not alternate(product) and packed is not None and product.outputs * packed.bits % 32:
         return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
     return fused_gate_first.cannot_launch(product)

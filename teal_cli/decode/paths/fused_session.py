@@ -31,7 +31,7 @@ class FusedSession(ProgramSession):
         self.positions = Positions.at([length - 1 for length in self.lengths], device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
         binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles)
-        self.hidden, self._embedding_squares = binder.hidden, binder.squares
+        self._embedded, self._embedding_squares = binder.embedded, binder.squares
         binder.bind()
         self.launches = binder.launches
         binder.settle()
@@ -56,7 +56,7 @@ class FusedSession(ProgramSession):
         """As `Session.launch`; nothing waits."""
         model, pdl, scales = self.path.model, self.path.pdl, self.path.scales
         self._embed(
-            self.token, model.get_input_embeddings().weight, self.positions, self.hidden, self._embedding_squares
+            self.token, model.get_input_embeddings().weight, self.positions, self._embedded, self._embedding_squares
         )
         for step in self._steps:
             step()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from teal_cli.decode.blocks import unknown_activation
+from teal_cli.decode.activations import unknown_activation
 from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession

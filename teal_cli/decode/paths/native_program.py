@@ -7,15 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.decode.activations import activation_of, curve_of
 from teal_cli.decode.blocks import (
     Attention,
     BlockStep,
     Norm,
     Product,
-    activation_of,
     embedding_norm,
     joined_bias,
     program_of,
@@ -228,7 +227,7 @@ class NativeProgram:
             epilogue,
             activation=_ACTIVATIONS[activation],
             activation_threshold=threshold,
-            curve=self._curve(product.activation_module),
+            curve=self._curve(product),
             norm=norm,
             input_norm=input_norm,
         )
@@ -243,14 +242,11 @@ class NativeProgram:
             made.holds += (scale,)
         return made
 
-    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
-        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
-        if xielu is None:
-            return ()
-        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
-        self._note_copies((positive, None), (negative, None), (linear, None))
-        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
-        return float(rise), float(fall), float(linear)
+    def _curve(self, product: Product) -> tuple[float, ...]:
+        if product.activation_module is not None:
+            xielu: Any = product.activation_module
+            self._note_copies(*((getattr(xielu, name).detach(), None) for name in ("alpha_p", "alpha_n", "beta")))
+        return curve_of(product)
 
     def _route(self, route: Route) -> native.Route:
         bias = None if route.bias is None else route.bias.detach()
