@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
+
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Rule
 from teal_cli.errors import UsageError
-from teal_cli.sparse import SparsityControl, apply_plan_, sparse_layers
+from teal_cli.sparse import SparseLinear, SparsityControl, apply_plan_, set_thresholds_, sparse_layers
 
 DENSE = 0.0
 
@@ -48,12 +50,34 @@ class Levels:
         self.check(self.default)
         self._rules: dict[float, dict[str, Rule]] = {}
         for level, plan in (plans or {}).items():
-            apply_plan_(model, plan)
-            self._rules[level] = {name: layer.rule for name, layer in self._layers.items()}
-        self._now = None
+            set_thresholds_(model, plan)
+            self._rules[level] = self._of_layers()
+        self._now = self.default or max(self.all)
         if plans:
-            apply_plan_(model, plans[self.default or max(plans)])
-            self._now = self.default or max(plans)
+            apply_plan_(model, plans[self._now])
+            self._keep_apart()
+        elif sparse:
+            self._rules[sparse[0]] = self._of_layers()
+        self._thresholds = {
+            level: {name: torch.tensor(rule.threshold, device=self._layers[name].storage.device) for name, rule in rules.items()}
+            for level, rules in self._rules.items()
+        }
+
+    def _of_layers(self) -> dict[str, Rule]:
+        return {name: layer.rule for name, layer in self._layers.items()}
+
+    def _keep_apart(self) -> None:
+        """Projections of one hidden state whose rules differ at some level are multiplied one by one at all."""
+        groups: dict[int, list[SparseLinear]] = {}
+        for layer in self._layers.values():
+            groups.setdefault(id(layer.merged), []).append(layer)
+        for layers in groups.values():
+            if any(len({rules[layer.name] for layer in layers}) > 1 for rules in self._rules.values()):
+                layers[0].merged.multiply_apart()
+
+    def rules(self) -> tuple[Mapping[str, Rule], ...]:
+        """Of each level, as `all` has them; a projection that is not named is dense."""
+        return tuple(self._rules.get(level, {}) for level in self.all)
 
     def check(self, level: float | None) -> float:
         """A level that a request names, or the default.
@@ -73,9 +97,7 @@ class Levels:
             return nullcontext()
         if level == DENSE:
             return self._control.switched_off()
-        if level == self._now or level not in self._rules:
-            return nullcontext()
-        return self._switched(level)
+        return nullcontext() if level == self._now else self._switched(level)
 
     @contextmanager
     def _switched(self, level: float) -> Iterator[None]:
@@ -85,12 +107,13 @@ class Levels:
             yield
         finally:
             self._now = before
-            if before is not None:
-                self._set(before)
+            self._set(before)
 
     def _set(self, level: float) -> None:
+        thresholds = self._thresholds[level]
         for name, rule in self._rules[level].items():
-            self._layers[name].set_rule_(rule)
+            layer = self._layers[name]
+            layer.rule, layer.threshold = rule, thresholds[name]
 
 
 def _target(model: Any) -> float:

@@ -5,7 +5,8 @@ One thread runs the loop and is the only one that uses the model. Any thread may
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from threading import Condition
@@ -15,8 +16,11 @@ import torch
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.levels import Levels
-from teal_cli.decode.replies import Reply
+from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.prompts import Keep
+from teal_cli.decode.replies import Choice, Reply
 from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket
+from teal_cli.decode.shared_slots import SharedSlots
 from teal_cli.decode.slots import SeparateSlots, Slots
 from teal_cli.errors import TealError, UsageError
 from teal_cli.sparse import SparsityCounter
@@ -31,7 +35,11 @@ class Scheduler:
         positions: of each slot: a prompt and its reply; None for the model's own, at most 4096.
         queue: requests that wait, at most, beside those in slots.
         levels: sparsity -> its plan, of those that requests may ask for beside 0; None for the model's own.
-        default: the level of requests that name none; None for the highest.
+        default: the level of requests that name none; None for the highest, or 0 where the engine measured that sparse
+            steps are slower.
+        keep: what slots keep of sequences that have ended for those that begin alike.
+        together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
+            gives alone; together the native path may, with several threads, add up in another order.
 
     Raises:
         UsageError: numbers of no use.
@@ -47,13 +55,19 @@ class Scheduler:
         queue: int = 64,
         levels: Mapping[float, SparsityPlan] | None = None,
         default: float | None = None,
+        keep: Keep = "prompts",
+        together: bool = True,
     ) -> None:
         if slots < 1 or queue < 0:
             raise UsageError(f"{slots} slots and a queue of {queue} are of no use")
         self.engine = engine
         self.positions = min(engine.max_length, positions or 4096)
+        probe = torch.arange(min(12, self.positions)).view(1, -1)
+        engine.check(probe)  # which may put another path in the place of one that is wrong
+        if default is None and engine.chooses and engine.choose(probe).decodes == "dense":
+            default = 0.0
         self.levels = Levels(engine.model, engine.control, levels, default)
-        self.slots: Slots = SeparateSlots(engine, slots, self.positions, self.levels)
+        self.slots = self._slots(slots, keep, together)
         self._most_queued = queue
         self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
         self._numbers = count(1)
@@ -65,9 +79,17 @@ class Scheduler:
         self._stopping: bool | None = None  # whether to drain, once it stops
         # What the loop alone touches.
         self._running: list[Reply] = []
+        self._under_way: deque[list[Choice]] = deque()
+        self._ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device runs ahead of the host
         self._counter = SparsityCounter()
         self._finished: Counter[str] = Counter()
         self._tokens = Counter[str]()
+
+    def _slots(self, count: int, keep: Keep, together: bool) -> Slots:
+        path = self.engine.path
+        if isinstance(path, ProgramPath) and path.piece is not None:
+            return SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
+        return SeparateSlots(self.engine, count, self.positions, self.levels)
 
     def submit(self, request: Request, on_emitted: Callable[[Emitted], None]) -> Ticket:
         """Take a request. Any thread may.
@@ -154,6 +176,8 @@ class Scheduler:
     def _wait(self) -> bool:
         """Until there is something to do; False once all is done."""
         with self._changed:
+            if not self._running:
+                self._under_way.clear()  # of replies that have ended
             while not self._queue and not self._running and self._stopping is None:
                 self._changed.wait()
             if self._stopping is False:
@@ -164,12 +188,15 @@ class Scheduler:
         """Endings, admissions, a piece of a prompt, and a step of all that have their prompt."""
         self._end_those_to_be_ended()
         self._admit()
-        new = next((reply for reply in self._running if not reply.has_prompt), None)
+        new = next((reply for reply in self._running if reply.chosen == 0), None)
         if new is not None:
             self._guarded([new], lambda: self._run_prompt(new))
-        stepping = [reply for reply in self._running if reply.has_prompt]
+        stepping = [reply for reply in self._running if reply.steps]
         if stepping:
             self._guarded(stepping, lambda: self._step(stepping))
+        most = self._ahead if stepping and not any(reply.needs_all_read for reply in self._running) else 0
+        while len(self._under_way) > most:
+            self._take(self._under_way.popleft())
 
     def _end_those_to_be_ended(self) -> None:
         now = time.monotonic()
@@ -208,37 +235,45 @@ class Scheduler:
     def _run_prompt(self, reply: Reply) -> None:
         reply.done, logits = self.slots.run_prompt(reply.slot, reply.request.prompt, reply.done)
         if logits is not None:
-            reply.choose(logits)
-            self._take([reply])
+            self._under_way.append([reply.choose(logits)])
 
     def _step(self, replies: list[Reply]) -> None:
-        logits = self.slots.step([reply.row() for reply in replies])
-        for index, reply in enumerate(replies):
-            reply.choose(logits[index : index + 1])
-        self._take(replies)
+        step = self.slots.step([reply.row() for reply in replies])
+        choices = []
+        for reply, at in zip(replies, step.order, strict=True):
+            with self._blaming(reply):
+                choices.append(reply.choose(step.logits[at : at + 1], step.best[at : at + 1]))
+        self._under_way.append(choices)
 
-    def _take(self, replies: list[Reply]) -> None:
+    def _take(self, choices: list[Choice]) -> None:
         """Read what was chosen, and say it."""
-        for reply in replies:
-            try:
-                emitted = reply.take()
-            except TealError as error:
-                self._end(reply, "error", str(error))
+        for choice in choices:
+            reply = choice.reply
+            if reply.ended:
                 continue
-            self._tokens["completion"] += emitted.token is not None
-            if emitted.finish is not None:
-                self._forget(reply, emitted.finish)
-            if not reply.say(emitted) and emitted.finish is None:
-                self._end(reply, "cancelled")
+            with self._blaming(reply):
+                emitted = choice.take()
+                if emitted.token is not None:
+                    self._tokens["completion"] += 1
+                    self.slots.add(reply.slot, emitted.token)
+                if emitted.finish is not None:
+                    self._forget(reply, emitted.finish)
+                if not reply.say(emitted) and emitted.finish is None:
+                    self._end(reply, "cancelled")
 
     def _guarded(self, replies: list[Reply], work: Callable[[], None]) -> None:
         """Do it; whatever it raises ends these replies, not the loop."""
+        with torch.no_grad(), self._blaming(*replies):
+            work()
+
+    @contextmanager
+    def _blaming(self, *replies: Reply) -> Iterator[None]:
+        """Whatever is raised inside ends these replies, not the loop."""
         try:
-            with torch.no_grad():
-                work()
+            yield
         except Exception as error:
             for reply in replies:
-                if reply in self._running:
+                if not reply.ended:
                     self._end(reply, "error", str(error) if isinstance(error, TealError) else _line(error))
 
     def _end(self, reply: Reply, finish: Finish, error: str | None = None) -> None:
@@ -247,6 +282,7 @@ class Scheduler:
 
     def _forget(self, reply: Reply, finish: Finish) -> None:
         """Its slot is free."""
+        reply.ended = True
         if reply in self._running:
             self._running.remove(reply)
             self.slots.end(reply.slot)

@@ -6,7 +6,6 @@ rows are stepped one after the other.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,18 @@ class Row:
     """Of sparsity: one of `Levels.all`."""
     token: Tensor
     """(1,) int64 on the device: the next step's input."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a step gave. The next one may overwrite all of it."""
+
+    logits: Tensor
+    """(rows, vocabulary), in an order of their own."""
+    best: Tensor
+    """(rows,) int64: where they are largest."""
+    order: list[int]
+    """Of each row that was asked for, where it stands in them."""
 
 
 class Slots(ABC):
@@ -55,12 +66,15 @@ class Slots(ABC):
         """
 
     @abstractmethod
-    def step(self, rows: Sequence[Row]) -> Tensor:
-        """One token of each: (rows, vocabulary) logits, which the next step may overwrite.
+    def step(self, rows: Sequence[Row]) -> Chosen:
+        """One token of each.
 
         Raises:
             ArtefactError: a slot is full.
         """
+
+    def add(self, slot: int, token: int) -> None:
+        """A token of the sequence, which the next step reads or has read."""
 
     @abstractmethod
     def end(self, slot: int) -> None:
@@ -105,15 +119,16 @@ class SeparateSlots(Slots):
         return len(prompt), logits
 
     @torch.no_grad()
-    def step(self, rows: Sequence[Row]) -> Tensor:
+    def step(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.step`."""
-        logits = []
+        several: list[Tensor] = []
         for row in rows:
             with self.levels.using(row.level):
                 session = self._session(row)
-                logits.append(session.step(row.token.view(1, 1)))
+                several.append(session.step(row.token.view(1, 1)).clone())
             self._lengths[row.slot] += 1
-        return torch.cat([one.clone() if len(rows) > 1 else one for one in logits])
+        logits = torch.cat(several)
+        return Chosen(logits, logits.argmax(-1), list(range(len(rows))))
 
     def _session(self, row: Row) -> Session:
         session = self._sessions[row.slot]
@@ -129,8 +144,3 @@ class SeparateSlots(Slots):
     def use(self) -> tuple[int, int]:
         """As `Slots.use`."""
         return sum(self._lengths), 0
-
-
-def dense(engine: Engine) -> AbstractContextManager[None]:
-    """Every layer dense inside the block."""
-    return engine.control.dense() if engine.control else nullcontext()

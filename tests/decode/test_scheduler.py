@@ -4,9 +4,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from conftest import build_family
 from fused_pair import half_plan
+from native_models import NO_LIBRARY
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.requests import Emitted, Request
@@ -53,13 +55,22 @@ def run(scheduler: Scheduler, requests: list[Request]) -> list[Heard]:
     return heard
 
 
-def test_texts_are_those_of_one_at_a_time() -> None:
-    model = build_family("llama")
+PATHS = ["general", pytest.param("native", marks=pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY)))]
+
+
+def sparse_engine(path: str, family: str = "llama") -> Engine:
+    model = build_family(family)
     sparsify_(model, half_plan(model))
-    engine = Engine(model, path="general")
+    return Engine(model, path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("together", [True, False])
+def test_texts_are_those_of_one_at_a_time(path: str, together: bool) -> None:
+    engine = sparse_engine(path)
     rng = random.Random(0)
     requests = [random_request(rng) for _ in range(20)]
-    heard = run(Scheduler(engine, slots=4, positions=64), requests)
+    heard = run(Scheduler(engine, slots=4, positions=64, together=together), requests)
     for request, own in zip(requests, heard, strict=True):
         assert own.tokens == alone(engine, request)
         assert own.finish == ("length" if len(own.tokens) == request.max_new_tokens else "stop")

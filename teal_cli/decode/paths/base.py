@@ -87,6 +87,8 @@ class Path(ABC):
     """Whether a sparse step may take longer than a dense one: the engine then measures (`decode.choice`)."""
     keeps_state: bool = True
     """Whether a step costs one token; False where every step runs the whole sequence again."""
+    piece: int | None = None
+    """Tokens of the pieces in which prompts are run (`decode.prompts`); None where a prompt must be one pass."""
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         self.model, self.control = model, control
