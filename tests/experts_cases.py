@@ -67,7 +67,8 @@ class ExpertsCase:
         for token in range(tokens):
             for nth in range(count):
                 row = token * count + nth if self.epilogue == "residual" else token
-                x = masked_input(self.seen[row], self.thresholds[0]).double()
+                own = self.thresholds if self.thresholds.dim() == 1 else self.thresholds[token]
+                x = masked_input(self.seen[row], own[0]).double()
                 each.append(x @ expert(self.stack, int(self.chosen.ids[token, nth])))
         y = torch.stack(each)
         if self.epilogue == "gated":

@@ -302,7 +302,7 @@ class Engine:
         self, input_ids: Tensor, length: int, choice: Choice | None
     ) -> tuple[KeptCache | None, tuple[Any, Tensor]]:
         """A cache for so many positions that holds the prompt, with its logits; and what keeps it for the next one."""
-        compiled, piece = choice is not None and choice.compiled, self.path.piece
+        compiled, piece = choice is not None and choice.compiled, self.path.piece_for(length)
         if self.keep == "nothing" or compiled or piece is None:
             self._kept = None
             cache, logits = self.new_cache(length, compiled), torch.empty(0)

@@ -44,7 +44,7 @@ class SteppedSession:
         else:
             if self._graph is None:
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may allocate
                     self._body()
             self._graph.replay()
         self._steps += 1

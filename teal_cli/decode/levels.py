@@ -59,7 +59,10 @@ class Levels:
         elif sparse:
             self._rules[sparse[0]] = self._of_layers()
         self._thresholds = {
-            level: {name: torch.tensor(rule.threshold, device=self._layers[name].storage.device) for name, rule in rules.items()}
+            level: {
+                name: torch.tensor(rule.threshold, device=self._layers[name].storage.device)
+                for name, rule in rules.items()
+            }
             for level, rules in self._rules.items()
         }
 

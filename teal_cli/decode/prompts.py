@@ -78,10 +78,11 @@ class KeptCache:
             The cache, and the logits of the prompt's last token.
         """
         prompt: list[int] = input_ids[0].tolist()
+        piece = self.path.piece_for(length)
         cache, self._cache = self._cache, None  # an interrupted pass leaves nothing to go on from
         done = 0
         if cache is not None:
-            done = reusable(prompt, self._tokens, self._dense, self.path.piece, self.keep)
+            done = reusable(prompt, self._tokens, self._dense, piece, self.keep)
             done = min(done, cache.length)
         if done == 0:
             cache = None  # its memory, before that of the next
@@ -92,7 +93,7 @@ class KeptCache:
                 # As much again, so that the turns of a conversation do not copy it each time.
                 cache = cache.grown(min(max(length, 2 * cache.positions), max(length, self.path.max_length)))
         logits = torch.empty(0)
-        for start, end in pieces(done, len(prompt), self.path.piece):
+        for start, end in pieces(done, len(prompt), piece):
             logits = prefill(input_ids[:, start:end], cache)
         self._cache, self._tokens, self._dense = cache, prompt, len(prompt)
         return cache, logits

@@ -87,7 +87,7 @@ class Scheduler:
 
     def _slots(self, count: int, keep: Keep, together: bool) -> Slots:
         path = self.engine.path
-        if isinstance(path, ProgramPath) and path.piece is not None:
+        if isinstance(path, ProgramPath) and path.piece_for(self.positions) is not None:
             return SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
         return SeparateSlots(self.engine, count, self.positions, self.levels)
 
@@ -191,11 +191,17 @@ class Scheduler:
         new = next((reply for reply in self._running if reply.chosen == 0), None)
         if new is not None:
             self._guarded([new], lambda: self._run_prompt(new))
+        self._read()
         stepping = [reply for reply in self._running if reply.steps]
         if stepping:
             self._guarded(stepping, lambda: self._step(stepping))
-        most = self._ahead if stepping and not any(reply.needs_all_read for reply in self._running) else 0
-        while len(self._under_way) > most:
+        self._read()
+
+    def _read(self) -> None:
+        """Take what has come, so that the device runs ahead of the host by so many steps and no more."""
+        stepping = [reply for reply in self._running if reply.steps]
+        ahead = self._ahead if stepping and not any(reply.needs_all_read for reply in stepping) else 0
+        while len(self._under_way) > ahead:
             self._take(self._under_way.popleft())
 
     def _end_those_to_be_ended(self) -> None:

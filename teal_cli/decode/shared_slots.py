@@ -1,6 +1,7 @@
 """Slots of the paths that execute block programs: all rows that decode are stepped by one session."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class SharedSlots(Slots):
         self.count = self.together = count
         self.positions, self.levels, self.keep = positions, levels, keep
         self._engine, self._path = engine, engine.path
+        self._piece = engine.path.piece_for(positions)
         one = engine.path.new_cache(1)
         engine.prefill(torch.zeros(1, 1, dtype=torch.int64, device=engine.device), one)
         self._cache = SlotCache(one, count, positions)
@@ -49,28 +51,45 @@ class SharedSlots(Slots):
         self._dense = [0] * count
         """Of each slot, how many of them were run as a prompt."""
         self._taken = [False] * count
+        self._used = [0] * count
+        """Of each slot, when it was last begun or ended, in begins and ends."""
+        self._clock = 0
         self._together = together
         self._sessions: dict[tuple[range, float], SteppedSession] = {}
 
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
-        """The one that has most of it; of equals one that has nothing, then the one with the fewest tokens."""
-        return max(free, key=lambda slot: (self._known(slot, prompt), -len(self._tokens[slot]), -self._place[slot]))
+        """The one whose sequence the prompt continues, else the one that ended the longest ago."""
+        continued = [slot for slot in free if 0 < len(self._tokens[slot]) <= self._alike(slot, prompt)]
+        if continued and self.keep != "nothing":
+            return max(continued, key=lambda slot: len(self._tokens[slot]))
+        return min(free, key=lambda slot: (self._used[slot], self._place[slot]))
+
+    def _alike(self, slot: int, prompt: Sequence[int]) -> int:
+        """With how many tokens a slot's sequence begins like a prompt."""
+        pairs = zip(self._tokens[slot], prompt, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _known(self, slot: int, prompt: Sequence[int]) -> int:
         known = self._tokens[slot][: self._cache.lengths[self._place[slot]]]
-        return reusable(prompt, known, self._dense[slot], self._path.piece, self.keep)
+        return reusable(prompt, known, self._dense[slot], self._piece, self.keep)
 
     def begin(self, slot: int, prompt: Sequence[int]) -> int:
-        """As `Slots.begin`."""
-        known = self._known(slot, prompt)
+        """As `Slots.begin`. What another slot has of the prompt is copied."""
+        source = max(range(self.count), key=lambda other: (self._known(other, prompt), other == slot))
+        known = self._known(source, prompt)
+        if source != slot:
+            self._cache.copy(self._place[source], self._place[slot], known)
+            self._tokens[slot], self._dense[slot] = self._tokens[source], self._dense[source]
         self._cache.lengths[self._place[slot]] = known
+        self._clock += 1
+        self._used[slot] = self._clock
         self._tokens[slot], self._taken[slot] = list(prompt[:known]), True
         self._dense[slot] = min(self._dense[slot], known)
         return known
 
     def run_prompt(self, slot: int, prompt: Sequence[int], done: int) -> tuple[int, Tensor | None]:
         """As `Slots.run_prompt`: a piece."""
-        start, end = next(pieces(done, len(prompt), self._path.piece))
+        start, end = next(pieces(done, len(prompt), self._piece))
         ids = torch.tensor([prompt[start:end]], dtype=torch.int64, device=self._engine.device)
         cache = self._cache.some(range(self._place[slot], self._place[slot] + 1))
         logits = self._engine.prefill(ids, cache)
@@ -135,6 +154,8 @@ class SharedSlots(Slots):
     def end(self, slot: int) -> None:
         """As `Slots.end`: what it has stays, until another takes the slot."""
         self._taken[slot] = False
+        self._clock += 1
+        self._used[slot] = self._clock
 
     def use(self) -> tuple[int, int]:
         """As `Slots.use`."""

@@ -27,6 +27,12 @@ class SlotCache:
         """Neighbouring places as a cache: one for a piece of a prompt, or those that a session steps."""
         return PlaceCache(self, places)
 
+    def copy(self, a: int, b: int, length: int) -> None:
+        """Give one sequence the first positions of another's."""
+        for layer in self.layers:
+            for own, other in zip(layer.memory_of(a, length), layer.memory_of(b, length), strict=True):
+                other.copy_(own)
+
     def exchange(self, a: int, b: int) -> None:
         """Have two sequences change places."""
         lengths = self.lengths

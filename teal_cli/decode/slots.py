@@ -6,6 +6,7 @@ rows are stepped one after the other.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,8 @@ class SeparateSlots(Slots):
 
     def __init__(self, engine: Engine, count: int, positions: int, levels: Levels) -> None:
         self.count, self.positions, self.levels = count, positions, levels
-        self.together = count
         self._engine, self._path = engine, engine.path
+        self.together = 1 if hasattr(engine.model, "_setup_cache") else count
         self._caches: list[Any] = [None] * count
         self._sessions: list[Session | None] = [None] * count
         self._lengths = [0] * count
@@ -122,8 +123,10 @@ class SeparateSlots(Slots):
     def step(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.step`."""
         several: list[Tensor] = []
+        control, own = self._engine.control, self._path.own_kernels
         for row in rows:
-            with self.levels.using(row.level):
+            # A counter would keep each session that it has counted.
+            with self.levels.using(row.level), control.uncounted() if control and own else nullcontext():
                 session = self._session(row)
                 several.append(session.step(row.token.view(1, 1)).clone())
             self._lengths[row.slot] += 1

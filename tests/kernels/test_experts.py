@@ -33,6 +33,13 @@ def test_products_against_float64(tokens: int, epilogue: str, dense: bool, confi
     _check(case, TileConfig(**{**vars(CONFIGS[config]), "dense": dense}))
 
 
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_tokens_have_thresholds_of_their_own(epilogue: str) -> None:
+    case = random_experts(epilogue, 3)
+    case.thresholds = torch.tensor([[0.2], [1.0], [2.5]]) * case.thresholds
+    _check(case, CONFIGS["two chunks"])
+
+
 @pytest.mark.parametrize("packed", [(8, 44, False), (4, 16, True), (4, 32, False)], ids=str)
 @pytest.mark.parametrize("epilogue", ["gated", "residual"])
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])

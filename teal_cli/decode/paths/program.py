@@ -77,8 +77,13 @@ class ProgramPath(Path):
         super().__init__(model, control)
         self.blocks = block_steps(model)
         self.last_norm = last_norm(model)
-        if long_rope_from(model) is None and not has_dynamic_rope(model):  # their angles depend on the whole prompt
+        if not has_dynamic_rope(model):  # whose angles depend on the whole prompt
             self.piece = _PIECES.get(self.device.type, _PIECES["cuda"])
+
+    def piece_for(self, positions: int) -> int | None:
+        """As `Path.piece_for`: with long rope all angles of a pass are others where it reaches far enough."""
+        first_long = long_rope_from(self.model)
+        return self.piece if first_long is None or positions <= first_long else None
 
     @abstractmethod
     def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> ProgramSession:
