@@ -3,9 +3,9 @@
     python benchmarks/streams.py --out benchmarks/results/streams-gpu.json --model llama-3-8b --random-weights
     python benchmarks/streams.py --out benchmarks/results/streams-cpu.json --model smollm2-135m --device cpu
 
-One process, in turn. Of streams the speed while all of them decode, from their eighth token on; a batch of as many rows
-is `teal bench --batch`. Of the conversation the seconds from a turn's prompt to its first token, with what is kept of the
-turns before and without.
+One process, in turn. Of streams the speed while all of them decode, from their eighth token on; a batch of as many
+rows is `teal bench --batch`. Of the conversation the seconds from a turn's prompt to its first token, with what is
+kept of the turns before and without.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def conversation(engine: Engine, turn: int, reply: int, vocabulary: int) -> list
     for number in range(TURNS):
         prompt += random_prompt(vocabulary, turn, number)[0].tolist()
         start = time.perf_counter()
-        found = []
+        found: list[int] = []
         for token in engine.generate(torch.tensor([prompt]), max_new_tokens=reply, sampling=SamplingConfig()):
             if not found:
                 seconds.append(time.perf_counter() - start)
@@ -120,9 +120,9 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
     medians = {
         keep: [statistics.median(column) for column in zip(*found, strict=True)] for keep, found in turns.items()
     }
-    for keep, seconds in medians.items():
+    for kept, seconds in medians.items():
         shown = ", ".join(f"{value * 1e3:.0f}" for value in seconds)
-        print(f"keeps {keep}: milliseconds to the first token of turns 1 to {TURNS}: {shown}", flush=True)
+        print(f"keeps {kept}: milliseconds to the first token of turns 1 to {TURNS}: {shown}", flush=True)
     return {
         "path": engine.path.name,
         "sparsity": level,

@@ -1,9 +1,9 @@
 """Prompts in pieces, and what of a prompt a cache has already.
 
 A prompt is run in pieces that begin at multiples of a length of the path's, whoever runs it. A piece is then the same
-pass wherever it stands in a conversation, over the same keys and values, and gives the same bits: so whole pieces can be
-kept for a prompt that begins alike, and its reply stays what it is. A piece of other bounds would give other roundings,
-and where one input lies beside its threshold, another text.
+pass wherever it stands in a conversation, over the same keys and values, and gives the same bits. So whole pieces can
+be kept for a prompt that begins alike, and its reply stays what it is. A piece of other bounds would give other
+roundings, and where one input lies beside its threshold, another text.
 
 Keys and values of decoded tokens are others than a prompt's pass gives: by much where inputs were skipped, by rounding
 where none were. They are not kept, unless that is asked for (`Keep`).

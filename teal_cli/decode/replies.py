@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.reading import Reading
-from teal_cli.decode.requests import Emitted, Request, Ticket, Usage
+from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
 from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.slots import Row
 from teal_cli.errors import ArtefactError
@@ -108,7 +108,7 @@ class Reply:
             return Emitted(None, self.usage, "stop")
         self.tokens.append(token)
         self.usage = replace(self.usage, completion_tokens=len(self.tokens))
-        finish = "length" if len(self.tokens) == self.request.max_new_tokens else None
+        finish: Finish | None = "length" if len(self.tokens) == self.request.max_new_tokens else None
         if logprobs is None:
             return Emitted(token, self.usage, finish)
         own, *others = logprobs

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from threading import Condition
 
@@ -229,7 +230,7 @@ class Scheduler:
             free = [slot for slot in range(self.slots.count) if slot not in taken]
             reply.slot = self.slots.choose_slot(free, reply.request.prompt)
             self._running.append(reply)
-            self._guarded([reply], lambda reply=reply: self._begin(reply))
+            self._guarded([reply], partial(self._begin, reply))
 
     def _begin(self, reply: Reply) -> None:
         reply.begin(self.engine.device)

@@ -74,6 +74,7 @@ class Slots(ABC):
             ArtefactError: a slot is full.
         """
 
+    @abstractmethod
     def add(self, slot: int, token: int) -> None:
         """A token of the sequence, which the next step reads or has read."""
 
@@ -132,6 +133,9 @@ class SeparateSlots(Slots):
             self._lengths[row.slot] += 1
         logits = torch.cat(several)
         return Chosen(logits, logits.argmax(-1), list(range(len(rows))))
+
+    def add(self, slot: int, token: int) -> None:
+        """As `Slots.add`: nothing is kept of it."""
 
     def _session(self, row: Row) -> Session:
         session = self._sessions[row.slot]

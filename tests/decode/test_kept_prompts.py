@@ -1,7 +1,6 @@
-"""What a slot, or a conversation, keeps of its prompts: only what has the bits of a new pass, and then nothing twice."""
+"""What a slot, or a conversation, keeps of its prompts: what has the bits of a new pass, and nothing else."""
 
 import random
-from collections.abc import Iterator
 from functools import partial
 from threading import Event, Thread
 from typing import Any
@@ -37,7 +36,7 @@ def engine_of(family: str = "llama", **options: Any) -> Engine:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass over a prompt had."""
     lengths: list[int] = []
     plain = ProgramPath.prefill
@@ -47,7 +46,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return plain(self, input_ids, *args)
 
     monkeypatch.setattr(ProgramPath, "prefill", counted)
-    yield lengths
+    return lengths
 
 
 def talk(rng: random.Random, before: list[int], reply: list[int]) -> list[int]:
@@ -78,6 +77,7 @@ def test_a_conversation_is_not_run_again(keep: Any, runs: list[int]) -> None:
     engine, plain = engine_of(keep=keep), engine_of()
     rng = random.Random(0)
     prompt: list[int] = talk(rng, [], list(range(2, 30)))
+    before = 0
     for turn in range(5):
         ids = torch.tensor([prompt])
         texts = []
@@ -86,7 +86,7 @@ def test_a_conversation_is_not_run_again(keep: Any, runs: list[int]) -> None:
             texts.append(list(one.generate(ids, max_new_tokens=7, sampling=GREEDY)))
         if keep == "prompts":
             assert texts[0] == texts[1]
-        new = len(prompt) if turn == 0 else len(prompt) - before
+        new = len(prompt) - before
         checks = 3 if turn == 0 else 0  # passes of `Engine.check`
         assert sum(runs[checks:]) <= new + (PIECE + 7 if keep == "prompts" else 2)
         before = len(prompt)
@@ -152,7 +152,7 @@ def test_slots_go_on_from_what_they_have(runs: list[int]) -> None:
         loop.join()
         statistics = scheduler.statistics()
         assert statistics.cached_tokens == sum(cached)
-        assert sum(cached) > (100 if slots == 3 else 0)
+        assert slots == 2 or sum(cached) > 100  # of three who take turns in two slots each takes another's
         assert statistics.cache_kept > 0
 
 
