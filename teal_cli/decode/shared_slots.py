@@ -15,6 +15,9 @@ from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.slot_cache import SlotCache
 from teal_cli.decode.slots import Chosen, Row, Slots
 
+_MOST_ROWS = 8
+"""Of a session: as many as one launch, or one call of the library, takes."""
+
 
 class SharedSlots(Slots):
     """One cache of all slots, and for each number of rows a session on its first places.
@@ -37,7 +40,7 @@ class SharedSlots(Slots):
     ) -> None:
         if not isinstance(engine.path, ProgramPath):
             raise TypeError(f"path {engine.path.name} executes no block programs")
-        self.count = self.together = count
+        self.count, self.together = count, min(count, _MOST_ROWS)
         self.positions, self.levels, self.keep = positions, levels, keep
         self._engine, self._path = engine, engine.path
         self._piece = engine.path.piece_for(positions)
