@@ -6,6 +6,7 @@ compiles for compute capability 9.0, and prints the names of the kernels.
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,9 @@ def main(capability: int) -> None:
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
         for epilogue in PARTS:
-            random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
+            case = random_case(epilogue, rows, dtype=DTYPE)
+            case.launch(config, pdl=pdl)
+            replace(case, thresholds=case.thresholds.repeat(rows, 1)).launch(config, pdl=pdl)
         _norms(rows, config, pdl=pdl)
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
@@ -105,7 +108,9 @@ def main(capability: int) -> None:
             for packed in (None, quantised):
                 sizes = {"inputs": 128, "outputs": 64, "dtype": DTYPE, "packed": packed}
                 for bias in {False, True} if epilogue == "residual" else {epilogue == "paired"}:
-                    random_experts(epilogue, 2, **sizes, bias=bias).launch(config, pdl=pdl)  # type: ignore[arg-type]
+                    of_experts = random_experts(epilogue, 2, **sizes, bias=bias)  # type: ignore[arg-type]
+                    of_experts.launch(config, pdl=pdl)
+                    replace(of_experts, thresholds=of_experts.thresholds.repeat(2, 1)).launch(config, pdl=pdl)
     for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
         random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     for rows in (1, 3):

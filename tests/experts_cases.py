@@ -72,7 +72,8 @@ class ExpertsCase:
         for token in range(tokens):
             for nth in range(count):
                 row = token * count + nth if self.epilogue == "residual" else token
-                x = masked_input(self.seen[row], self.thresholds[0]).double()
+                own = self.thresholds if self.thresholds.dim() == 1 else self.thresholds[token]
+                x = masked_input(self.seen[row], own[0]).double()
                 which = int(self.chosen.ids[token, nth])
                 y = x @ expert(self.stack, which)
                 each.append(y if self.bias is None else y + self.bias[which].double())

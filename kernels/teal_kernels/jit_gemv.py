@@ -124,9 +124,17 @@ def gemv_kernel(
         inside = tl.full((WORDS,), True, tl.int1)
     first = own_chunk * sizes.inputs_per_chunk
     last = tl.minimum(first + sizes.inputs_per_chunk, sizes.n_in)
-    threshold = 0.0
-    if INPUTS.listed:
+    thresholds = ()
+    if INPUTS.own_thresholds:
+        of_part = threshold_ptr + part
+        if EXPERTS.chosen > 0:
+            of_part += routed // EXPERTS.chosen * sizes.n_parts
+        for of_row in tl.static_range(ROWS):
+            thresholds = thresholds + (tl.load(of_part + of_row * sizes.n_parts),)
+    elif INPUTS.listed:
         threshold = tl.load(threshold_ptr + part)
+        for _ in tl.static_range(ROWS):
+            thresholds = thresholds + (threshold,)
     columns = table.weights + first.to(tl.int64) * sizes.stride + word_start + words
     entries = memory.lists + (place * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
     if INPUTS.taken:
@@ -234,7 +242,7 @@ def gemv_kernel(
                 first,
                 begin,
                 stop,
-                threshold,
+                thresholds,
                 summed,
                 ROWS,
                 TILE.warps,

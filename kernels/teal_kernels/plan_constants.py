@@ -30,6 +30,8 @@ class InputConstants(NamedTuple):
 
     listed: bool
     """Whether those above the threshold are listed; else every row of weights is read."""
+    own_thresholds: bool
+    """Whether each row has thresholds of its own."""
     norm: bool
     """Whether inputs are normalised as they are taken."""
     norm_in_tiles: bool

@@ -93,6 +93,7 @@ class ProductShape:
     """Of the KV cache at most, where inputs are split-KV partials."""
     split_multiple: int = 1
     """Positions that a split of the KV cache is a multiple of."""
+    own_thresholds: bool = False  # of each row
     side_by_side: int = 1
     """Products of these sizes, each with a table of its own, that one launch computes (`experts`)."""
     summed: int = 1
@@ -294,6 +295,7 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
     unit = shape.group if several else chunk
     return InputConstants(
         listed=listed,
+        own_thresholds=shape.own_thresholds and listed,
         norm=norm,
         norm_in_tiles=norm_in_tiles,
         norm_plus_one=shape.norm_plus_one,

@@ -129,6 +129,7 @@ class _Sizes(NamedTuple):
     added_eps: float
     of_added: float
     """What is added to the stream is multiplied by it."""
+    n_parts: int
     expert_stride: int
     """Words from one expert's table to the next; 0 without experts, as the next."""
     expert_scales: int
@@ -149,6 +150,7 @@ def _shape_of(
     added: Added | None = None,
     beside: Beside | None = None,
     experts: Chosen | None = None,
+    own_thresholds: bool = False,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -173,6 +175,7 @@ def _shape_of(
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
+        own_thresholds=own_thresholds,
         side_by_side=1 if experts is None else experts.side_by_side(epilogue),
         summed=1 if experts is None else experts.summed(epilogue),
     )
@@ -230,7 +233,8 @@ def gemv(
         x: (rows, in), contiguous, rows from 1 to 8; or what attention left, merged and rounded to the dtype of y.
         table: (in, out), each row contiguous; the dtype of y. Or quantised.
         parts: outputs of each projection in the table, at most three.
-        thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
+        thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is. Or (rows, parts), of
+            each row of x (of experts: of the tokens).
         y: (rows, out), written. With `residual` it is added to; with `gated` and `paired` it is (rows, out / 2).
         config: how the product is divided.
         scratch: memory between programs, and the lists.
@@ -268,6 +272,9 @@ def gemv(
     if experts is not None:
         experts.check(source, y, epilogue)
         rows = 1
+    of_thresholds = (rows if experts is None else experts.ids.shape[0], len(parts))
+    if thresholds.shape not in (of_thresholds, of_thresholds[1:]) or not thresholds.is_contiguous():
+        raise ValueError(f"thresholds of shape {tuple(thresholds.shape)} do not fit {of_thresholds} rows and parts")
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
     if activation in _CURVED and curve is None:
@@ -275,8 +282,22 @@ def gemv(
     if epilogue == "paired" and experts is None:
         raise ValueError("a paired product is one of experts")
     sums = squares is not None and squares.dim() == 3
+    own_thresholds = thresholds.dim() == 2
     shape = _shape_of(
-        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside, experts
+        table,
+        parts,
+        rows,
+        source.dtype,
+        epilogue,
+        norm,
+        partials,
+        activation,
+        scale,
+        sums,
+        added,
+        beside,
+        experts,
+        own_thresholds,
     )
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
     if epilogue == "beside" and (squares is None or squares.shape != (4, plan.squares) or beside is None or rows > 1):
@@ -323,6 +344,7 @@ def gemv(
             scale=scale,
             added_eps=0.0 if added is None else added.eps,
             of_added=1.0 if added is None else added.scale,
+            n_parts=len(parts),
             expert_stride=0 if experts is None else experts.stride,
             expert_scales=0 if experts is None else experts.scales,
         ),

@@ -67,6 +67,13 @@ def test_what_a_paired_product_needs() -> None:
         plan_product(ProductShape(1, 44, (21,), 4, 32, 44, 21, "paired"), CONFIGS["one chunk"], device_facts(DEVICE))
 
 
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_tokens_have_thresholds_of_their_own(epilogue: str) -> None:
+    case = random_experts(epilogue, 3)
+    case.thresholds = torch.tensor([[0.2], [1.0], [2.5]]) * case.thresholds
+    _check(case, CONFIGS["two chunks"])
+
+
 @pytest.mark.parametrize("packed", [(8, 44, False), (4, 16, True), (4, 32, False)], ids=str)
 @pytest.mark.parametrize("epilogue", ["gated", "residual"])
 @pytest.mark.parametrize("dense", [False, True], ids=["listed", "dense"])

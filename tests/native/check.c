@@ -365,8 +365,8 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     for (int t = 0; t < TOKENS; t++) {
         int64_t tokens[ROWS] = {bits() % VOCABULARY, bits() % VOCABULARY}, positions[ROWS] = {t, t % 7};
         int64_t wrong[ROWS] = {tokens[0], t % 2 ? VOCABULARY : -1};
-        if (teal_session_step(session, wrong, positions, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
-        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, wrong, positions, NULL, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
+        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < ROWS; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY];
             const float *found = logits + row * VOCABULARY;
@@ -497,7 +497,7 @@ static void check_mixture(const char *variant, teal_pool *pool, int dtype, int r
     float *logits = floats(rows * VOCABULARY);
     for (int t = 0; t < MIXED_TOKENS; t++) {
         for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
-        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < rows; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
             for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];

@@ -1,6 +1,7 @@
 """What the native library reads of mixtures of experts, made of tensors: routers, and the weights of many experts."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
@@ -56,7 +57,7 @@ def weight_of_experts(
     table: Tensor | Packed,
     *,
     bias: Tensor | None = None,
-    threshold: float = -inf,
+    threshold: float | Sequence[float] = -inf,
     expected: float = 0.0,
     counter: int = -1,
 ) -> Weight:
@@ -66,7 +67,7 @@ def weight_of_experts(
         table: (experts, out, in) of float32, bfloat16 or float16, which lies as (experts, in, out). Or codes, whose
             tensors have the experts in front and are contiguous.
         bias: (experts, out), or None.
-        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none.
+        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none. Several: one of each level.
         expected: share of the inputs that is expected to be skipped.
         counter: where kept inputs are counted; -1 nowhere.
 

@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 5
+ABI = 6
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -104,6 +104,7 @@ class Weight(Structure):
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("bias", c_void_p),
+        ("thresholds", c_void_p),
         ("row_bytes", c_int64),
         ("scale_stride", c_int64),
         ("zero_stride", c_int64),
@@ -116,6 +117,7 @@ class Weight(Structure):
         ("threshold", c_float),
         ("expected", c_float),
         ("counter", c_int32),
+        ("levels", c_int32),
     )
 
 

@@ -73,7 +73,7 @@ def weight_of(
     *,
     part: int = 0,
     bias: Tensor | None = None,
-    threshold: float = -inf,
+    threshold: float | Sequence[float] = -inf,
     expected: float = 0.0,
     counter: int = -1,
 ) -> Weight:
@@ -84,7 +84,8 @@ def weight_of(
             columns of a larger table will do, or row-major. Or codes.
         part: which projection, where codes of several lie side by side.
         bias: (out,), or None.
-        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none.
+        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none. Several: one of each level, of
+            which each row has one.
         expected: share of the inputs that is expected to be skipped.
         counter: where kept inputs are counted; -1 nowhere.
 
@@ -98,7 +99,13 @@ def weight_of(
         bias = floats(bias, (weight.outputs,))
         weight.bias = bias.data_ptr()
         weight.holds += (bias,)
-    weight.threshold, weight.expected, weight.counter = threshold, expected, counter
+    weight.expected, weight.counter = expected, counter
+    of_levels = [threshold] if isinstance(threshold, float) else list(threshold)
+    weight.threshold = of_levels[0]
+    if len(set(of_levels)) > 1:
+        table = torch.tensor(of_levels, dtype=torch.float32)
+        weight.thresholds, weight.levels = table.data_ptr(), len(of_levels)
+        weight.holds += (table,)
     return weight
 
 

@@ -24,6 +24,7 @@ from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
@@ -127,5 +128,13 @@ class FusedPath(ProgramPath):
             raise UsageError(f"a batch of {rows} is more than the GPU kernels decode together ({MAX_ROWS})")
         try:
             return FusedSession(self, cache, rows)
+        except TuningTableError as error:
+            raise ArtefactError(str(error)) from error
+
+    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> FusedSession:
+        """As `ProgramPath.open_rows`; as `open`."""
+        rows = cache.layers[0].keys.shape[0]
+        try:
+            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error

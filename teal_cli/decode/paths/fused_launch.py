@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense, Rule
 from teal_cli.decode.activations import activation_of, curve_of
 from teal_cli.decode.blocks import Product
 from teal_cli.decode.paths import fused_gate_first
 from teal_cli.decode.paths.fused_experts import Routing, alternate, bias_of, stack_of
+from teal_cli.decode.row_levels import RowLevels
+from teal_cli.sparse import SparseLinear
 from teal_kernels.experts import fitting_experts
 from teal_kernels.experts import table_of as first_table
 from teal_kernels.gate_first import rounded_threshold
@@ -33,6 +35,7 @@ class Launch:
         sums: whether a layer norm follows.
         beside: of a product whose norm the next product adds to the stream.
         routing: of the block's router, where it has one.
+        levels: of which each row has one (`use_levels`); by default all have the rules of the layers.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Launch:
         sums: bool = False,
         beside: Beside | None = None,
         routing: Routing | None = None,
+        levels: RowLevels | None = None,
     ) -> None:
         self.product = product
         self.table, self.parts = table_of(product)
@@ -61,11 +65,18 @@ class Launch:
         curve = curve_of(product)
         self.curve = Curve(*curve) if curve else None
         self.bias = bias_of(product)
-        rules = [layer.rule if enabled else Dense() for layer in product.sparse_layers]
-        rules *= len(self.parts) // len(rules)  # gate and up in one layer
-        values = [rule.threshold for rule in rules]
+        of_layers = [_rules(layer, levels) if enabled else (Dense(),) for layer in product.sparse_layers]
+        of_layers *= len(self.parts) // len(of_layers)  # gate and up in one layer
+        chosen = levels.tuned_for if levels is not None and enabled else 0
+        rules = [of_levels[chosen] for of_levels in of_layers]
         device = self.table.device
-        self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
+        values = [[rule.threshold for rule in of_levels] for of_levels in of_layers]
+        self._of_levels = torch.tensor(values, dtype=torch.float32, device=device).T.contiguous()
+        """(levels, parts)"""
+        self.thresholds = self._of_levels[chosen].clone()
+        """(parts,), or of each row where rows have levels of their own."""
+        if levels is not None and rows > 1:
+            self.thresholds = self.thresholds.expand(rows, -1).contiguous()
         self.kept = torch.zeros(3, dtype=torch.int64, device=device)
         """Inputs that were kept, for each part; added to by every launch that skips."""
         expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
@@ -91,6 +102,11 @@ class Launch:
         self.squares = torch.empty(shape, dtype=torch.float32, device=device)
         """Partial sums of squares of what a `residual` launch wrote, for the norm that follows; of a layer norm sums,
         too. Those of a `beside` one are `Added.sums`."""
+
+    def use_levels(self, levels: Tensor) -> None:
+        """Take the thresholds of a level for each row: (rows,) int64."""
+        if len(self._of_levels) > 1:
+            self.thresholds.copy_(self._of_levels[levels].view_as(self.thresholds))
 
     @property
     def times(self) -> int:
@@ -129,6 +145,11 @@ class Launch:
             experts=self.chosen,
             pdl=pdl,
         )
+
+
+def _rules(layer: SparseLinear, levels: RowLevels | None) -> tuple[Rule, ...]:
+    """Its rule, or one of each level."""
+    return (layer.rule,) if levels is None else levels.of(layer)
 
 
 def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
+from teal_cli.decode.row_levels import RowLevels
 from teal_kernels.operands import Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 
@@ -19,18 +20,27 @@ from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, out
 class FusedSession(ProgramSession):
     """Decoding of one batch of sequences: the buffers between the launches.
 
-    Tile configs of the products stay, as the plan for which they were chosen.
+    Tile configs of the products stay, as the plan for which they were chosen. With levels, each row skips inputs by the
+    thresholds of its own.
     """
 
-    def __init__(self, path: FusedModel, cache: FixedCache, rows: int) -> None:
-        super().__init__(path.control, cache, rows, path.device)
+    def __init__(
+        self,
+        path: FusedModel,
+        cache: FixedCache,
+        rows: int,
+        levels: RowLevels | None = None,
+        *,
+        sparse: bool | None = None,
+    ) -> None:
+        super().__init__(path.control, cache, rows, path.device, sparse)
         self.path = path
         self.captures = path.device.type == "cuda"
         device, dtype = path.device, path.dtype
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.positions = Positions.at([length - 1 for length in self.lengths], device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
-        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles)
+        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels)
         self._embedded, self._embedding_squares = binder.embedded, binder.squares
         binder.bind()
         self.launches = binder.launches
@@ -42,7 +52,7 @@ class FusedSession(ProgramSession):
             self._normed = binder.write_norm(path.last_norm, "normed")
         self._steps = binder.steps
         output = path.output()
-        self.output = None if output is None else Launch(output, self.enabled, rows, dtype)
+        self.output = None if output is None else Launch(output, self.enabled, rows, dtype, levels=levels)
         self.logits = binder.buffer("logits", path.model.get_output_embeddings().out_features)
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
         self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
@@ -77,6 +87,20 @@ class FusedSession(ProgramSession):
             pdl=pdl,
         )
         return self.logits
+
+    def move(self, lengths: list[int]) -> None:
+        """As `ProgramSession.move`."""
+        last = torch.tensor([length - 1 for length in lengths], dtype=torch.int32)
+        self.positions.own.copy_(last)
+        if self.positions.longest is not self.positions.own:
+            self.positions.longest.copy_(last.amax(0, keepdim=True))
+
+    def use_levels(self, levels: list[int]) -> None:
+        """As `ProgramSession.use_levels`."""
+        of_rows = torch.tensor(levels, device=self.token.device)
+        for launch in [*self.launches, *([self.output] if self.output else [])]:
+            if isinstance(launch, Launch):
+                launch.use_levels(of_rows)
 
     def pick(self) -> None:
         """Make the greedy choice from the last launch's logits the next launch's `token`."""

@@ -21,6 +21,7 @@ from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
+from teal_cli.decode.row_levels import RowLevels
 from teal_cli.sparse import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
@@ -62,6 +63,7 @@ class StepBinder:
         scratch: memory that launches share.
         positions: of the rows.
         angles: of the rotary embedding.
+        levels: of which each row has one, where they are not all of one.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class StepBinder:
         scratch: Scratch,
         positions: Positions,
         angles: Angles,
+        levels: RowLevels | None = None,
     ) -> None:
+        self._levels = levels
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
         self.launches: list[Launch | GateFirstLaunch] = []
@@ -310,7 +314,7 @@ class StepBinder:
         if step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
-        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing}
+        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing, "levels": self._levels}
         launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch

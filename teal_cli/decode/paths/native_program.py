@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense, Rule
 from teal_cli.decode.activations import activation_of, curve_of
 from teal_cli.decode.blocks import (
     Attention,
@@ -23,6 +23,7 @@ from teal_cli.decode.blocks import (
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.decode.routes import Route
+from teal_cli.decode.row_levels import RowLevels, most_expected
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.experts import SparseExperts
 from teal_cli.sparse.gate_first import GateFirstMLP
@@ -65,10 +66,19 @@ class NativeProgram:
         blocks: its steps.
         last_norm: in front of its output layer.
         sparse: False drops nothing.
+        levels: of which each row has one; by default all rows have the rules of the layers.
     """
 
-    def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
-        self._model, self._sparse = model, sparse
+    def __init__(
+        self,
+        model: Any,
+        blocks: Iterable[Iterable[BlockStep]],
+        last_norm: Norm,
+        *,
+        sparse: bool,
+        levels: RowLevels | None = None,
+    ) -> None:
+        self._model, self._sparse, self._levels = model, sparse, levels
         self._biases: dict[tuple[int, int, float], Tensor | None] = {}
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
@@ -260,18 +270,15 @@ class NativeProgram:
         layer = cast(SparseExperts, product.layers[0])
         layer.merged.lay_out_()
         experts, outputs, inputs = layer.copies, layer.out_features, layer.in_features
-        rule, counter = _rule(layer, self._sparse), None
-        if not isinstance(rule, Dense):
-            counter, self.counters = self.counters, self.counters + 1
+        rules, counter = self._rules(layer), self._counter(layer)
         if layer.is_planned:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
-        share = rule.expected_sparsity
         bias = getattr(product.owner, f"{layer.name.rpartition('.')[2]}_bias", None)
         weight = weight_of_experts(
             layer.weight.detach() if layer.packed is None else layer.packed,
             bias=bias,
-            threshold=rule.threshold,
-            expected=ASSUMED_ZEROS if share is None else share,
+            threshold=[rule.threshold for rule in rules],
+            expected=most_expected(rules),
             counter=-1 if counter is None else counter,
         )
         self._note_copies((bias, weight.bias))
@@ -299,30 +306,40 @@ class NativeProgram:
         first = layers[0]
         if product.epilogue != "plain" or len(layers) == 1 or not isinstance(first, SparseLinear):
             return alone
-        merged, rules = first.merged, {_rule(layer, self._sparse) for layer in layers}
+        merged, rules = first.merged, {self._rules(layer) for layer in layers}
         one = len(rules) == 1 and merged.are_all(layers) and merged.one_table and _is_gapless(merged.table)
         return [layers] if one else alone
 
     def _part(self, layers: tuple[nn.Linear, ...]) -> native.Weight:
-        rule, counter = _rule(layers[0], self._sparse), None
-        if not isinstance(rule, Dense):
-            counter, self.counters = self.counters, self.counters + 1
+        rules, counter, weights = self._rules(layers[0]), self._counter(layers[0]), _weights(layers)
         for layer in layers:
             if isinstance(layer, SparseLinear) and layer.is_planned:
                 size = layer.in_features * layer.out_features
                 self.counted.append(Counted(layer.name, size, layer.in_features, counter))
-        share, weights = rule.expected_sparsity, _weights(layers)
         made = native.weight_of(
             weights,
             bias=joined_bias(layers),
-            threshold=rule.threshold,
-            expected=ASSUMED_ZEROS if share is None else share,
+            threshold=[rule.threshold for rule in rules],
+            expected=most_expected(rules),
             counter=-1 if counter is None else counter,
         )
         self._note_copies(*((layer.bias, made.bias) for layer in layers))
         if isinstance(weights, Packed):
             self._note_copies((weights.scales, made.scales), (weights.zeros, made.zeros))
         return made
+
+    def _rules(self, layer: nn.Linear) -> tuple[Rule, ...]:
+        """By which it skips inputs: one, or where rows have levels of their own one of each."""
+        if not self._sparse or not isinstance(layer, SparseLinear):
+            return (Dense(),)
+        return (layer.rule,) if self._levels is None else self._levels.of(layer)
+
+    def _counter(self, layer: nn.Linear) -> int | None:
+        """Where the library counts the kept inputs of a layer, or of several with its rules; None for none."""
+        if all(isinstance(rule, Dense) for rule in self._rules(layer)):
+            return None
+        self.counters += 1
+        return self.counters - 1
 
     def _gate_first(self, mlp: GateFirstMLP) -> list[native.Weight]:
         """Gate and up, of which the neurons that are dead count as dropped: outputs, not inputs."""
@@ -349,10 +366,6 @@ def _joined(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
     tables = [norm.bias if bias else norm.weight for norm in norms]
     joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
     return joined if bias else joined + float(norms[0].plus_one)
-
-
-def _rule(layer: nn.Linear, sparse: bool) -> Any:
-    return layer.rule if sparse and isinstance(layer, SparseLinear) else Dense()
 
 
 def _is_gapless(table: Tensor | Packed) -> bool:

@@ -284,14 +284,29 @@ static int64_t positions_of(const teal_program *p) {
     return least;
 }
 
-EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions, float *logits,
-                                   int64_t *best) {
-    const int64_t last = positions_of(s->program);
+static int64_t fewer_levels(const teal_product *product, int64_t than) {
+    for (int32_t i = 0; i < product->n_parts; i++)
+        if (product->parts[i].thresholds && product->parts[i].levels < than) than = product->parts[i].levels;
+    return than;
+}
+
+/* Levels that all weights have which have thresholds of several. */
+static int64_t levels_of(const teal_program *p) {
+    int64_t least = fewer_levels(p->output, INT64_MAX);
+    for (int32_t i = 0; i < p->n_steps; i++)
+        if (p->steps[i].kind == TEAL_STEP_PRODUCT) least = fewer_levels(p->steps[i].of, least);
+    return least;
+}
+
+EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions,
+                                   const int32_t *levels, float *logits, int64_t *best) {
+    const int64_t last = positions_of(s->program), most = levels ? levels_of(s->program) : 0;
     for (int32_t r = 0; r < s->rows; r++) {
         if (tokens[r] < 0 || tokens[r] >= s->program->embedding->outputs) return 1;
         if (positions[r] < 0 || positions[r] >= last) return 1;
+        if (levels && (levels[r] < 0 || levels[r] >= most)) return 1;
     }
-    s->tokens = tokens, s->positions = positions, s->logits = logits;
+    s->tokens = tokens, s->positions = positions, s->levels = levels, s->logits = logits;
     pool_run(s->pool, s->run, s);
     for (int32_t r = 0; r < s->rows; r++) {
         float most = s->memory[0].best_value[r];

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 5 /* raised with every change in this file */
+#define TEAL_ABI 6 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -26,6 +26,7 @@ typedef struct {
     const void *scales; /* of codes: (groups, outputs) float16 or float32, else NULL */
     const void *zeros;  /* of codes: (groups, outputs) float16; NULL is 2^(bits - 1) everywhere */
     const float *bias;  /* (outputs,) or NULL */
+    const float *thresholds; /* (levels,) in place of `threshold`, where each row has a level of its own; or NULL */
     int64_t row_bytes;  /* from one row of weights to the next */
     int64_t scale_stride, zero_stride; /* from one group to the next, in elements */
     int32_t inputs, outputs;
@@ -36,6 +37,7 @@ typedef struct {
     float threshold;     /* inputs with |x| <= threshold are skipped; -infinity skips none, a NaN never is */
     float expected;      /* expected sparsity, from which work is divided among threads */
     int32_t counter;     /* where kept inputs are counted, below teal_program.counters; -1 nowhere */
+    int32_t levels;
 } teal_weight;
 
 typedef enum { TEAL_RMS_NORM, TEAL_LAYER_NORM, TEAL_NO_NORM } teal_norm_kind;
@@ -180,10 +182,11 @@ void teal_session_close(teal_session *session);
 /* One token of every row.
  *
  * tokens, positions: (rows,), the token and where it stands in its sequence; its keys and values go to the cache there.
+ * levels: (rows,) which of a weight's `thresholds` is a row's; NULL: the first one of all.
  * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
- * Returns 0; 1 where a token or position is out of range, and then nothing was done. */
-int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, float *logits,
-                          int64_t *best);
+ * Returns 0; 1 where a token, position or level is out of range, and then nothing was done. */
+int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, const int32_t *levels,
+                          float *logits, int64_t *best);
 
 /* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`: outputs kept. */
 void teal_session_kept(const teal_session *session, int64_t *kept);
