@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from teal_cli.checkpoint.rules import Zeros
-from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of, unknown_activation
+from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, unknown_activation
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import AttentionStep, Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers

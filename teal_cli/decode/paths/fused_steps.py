@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, program_of
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
@@ -20,6 +20,7 @@ from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.positions import growth_of
 from teal_cli.decode.routes import Route
+from teal_cli.decode.scales import Scales
 from teal_cli.sparse import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
