@@ -29,7 +29,7 @@ _MOST_MADE_UP = 2
 _SMALL = 1 << 24
 """Parameters and buffers that a model may have beyond what its weight files explain: tables of positions, masks."""
 _NUMBER = re.compile(r"\.\d+\.")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
 
 
@@ -70,8 +70,8 @@ def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dty
         device: float32 weights run as bfloat16 on a GPU under `auto`.
     """
     if name != "auto":
-        return _DTYPES[name]
-    dtype = _DTYPES.get(stored or "", torch.float32)
+        return DTYPES[name]
+    dtype = DTYPES.get(stored or "", torch.float32)
     return torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
 
 

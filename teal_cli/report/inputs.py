@@ -247,7 +247,7 @@ def _results_in(run: Path, say: Callable[[str], None]) -> Iterator[Result]:
             continue
         if result is not None:
             yield result
-        elif file in stages and file.stem not in ("calibrate", "export"):
+        elif file in stages and file.stem not in ("calibrate", "adapt", "export"):
             say(f"left out: {file} is no result of teal {file.stem}")
 
 

@@ -48,6 +48,8 @@ class SparsityControl:
     counter: SparsityCounter | None = field(default=None, repr=False)
     encodes: bool = False
     """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
+    straight_through: bool = False
+    """In training: a dropped input of a masked pass gets the gradient that it would get if it were kept."""
     context: PassContext | None = field(default=None, repr=False)
     """Of the pass under way."""
     plans_applied: int = field(default=0, repr=False)
