@@ -4,7 +4,8 @@
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/fisher-0.50")
 
-It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`).
+It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`), and activations
+that make zeros under any model type (`teal_cli.models.activations`).
 Importing it imports transformers, which is why `import teal_cli` does not. Without this import
 transformers warns of an unknown quantisation type and loads the dense model.
 """
@@ -22,11 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
+from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns model types and activations)
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
-from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, replace_projections_
@@ -116,7 +117,6 @@ class TealQuantizer(HfQuantizer):
             unstack_experts_(model)
             replace_projections_(model, self.quantization_config.plan.projections)
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
-        set_activation_thresholds_(model)  # by which gated MLPs are known
         plan = self.quantization_config.plan
         decode_gate_first_(model, mlps_of_plan(model, plan), control_of(model))
         _check_routers_were_read(model)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
+from teal_cli.models.activations import zeroing_activation
 from teal_cli.models.architectures import architecture_for, program_for
 from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
-from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_cli.sparse.routed import RoutedMLP
