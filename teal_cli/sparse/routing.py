@@ -12,9 +12,10 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Routed, Rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
+from teal_cli.models.forward import run_text
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.gated import intermediates
-from teal_cli.sparse.routed import RoutedMLP
+from teal_cli.sparse.routed import RoutedMLP, Router
 
 ROUTED = "routed"
 """What stands in place of an allocation."""
@@ -155,10 +156,36 @@ def before_routing(model: nn.Module, action: Callable[[RoutedMLP, Tensor], None]
 
 
 @torch.no_grad()
+def random_weights_(router: Router, generator: torch.Generator) -> None:
+    """Give a router weights that know nothing of the text, by which logits are about as large as what it reads."""
+    for weight in (router.first, router.weight):
+        if weight is not None:
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def biases_for(router: Router, x: Tensor, share: float) -> Tensor:
+    """(groups,) float32: the biases by which each group is left out at a share of these tokens.
+
+    Of each group by itself, so that none is always there, and none never.
+
+    Args:
+        router: with weights.
+        x: (..., tokens, in), what it reads.
+        share: below 1.
+    """
+    logits: Tensor = (router(x) - router.bias).float().flatten(0, -2)
+    if share <= 0.0:
+        return 1.0 - logits.amin(0)
+    largest_left_out, _ = logits.kthvalue(max(1, round(share * len(logits))), dim=0)
+    return -largest_left_out
+
+
+@torch.no_grad()
 def set_random_routers_(model: Any, sequences: Tensor, share: float, *, seed: int = 0) -> None:
     """Give routers random weights, and the biases by which each MLP leaves out a share of its groups on a text.
 
-    They know nothing of the text: what trained routers are compared with, and what a speed is measured with.
+    What trained routers are compared with, and what a speed is measured with.
 
     Args:
         model: with routed MLPs.
@@ -169,23 +196,17 @@ def set_random_routers_(model: Any, sequences: Tensor, share: float, *, seed: in
     generator = torch.Generator().manual_seed(seed)
 
     def set_(mlp: RoutedMLP, x: Tensor) -> None:
-        router = mlp.router
-        for weight in (router.first, router.weight):
-            if weight is not None:
-                values = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
-                weight.copy_(values)
-        router.bias.zero_()
-        logits = router(x).float().flatten(0, -2)
-        # Of each group by itself, so that no group is always there, and none never.
-        router.bias.copy_(-torch.quantile(logits, share, dim=0))
+        random_weights_(mlp.router, generator)
+        mlp.router.bias.zero_()
+        mlp.router.bias.copy_(biases_for(mlp.router, x, share))
 
     with before_routing(model, set_):
-        model(input_ids=sequences.to(model.device), use_cache=False)
+        run_text(model, sequences.to(model.device))
 
 
 @torch.no_grad()
-def share_left_out(model: Any, sequences: Tensor) -> float:
-    """Share of groups that routers leave out on a text: a mean over tokens and MLPs.
+def shares_left_out(model: Any, sequences: Tensor) -> list[float]:
+    """Share of groups that the router of each MLP leaves out on a text: a mean over tokens.
 
     Args:
         model: with routed MLPs.
@@ -197,5 +218,5 @@ def share_left_out(model: Any, sequences: Tensor) -> float:
         shares.append(float((mlp.router(x) <= 0).float().mean()))
 
     with before_routing(model, count):
-        model(input_ids=sequences.to(model.device), use_cache=False)
-    return sum(shares) / len(shares)
+        run_text(model, sequences.to(model.device))
+    return shares
