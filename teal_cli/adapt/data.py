@@ -20,6 +20,8 @@ from teal_cli.models.tokenizing import encode
 
 _HELD_OUT = 16
 """One document of so many."""
+_SAMPLED, _SAMPLED_ON_A_GPU = 16, 128
+"""Sequences of dataset self that are written together: a run takes millions of tokens."""
 
 
 def _slices(documents: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -65,6 +67,7 @@ class Pool:
                 seed=seed,
                 half="calibration",
                 model=model,
+                together=_SAMPLED_ON_A_GPU if model.device.type == "cuda" else _SAMPLED,
             )
             self.held_out, self.sequences = both[:validation], both[validation:]
             return
@@ -94,8 +97,8 @@ def _cut(dataset: str, documents: Sequence[str], tokenizer: Any, seq_len: int, c
     found = min(count, len(stream) // seq_len)
     if found == 0:
         raise ArtefactError(
-            f"a slice of the text of {dataset} has {len(stream)} tokens, fewer than one sequence of {seq_len}: use more "
-            "text or a smaller --seq-len"
+            f"a slice of the text of {dataset} has {len(stream)} tokens, fewer than one sequence of {seq_len}: "
+            "use more text or a smaller --seq-len"
         )
     return torch.tensor(stream[: found * seq_len], dtype=torch.int64).view(found, seq_len)
 

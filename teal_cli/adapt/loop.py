@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from teal_cli.adapt import lora, state
 from teal_cli.adapt.distil import Student, Teacher
 from teal_cli.adapt.recipe import Outcome, Recipe, Stage
-from teal_cli.adapt.trainer import AdaptTrainer, Figures, Held, Plan, checkpoint_in
+from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.reading import read_json
 
 
@@ -41,7 +41,7 @@ class Run:
     text_weight: float = 0.0
     recompute: bool = False
     dtype: torch.dtype = torch.float32
-    """What the trained parameters are cast to at the end: the thresholds that are set then are those of such weights."""
+    """What the trained parameters are cast to at the end, before thresholds are set by them."""
     tell: Callable[[Figures], None] = lambda figures: None
     on_step: Callable[[int], None] = lambda step: None
     """Told the number of each optimiser step of the run, once it is done."""
@@ -117,7 +117,7 @@ def forget(folder: Path) -> None:
 
 
 def _resumable(folder: Path, key: str, say: Callable[[str], None]) -> Path | None:
-    found = checkpoint_in(folder)
+    found = state.checkpoint_in(folder)
     if found is None:
         return None
     run = read_json(found / state.RUN, "state of a run")
@@ -197,6 +197,8 @@ def _train(
     steps_before: int,
 ) -> None:
     """One stage; from where it was cut short, if it was."""
+    from teal_cli.adapt.trainer import AdaptTrainer  # which brings transformers' Trainer
+
     held.stage, held.best, held.best_weights, held.worse, held.stopped = number, {}, {}, 0, False
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))

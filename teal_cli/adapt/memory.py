@@ -49,7 +49,7 @@ def trained_parameters(model: Any, *, lora: int, frozen: bool) -> int:
         return sum(p.out_features for p in projections)
     layers = (module for module in model.modules() if isinstance(module, nn.Embedding))
     kept = {id(layer.weight): layer.weight for layer in (*layers, model.get_output_embeddings())}
-    return sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in kept.values())
+    return int(sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in kept.values()))
 
 
 def estimate(

@@ -62,7 +62,7 @@ class Batch:
     input_ids: Tensor
     """(batch, tokens) int64."""
     dense_prefix: Tensor
-    """(batch,) int64: positions of each row that run densely, as a prompt does. What skips in prompts too ignores it."""
+    """(batch,) int64: first positions of each row that run densely, as a prompt. What skips there too ignores it."""
     again: bool = False
     """Whether blocks run a second time, in the backward pass, because their activations are recomputed: nothing that
     they make is to be counted or kept."""
@@ -202,7 +202,7 @@ class Recipe(ABC):
         return None
 
     def realised_sparsity(self) -> float | None:
-        """Realised sparsity of the student's passes since this was last asked, model-wide or as the recipe counts it."""
+        """Realised sparsity of the student's passes since this was last asked, as the recipe counts it."""
         return None
 
     def figures(self, progress: Progress) -> dict[str, float]:

@@ -5,7 +5,7 @@ transformers' Trainer keeps the optimiser, the schedule and the random numbers i
 folder with `state.safetensors`, `trainer_state.json` (Trainer's own, which is JSON) and `run.json`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from teal_cli.errors import ArtefactError
 from teal_cli.reading import read_json
 
 _TENSORS, RUN, TRAINER = "state.safetensors", "run.json", "trainer_state.json"
+CHECKPOINT = "checkpoint"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,3 +103,7 @@ def put_parameters_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         fill_(own[name], value)
 
 
+def checkpoint_in(folder: Path) -> Path | None:
+    """The checkpoint of a run that was cut short; None where there is none."""
+    found = folder / CHECKPOINT
+    return found if (found / TRAINER).is_file() else None

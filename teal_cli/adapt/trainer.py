@@ -1,8 +1,7 @@
-"""transformers' Trainer for one stage: its loop, its processes and precision; our loss, checkpoints and early stopping."""
+"""transformers' Trainer for one stage: its loop, processes and precision; our loss, checkpoints, early stopping."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +13,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from teal_cli.adapt import state
 from teal_cli.adapt.distil import Student
 from teal_cli.adapt.recipe import Stage
+from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.atomic import atomic_folder
 from teal_cli.errors import TealError
-
-Figures = dict[str, float]
-_CHECKPOINT = "checkpoint"
-
-
-@dataclass
-class Held:
-    """What a run carries from stage to stage and over a kill."""
-
-    key: str
-    """Digest of all that the run depends on."""
-    stage: int = 0
-    """Number of the stage under way."""
-    curve: list[Figures] = field(default_factory=list)
-    """What was logged, in order."""
-    best: Figures = field(default_factory=dict)
-    """`step` and `loss` of the best weights of this stage; empty before the first."""
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    worse: int = 0
-    """Evaluations since then."""
-    stopped: bool = False
-    """Whether the stage ended early."""
-    measured: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the recipe measured before its surgery."""
-    done: dict[str, Tensor] = field(default_factory=dict)
-    """What earlier stages trained, by name."""
-
-    def as_json(self) -> dict[str, Any]:
-        """All but the tensors."""
-        kept = ("key", "stage", "curve", "best", "worse", "stopped")
-        return {name: getattr(self, name) for name in kept}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a stage is trained."""
-
-    folder: Path
-    """Of the run's state."""
-    batch_size: int
-    """Sequences of one pass, over all processes."""
-    processes: int
-    accumulate: int
-    """Passes a step."""
-    learning_rate: float
-    warmup: float
-    """Share of the steps."""
-    schedule: str
-    clip: float
-    bf16: bool
-    on_cpu: bool
-    log_every: int
-    evaluate_every: int
-    save_every: int
-    patience: int
-    """Evaluations without a better one after which a stage ends; 0: never."""
-    seed: int
 
 
 class AdaptTrainer(Trainer):
@@ -151,12 +94,13 @@ class AdaptTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The text is in its order already."""
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        text: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(text)
 
     def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The distillation loss alone."""
         with torch.no_grad():
-            (loss,) = model(**self._prepare_inputs(inputs))
+            (loss,) = model(**self._prepare_inputs(dict(inputs)))
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -180,21 +124,33 @@ class AdaptTrainer(Trainer):
                     f"(flag --learning-rate, now {self.plan.learning_rate:g})"
                 )
 
+    @property
+    def _inner_optimiser(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        wrapped: Any = self.optimizer
+        found: torch.optim.Optimizer = wrapped.optimizer
+        return found
+
+    @property
+    def _schedule(self) -> Any:
+        """Of the learning rate, which Trainer has made by now."""
+        return self.lr_scheduler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Our own form of a checkpoint, whole or not at all, in the place of the one before. Rank 0 writes."""
         student = self.student
         groups = {
             "parameters": {**self.held.done, **state.parameters_of(student.model, self.trainable)},
-            "moments": state.moments_of(student.model, self.optimizer.optimizer),
+            "moments": state.moments_of(student.model, self._inner_optimiser),
             "recipe": {name: tensor.detach().cpu() for name, tensor in student.recipe.state().items()},
             "best": self.held.best_weights,
             "measured": self.held.measured,
         }
         if not self.is_world_process_zero():
             return
-        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-        self.state.stateful_callbacks = {}
-        with atomic_folder(self.plan.folder / _CHECKPOINT) as folder:
+        schedule = {k: v for k, v in self._schedule.state_dict().items() if k != "lr_lambdas"}
+        self.state.stateful_callbacks = {}  # type: ignore[assignment]  # ours have none
+        with atomic_folder(self.plan.folder / state.CHECKPOINT) as folder:
             state.write(folder, groups, {**self.held.as_json(), "schedule": schedule})
             self.state.save_to_json(str(folder / state.TRAINER))
 
@@ -215,9 +171,9 @@ class AdaptTrainer(Trainer):
         if checkpoint is None:
             return
         groups, run = state.read(Path(checkpoint))
-        state.put_moments_(self.student.model, self.optimizer.optimizer, groups.get("moments", {}))
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **run["schedule"]})
-        for group, rate in zip(self.optimizer.param_groups, run["schedule"]["_last_lr"], strict=True):
+        state.put_moments_(self.student.model, self._inner_optimiser, groups.get("moments", {}))
+        self._schedule.load_state_dict({**self._schedule.state_dict(), **run["schedule"]})
+        for group, rate in zip(self._inner_optimiser.param_groups, run["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -260,9 +216,3 @@ class _Steps(TrainerCallback):
         if metrics is not None and self._trainer.note_evaluation(float(metrics["eval_loss"])):
             control.should_training_stop = True
             control.should_save = True
-
-
-def checkpoint_in(folder: Path) -> Path | None:
-    """The checkpoint of a run that was cut short; None where there is none."""
-    found = folder / _CHECKPOINT
-    return found if (found / state.TRAINER).is_file() else None

@@ -1,9 +1,9 @@
-"""What a person sees of a run: a bar with loss, sparsity and time left, or now and then a line where there is no bar."""
+"""What a person sees of a run: a bar with loss, sparsity and time left; without a terminal, a line now and then."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from teal_cli.adapt.trainer import Figures
+from teal_cli.adapt.training import Figures
 from teal_cli.console import Reporter
 
 

@@ -68,9 +68,7 @@ def write_adapted(
             _write_dense(source, folder, model, outcome, record)
         made = replace(info, weights=fingerprint(dense), configuration=configuration_digest(dense))
         calibration = Calibration(made, projections, {}, {})
-        write_checkpoint(
-            dense, outcome.plan, calibration, out, "link", recalibrated=True, architecture=architecture
-        )
+        write_checkpoint(dense, outcome.plan, calibration, out, "link", recalibrated=True, architecture=architecture)
     finally:
         shutil.rmtree(dense, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from teal_cli.adapt.loop import Run, Trained, forget, run
 from teal_cli.adapt.processes import Processes
 from teal_cli.adapt.recipe import Recipe, Setting
 from teal_cli.adapt.recipes import recipe_class
-from teal_cli.adapt.trainer import Plan
+from teal_cli.adapt.training import Plan
 from teal_cli.adapt.watch import Watch
 from teal_cli.adapt.write import check_replaceable, write_adapted
 from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, read_record, stored

@@ -192,9 +192,7 @@ def _evaluate(
     for scores, plan in zip(tasks, plans, strict=True) if config.tasks else ():
         apply_plan_(model, plan)
         limit, seed = config.task_limit, config.seed
-        scores |= run_tasks(
-            model, tokenizer, control, config.tasks, harness, limit=limit, seed=seed, dense=original
-        )
+        scores |= run_tasks(model, tokenizer, control, config.tasks, harness, limit=limit, seed=seed, dense=original)
         yield result()
 
 

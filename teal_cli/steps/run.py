@@ -7,10 +7,10 @@ from typing import Any
 
 from teal_cli.atomic import file_digest, write_json
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.adapted import read_record
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.export import check_checkpoint
 from teal_cli.checkpoint.results import check_stage
-from teal_cli.checkpoint.adapted import read_record
 from teal_cli.config import (
     AdaptConfig,
     BenchConfig,
@@ -109,8 +109,7 @@ def _of_adapted(config: SharedConfig, workspace: Workspace) -> SharedConfig:
     """A stage's configuration, for a model that has its own thresholds: it keeps what is not about these."""
     own = {"sparsity", "calibration", "allocation", "limits", "cost", "recalibrate"}
     given = {key: getattr(config, key) for key in config.model_fields_set - own}
-    found = type(config)(**{**given, "model": str(workspace.source.folder)})
-    return found
+    return type(config)(**{**given, "model": str(workspace.source.folder)})
 
 
 def _check(recipe: RunConfig) -> None:

@@ -126,7 +126,9 @@ class Recover(Recipe):
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._control.straight_through = False
-        plan = recalibrate_(model, self._plan, sequences, dense_prefix=sequences.shape[1] // 2)
+        plan = self._plan
+        if any(rule.expected_sparsity for rule in plan.projections.values()):
+            plan = recalibrate_(model, plan, sequences, dense_prefix=sequences.shape[1] // 2)
         named = replace(plan, allocation=f"{self.name}, {plan.allocation}")
         return Outcome(named, dict.fromkeys(self._switches, True))
 
