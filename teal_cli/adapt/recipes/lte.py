@@ -15,6 +15,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Routed, Rule
 from teal_cli.config.recipes.lte import Options
 from teal_cli.errors import UsageError
+from teal_cli.models.architectures import block_weights, find_projections
 from teal_cli.models.forward import run_text
 from teal_cli.sparse import replace_projections_, set_thresholds_
 from teal_cli.sparse.routed import Router
@@ -218,12 +219,20 @@ class Lte(Recipe):
             groups = mlp.router.bias.numel()
             mlp.rule = Routed(mlp.group, self._options.rank, min(share, 1 - 1 / (2 * groups)))
             rules[f"{mlp.path}.{mlp.names[2]}"] = mlp.rule
-        plan = SparsityPlan(ROUTED, self._target, rules)
+        plan = SparsityPlan(ROUTED, _model_wide(model, shares), rules)
         set_thresholds_(model, plan)
         return Outcome(plan, notes={"groups_left_out": sum(shares) / len(shares), "by_mlp": shares})
 
 
 RECIPE = Lte
+
+
+def _model_wide(model: nn.Module, shares: Sequence[float]) -> float:
+    """Weights of the blocks that a token does not read, where MLPs leave out these shares: at least 0."""
+    skipped = 0.0
+    for mlp, share in zip(routed_mlps(model), shares, strict=True):
+        skipped += share * sum(layer.weight.numel() for layer in mlp.layers) - mlp.router.parameters_read
+    return max(skipped, 0.0) / block_weights(find_projections(model))
 
 
 def router_loss(logits: Sequence[Tensor], eta: float, separation: float, epsilon: float) -> Tensor:
