@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import ExportSummary
-from teal_cli.config import CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig, SharedConfig
+from teal_cli.config import AdaptConfig, CalibrateConfig, EvalConfig, ExportConfig, GenerateConfig, SharedConfig
 from teal_cli.config_files import load_as
 from teal_cli.console import Reporter
 from teal_cli.decode.chat import Message
 from teal_cli.errors import UsageError, nearest
 from teal_cli.evaluation.results import EncoderResult, EvalResult
+from teal_cli.steps import adapt as adapt_step
 from teal_cli.steps import calibrate as calibrate_step
 from teal_cli.steps import evaluate as evaluate_step
 from teal_cli.steps import export as export_step
@@ -73,6 +74,20 @@ def export(model: str | Path, sparsity: float = 0.5, **options: Any) -> ExportSu
         TealError: anything wrong with options, model, calibration or disk.
     """
     return export_step.export(*_configured(ExportConfig, "export", model, {**options, "sparsity": sparsity}))
+
+
+def adapt(model: str | Path, recipe: str = "recover", **options: Any) -> adapt_step.AdaptSummary:
+    """Train a model to do with less, as `teal adapt`; its `folder` says where it lies, its `record` what came of it.
+
+    Args:
+        model: the dense model.
+        recipe: recover, or another of docs/adapt.md.
+        options: keys of adapt: sparsity, dataset, tokens, lora, options, ..
+
+    Raises:
+        TealError: anything wrong with options, model, text or machine.
+    """
+    return adapt_step.adapt(*_configured(AdaptConfig, "adapt", model, {**options, "recipe": recipe}))
 
 
 def evaluate(model: str | Path, **options: Any) -> EvalResult | EncoderResult:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from teal_cli.config import (
+    DEFAULT_STAGES,
     OTHER_SPELLINGS,
     STAGE_CONFIGS,
     STAGES,
@@ -179,7 +180,7 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
     # At the top, these two speak of the whole run; under a stage's name, of that stage.
     own = {key: content.pop(key) for key in ("json", "quiet") if key in content}
     whole = build(OutputConfig, own | {key: flags[key] for key in ("json", "quiet") if key in flags})
-    wanted = content.get("stages", list(STAGES))
+    wanted = content.get("stages", list(DEFAULT_STAGES))
     if not isinstance(wanted, list) or not wanted:
         raise UsageError(f"{path}: stages must be a list out of {', '.join(STAGES)}")
     for stage in wanted:
@@ -187,6 +188,8 @@ def load_recipe(path: Path, flags: Mapping[str, Any]) -> RunConfig:
             raise UsageError(
                 f"{path}: unknown stage {shown(stage)}{nearest(stage if isinstance(stage, str) else '', STAGES)}"
             )
+    if "adapt" in wanted and "export" in wanted:
+        raise UsageError(f"{path}: stages adapt and export exclude one another: adapt writes a checkpoint of its own")
     ordered = [stage for stage in STAGES if stage in wanted]
     defaults = read_yaml(CONFIGS / "default.yaml")
     stages: dict[str, SharedConfig] = {}

@@ -59,8 +59,11 @@ class Reporter:
         self.out.print(printable(text), soft_wrap=True)
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` tokens, with tokens/s and time left; yields the function that advances it."""
+    def progress(self, description: str, total: int) -> Iterator[Callable[..., None]]:
+        """A bar over `total` tokens, with tokens/s and time left; yields the function that advances it.
+
+        That takes the tokens, and may take what stands before the bar from now on.
+        """
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -79,8 +82,8 @@ class Reporter:
             task = bars.add_task(printable(description), total=total)
             bars.refresh()
 
-            def advance(tokens: int) -> None:
-                bars.advance(task, tokens)
+            def advance(tokens: int, said: str | None = None) -> None:
+                bars.update(task, advance=tokens, description=None if said is None else printable(said))
                 bars.refresh()
 
             yield advance

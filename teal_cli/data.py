@@ -164,7 +164,15 @@ def half_of(documents: Sequence[str], half: Half) -> Sequence[str]:
 
 
 def token_blocks(
-    dataset: str, tokenizer: Any, *, tokens: int, seq_len: int, seed: int, half: Half, model: Any = None
+    dataset: str,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    seq_len: int,
+    seed: int,
+    half: Half,
+    model: Any = None,
+    together: int = 16,
 ) -> Tensor:
     """Text as equal sequences of tokens.
 
@@ -179,6 +187,8 @@ def token_blocks(
         seed: of the order, or of the sampling.
         half: which documents.
         model: the dense model, for `self` only.
+        together: sequences sampled in one batch, for `self` only: sampling is bound by reading the weights, so that
+            rows are nearly free.
 
     Returns:
         (tokens // seq_len, seq_len) int64.
@@ -188,7 +198,7 @@ def token_blocks(
     """
     count = tokens // seq_len
     if dataset == "self":
-        return _sampled(model, tokenizer, count=count, seq_len=seq_len, seed=seed, half=half)
+        return _sampled(model, tokenizer, count=count, seq_len=seq_len, seed=seed, half=half, together=together)
     documents = half_of(load_documents(dataset), half)
     order = array("q", range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -207,7 +217,7 @@ def token_blocks(
     return torch.tensor(stream[: found * seq_len], dtype=torch.int64).view(found, seq_len)
 
 
-def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int, half: Half) -> Tensor:
+def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int, half: Half, together: int) -> Tensor:
     """Sequences that the dense model writes itself, at temperature 1, from its first token on."""
     if model is None:
         raise UsageError("dataset self needs the model")
@@ -222,8 +232,8 @@ def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int,
     set_seed(2 * seed + (half == "evaluation"))
     device = next(model.parameters()).device
     blocks = []
-    for begin in range(0, count, _SAMPLED_TOGETHER):
-        rows = min(_SAMPLED_TOGETHER, count - begin)
+    for begin in range(0, count, together):
+        rows = min(together, count - begin)
         prompt = torch.full((rows, 1), start, dtype=torch.int64, device=device)
         blocks.append(
             model.generate(
@@ -240,7 +250,3 @@ def _sampled(model: Any, tokenizer: Any, *, count: int, seq_len: int, seed: int,
             ).cpu()
         )
     return torch.cat(blocks)
-
-
-_SAMPLED_TOGETHER = 16
-"""Sequences sampled in one batch: sampling is bound by reading the weights, so rows are nearly free."""

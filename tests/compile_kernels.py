@@ -17,11 +17,20 @@ from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
+from teal_kernels import (
+    launching,
+    triton_attention,
+    triton_decode,
+    triton_gate_first,
+    triton_gemv,
+    triton_routed,
+    triton_router,
+)
 from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
+from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -34,6 +43,12 @@ PRODUCTS = (
 GATE_FIRST = (
     GateFirstConfig(neurons=2, block_out=1, warps=1),
     GateFirstConfig(neurons=16, block_out=16, block_in=64, unroll=1, warps=1, gate_block_in=64, gate_unroll=1),
+)
+# The same, of groups of 16 neurons.
+ROUTED = (
+    RoutedConfig(neurons=2, block_in=1024, unroll=4, warps=1),
+    RoutedConfig(neurons=2, block_in=32, unroll=2, warps=1),
+    RoutedConfig(neurons=16, block_in=64, unroll=1, warps=1),
 )
 DTYPE = torch.bfloat16
 
@@ -88,11 +103,31 @@ def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
             gemv(x, table, (128,), thresholds, y, config, scratch, beside=of_outputs, **options)  # type: ignore[arg-type]
 
 
+def _routed(rows: int, *, pdl: bool) -> None:
+    """Routers of one layer and of two, few groups and many, and the groups that they choose."""
+    x, weight = torch.zeros(rows, 72, dtype=DTYPE), torch.zeros(2048, 72, dtype=DTYPE)
+    norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
+    for groups, rank in ((128, None), (2048, None), (128, 24)):
+        first, inputs = (None, 72) if rank is None else (weight[:rank], rank)
+        router = GroupRouter(first, torch.zeros(groups, inputs, dtype=DTYPE), torch.zeros(groups, dtype=DTYPE), 16)
+        chosen, ranked = no_choice(rows, router, x.device, DTYPE)
+        route_groups(x, router, chosen, ranked, norm=norm, counts=counts, pdl=pdl)
+    chosen, y, layer = (
+        torch.zeros(rows, 128, dtype=torch.int32),
+        torch.zeros(rows, 2048, dtype=DTYPE),
+        GateLayer(weight, None),
+    )
+    for config in ROUTED:
+        for whole in (False, True):
+            options = {"group": 16, "kind": "silu", "norm": norm, "whole": whole, "config": config, "pdl": pdl}
+            launch_routed(x, chosen, layer, layer, y, **options)  # type: ignore[arg-type]
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_router):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
@@ -140,6 +175,7 @@ def main(capability: int) -> None:
         for config in GATE_FIRST:
             for dense in (False, True):
                 step(dense=dense, counts=counts, config=config, pdl=pdl)
+        _routed(rows, pdl=pdl)
     print(*sorted(names), sep="\n")
 
 

@@ -228,6 +228,12 @@ class _Calibrate(_Made):
     tokens: Count
 
 
+class _Adapt(_Made):
+    folder: Name
+    recipe: Name
+    tokens: Count
+
+
 class _Export(_Made):
     folder: Name
     allocation: Name
@@ -237,6 +243,7 @@ class _Export(_Made):
 _KINDS: dict[Kind, type[Content]] = {"encoder": _Encoder, "eval": _Eval, "bench": _Bench, "generate": _Generate}
 _STAGES: dict[str, tuple[type[Content], ...]] = {
     "calibrate": (_Calibrate,),
+    "adapt": (_Adapt,),
     "export": (_Export,),
     "eval": (_Encoder, _Eval),
     "bench": (_Bench,),

@@ -18,6 +18,7 @@ from teal_cli.report.streams import prepare_streams, silence
 
 VERBS = {
     "calibrate": "Measure a model's hidden states on text.",
+    "adapt": "Train a model to do with less: sparsity that is learned, not only found.",
     "export": "Write a TEAL checkpoint: thresholds beside the weights.",
     "generate": "Stream text from a sparse model.",
     "bench": "Time decoding, dense against sparse.",

@@ -25,9 +25,16 @@ def _allocations() -> list[str]:
     return [*ALLOCATION_NAMES, *sorted(map(str, files))]
 
 
+def _recipes() -> list[str]:
+    from teal_cli.config.recipes import recipe_names
+
+    return recipe_names()
+
+
 _OFFERED: dict[str, Callable[[], Iterable[str]]] = {
     "model": _models,
     "allocation": _allocations,
+    "recipe": _recipes,
     "dataset": lambda: ("sotu", "self"),
     "quantise": lambda: ("int8", "int4", "int4:32", "int4:64"),
 }

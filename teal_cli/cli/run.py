@@ -32,8 +32,11 @@ def _run(flags: Flags, config_file: Path | None, recipe: Path) -> None:
 
 
 def _show(results: dict[str, dict[str, Any]], reporter: Reporter) -> None:
+    from teal_cli.report.adapt_tables import adapt_table
     from teal_cli.report.tables import bench_tables, eval_tables, run_table
 
+    if "adapt" in results:
+        reporter.show(adapt_table(results["adapt"]))
     if "eval" in results:
         for table in eval_tables(results["eval"]):
             reporter.show(table)

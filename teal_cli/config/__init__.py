@@ -5,12 +5,14 @@ option: `cli.options` makes the flags from these models, so the three cannot dis
 checked before any model is loaded.
 """
 
+from teal_cli.config.adapt import AdaptConfig
 from teal_cli.config.calibrate import CalibrateConfig
 from teal_cli.config.decoding import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig
 from teal_cli.config.evaluation import EvalConfig
 from teal_cli.config.shared import OTHER_SPELLINGS, ModelConfig, OutputConfig, SharedConfig
 from teal_cli.config.sparsity import ExportConfig, OneAllocation, SparseConfig
 from teal_cli.config.verbs import (
+    DEFAULT_STAGES,
     STAGE_CONFIGS,
     STAGES,
     VERB_CONFIGS,
@@ -22,10 +24,12 @@ from teal_cli.config.verbs import (
 )
 
 __all__ = [
+    "DEFAULT_STAGES",
     "OTHER_SPELLINGS",
     "STAGES",
     "STAGE_CONFIGS",
     "VERB_CONFIGS",
+    "AdaptConfig",
     "BenchConfig",
     "CalibrateConfig",
     "ComparingConfig",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from teal_cli.config.adapt import AdaptConfig
 from teal_cli.config.calibrate import CalibrateConfig
 from teal_cli.config.decoding import BenchConfig, GenerateConfig
 from teal_cli.config.evaluation import EvalConfig
@@ -45,6 +46,7 @@ class InspectConfig(OutputConfig):
 
 STAGE_CONFIGS: dict[str, type[SharedConfig]] = {
     "calibrate": CalibrateConfig,
+    "adapt": AdaptConfig,
     "export": ExportConfig,
     "eval": EvalConfig,
     "bench": BenchConfig,
@@ -52,6 +54,8 @@ STAGE_CONFIGS: dict[str, type[SharedConfig]] = {
 }
 """What `teal run` can chain, in the order that it does."""
 STAGES = tuple(STAGE_CONFIGS)
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "adapt")
+"""Of a recipe that lists none: training is asked for by name."""
 VERB_CONFIGS: dict[str, type[OutputConfig]] = {
     **STAGE_CONFIGS,
     "import": ImportConfig,

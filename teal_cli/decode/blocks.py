@@ -19,6 +19,7 @@ from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse.routed import RoutedMLP
 from teal_kernels.packing import Packed
 
 
@@ -29,7 +30,7 @@ class Product:
     name: str
     """Of the site."""
     layers: tuple[nn.Linear, ...]
-    """Sparse layers, but for gate and up of an MLP that decodes gate first."""
+    """Sparse layers, but for gate and up of an MLP that decodes gate first, or is routed."""
     epilogue: str
     """What follows the product, as the program names it."""
     activation: str | None = None
@@ -68,6 +69,11 @@ class Product:
     def gate_first(self) -> GateFirstMLP | None:
         """The MLP that lets the gate decide of which neurons `up` is computed, where it does so."""
         return self.owner if isinstance(self.owner, GateFirstMLP) and len(self.layers) == 2 else None
+
+    @property
+    def routed(self) -> RoutedMLP | None:
+        """The MLP of which a router chooses neurons, where it is one and these are its gate and up."""
+        return self.owner if isinstance(self.owner, RoutedMLP) and len(self.layers) == 2 else None
 
     @property
     def outputs(self) -> int:
@@ -176,46 +182,6 @@ def norm_of(module: Any, norms: Norms, like: Tensor, size: int) -> Norm:
         getattr(module, "bias", None),
         centred=norms.startswith("layer"),
         plus_one=norms.endswith("plus_one"),
-    )
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What a model multiplies by, beside its weights."""
-
-    embedding: float = 1.0
-    residual: float = 1.0
-    """Of what is added to the residual stream."""
-    logits: float = 1.0
-    logits_cap: float = 0.0
-    """Soft cap of the scaled logits; 0 for none."""
-
-
-def scales_of(model: Any, program: Program) -> Scales:
-    """The numbers that a program names.
-
-    Raises:
-        ArtefactError: the model does not have one of them.
-    """
-    config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
-
-    def number(key: str | None, default: float) -> float:
-        if key is None:
-            return default
-        if not hasattr(config, key) and not hasattr(embeddings, key):
-            raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
-        value = getattr(config, key, getattr(embeddings, key, None))
-        if isinstance(value, Tensor):
-            if value.is_meta:  # a model of shapes alone, which computes nothing
-                return default
-            value = value.to(embeddings.weight.dtype)  # as transformers rounds it before it multiplies
-        return default if value is None else float(value)
-
-    return Scales(
-        embedding=number(program.embedding_scale, 1.0),
-        residual=number(program.residual_scale, 1.0),
-        logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
-        logits_cap=number(program.logits_cap, 0.0),
     )
 
 

@@ -23,11 +23,11 @@ from teal_cli.decode.blocks import (
     last_norm,
     module_at,
     program_of,
-    scales_of,
 )
 from teal_cli.decode.departures import departure
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_at
 from teal_cli.decode.routes import Route
+from teal_cli.decode.scales import scales_of
 from teal_cli.models.architectures import Architecture, architecture_for
 from teal_cli.models.block_calls import hidden_of, hooked
 from teal_cli.models.forward import position_limit

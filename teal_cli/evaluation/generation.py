@@ -59,6 +59,7 @@ def agree(
     *,
     new_tokens: int,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    dense: Any = None,
 ) -> list[Agreement]:
     """Let the dense and the sparse model continue prompts, and compare.
 
@@ -68,6 +69,7 @@ def agree(
         prompts: (prompts, tokens) int64.
         new_tokens: to write after each.
         on_tokens: called with the tokens written after each continuation.
+        dense: another model to compare with: what `model` was before it was adapted.
     """
     engine = Engine(model)
     control = engine.control
@@ -75,35 +77,37 @@ def agree(
         raise ValueError("agreement is measured on a model with sparse layers")
     engine.check_length(prompts.shape[1], new_tokens)
 
-    def write(prompt: Tensor) -> list[int]:
+    original, its_engine = (model, engine) if dense is None else (dense, Engine(dense))
+
+    def write(prompt: Tensor, engine: Engine) -> list[int]:
         tokens = list(engine.generate(prompt[None], max_new_tokens=new_tokens, sampling=SamplingConfig()))
         on_tokens(len(tokens))
         return tokens
 
     with control.switched_off():
-        dense = [write(prompt) for prompt in prompts]
-        dense_losses = [loss for loss, _ in _judged(model, prompts, dense)]
+        dense_texts = [write(prompt, its_engine) for prompt in prompts]
+        dense_losses = [loss for loss, _ in _judged(original, prompts, dense_texts)]
     results = []
     for plan in plans:
         apply_plan_(model, plan)
         with control.counting() as counter:
-            sparse = [write(prompt) for prompt in prompts]
+            sparse = [write(prompt, engine) for prompt in prompts]
         with control.switched_off():
-            judged = _judged(model, prompts, sparse)
+            judged = _judged(original, prompts, sparse)
         results.append(
             Agreement(
                 prompts=len(prompts),
                 prompt_tokens=prompts.shape[1],
                 new_tokens=new_tokens,
-                identical=_mean([float(s == d) for s, d in zip(sparse, dense, strict=True)]),
-                tokens_until_difference=_mean([_common(s, d) for s, d in zip(sparse, dense, strict=True)]),
-                top1_agreement=_chosen_too(engine, prompts, dense),
+                identical=_mean([float(s == d) for s, d in zip(sparse, dense_texts, strict=True)]),
+                tokens_until_difference=_mean([_common(s, d) for s, d in zip(sparse, dense_texts, strict=True)]),
+                top1_agreement=_chosen_too(engine, prompts, dense_texts),
                 dense_text_perplexity=math.exp(_mean(dense_losses)),
                 sparse_text_perplexity=math.exp(_mean([loss for loss, _ in judged])),
                 realised_sparsity=counter.model_wide() or 0.0,
                 continuations=[
                     Continuation(prompt.tolist(), theirs, ours, choices)
-                    for prompt, theirs, ours, (_, choices) in zip(prompts, dense, sparse, judged, strict=True)
+                    for prompt, theirs, ours, (_, choices) in zip(prompts, dense_texts, sparse, judged, strict=True)
                 ],
             )
         )

@@ -111,6 +111,7 @@ def compare(
     *,
     dense_prefixes: Sequence[int],
     on_sequence: Callable[[int], None] = lambda tokens: None,
+    dense: Any = None,
 ) -> list[list[Comparison]]:
     """Run each sequence dense, and sparse by every plan, and compare; the dense pass serves all.
 
@@ -120,6 +121,7 @@ def compare(
         sequences: (tokens,) int64 each, longer than any dense prefix + 1.
         dense_prefixes: positions that run dense; each is an evaluation of its own. [0] for an encoder-decoder.
         on_sequence: called with the number of tokens after each sequence.
+        dense: another model to compare with, on the same device: what `model` was before it was adapted.
 
     Returns:
         For each plan, for each dense prefix, the comparison.
@@ -129,7 +131,7 @@ def compare(
     for sequence in sequences:
         ids = sequence.unsqueeze(0).to(model.device)
         with control.dense():
-            all_dense, _ = _predictions(model, ids, min(dense_prefixes))
+            all_dense, _ = _predictions(model if dense is None else dense, ids, min(dense_prefixes))
         for plan, of_plan in zip(plans, scores, strict=True):
             set_thresholds_(model, plan)
             for prefix, score in zip(dense_prefixes, of_plan, strict=True):

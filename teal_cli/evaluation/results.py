@@ -129,6 +129,8 @@ class EvalResult:
     seq_len: int
     mode: str
     """`calibrated`, or `intrinsic`: only the model's own zeros are skipped."""
+    compared_with: str
+    """Name of the dense model: `model` itself, or what it was before it was adapted."""
     runs: list[EvalRun]
     """By kind of weights, then allocation, then sparsity, then dense prefix, as asked for."""
     device: str
@@ -154,6 +156,7 @@ class EvalResult:
             "half": self.half,
             "seq_len": self.seq_len,
             "mode": self.mode,
+            "compared_with": self.compared_with,
             "dense_bytes_per_token": self.runs[0].dense_bytes_per_token,
             **first,
             "runs": runs,

@@ -93,6 +93,7 @@ def run_tasks(
     *,
     limit: int | None,
     seed: int,
+    dense: Any = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Score tasks dense, then sparse.
 
@@ -104,6 +105,7 @@ def run_tasks(
         manager: of `open_tasks`.
         limit: examples a task, None for all.
         seed: of few-shot choice and bootstrap.
+        dense: another model to compare with: what `model` was before it was adapted.
 
     Returns:
         task -> {"dense": {metric: value}, "sparse": {metric: value}}
@@ -113,7 +115,8 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
-    adapter = _adapter(model, tokenizer, control)
+    adapters = {"sparse": _adapter(model, tokenizer, control)}
+    adapters["dense"] = adapters["sparse"] if dense is None else _adapter(dense, tokenizer, SparsityControl())
     options = {f"{name}_random_seed": seed for name in ("numpy", "torch", "fewshot")} | {"random_seed": seed}
     results: dict[str, dict[str, dict[str, float]]] = {task: {} for task in tasks}
     for kind in ("dense", "sparse"):
@@ -123,7 +126,7 @@ def run_tasks(
         ):
             try:
                 scored = simple_evaluate(
-                    adapter, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, **options
+                    adapters[kind], tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, **options
                 )
             except (ConnectionError, FileNotFoundError) as error:
                 reason = str(error).strip() or type(error).__name__

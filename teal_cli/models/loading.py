@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from teal_cli.errors import ArtefactError, MachineError, blame
+from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns model types and activations)
+from teal_cli.models.activations import check_activation
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
 from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
-from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
 from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.reading import read_json
 
@@ -29,7 +30,7 @@ _MOST_MADE_UP = 2
 _SMALL = 1 << 24
 """Parameters and buffers that a model may have beyond what its weight files explain: tables of positions, masks."""
 _NUMBER = re.compile(r"\.\d+\.")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = "use a smaller model or --dtype bfloat16; to calibrate what a GPU cannot hold, --offload"
 
 
@@ -70,8 +71,8 @@ def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dty
         device: float32 weights run as bfloat16 on a GPU under `auto`.
     """
     if name != "auto":
-        return _DTYPES[name]
-    dtype = _DTYPES.get(stored or "", torch.float32)
+        return DTYPES[name]
+    dtype = DTYPES.get(stored or "", torch.float32)
     return torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
 
 
@@ -211,7 +212,6 @@ def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Arc
         model.teal_architecture = architecture
     unstack_experts_(model)
     adopt_likeness_(model)
-    set_activation_thresholds_(model)
     return model.to(target).eval()
 
 
@@ -258,7 +258,6 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     with target:
         model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
     unstack_experts_(model)
-    set_activation_thresholds_(model)
     return model.eval()
 
 

@@ -1,12 +1,13 @@
 """What a report is made of: the artefacts of a run folder, and JSON results, read and checked."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.adapted import Record, is_adapted, read_record
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.fields import moment
@@ -81,6 +82,15 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """A model that `teal adapt` made."""
+
+    name: str
+    """Of its folder."""
+    record: Record
+
+
+@dataclass(frozen=True)
 class Realised:
     """What was counted of one export while it was evaluated."""
 
@@ -103,6 +113,7 @@ class Material:
     focus: Export | None
     """The export that summaries are about."""
     results: list[Result]
+    adapted: list[Adapted] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -208,14 +219,15 @@ def read_material(
     run = parent if own is None or calibration is not None else None
     exports = [own] if own is not None else [read_export(each) for each in _checkpoints(folder)]
     results = list(_results_in(run, say)) if run is not None else []
-    if calibration is None and not exports and not results:
+    adapted = [Adapted(each.resolve().name, read_record(each)) for each in _adapted(folder, own is not None)]
+    if calibration is None and not exports and not results and not adapted:
         raise ArtefactError(f"{folder} is neither a run folder nor a TEAL checkpoint: run `teal calibrate` first")
     for file in further:
         result = _result_of(file, read_result(file))
         if result is None:
             raise ArtefactError(f"{file} is no result of teal eval, bench or generate: make one with --json")
         results += [result] if all(result.content != known.content for known in results) else []
-    found = Material(folder, run, calibration, exports, own, results)
+    found = Material(folder, run, calibration, exports, own, results, adapted)
     return found if own is not None else replace(found, focus=_focus(found))
 
 
@@ -229,8 +241,16 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _checkpoints(run: Path) -> Iterator[Path]:
-    folders = (each for each in sorted(run.iterdir()) if each.is_dir() and not each.name.startswith("."))
-    return (each for each in folders if _is_checkpoint(each))
+    return (each for each in _folders(run) if _is_checkpoint(each))
+
+
+def _folders(run: Path) -> Iterator[Path]:
+    return (each for each in sorted(run.iterdir()) if each.is_dir() and not each.name.startswith("."))
+
+
+def _adapted(folder: Path, is_checkpoint: bool) -> Iterator[Path]:
+    """The adapted models of a run folder; of a checkpoint, itself."""
+    return (each for each in ([folder] if is_checkpoint else _folders(folder)) if is_adapted(each))
 
 
 def _results_in(run: Path, say: Callable[[str], None]) -> Iterator[Result]:
@@ -247,7 +267,7 @@ def _results_in(run: Path, say: Callable[[str], None]) -> Iterator[Result]:
             continue
         if result is not None:
             yield result
-        elif file in stages and file.stem not in ("calibrate", "export"):
+        elif file in stages and file.stem not in ("calibrate", "adapt", "export"):
             say(f"left out: {file} is no result of teal {file.stem}")
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from teal_cli.errors import printable
 from teal_cli.plain_table import PlainTable
+from teal_cli.report.adapt_tables import adapt_table
 from teal_cli.report.artefact_tables import calibration_facts, exports_table, projection_tables, versions_text
 from teal_cli.report.contents import describe_calibration, describe_export, describe_projections, describe_results
 from teal_cli.report.distributions import SHOWN_EXPORTS, distribution_plots
@@ -19,6 +20,7 @@ from teal_cli.report.plots import quality_plots, speed_plots
 from teal_cli.report.samples import Passages, passages
 from teal_cli.report.summary import Line, how_to_measure, summary
 from teal_cli.report.tables import bench_tables, eval_tables
+from teal_cli.report.training import training_plots
 from teal_cli.version import __version__
 from teal_cli.versions import now
 
@@ -72,6 +74,7 @@ class Content:
     made: list[Made]
     quality: list[Part]
     speed: list[Part]
+    training: list[Part]
     sparsity: list[Part]
     further_sparsity: list[Part]
     distributions: list[Part]
@@ -90,6 +93,7 @@ class Drawings:
 
     quality: list[Plot]
     speed: list[Plot]
+    training: list[Plot]
     sparsity: dict[str, list[Plot]]
     """By export."""
     distributions: list[Plot]
@@ -97,7 +101,7 @@ class Drawings:
     def all(self) -> list[Plot]:
         """In the order of the page."""
         maps = [plot for plots in self.sparsity.values() for plot in plots]
-        return [*self.quality, *self.speed, *maps, *self.distributions]
+        return [*self.quality, *self.speed, *self.training, *maps, *self.distributions]
 
 
 def drawings_of(material: Material) -> Drawings:
@@ -109,6 +113,7 @@ def drawings_of(material: Material) -> Drawings:
     return Drawings(
         quality_plots(material),
         speed_plots(material),
+        training_plots(material),
         {export.name: sparsity_plots(export, material.realised(export)) for export in mapped},
         distribution_plots(material.calibration, _by_relevance(material)) if material.calibration is not None else [],
     )
@@ -127,6 +132,7 @@ def content_of(material: Material, drawings: Drawings) -> Content:
         made=[_made(result) for result in describe_results(material)],
         quality=_measured(drawings.quality, material.of_kind("eval", "encoder"), eval_tables),
         speed=_measured(drawings.speed, material.of_kind("bench"), bench_tables),
+        training=_training(drawings.training, material),
         sparsity=[*overview, *(part for export, part in parts if export.name in drawings.sparsity)],
         further_sparsity=[part for export, part in parts if export.name not in drawings.sparsity],
         distributions=[Part(plots=_drawn(drawings.distributions))] if drawings.distributions else [],
@@ -176,6 +182,13 @@ def _measured(
     if not results:
         return []
     found = [listed(table) for result in results for table in tables(result.content)]
+    return [Part(plots=_drawn(plots), tables=found)]
+
+
+def _training(plots: Sequence[Plot], material: Material) -> list[Part]:
+    if not material.adapted:
+        return []
+    found = [listed(adapt_table(adapted.record.model_dump(mode="json"))) for adapted in material.adapted]
     return [Part(plots=_drawn(plots), tables=found)]
 
 

@@ -136,6 +136,10 @@ class SparseLinear(nn.Linear):
 
     def _masked(self, x: Tensor, context: PassContext, rows: int) -> Tensor:
         """The plain product of x without the inputs that are skipped."""
+        return F.linear(self._without_skipped(x, context, rows), self.weight, self.bias)
+
+    def _without_skipped(self, x: Tensor, context: PassContext, rows: int) -> Tensor:
+        """x with zeros for the inputs that are skipped."""
         active = active_inputs(x, self.threshold)
         tokens, offset = self._positions(x, context, rows)
         stays = context.stays_dense(tokens, offset, x.device)
@@ -145,7 +149,17 @@ class SparseLinear(nn.Linear):
             active |= stays
         if context.counter is not None:
             self._count(context.counter, context.rows_that_drop(rows, tokens, offset) * self.in_features, active)
-        return F.linear(x * active, self.weight, self.bias)
+        masked = x * active
+        return x + (masked - x).detach() if self.control.straight_through else masked
+
+    def kept_inputs(self, x: Tensor) -> Tensor:
+        """What this layer multiplies with its weight in a masked pass; x itself in all others.
+
+        For training: adapters beside the layer must read the same, or merging them is not exact.
+        """
+        context = self.control.context or self.control.context_alone(x)
+        rows = x.numel() // self.in_features
+        return self._without_skipped(x, context, rows) if decide(self.rule, context, rows) == "masked" else x
 
     def _count(self, counter: SparsityCounter, seen: int, active: Tensor) -> None:
         """Count inputs that could be skipped, and those that are: where `active` is False."""

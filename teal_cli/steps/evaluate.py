@@ -30,6 +30,7 @@ from teal_cli.sparse import apply_plan_, control_of, neuron_sparsity, sparsify_,
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, with_other_weights
 from teal_cli.steps.calibrate import say_if_short
+from teal_cli.steps.original import original_of
 from teal_cli.text_files import TextFile
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace
@@ -120,6 +121,7 @@ def _evaluate(
     blocks = None if dataset == "self" else text()
     model, plans, packs = _model_and_plans(config, workspace, reporter)
     check_positions(model, config.seq_len)
+    original, its_name = _original(config, workspace, reporter)
     if config.generate:
         Engine(model).check_length(config.prompt_tokens, config.new_tokens)
     quantization = config.quantisation or workspace.source.quantisation
@@ -142,7 +144,7 @@ def _evaluate(
         yield EncoderResult(workspace.source.name, dataset, half, config.seq_len, quantization, runs, **machine)
         return
     with reporter.progress(f"evaluating on {dataset}", blocks.numel()) as advance:
-        compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance)
+        compared = compare(model, plans, blocks, dense_prefixes=prefixes, on_sequence=advance, dense=original)
     written: list[Agreement] | list[None] = [None] * len(plans)
     tasks: list[Scores] = [{} for _ in plans]
 
@@ -153,6 +155,7 @@ def _evaluate(
             half=half,
             seq_len=config.seq_len,
             mode=config.mode,
+            compared_with=its_name,
             runs=[
                 EvalRun(
                     quantization=quantization,
@@ -161,7 +164,7 @@ def _evaluate(
                     dense_prefix=prefix,
                     comparison=comparison,
                     bytes_per_token=weight_bytes_per_token(model, comparison.realised_by_projection, packs),
-                    dense_bytes_per_token=weight_bytes_per_token(model, {}, packs),
+                    dense_bytes_per_token=weight_bytes_per_token(model if original is None else original, {}, packs),
                     neuron_sparsity=neuron_sparsity(model, comparison.realised_by_projection)
                     if config.mode == "intrinsic"
                     else None,
@@ -182,14 +185,25 @@ def _evaluate(
         prompts = blocks[: config.prompts, : config.prompt_tokens]
         total = (len(plans) + 1) * len(prompts) * config.new_tokens
         with reporter.progress("writing", total) as advance:
-            written = agree(model, plans, prompts, new_tokens=config.new_tokens, on_tokens=advance)
+            written = agree(model, plans, prompts, new_tokens=config.new_tokens, on_tokens=advance, dense=original)
         yield result()
     if config.tasks:
         reporter.say(f"tasks: {', '.join(config.tasks)}, dense and sparse")
     for scores, plan in zip(tasks, plans, strict=True) if config.tasks else ():
         apply_plan_(model, plan)
-        scores |= run_tasks(model, tokenizer, control, config.tasks, harness, limit=config.task_limit, seed=config.seed)
+        limit, seed = config.task_limit, config.seed
+        scores |= run_tasks(model, tokenizer, control, config.tasks, harness, limit=limit, seed=seed, dense=original)
         yield result()
+
+
+def _original(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> tuple[Any, str]:
+    """The dense model that an adapted one came from, and its name; None and its own name of others."""
+    found = original_of(workspace.source.folder, reporter)
+    if found is None:
+        return None, workspace.source.name
+    source, folder = found
+    reporter.say(f"comparing with {source.name}, from which this was adapted")
+    return load_model(folder, device=config.device, dtype=config.dtype), source.name
 
 
 def _say_what_there_is(config: EvalConfig, dataset: str, blocks: Tensor, reporter: Reporter) -> None:

@@ -1,16 +1,18 @@
 """Run: the chain of a recipe, stage after stage; finished stages are kept and skipped next time."""
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from teal_cli.atomic import file_digest, write_json
 from teal_cli.checkpoint import calibration as calibration_file
+from teal_cli.checkpoint.adapted import read_record
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.export import check_checkpoint
 from teal_cli.checkpoint.results import check_stage
 from teal_cli.config import (
+    AdaptConfig,
     BenchConfig,
     CalibrateConfig,
     EvalConfig,
@@ -23,10 +25,12 @@ from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.results import read_result
+from teal_cli.model_source import ModelSource
 from teal_cli.models.companions import companion_files
 from teal_cli.models.loading import threads_restored
 from teal_cli.models.weights import fingerprint
 from teal_cli.reading import read_json
+from teal_cli.steps.adapt import adapt, adapted_folder
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import check_inputs, evaluate
@@ -71,16 +75,20 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
         if stage not in done:
             _check_inputs(config)
     results: dict[str, dict[str, Any]] = {}
+    measured = workspace
     for number, (stage, config) in enumerate(recipe.stages.items(), start=1):
         title = f"[{number}/{len(recipe.stages)}] {stage}"
         result_file = workspace.run / f"{stage}.json"
         if stage in done:
             reporter.say(f"{title}: done before, kept")
             results[stage] = read_result(result_file)
+            measured = _adapted(workspace, results[stage]) if stage == "adapt" else measured
             continue
         reporter.say(title)
+        used = config if measured is workspace else _of_adapted(config, measured)
         with threads_restored():  # each stage has its own
-            results[stage] = _stated(config, _run_stage(config, reporter, workspace, result_file))
+            results[stage] = _stated(config, _run_stage(used, reporter, measured, result_file))
+        measured = _adapted(workspace, results[stage]) if stage == "adapt" else measured
         write_json(result_file, results[stage])
         # run.json is written when the stage is done, so a stage that is cut short runs again.
         state[stage] = keys[stage]
@@ -89,6 +97,19 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
             write_json(config.json_file, results[stage])
     reporter.say(f"all of it lies in {workspace.run}; next, for one page with plots: teal report {workspace.run}")
     return results
+
+
+def _adapted(workspace: Workspace, result: dict[str, Any]) -> Workspace:
+    """The workspace of what stage adapt wrote, for the stages after it."""
+    folder = Path(result["folder"])
+    return replace(workspace, source=ModelSource(folder.name, folder))
+
+
+def _of_adapted(config: SharedConfig, workspace: Workspace) -> SharedConfig:
+    """A stage's configuration, for a model that has its own thresholds: it keeps what is not about these."""
+    own = {"sparsity", "calibration", "allocation", "limits", "cost", "recalibrate"}
+    given = {key: getattr(config, key) for key in config.model_fields_set - own}
+    return type(config)(**{**given, "model": str(workspace.source.folder)})
 
 
 def _check(recipe: RunConfig) -> None:
@@ -112,13 +133,17 @@ def _check_inputs(config: SharedConfig) -> None:
     """Fail before the first stage runs where a later one would miss its text, a package or a task."""
     if isinstance(config, CalibrateConfig):
         check_dataset(config.dataset)
+    if isinstance(config, AdaptConfig):
+        for dataset in config.dataset:
+            check_dataset(dataset)
     if isinstance(config, EvalConfig):
         check_inputs(config)
 
 
 def _settings(config: SharedConfig) -> str:
     """What the result depends on: the configuration, the text of its files, and this teal."""
-    named = [TextFile.named(str(getattr(config, key, None))) for key in ("dataset", "text")]
+    said = [str(getattr(config, key, None)) for key in ("dataset", "text")]
+    named = [TextFile.named(text) for text in (config.dataset if isinstance(config, AdaptConfig) else said)]
     texts = [file.path for file in named if file is not None]
     texts += [Path(str(getattr(config, key, None))) for key in ("allocation", "cost", "architecture")]
     digests = [file_digest(path) for path in texts if path.is_file()]
@@ -143,6 +168,8 @@ def _whole(stage: str, config: SharedConfig, workspace: Workspace, result_file: 
         check_stage(stage, result, result_file)
         if isinstance(config, CalibrateConfig):
             calibration_file.check_quantised(calibration_file.load(run_folder(config, workspace)))
+        if isinstance(config, AdaptConfig):
+            read_record(adapted_folder(config, workspace))
         if isinstance(config, ExportConfig):
             check_checkpoint(Path(result["folder"]))
     except (ArtefactError, OSError):
@@ -160,6 +187,8 @@ def _run_stage(config: SharedConfig, reporter: Reporter, workspace: Workspace, r
     match config:
         case CalibrateConfig():
             return calibration_summary(calibrate(config, reporter, workspace))
+        case AdaptConfig():
+            return adapt(config, reporter, workspace).to_json()
         case ExportConfig():
             return asdict(export(config, reporter, workspace))
         case EvalConfig():

@@ -10,7 +10,6 @@ from torch import Tensor
 from teal_kernels.native.structures import (
     Activation,
     Epilogue,
-    Layout,
     Product,
     Route,
     Scores,
@@ -19,23 +18,6 @@ from teal_kernels.native.structures import (
     weight_of,
 )
 from teal_kernels.packing import Packed
-
-
-def rows_of(table: Tensor, bias: Tensor | None = None) -> Weight:
-    """The weights of a router or of a scale, row-major even where there is one output.
-
-    Args:
-        table: (outputs, hidden) of float32, bfloat16 or float16, contiguous.
-        bias: (outputs,), or None.
-
-    Raises:
-        ValueError: a table that lies otherwise.
-    """
-    if not table.is_contiguous():
-        raise ValueError(f"a table with strides {table.stride()} is not row-major")
-    weight = weight_of(table, bias=bias)
-    weight.layout, weight.row_bytes = Layout.ROW_MAJOR, table.shape[1] * table.itemsize
-    return weight
 
 
 def route_of(router: Weight, top_k: int, *, scores: Scores, normalised: bool = False, jitter: float = 0.0) -> Route:

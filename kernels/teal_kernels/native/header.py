@@ -49,6 +49,7 @@ class Epilogue(IntEnum):
     ACTIVATED = 2
     GATE_FIRST = 3
     RESIDUAL = 4
+    ROUTED = 5
 
 
 class Activation(IntEnum):
@@ -127,6 +128,12 @@ class Norm(Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32), ("aside", c_int32))
 
 
+class Router(Structure):
+    """teal_router; `structures.router_of` makes one."""
+
+    _fields_ = (("first", c_void_p), ("logits", c_void_p), ("group", c_int32), ("whole", c_int32))
+
+
 class Product(Structure):
     """teal_product; `product_of` makes one."""
 
@@ -144,6 +151,7 @@ class Product(Structure):
         ("experts", c_int32),
         ("interleaved", c_int32),
         ("scaled_by", c_void_p),
+        ("router", c_void_p),
     )
 
 

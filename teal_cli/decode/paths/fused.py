@@ -4,7 +4,8 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`). The weights of each product lie
+An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`), a routed one takes one more for
+its router (`fused_routed`). The weights of each product lie
 in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a block computes is data
 (`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
-from teal_cli.checkpoint.rules import Zeros
+from teal_cli.checkpoint.rules import Routed, Zeros
 from teal_cli.decode.activations import unknown_activation
-from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of
+from teal_cli.decode.blocks import Attention, Product, block_steps, program_of
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
@@ -25,6 +26,7 @@ from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.decode.row_levels import RowLevels
+from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
@@ -67,7 +69,7 @@ def _is_in_the_plan(product: Product) -> bool:
     """Whether all layers of a product are sparse ones, side by side as the program has them."""
     if product.experts:
         return isinstance(product.layers[0], SparseExperts)
-    if product.gate_first is not None:
+    if product.gate_first is not None or product.routed is not None:
         return True
     sparse = all(isinstance(layer, SparseLinear) for layer in product.layers)
     return sparse and product.sparse_layers[0].merged.are_all(product.layers)
@@ -85,8 +87,9 @@ class FusedPath(ProgramPath):
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
-        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that.
-        self.sparse_may_lose = any(isinstance(layer.rule, Zeros) for layer in sparse_layers(model).values())
+        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that,
+        # nor of routed neurons.
+        self.sparse_may_lose = any(isinstance(layer.rule, Zeros | Routed) for layer in sparse_layers(model).values())
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense, Rule
 from teal_cli.decode.activations import activation_of, curve_of
 from teal_cli.decode.blocks import Product
-from teal_cli.decode.paths import fused_gate_first
+from teal_cli.decode.paths import fused_gate_first, fused_routed
 from teal_cli.decode.paths.fused_experts import Routing, alternate, bias_of, stack_of
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.sparse import SparseLinear
@@ -165,8 +165,9 @@ def table_of(product: Product) -> tuple[Tensor | Packed, tuple[int, ...]]:
 
 
 def cannot_launch(product: Product) -> str | None:
-    """Why a joined product cannot be launched as gate and up, or one that decodes gate first; None where it can."""
+    """Why a joined product cannot be launched as gate and up, or one of an MLP that decodes gate first or is routed;
+    None where it can."""
     packed = getattr(product.layers[0], "packed", None)
     if product.joined and not alternate(product) and packed is not None and product.outputs * packed.bits % 32:
         return f"codes of {product.outputs} outputs of {product.name} that end inside a word"
-    return fused_gate_first.cannot_launch(product)
+    return fused_gate_first.cannot_launch(product) or fused_routed.cannot_launch(product)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_launch import Launch
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, RowsLaunch, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_cli.decode.row_levels import RowLevels
@@ -106,7 +105,7 @@ class FusedSession(ProgramSession):
         """Make the greedy choice from the last launch's logits the next launch's `token`."""
         pick(self.best, self.token, pdl=self.path.pdl)
 
-    def _planned(self) -> list[Launch | GateFirstLaunch]:
+    def _planned(self) -> list[Launch | RowsLaunch]:
         output = self.output
         return [*self.launches, *([output] if output and output.product.sparse_layers[0].is_planned else [])]
 
@@ -114,7 +113,7 @@ class FusedSession(ProgramSession):
         """As `ProgramSession.counted`."""
         found, before = [], 0
         for launch in self._planned():
-            for projection in launch.counted() if isinstance(launch, GateFirstLaunch) else _counted(launch):
+            for projection in launch.counted() if isinstance(launch, RowsLaunch) else _counted(launch):
                 counter = None if projection.counter is None else before + projection.counter
                 found.append(replace(projection, counter=counter))
             before += len(launch.kept)

@@ -12,18 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, embedding_norm, program_of
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, embedding_norm, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_routed import RoutedLaunch
 from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.decode.row_levels import RowLevels
+from teal_cli.decode.scales import Scales
 from teal_cli.sparse import SparsityControl
-from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import attention_splits, decode_attention
@@ -34,6 +35,10 @@ _HIDDEN = "hidden"
 _EMBEDDED = "embedded"
 _OTHER = "other hidden"
 """The buffers of the residual stream: of the second where it was added to as it was read."""
+
+
+RowsLaunch = GateFirstLaunch | RoutedLaunch
+"""Of MLPs of which some neurons are read."""
 
 
 class FusedModel(Protocol):
@@ -79,7 +84,7 @@ class StepBinder:
         self._levels = levels
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
-        self.launches: list[Launch | GateFirstLaunch] = []
+        self.launches: list[Launch | RowsLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs.startswith("neighbours")
@@ -250,8 +255,9 @@ class StepBinder:
         if step.aside or source is None:
             # Beside attention or experts: launched before, as long as `hidden` is what the norm before them was of.
             source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
-        if step.gate_first is not None and isinstance(source, Tensor):
-            y = self._bind_gate_first(step, step.gate_first, source, norm, at)
+        by_rows = self._by_rows(step)
+        if by_rows is not None and isinstance(source, Tensor):
+            y = self._bind_rows(step, by_rows, source, norm, at)
             self._source, self._norm, self._before = y, None, step
             return
         if step.input_norm is not None:
@@ -292,10 +298,16 @@ class StepBinder:
         )
         return normed
 
-    def _bind_gate_first(
-        self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
-    ) -> Tensor:
-        """Gate and live rows of up in one launch, which adds nothing to the stream and takes up no layer norm."""
+    def _by_rows(self, step: Product) -> RowsLaunch | None:
+        """Of gate and up of an MLP that decodes gate first, or is routed."""
+        if step.gate_first is not None:
+            return GateFirstLaunch(step.gate_first, self.enabled, self.rows, self.path.dtype)
+        if step.routed is not None:
+            return RoutedLaunch(step, step.routed, self.enabled, self.rows, self.path.dtype)
+        return None
+
+    def _bind_rows(self, step: Product, launch: RowsLaunch, source: Tensor, norm: FusedNorm | None, at: int) -> Tensor:
+        """A launch of rows of gate and up, which adds nothing to the stream and takes up no layer norm."""
         if self._added is not None and source is self.hidden:
             self.settle()
             norm, at = None if norm is None else replace(norm, squares=self.squares), len(self.steps)
@@ -303,7 +315,6 @@ class StepBinder:
             normed = self.buffer("normed", step.layers[0].in_features)
             self.steps.insert(at, self._writing(norm, source, normed))
             source, norm, at = normed, None, at + 1
-        launch = GateFirstLaunch(mlp, self.enabled, self.rows, self.path.dtype)
         self.launches.append(launch)
         y = self.buffer(step.name, step.outputs)
         self.steps.insert(at, partial(launch.run, source, y, self.path.pdl, norm))

@@ -453,6 +453,7 @@ static void some_outputs(const teal_weight *w, const int32_t *levels, int32_t ro
 }
 
 #include "experts.h"
+#include "routed.h"
 
 void NAMED(teal_run_)(void *session, int32_t thread) {
     teal_session *s = session;
@@ -496,6 +497,9 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
                 if (product->scaled_by) scale_partial(s, m, product->scaled_by, parity);
                 parity ^= 1;
                 pool_barrier(s->pool);
+            } else if (product->epilogue == TEAL_ROUTED) {
+                route_groups(s, m, product, thread);
+                routed_neurons(s, m, product, thread);
             } else {
                 if (product->experts) sums_of_experts(s, m, thread, product);
                 else partial_sums(s, m, thread, product, own);

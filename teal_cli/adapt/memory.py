@@ -1,0 +1,100 @@
+"""What a run needs of memory, estimated before it starts: it would otherwise fail after minutes, or be killed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from teal_cli.models.architectures import find_projections
+from teal_cli.models.loading import check_memory
+
+_TRAINED_BYTES = 16
+"""Of a trained parameter: float32 value, gradient and two moments."""
+_KEPT_A_BLOCK = 34
+"""Hidden states that a block keeps for its backward pass, in multiples of (tokens, hidden), with an MLP of four times
+the width: attention's four, norms' four, the masks and the three of the MLP (measured on SmolLM2-135M)."""
+_LOSS_BYTES = 4 * (4 << 24)
+"""Of one piece of the distillation loss (`distil`): four tensors in float32."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a run, by what needs them."""
+
+    weights: int
+    training: int
+    """Gradients and moments."""
+    teacher: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.training + self.teacher + self.activations
+
+    def text(self) -> str:
+        """In one line, for people."""
+        parts = {"weights": self.weights, "gradients and optimiser": self.training, "teacher": self.teacher}
+        parts["activations"] = self.activations
+        return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
+
+
+def trained_parameters(model: Any, *, lora: int, frozen: bool) -> int:
+    """How many train: adapters of a rank, a vector a projection, or all but embeddings and output layer."""
+    projections = [p for p in find_projections(model) if not p.is_output]
+    if lora:
+        return sum(lora * (p.in_features + p.out_features) for p in projections)
+    if frozen:
+        return sum(p.out_features for p in projections)
+    layers = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    kept = {id(layer.weight): layer.weight for layer in (*layers, model.get_output_embeddings())}
+    return int(sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in kept.values()))
+
+
+def estimate(
+    model: Any,
+    *,
+    trained: int,
+    frozen_itemsize: int,
+    teacher_itemsize: int,
+    tokens: int,
+    recompute: bool,
+    activation_itemsize: int,
+) -> Estimate:
+    """What a run needs, of its model's outline.
+
+    Args:
+        model: its outline.
+        trained: parameters that train, adapters included.
+        frozen_itemsize: bytes of a parameter that does not.
+        teacher_itemsize: of a parameter of the copy that the teacher is; 0 where there is none.
+        tokens: of one pass: batch times length.
+        recompute: whether only one block's activations are held at a time.
+        activation_itemsize: bytes of a hidden state's number.
+    """
+    config = model.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    blocks, hidden = config.num_hidden_layers, config.hidden_size
+    state = tokens * hidden * activation_itemsize
+    kept = blocks * state + _KEPT_A_BLOCK * state if recompute else blocks * _KEPT_A_BLOCK * state
+    return Estimate(
+        weights=max(parameters - trained, 0) * frozen_itemsize + trained * 4,
+        training=trained * (_TRAINED_BYTES - 4),
+        teacher=parameters * teacher_itemsize,
+        activations=kept + _LOSS_BYTES,
+    )
+
+
+def require(found: Estimate, device: torch.device) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+        MachineError: it needs more than the device has free.
+    """
+    check_memory(
+        found.total,
+        device,
+        f"this run ({found.text()})",
+        "adapters need less (--lora 16), so do --recompute, a smaller --batch-size with --accumulate, or --seq-len",
+    )

@@ -1,0 +1,372 @@
+"""Adapt: a dense model, text and a recipe in; an adapted model out."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal_cli.adapt import lora, memory
+from teal_cli.adapt.data import HeldOut, Pool, Text, pools_of
+from teal_cli.adapt.loop import Run, Trained, forget, run
+from teal_cli.adapt.processes import Processes
+from teal_cli.adapt.recipe import Recipe, Setting
+from teal_cli.adapt.recipes import recipe_class
+from teal_cli.adapt.training import Plan
+from teal_cli.adapt.watch import Watch
+from teal_cli.adapt.write import check_replaceable, write_adapted
+from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, read_record, stored
+from teal_cli.checkpoint.calibration import CalibrationInfo
+from teal_cli.checkpoint.digests import configuration_digest
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.config import AdaptConfig
+from teal_cli.console import Reporter
+from teal_cli.data import check_dataset, dataset_identity
+from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.evaluation.perplexity import compare
+from teal_cli.model_loading import load_model
+from teal_cli.models.forward import check_positions
+from teal_cli.models.loading import outline, pick_device, pick_dtype, stored_dtype, use_threads
+from teal_cli.models.tokenizing import load_tokenizer
+from teal_cli.models.weights import fingerprint
+from teal_cli.planning import allocate, allocations, recalibrate
+from teal_cli.sparse import control_of, make_intrinsic_, sparsify_
+from teal_cli.sparse.weight_bytes import weight_bytes_per_token
+from teal_cli.steps.artefacts import calibration_for
+from teal_cli.version import __version__
+from teal_cli.versions import device_description, library_versions, now
+from teal_cli.workspace import Workspace, digits_of
+from teal_cli.writing import check_folder, require
+
+_MEASURED_ON = 16384
+"""Tokens of the training text that thresholds are set on, and recipes measure on."""
+_LOGS = 100
+"""Points of a curve."""
+_RATES = {"all": 5e-5, "lora": 3e-4, "frozen": 3e-3}
+
+
+@dataclass(frozen=True)
+class AdaptSummary:
+    """What `teal adapt` made."""
+
+    folder: str
+    record: Record
+    is_first: bool = True
+    """Whether this process is the one that wrote it, of those that `accelerate launch` started."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `teal adapt --json`: adapt.json, and where it lies."""
+        return {"folder": self.folder, **self.record.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """The text of a run."""
+
+    pools: dict[str, Pool]
+    text: Text
+    held_out: Tensor
+    """(sequences, tokens) int64."""
+
+    def used(self, config: AdaptConfig) -> list[TextUsed]:
+        """For the record."""
+        found = []
+        for name, pool in self.pools.items():
+            both = torch.cat([pool.sequences, pool.held_out])
+            digest = hashlib.sha256(both.numpy().tobytes()).hexdigest()
+            identity, weight = dataset_identity(name), config.dataset[name]
+            found.append(TextUsed(dataset=identity, weight=weight, tokens=both.numel(), sha256=digest))
+        return found
+
+
+def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None = None) -> AdaptSummary:
+    """Train a model by a recipe and write what comes out; a run that was cut short goes on where it ended.
+
+    Under `accelerate launch` each process calls it; the first one writes and talks.
+
+    Raises:
+        TealError: anything wrong with options, model, text or machine.
+    """
+    use_threads(config.threads)
+    processes = Processes.of(config.device)
+    reporter = reporter if processes.is_first else Reporter(quiet=True)
+    for dataset in config.dataset:
+        check_dataset(dataset)
+    with processes.first_goes_first():
+        workspace = workspace or Workspace.of(config, reporter)
+    out = config.out or adapted_folder(config, workspace)
+    recipe = recipe_class(config.recipe)(
+        Setting(config.recipe_options, config.seed, config.sparsity, config.lora, say=reporter.say)
+    )
+    _check(config, workspace, recipe, out, processes)
+    plan, before = None, None
+    with processes.first_goes_first():
+        calibration = calibration_for(config, workspace, reporter) if recipe.needs_plan else None
+    dense = _load(config, workspace)
+    check_positions(dense, config.seq_len)
+    reads = _read(config, workspace, dense, reporter)
+    if calibration is not None:
+        plan = allocate(config, calibration, config.sparsity, allocations(config, calibration, reporter)[0])
+        sparsify_(dense, plan)
+        plan, _ = recalibrate(config, plan, calibration, workspace.source, reporter, dense)
+        recipe = type(recipe)(replace(recipe.setting, plan=plan))
+        before = _quality(dense, dense, plan, reads.held_out)
+        control_of(dense).enabled = False
+    teachers = [] if _is_frozen(recipe) else [dense]  # else the student may be its own teacher
+    del dense
+    gc.collect()
+    model = _load(config, workspace, trained=bool(teachers))
+    state = out.with_name(f"{out.name}.run")
+    trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
+    if processes.is_first:
+        teachers = teachers or [_load(config, workspace)]
+        after = _quality(model, teachers[0], trained.outcome.plan, reads.held_out)
+        record = _record(config, recipe, workspace, reads, trained, (before, after), model)
+        info = _measured_on(config, workspace, reads, trained, model)
+        row = workspace.row(config)
+        write_adapted(workspace.source.folder, out, model, trained.outcome, stored(record), info, row)
+        forget(state)
+    processes.wait()
+    return AdaptSummary(str(out), read_record(out), processes.is_first)
+
+
+def adapted_folder(config: AdaptConfig, workspace: Workspace) -> Path:
+    """Where `teal adapt` writes by default: RUNS/<model>/<recipe>-<sparsity>, with the rank of adapters."""
+    rank = f"-lora{config.lora}" if config.lora else ""
+    return workspace.run / f"{config.recipe}-{digits_of(config.sparsity)}{rank}"
+
+
+def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path, processes: Processes) -> None:
+    """Refuse what can be refused before anything is loaded or calibrated."""
+    workspace.require_dense("adapt")
+    require(check_folder, out.parent)
+    check_replaceable(out)
+    if config.lora:
+        lora.require_peft()
+    if workspace.kind(config) != "causal":
+        raise UsageError(f"{workspace.source.name} is no decoder, and teal adapt distils the next token: name another")
+    if config.batch_size % processes.count:
+        raise UsageError(
+            f"batch_size ({config.batch_size}, flag --batch-size) is no multiple of the {processes.count} processes"
+        )
+    empty = outline(workspace.source.folder, workspace.architecture(config))
+    recipe.check(empty)
+    device, frozen = pick_device(config.device), _is_frozen(recipe)
+    itemsize = _dtype(config, workspace).itemsize
+    memory.require(
+        memory.estimate(
+            empty,
+            trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
+            frozen_itemsize=itemsize if frozen else 4,
+            teacher_itemsize=0 if frozen else itemsize,
+            tokens=config.batch_size // processes.count * config.seq_len,
+            recompute=config.recompute,
+            activation_itemsize=2 if _autocasts(config, device) else 4,
+        ),
+        device,
+    )
+
+
+def _is_frozen(recipe: Recipe) -> bool:
+    """Whether the weights of the dense model stay as they are while it trains."""
+    return bool(recipe.setting.lora) or recipe.base_is_frozen
+
+
+def _dtype(config: AdaptConfig, workspace: Workspace) -> torch.dtype:
+    """Of weights that do not train, and of all at the end."""
+    stored_as = stored_dtype(workspace.source.folder, workspace.source.config)
+    return pick_dtype(config.dtype, stored_as, pick_device(config.device))
+
+
+def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: on a GPU that can, unless float32 was asked for."""
+    return device.type == "cuda" and config.dtype != "float32" and torch.cuda.is_bf16_supported()
+
+
+def _load(config: AdaptConfig, workspace: Workspace, *, trained: bool = False) -> Any:
+    """The dense model; in float32 where its weights train."""
+    dtype = "float32" if trained else config.dtype
+    architecture = workspace.architecture(config)
+    return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
+
+
+def _read(config: AdaptConfig, workspace: Workspace, dense: Any, reporter: Reporter) -> _Reads:
+    """The text of the run; that of dataset self is written here."""
+    count = config.steps * config.batch_size * config.accumulate
+    held_out = config.held_out_tokens // config.seq_len
+    if "self" in config.dataset:
+        reporter.say(f"sampling text from {workspace.source.name} itself")
+    pools = pools_of(
+        config.dataset,
+        load_tokenizer(workspace.source.folder),
+        seq_len=config.seq_len,
+        count=count,
+        validation=held_out,
+        seed=config.seed,
+        model=dense,
+    )
+    text = Text(pools, config.dataset, count=count, most_prefix=config.most_prefix, seed=config.seed)
+    reporter.say(
+        f"{count * config.seq_len:,} tokens in {config.steps:,} steps from {', '.join(config.dataset)}, "
+        f"the most read of it {text.repeats():.1f} times"
+    )
+    return _Reads(pools, text, torch.cat([pool.held_out for pool in pools.values()]))
+
+
+def _train(
+    config: AdaptConfig,
+    workspace: Workspace,
+    recipe: Recipe,
+    model: Any,
+    reads: _Reads,
+    teachers: Sequence[Any],
+    state: Path,
+    reporter: Reporter,
+    processes: Processes,
+) -> Trained:
+    """Run the loop."""
+    every = config.evaluate_every or max(1, config.steps // 10)
+    frozen = _is_frozen(recipe)
+    log_every = next(n for n in range(max(1, config.steps // _LOGS), every + 1) if every % n == 0)
+    plan = Plan(
+        folder=state,
+        batch_size=config.batch_size,
+        processes=processes.count,
+        accumulate=config.accumulate,
+        learning_rate=config.learning_rate or _RATES["lora" if config.lora else "frozen" if frozen else "all"],
+        warmup=config.warmup,
+        schedule=config.schedule,
+        clip=config.clip,
+        bf16=_autocasts(config, model.device),
+        on_cpu=model.device.type == "cpu",
+        log_every=log_every,
+        evaluate_every=every,
+        save_every=every,
+        patience=config.patience,
+        seed=config.seed,
+    )
+    watch = Watch(reporter, config.steps, config.tokens_a_step)
+    first = reads.text.first(max(1, _MEASURED_ON // config.seq_len))
+    with watch.bar(f"adapting by {recipe.name}"):
+        return run(
+            Run(
+                model=model,
+                recipe=recipe,
+                plan=plan,
+                steps=config.steps,
+                text=reads.text,
+                held_out=HeldOut(reads.held_out, config.seq_len // 2),
+                sequences=first.to(model.device),
+                key=_key(config, workspace, recipe, reads, processes),
+                teacher=lambda: teachers[0] if teachers else _load(config, workspace),
+                text_weight=config.text_weight,
+                recompute=config.recompute,
+                dtype=_dtype(config, workspace),
+                tell=watch.tell,
+                on_step=watch.step,
+                say=reporter.say,
+            )
+        )
+
+
+def _key(config: AdaptConfig, workspace: Workspace, recipe: Recipe, reads: _Reads, processes: Processes) -> str:
+    """Digest of all that the weights at the end depend on."""
+    source = _source(config, workspace)
+    content = {
+        "settings": {key: value for key, value in config.settings().items() if key not in ("runs", "out", "model")},
+        "weights": [source.weights, source.configuration],
+        "text": [used.sha256 for used in reads.used(config)],
+        "plan": None if recipe.setting.plan is None else recipe.setting.plan.digest(),
+        "processes": processes.count,
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _source(config: AdaptConfig, workspace: Workspace) -> Source:
+    folder = workspace.source.folder
+    return Source(
+        model=config.model,
+        name=workspace.source.name,
+        folder=str(folder.resolve()),
+        weights=fingerprint(folder),
+        configuration=configuration_digest(folder),
+    )
+
+
+def _quality(model: Any, dense: Any, plan: SparsityPlan | None, sequences: Tensor) -> Quality | None:
+    """A model beside the dense one on the held-out slice; None of one whose sparsity nobody can count here."""
+    if plan is None:
+        try:
+            plan = make_intrinsic_(model)
+        except ArtefactError:
+            return None
+    ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
+    return Quality(
+        perplexity_ratio=found.ratio,
+        kl=found.kl,
+        realised_sparsity=found.realised_sparsity,
+        bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection),
+        dense_bytes_per_token=weight_bytes_per_token(dense, {}),
+    )
+
+
+def _measured_on(
+    config: AdaptConfig, workspace: Workspace, reads: _Reads, trained: Trained, model: Any
+) -> CalibrationInfo:
+    """What the thresholds were set on, as a checkpoint says it."""
+    sequences = reads.text.first(max(1, _MEASURED_ON // config.seq_len))
+    return CalibrationInfo(
+        model=workspace.source.name,
+        weights="",
+        dataset=" + ".join(dataset_identity(name) for name in config.dataset),
+        tokens=sequences.numel(),
+        seq_len=config.seq_len,
+        sink_tokens=0,
+        seed=config.seed,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        seconds=trained.seconds,
+        versions=library_versions(),
+    )
+
+
+def _record(
+    config: AdaptConfig,
+    recipe: Recipe,
+    workspace: Workspace,
+    reads: _Reads,
+    trained: Trained,
+    quality: tuple[Quality | None, Quality | None],
+    model: Any,
+) -> Record:
+    """adapt.json."""
+    steps = round(max((point["step"] for point in trained.curve), default=0.0))
+    return Record(
+        teal_version=__version__,
+        finished=now(),
+        recipe=recipe.name,
+        options=config.recipe_options.model_dump(mode="json"),
+        settings=config.settings(),
+        source=_source(config, workspace),
+        text=reads.used(config),
+        repeats=reads.text.repeats(),
+        tokens=steps * config.tokens_a_step,
+        steps=steps,
+        stopped_early=trained.stopped,
+        best=trained.best,
+        parameters=trained.parameters,
+        seconds=trained.seconds,
+        device=device_description(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=library_versions(),
+        curve=trained.curve,
+        before=quality[0],
+        after=quality[1],
+        notes=dict(trained.outcome.notes),
+    )

@@ -1,0 +1,202 @@
+"""`teal adapt` through the command line: what it writes is a model like any other, and says what it came from."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import calibrate_once, copied, fails
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import teal_cli
+import teal_cli.hf
+from teal_cli.adapt import memory
+from teal_cli.checkpoint.adapted import read_record
+from teal_cli.cli import run
+from teal_cli.models import loading
+
+_SIZE = ("--tokens", 512, "--seq-len", 32, "--batch-size", 4, "--held-out-tokens", 64, "--evaluate-every", 2)
+
+
+def _teal(*arguments: object) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _keys(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate_once(tmp_path_factory.mktemp("calibrated"), chat=False)
+
+
+@pytest.fixture
+def dense(home: Path, tmp_path: Path) -> Path:
+    return copied(home, tmp_path)
+
+
+def _adapt(dense: Path, corpus: Path, *flags: object) -> int:
+    return _teal("adapt", "--model", dense, "--dataset", corpus, "--sparsity", 0.6, "--quiet", *_SIZE, *flags)
+
+
+def _eval(folder: Path, corpus: Path) -> dict:
+    size = ("--tokens", 128, "--seq-len", 64, "--quiet", "--json", "eval.json")
+    assert _teal("eval", "--model", folder, "--text", corpus, *size) == 0
+    return _json(Path("eval.json"))
+
+
+def test_what_comes_out_is_a_checkpoint_compared_with_the_original(
+    dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _adapt(dense, corpus, "--learning-rate", "1e-2", "--patience", 0, "--json", "a.json") == 0
+    folder = Path("runs/tiny/recover-0.60")
+    assert [each.name for each in folder.parent.iterdir() if "recover" in each.name] == [folder.name]
+    assert _keys(folder) == _keys(dense)
+    record = read_record(folder)
+    assert _json(Path("a.json"))["folder"] == str(folder)
+    assert (record.recipe, record.tokens, record.steps) == ("recover", 512, 4)
+    assert record.source.folder == str(dense.resolve())
+    assert [used.dataset for used in record.text] == [str(corpus)]
+    assert record.after.realised_sparsity == pytest.approx(0.6, abs=0.08)
+    assert record.after.bytes_per_token < record.after.dense_bytes_per_token
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(8).view(1, -1)
+    assert not torch.allclose(model(ids).logits, AutoModelForCausalLM.from_pretrained(dense)(ids).logits, atol=1e-2)
+    own = _eval(dense, corpus)
+    found = _eval(folder, corpus)
+    assert found["compared_with"] == "tiny"
+    assert found["dense"]["perplexity"] == pytest.approx(own["dense"]["perplexity"], rel=1e-4)
+    assert _teal("generate", "--model", folder, "--prompt", "the", "--max-new-tokens", 4, "--quiet") == 0
+    assert _teal("inspect", folder, "--verify", "--quiet") == 0
+    capsys.readouterr()
+    shutil.move(dense, dense.with_name("away"))
+    assert _teal("eval", "--model", folder, "--text", corpus, "--tokens", 128, "--seq-len", 64) == 0
+    assert "neither in" in capsys.readouterr().err
+
+
+def test_vectors_become_biases(dense: Path, corpus: Path) -> None:
+    assert _adapt(dense, corpus, "--options", "vectors=true", "--out", "out") == 0
+    new = _keys(Path("out")) - _keys(dense)
+    assert {name.rpartition(".")[2] for name in new} == {"bias"}
+    assert _json(Path("out/config.json"))["mlp_bias"] is True
+    assert _teal("generate", "--model", "out", "--prompt", "the", "--max-new-tokens", 4, "--quiet") == 0
+
+
+def test_from_python_with_adapters(dense: Path, corpus: Path) -> None:
+    summary = teal_cli.adapt(
+        dense, lora=2, sparsity=0.6, dataset=str(corpus), tokens=256, seq_len=32, batch_size=4, held_out_tokens=32
+    )
+    assert summary.folder == "runs/tiny/recover-0.60-lora2"
+    assert _keys(Path(summary.folder)) == _keys(dense)
+    assert summary.record.steps == 2
+
+
+def test_a_recipe_runs_it_once_and_measures_what_it_made(
+    dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"tokens": 256, "seq_len": 32, "batch_size": 4, "held_out_tokens": 64}
+    stages = {
+        "adapt": {"dataset": str(corpus), "sparsity": 0.6, **size},
+        "eval": {"dataset": str(corpus), "tokens": 128, "seq_len": 64},
+    }
+    recipe = {"model": str(dense), "stages": ["adapt", "eval"], **stages}
+    Path("recipe.json").write_text(json.dumps(recipe))
+    Path("recipe.yaml").write_text(Path("recipe.json").read_text())  # JSON is YAML
+    assert _teal("run", "recipe.yaml", "--json", "r.json") == 0
+    result = _json(Path("r.json"))
+    assert result["eval"]["model"] == "recover-0.60"
+    assert result["eval"]["compared_with"] == "tiny"
+    assert result["eval"]["runs"][0]["sparse"]["allocation"] == "recover, fisher"
+    capsys.readouterr()
+    assert _teal("run", "recipe.yaml") == 0
+    assert capsys.readouterr().err.count("done before, kept") == 2
+    assert _teal("report", "runs/tiny", "--quiet") == 0
+    page = Path("runs/tiny/report.html").read_text()
+    assert 'id="training"' in page
+    assert f"{result['adapt']['after']['perplexity_ratio']:.3f} times dense" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--recipe", "recove"), "did you mean 'recover'?"),
+        (("--options", "gradients=masked"), "recipe recover has no option 'gradients'; did you mean 'gradient'?"),
+        (("--options", "gradient=none"), "options (flag --options): gradient: "),
+        (("--options", "vectors=true", "--lora", 4), "leave out lora (flag --lora)"),
+        (("--tokens", 16), "is less than one step"),
+        (("--held-out-tokens", 8), "is less than one sequence"),
+        (("--dataset", "sotu=0"), "a number above 0"),
+        (("--quantise", "int8"), "adapt it first, then quantise"),
+    ],
+)
+def test_wrong_options_are_refused(
+    dense: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], message: str
+) -> None:
+    fails(capsys, 2, message, "adapt", "--model", dense, *_SIZE, *flags)
+
+
+def test_nothing_else_is_replaced(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("kept")
+    fails(capsys, 3, "is no adapted model", "adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--out", "mine")
+    assert Path("mine/notes.txt").read_text() == "kept"
+
+
+def test_memory_is_checked_before_anything_is_loaded(
+    dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "available_bytes", lambda device: 300 << 20)
+    fails(capsys, 4, "GiB free; adapters need less", "adapt", "--model", dense, "--dataset", corpus, "--batch-size", 64)
+
+
+def test_estimate_counts_what_trains(dense: Path) -> None:
+    empty = loading.outline(dense)
+    size = {"tokens": 128, "recompute": False, "activation_itemsize": 4}
+    counts = [memory.trained_parameters(empty, lora=lora, frozen=bool(lora)) for lora in (0, 2)]
+    whole = memory.estimate(empty, trained=counts[0], frozen_itemsize=4, teacher_itemsize=4, **size)
+    adapters = memory.estimate(empty, trained=counts[1], frozen_itemsize=4, teacher_itemsize=0, **size)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    embeddings = empty.get_input_embeddings().weight.numel() + empty.get_output_embeddings().weight.numel()
+    assert counts[0] == parameters - embeddings
+    assert whole.training == 12 * counts[0]
+    assert whole.teacher == 4 * parameters
+    assert adapters.training == 12 * counts[1] < whole.training / 4
+    assert adapters.teacher == 0
+
+
+def test_two_processes_train_one_model(dense: Path, corpus: Path) -> None:
+    """As `accelerate launch` starts them; the sums are those of one process, but for their order."""
+    flags = ["--model", dense, "--dataset", corpus, "--sparsity", 0.6, *_SIZE, "--device", "cpu", "--patience", 0]
+    command = [sys.executable, "-m", "teal_cli", "adapt", *map(str, flags), "--out", "two"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "written to two" in said[0][1]
+    assert said[1][0] == said[1][1] == ""
+    assert _adapt(dense, corpus, "--patience", 0, "--out", "one") == 0
+    losses = [[point["loss"] for point in read_record(Path(out)).curve if "loss" in point] for out in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
