@@ -113,11 +113,6 @@ class Student(nn.Module):
         """Whose loss is added."""
         return self._around[1]
 
-    @property
-    def maker(self) -> LogitMaker:
-        """Of the model's logits."""
-        return self._around[2]
-
     def around_recomputed(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What a block runs inside whose activations are recomputed: the first time, and in the backward pass."""
         assert self._batch is not None  # noqa: S101  (blocks run in a forward)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from teal_cli.adapt import lora, state
 from teal_cli.adapt.distil import Student, Teacher
+from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Outcome, Recipe, Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.reading import read_json
@@ -85,12 +86,12 @@ def run(setup: Run) -> Trained:
     recipe, model = setup.recipe, setup.model
     resumed = _resumable(setup.plan.folder, setup.key, setup.say)
     switch_off_dropout_(model)
+    LogitMaker(model).require_exact()
     held = Held(setup.key, measured=_measured(setup, resumed))
     recipe.operate_(model, held.measured)
     model.requires_grad_(False)
     adapters = _adapters(setup)
     student = Student(model, _teacher(setup), recipe, setup.text_weight)
-    student.maker.require_exact()
     if setup.recompute:
         _recompute_(model, student)
     first = 0 if resumed is None else int(read_json(resumed / state.RUN, "state of a run")["stage"])
@@ -183,7 +184,6 @@ def _recompute_(model: Any, student: Student) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.enable_input_require_grads()
 
 
 def _train(

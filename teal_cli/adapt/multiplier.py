@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 _RISE = (0.05, 0.6)
 """Shares of the steps between which the wanted share of zeros grows; after that the model trains at it."""
-_QUICK, _SLOW = 10.0, 100.0
+_QUICK, _SLOW = 10.0, 150.0
 """By which power of e the weight answers to a share that is wrong by 1: at once, and over a whole run."""
 _FURTHEST = math.log(1e4)
 

@@ -69,6 +69,7 @@ class AdaptTrainer(Trainer):
             save_strategy="steps",
             save_steps=max(1, plan.save_every),
             report_to=[],
+            ddp_find_unused_parameters=False,
             disable_tqdm=True,
             remove_unused_columns=False,
             prediction_loss_only=True,

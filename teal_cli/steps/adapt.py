@@ -31,7 +31,7 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.perplexity import compare
 from teal_cli.model_loading import load_model
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import outline, pick_device, pick_dtype, stored_dtype, use_threads
+from teal_cli.models.loading import DTYPES, outline, pick_device, pick_dtype, stored_dtype, use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.models.weights import fingerprint
 from teal_cli.planning import allocate, allocations, recalibrate
@@ -107,7 +107,7 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     plan, before = None, None
     with processes.first_goes_first():
         calibration = calibration_for(config, workspace, reporter) if recipe.needs_plan else None
-    dense = _load(config, workspace)
+    dense = _load(config, workspace, config.dtype)
     check_positions(dense, config.seq_len)
     reads = _read(config, workspace, dense, reporter)
     if calibration is not None:
@@ -120,11 +120,11 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     teachers = [] if _is_frozen(recipe) else [dense]  # else the student may be its own teacher
     del dense
     gc.collect()
-    model = _load(config, workspace, trained=bool(teachers))
+    model = _load(config, workspace, "float32" if teachers else _stored(workspace))
     state = out.with_name(f"{out.name}.run")
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
     if processes.is_first:
-        teachers = teachers or [_load(config, workspace)]
+        teachers = teachers or [_load(config, workspace, config.dtype)]
         after = _quality(model, teachers[0], trained.outcome.plan, reads.held_out)
         record = _record(config, recipe, workspace, reads, trained, (before, after), model)
         info = _measured_on(config, workspace, reads, trained, model)
@@ -157,13 +157,13 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
     empty = outline(workspace.source.folder, workspace.architecture(config))
     recipe.check(empty)
     device, frozen = pick_device(config.device), _is_frozen(recipe)
-    itemsize = _dtype(config, workspace).itemsize
+    used = pick_dtype(config.dtype, _stored(workspace), device)
     memory.require(
         memory.estimate(
             empty,
             trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
-            frozen_itemsize=itemsize if frozen else 4,
-            teacher_itemsize=0 if frozen else itemsize,
+            frozen_itemsize=DTYPES[_stored(workspace)].itemsize if frozen else 4,
+            teacher_itemsize=0 if frozen else used.itemsize,
             tokens=config.batch_size // processes.count * config.seq_len,
             recompute=config.recompute,
             activation_itemsize=2 if _autocasts(config, device) else 4,
@@ -177,10 +177,10 @@ def _is_frozen(recipe: Recipe) -> bool:
     return bool(recipe.setting.lora) or recipe.base_is_frozen
 
 
-def _dtype(config: AdaptConfig, workspace: Workspace) -> torch.dtype:
-    """Of weights that do not train, and of all at the end."""
-    stored_as = stored_dtype(workspace.source.folder, workspace.source.config)
-    return pick_dtype(config.dtype, stored_as, pick_device(config.device))
+def _stored(workspace: Workspace) -> str:
+    """The name of the dtype in which the dense model lies on disk: weights that do not train keep every bit."""
+    found = stored_dtype(workspace.source.folder, workspace.source.config)
+    return found if found in DTYPES else "float32"
 
 
 def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
@@ -188,9 +188,8 @@ def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.dtype != "float32" and torch.cuda.is_bf16_supported()
 
 
-def _load(config: AdaptConfig, workspace: Workspace, *, trained: bool = False) -> Any:
-    """The dense model; in float32 where its weights train."""
-    dtype = "float32" if trained else config.dtype
+def _load(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
+    """The dense model."""
     architecture = workspace.architecture(config)
     return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
 
@@ -263,10 +262,10 @@ def _train(
                 held_out=HeldOut(reads.held_out, config.seq_len // 2),
                 sequences=first.to(model.device),
                 key=_key(config, workspace, recipe, reads, processes),
-                teacher=lambda: teachers[0] if teachers else _load(config, workspace),
+                teacher=lambda: teachers[0] if teachers else _load(config, workspace, config.dtype),
                 text_weight=config.text_weight,
                 recompute=config.recompute,
-                dtype=_dtype(config, workspace),
+                dtype=DTYPES[_stored(workspace)],
                 tell=watch.tell,
                 on_step=watch.step,
                 say=reporter.say,
@@ -306,7 +305,8 @@ def _quality(model: Any, dense: Any, plan: SparsityPlan | None, sequences: Tenso
             plan = make_intrinsic_(model)
         except ArtefactError:
             return None
-    ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != dense.dtype):
+        ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
     return Quality(
         perplexity_ratio=found.ratio,
         kl=found.kl,

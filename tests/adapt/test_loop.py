@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapt_runs import STEPS, Rows, plan_of, tiny_run
+from adapt_runs import BATCH, STEPS, Rows, plan_of, tiny_run
 from conftest import build_model
 
 from teal_cli.adapt import lora, state
@@ -88,7 +88,7 @@ def test_the_best_weights_are_kept_and_a_run_that_gets_worse_ends(tmp_path: Path
 
 def test_training_brings_the_student_nearer(tmp_path: Path) -> None:
     before = build_model("llama").state_dict()
-    model, trained = tiny_run(tmp_path, rate=1e-3)
+    model, trained = tiny_run(tmp_path, rate=1e-3, distinct=BATCH)
     losses = [p["loss"] for p in trained.curve if "loss" in p]
     assert losses[-1] < losses[0]
     assert all(0.2 < p["sparsity"] < 0.4 for p in trained.curve)

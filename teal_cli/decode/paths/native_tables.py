@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.rules import Dense
 from teal_cli.decode.blocks import Norm
 from teal_cli.sparse import SparseLinear
 from teal_kernels.packing import Packed
@@ -18,11 +16,6 @@ def joined_norms(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
     tables = [norm.bias if bias else norm.weight for norm in norms]
     joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
     return joined if bias else joined + float(norms[0].plus_one)
-
-
-def rule_of(layer: nn.Linear, sparse: bool) -> Any:
-    """The rule of a layer; of a dense session none skips anything."""
-    return layer.rule if sparse and isinstance(layer, SparseLinear) else Dense()
 
 
 def is_gapless(table: Tensor | Packed) -> bool:
