@@ -238,7 +238,15 @@ def test_packaged_recipes_are_valid(path: Path) -> None:
 
 
 def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
-    assert recipe_names() == ["demo", "laptop", "llama-3-70b", "llama-3-8b"]
+    assert recipe_names() == [
+        "adapt-demo",
+        "adapt-gpu",
+        "adapt-llama-3-8b",
+        "demo",
+        "laptop",
+        "llama-3-70b",
+        "llama-3-8b",
+    ]
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "qwen2.5-0.5b"
     seventy = load_recipe(Path("llama-3-70b"), {}).stages
     assert list(seventy) == ["calibrate", "export", "generate"]

@@ -15,7 +15,7 @@ from teal_cli.adapt.distil import Student
 from teal_cli.adapt.recipe import Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.atomic import atomic_folder
-from teal_cli.errors import TealError
+from teal_cli.errors import UsageError
 
 
 class AdaptTrainer(Trainer):
@@ -77,6 +77,8 @@ class AdaptTrainer(Trainer):
             seed=plan.seed,
             log_level="error",
         )
+        if arguments.n_gpu > 1:  # without a launcher: one process has one GPU
+            arguments._n_gpu = 1
         super().__init__(student, arguments, train_dataset=text, eval_dataset=held_out, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = False
@@ -120,7 +122,7 @@ class AdaptTrainer(Trainer):
         self.tell(figures)
         for name in ("loss", "held_out_loss"):
             if not math.isfinite(figures.get(name, 0.0)):
-                raise TealError(
+                raise UsageError(
                     f"the loss is no number any more, at step {self.state.global_step}: lower the learning rate "
                     f"(flag --learning-rate, now {self.plan.learning_rate:g})"
                 )

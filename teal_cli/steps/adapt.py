@@ -143,6 +143,11 @@ def adapted_folder(config: AdaptConfig, workspace: Workspace) -> Path:
 
 def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path, processes: Processes) -> None:
     """Refuse what can be refused before anything is loaded or calibrated."""
+    if config.quantise is not None:
+        raise UsageError(
+            "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then quantise what "
+            "came out"
+        )
     workspace.require_dense("adapt")
     require(check_folder, out.parent)
     check_replaceable(out)

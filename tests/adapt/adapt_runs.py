@@ -22,7 +22,7 @@ STEPS, BATCH, TOKENS = 4, 4, 24
 
 
 class Rows(torch.utils.data.Dataset):
-    """Random sequences, each with a dense prefix of its own; the first ones again and again where `distinct` is less."""
+    """Random sequences, each with a dense prefix of its own; so many `distinct` ones, again and again."""
 
     def __init__(self, count: int, seed: int, distinct: int | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
