@@ -241,7 +241,7 @@ class Trials:
 
         left = max(target - saved, 0.0)
         plan = fisher_plan(blocks, left)
-        plan.projections |= {p.name: Dense() for p in self.calibration.projections if p.is_output}
+        plan.projections.update({p.name: Dense() for p in self.calibration.projections if p.is_output})
         recalibrate_(self.model, plan, self.settling, dense_prefix=PREFIX)
         figures, realised = self.bench.measured(self.model, logits)
         row = self.row(f"sketch: {name}", target, figures, realised, -saved)

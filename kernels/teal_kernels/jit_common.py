@@ -14,6 +14,8 @@ _GELU = tl.constexpr(launching.ACTIVATIONS["gelu"])
 _GELU_TANH = tl.constexpr(launching.ACTIVATIONS["gelu_tanh"])
 _RELU2 = tl.constexpr(launching.ACTIVATIONS["relu2"])
 _FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
+_DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
+_CLAMPED_SWIGLU = tl.constexpr(launching.ACTIVATIONS["clamped_swiglu"])
 
 
 @triton.jit
@@ -187,6 +189,26 @@ def clamped_swiglu(gate, up, limit, curve, dtype: tl.constexpr):
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     return rounded(gate * tl.sigmoid(curve.first * gate), dtype), rounded(up + 1.0, dtype)
+
+
+@triton.jit
+def gated(gate, up, threshold, curve, KIND: tl.constexpr, dtype: tl.constexpr):
+    """activation(gate) * up, rounded where transformers rounds.
+
+    Args:
+        gate: in the dtype.
+        up: float32.
+        threshold, curve: of the activation, where it has them.
+        KIND: one of `launching.ACTIVATIONS`.
+    """
+    up = rounded(up, dtype)
+    if KIND == _CLAMPED_SWIGLU:
+        gate, up = clamped_swiglu(gate.to(tl.float32), up, threshold, curve, dtype)
+    else:
+        gate = rounded(activated(gate.to(tl.float32), threshold, KIND), dtype)
+    if KIND == _DRELU:
+        up = tl.where(up <= 0.0, 0.0, up)
+    return (gate * up).to(dtype)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from teal_kernels import launching
 from teal_kernels.jit_common import (
     LEAST_TILE,
     activated,
-    clamped_swiglu,
+    gated,
     keep_squares,
     keep_sums_beside,
     layer_scale,
@@ -41,9 +41,7 @@ RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
 BESIDE = tl.constexpr(3)
 PAIRED = tl.constexpr(4)
-DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
 XIELU = tl.constexpr(launching.ACTIVATIONS["xielu"])
-CLAMPED_SWIGLU = tl.constexpr(launching.ACTIVATIONS["clamped_swiglu"])
 
 
 @triton.jit
@@ -382,14 +380,7 @@ def gemv_kernel(
     if EPILOGUE.two:
         if has_bias:
             up += tl.load(out.bias + outs, mask=inside, other=0.0).to(tl.float32)
-        if EPILOGUE.activation == CLAMPED_SWIGLU:
-            gate, up = clamped_swiglu(y.to(tl.float32), rounded(up, dtype), sizes.threshold, curve, dtype)
-        else:
-            gate = rounded(activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation), dtype)
-            up = rounded(up, dtype)
-        if EPILOGUE.activation == DRELU:
-            up = tl.where(up <= 0.0, 0.0, up)
-        y = (gate * up).to(dtype)
+        y = gated(y, up, sizes.threshold, curve, EPILOGUE.activation, dtype)
         tl.store(out.y + row * columns_of_y + at, y, mask=inside)
     else:
         if EPILOGUE.activation == XIELU:

@@ -5,8 +5,8 @@ from typing import Any
 from torch.nn.functional import softplus
 
 from teal_cli.decode.blocks import Product
+from teal_cli.models.activations import zeroing_activation
 from teal_cli.models.programs import Program
-from teal_cli.models.trained_sparse import zeroing_activation
 
 ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), "silu"),

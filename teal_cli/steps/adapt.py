@@ -145,8 +145,8 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
     """Refuse what can be refused before anything is loaded or calibrated."""
     if config.quantise is not None:
         raise UsageError(
-            "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then quantise what "
-            "came out"
+            "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then quantise "
+            "what came out"
         )
     workspace.require_dense("adapt")
     require(check_folder, out.parent)
