@@ -18,6 +18,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_gate_first,
         speed.benchmarks_cpu,
         speed.benchmarks_llama_cpp,
+        speed.benchmarks_families_cpu,
         quality.benchmarks_quality,
         quality.benchmarks_beside_llama_cpp,
         quality.benchmarks_gate_first,

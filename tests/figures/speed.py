@@ -266,6 +266,22 @@ def benchmarks_llama_cpp(page: Page) -> None:
     page.table("| dense, 50 % over llama.cpp | float32 | bfloat16 | int8 | int4 |", rows)
 
 
+def benchmarks_families_cpu(page: Page) -> None:
+    """Small shapes of other families on a CPU, beside llama.cpp."""
+    cells = result("decode-cpu-families")["cells"]
+    for width, theirs in (("int8", "Q8_0"), ("bfloat16", "BF16")):
+        rows: dict[str, tuple[Cell, ...]] = {}
+        for name in cells:
+            if name.endswith(f"/{width}"):
+                over = [(_median(run), run["over_llama_cpp"]["median"]) for run in cells[name]["runs"]]
+                rows[f"`{name.partition('/')[0]}`"] = (_median(cells[name]["llama_cpp"]), *over)
+        page.table(f"| family, {width} | llama.cpp `{theirs}` | `teal`, dense | 50 % |", rows)
+    runs = [run for cell in cells.values() for run in cell["runs"]]
+    for sparsity, said in ((0, "dense {} to {} times"), (0.5, "at 50 % {} to {} times")):
+        over = [run["over_llama_cpp"]["median"] for run in runs if run["sparsity"] == sparsity]
+        page.says(f"{said} llama.cpp", min(over), max(over))
+
+
 def _dense_and_half(name: str) -> Cell:
     if name not in result("decode-cpu-llama")["cells"]:
         return None  # not measured
