@@ -94,7 +94,7 @@ def measure(alias: Alias, share: float, options: argparse.Namespace) -> list[dic
     """Tokens a second of each way, for each number of rows."""
     ways, found = ways_of(alias, share, options), []
     for batch in (int(number) for number in options.rows.split(",")):
-        prompt = random_prompt(int(alias.shape["vocab_size"]), PROMPT, 0, batch)  # type: ignore[call-overload]
+        prompt = random_prompt(int(alias.shape["vocab_size"]), PROMPT, 0, batch)
         shares = {name: realised(way, prompt) for name, way in ways.items() if way[1] is not None}
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.repeats):
