@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from teal_cli.api import adapt, evaluate
+from teal_cli.api import adapt_model, evaluate
 from teal_cli.atomic import write_json
 from teal_cli.plain_table import PlainTable
 from teal_cli.versions import device_description, library_versions
@@ -88,7 +88,7 @@ class Benchmark:
         name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
         shared = {"runs": str(options.runs), "device": options.device, "dataset": "sotu"}
         out = str(options.runs / "adapt-lte" / name)
-        summary = adapt(options.model, recipe="lte", seed=seed, out=out, **shared, **self.size, **own)
+        summary = adapt_model(options.model, recipe="lte", seed=seed, out=out, **shared, **self.size, **own)
         record = summary.record
         entry = {
             "arm": arm,

@@ -125,7 +125,7 @@ def main() -> None:
         began = time.monotonic()
         name = f"{arm.replace(', ', '-')}-{sparsity:.2f}-{seed}"
         own = {**shared, "sparsity": sparsity, **(ARMS | CONTROLS)[arm]}
-        summary = teal_cli.adapt(MODEL, seed=seed, out=str(options.runs / "adapt-recover" / name), **own)
+        summary = teal_cli.adapt_model(MODEL, seed=seed, out=str(options.runs / "adapt-recover" / name), **own)
         record = summary.record
         keep(
             "results",

@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teal_cli.api import adapt, calibrate, evaluate, export, generate, load
+    from teal_cli.api import adapt_model, calibrate, evaluate, export, generate, load
 
     __version__: str
 
-__all__ = ["__version__", "adapt", "calibrate", "evaluate", "export", "generate", "load"]
+__all__ = ["__version__", "adapt_model", "calibrate", "evaluate", "export", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:

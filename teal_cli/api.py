@@ -76,7 +76,7 @@ def export(model: str | Path, sparsity: float = 0.5, **options: Any) -> ExportSu
     return export_step.export(*_configured(ExportConfig, "export", model, {**options, "sparsity": sparsity}))
 
 
-def adapt(model: str | Path, recipe: str = "recover", **options: Any) -> adapt_step.AdaptSummary:
+def adapt_model(model: str | Path, recipe: str = "recover", **options: Any) -> adapt_step.AdaptSummary:
     """Train a model to do with less, as `teal adapt`; its `folder` says where it lies, its `record` what came of it.
 
     Args:

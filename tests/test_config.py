@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from teal_cli.config import OTHER_SPELLINGS, STAGES, VERB_CONFIGS, EvalConfig, GenerateConfig
+from teal_cli.config import DEFAULT_STAGES, OTHER_SPELLINGS, VERB_CONFIGS, EvalConfig, GenerateConfig
 from teal_cli.config_files import flag_name, keys_of, load_recipe, load_verb, recipe_names
 from teal_cli.errors import UsageError
 from teal_cli.models.aliases import alias_names, find_alias
@@ -224,7 +224,7 @@ def test_stop_tokens_may_be_blanks(tmp_path: Path) -> None:
 
 def test_recipe_flags_reach_every_stage(tmp_path: Path) -> None:
     recipe = load_recipe(_file(tmp_path, {"seed": 1}), {"seed": "7", "runs": "elsewhere"})
-    assert list(recipe.stages) == list(STAGES)
+    assert list(recipe.stages) == list(DEFAULT_STAGES)
     assert {config.seed for config in recipe.stages.values()} == {7}
     assert {config.runs for config in recipe.stages.values()} == {Path("elsewhere")}
 
@@ -238,7 +238,15 @@ def test_packaged_recipes_are_valid(path: Path) -> None:
 
 
 def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
-    assert recipe_names() == ["demo", "laptop", "llama-3-70b", "llama-3-8b"]
+    assert recipe_names() == [
+        "adapt-demo",
+        "adapt-gpu",
+        "adapt-llama-3-8b",
+        "demo",
+        "laptop",
+        "llama-3-70b",
+        "llama-3-8b",
+    ]
     assert load_recipe(Path("laptop"), {}).stages["generate"].model == "qwen2.5-0.5b"
     seventy = load_recipe(Path("llama-3-70b"), {}).stages
     assert list(seventy) == ["calibrate", "export", "generate"]

@@ -55,8 +55,9 @@ def distillation_loss(
         strict=True,
     )
     kl, text = student.new_zeros((), dtype=torch.float32), student.new_zeros((), dtype=torch.float32)
+    made_again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     for each in pieces:
-        one_kl, one_text = checkpoint(piece, *each, use_reentrant=False) if torch.is_grad_enabled() else piece(*each)
+        one_kl, one_text = checkpoint(piece, *each, **made_again) if torch.is_grad_enabled() else piece(*each)
         kl, text = kl + one_kl, text + one_text
     return kl / len(student), text / (len(student) if targets is None else int((targets >= 0).sum()))
 
@@ -112,11 +113,6 @@ class Student(nn.Module):
     def recipe(self) -> Recipe:
         """Whose loss is added."""
         return self._around[1]
-
-    @property
-    def maker(self) -> LogitMaker:
-        """Of the model's logits."""
-        return self._around[2]
 
     def around_recomputed(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What a block runs inside whose activations are recomputed: the first time, and in the backward pass."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from teal_cli.adapt import lora, state
 from teal_cli.adapt.distil import Student, Teacher
+from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Outcome, Recipe, Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.reading import read_json
@@ -85,12 +86,12 @@ def run(setup: Run) -> Trained:
     recipe, model = setup.recipe, setup.model
     resumed = _resumable(setup.plan.folder, setup.key, setup.say)
     switch_off_dropout_(model)
+    LogitMaker(model).require_exact()
     held = Held(setup.key, measured=_measured(setup, resumed))
     recipe.operate_(model, held.measured)
     model.requires_grad_(False)
     adapters = _adapters(setup)
     student = Student(model, _teacher(setup), recipe, setup.text_weight)
-    student.maker.require_exact()
     if setup.recompute:
         _recompute_(model, student)
     first = 0 if resumed is None else int(read_json(resumed / state.RUN, "state of a run")["stage"])
@@ -178,12 +179,11 @@ def _trainable_(model: nn.Module, recipe: Recipe, stage: Stage, adapters: Sequen
 
 def _recompute_(model: Any, student: Student) -> None:
     """Hold the activations of one block at a time."""
-    options = {"use_reentrant": False, "context_fn": student.around_recomputed}
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": student.around_recomputed}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.enable_input_require_grads()
 
 
 def _train(
@@ -203,7 +203,18 @@ def _train(
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))
     on_step = partial(_add, setup.on_step, steps_before)
-    trainer = AdaptTrainer(student, stage, setup.plan, names, text, setup.held_out, held, setup.tell, on_step)
+    trainer = AdaptTrainer(
+        student,
+        stage,
+        setup.plan,
+        names,
+        text,
+        setup.held_out,
+        held,
+        setup.tell,
+        on_step,
+        resumes=resumed is not None,
+    )
     if resumed is not None:
         trainer._load_from_checkpoint(str(resumed))
         finished = read_json(resumed / state.TRAINER, "state of a run")["global_step"] >= stage.steps

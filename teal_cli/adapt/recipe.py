@@ -32,7 +32,7 @@ class Setting:
     """Its own, of `config/recipes/NAME.py`."""
     seed: int
     sparsity: float | None
-    """The target, where one was given (`--sparsity`)."""
+    """The target; None where none was given (`--sparsity`) and the recipe does not need one."""
     lora: int
     """Rank of the adapters (`--lora`); 0: the weights themselves are trained."""
     plan: SparsityPlan | None = None

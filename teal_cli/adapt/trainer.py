@@ -15,7 +15,7 @@ from teal_cli.adapt.distil import Student
 from teal_cli.adapt.recipe import Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.atomic import atomic_folder
-from teal_cli.errors import TealError
+from teal_cli.errors import UsageError
 
 
 class AdaptTrainer(Trainer):
@@ -31,6 +31,8 @@ class AdaptTrainer(Trainer):
         held: changed in place as the run goes on.
         tell: told figures as they are logged, by every process.
         on_step: told the number of each optimiser step once it is done.
+        resumes: whether a checkpoint of this stage is taken up. A stage that begins is evaluated first: what training
+            makes worse is not kept.
     """
 
     def __init__(
@@ -44,10 +46,13 @@ class AdaptTrainer(Trainer):
         held: Held,
         tell: Callable[[Figures], None],
         on_step: Callable[[int], None],
+        *,
+        resumes: bool,
     ) -> None:
         self.student, self.stage, self.plan, self.held, self.tell = student, stage, plan, held, tell
         self.on_step = on_step
         self.trainable = list(trainable)
+        student.at = (stage.name, 0, stage.steps)
         steps = max(1, min(plan.evaluate_every, stage.steps))
         arguments = TrainingArguments(
             output_dir=str(plan.folder),
@@ -66,9 +71,11 @@ class AdaptTrainer(Trainer):
             logging_nan_inf_filter=False,
             eval_strategy="steps",
             eval_steps=steps,
+            eval_on_start=not resumes,
             save_strategy="steps",
             save_steps=max(1, plan.save_every),
             report_to=[],
+            ddp_find_unused_parameters=False,
             disable_tqdm=True,
             remove_unused_columns=False,
             prediction_loss_only=True,
@@ -76,6 +83,8 @@ class AdaptTrainer(Trainer):
             seed=plan.seed,
             log_level="error",
         )
+        if arguments.n_gpu > 1:  # without a launcher: one process has one GPU
+            arguments._n_gpu = 1
         super().__init__(student, arguments, train_dataset=text, eval_dataset=held_out, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = False
@@ -119,7 +128,7 @@ class AdaptTrainer(Trainer):
         self.tell(figures)
         for name in ("loss", "held_out_loss"):
             if not math.isfinite(figures.get(name, 0.0)):
-                raise TealError(
+                raise UsageError(
                     f"the loss is no number any more, at step {self.state.global_step}: lower the learning rate "
                     f"(flag --learning-rate, now {self.plan.learning_rate:g})"
                 )

@@ -18,7 +18,7 @@ from teal_cli.checkpoint.export import write_checkpoint
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.companions import companion_files
-from teal_cli.models.loading import DTYPES, stored_dtype
+from teal_cli.models.loading import DTYPES, stored_dtype, without_bars
 from teal_cli.models.weights import fingerprint, weight_files
 from teal_cli.reading import read_json
 
@@ -88,7 +88,8 @@ def _write_dense(source: Path, folder: Path, model: Any, outcome: Outcome, recor
         key: (value if dtype is None or not value.is_floating_point() else value.to(dtype)).cpu().contiguous()
         for key, value in values.items()
     }
-    model.save_pretrained(folder, state_dict=stored)
+    with without_bars():
+        model.save_pretrained(folder, state_dict=stored)
     kept = {file.name for file in weight_files(folder)}
     for file in folder.iterdir():
         if file.name not in kept and file.name != "model.safetensors.index.json":

@@ -58,6 +58,9 @@ class Record(Content):
     settings: dict[Name, Any]
     """The configuration, by YAML keys."""
     source: Source
+    """What results are compared with: the model that never was adapted."""
+    parent: Source | None = None
+    """The model that was trained, where it had been adapted before."""
     text: list[TextUsed]
     repeats: Amount
     """How often the text was read, where it was read most often."""

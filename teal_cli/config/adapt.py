@@ -149,12 +149,3 @@ class AdaptConfig(OneAllocation):
                 f"seq_len ({self.seq_len}, flag --seq-len)"
             )
         return self
-
-    @model_validator(mode="after")
-    def _weights_are_not_quantised(self) -> Self:
-        if self.quantise is not None:
-            raise ValueError(
-                "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then "
-                "quantise what came out"
-            )
-        return self

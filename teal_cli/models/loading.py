@@ -122,7 +122,7 @@ def check_memory(needed: int, device: torch.device, what: str, instead: str = _S
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No progress bar of transformers, whose are not ours to show: the reporter is who talks to the user."""
     from transformers.utils import logging
 
@@ -196,7 +196,7 @@ def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Arc
     size = sum(math.prod(e["shape"]) * _ITEMSIZES.get(e["dtype"], chosen.itemsize) for e in entries)
     check_memory(size, target, str(folder))
     kind = kind_of(config, architecture)
-    with blame(f"{folder} cannot be loaded"), _without_bars():
+    with blame(f"{folder} cannot be loaded"), without_bars():
         loaded: Any = auto_class(kind).from_pretrained(
             folder, dtype=chosen, local_files_only=True, output_loading_info=True, trust_remote_code=False
         )

@@ -20,7 +20,7 @@ from teal_cli.adapt.recipes import recipe_class
 from teal_cli.adapt.training import Plan
 from teal_cli.adapt.watch import Watch
 from teal_cli.adapt.write import check_replaceable, write_adapted
-from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, read_record, stored
+from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, is_adapted, read_record, stored
 from teal_cli.checkpoint.calibration import CalibrationInfo
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.plan import SparsityPlan
@@ -31,11 +31,11 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.evaluation.perplexity import compare
 from teal_cli.model_loading import load_model
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import outline, pick_device, pick_dtype, stored_dtype, use_threads
+from teal_cli.models.loading import DTYPES, outline, pick_device, pick_dtype, stored_dtype, use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.models.weights import fingerprint
 from teal_cli.planning import allocate, allocations, recalibrate
-from teal_cli.sparse import control_of, make_intrinsic_, sparsify_
+from teal_cli.sparse import control_of, make_intrinsic_, sparse_layers, sparsify_
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for
 from teal_cli.version import __version__
@@ -101,13 +101,13 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
         workspace = workspace or Workspace.of(config, reporter)
     out = config.out or adapted_folder(config, workspace)
     recipe = recipe_class(config.recipe)(
-        Setting(config.recipe_options, config.seed, config.sparsity, config.lora, say=reporter.say)
+        Setting(config.recipe_options, config.seed, _target(config), config.lora, say=reporter.say)
     )
     _check(config, workspace, recipe, out, processes)
     plan, before = None, None
     with processes.first_goes_first():
         calibration = calibration_for(config, workspace, reporter) if recipe.needs_plan else None
-    dense = _load(config, workspace)
+    dense = _load(config, workspace, config.dtype)
     check_positions(dense, config.seq_len)
     reads = _read(config, workspace, dense, reporter)
     if calibration is not None:
@@ -120,11 +120,12 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     teachers = [] if _is_frozen(recipe) else [dense]  # else the student may be its own teacher
     del dense
     gc.collect()
-    model = _load(config, workspace, trained=bool(teachers))
+    model = _load(config, workspace, "float32" if teachers else _stored(workspace))
     state = out.with_name(f"{out.name}.run")
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
+    gc.collect()  # the optimiser's moments
     if processes.is_first:
-        teachers = teachers or [_load(config, workspace)]
+        teachers = teachers or [_load(config, workspace, config.dtype)]
         after = _quality(model, teachers[0], trained.outcome.plan, reads.held_out)
         record = _record(config, recipe, workspace, reads, trained, (before, after), model)
         info = _measured_on(config, workspace, reads, trained, model)
@@ -137,12 +138,23 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
 
 def adapted_folder(config: AdaptConfig, workspace: Workspace) -> Path:
     """Where `teal adapt` writes by default: RUNS/<model>/<recipe>-<sparsity>, with the rank of adapters."""
-    rank = f"-lora{config.lora}" if config.lora else ""
-    return workspace.run / f"{config.recipe}-{digits_of(config.sparsity)}{rank}"
+    target, rank = _target(config), f"-lora{config.lora}" if config.lora else ""
+    return workspace.run / f"{config.recipe}{'' if target is None else f'-{digits_of(target)}'}{rank}"
+
+
+def _target(config: AdaptConfig) -> float | None:
+    """The sparsity that was asked for; None where nobody did and the recipe can do without."""
+    asked = recipe_class(config.recipe).needs_plan or "sparsity" in config.model_fields_set
+    return config.sparsity if asked else None
 
 
 def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path, processes: Processes) -> None:
     """Refuse what can be refused before anything is loaded or calibrated."""
+    if config.quantise is not None:
+        raise UsageError(
+            "quantise (flag --quantise) is for a model that is not trained any more: adapt it first, then quantise "
+            "what came out"
+        )
     workspace.require_dense("adapt")
     require(check_folder, out.parent)
     check_replaceable(out)
@@ -157,13 +169,13 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
     empty = outline(workspace.source.folder, workspace.architecture(config))
     recipe.check(empty)
     device, frozen = pick_device(config.device), _is_frozen(recipe)
-    itemsize = _dtype(config, workspace).itemsize
+    used = pick_dtype(config.dtype, _stored(workspace), device)
     memory.require(
         memory.estimate(
             empty,
             trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
-            frozen_itemsize=itemsize if frozen else 4,
-            teacher_itemsize=0 if frozen else itemsize,
+            frozen_itemsize=DTYPES[_stored(workspace)].itemsize if frozen else 4,
+            teacher_itemsize=0 if frozen else used.itemsize,
             tokens=config.batch_size // processes.count * config.seq_len,
             recompute=config.recompute,
             activation_itemsize=2 if _autocasts(config, device) else 4,
@@ -177,10 +189,10 @@ def _is_frozen(recipe: Recipe) -> bool:
     return bool(recipe.setting.lora) or recipe.base_is_frozen
 
 
-def _dtype(config: AdaptConfig, workspace: Workspace) -> torch.dtype:
-    """Of weights that do not train, and of all at the end."""
-    stored_as = stored_dtype(workspace.source.folder, workspace.source.config)
-    return pick_dtype(config.dtype, stored_as, pick_device(config.device))
+def _stored(workspace: Workspace) -> str:
+    """The name of the dtype in which the dense model lies on disk: weights that do not train keep every bit."""
+    found = stored_dtype(workspace.source.folder, workspace.source.config)
+    return found if found in DTYPES else "float32"
 
 
 def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
@@ -188,9 +200,8 @@ def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.dtype != "float32" and torch.cuda.is_bf16_supported()
 
 
-def _load(config: AdaptConfig, workspace: Workspace, *, trained: bool = False) -> Any:
-    """The dense model; in float32 where its weights train."""
-    dtype = "float32" if trained else config.dtype
+def _load(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
+    """The dense model."""
     architecture = workspace.architecture(config)
     return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
 
@@ -263,10 +274,10 @@ def _train(
                 held_out=HeldOut(reads.held_out, config.seq_len // 2),
                 sequences=first.to(model.device),
                 key=_key(config, workspace, recipe, reads, processes),
-                teacher=lambda: teachers[0] if teachers else _load(config, workspace),
+                teacher=lambda: teachers[0] if teachers else _load(config, workspace, config.dtype),
                 text_weight=config.text_weight,
                 recompute=config.recompute,
-                dtype=_dtype(config, workspace),
+                dtype=DTYPES[_stored(workspace)],
                 tell=watch.tell,
                 on_step=watch.step,
                 say=reporter.say,
@@ -306,7 +317,10 @@ def _quality(model: Any, dense: Any, plan: SparsityPlan | None, sequences: Tenso
             plan = make_intrinsic_(model)
         except ArtefactError:
             return None
-    ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
+    elif not sparse_layers(model):
+        sparsify_(model, plan)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != dense.dtype):
+        ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
     return Quality(
         perplexity_ratio=found.ratio,
         kl=found.kl,
@@ -346,6 +360,8 @@ def _record(
     model: Any,
 ) -> Record:
     """adapt.json."""
+    trained_one = _source(config, workspace)
+    again = is_adapted(workspace.source.folder)
     steps = round(max((point["step"] for point in trained.curve), default=0.0))
     return Record(
         teal_version=__version__,
@@ -353,7 +369,8 @@ def _record(
         recipe=recipe.name,
         options=config.recipe_options.model_dump(mode="json"),
         settings=config.settings(),
-        source=_source(config, workspace),
+        source=read_record(workspace.source.folder).source if again else trained_one,
+        parent=trained_one if again else None,
         text=reads.used(config),
         repeats=reads.text.repeats(),
         tokens=steps * config.tokens_a_step,

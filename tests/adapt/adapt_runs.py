@@ -22,17 +22,19 @@ STEPS, BATCH, TOKENS = 4, 4, 24
 
 
 class Rows(torch.utils.data.Dataset):
-    """Random sequences, each with a dense prefix of its own."""
+    """Random sequences, each with a dense prefix of its own; so many `distinct` ones, again and again."""
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, distinct: int | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(2, VOCABULARY, (count, TOKENS), generator=generator)
+        self.ids = torch.randint(2, VOCABULARY, (distinct or count, TOKENS), generator=generator)
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "dense_prefix": torch.tensor(index % (TOKENS // 2))}
+        row = index % len(self.ids)
+        return {"input_ids": self.ids[row], "dense_prefix": torch.tensor(row % (TOKENS // 2))}
 
 
 def plan_of(model: Any, threshold: float = 0.3) -> SparsityPlan:
@@ -51,7 +53,7 @@ def tiny_run(
     key: str = "the run",
     rate: float = 2e-3,
     patience: int = 0,
-    evaluate_every: int = 2,
+    distinct: int | None = None,
     **options: str,
 ) -> tuple[Any, Trained]:
     """Recover a tiny Llama; the model afterwards, and what came out."""
@@ -70,12 +72,12 @@ def tiny_run(
         bf16=False,
         on_cpu=True,
         log_every=1,
-        evaluate_every=evaluate_every,
+        evaluate_every=2,
         save_every=2,
         patience=patience,
         seed=0,
     )
-    text = Rows(STEPS * BATCH, 1)
+    text = Rows(STEPS * BATCH, 1, distinct)
     return model, run(
         Run(
             model=model,
@@ -83,7 +85,7 @@ def tiny_run(
             plan=plan,
             steps=steps,
             text=text,
-            held_out=Rows(4, 2),
+            held_out=Rows(BATCH, 2 if distinct is None else 1),
             sequences=text.ids[:2],
             key=key,
             teacher=lambda: dense,

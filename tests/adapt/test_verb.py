@@ -1,11 +1,11 @@
 """`teal adapt` through the command line: what it writes is a model like any other, and says what it came from."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,9 @@ from teal_cli.adapt import memory
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 from teal_cli.models import loading
+from teal_cli.report.inputs import read_material
+from teal_cli.report.page import Drawings, content_of, render
+from teal_cli.report.training import training_plots
 
 _SIZE = ("--tokens", 512, "--seq-len", 32, "--batch-size", 4, "--held-out-tokens", 64, "--evaluate-every", 2)
 
@@ -60,13 +63,15 @@ def _eval(folder: Path, corpus: Path) -> dict:
 def test_what_comes_out_is_a_checkpoint_compared_with_the_original(
     dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _adapt(dense, corpus, "--learning-rate", "1e-2", "--patience", 0, "--json", "a.json") == 0
+    learning = ("--learning-rate", "5e-3", "--text-weight", 5)  # of random weights, the text teaches the most
+    assert _adapt(dense, corpus, *learning, "--patience", 0, "--json", "a.json") == 0
     folder = Path("runs/tiny/recover-0.60")
     assert [each.name for each in folder.parent.iterdir() if "recover" in each.name] == [folder.name]
     assert _keys(folder) == _keys(dense)
     record = read_record(folder)
     assert _json(Path("a.json"))["folder"] == str(folder)
     assert (record.recipe, record.tokens, record.steps) == ("recover", 512, 4)
+    assert record.best["step"] > 0
     assert record.source.folder == str(dense.resolve())
     assert [used.dataset for used in record.text] == [str(corpus)]
     assert record.after.realised_sparsity == pytest.approx(0.6, abs=0.08)
@@ -74,8 +79,8 @@ def test_what_comes_out_is_a_checkpoint_compared_with_the_original(
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(8).view(1, -1)
     assert not torch.allclose(model(ids).logits, AutoModelForCausalLM.from_pretrained(dense)(ids).logits, atol=1e-2)
-    own = _eval(dense, corpus)
-    found = _eval(folder, corpus)
+    unread = Path(shutil.copy(corpus, "unread.txt"))  # by neither, so that all of it is evaluated
+    own, found = _eval(dense, unread), _eval(folder, unread)
     assert found["compared_with"] == "tiny"
     assert found["dense"]["perplexity"] == pytest.approx(own["dense"]["perplexity"], rel=1e-4)
     assert _teal("generate", "--model", folder, "--prompt", "the", "--max-new-tokens", 4, "--quiet") == 0
@@ -95,7 +100,7 @@ def test_vectors_become_biases(dense: Path, corpus: Path) -> None:
 
 
 def test_from_python_with_adapters(dense: Path, corpus: Path) -> None:
-    summary = teal_cli.adapt(
+    summary = teal_cli.adapt_model(
         dense, lora=2, sparsity=0.6, dataset=str(corpus), tokens=256, seq_len=32, batch_size=4, held_out_tokens=32
     )
     assert summary.folder == "runs/tiny/recover-0.60-lora2"
@@ -122,10 +127,12 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
     capsys.readouterr()
     assert _teal("run", "recipe.yaml") == 0
     assert capsys.readouterr().err.count("done before, kept") == 2
-    assert _teal("report", "runs/tiny", "--quiet") == 0
-    page = Path("runs/tiny/report.html").read_text()
+    material = read_material(Path("runs/tiny"))
+    page = render(content_of(material, Drawings([], [], training_plots(material), {}, [])))
     assert 'id="training"' in page
-    assert f"{result['adapt']['after']['perplexity_ratio']:.3f} times dense" in page
+    after = result["adapt"]["after"]
+    assert f"{after['perplexity_ratio']:.3f} times dense" in page  # in the table
+    assert f"recover-0.60 after: {after['perplexity_ratio']:.3f} at " in page  # in the words of the plot
 
 
 @pytest.mark.parametrize(
@@ -176,27 +183,33 @@ def test_estimate_counts_what_trains(dense: Path) -> None:
     assert adapters.teacher == 0
 
 
+def _process(rank: int, port: int, arguments: list[str]) -> None:
+    """One of two, as a launcher starts them, but forked: importing torch takes longer than all else."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Path(f"said-{rank}").open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = run(arguments)
+    os._exit(code)
+
+
 def test_two_processes_train_one_model(dense: Path, corpus: Path) -> None:
-    """As `accelerate launch` starts them; the sums are those of one process, but for their order."""
-    flags = ["--model", dense, "--dataset", corpus, "--sparsity", 0.6, *_SIZE, "--device", "cpu", "--patience", 0]
-    command = [sys.executable, "-m", "teal_cli", "adapt", *map(str, flags), "--out", "two"]
+    """The sums are those of one process, but for their order; the first alone writes and talks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    said = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "written to two" in said[0][1]
-    assert said[1][0] == said[1][1] == ""
+        port = free.getsockname()[1]
+    flags = ["adapt", "--model", dense, "--dataset", corpus, "--sparsity", 0.6, *_SIZE, "--patience", 0]
+    arguments = [*map(str, flags), "--device", "cpu", "--out", "two"]
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_process, args=(rank, port, arguments)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    assert "written to two" in Path("said-0").read_text()
+    assert Path("said-1").read_text() == ""
     assert _adapt(dense, corpus, "--patience", 0, "--out", "one") == 0
     losses = [[point["loss"] for point in read_record(Path(out)).curve if "loss" in point] for out in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
