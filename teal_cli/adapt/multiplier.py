@@ -5,9 +5,13 @@ from collections.abc import Sequence
 
 _RISE = (0.05, 0.6)
 """Shares of the steps between which the wanted share of zeros grows; after that the model trains at it."""
-_QUICK, _SLOW = 10.0, 100.0
+_QUICK, _SLOW = 10.0, 150.0
 """By which power of e the weight answers to a share that is wrong by 1: at once, and over a whole run."""
-_FURTHEST = math.log(1e4)
+_TOO_MANY = 0.01
+"""Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient,
+and does not come back when the weight falls."""
+_FURTHEST = math.log(1e3)
+"""From the weight to begin with, either way: a run too short to follow must not end in the L1 loss alone."""
 
 
 def along_sine(before: float, after: float, at: float) -> float:
@@ -35,7 +39,7 @@ def staged(at: float, stages: Sequence[tuple[float, float]]) -> float:
 class Steering:
     """Finds the weight by which a share of zeros follows what is wanted: it grows along a sine, then stays.
 
-    The logarithm of the weight answers to the error, and to the sum of all errors so far.
+    The logarithm of the weight answers to the error, and to the sum of all errors so far; with too many zeros it is 0.
 
     Args:
         weight: to begin with.
@@ -67,5 +71,12 @@ class Steering:
         if self.start is None:
             self.start = found
         error = self.wanted(at) - found
-        self.total = min(max(self.total + error * step, -_FURTHEST / _SLOW), _FURTHEST / _SLOW)
-        return 0.0 if at < _RISE[0] else math.exp(self._first + _QUICK * error + _SLOW * self.total)
+        self.total = _within(self.total + error * step, _FURTHEST / _SLOW)
+        if at < _RISE[0] or error <= -_TOO_MANY:
+            return 0.0
+        further = _within(_QUICK * error + _SLOW * self.total, _FURTHEST)
+        return min(1.0, 1.0 + error / _TOO_MANY) * math.exp(self._first + further)
+
+
+def _within(value: float, most: float) -> float:
+    return min(max(value, -most), most)

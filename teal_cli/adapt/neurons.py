@@ -163,7 +163,7 @@ def flip_signs_(model: Any, measured: Mapping[str, Tensor]) -> float:
     A gated MLP with any activation of its gate computes the same as before, bit for bit: up stands in a product alone.
 
     Args:
-        model: its MLPs are gated.
+        model: dense, its MLPs gated.
         measured: by `measure`.
 
     Returns:
@@ -193,7 +193,7 @@ def flip_(module: nn.Module, wrong: Tensor) -> None:
         down.mul_(sign[:, None])
         return
     names = gated_layers(module)
-    assert names is not None  # noqa: S101  (dReLU took it)
+    assert names is not None  # noqa: S101  (`check` had the swap tried)
     up, last = (cast(nn.Linear, getattr(module, name)) for name in names[-2:])
     sign = sign.to(up.weight.device, up.weight.dtype)
     rows = slice(up.out_features - len(sign), None)  # of up alone, or behind those of the gate

@@ -123,6 +123,7 @@ def activate_up_(module: nn.Module) -> None:
     if getattr(module, "activates_up", False):
         return
     act = activation_name(module)
+    kind: Any = type(module)
     if isinstance(module, Experts):
         module.activates_up = True
     elif is_stacked(module):
@@ -130,12 +131,12 @@ def activate_up_(module: nn.Module) -> None:
         unstack_experts_(holder)
         if type(holder[0]) is not Experts:
             raise ArtefactError(f"drelu needs experts that are only gated, which {type(module).__name__} are not")
-        module.__class__ = _subclass(type(module), _DoubleExperts)
+        module.__class__ = _subclass(kind, _DoubleExperts)
     else:
         layers = gated_layers(module)
         if layers is None:
             raise ArtefactError(f"drelu needs MLPs that are only gated, which {type(module).__name__} is not")
-        module.__class__ = _subclass(type(module), _DoubleMLP, (("layers", layers), ("act", act)))
+        module.__class__ = _subclass(kind, _DoubleMLP, (("layers", layers), ("act", act)))
     activation = getattr(module, act)
     if isinstance(activation, DoubleReLU):
         activation.of_both = True

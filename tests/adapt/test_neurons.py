@@ -41,24 +41,27 @@ def test_stages_are_those_of_the_paper() -> None:
     assert staged(0.0, PAPER) == 0.0
 
 
-@pytest.mark.parametrize("steps", [60, 1500])
-@pytest.mark.parametrize("first", [0.001, 10.0])
-def test_the_weight_is_steered_to_a_share_of_zeros(steps: int, first: float) -> None:
-    """Of a model whose zeros follow the weight slowly, as trained ones do; a resumed run goes on the same."""
-    steering = Steering(first, 0.9)
+@pytest.mark.parametrize("steps", [100, 1500])
+@pytest.mark.parametrize("first", [0.03, 3.0])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_the_weight_is_steered_to_a_share_of_zeros(steps: int, first: float, comes_back: bool) -> None:
+    """Of models whose zeros follow the weight slowly, or only ever grow; a resumed run goes on the same."""
+    steering = Steering(first, 0.85)
     found, path = 0.5, []
     for step in range(steps):
         if step == steps // 2:
-            other = Steering(first, 0.9)
+            other = Steering(first, 0.85)
             other.start, other.total = steering.start, steering.total
             steering = other
-        weight = steering.weight(step / steps, found, 1 / steps)
-        goal = 1.0 - 0.5 / (1.0 + weight)
-        found += (goal - found) * min(1.0, 40 / steps)
+        weight, rate = steering.weight(step / steps, found, 1 / steps), 1 - step / steps
+        if comes_back:
+            found += (1.0 - 0.5 / (1.0 + weight) - found) * min(0.3, 20 * rate / steps)
+        else:
+            found += (1.0 - found) * weight / (5.0 + weight) * 10 * rate / steps
         path.append(found)
-    assert path[round(0.04 * steps)] == 0.5  # nothing is asked at first
-    assert path[-1] == pytest.approx(0.9, abs=0.01)
-    assert max(path) < 0.96
+    assert path[round(0.04 * steps)] == (pytest.approx(0.5, abs=0.01))  # nothing is asked at first
+    assert path[-1] == pytest.approx(0.85, abs=0.02)
+    assert max(path) < 0.87
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ class DReLU(ActivationSwap):
 
     def operate_(self, model: Any, measured: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
-        super().operate_(model, measured)
         if self._options.flips:
             self._flipped = flip_signs_(model, measured)
+        super().operate_(model, measured)
 
     def outcome(self, model: Any, sequences: Tensor, notes: Mapping[str, Any]) -> Outcome:
         """See `ActivationSwap`."""
