@@ -30,8 +30,8 @@ from teal_cli.versions import device_description, library_versions
 ARMS: dict[str, dict[str, Any]] = {
     "steered to 0.5": {"sparsity": 0.5},
     "steered to 0.7": {"sparsity": 0.7},
-    "eta 1": {"sparsity": 0.5, "options": {"eta": 1.0}},
-    "eta 4": {"sparsity": 0.5, "options": {"eta": 4.0}},
+    "eta 5": {"sparsity": 0.5, "options": {"eta": 5.0}},
+    "eta 20": {"sparsity": 0.5, "options": {"eta": 20.0}},
 }
 SEEDS = (0, 1)
 SMALL = {"tokens": 2048, "seq_len": 64, "batch_size": 4, "held_out_tokens": 128}

@@ -183,14 +183,14 @@ def test_routers_train_in_the_soft_stage_alone(tmp_path: Path, lora: int) -> Non
 
 
 def test_activations_made_again_change_nothing(tmp_path: Path) -> None:
-    (_, plain), (_, again) = (_run(tmp_path / str(way), recompute=way, eta=2.0) for way in (False, True))
+    (_, plain), (_, again) = (_run(tmp_path / str(way), recompute=way, eta=2.0, steps=2) for way in (False, True))
     losses = [[point["loss"] for point in each.curve if "loss" in point] for each in (plain, again)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(losses[0]) >= STEPS
+    assert len(losses[0]) >= 2
 
 
 def test_eta_is_steered_to_the_sparsity_that_was_asked_for(tmp_path: Path) -> None:
-    _, trained = _run(tmp_path, steps=40, rate=1e-2, bias=1.0, separation=0.05, router_rate=5.0)
+    _, trained = _run(tmp_path, steps=30, rate=1.3e-2, bias=1.0, separation=0.05, router_rate=5.0)
     assert trained.outcome.plan is not None
     share = trained.outcome.notes["groups_left_out"]
     assert share == pytest.approx(0.5, abs=0.15)

@@ -55,13 +55,13 @@ def test_learned_routers_and_their_control(tmp_path: Path, monkeypatch: pytest.M
     save_tiny(tmp_path / "dense")
     (tmp_path / "moby.txt").write_text("Call me Ishmael. " * 400)
     monkeypatch.setattr(module, "SEEDS", (0,))
-    monkeypatch.setattr(module, "SMALL", {"tokens": 256, "seq_len": 16, "batch_size": 4, "held_out_tokens": 32})
-    arguments = ("--model", tmp_path / "dense", "--group", 4, "--text", tmp_path / "moby.txt", "--eval-tokens", 512)
-    shared = (*arguments, "--quick", "--device", "cpu", "--only", "eta 4", "--runs", tmp_path / "runs", "--json", out)
+    monkeypatch.setattr(module, "SMALL", {"tokens": 128, "seq_len": 16, "batch_size": 4, "held_out_tokens": 16})
+    arguments = ("--model", tmp_path / "dense", "--group", 4, "--text", tmp_path / "moby.txt", "--eval-tokens", 128)
+    shared = (*arguments, "--quick", "--device", "cpu", "--only", "eta 20", "--runs", tmp_path / "runs", "--json", out)
     for _ in range(2):
         _run(module, monkeypatch, *shared)
     results = json.loads(out.read_text())["results"]
-    assert [each["arm"] for each in results] == ["eta 4", "eta 4, random"]
+    assert [each["arm"] for each in results] == ["eta 20", "eta 20, random"]
     assert results[1]["settings"]["options"]["routers"] == "random"
     for each in results:
         assert set(each["texts"]) == {"sotu", "moby"}

@@ -14,9 +14,9 @@ from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed,
 
 # As in test_gate_first_step.
 LIMITS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-KINDS = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "fatrelu", "drelu"]
+KINDS = ["silu", "gelu_tanh", "fatrelu", "drelu"]
 THRESHOLD = 0.25
-SHAPES = [(1, 37, 65), (6, 8, 65), (32, 2, 256), (16, 4, 100)]
+SHAPES = [(1, 29, 65), (6, 5, 65), (32, 2, 128)]
 """Neurons of a group, groups, inputs."""
 CONFIGS = {
     "at once": RoutedConfig(neurons=2, block_in=1024, unroll=4, warps=1),
@@ -92,9 +92,7 @@ class Case:
         )
         active = {
             "silu": F.silu(gate),
-            "gelu": F.gelu(gate),
             "gelu_tanh": F.gelu(gate, approximate="tanh"),
-            "relu2": gate.clamp_min(0) ** 2,
             "fatrelu": torch.where(gate >= THRESHOLD, gate, 0.0),
         }.get(self.kind, gate.clamp_min(0))
         hidden = active * (up.clamp_min(0) if self.kind == "drelu" else up)
@@ -126,7 +124,7 @@ class Case:
 
 @covering(
     shape=SHAPES,
-    rows=[1, 2, 4],
+    rows=[1, 3],
     dtype=list(LIMITS),
     norm=["rms", "plus one", "none"],
     rank=[None, 24],
@@ -145,17 +143,17 @@ def test_what_routers_choose(
 
 
 @covering(
-    config=[*CONFIGS, None],
+    config=list(CONFIGS),
     kind=KINDS,
     shape=SHAPES,
-    rows=[1, 2, 4],
+    rows=[1, 3],
     dtype=list(LIMITS),
     whole=[False, True],
     norm=["rms", "plus one", "none"],
     biased=[False, True],
 )
 def test_hidden_against_float64(
-    config: str | None,
+    config: str,
     kind: str,
     shape: tuple[int, int, int],
     rows: int,
@@ -166,11 +164,12 @@ def test_hidden_against_float64(
 ) -> None:
     case = Case.random(shape, rows, dtype, kind, norm, biased=biased)
     chosen = (torch.rand(rows, shape[1], generator=torch.Generator().manual_seed(rows)) < 0.5).int()
-    chosen[0, 0] = 1
+    chosen[0, 0], chosen[-1, -1] = 1, 0
     hidden, expected = case.hidden(chosen, config, whole), case.expected(chosen)
     assert hidden.dtype == dtype
     assert float((hidden.double() - expected).norm()) <= LIMITS[dtype] * float(expected.norm())
-    assert not bool(hidden[expected == 0].any())
+    left_out = chosen.repeat_interleave(shape[0], dim=1) == 0
+    assert not bool(hidden[left_out].any())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
