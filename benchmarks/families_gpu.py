@@ -47,6 +47,7 @@ MODELS = (
     "opt-6.7b",
     "smollm3-3b",
     "minitron-4b",
+    "gpt-oss-20b",
 )
 PROMPT, NEW_TOKENS = 128, 64
 

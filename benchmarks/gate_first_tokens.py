@@ -282,11 +282,11 @@ def _build(layers: int | None) -> Any:
 
 
 @torch.no_grad()
-def _leave_dead_(model: Any, ids: Tensor, dead: float) -> None:
+def leave_dead_(model: Any, ids: Tensor, dead: float) -> None:
     """Set the threshold of each FATReLU at the quantile of its gates, the first block first: it changes the next."""
 
     def choose(mlp: GateFirstMLP, inputs: tuple[Tensor, ...]) -> None:
-        gate = mlp.layers[0](inputs[0][:, PROMPT // 2 :]).float()
+        gate = mlp.layers[0](inputs[0][:, inputs[0].shape[1] // 2 :]).float()
         mlp.activation = GateActivation("fatrelu", float(gate.quantile(dead)))
 
     handles = [m.register_forward_pre_hook(choose) for m in model.modules() if isinstance(m, GateFirstMLP)]
@@ -330,7 +330,7 @@ def tokens(rows: list[int], dead: float, repeats: int, layers: int | None) -> li
     zeros = make_intrinsic_(gated)
     vocabulary = int(gated.config.vocab_size)
     ids = random_prompt(vocabulary, PROMPT, 1).to(DEVICE)
-    _leave_dead_(gated, ids, dead)
+    leave_dead_(gated, ids, dead)
     plans = {f"zeros, attention {share:.0%}": _with_thresholds(gated, zeros, ids, share) for share in (0.5, 0.65)}
     engines = _Unchecked(ordinary), _Unchecked(gated)
     print(f"\nbuilt in {time.perf_counter() - started:.0f} s; paths {[engine.path.name for engine in engines]}")

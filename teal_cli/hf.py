@@ -4,7 +4,8 @@
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/smollm2-135m/fisher-0.50")
 
-It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`).
+It also teaches transformers the models that are sparse by training (`teal_cli.models.trained_sparse`), and activations
+that make zeros under any model type (`teal_cli.models.activations`).
 Importing it imports transformers, which is why `import teal_cli` does not. Without this import
 transformers warns of an unknown quantisation type and loads the dense model.
 """
@@ -22,15 +23,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal_cli.checkpoint.plan import SparsityPlan, quantization_config
 from teal_cli.errors import ArtefactError
+from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns model types and activations)
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
 from teal_cli.models.layers import is_conv1d, is_stacked, unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
-from teal_cli.models.trained_sparse import set_activation_thresholds_
 from teal_cli.quantise.model import make_room_, schemes_of
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, replace_projections_
 from teal_cli.sparse.gated import decode_gate_first_, mlps_of_plan
+from teal_cli.sparse.routing import RoutableMLP, check_routed, route_, routed_mlps
 
 
 class TealConfig(QuantizationConfigMixin):
@@ -93,9 +95,13 @@ class TealQuantizer(HfQuantizer):
         adopt_likeness_(model)
         modules = dict(model.named_modules())
         self._replaced = not any(is_stacked(module) or is_conv1d(module) for module in modules.values())
+        self._routed: list[RoutableMLP] = []
         if not self._replaced:
+            if self.quantization_config.plan.is_routed:
+                raise ArtefactError("this TEAL checkpoint has routers beside experts or Conv1D layers, unknown here")
             return model
         control = replace_projections_(model, names)
+        self._routed = route_(model, self.quantization_config.plan, control)
         if quantization is not None:
             try:
                 of_blocks = [name for name in names if name != control.output]
@@ -111,9 +117,10 @@ class TealQuantizer(HfQuantizer):
             unstack_experts_(model)
             replace_projections_(model, self.quantization_config.plan.projections)
         # Non-persistent buffers hold uninitialised memory here: every threshold is set anew.
-        set_activation_thresholds_(model)  # by which gated MLPs are known
         plan = self.quantization_config.plan
         decode_gate_first_(model, mlps_of_plan(model, plan), control_of(model))
+        _check_routers_were_read(model)
+        check_routed(self._routed)
         apply_plan_(model, plan)
         _decode_with_cache_(model)
         return model
@@ -143,6 +150,18 @@ def _cast_(model: Any, dtypes: dict[str, torch.dtype]) -> None:
         dtype = dtypes.get(name, parameter.dtype)
         if parameter.is_floating_point() and parameter.dtype != dtype and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
+
+
+def _check_routers_were_read(model: nn.Module) -> None:
+    """Of what it does not find in a file transformers warns, and goes on with what is in memory there.
+
+    It marks what it has read.
+    """
+    for mlp in routed_mlps(model):
+        marks = hasattr(mlp.layers[0].weight, "_is_hf_initialized")
+        for name, parameter in mlp.router.named_parameters():
+            if marks and not hasattr(parameter, "_is_hf_initialized"):
+                raise ArtefactError(f"the weights lack {mlp.path}.router.{name}: the routers of this TEAL checkpoint")
 
 
 def _decode_with_cache_(model: Any) -> None:

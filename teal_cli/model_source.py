@@ -12,8 +12,9 @@ from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
 from teal_cli.errors import ArtefactError, MachineError, artefact_error, nearest, shown
 from teal_cli.models import gguf
 from teal_cli.models.aliases import Alias, alias_names, find_alias
-from teal_cli.models.config_checks import PUBLISHED_METHODS, check_config, method_of
+from teal_cli.models.config_checks import MXFP4, PUBLISHED_METHODS, check_config, method_of
 from teal_cli.models.weights import tensor_header, weight_files
+from teal_cli.quantise.mxfp4 import converted_mxfp4
 from teal_cli.quantise.published import converted_published
 from teal_cli.reading import read_json
 from teal_cli.schemes import kind_of_weights
@@ -156,6 +157,8 @@ def _folder_source(folder: Path, name: str, say: Callable[[str], None]) -> Model
     found = ModelSource(name, folder)
     if method_of(found.config) in PUBLISHED_METHODS:
         return ModelSource(name, converted_published(folder, say))
+    if method_of(found.config) == MXFP4:
+        return ModelSource(name, converted_mxfp4(folder, say))
     return found
 
 
@@ -168,7 +171,7 @@ def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
     if packaged is not None:
         return _converted_source(packaged, alias.name, say)
     try:
-        return ModelSource(alias.name, _download(alias.hub_id))
+        return _folder_source(_download(alias.hub_id), alias.name, say)
     except ArtefactError as error:
         if alias.source is None:
             raise

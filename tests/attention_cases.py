@@ -6,19 +6,21 @@ from dataclasses import dataclass, replace
 import torch
 from kernel_cases import EPS, LIMITS, random_packed, relative_error, weights_of
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm
 
 from teal_kernels import active_inputs, masked_input
 from teal_kernels.operands import AttentionPartials, Positions, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_attention import attention_splits, decode_attention
+from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
 from teal_kernels.triton_gemv import TileConfig, gemv
 
 # Relative norm error: float32 sums over the head size and the cache; for 16 bits the rounding of rotated
 # queries and keys, of the weights of the values and of the result.
 ATTENTION_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 POSITIONS = 160
+RARE = ("sinks", "alibi", "clip", "layer norms", "own layer norms", "keys as values")
+"""What fewer models have of attention: `Attention.rare`."""
 Position = int | tuple[int, ...]
 """Of the new token: of every row, or of each."""
 
@@ -52,6 +54,8 @@ class Attention:
     """As in `AttentionPartials`."""
     splits: int = 0
     """Splits of the cache at most; by default those that a model gets."""
+    rare: tuple[str, ...] = ()
+    """Of `RARE`."""
 
     def __post_init__(self) -> None:
         self.at = _of_rows(self.position, self.rows)
@@ -60,7 +64,8 @@ class Attention:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
-        self.qkv = random(self.rows, (self.group + 2) * self.kv_heads * self.dim)
+        parts = self.group + (1 if "keys as values" in self.rare else 2)
+        self.qkv = random(self.rows, parts * self.kv_heads * self.dim)
         self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
         self.values = random(*self.keys.shape)
         angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
@@ -68,15 +73,40 @@ class Attention:
         self.q_norm = random(self.dim) if self.norm else None
         self.k_norm = random(self.dim) if self.norm else None
         self.scale = 0.7 * self.dim**-0.5
+        heads = self.kv_heads * self.group
+        self.sinks = random(heads) * 3 if "sinks" in self.rare else None
+        slopes = torch.linspace(0.02, 0.5, heads)[:, None]
+        alibi = (slopes * torch.arange(self.positions)).to(self.device)
+        self.alibi = alibi if "alibi" in self.rare else None
+        self.v_norm = random(self.dim) if "keys as values" in self.rare else None
+        self.clip = 0.9 if "clip" in self.rare else 0.0
+        self.biases: tuple[Tensor, Tensor] | None = None
+        if "layer norms" in self.rare:
+            self.q_norm, self.k_norm, self.biases = random(self.dim), random(self.dim), (random(self.dim),) * 2
+        if "own layer norms" in self.rare:
+            self.q_norm, self.k_norm = random(heads * self.dim), random(self.kv_heads * self.dim)
+
+    def _normed(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """(rows, heads, D)"""
+        if weight is None:
+            return x
+        weight = weight.double().view(-1, self.dim)
+        if self.norm:
+            return rms_norm(x, (self.dim,), None, EPS) * weight
+        normed = layer_norm(x, (self.dim,), None, None, EPS) * weight
+        return normed if bias is None else normed + bias.double()
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
         """In float64: the result (rows, heads D), and the key and value (rows, K, D) that go into the cache."""
         heads = self.kv_heads * self.group
         sizes = [count * self.dim for count in (heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (part.view(self.rows, -1, self.dim).double() for part in self.qkv.split(sizes, dim=1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, (self.dim,), self.q_norm.double(), EPS)
-            k = rms_norm(k, (self.dim,), self.k_norm.double(), EPS)
+        if self.v_norm is not None:
+            sizes.pop()
+        qkv = self.qkv.clamp(-self.clip, self.clip) if self.clip else self.qkv
+        q, k, *rest = (part.view(self.rows, -1, self.dim).double() for part in qkv.split(sizes, dim=1))
+        v = rest[0] if self.v_norm is None else rms_norm(k, (self.dim,), self.v_norm.double(), EPS)
+        q_bias, k_bias = self.biases or (None, None)
+        q, k = self._normed(q, self.q_norm, q_bias), self._normed(k, self.k_norm, k_bias)
         turn = self.cos[self.at].double()[:, None], self.sin[self.at].double()[:, None]
         q, k = _rotated(q, *turn), _rotated(k, *turn)
         results = []
@@ -88,14 +118,21 @@ class Attention:
                 )
                 for cache, new in ((self.keys, k), (self.values, v))
             )
-            results.append(scaled_dot_product_attention(q[row, :, None], seen_keys, seen_values, scale=self.scale))
+            scores = (seen_keys @ q[row, :, :, None])[..., 0] * self.scale  # (heads, keys)
+            if self.alibi is not None:
+                scores = scores + self.alibi[:, lowest : position + 1].double()
+            if self.sinks is not None:
+                scores = torch.cat([scores, self.sinks.double()[:, None]], dim=1)
+            shares = scores.softmax(1)[:, : position + 1 - lowest]
+            results.append((shares[:, None] @ seen_values)[:, 0])
         return torch.stack(results).reshape(self.rows, -1), k, v
 
     def row(self, row: int) -> "Attention":
         """That row alone."""
         alone = replace(self, rows=1, position=self.at[row])
         alone.qkv, alone.keys, alone.values = (of[row : row + 1] for of in (self.qkv, self.keys, self.values))
-        alone.cos, alone.sin, alone.q_norm, alone.k_norm = self.cos, self.sin, self.q_norm, self.k_norm
+        for name in ("cos", "sin", "q_norm", "k_norm", "sinks", "alibi", "biases", "v_norm"):
+            setattr(alone, name, getattr(self, name))
         return alone
 
     def launch(self, keys: Tensor, values: Tensor, *, pdl: bool = False) -> Tensor:
@@ -121,6 +158,15 @@ class Attention:
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             eps=EPS,
+            heads=Heads(
+                centred=self.q_norm is not None and not self.norm,
+                biases=self.biases,
+                clip=self.clip,
+                sinks=self.sinks,
+                alibi=self.alibi,
+                keys_as_values=self.v_norm is not None,
+                v_norm=self.v_norm,
+            ),
             pdl=pdl,
         )
         assert positions.own.tolist() == self.at
@@ -135,7 +181,10 @@ class Attention:
         assert float((out.double() - expected).norm() / expected.norm()) < limit
         for row, here in enumerate(self.at):
             assert float((keys[row, :, here].double() - k[row]).norm() / k[row].norm()) < limit
-            assert torch.equal(values[row, :, here].double(), v[row])
+            if self.v_norm is None:
+                assert torch.equal(values[row, :, here].double(), v[row])
+            else:
+                assert relative_error(values[row, :, here], v[row]) < limit
             keys[row, :, here], values[row, :, here] = self.keys[row, :, here], self.values[row, :, here]
         assert torch.equal(keys, self.keys)  # nowhere else
         assert torch.equal(values, self.values)

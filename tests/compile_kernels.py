@@ -6,21 +6,31 @@ compiles for compute capability 9.0, and prints the names of the kernels.
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import triton
-from attention_cases import Attention, PartialsCase
+from attention_cases import RARE, Attention, PartialsCase
 from experts_cases import random_experts, random_router
 from kernel_cases import PARTS, Output, random_case
 from triton.backends.compiler import GPUTarget
 
-from teal_kernels import launching, triton_attention, triton_decode, triton_gate_first, triton_gemv, triton_router
+from teal_kernels import (
+    launching,
+    triton_attention,
+    triton_decode,
+    triton_gate_first,
+    triton_gemv,
+    triton_routed,
+    triton_router,
+)
 from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
-from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
-from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
+from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -33,6 +43,12 @@ PRODUCTS = (
 GATE_FIRST = (
     GateFirstConfig(neurons=2, block_out=1, warps=1),
     GateFirstConfig(neurons=16, block_out=16, block_in=64, unroll=1, warps=1, gate_block_in=64, gate_unroll=1),
+)
+# The same, of groups of 16 neurons.
+ROUTED = (
+    RoutedConfig(neurons=2, block_in=1024, unroll=4, warps=1),
+    RoutedConfig(neurons=2, block_in=32, unroll=2, warps=1),
+    RoutedConfig(neurons=16, block_in=64, unroll=1, warps=1),
 )
 DTYPE = torch.bfloat16
 
@@ -69,8 +85,9 @@ def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
         options = {"norm": norm, "epilogue": "residual", "squares": sums, "scale": 0.5, "pdl": pdl}
         gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
     for activation in launching.ACTIVATIONS if rows == 1 else ():
-        if activation != "drelu":
-            options = {"epilogue": "activated", "activation": activation, "pdl": pdl}
+        if activation not in ("drelu", "clamped_swiglu"):
+            curve = Curve(0.8, 0.8, 0.5) if activation == "xielu" else None
+            options = {"epilogue": "activated", "activation": activation, "curve": curve, "pdl": pdl}
             gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
     if rows == 1:
         added = Added(x, weight, 1e-5, True, 0.5, torch.zeros(4, 3), x.clone())
@@ -86,35 +103,69 @@ def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
             gemv(x, table, (128,), thresholds, y, config, scratch, beside=of_outputs, **options)  # type: ignore[arg-type]
 
 
+def _routed(rows: int, *, pdl: bool) -> None:
+    """Routers of one layer and of two, few groups and many, and the groups that they choose."""
+    x, weight = torch.zeros(rows, 72, dtype=DTYPE), torch.zeros(2048, 72, dtype=DTYPE)
+    norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
+    for groups, rank in ((128, None), (2048, None), (128, 24)):
+        first, inputs = (None, 72) if rank is None else (weight[:rank], rank)
+        router = GroupRouter(first, torch.zeros(groups, inputs, dtype=DTYPE), torch.zeros(groups, dtype=DTYPE), 16)
+        chosen, ranked = no_choice(rows, router, x.device, DTYPE)
+        route_groups(x, router, chosen, ranked, norm=norm, counts=counts, pdl=pdl)
+    chosen, y, layer = (
+        torch.zeros(rows, 128, dtype=torch.int32),
+        torch.zeros(rows, 2048, dtype=DTYPE),
+        GateLayer(weight, None),
+    )
+    for config in ROUTED:
+        for whole in (False, True):
+            options = {"group": 16, "kind": "silu", "norm": norm, "whole": whole, "config": config, "pdl": pdl}
+            launch_routed(x, chosen, layer, layer, y, **options)  # type: ignore[arg-type]
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_router):
+    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
         for epilogue in PARTS:
-            random_case(epilogue, rows, dtype=DTYPE).launch(config, pdl=pdl)
+            case = random_case(epilogue, rows, dtype=DTYPE)
+            case.launch(config, pdl=pdl)
+            replace(case, thresholds=case.thresholds.repeat(rows, 1)).launch(config, pdl=pdl)
         _norms(rows, config, pdl=pdl)
         for packed in (None, quantised):
             PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
     for _, config, quantised in PRODUCTS[::2]:
-        for epilogue in ("gated", "residual"):
+        for epilogue in ("gated", "residual", "paired"):
             for packed in (None, quantised):
-                case = random_experts(epilogue, 2, inputs=128, outputs=64, dtype=DTYPE, packed=packed)
-                case.launch(config, pdl=pdl)
+                sizes = {"inputs": 128, "outputs": 64, "dtype": DTYPE, "packed": packed}
+                for bias in {False, True} if epilogue == "residual" else {epilogue == "paired"}:
+                    of_experts = random_experts(epilogue, 2, **sizes, bias=bias)  # type: ignore[arg-type]
+                    of_experts.launch(config, pdl=pdl)
+                    replace(of_experts, thresholds=of_experts.thresholds.repeat(2, 1)).launch(config, pdl=pdl)
     for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
         random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)
+        for rare in (RARE[:4], RARE[4:5], RARE[5:]):
+            attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, rare=rare)
+            attention.launch(attention.keys, attention.values, pdl=pdl)
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
         embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
         for squares in (None, torch.zeros(rows, 1)):
-            write_norm(hidden, hidden[0], hidden, eps=1e-5, centred=squares is None, added_squares=squares, pdl=pdl)
+            for added in {False, squares is not None}:
+                options = {"centred": squares is None, "squares": squares, "added": added, "pdl": pdl}
+                write_norm(hidden, hidden[0], hidden, eps=1e-5, **options)  # type: ignore[arg-type]
+        left = PartialsCase(rows, 3, 24, 150).read
+        for bias in (None, hidden[0]):
+            centred = bias is not None
+            write_norm_of_partials(left, hidden[0], hidden, eps=1e-5, bias=bias, centred=centred, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         layer = GateLayer(weight, None)
         for gate in (gates, layer):
@@ -124,6 +175,7 @@ def main(capability: int) -> None:
         for config in GATE_FIRST:
             for dense in (False, True):
                 step(dense=dense, counts=counts, config=config, pdl=pdl)
+        _routed(rows, pdl=pdl)
     print(*sorted(names), sep="\n")
 
 

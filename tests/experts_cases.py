@@ -13,8 +13,11 @@ from teal_kernels.launching import EMPTY
 from teal_kernels.operands import Norm, Scratch
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
+from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
 from teal_kernels.triton_router import Router, route
+
+ALPHA, LIMIT_OF_GATE = 1.702, 4.0
+"""Of the activation of paired products."""
 
 
 def expert(stack: Tensor | Packed, nth: int) -> Tensor:
@@ -48,6 +51,8 @@ class ExpertsCase:
     before: Tensor
     norm: Norm | None
     chosen: Chosen
+    bias: Tensor | None = None
+    """(experts, out)"""
 
     @property
     def seen(self) -> Tensor:
@@ -67,11 +72,17 @@ class ExpertsCase:
         for token in range(tokens):
             for nth in range(count):
                 row = token * count + nth if self.epilogue == "residual" else token
-                x = masked_input(self.seen[row], self.thresholds[0]).double()
-                each.append(x @ expert(self.stack, int(self.chosen.ids[token, nth])))
+                own = self.thresholds if self.thresholds.dim() == 1 else self.thresholds[token]
+                x = masked_input(self.seen[row], own[0]).double()
+                which = int(self.chosen.ids[token, nth])
+                y = x @ expert(self.stack, which)
+                each.append(y if self.bias is None else y + self.bias[which].double())
         y = torch.stack(each)
         if self.epilogue == "gated":
             return silu(y[:, : self.parts[0]]) * y[:, self.parts[0] :]
+        if self.epilogue == "paired":
+            gate, up = y[:, ::2].clamp(max=LIMIT_OF_GATE), y[:, 1::2].clamp(-LIMIT_OF_GATE, LIMIT_OF_GATE)
+            return (up + 1) * gate * torch.sigmoid(ALPHA * gate)
         if self.epilogue == "residual":
             y = y.view(tokens, count, -1) * self.chosen.weights.double()[:, :, None]
             return y.sum(1) + self.before.double()
@@ -95,8 +106,12 @@ class ExpertsCase:
             y,
             config,
             scratch,
+            bias=self.bias,
             norm=self.norm,
             epilogue=self.epilogue,
+            activation="clamped_swiglu" if self.epilogue == "paired" else None,
+            activation_threshold=LIMIT_OF_GATE if self.epilogue == "paired" else 0.0,
+            curve=Curve(ALPHA) if self.epilogue == "paired" else None,
             squares=squares if self.epilogue == "residual" else None,
             counts=counts,
             experts=self.chosen,
@@ -118,6 +133,7 @@ def random_experts(
     sparsity: float = 0.5,
     norm: bool | None = None,
     packed: tuple[int, int, bool] | None = None,
+    bias: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> ExpertsCase:
@@ -127,7 +143,7 @@ def random_experts(
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    parts = (outputs, outputs) if epilogue == "gated" else (outputs,)
+    parts = {"gated": (outputs, outputs), "paired": (2 * outputs,)}.get(epilogue, (outputs,))
     pairs = tokens * chosen
     ids, weights = no_ids(tokens, chosen, torch.device(device))
     for token in range(tokens):
@@ -150,6 +166,7 @@ def random_experts(
         before=random(tokens if epilogue == "residual" else pairs, outputs),
         norm=random_norm(x, random(inputs)) if has_norm else None,
         chosen=chosen_of(stack, ids, weights),
+        bias=random(experts, sum(parts)) if bias else None,
     )
     if sparsity:
         case.thresholds.fill_(float(case.seen.abs().float().quantile(sparsity)))

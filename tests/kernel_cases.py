@@ -62,13 +62,18 @@ class Case:
     @property
     def kept(self) -> list[int]:
         """Inputs above each part's threshold, over all rows."""
-        return [int(active_inputs(self.seen, threshold).sum()) for threshold in self.thresholds]
+        return [int(active_inputs(self.seen, threshold).sum()) for threshold in self.of_parts]
+
+    @property
+    def of_parts(self) -> Tensor:
+        """(parts,) thresholds, or (parts, rows, 1) of each row."""
+        return self.thresholds if self.thresholds.dim() == 1 else self.thresholds.T.unsqueeze(-1)
 
     def expected(self) -> Tensor:
         """The result in float64."""
         columns = [
             masked_input(self.seen, threshold).double() @ weights
-            for weights, threshold in zip(weights_of(self.table).split(self.parts, dim=1), self.thresholds, strict=True)
+            for weights, threshold in zip(weights_of(self.table).split(self.parts, dim=1), self.of_parts, strict=True)
         ]
         y = torch.cat(columns, dim=1)
         if self.bias is not None:

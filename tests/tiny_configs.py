@@ -177,6 +177,7 @@ FAMILIES = {
     "glm": {"model_type": "glm", **_TINY, "head_dim": 16},
     "glm4": {"model_type": "glm4", **_TINY, "head_dim": 16},
     "phi": {"model_type": "phi", **_TINY},
+    "phi-norms": {"model_type": "phi", **_TINY, "qk_layernorm": True},
     "cohere": {"model_type": "cohere", **_TINY, "logit_scale": 0.3},
     "cohere-norms": {"model_type": "cohere", **_TINY, "logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {
@@ -305,6 +306,7 @@ OTHERS = [
         "stablelm-norms",
         "stablelm-2-12b",
         "cohere-norms",
+        "phi-norms",
         "olmo",
         "olmo-clip",
     ),
@@ -326,9 +328,8 @@ OTHERS = [
 ]
 """What the native path takes besides TINY_CONFIGS, gpt2, opt and what is sparse by training. Their tests have
 a matrix of their own, so that a new one leaves the cases of those before it alone."""
-MIXTURES = [
+ALL_MIXTURES = [
     *("mixtral", "turbosparsemixtral", "qwen3_moe", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared"),
+    "gpt_oss",
 ]
 """Mixtures of experts that have a program."""
-ALL_MIXTURES = [*MIXTURES, "gpt_oss"]
-"""Those too that the native path alone takes."""

@@ -86,7 +86,7 @@ def cpu_gate_first(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None,
         if inputs.shape[0] == 1 and weight.dtype == torch.float32:
             up = _sampled_products(inputs, weight, live, index.shape[0])
         else:
-            up = _gathered_products(inputs, weight, index)
+            up = gathered_products(inputs, weight, index)
         if bias is not None:
             up = up + bias.index_select(0, index)
         product = activation.hidden(gates.index_select(1, index), up)
@@ -118,7 +118,7 @@ def _announce_csr() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
-def _gathered_products(inputs: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+def gathered_products(inputs: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """(rows, in), (out, in), (live,) -> (rows, live): the live rows of the weight are copied, a chunk at a time."""
     count = index.shape[0]
     rows = _ROWS_ALIKE * max(1, _CHUNK_BYTES // (inputs.shape[1] * weight.itemsize * _ROWS_ALIKE))

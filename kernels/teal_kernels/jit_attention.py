@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from teal_kernels import launching
-from teal_kernels.jit_common import matmul, normalised, rounded, tanh
+from teal_kernels.jit_common import layer_normalised, matmul, normalised, rounded, tanh
 from teal_kernels.jit_partials import split_of_cache
 
 NO_NORM = tl.constexpr(launching.HEAD_NORMS["none"])
@@ -28,20 +28,54 @@ def _head_scale(x, eps, DIM: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, partner, norm, partner_norm, scale, cos, sin, eps, HEADS: tl.constexpr, dtype: tl.constexpr):
+def _head_moments(x, eps, HEADS: tl.constexpr):
+    """The mean of each head, and what a layer norm multiplies the rest with: (heads, 1) each."""
+    mean = tl.sum(x, axis=1) / HEADS.size
+    in_head = tl.arange(0, HEADS.padded) < HEADS.size
+    rest = tl.where(in_head[None, :], x - mean[:, None], 0.0)
+    return mean[:, None], tl.rsqrt(tl.sum(rest * rest, axis=1) / HEADS.size + eps)[:, None]
+
+
+@triton.jit
+def _clamped(x, limit):
+    """Between -limit and limit; NaN stays."""
+    wide = x.to(tl.float32)
+    return tl.where(wide > limit, limit, tl.where(wide < -limit, -limit, wide)).to(x.dtype)
+
+
+@triton.jit
+def _rotated(
+    x,
+    partner,
+    norm,
+    partner_norm,
+    bias,
+    partner_bias,
+    scale,
+    cos,
+    sin,
+    eps,
+    HEADS: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """(heads, PADDED) of heads and of what they are rotated with, normalised where asked and rotated.
 
     Rounded once, at the end, where transformers rounds each product of a 16-bit dtype.
 
     Args:
         norm, partner_norm: weights of the norm, (1 or heads, PADDED).
+        bias, partner_bias: of a layer norm, the same.
         scale: of a norm of all heads.
     """
     x = x.to(tl.float32)
     partner = partner.to(tl.float32)
-    if HEADS.norms == FIRST:
+    if HEADS.centred:
+        mean, scale = _head_moments(x, eps, HEADS)
+        x = layer_normalised(x, mean, scale, norm, bias, dtype, HEADS.plus_one)
+        partner = layer_normalised(partner, mean, scale, partner_norm, partner_bias, dtype, HEADS.plus_one)
+    elif HEADS.norms == FIRST:
         scale = _head_scale(x, eps, HEADS.size)
-    if HEADS.norms == FIRST or HEADS.norms == ALL:
+    if (HEADS.norms == FIRST or HEADS.norms == ALL) and not HEADS.centred:
         x = normalised(x, scale, norm, dtype, HEADS.plus_one)
         partner = normalised(partner, scale, partner_norm, dtype, HEADS.plus_one)
     if HEADS.rotated > 0:
@@ -71,6 +105,7 @@ def attention_kernel(
     scale,
     eps,
     more,
+    rare,
     PADDED_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -86,6 +121,7 @@ def attention_kernel(
 
     Args:
         more: `triton_attention.AttentionNumbers`, of which most models need none.
+        rare: `triton_attention.RareOperands`, or None.
         HEADS: `triton_attention.HeadConstants`.
     """
     GROUP: tl.constexpr = HEADS.group
@@ -143,11 +179,11 @@ def attention_kernel(
     q_partner_norm = q_norm
     k_norm = q_norm
     k_partner_norm = q_norm
-    heads_of_group = (head * GROUP + group)[:, None] * DIM if HEADS.norms == ALL else tl.zeros((1, 1), tl.int32)
-    key_head = head * DIM if HEADS.norms == ALL else 0
+    heads_of_group = (head * GROUP + group)[:, None] * DIM if HEADS.own_norms else tl.zeros((1, 1), tl.int32)
+    key_head = head * DIM if HEADS.own_norms else 0
     if HEADS.norms != NO_NORM:
         of_queries = in_head[None, :]
-        if HEADS.norms == ALL:
+        if HEADS.own_norms:
             of_queries &= in_group[:, None]
         q_norm = tl.load(q_norm_ptr + heads_of_group + d[None, :], mask=of_queries, other=0.0).to(tl.float32)
         k_norm = tl.load(k_norm_ptr + key_head + d[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
@@ -156,6 +192,22 @@ def attention_kernel(
             q_partner_norm = tl.load(q_norm_ptr + at_partner, mask=of_queries, other=0.0).to(tl.float32)
             at_partner = key_head + other[None, :]
             k_partner_norm = tl.load(k_norm_ptr + at_partner, mask=in_head[None, :], other=0.0).to(tl.float32)
+    q_bias = tl.zeros((1, PADDED), tl.float32)
+    q_partner_bias = q_bias
+    k_bias = q_bias
+    k_partner_bias = q_bias
+    if HEADS.norm_biases:  # of one norm for all heads
+        q_bias = tl.load(rare.q_bias + d[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+        q_partner_bias = tl.load(rare.q_bias + other[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+        k_bias = tl.load(rare.k_bias + d[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+        k_partner_bias = tl.load(rare.k_bias + other[None, :], mask=in_head[None, :], other=0.0).to(tl.float32)
+    if HEADS.value_norms:
+        v_norm = tl.load(rare.v_norm + d, mask=in_head, other=0.0).to(tl.float32)
+    if HEADS.sinks:
+        sinks = tl.load(rare.sinks + head * GROUP + group, mask=in_group, other=float("-inf")).to(tl.float32)
+    if HEADS.alibi:
+        of_alibi = rare.alibi + (head * GROUP + group)[:, None] * positions
+        own_alibi = tl.load(rare.alibi + (head * GROUP + group) * positions + position, mask=in_group, other=0.0)
     cache = (row * kv_heads + head).to(tl.int64) * positions * DIM
     t = start + tl.arange(0, BLOCK)
     at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
@@ -170,6 +222,9 @@ def attention_kernel(
         first_query = head * (GROUP + 2)
         own_key = first_query + GROUP
         own_value = own_key + 1
+    if HEADS.keys_as_values:
+        projections = qkv_ptr + row * (GROUP + 1) * kv_heads * DIM
+        own_value = own_key
     q_heads = projections + (first_query + group)[:, None] * DIM
     q_inside = in_group[:, None] & in_head[None, :]
     k_head = projections + (own_key + tl.arange(0, 1))[:, None] * DIM
@@ -185,6 +240,16 @@ def attention_kernel(
         q_partner = tl.load(q_heads + other[None, :], mask=q_inside, other=0.0)
         k_partner = tl.load(k_head + other[None, :], mask=in_head[None, :], other=0.0)
     v_new = tl.load(projections + own_value * DIM + d, mask=in_head, other=0.0)
+    if HEADS.clipped:
+        q = _clamped(q, rare.clip)
+        q_partner = _clamped(q_partner, rare.clip)
+        k_new = _clamped(k_new, rare.clip)
+        k_partner = _clamped(k_partner, rare.clip)
+        v_new = _clamped(v_new, rare.clip)
+    if HEADS.value_norms:
+        wide = v_new.to(tl.float32)
+        v_scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / DIM + eps)
+        v_new = normalised(wide, v_scale, v_norm, dtype, HEADS.plus_one).to(dtype)
     q_scale = 1.0
     k_scale = 1.0
     if HEADS.norms == ALL:
@@ -192,8 +257,10 @@ def attention_kernel(
         q_scale = tl.rsqrt(_sum_of_squares(projections, count, HEADS.all_queries) / count + eps)
         count = kv_heads * DIM
         k_scale = tl.rsqrt(_sum_of_squares(projections + heads * DIM, count, HEADS.all_keys) / count + eps)
-    q = _rotated(q, q_partner, q_norm, q_partner_norm, q_scale, cos, sin, eps, HEADS, dtype)
-    k_new = _rotated(k_new, k_partner, k_norm, k_partner_norm, k_scale, cos, sin, eps, HEADS, dtype)
+    q = _rotated(q, q_partner, q_norm, q_partner_norm, q_bias, q_partner_bias, q_scale, cos, sin, eps, HEADS, dtype)
+    k_new = _rotated(
+        k_new, k_partner, k_norm, k_partner_norm, k_bias, k_partner_bias, k_scale, cos, sin, eps, HEADS, dtype
+    )
     if HEADS.growing:
         q = (q.to(tl.float32) * (1.0 + more.growth * tl.log(1.0 + (position // more.every).to(tl.float32)))).to(dtype)
 
@@ -202,6 +269,8 @@ def attention_kernel(
     top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
     if HEADS.capped:
         top = more.cap * tanh(top / more.cap)
+    if HEADS.alibi:
+        top += own_alibi
     maximum = tl.where(last, top, float("-inf"))
     weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
     acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
@@ -221,12 +290,22 @@ def attention_kernel(
         score = matmul(q, tl.trans(k), tl.zeros((PADDED_GROUP, BLOCK), tl.float32)) * scale
         if HEADS.capped:
             score = more.cap * tanh(score / more.cap)
+        if HEADS.alibi:
+            at_keys = first + tl.arange(0, BLOCK)
+            score += tl.load(of_alibi + at_keys[None, :], mask=in_group[:, None] & inside[None, :], other=0.0)
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(maximum, tl.max(score, axis=1))
         share = tl.exp(score - higher[:, None])
         shrink = tl.exp(maximum - higher)
         weight_sum = weight_sum * shrink + tl.sum(share, axis=1)
         acc = matmul(share.to(dtype), v, acc * shrink[:, None])
+        maximum = higher
+    if HEADS.sinks:  # they join the sum once: in the split of the new token
+        sinks = tl.where(last, sinks, float("-inf"))
+        higher = tl.maximum(maximum, sinks)
+        shrink = tl.exp(maximum - higher)
+        weight_sum = weight_sum * shrink + tl.exp(sinks - higher)
+        acc *= shrink[:, None]
         maximum = higher
 
     average = acc / weight_sum[:, None]

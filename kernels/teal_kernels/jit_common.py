@@ -14,6 +14,8 @@ _GELU = tl.constexpr(launching.ACTIVATIONS["gelu"])
 _GELU_TANH = tl.constexpr(launching.ACTIVATIONS["gelu_tanh"])
 _RELU2 = tl.constexpr(launching.ACTIVATIONS["relu2"])
 _FATRELU = tl.constexpr(launching.ACTIVATIONS["fatrelu"])
+_DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
+_CLAMPED_SWIGLU = tl.constexpr(launching.ACTIVATIONS["clamped_swiglu"])
 
 
 @triton.jit
@@ -41,6 +43,46 @@ def scales_after_adding(sums_ptr, n_sums, n_in, added_eps, added_scale, eps, SQU
     squares += 2.0 * share * _total(sums_ptr + 2 * n_sums, n_sums, SQUARES)
     squares += share * share * _total(sums_ptr + 3 * n_sums, n_sums, SQUARES)
     return scale, tl.rsqrt(tl.maximum(squares, 0.0) * (1.0 / n_in) + eps)
+
+
+@triton.jit
+def keep_squares(y, at, inside, place, reducer, WIDTH: tl.constexpr, ROWS: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Write the partial sums of squares of y that one program has, and for a layer norm those of y: one of each row.
+
+    Args:
+        y: (rows WIDTH,), rows up to a power of two.
+    """
+    BATCH: tl.constexpr = EPILOGUE.batch
+    square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
+    each = tl.arange(0, BATCH)
+    of_block = at + (each * tl.num_programs(0) + place) * EPILOGUE.reducers + reducer
+    tl.store(of_block, tl.sum(tl.reshape(square, (BATCH, WIDTH)), axis=1), mask=each < ROWS)
+    if EPILOGUE.sums:
+        written = tl.reshape(tl.where(inside, y.to(tl.float32), 0.0), (BATCH, WIDTH))
+        of_block += ROWS * tl.num_programs(0) * EPILOGUE.reducers
+        tl.store(of_block, tl.sum(written, axis=1), mask=each < ROWS)
+
+
+@triton.jit
+def keep_sums_beside(y, out, outs, inside, block, reducer, EPILOGUE: tl.constexpr):
+    """Write the partial sums that `scales_after_adding` reads: those of one program, of y y, h h, h w y and w y w y.
+
+    Args:
+        out: as in `triton_gemv`.
+        outs: the columns of y.
+    """
+    of_norm = tl.load(out.norm_weight + outs, mask=inside, other=0.0).to(tl.float32)
+    if EPILOGUE.plus_one:
+        of_norm += 1.0
+    stream = tl.load(out.stream + outs, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(inside, y.to(tl.float32), 0.0)
+    weighted = of_norm * value
+    at = out.squares + block * EPILOGUE.reducers + reducer
+    every = tl.num_programs(0) * EPILOGUE.reducers
+    tl.store(at, tl.sum(value * value, axis=0))
+    tl.store(at + every, tl.sum(stream * stream, axis=0))
+    tl.store(at + 2 * every, tl.sum(stream * weighted, axis=0))
+    tl.store(at + 3 * every, tl.sum(weighted * weighted, axis=0))
 
 
 @triton.jit
@@ -129,6 +171,44 @@ def activated(x, threshold, KIND: tl.constexpr):
         if KIND == _RELU2:
             y = y * y
     return y
+
+
+@triton.jit
+def xielu(x, curve):
+    """A parabola and a line above zero, an exponential and a line below (arXiv 2411.13010)."""
+    # exp(x) - 1 - x by its series where the difference would be of rounding.
+    series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0)))
+    series = 0.5 * x * x * (1.0 + x / 3.0 * (1.0 + x / 4.0 * series))
+    bent = tl.where(x > -0.5, series, tl.exp(x) - 1.0 - x)
+    return tl.where(x > 0.0, curve.first * x * x, curve.second * bent) + curve.third * x
+
+
+@triton.jit
+def clamped_swiglu(gate, up, limit, curve, dtype: tl.constexpr):
+    """gpt-oss's: gate times its sigmoid, steeper, and up plus one, both clamped; rounded where transformers rounds."""
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return rounded(gate * tl.sigmoid(curve.first * gate), dtype), rounded(up + 1.0, dtype)
+
+
+@triton.jit
+def gated(gate, up, threshold, curve, KIND: tl.constexpr, dtype: tl.constexpr):
+    """activation(gate) * up, rounded where transformers rounds.
+
+    Args:
+        gate: in the dtype.
+        up: float32.
+        threshold, curve: of the activation, where it has them.
+        KIND: one of `launching.ACTIVATIONS`.
+    """
+    up = rounded(up, dtype)
+    if KIND == _CLAMPED_SWIGLU:
+        gate, up = clamped_swiglu(gate.to(tl.float32), up, threshold, curve, dtype)
+    else:
+        gate = rounded(activated(gate.to(tl.float32), threshold, KIND), dtype)
+    if KIND == _DRELU:
+        up = tl.where(up <= 0.0, 0.0, up)
+    return (gate * up).to(dtype)
 
 
 @triton.jit

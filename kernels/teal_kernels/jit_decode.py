@@ -14,6 +14,7 @@ from teal_kernels.jit_common import (
     rounded,
     tanh,
 )
+from teal_kernels.jit_partials import split_of_cache
 
 
 @triton.jit
@@ -217,6 +218,70 @@ def pick_kernel(best_ptr, best_token_ptr, token_ptr, n_blocks, BLOCK: tl.constex
 
 
 @triton.jit
+def _normed(x, weight, bias, inside, size, eps, dtype: tl.constexpr, CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """The norm of one row, float32."""
+    if CENTRED:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    if CENTRED:  # the mean is off already
+        y = layer_normalised(x, 0.0, scale, weight, bias, dtype, PLUS_ONE)
+    else:
+        y = normalised(x, scale, weight, dtype, PLUS_ONE)
+    return y
+
+
+@triton.jit
+def merged_norm_kernel(
+    sums_ptr,
+    logs_ptr,
+    longest_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    size,
+    window,
+    eps,
+    HEAD_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The norm of a row that attention left as split-KV partials."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    _, _, used = split_of_cache(tl.load(longest_ptr), window, SPLITS, MULTIPLE)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    merged = total
+    for split in range(used):  # the first has positions of every row, and so a finite logarithm
+        of_row = split * tl.num_programs(0) + row
+        log = tl.load(logs_ptr + of_row * (size // HEAD_SIZE) + columns // HEAD_SIZE, mask=inside, other=0.0)
+        value = tl.load(sums_ptr + of_row * size + columns, mask=inside, other=0.0)
+        higher = tl.maximum(top, log)
+        shrink = tl.exp2(top - higher)
+        share = tl.exp2(log - higher)
+        merged = merged * shrink + share * value
+        total = total * shrink + share
+        top = higher
+    dtype = y_ptr.dtype.element_ty
+    x = tl.where(inside, rounded(merged / total, dtype), 0.0)
+    y = _normed(x, weight, bias, inside, size, eps, dtype, CENTRED, PLUS_ONE)
+    tl.store(y_ptr + row * size + columns, y.to(dtype), mask=inside)
+
+
+@triton.jit
 def norm_kernel(
     x_ptr,
     weight_ptr,
@@ -226,15 +291,20 @@ def norm_kernel(
     size,
     eps,
     added_scale,
+    stream_scale,
     BLOCK: tl.constexpr,
     CENTRED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADDED: tl.constexpr,
+    SQUARES: tl.constexpr,
     SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The norm of a row, written, or where ADDED added to `y`, whose sum of squares is written too."""
+    """The norm of a row, written, or where ADDED added to `y`, which `stream_scale` multiplies if it is not None.
+
+    With SQUARES the sum of squares of y is written too.
+    """
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -250,17 +320,14 @@ def norm_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
         before = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if CENTRED:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    if CENTRED:  # the mean is off already
-        y = layer_normalised(x, 0.0, scale, weight, bias, dtype, PLUS_ONE)
-    else:
-        y = normalised(x, scale, weight, dtype, PLUS_ONE)
+    y = _normed(x, weight, bias, inside, size, eps, dtype, CENTRED, PLUS_ONE)
     if ADDED:
         if SCALED:
             y = rounded(y * added_scale, dtype)
         y = rounded(before + y, dtype)
+        if stream_scale is not None:
+            y = rounded(y * stream_scale, dtype)
+    if SQUARES:
         tl.store(squares_ptr + row, tl.sum(y * y, axis=0))
         if CENTRED:
             tl.store(squares_ptr + tl.num_programs(0) + row, tl.sum(y, axis=0))

@@ -39,7 +39,7 @@ def _inside(ins, n_in, TILE: tl.constexpr):
 
 
 @triton.jit
-def _weights(rows, there, start, n_in, TILE: tl.constexpr):
+def row_tiles(rows, there, start, n_in, TILE: tl.constexpr):
     """Tiles of rows of weights from input `start`, a tuple: all are under way together.
 
     Args:
@@ -63,7 +63,7 @@ def _weights(rows, there, start, n_in, TILE: tl.constexpr):
 
 
 @triton.jit
-def _weights_of_norm(norm, start, n_in, TILE: tl.constexpr):
+def norm_tiles(norm, start, n_in, TILE: tl.constexpr):
     """Of the inputs of the same tiles, a tuple; none without a norm."""
     UNROLL: tl.constexpr = TILE.unroll
     weights = ()
@@ -75,7 +75,7 @@ def _weights_of_norm(norm, start, n_in, TILE: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_ptr, start, n_in, ROWS: tl.constexpr, TILE: tl.constexpr):
+def input_tiles(x_ptr, start, n_in, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Inputs of the same tiles, a tuple: for each tile those of every row, or one tile of all rows."""
     rows = tl.arange(0, LEAST_TILE)
     UNROLL: tl.constexpr = TILE.unroll
@@ -93,7 +93,7 @@ def _inputs(x_ptr, start, n_in, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _scales(norm, sizes, ROWS: tl.constexpr, SQUARES: tl.constexpr, TILE: tl.constexpr):
+def norm_scales(norm, sizes, ROWS: tl.constexpr, SQUARES: tl.constexpr, TILE: tl.constexpr):
     """What the norm multiplies each row with, as `_added` takes it."""
     scales = ()
     if norm is not None:
@@ -163,7 +163,7 @@ def _added(
 
 
 @triton.jit
-def _products(
+def row_products(
     x_ptr,
     norm,
     scales,
@@ -177,7 +177,7 @@ def _products(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Rows of weights, as `_weights` has them, times each row of x: for each matrix and row of x (block_out,) float32.
+    """Rows of weights, as `row_tiles` has them, times each row of x: for each matrix and row of x (block_out,) float32.
 
     On the FMA path the first tiles are under way.
     """
@@ -190,17 +190,17 @@ def _products(
         for start in range(0, n_in, TILE.block_in * TILE.unroll):
             sums = _added(sums, weights, inputs, scales, weights_of_norm, dtype, PLUS_ONE, MATRICES, ROWS, TILE)
             following = start + TILE.block_in * TILE.unroll
-            weights = _weights(rows, there, following, n_in, TILE)
-            weights_of_norm = _weights_of_norm(norm, following, n_in, TILE)
-            inputs = _inputs(x_ptr, following, n_in, ROWS, TILE)
+            weights = row_tiles(rows, there, following, n_in, TILE)
+            weights_of_norm = norm_tiles(norm, following, n_in, TILE)
+            inputs = input_tiles(x_ptr, following, n_in, ROWS, TILE)
     else:  # Triton sees to tiles under way
         for start in range(0, n_in, TILE.block_in * TILE.unroll):
             sums = _added(
                 sums,
-                _weights(rows, there, start, n_in, TILE),
-                _inputs(x_ptr, start, n_in, ROWS, TILE),
+                row_tiles(rows, there, start, n_in, TILE),
+                input_tiles(x_ptr, start, n_in, ROWS, TILE),
                 scales,
-                _weights_of_norm(norm, start, n_in, TILE),
+                norm_tiles(norm, start, n_in, TILE),
                 dtype,
                 PLUS_ONE,
                 MATRICES,
@@ -219,7 +219,7 @@ def _products(
 
 
 @triton.jit
-def _biased(product, bias_ptr, neurons, there, dtype: tl.constexpr):
+def biased(product, bias_ptr, neurons, there, dtype: tl.constexpr):
     """A product and its bias, rounded as the dtype holds it."""
     if bias_ptr is not None:
         product += tl.load(bias_ptr + neurons, mask=there, other=0.0).to(tl.float32)
@@ -271,8 +271,8 @@ def gate_first_kernel(
     weights = ()
     weights_of_norm = ()
     if WHAT.gates and GATE.fma:
-        weights = _weights(rows, inside, 0, n_in, GATE)
-        weights_of_norm = _weights_of_norm(norm, 0, n_in, GATE)
+        weights = row_tiles(rows, inside, 0, n_in, GATE)
+        weights_of_norm = norm_tiles(norm, 0, n_in, GATE)
     if PDL and WHAT.ahead:
         gdc_wait()
     if PDL and not WHAT.late:
@@ -281,15 +281,15 @@ def gate_first_kernel(
     ups = ()
     if WHAT.gates:
         # Before the scales, for whose sums threads wait.
-        inputs = _inputs(x_ptr, 0, n_in, ROWS, GATE) if GATE.fma else ()
-        scales = _scales(norm, sizes, ROWS, SQUARES, GATE)
-        products = _products(
+        inputs = input_tiles(x_ptr, 0, n_in, ROWS, GATE) if GATE.fma else ()
+        scales = norm_scales(norm, sizes, ROWS, SQUARES, GATE)
+        products = row_products(
             x_ptr, norm, scales, rows, inside, n_in, weights, inputs, weights_of_norm, WHAT.plus_one, ROWS, GATE
         )
         for row in tl.static_range(ROWS):
-            gates = gates + (_biased(products[row], gate.bias, neurons, inside, dtype),)
+            gates = gates + (biased(products[row], gate.bias, neurons, inside, dtype),)
             if WHAT.dense:
-                ups = ups + (_biased(products[ROWS + row], up.bias, neurons, inside, dtype),)
+                ups = ups + (biased(products[ROWS + row], up.bias, neurons, inside, dtype),)
     else:
         for row in tl.static_range(ROWS):
             gates = gates + (tl.load(gate.weight + row * n_out + neurons, mask=inside, other=0.0).to(tl.float32),)
@@ -313,7 +313,7 @@ def gate_first_kernel(
         if counts_ptr is not None:
             tl.atomic_add(counts_ptr, tl.sum(lives, axis=0).to(tl.int64), mask=count > 0, sem="relaxed")
         if not WHAT.gates:
-            scales = _scales(norm, sizes, ROWS, SQUARES, UP)
+            scales = norm_scales(norm, sizes, ROWS, SQUARES, UP)
         for begin in range(0, count, UP.block_out):
             slots = begin + tl.arange(0, UP.block_out)
             filled = slots < count
@@ -321,22 +321,22 @@ def gate_first_kernel(
             place = tl.sum((rank[None, :] <= slots[:, None]).to(tl.int32), axis=1)
             outs = tl.where(filled, first + place, first)
             rows_of_up = (up.weight + outs.to(tl.int64) * sizes.up_stride,)
-            of_slots = _products(
+            of_slots = row_products(
                 x_ptr,
                 norm,
                 scales,
                 rows_of_up,
                 filled,
                 n_in,
-                _weights(rows_of_up, filled, 0, n_in, UP) if UP.fma else (),
-                _inputs(x_ptr, 0, n_in, ROWS, UP) if UP.fma else (),
-                _weights_of_norm(norm, 0, n_in, UP) if UP.fma else (),
+                row_tiles(rows_of_up, filled, 0, n_in, UP) if UP.fma else (),
+                input_tiles(x_ptr, 0, n_in, ROWS, UP) if UP.fma else (),
+                norm_tiles(norm, 0, n_in, UP) if UP.fma else (),
                 WHAT.plus_one,
                 ROWS,
                 UP,
             )
             for row in tl.static_range(ROWS):
-                up_of_slots = _biased(of_slots[row], up.bias, outs, filled, dtype)
+                up_of_slots = biased(of_slots[row], up.bias, outs, filled, dtype)
                 gate_of_slots = tl.sum(tl.where(place[:, None] == numbers[None, :], gates[row][None, :], 0.0), axis=1)
                 # It may be dead for this row and live for another.
                 of_row = _hidden(gate_of_slots, up_of_slots, sizes.threshold, dtype, KIND)

@@ -8,6 +8,9 @@ from teal_kernels import launching
 from teal_kernels.jit_common import (
     LEAST_TILE,
     activated,
+    gated,
+    keep_squares,
+    keep_sums_beside,
     layer_scale,
     layer_scales,
     look,
@@ -19,16 +22,26 @@ from teal_kernels.jit_common import (
     rounded,
     scales_after_adding,
     send,
+    xielu,
 )
 from teal_kernels.jit_lists import begin_list, end_list, no_biases, norm_weights, take_inputs
 from teal_kernels.jit_partials import split_of_cache
-from teal_kernels.jit_sums import group_factors, load_rows, no_sums, scaled_sums, sum_rows
+from teal_kernels.jit_sums import (
+    bias_of_words,
+    columns_of_pairs,
+    group_factors,
+    load_rows,
+    no_sums,
+    scaled_sums,
+    sum_rows,
+)
 
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATED = tl.constexpr(2)
 BESIDE = tl.constexpr(3)
-DRELU = tl.constexpr(launching.ACTIVATIONS["drelu"])
+PAIRED = tl.constexpr(4)
+XIELU = tl.constexpr(launching.ACTIVATIONS["xielu"])
 
 
 @triton.jit
@@ -42,6 +55,7 @@ def gemv_kernel(
     out,
     memory,
     experts,
+    curve,
     sizes,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -56,7 +70,7 @@ def gemv_kernel(
     those of the lowest weight of every word, and so on.
 
     Args:
-        norm, added, partials, table, out, memory, experts, sizes: as in `triton_gemv`; None where there is none.
+        norm, added, ... sizes: as in `triton_gemv`; None where there is none.
         TILE, INPUTS, EPILOGUE, EXPERTS: as in `plan_gemv` and `experts`.
     """
     BLOCK_OUT: tl.constexpr = TILE.block_out
@@ -108,9 +122,17 @@ def gemv_kernel(
         inside = tl.full((WORDS,), True, tl.int1)
     first = own_chunk * sizes.inputs_per_chunk
     last = tl.minimum(first + sizes.inputs_per_chunk, sizes.n_in)
-    threshold = 0.0
-    if INPUTS.listed:
+    thresholds = ()
+    if INPUTS.own_thresholds:
+        of_part = threshold_ptr + part
+        if EXPERTS.chosen > 0:
+            of_part += routed // EXPERTS.chosen * sizes.n_parts
+        for of_row in tl.static_range(ROWS):
+            thresholds = thresholds + (tl.load(of_part + of_row * sizes.n_parts),)
+    elif INPUTS.listed:
         threshold = tl.load(threshold_ptr + part)
+        for _ in tl.static_range(ROWS):
+            thresholds = thresholds + (threshold,)
     columns = table.weights + first.to(tl.int64) * sizes.stride + word_start + words
     entries = memory.lists + (place * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
     if INPUTS.taken:
@@ -141,6 +163,7 @@ def gemv_kernel(
     if PDL:
         gdc_wait()
     share = 1.0
+    expert_bias = ()
     scales_start = 0
     if EXPERTS.chosen > 0:
         expert = tl.load(experts.ids + routed).to(tl.int64)
@@ -149,6 +172,9 @@ def gemv_kernel(
             scales_start = expert * sizes.expert_scales
         if EPILOGUE.kind == RESIDUAL:
             share = tl.load(experts.weights + routed)
+        if out.bias is not None:  # of each expert, once
+            stop_here = tl.where(own_chunk == 0, out_stop, 0)
+            expert_bias = bias_of_words(out.bias + expert * total, out_start + words * PACK, stop_here, TILE)
         if whole:
             ahead = load_rows(columns, inside, (), 0, last - first, sizes.stride, INPUTS.listed, TILE)
 
@@ -214,7 +240,7 @@ def gemv_kernel(
                 first,
                 begin,
                 stop,
-                threshold,
+                thresholds,
                 summed,
                 ROWS,
                 TILE.warps,
@@ -267,7 +293,7 @@ def gemv_kernel(
 
     # The chunks' partial sums meet in memory. The last programs of a block reduce a slice of it each,
     # for all rows side by side; with a gated table those of its second half do.
-    meet: tl.constexpr = EPILOGUE.split or EPILOGUE.kind == GATED or ROWS > 1 or PACK > 1
+    meet: tl.constexpr = EPILOGUE.split or EPILOGUE.two or ROWS > 1 or PACK > 1
     reducer = 0
     width: tl.constexpr = BLOCK_OUT // EPILOGUE.reducers
     all_outputs = tl.num_programs(0) * BLOCK_OUT
@@ -283,6 +309,8 @@ def gemv_kernel(
                     mine = memory.partial_sums + (chunk * ROWS + of_row) * all_outputs
                     summed_up = tl.sum(acc[k * ROWS + of_row], axis=0)
                     if EXPERTS.chosen > 0:
+                        if out.bias is not None:
+                            summed_up += expert_bias[k]
                         summed_up *= share
                     send(mine + sent, summed_up, inside)
             else:
@@ -305,19 +333,26 @@ def gemv_kernel(
     if ROWS > 1:
         row = columns_here // width
         inside = (outs < out_stop) & (row < ROWS)
-    row_of_sums = row
-    if EXPERTS.chosen > 0:
-        row_of_sums = 0
+    row_of_sums = 0 if EXPERTS.chosen > 0 else row
     at = outs
     own_column = place * BLOCK_OUT + column
     gate_column = own_column
+    columns_of_y = total
     if EPILOGUE.kind == GATED:
         at = outs - part_0
         gate_column = own_column - blocks_0 * BLOCK_OUT
+        columns_of_y = part_0
+    if EPILOGUE.kind == PAIRED:
+        gate_column, own_column, pair = columns_of_pairs(reducer, width, TILE)
+        gate_column += place * BLOCK_OUT
+        own_column += place * BLOCK_OUT
+        at = out_start // 2 + pair
+        columns_of_y = part_0 // 2
+        inside = at < columns_of_y
     if EPILOGUE.kind == RESIDUAL:  # travels while the sums are gathered
         residual = tl.load(out.y + row * total + outs, mask=inside, other=0.0)
     if meet:  # in a fixed order, a few chunks at a time
-        y = tl.zeros((BATCH * width,), dtype=tl.float32)
+        y = tl.zeros(inside.shape, dtype=tl.float32)
         up = y
         for first_chunk in range(0, sizes.n_chunks, GATHERED):
             chunks = first_chunk + tl.arange(0, GATHERED)
@@ -325,7 +360,7 @@ def gemv_kernel(
             from_chunk = memory.partial_sums + (chunks * ROWS)[:, None] * all_outputs
             gate_at = from_chunk + (row_of_sums * all_outputs + gate_column)[None, :]
             bits = look(gate_at, there)
-            if EPILOGUE.kind == GATED:
+            if EPILOGUE.two:
                 up_at = from_chunk + (row_of_sums * all_outputs + own_column)[None, :]
                 gate_sums, up_sums = received_both(bits, gate_at, look(up_at, there), up_at, there)
                 y += tl.sum(gate_sums, axis=0)
@@ -335,46 +370,29 @@ def gemv_kernel(
     else:
         y = tl.sum(acc[0], axis=0)
         if EXPERTS.chosen > 0:
+            if out.bias is not None:
+                y += expert_bias[0]
             y *= share
-    if out.bias is not None:
+    has_bias: tl.constexpr = EXPERTS.chosen == 0 and out.bias is not None  # of all rows
+    if has_bias:
         y += tl.load(out.bias + at, mask=inside, other=0.0).to(tl.float32)
     y = y.to(dtype)
-    if EPILOGUE.kind == GATED:
-        if out.bias is not None:
+    if EPILOGUE.two:
+        if has_bias:
             up += tl.load(out.bias + outs, mask=inside, other=0.0).to(tl.float32)
-        gate = rounded(activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation), dtype)
-        up = rounded(up, dtype)
-        if EPILOGUE.activation == DRELU:
-            up = tl.where(up <= 0.0, 0.0, up)
-        y = (gate * up).to(dtype)
-        tl.store(out.y + row * part_0 + at, y, mask=inside)
+        y = gated(y, up, sizes.threshold, curve, EPILOGUE.activation, dtype)
+        tl.store(out.y + row * columns_of_y + at, y, mask=inside)
     else:
-        if EPILOGUE.kind == PLAIN and EPILOGUE.activation > 0:
+        if EPILOGUE.activation == XIELU:
+            y = xielu(y.to(tl.float32), curve).to(dtype)
+        elif EPILOGUE.kind == PLAIN and EPILOGUE.activation > 0:
             y = activated(y.to(tl.float32), sizes.threshold, EPILOGUE.activation).to(dtype)
         if EPILOGUE.kind == RESIDUAL:
             added = y.to(tl.float32)
             if EPILOGUE.scaled:
                 added = rounded(added * sizes.scale, dtype)
             y = (residual.to(tl.float32) + added).to(dtype)
-            square = tl.where(inside, y.to(tl.float32) * y.to(tl.float32), 0.0)
-            each = tl.arange(0, BATCH)
-            of_block = out.squares + (each * tl.num_programs(0) + place) * EPILOGUE.reducers + reducer
-            tl.store(of_block, tl.sum(tl.reshape(square, (BATCH, width)), axis=1), mask=each < ROWS)
-            if EPILOGUE.sums:
-                written = tl.reshape(tl.where(inside, y.to(tl.float32), 0.0), (BATCH, width))
-                of_block += ROWS * tl.num_programs(0) * EPILOGUE.reducers
-                tl.store(of_block, tl.sum(written, axis=1), mask=each < ROWS)
-        if EPILOGUE.kind == BESIDE:  # of y y, h h, h w y, w y w y: see `scales_after_adding`
-            of_norm = tl.load(out.norm_weight + outs, mask=inside, other=0.0).to(tl.float32)
-            if EPILOGUE.plus_one:
-                of_norm += 1.0
-            stream = tl.load(out.stream + outs, mask=inside, other=0.0).to(tl.float32)
-            value = tl.where(inside, y.to(tl.float32), 0.0)
-            weighted = of_norm * value
-            of_block = out.squares + block * EPILOGUE.reducers + reducer
-            every = tl.num_programs(0) * EPILOGUE.reducers
-            tl.store(of_block, tl.sum(value * value, axis=0))
-            tl.store(of_block + every, tl.sum(stream * stream, axis=0))
-            tl.store(of_block + 2 * every, tl.sum(stream * weighted, axis=0))
-            tl.store(of_block + 3 * every, tl.sum(weighted * weighted, axis=0))
+            keep_squares(y, out.squares, inside, place, reducer, width, ROWS, EPILOGUE)
+        if EPILOGUE.kind == BESIDE:
+            keep_sums_beside(y, out, outs, inside, block, reducer, EPILOGUE)
         tl.store(out.y + row * total + outs, y, mask=inside)

@@ -191,7 +191,7 @@ def take_inputs(
     first,
     begin,
     stop,
-    threshold,
+    thresholds,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -215,6 +215,7 @@ def take_inputs(
         added_scale: of that norm.
         of_added: what that is multiplied by before it is added.
         writes: whether this program writes the stream, after that.
+        thresholds: of each row; none where nothing is listed.
 
     Returns:
         Entries of the list; inputs that were kept, of all rows together; for each row the sum of what was
@@ -280,7 +281,7 @@ def take_inputs(
                 elif INPUTS.norm:
                     value = normalised(value, scales[row], of_norm[vector], dtype, INPUTS.norm_plus_one)
                 if INPUTS.listed:
-                    keep = _keeps(value, inside, threshold)
+                    keep = _keeps(value, inside, thresholds[row])
                     read |= keep  # one row of weights serves every row of x
                     if ROWS > 1:
                         kept += keep.to(tl.int32)

@@ -155,6 +155,43 @@ def no_sums(ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def bias_of_words(bias_ptr, columns, stop, TILE: tl.constexpr):
+    """For each weight of a word the biases of its outputs, (words,) float32; 0 from output `stop` on.
+
+    Args:
+        columns: the output of each word's first weight.
+    """
+    PACK: tl.constexpr = TILE.pack
+    biases = ()
+    for k in tl.static_range(PACK):
+        biases = biases + (tl.load(bias_ptr + columns + k, mask=columns + k < stop, other=0.0).to(tl.float32),)
+    return biases
+
+
+@triton.jit
+def columns_of_pairs(slice_of_block, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Where a block's sums lie whose outputs are gate and up by turns.
+
+    (WIDTH / 2,) each of gates and of ups, and which pair of the block it is.
+
+    The block is in slices of WIDTH. Of words the sums of one weight lie before those of the next.
+    """
+    HALF: tl.constexpr = TILE.block_out // 2
+    WORDS: tl.constexpr = TILE.words
+    PAIRS: tl.constexpr = TILE.pack // 2  # of a word
+    slice_pairs: tl.constexpr = WIDTH // 2
+    pair = slice_of_block * slice_pairs + tl.arange(0, slice_pairs)
+    which = pair
+    gates = 2 * pair
+    ups = gates + 1
+    if PAIRS > 0:
+        which = pair * PAIRS % HALF + pair * PAIRS // HALF
+        gates = pair + pair // WORDS * WORDS
+        ups = gates + WORDS
+    return gates, ups, which
+
+
+@triton.jit
 def _added(acc, values, words, one, dtype: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The sums, and values times a tile of weights.
 

@@ -21,8 +21,12 @@ EMPTY = -0x3F2153
 
 LEAST_TILE = 16
 """The shortest side of a tile that tensor cores take."""
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5, "fatrelu": 6, "drelu": 7}
-"""What a product's epilogue makes of it, by the number that kernels know it by. `drelu` is ReLU of gate and of up."""
+ACTIVATIONS = {
+    **{"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5, "fatrelu": 6, "drelu": 7},
+    **{"xielu": 8, "clamped_swiglu": 9},
+}
+"""What a product's epilogue makes of it, by the number that kernels know it by. Of `drelu` and `clamped_swiglu` up is
+changed too."""
 HEAD_NORMS = {"none": 0, "heads": 1, "rotated_heads": 2, "all_heads": 3}
 """What RMS norms of attention normalise, by the number that kernels know it by: nothing; each head, before or after the
 rotary embedding; all heads at once, before it."""

@@ -30,6 +30,8 @@ class InputConstants(NamedTuple):
 
     listed: bool
     """Whether those above the threshold are listed; else every row of weights is read."""
+    own_thresholds: bool
+    """Whether each row has thresholds of its own."""
     norm: bool
     """Whether inputs are normalised as they are taken."""
     norm_in_tiles: bool
@@ -71,6 +73,8 @@ class EpilogueConstants(NamedTuple):
 
     kind: int
     """One of `EPILOGUES`."""
+    two: bool
+    """Whether a result is made of two sums, gate and up."""
     activation: int
     scaled: bool
     sums: bool  # these as in `ProductShape`

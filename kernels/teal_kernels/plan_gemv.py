@@ -34,7 +34,7 @@ _MAX_REDUCERS = 4
 """Of one block. More were no faster on an H100."""
 _GATHERED_REGISTERS = 32
 """The gathering of partial sums must not need more registers than the loop over weights does."""
-EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2, "beside": 3}
+EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2, "beside": 3, "paired": 4}
 """What follows a product, by the number that the kernel knows it by."""
 
 
@@ -93,6 +93,7 @@ class ProductShape:
     """Of the KV cache at most, where inputs are split-KV partials."""
     split_multiple: int = 1
     """Positions that a split of the KV cache is a multiple of."""
+    own_thresholds: bool = False  # of each row
     side_by_side: int = 1
     """Products of these sizes, each with a table of its own, that one launch computes (`experts`)."""
     summed: int = 1
@@ -180,6 +181,8 @@ def _check(shape: ProductShape, config: TileConfig) -> None:
         raise ValueError(f"{shape.rows} rows are more than the {MAX_ROWS} that one launch takes")
     if len(parts) > 3 or (shape.epilogue == "gated" and (len(parts) != 2 or parts[0] != parts[1])):
         raise ValueError(f"a table of parts {parts} is not for a {shape.epilogue} product")
+    if shape.epilogue == "paired" and (len(parts) > 1 or parts[0] % 2 or shape.rows > 1):
+        raise ValueError(f"a paired product has one row and one even part, not {shape.rows} and {parts}")
     if shape.bits < 16 and config.block_out * shape.bits < 32:
         raise ValueError(f"parts {parts} in blocks of {config.block_out} do not fit words of {shape.bits} bits")
     if group < shape.inputs:
@@ -292,6 +295,7 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
     unit = shape.group if several else chunk
     return InputConstants(
         listed=listed,
+        own_thresholds=shape.own_thresholds and listed,
         norm=norm,
         norm_in_tiles=norm_in_tiles,
         norm_plus_one=shape.norm_plus_one,
@@ -317,10 +321,14 @@ def _input_constants(shape: ProductShape, config: TileConfig, device: DeviceFact
 
 def _epilogue_constants(shape: ProductShape, config: TileConfig, chunks: int, reducers: int) -> EpilogueConstants:
     batch = power_of_two(shape.rows)
+    two = shape.epilogue in ("gated", "paired")
     threads, columns = _WARP * config.warps, batch * config.block_out // reducers
-    registers = _GATHERED_REGISTERS // (2 if shape.epilogue == "gated" else 1)
+    if shape.epilogue == "paired":
+        columns //= 2
+    registers = _GATHERED_REGISTERS // (2 if two else 1)
     return EpilogueConstants(
         kind=EPILOGUES[shape.epilogue],
+        two=two,
         activation=shape.activation,
         scaled=shape.scaled,
         sums=shape.sums,

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from teal_kernels.launching import LEAST_TILE, TRITON_MISSING, launch, power_of_two
-from teal_kernels.operands import Norm, Positions
+from teal_kernels.operands import AttentionPartials, Norm, Positions
 
 if TRITON_MISSING is None:
-    from teal_kernels.jit_decode import best_kernel, embed_kernel, norm_kernel, output_kernel, pick_kernel
+    from teal_kernels.jit_decode import (
+        best_kernel,
+        embed_kernel,
+        merged_norm_kernel,
+        norm_kernel,
+        output_kernel,
+        pick_kernel,
+    )
 
 
 def embed(
@@ -216,8 +223,10 @@ def write_norm(
     bias: Tensor | None = None,
     centred: bool = False,
     plus_one: bool = False,
-    added_squares: Tensor | None = None,
+    squares: Tensor | None = None,
+    added: bool = False,
     scale: float = 1.0,
+    stream_scale: float = 1.0,
     pdl: bool = False,
 ) -> None:
     """A norm by itself, where no product takes it up as it reads its inputs.
@@ -230,9 +239,10 @@ def write_norm(
         bias: (H,) or None.
         centred: whether the mean is taken off first: a layer norm.
         plus_one: whether it multiplies by 1 + weight.
-        added_squares: (B, 1) float32: the norm is added to y, and its sum of squares is written here; of a layer norm
-            (2, B, 1), and the sum.
+        squares: (B, 1) float32: the sum of squares of y is written here; with a layer norm (2, B, 1), and the sum.
+        added: the norm is added to y, in the place of what is there.
         scale: of what is added.
+        stream_scale: of y, after something was added to it.
         pdl: launch while the kernel before still runs.
     """
     rows, size = x.shape
@@ -243,16 +253,63 @@ def write_norm(
         weight,
         weight if bias is None else bias,
         y,
-        x if added_squares is None else added_squares,
+        x if squares is None else squares,
         size,
         eps,
         scale,
+        None if stream_scale == 1.0 else stream_scale,
         BLOCK=power_of_two(size),
         CENTRED=centred,
         PLUS_ONE=plus_one,
         HAS_BIAS=bias is not None,
-        ADDED=added_squares is not None,
+        ADDED=added,
+        SQUARES=squares is not None,
         SCALED=scale != 1.0,
+        warps=8,
+        pdl=pdl,
+    )
+
+
+def write_norm_of_partials(
+    partials: AttentionPartials,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    centred: bool = False,
+    plus_one: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Merge what attention left, round it to the dtype of y, and write its norm.
+
+    Args:
+        partials: of heads of H values together.
+        weight: (H,)
+        y: (B, H), written.
+        eps, bias, centred, plus_one: as `write_norm` has them.
+        pdl: launch while the kernel before still runs.
+    """
+    rows, size = y.shape
+    launch(
+        merged_norm_kernel,
+        (rows,),
+        partials.sums,
+        partials.logs,
+        partials.positions.longest,
+        weight,
+        weight if bias is None else bias,
+        y,
+        size,
+        partials.window,
+        eps,
+        HEAD_SIZE=partials.head_size,
+        SPLITS=partials.splits,
+        MULTIPLE=partials.split_multiple,
+        BLOCK=power_of_two(size),
+        CENTRED=centred,
+        PLUS_ONE=plus_one,
+        HAS_BIAS=bias is not None,
         warps=8,
         pdl=pdl,
     )

@@ -32,7 +32,7 @@ if TRITON_MISSING is None:
 _MAX_ROWS = 8
 """Tokens that one launch takes: each has sums of its own in registers."""
 _LEAST_BLOCK_IN = 64
-_WIDTH = 1024
+WIDTH = 1024
 """Inputs of 16 bits that four warps load at once."""
 
 
@@ -78,8 +78,8 @@ def step_config(n_in: int, rows: int) -> GateFirstConfig:
         return GateFirstConfig(
             neurons=32, block_out=16, block_in=128, unroll=1, warps=4, gate_block_in=128, gate_unroll=1
         )
-    warps = 4 if n_in <= 5 * _WIDTH else 8
-    block_in = _WIDTH * warps // 4
+    warps = 4 if n_in <= 5 * WIDTH else 8
+    block_in = WIDTH * warps // 4
     unroll = min(5, -(-n_in // block_in))
     return GateFirstConfig(
         neurons=2,
@@ -103,14 +103,16 @@ class GateLayer:
     """(out,)"""
 
 
-class _NormPointers(NamedTuple):
-    """As the kernel reads them; so is the next."""
+class NormPointers(NamedTuple):
+    """As kernels read a norm."""
 
     weight: Tensor
     squares: Tensor
 
 
-class _LayerPointers(NamedTuple):
+class LayerPointers(NamedTuple):
+    """As kernels read a layer."""
+
     weight: Tensor
     """Or what the gate's product is."""
     bias: Tensor | None
@@ -144,7 +146,9 @@ class _What(NamedTuple):
     """Whether it reads weights before it waits for the kernel before."""
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
+    """How a kernel reads rows of weights."""
+
     block_out: int
     block_in: int
     unroll: int
@@ -232,9 +236,9 @@ def launch_gate_first(
     if dense and layer is None:
         raise ValueError("a dense launch computes the gates itself")
     config = config or (UNTUNED if layer is None else UNTUNED_FUSED)
-    weight = _row_major(weight)
+    weight = row_major(weight)
     of_gate = (
-        _LayerPointers(gate, None) if isinstance(gate, Tensor) else _LayerPointers(_row_major(gate.weight), gate.bias)
+        LayerPointers(gate, None) if isinstance(gate, Tensor) else LayerPointers(row_major(gate.weight), gate.bias)
     )
     fma = config.fma(rows)
     evict = "evict_first" if config.evict_first else ""
@@ -242,9 +246,9 @@ def launch_gate_first(
         gate_first_kernel,
         (-(-n_out // config.neurons),),
         x,
-        None if norm is None else _NormPointers(norm.weight, norm.squares),
+        None if norm is None else NormPointers(norm.weight, norm.squares),
         of_gate,
-        _LayerPointers(weight, bias),
+        LayerPointers(weight, bias),
         hidden,
         None if dense else counts,
         _Sizes(
@@ -267,18 +271,19 @@ def launch_gate_first(
             ahead=pdl is not None,
         ),
         NEURONS=config.neurons,
-        GATE=_tiles(config.neurons, config.gate_block_in, config.gate_unroll, rows, n_in, fma, evict),
-        UP=_tiles(config.block_out, config.block_in, config.unroll, rows, n_in, fma, evict),
+        GATE=tiles_of(config.neurons, config.gate_block_in, config.gate_unroll, rows, n_in, fma, evict),
+        UP=tiles_of(config.block_out, config.block_in, config.unroll, rows, n_in, fma, evict),
         warps=config.warps,
         pdl=hopper_or_later(x.device) if pdl is None else pdl,
     )
 
 
-def _row_major(weight: Tensor) -> Tensor:
+def row_major(weight: Tensor) -> Tensor:
+    """A weight whose rows are contiguous: itself, or a copy."""
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
-def _tiles(block_out: int, block_in: int, unroll: int, rows: int, n_in: int, fma: bool, evict: str) -> _Tiles:
+def tiles_of(block_out: int, block_in: int, unroll: int, rows: int, n_in: int, fma: bool, evict: str) -> Tiles:
     """Inputs of a tile and tiles in flight, as a batch of so many rows and so many inputs can use them."""
     each = block_in // power_of_two(rows) if fma else block_in
     fitting = min(max(_LEAST_BLOCK_IN, each), max(LEAST_TILE, power_of_two(n_in)))
@@ -286,4 +291,4 @@ def _tiles(block_out: int, block_in: int, unroll: int, rows: int, n_in: int, fma
     at_once = fma and fitting * unroll >= n_in
     # In a loop the FMA path asks for the tiles behind the last ones too.
     full = n_in % (fitting * unroll) == 0 and (at_once or not fma)
-    return _Tiles(block_out, fitting, unroll, fma, at_once, full, evict)
+    return Tiles(block_out, fitting, unroll, fma, at_once, full, evict)

@@ -36,6 +36,8 @@ if TRITON_MISSING is None:
 __all__ = ["MAX_LISTED", "MAX_ROWS", "TileConfig", "gemv", "squares_of"]
 
 _DEFAULT_ACTIVATIONS = {"gated": "silu"}
+_CURVED = ("xielu", "clamped_swiglu")
+"""Activations whose numbers are a `Curve`."""
 
 
 class _NormPointers(NamedTuple):
@@ -92,6 +94,17 @@ class _ExpertPointers(NamedTuple):
     weights: Tensor
 
 
+class Curve(NamedTuple):
+    """Numbers of an activation that has several.
+
+    Of xIELU what the parabola, the exponential and the line are multiplied by; of a clamped SwiGLU its alpha alone.
+    """
+
+    first: float
+    second: float = 0.0
+    third: float = 0.0
+
+
 class _Sizes(NamedTuple):
     n_in: int
     stride: int
@@ -116,6 +129,7 @@ class _Sizes(NamedTuple):
     added_eps: float
     of_added: float
     """What is added to the stream is multiplied by it."""
+    n_parts: int
     expert_stride: int
     """Words from one expert's table to the next; 0 without experts, as the next."""
     expert_scales: int
@@ -136,6 +150,7 @@ def _shape_of(
     added: Added | None = None,
     beside: Beside | None = None,
     experts: Chosen | None = None,
+    own_thresholds: bool = False,
 ) -> ProductShape:
     packed = table if isinstance(table, Packed) else None
     return ProductShape(
@@ -160,6 +175,7 @@ def _shape_of(
         head_size=0 if partials is None else partials.head_size,
         splits=0 if partials is None else partials.splits,
         split_multiple=1 if partials is None else partials.split_multiple,
+        own_thresholds=own_thresholds,
         side_by_side=1 if experts is None else experts.side_by_side(epilogue),
         summed=1 if experts is None else experts.summed(epilogue),
     )
@@ -200,6 +216,7 @@ def gemv(
     epilogue: str = "plain",
     activation: str | None = None,
     activation_threshold: float = 0.0,
+    curve: Curve | None = None,
     scale: float = 1.0,
     squares: Tensor | None = None,
     added: Added | None = None,
@@ -216,16 +233,19 @@ def gemv(
         x: (rows, in), contiguous, rows from 1 to 8; or what attention left, merged and rounded to the dtype of y.
         table: (in, out), each row contiguous; the dtype of y. Or quantised.
         parts: outputs of each projection in the table, at most three.
-        thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is.
-        y: (rows, out), written. With `residual` it is added to; with `gated` it is (rows, out / 2).
+        thresholds: (parts,) float32: inputs with |x| <= threshold are dropped; below zero none is. Or (rows, parts), of
+            each row of x (of experts: of the tokens).
+        y: (rows, out), written. With `residual` it is added to; with `gated` and `paired` it is (rows, out / 2).
         config: how the product is divided.
         scratch: memory between programs, and the lists.
-        bias: (out,) or None.
+        bias: (out,), of experts (experts, out), or None.
         norm: of x before all else.
         epilogue: `plain`; `activated`: y = activation(product); `residual`: y += scale * product; `gated`: y =
-            activation(first part) * second part.
+            activation(first part) * second part; `paired`: the same of the one part of experts, in which gate and up
+            alternate.
         activation: one of `ACTIVATIONS`; of `gated` SiLU by default.
-        activation_threshold: of FATReLU, as the dtype of y holds it.
+        activation_threshold: of FATReLU, or the limit of a clamped SwiGLU, as the dtype of y holds it.
+        curve: of xIELU and clamped SwiGLU, which need one.
         scale: of what `residual` adds.
         added: what is added to x, one row, before all else; `norm` has no squares of its own then.
         beside: of the epilogue `beside`: y = product, whose norm the next product adds to the stream (`added`); squares
@@ -244,7 +264,7 @@ def gemv(
         compile_only: compile what would be launched.
 
     Raises:
-        ValueError: too many rows, or `parts`, `squares` or `config` does not fit.
+        ValueError: too many rows, `parts`, `squares` or `config` does not fit, or an activation has no curve.
     """
     partials = x if isinstance(x, AttentionPartials) else None
     source = y if isinstance(x, AttentionPartials) else x  # of y the kernel then takes the dtype only
@@ -252,11 +272,32 @@ def gemv(
     if experts is not None:
         experts.check(source, y, epilogue)
         rows = 1
+    of_thresholds = (rows if experts is None else experts.ids.shape[0], len(parts))
+    if thresholds.shape not in (of_thresholds, of_thresholds[1:]) or not thresholds.is_contiguous():
+        raise ValueError(f"thresholds of shape {tuple(thresholds.shape)} do not fit {of_thresholds} rows and parts")
     if isinstance(table, Packed) and table.parts != parts:
         raise ValueError(f"parts {parts} do not fit a table of parts {table.parts}")
+    if activation in _CURVED and curve is None:
+        raise ValueError(f"{activation} needs a curve")
+    if epilogue == "paired" and experts is None:
+        raise ValueError("a paired product is one of experts")
     sums = squares is not None and squares.dim() == 3
+    own_thresholds = thresholds.dim() == 2
     shape = _shape_of(
-        table, parts, rows, source.dtype, epilogue, norm, partials, activation, scale, sums, added, beside, experts
+        table,
+        parts,
+        rows,
+        source.dtype,
+        epilogue,
+        norm,
+        partials,
+        activation,
+        scale,
+        sums,
+        added,
+        beside,
+        experts,
+        own_thresholds,
     )
     plan = plan_product(shape, config, device_facts(table.device), exclusive_device=exclusive_device)
     if epilogue == "beside" and (squares is None or squares.shape != (4, plan.squares) or beside is None or rows > 1):
@@ -286,6 +327,7 @@ def gemv(
             scratch.tensor("counts", 3, torch.int64, 0) if counts is None else counts,
         ),
         None if experts is None else _ExpertPointers(experts.ids, experts.weights),
+        curve,
         _Sizes(
             n_in=shape.inputs,
             stride=shape.row_stride,
@@ -302,6 +344,7 @@ def gemv(
             scale=scale,
             added_eps=0.0 if added is None else added.eps,
             of_added=1.0 if added is None else added.scale,
+            n_parts=len(parts),
             expert_stride=0 if experts is None else experts.stride,
             expert_scales=0 if experts is None else experts.scales,
         ),

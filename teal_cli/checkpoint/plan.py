@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from teal_cli.atomic import check_seal, sealed
-from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Sparsity, checked
-from teal_cli.checkpoint.rules import ZEROS, Rule, Zeros, threshold_rule
+from teal_cli.checkpoint.fields import Amount, Content, Name, Share, Size, Sparsity, checked
+from teal_cli.checkpoint.rules import ROUTED, ZEROS, Routed, Rule, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError, shown
 from teal_cli.models.architectures import Architecture
 from teal_cli.models.config_checks import QUANT_METHOD
@@ -24,6 +24,8 @@ QUANTISED_VERSION = 2
 """Of a checkpoint whose weights are quantised."""
 ZEROS_VERSION = 3
 """Of a checkpoint with a projection that skips exact zeros, quantised or not: older readers must refuse it."""
+ROUTED_VERSION = 4
+"""Of a checkpoint with a router in front of an MLP: without routers it is another model."""
 _SEALED = ("version", "allocation", "target_sparsity", "projections", "sha256", "quantization", "architecture")
 """The keys whose change is noticed; transformers may add some of its own."""
 _SUMMARY = "teal.json"
@@ -63,20 +65,27 @@ def _is_scheme(text: str) -> str:
     return text
 
 
+_NEEDED_BY = {"sparsity": (None, ROUTED), "threshold": (None,), "group": (ROUTED,)}
+"""Which rules of a file a field may not be missing in, nor null."""
+
+
 class StoredRule(Content):
-    """A rule in a file: sparsity and threshold (dense where the sparsity is 0), or zeros, whose sparsity may be null.
+    """A rule in a file: sparsity and threshold (dense where the sparsity is 0), zeros, whose sparsity may be null, or
+    routed, with the size of groups and the rank of the router, which may be null.
 
     Thresholds have no `rule`, as in files from before there were other rules.
     """
 
-    rule: Literal["zeros"] | None = None
+    rule: Literal["zeros", "routed"] | None = None
     sparsity: Sparsity | None
     threshold: Annotated[Amount | None, Field(validate_default=True)] = None
+    group: Annotated[Size | None, Field(validate_default=True)] = None
+    rank: Size | None = None
 
-    @field_validator("sparsity", "threshold")
+    @field_validator("sparsity", "threshold", "group")
     @classmethod
-    def _of_a_threshold(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None and info.data.get("rule") is None:
+    def _of_its_rule(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and "rule" in info.data and info.data["rule"] in _NEEDED_BY[str(info.field_name)]:
             raise PydanticCustomError("missing", "Field required")
         return value
 
@@ -84,6 +93,9 @@ class StoredRule(Content):
         """What it says."""
         if self.rule == ZEROS:
             return Zeros(self.sparsity)
+        if self.rule == ROUTED:
+            assert self.group is not None and self.sparsity is not None  # noqa: PT018, S101  # the validator's word
+            return Routed(self.group, self.rank, self.sparsity)
         assert self.threshold is not None and self.sparsity is not None  # noqa: PT018, S101  # the validator's word
         return threshold_rule(self.threshold, self.sparsity)
 
@@ -91,6 +103,8 @@ class StoredRule(Content):
         """As it was written, with the threshold that a dense projection may have."""
         if self.rule == ZEROS:
             return {"rule": ZEROS, "sparsity": self.sparsity}
+        if self.rule == ROUTED:
+            return self.to_rule().stored()
         return {"sparsity": self.sparsity, "threshold": self.threshold}
 
 
@@ -120,7 +134,7 @@ class SparsityPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` of a TEAL checkpoint."""
-        version = ZEROS_VERSION if self.has_zeros else FORMAT_VERSION
+        version = ROUTED_VERSION if self.is_routed else ZEROS_VERSION if self.has_zeros else FORMAT_VERSION
         return {"quant_method": QUANT_METHOD, "version": version, **self._stored(), "sha256": self.digest()}
 
     @property
@@ -128,12 +142,17 @@ class SparsityPlan:
         """Whether a projection skips exact zeros."""
         return any(isinstance(rule, Zeros) for rule in self.projections.values())
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router is in front of an MLP."""
+        return any(isinstance(rule, Routed) for rule in self.projections.values())
+
     def allocation_yaml(self) -> str:
-        """The sparsities alone, as a file for --allocation. It has no line for zeros, which are not chosen."""
+        """The sparsities alone, as a file for --allocation. It has no line for what the model itself leaves out."""
         sparsities = {
             name: round(rule.expected_sparsity, 6)
             for name, rule in self.projections.items()
-            if not isinstance(rule, Zeros)
+            if not isinstance(rule, Zeros | Routed)
         }
         content = {
             "allocation": self.allocation,
@@ -164,8 +183,9 @@ class SparsityPlan:
             )
         what, where = "the quantization_config of a TEAL checkpoint, in", Path("config.json")
         found = checked(_Stored, content, what, where, _ADVICE)
-        if version == ZEROS_VERSION and found.quantization is not None:
-            raise ArtefactError(f"this TEAL checkpoint has zeros to skip in quantised weights, unknown here: {_ADVICE}")
+        if version in (ZEROS_VERSION, ROUTED_VERSION) and found.quantization is not None:
+            skipped = "zeros" if version == ZEROS_VERSION else "routed neurons"
+            raise ArtefactError(f"this TEAL checkpoint has {skipped} to skip in quantised weights: {_ADVICE}")
         if content.get("sha256") != _digest(
             _content(found.allocation, found.target_sparsity, found.projections)  # of what the file has
         ):
@@ -188,8 +208,9 @@ def _version_of(content: Mapping[str, Any]) -> int:
     """The format version that a `quantization_config` needs for what it says."""
     projections = content.get("projections")
     entries = projections.values() if isinstance(projections, dict) else ()
-    if any(isinstance(entry, dict) and "rule" in entry for entry in entries):
-        return ZEROS_VERSION
+    rules = [entry["rule"] for entry in entries if isinstance(entry, dict) and "rule" in entry]
+    if rules:
+        return ROUTED_VERSION if ROUTED in rules else ZEROS_VERSION
     return QUANTISED_VERSION if "quantization" in content else FORMAT_VERSION
 
 
@@ -199,8 +220,9 @@ def quantization_config(
     """The `quantization_config` of a checkpoint, whose weights may be quantised, and whose architecture its own."""
     found = plan.to_dict()
     if quantization is not None:
-        if plan.has_zeros:
-            raise ArtefactError(f"zeros are skipped in weights that are not quantised: {_ADVICE} without --quantize")
+        if plan.has_zeros or plan.is_routed:
+            what = "zeros" if plan.has_zeros else "routed neurons"
+            raise ArtefactError(f"{what} are skipped in weights that are not quantised: {_ADVICE} without --quantize")
         found |= {"version": QUANTISED_VERSION, "quantization": quantization}
     if architecture is not None:
         found["architecture"] = architecture

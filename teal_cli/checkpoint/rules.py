@@ -68,9 +68,37 @@ class Zeros:
         return {"rule": ZEROS, "sparsity": self.expected_sparsity}
 
 
-Rule = Dense | Threshold | Zeros
+@dataclass(frozen=True)
+class Routed:
+    """Groups of neurons that a router leaves out are skipped, in prompts too: without its router the model is another
+    function. Of `down`, in front of which their neurons are zero.
+
+    Raises:
+        ValueError: a size below 1, or an expected sparsity outside [0, 1).
+    """
+
+    group: int
+    """Neighbouring neurons that are chosen together; 1: each by itself, as PowerInfer's predictors do."""
+    rank: int | None
+    """Of a router of two layers with ReLU between; None of one linear layer."""
+    expected_sparsity: float
+    """Share of groups that were left out on some text."""
+    threshold: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or (self.rank is not None and self.rank < 1) or not 0.0 <= self.expected_sparsity < 1.0:
+            raise ValueError(f"{self}: group and rank are at least 1, an expected sparsity at least 0 and below 1")
+
+    def stored(self) -> dict[str, Any]:
+        """As files have it."""
+        return {"rule": ROUTED, "group": self.group, "rank": self.rank, "sparsity": self.expected_sparsity}
+
+
+Rule = Dense | Threshold | Zeros | Routed
 ZEROS = "zeros"
 """How files name `Zeros`."""
+ROUTED = "routed"
+"""How files name `Routed`."""
 
 
 def threshold_rule(threshold: float, sparsity: float) -> Dense | Threshold:

@@ -19,7 +19,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     if not summary.is_first:  # of several processes, one talks
         return
     finish(config, reporter, summary.to_json(), lambda result: [adapt_table(result)])
-    onward = next_command("eval", config, **_OWN, model=summary.folder)
+    mode = None if (Path(summary.folder) / "teal.json").is_file() else "intrinsic"  # no thresholds: zeros of its own
+    onward = next_command("eval", config, **_OWN, model=summary.folder, mode=mode)
     reporter.say(f"written to {summary.folder}; next: {onward}")
 
 

@@ -17,9 +17,9 @@ from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import architecture_for, program_for
 from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
-from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse.routed import RoutedMLP
 from teal_kernels.packing import Packed
 
 
@@ -30,7 +30,7 @@ class Product:
     name: str
     """Of the site."""
     layers: tuple[nn.Linear, ...]
-    """Sparse layers, but for gate and up of an MLP that decodes gate first."""
+    """Sparse layers, but for gate and up of an MLP that decodes gate first, or is routed."""
     epilogue: str
     """What follows the product, as the program names it."""
     activation: str | None = None
@@ -69,6 +69,11 @@ class Product:
     def gate_first(self) -> GateFirstMLP | None:
         """The MLP that lets the gate decide of which neurons `up` is computed, where it does so."""
         return self.owner if isinstance(self.owner, GateFirstMLP) and len(self.layers) == 2 else None
+
+    @property
+    def routed(self) -> RoutedMLP | None:
+        """The MLP of which a router chooses neurons, where it is one and these are its gate and up."""
+        return self.owner if isinstance(self.owner, RoutedMLP) and len(self.layers) == 2 else None
 
     @property
     def outputs(self) -> int:
@@ -178,80 +183,6 @@ def norm_of(module: Any, norms: Norms, like: Tensor, size: int) -> Norm:
         centred=norms.startswith("layer"),
         plus_one=norms.endswith("plus_one"),
     )
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What a model multiplies by, beside its weights."""
-
-    embedding: float = 1.0
-    residual: float = 1.0
-    """Of what is added to the residual stream."""
-    logits: float = 1.0
-    logits_cap: float = 0.0
-    """Soft cap of the scaled logits; 0 for none."""
-
-
-def scales_of(model: Any, program: Program) -> Scales:
-    """The numbers that a program names.
-
-    Raises:
-        ArtefactError: the model does not have one of them.
-    """
-    config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
-
-    def number(key: str | None, default: float) -> float:
-        if key is None:
-            return default
-        if not hasattr(config, key) and not hasattr(embeddings, key):
-            raise ArtefactError(f"the program of this architecture names {key}, which the model does not have")
-        value = getattr(config, key, getattr(embeddings, key, None))
-        if isinstance(value, Tensor):
-            if value.is_meta:  # a model of shapes alone, which computes nothing
-                return default
-            value = value.to(embeddings.weight.dtype)  # as transformers rounds it before it multiplies
-        return default if value is None else float(value)
-
-    return Scales(
-        embedding=number(program.embedding_scale, 1.0),
-        residual=number(program.residual_scale, 1.0),
-        logits=number(program.logits_scale, 1.0) / number(program.logits_divisor, 1.0),
-        logits_cap=number(program.logits_cap, 0.0),
-    )
-
-
-ACTIVATIONS = {
-    **dict.fromkeys(("silu", "swish"), "silu"),
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-    "fatrelu": "fatrelu",
-    "drelu": "drelu",
-    "xielu": "xielu",
-    "clamped_swiglu": "clamped_swiglu",  # of `ClampedExperts`, in programs alone
-}
-"""Activations as configurations name them, and as both paths do."""
-
-
-def unknown_activation(config: Any, program: Program) -> str | None:
-    """An activation of a program that no path has; None where they have all."""
-    names = [step.activation_in(config) for step in program.products if step.activation is not None]
-    return next((str(name) for name in names if name not in ACTIVATIONS), None)
-
-
-def activation_of(product: Product) -> tuple[str | None, float]:
-    """What a gated or activated product does, and the threshold of that; None of others."""
-    if product.activation is None:
-        return None, 0.0
-    zeroing = product.gate_first.activation if product.gate_first else None
-    if zeroing is None and product.owner is not None:
-        zeroing = zeroing_activation(product.owner)
-    if zeroing is not None:
-        return zeroing.kind, zeroing.threshold
-    return ACTIVATIONS[product.activation], float(getattr(product.owner, "limit", 0.0))
 
 
 def module_at(parent: nn.Module, path: str) -> Any:

@@ -1,5 +1,6 @@
 """A KV cache in memory that is taken once, which both transformers and our own kernels fill."""
 
+import copy
 from typing import Any
 
 import torch
@@ -63,6 +64,28 @@ class FixedLayer(CacheLayerMixin):
         """What attention reads: (batch, heads, length, head size) each."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def like(self, rows: int, positions: int) -> "FixedLayer":
+        """An empty layer of the same kind, for so many rows and positions. There must be states of one row."""
+        made = type(self)(positions, self.copies)
+        states = self.states_of(0, 1)
+        made.lazy_initialization(*(state[None].expand(rows, *state.shape) for state in states))
+        return made
+
+    def states_of(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row's first positions: (heads, length, head size) each, whatever the layout."""
+        return self.keys[row, :, :length], self.values[row, :, :length]
+
+    def rows(self, first: int, last: int, length: int) -> "FixedLayer":
+        """Some rows of this memory as a layer of their own, of which so many positions are written."""
+        made = type(self)(self.positions, self.copies)
+        made.keys, made.values = self.keys[first:last], self.values[first:last]
+        made.dtype, made.device, made.length, made.is_initialized = self.dtype, self.device, length, True
+        return made
+
+    def memory_of(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """The memory in which a row's first positions lie, and maybe a few more, as views."""
+        return self.states_of(row, length)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a query of this length sees."""
         return self.length + query_length, 0
@@ -122,6 +145,24 @@ class FixedCache(Cache):
         for layer in self.layers:
             layer.length = longest
         self._shorter = [longest - length for length in lengths]
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first positions of all rows, which must have as many."""
+        for layer in self.layers:
+            layer.length = length
+        self._shorter = None
+
+    def grown(self, positions: int) -> "FixedCache":
+        """A cache of more positions with the same tokens, which must be of rows of one length."""
+        made = copy.copy(self)
+        made.positions, made.layers = positions, []
+        for layer in self.layers:
+            larger = layer.like(layer.keys.shape[0], positions)
+            states = zip(*(layer.states_of(row, layer.length) for row in range(layer.keys.shape[0])), strict=True)
+            larger.length = layer.length
+            larger._write(0, *(torch.stack(rows) for rows in states))
+            made.layers.append(larger)
+        return made
 
     def check_extendable(self) -> None:
         """Refuse another prompt behind rows of different lengths.

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from teal_cli.decode.blocks import module_at, scales_of
+from teal_cli.decode.blocks import module_at
+from teal_cli.decode.scales import scales_of
 from teal_cli.models.architectures import architecture_for
 from teal_cli.models.likeness import block_departure
 from teal_cli.models.programs import Program

@@ -21,6 +21,8 @@ from teal_cli.decode.paths.general import GeneralPath
 from teal_cli.decode.paths.native import NativePath, unsupported_on_cpu
 from teal_cli.decode.paths.seq2seq import Seq2SeqPath
 from teal_cli.decode.probe import OtherLogitsError, check_decoding
+from teal_cli.decode.prompts import Keep, KeptCache, pieces
+from teal_cli.decode.reading import Reading
 from teal_cli.decode.recognition import first_difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, UsageError
@@ -58,6 +60,8 @@ class Engine:
             decode the model.
         never_worse: whether `generate` decodes dense where sparse steps were measured to be slower (`choose`).
         compiling: whether steps are compiled by torch.compile, where the path has any to compile; by default never.
+        keep: what `generate` keeps of its cache for the next prompt, if that begins alike, where the path can go on
+            from a part of a prompt.
 
     Raises:
         ArtefactError: an encoder, which does not decode, or a model whose state teal does not know.
@@ -71,12 +75,13 @@ class Engine:
         path: str | None = None,
         never_worse: bool = False,
         compiling: Compiling | None = None,
+        keep: Keep = "nothing",
     ) -> None:
         if kind_for(model) == "encoder":
             raise ArtefactError("this model is an encoder: it writes no text (`teal eval` measures it)")
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        self.never_worse, self.compiling = never_worse, compiling or Compiling()
+        self.never_worse, self.compiling, self.keep = never_worse, compiling or Compiling(), keep
         self.control: SparsityControl | None
         try:
             self.control = control_of(model)
@@ -87,6 +92,7 @@ class Engine:
         self.path = self._pick(path)
         self._named = path is not None
         self._session: Session | None = None
+        self._kept: KeptCache | None = None
         self._checked: set[tuple[bool, str, int]] = set()
         self._choices: dict[tuple[Any, int, int], Choice] = {}
         self._dense_forms: dict[tuple[int, int], Forms] = {}
@@ -272,24 +278,41 @@ class Engine:
         length = input_ids.shape[1] + max_new_tokens
         choice = self.choose(input_ids, length) if self.chooses else None
         sampler = Sampler(sampling, self.device)
-        cache = self.new_cache(length, compiled=choice is not None and choice.compiled)
-        logits = self.prefill(input_ids.to(self.device), cache)
+        kept, (cache, logits) = self._run_prompt(input_ids.to(self.device), length, choice)
         self.check_numbers(logits)  # the host waits for the first token anyway
         token = sampler.next_token(logits)
         with self._as(choice):
             loop = TokenLoop(self, cache, token, sampler)
-        under_way = deque([_Reading(token)])
+        under_way = deque([Reading(token)])
         launched = 1
         for index in range(max_new_tokens):
             ahead = _READ_BEHIND if self.device.type == "cuda" and index > 0 else 0
             while launched < max_new_tokens and launched <= index + ahead:
                 with self._as(choice):
-                    under_way.append(_Reading(loop.advance()))
+                    under_way.append(Reading(loop.advance()))
                 launched += 1
             value = under_way.popleft().value()
+            if kept is not None:
+                kept.add(value)
             if value in stop:
                 return
             yield value
+
+    def _run_prompt(
+        self, input_ids: Tensor, length: int, choice: Choice | None
+    ) -> tuple[KeptCache | None, tuple[Any, Tensor]]:
+        """A cache for so many positions that holds the prompt, with its logits; and what keeps it for the next one."""
+        compiled, piece = choice is not None and choice.compiled, self.path.piece_for(length)
+        if self.keep == "nothing" or compiled or piece is None:
+            self._kept = None
+            cache, logits = self.new_cache(length, compiled), torch.empty(0)
+            for start, end in pieces(0, input_ids.shape[1], None if compiled else piece):
+                logits = self.prefill(input_ids[:, start:end], cache)
+            return None, (cache, logits)
+        if self._kept is None or self._kept.path is not self.path:
+            self._kept = KeptCache(self.path, self.keep)
+        self._session = None  # the memory of the last reply's, before that of the next
+        return self._kept, self._kept.run(self.prefill, input_ids, length)
 
     def _as(self, choice: Choice | None) -> AbstractContextManager[None]:
         """Dense inside the block where that was the choice."""
@@ -324,23 +347,3 @@ def _different(lengths: Tensor, input_ids: Tensor) -> list[int] | None:
     if lengths.shape != (rows,) or not all(1 <= length <= tokens for length in found):
         raise UsageError(f"lengths {found} do not fit {rows} prompts of at most {tokens} tokens")
     return None if all(length == tokens for length in found) else found
-
-
-class _Reading:
-    """A token on its way to the host."""
-
-    def __init__(self, token: Tensor) -> None:
-        self._event = None
-        if token.is_cuda:
-            self._host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-            self._host.copy_(token, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = token.clone()
-
-    def value(self) -> int:
-        """The token, when it has come."""
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._host)

@@ -23,6 +23,15 @@ class NativeLayer(FixedLayer):
         self.values = value_states.new_zeros(batch, heads, blocks * KEY_BLOCK, value_states.shape[-1])
         self.is_initialized = True
 
+    def states_of(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """As `FixedLayer.states_of`; of keys a copy."""
+        keys = self.keys[row, :, : -(-length // KEY_BLOCK)].transpose(-1, -2).flatten(1, 2)
+        return keys[:, :length], self.values[row, :, :length]
+
+    def memory_of(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """As `FixedLayer.memory_of`: whole blocks of keys."""
+        return self.keys[row, :, : -(-length // KEY_BLOCK)], self.values[row, :, :length]
+
     def _write(self, start: int, key_states: Tensor, value_states: Tensor) -> None:
         self.values[:, :, start : self.length] = value_states
         by_position = self.keys.transpose(-1, -2)  # (batch, heads, blocks, KEY_BLOCK, head size)

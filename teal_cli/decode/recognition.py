@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from teal_cli.decode.activations import activation_of, unknown_activation
 from teal_cli.decode.blocks import (
     Attention,
     Norm,
     Product,
-    activation_of,
     block_steps,
     embedding_norm,
     last_norm,
     module_at,
     program_of,
-    scales_of,
-    unknown_activation,
 )
 from teal_cli.decode.departures import departure
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_at
 from teal_cli.decode.routes import Route
+from teal_cli.decode.scales import scales_of
 from teal_cli.models.architectures import Architecture, architecture_for
 from teal_cli.models.block_calls import hidden_of, hooked
 from teal_cli.models.forward import position_limit

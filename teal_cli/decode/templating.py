@@ -89,9 +89,9 @@ def _in_child(work: Callable[[], bytes], most: int) -> bytes:
         try:
             _close_all_but(writing)
             _limit()
-            answer = memoryview(work())
-            while answer:
-                answer = answer[os.write(writing, answer) :]
+            rest = memoryview(work())
+            while rest:
+                rest = rest[os.write(writing, rest) :]
         finally:  # whatever happened: none of the parent's exit handlers, none of its buffers
             os._exit(0)
     os.close(writing)

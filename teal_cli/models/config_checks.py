@@ -13,6 +13,8 @@ from teal_cli.errors import ArtefactError, shown
 
 QUANT_METHOD = "teal"
 """The `quant_method` under which transformers knows TEAL checkpoints."""
+MXFP4 = "mxfp4"
+"""The method of experts that are dequantised (`teal_cli.quantise.mxfp4`)."""
 PUBLISHED_METHODS = ("gptq", "awq")
 """Methods of quantisation whose codes are taken over (`teal_cli.quantise.published`)."""
 
@@ -95,7 +97,7 @@ def _check_quantisation(config: dict[str, Any], where: str) -> None:
                 f"{where} says that its weights are quantised, but not how "
                 f"({place} has no quant_method): download or export the model again"
             )
-        is_read = method == QUANT_METHOD or method.lower() in PUBLISHED_METHODS
+        is_read = method == QUANT_METHOD or method.lower() in (*PUBLISHED_METHODS, MXFP4)
         if place != "quantization_config" or not is_read:
             raise ArtefactError(
                 f"{where} says that the weights are quantised by {shown(method)}, which teal does not read: "

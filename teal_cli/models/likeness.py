@@ -51,7 +51,7 @@ def block_departure(row: Architecture, block: nn.Module, program: Program) -> st
             return reason
         if isinstance(step, ProductStep) and step.joined and _outputs(modules[layers[0]]) % 4:
             return f"an odd number of neurons in {step.product}"  # codes of 4 bits: up must begin at a byte
-    named = set(_named(row, steps))
+    named = {*_named(row, steps), *(name for name, module in modules.items() if getattr(module, "teal_aside", False))}
     for name, _ in block.named_parameters():
         parents = {name[:end] for end in range(len(name) + 1) if end == len(name) or name[end] == "."}
         if not parents & named:

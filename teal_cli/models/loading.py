@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from teal_cli.errors import ArtefactError, MachineError, blame
+from teal_cli.models import trained_sparse  # noqa: F401  (transformers learns model types and activations)
+from teal_cli.models.activations import check_activation
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind, table
 from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
-from teal_cli.models.trained_sparse import check_activation, set_activation_thresholds_
 from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.reading import read_json
 
@@ -211,7 +212,6 @@ def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Arc
         model.teal_architecture = architecture
     unstack_experts_(model)
     adopt_likeness_(model)
-    set_activation_thresholds_(model)
     return model.to(target).eval()
 
 
@@ -258,7 +258,6 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     with target:
         model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
     unstack_experts_(model)
-    set_activation_thresholds_(model)
     return model.eval()
 
 

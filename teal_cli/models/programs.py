@@ -205,9 +205,10 @@ class Program(BaseModel):
     """In its place: ALiBi, a number for each query head times a key's position, added to scores. `rounded`: to the
     model's dtype (Bloom); `scaled`: to bfloat16, and multiplied as scores are (Falcon)."""
     requires: dict[str, bool | int | None] = {}
-    """Keys of the configuration, and what they must be: with another value, a block computes something else."""
+    """Keys of the configuration, and what they must be: with another value, a block computes something else. A key that
+    a configuration does not have is false, or zero."""
     fused: bool = True
-    """Whether the fused path takes it: not where a GPU has not run it yet."""
+    """Whether the fused path takes it."""
     block: Annotated[tuple[Annotated[Step | WhereStep, BeforeValidator(_step_or_choice)], ...], Field(min_length=1)]
     norm: str
     """Path of the norm in the model, in front of the output layer."""
@@ -263,7 +264,8 @@ class Program(BaseModel):
     def unmet(self, config: Any) -> str | None:
         """The first key of a configuration that is not what the program requires, and its value; None for none."""
         found = ((key, getattr(config, key, None), value) for key, value in self.requires.items())
-        return next((f"{key} {str(own).lower()}" for key, own, value in found if own != value), None)
+        unlike = (entry for entry in found if entry[1] != entry[2] and (entry[1] is not None or entry[2]))
+        return next((f"{key} {str(own).lower()}" for key, own, _ in unlike), None)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Program":

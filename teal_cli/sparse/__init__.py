@@ -1,6 +1,6 @@
 """Sparse layers inside transformers models."""
 
-from teal_cli.checkpoint.rules import Dense, Rule, Threshold, Zeros
+from teal_cli.checkpoint.rules import Dense, Routed, Rule, Threshold, Zeros
 from teal_cli.sparse.control import SparsityControl, control_of, use_backend
 from teal_cli.sparse.counting import SparsityCounter
 from teal_cli.sparse.intrinsic import INTRINSIC, make_intrinsic_, neuron_sparsity
@@ -18,6 +18,7 @@ from teal_cli.sparse.replace import (
 __all__ = [
     "INTRINSIC",
     "Dense",
+    "Routed",
     "Rule",
     "SparseLinear",
     "SparsityControl",

@@ -43,6 +43,8 @@ class SparsityControl:
     """Of all rows, or (batch,) int64: rows whose prompts differ in length."""
     output: str | None = None
     """The output layer, where it is sparse too."""
+    of_routers: int = 0
+    """Weights of all routers, which every token reads."""
     counter: SparsityCounter | None = field(default=None, repr=False)
     encodes: bool = False
     """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
@@ -163,7 +165,7 @@ class SparsityControl:
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
         """Count dropped inputs inside the block, in a new counter or on in one that is there."""
         before, self.counter = self.counter, counter or SparsityCounter()
-        self.counter.output = self.output
+        self.counter.output, self.counter.beside = self.output, self.of_routers
         try:
             yield self.counter
         finally:

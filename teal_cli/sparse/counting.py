@@ -23,6 +23,8 @@ class SparsityCounter:
         """Set to False to let calls go by uncounted."""
         self.output: str | None = None
         """The output layer, where it drops inputs: what it does not read counts, what it has does not."""
+        self.beside = 0
+        """Weights that every token reads beside those of projections: routers'. They count against what is skipped."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
@@ -52,10 +54,11 @@ class SparsityCounter:
     def model_wide(self) -> float | None:
         """Weights not read over the weights of the blocks' projections; None if sparsity was never on.
 
-        The definition is `models.architectures.block_weights`'.
+        The definition is `models.architectures.block_weights`'. Where routers read more than is skipped it is 0.
         """
         realised = self.by_projection()
         total = sum(self._weights[name] for name in realised if name != self.output)
         if not total:
             return None
-        return sum(value * self._weights[name] for name, value in realised.items()) / total
+        skipped = sum(value * self._weights[name] for name, value in realised.items())
+        return max(skipped - self.beside, 0.0) / total if self.beside else skipped / total

@@ -8,8 +8,8 @@ from torch import nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Zeros
-from teal_cli.models.architectures import Projection, find_projections
-from teal_cli.models.trained_sparse import computes_gated, zeroing_activation
+from teal_cli.models.activations import computes_gated, intermediates, zeroing_activation
+from teal_cli.models.architectures import find_projections
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.gate_first import GateActivation
@@ -25,11 +25,6 @@ class GatedMLP:
     inputs: tuple[str, str]
     """Module paths of gate and up."""
     down: str
-
-
-def intermediates(projections: Iterable[Projection]) -> list[Projection]:
-    """The projections that read the neurons of MLPs, or of experts."""
-    return [p for p in projections if p.site.rpartition(".")[2] in ("mlp_intermediate", "experts_intermediate")]
 
 
 def gated_mlps(model: Any, downs: Collection[str]) -> list[GatedMLP]:

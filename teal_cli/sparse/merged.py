@@ -155,6 +155,10 @@ class MergedProjections:
             word += words
         self._packed = table
 
+    def multiply_apart(self) -> None:
+        """Rules will change without another layout, and differ then: no product may serve all layers."""
+        self._alike = False
+
     def forget_layout(self) -> None:
         """The weights were moved or cast and are no longer columns of the table: drop it."""
         self._table = self._packed = None

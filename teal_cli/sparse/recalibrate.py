@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.calibration import histogram
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Zeros, threshold_rule
+from teal_cli.checkpoint.rules import Routed, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.forward import watched
 from teal_cli.models.layers import rows_from
@@ -32,7 +32,7 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
 
     Args:
         model: with sparse layers; takes on the new thresholds.
-        plan: projections and their sparsities; exact zeros stay what they are.
+        plan: projections and their sparsities; exact zeros and routers stay what they are.
         sequences: (sequences, tokens) int64, run together as one batch.
         dense_prefix: leading positions that run dense and are not counted, as a prompt.
 
@@ -51,7 +51,7 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
         counts = histogram.count(rows_from(dense_prefix, x, rest, sequences.shape)).cpu()
         for reader in waiting.pop(id(layer.merged)):
             rule = plan.projections[reader.name]
-            if isinstance(rule, Zeros):
+            if isinstance(rule, Zeros | Routed):
                 continue
             try:
                 threshold = histogram.threshold_for(counts, rule.expected_sparsity)

@@ -15,6 +15,7 @@ from teal_cli.sparse.experts import ExpertTables, SparseExperts
 from teal_cli.sparse.gated import decode_gate_first_, mlps_of_plan
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.merged import MergedProjections
+from teal_cli.sparse.routing import check_routed, route_
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -120,10 +121,15 @@ def apply_plan_(model: nn.Module, plan: SparsityPlan) -> None:
 def sparsify_(model: nn.Module, plan: SparsityPlan) -> SparsityControl:
     """Make a dense model, loaded already, decode sparsely by a plan. The weights are not copied.
 
-    A gated MLP with zeros before its down decodes gate first, where the plan names neither its gate nor its up.
+    A gated MLP with zeros before its down decodes gate first, where the plan names neither its gate nor its up. Weights
+    of routers are not set.
+
+    Raises:
+        ArtefactError: the plan's projections are not the model's, or an MLP that cannot be routed is to be.
     """
     gated = mlps_of_plan(model, plan)
     control = replace_projections_(model, plan.projections)
     decode_gate_first_(model, gated, control)
+    check_routed(route_(model, plan, control))
     apply_plan_(model, plan)
     return control

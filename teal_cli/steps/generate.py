@@ -87,7 +87,7 @@ class Generator:
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
         compiling = Compiling(config.compile, tokens=config.max_new_tokens)
-        self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling)
+        self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling, keep="prompts")
         self._because: str | None = None
         self._say = reporter.say
         self._say_because()

@@ -40,7 +40,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def half_plan(model: nn.Module, factor: float = 1.0) -> SparsityPlan:
     """About half of the inputs; `factor` moves the thresholds."""
-    thresholds = {p.name: factor * THRESHOLDS[p.site.rpartition(".")[2]] for p in find_projections(model)}
+    thresholds = {p.name: factor * THRESHOLDS.get(p.site.rpartition(".")[2], 0.4) for p in find_projections(model)}
     return SparsityPlan("uniform", 0.5, {name: Threshold(value, 0.5) for name, value in thresholds.items()})
 
 

@@ -10,7 +10,6 @@ from conftest import FAMILIES as ALL_FAMILIES
 from conftest import TINY_CONFIGS
 from fused_pair import THRESHOLDS, error_of, random_tokens
 from tiny_configs import ALL_MIXTURES as ALL_MIXTURES
-from tiny_configs import MIXTURES as MIXTURES
 from tiny_configs import OTHERS as OTHERS
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM

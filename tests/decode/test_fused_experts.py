@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fused_pair import random_tokens, use_small_tiles
-from native_models import MIXTURES, check_steps, plan_for, sparse, tiny
+from native_models import ALL_MIXTURES, check_steps, plan_for, sparse, tiny
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense
@@ -23,7 +23,7 @@ def _small_tiles(own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_tiles(monkeypatch)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ALL_MIXTURES)
 def test_every_mixture_is_served(family: str) -> None:
     program = architecture_of(family).program
     assert program is not None
@@ -32,7 +32,7 @@ def test_every_mixture_is_served(family: str) -> None:
     assert FusedPath.unsupported(model, control_of(model)) is None
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe", "gpt_oss"])
 def test_dense_tokens(family: str) -> None:
     model = sparse(tiny(family))
     control_of(model).enabled = False
@@ -57,7 +57,10 @@ def test_one_of_two_products_is_dense() -> None:
 
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("mixtral", "int8"), ("mixtral", "int4:32"), ("qwen2_moe", "int8"), ("granitemoe", "int4:32")],
+    [
+        *(("mixtral", "int8"), ("mixtral", "int4:32"), ("qwen2_moe", "int8"), ("granitemoe", "int4:32")),
+        *(("gpt_oss", "int8"), ("gpt_oss", "int4:32")),
+    ],
 )
 def test_codes(family: str, scheme: str) -> None:
     """Neurons in whole words, and groups that one expert's inputs do not fill."""
@@ -105,10 +108,6 @@ def test_experts_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.weight.data = turned.contiguous()
     assert FusedPath.unsupported(model, control_of(model)) == "experts that do not lie input-major"
     layer.weight.data = turned
-    owner = model.model.layers[0].mlp.experts
-    owner.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 64))
-    assert FusedPath.unsupported(model, control_of(model)) == "experts with biases"
-    owner.down_proj_bias = None
     assert FusedPath.unsupported(model, control_of(model)) is None
     monkeypatch.setattr(fused_experts, "MAX_EXPERTS", 3)
     assert FusedPath.unsupported(model, control_of(model)) == "more than 3 experts"

@@ -24,9 +24,9 @@ from teal_cli.decode.paths.native import NativePath
 from teal_cli.quantise.rounding import quantise
 from teal_cli.schemes import Scheme
 from teal_cli.sparse.experts import SparseExperts
-from teal_kernels.native.experts import product_of_experts, route_of, rows_of, weight_of_experts
+from teal_kernels.native.experts import product_of_experts, route_of, weight_of_experts
 from teal_kernels.native.library import Session, shared_pool
-from teal_kernels.native.structures import Epilogue, Scores, norm_of, product_of, program_of, weight_of
+from teal_kernels.native.structures import Epilogue, Scores, norm_of, product_of, program_of, rows_of, weight_of
 from teal_kernels.packing import Packed, dequantised
 
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCABULARY, build_model
 from experts_cases import ExpertsCase, random_experts, random_router
 from kernel_cases import LIMITS, PDL, relative_error
-from tiny_configs import MIXTURES
+from tiny_configs import ALL_MIXTURES
 from torch import Tensor
 from torch.nn.functional import softmax
 
@@ -29,6 +29,7 @@ MODELS = {
     "qwen3-30b-a3b": (2048, 128, 8, 768),
     "mixtral-8x7b": (4096, 8, 2, 14336),
     "qwen1.5-moe": (2048, 60, 4, 1408),
+    "gpt-oss-20b": (2880, 32, 4, 2880),
     "no multiple of anything": (1234, 7, 3, 517),
 }
 CONFIGS = (TileConfig(128, 2, 6, 256, 1), TileConfig(64, 4, 6, 128, 2))
@@ -64,6 +65,24 @@ def test_products_against_float64(name: str, tokens: int, epilogue: str, sparsit
         if epilogue == "residual":
             torch.testing.assert_close(squares.sum(1), y.float().square().sum(1), rtol=1e-4, atol=1e-4)
         assert int(counts[0]) == (case.kept if sparsity else 0)
+
+
+@pytest.mark.parametrize("packed", [None, (8, 1 << 20, False), (4, 64, True)], ids=["bf16", "int8", "int4"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("epilogue", ["paired", "residual"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_biases_and_pairs_against_float64(
+    tokens: int, epilogue: str, sparsity: float, packed: tuple[int, int, bool] | None
+) -> None:
+    """gpt-oss's, in blocks that one program ends and that several do."""
+    packed = packed and (packed[0], min(packed[1], 2880), packed[2])
+    options = {"dtype": torch.bfloat16, "packed": packed, "bias": True}
+    for name in ("gpt-oss-20b",) if packed else ("gpt-oss-20b", "no multiple of anything"):
+        case = _case(name, epilogue, tokens, sparsity, **options)
+        for config in (CONFIGS[0], replace(CONFIGS[1], block_out=64), replace(CONFIGS[0], block_out=256, warps=2)):
+            fitted = fitting_experts(replace(config, dense=not sparsity), case.x.shape[1], case.parts)
+            y = case.launch(fitted, pdl=PDL)[0]
+            assert relative_error(y, case.expected()) < LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("packed", [(8, 1 << 20, False), (4, 128, True)], ids=["int8", "int4"])
@@ -112,7 +131,11 @@ def test_routers(tokens: int, experts: int, chosen: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme"), [*((family, None) for family in MIXTURES), ("mixtral", "int8"), ("qwen2_moe", "int4:32")]
+    ("family", "scheme"),
+    [
+        *((family, None) for family in ALL_MIXTURES),
+        *(("mixtral", "int8"), ("qwen2_moe", "int4:32"), ("gpt_oss", "int8"), ("gpt_oss", "int4:32")),
+    ],
 )
 def test_text_is_that_of_transformers_forward(family: str, scheme: str | None) -> None:
     """Kernels and graphs beside the general path with the reference backend, on the same GPU."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Attention, PartialsCase
+from attention_cases import RARE, Attention, PartialsCase
 from kernel_cases import (
     LIMITS,
     PARTS,
@@ -289,6 +289,16 @@ def test_attention_with_window_or_norm(window: int, norm: bool) -> None:
     for position in (5, 100, 2000, 4000):
         case = Attention(1, 8, 4, 128, position, window, norm, torch.bfloat16, positions=4096, device="cuda")
         case.check(pdl=PDL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rare", [*((each,) for each in RARE), RARE[:4]], ids=str)
+def test_attention_of_fewer_models(rare: tuple[str, ...], dtype: torch.dtype) -> None:
+    """gpt-oss's heads, and those of a batch."""
+    for position in (0, 5, 100, 2000, 4000):
+        case = Attention(1, 8, 8, 64, position, dtype=dtype, positions=4096, device="cuda", rare=rare)
+        case.check(pdl=PDL)
+    Attention(2, 8, 8, 64, (900, 63), window=128, dtype=dtype, positions=4096, device="cuda", rare=rare).check(pdl=PDL)
 
 
 # Of one, several and all splits; a batch's last row is the longest, its first, or one in the middle.

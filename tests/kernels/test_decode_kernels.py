@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import ATTENTION_LIMITS, Attention, merged
+from attention_cases import ATTENTION_LIMITS, RARE, Attention, merged
 from kernel_cases import EPS, Output, relative_error
 from torch.nn.functional import rms_norm
 
@@ -50,6 +50,26 @@ def test_attention_windows(window: int, norm: bool) -> None:
 @pytest.mark.usefixtures("many_splits")
 def test_attention_in_many_splits(rows: int, kv_heads: int, group: int, dim: int, position: int, window: int) -> None:
     Attention(rows, kv_heads, group, dim, position, window, split_multiple=16).check()
+
+
+@pytest.mark.parametrize("rare", [*((each,) for each in RARE), RARE[:4]], ids=str)
+@pytest.mark.parametrize("position", [(150,), (5, 97)], ids=str)
+def test_what_fewer_models_have(position: tuple[int, ...], rare: tuple[str, ...]) -> None:
+    """In several splits, within the window and beyond it, with heads that are no power of two."""
+    sizes = (len(position), 2, 3, 24, position)
+    Attention(*sizes, window=60, split_multiple=16, splits=4, rare=rare).check()
+
+
+def test_layer_norms_that_the_kernel_has_not() -> None:
+    case = Attention(1, 2, 2, 16, 3, rare=("own layer norms",))
+    case.biases = (case.cos[0],) * 2
+    with pytest.raises(ValueError, match="their own have no bias"):
+        case.launch(case.keys, case.values)
+    case = Attention(1, 2, 2, 16, 3, rare=("alibi",))
+    assert case.alibi is not None
+    case.alibi = case.alibi[:, 1:]
+    with pytest.raises(ValueError, match="does not fit 4 heads, 160 positions"):
+        case.launch(case.keys, case.values)
 
 
 @pytest.mark.parametrize("position", [(0, 150), (40, 3, 97), (15, 16, 0, 31), (70, 70)], ids=str)

@@ -7,7 +7,9 @@ from kernel_cases import LIMITS, relative_error
 from torch.nn.functional import softmax
 
 from teal_kernels.experts import Chosen, fitting_experts, no_ids, table_of
+from teal_kernels.launching import device_facts
 from teal_kernels.operands import Scratch
+from teal_kernels.plan_gemv import ProductShape, plan_product
 from teal_kernels.triton_gemv import TileConfig, gemv
 from teal_kernels.triton_router import route
 
@@ -15,6 +17,7 @@ CONFIGS = {
     "one chunk": TileConfig(block_out=32, block_in=4, unroll=2, inputs_per_chunk=64, warps=1),
     "two chunks": TileConfig(block_out=16, block_in=4, unroll=2, inputs_per_chunk=32, warps=1),
 }
+DEVICE = torch.device("cpu")
 EPILOGUES = ("plain", "gated", "residual")
 
 
@@ -31,6 +34,44 @@ def _check(case: ExpertsCase, config: TileConfig) -> None:
 def test_products_against_float64(tokens: int, epilogue: str, dense: bool, config: str) -> None:
     case = random_experts(epilogue, tokens, sparsity=0.0 if dense else 0.5)
     _check(case, TileConfig(**{**vars(CONFIGS[config]), "dense": dense}))
+
+
+@pytest.mark.parametrize("epilogue", ["paired", "gated", "residual"])
+@pytest.mark.parametrize(("tokens", "config"), [(1, "one chunk"), (2, "two chunks")])
+def test_biases_of_experts(tokens: int, epilogue: str, config: str) -> None:
+    """gpt-oss's: gate and up alternate, and what an expert adds has its bias, weighted."""
+    _check(random_experts(epilogue, tokens, bias=True), CONFIGS[config])
+
+
+def test_one_expert_with_biases_and_one_chunk() -> None:
+    """Nothing meets in memory."""
+    _check(random_experts("residual", 2, experts=2, chosen=1, inputs=8, bias=True), CONFIGS["one chunk"])
+
+
+@pytest.mark.parametrize("packed", [(8, 44, False), (4, 32, True)], ids=str)
+@pytest.mark.parametrize("epilogue", ["paired", "residual"])
+def test_biases_of_quantised_experts(epilogue: str, packed: tuple[int, int, bool]) -> None:
+    case = random_experts(epilogue, 2, outputs=28, packed=packed, bias=True)
+    _check(case, TileConfig(block_out=64, block_in=4, unroll=2, inputs_per_chunk=32, warps=1))
+    assert case.parts == ((56,) if epilogue == "paired" else (28,))
+
+
+def test_what_a_paired_product_needs() -> None:
+    case = random_experts("paired", 1)
+    arguments = table_of(case.stack), case.parts, case.thresholds, case.before, CONFIGS["one chunk"], Scratch(DEVICE)
+    with pytest.raises(ValueError, match="clamped_swiglu needs a curve"):
+        gemv(case.x, *arguments, epilogue="paired", activation="clamped_swiglu", experts=case.chosen)
+    with pytest.raises(ValueError, match="one of experts"):
+        gemv(case.x, *arguments, epilogue="paired")
+    with pytest.raises(ValueError, match="one even part"):
+        plan_product(ProductShape(1, 44, (21,), 4, 32, 44, 21, "paired"), CONFIGS["one chunk"], device_facts(DEVICE))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_tokens_have_thresholds_of_their_own(epilogue: str) -> None:
+    case = random_experts(epilogue, 3)
+    case.thresholds = torch.tensor([[0.2], [1.0], [2.5]]) * case.thresholds
+    _check(case, CONFIGS["two chunks"])
 
 
 @pytest.mark.parametrize("packed", [(8, 44, False), (4, 16, True), (4, 32, False)], ids=str)

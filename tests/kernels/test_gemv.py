@@ -39,6 +39,17 @@ def test_against_float64(rows: int, epilogue: str, listed: bool, config: str) ->
     _check(case, replace(CONFIGS[config], dense=not listed))
 
 
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rows_have_thresholds_of_their_own(epilogue: str, config: str) -> None:
+    case = random_case(epilogue, 3)
+    case.thresholds = torch.tensor([[0.2], [1.0], [2.5]]) * case.thresholds
+    counts = torch.zeros(3, dtype=torch.int64)
+    _check(case, CONFIGS[config])
+    case.launch(CONFIGS[config], counts=counts)
+    assert counts[: len(case.parts)].tolist() == case.kept
+
+
 @pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "dense"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)

@@ -26,7 +26,16 @@ _COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_a_compiler = pytest.mark.skipif(_COMPILER is None, reason="no C compiler here")
 needs_the_library = pytest.mark.skipif(library.load() is None, reason=str(library.unavailable_reason()))
 
-_STRUCTURES = (native.Weight, native.Norm, native.Product, native.Attention, native.Route, native.Step, native.Program)
+_STRUCTURES = (
+    native.Weight,
+    native.Norm,
+    native.Product,
+    native.Attention,
+    native.Route,
+    native.Router,
+    native.Step,
+    native.Program,
+)
 _ENUMS = (
     (native.Dtype, "TEAL_"),
     (native.Layout, "TEAL_"),

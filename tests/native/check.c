@@ -365,8 +365,8 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     for (int t = 0; t < TOKENS; t++) {
         int64_t tokens[ROWS] = {bits() % VOCABULARY, bits() % VOCABULARY}, positions[ROWS] = {t, t % 7};
         int64_t wrong[ROWS] = {tokens[0], t % 2 ? VOCABULARY : -1};
-        if (teal_session_step(session, wrong, positions, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
-        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, wrong, positions, NULL, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
+        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < ROWS; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY];
             const float *found = logits + row * VOCABULARY;
@@ -497,7 +497,7 @@ static void check_mixture(const char *variant, teal_pool *pool, int dtype, int r
     float *logits = floats(rows * VOCABULARY);
     for (int t = 0; t < MIXED_TOKENS; t++) {
         for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
-        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < rows; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
             for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];
@@ -527,6 +527,97 @@ static void check_mixtures(const char *variant, teal_pool *pool) {
         for (int i = 0; i < 5; i++) check_mixture(variant, pool, dtype, row_counts[i]);
 }
 
+enum { RANK = 12 };
+
+/* A routed MLP, whose router has one layer or two. */
+typedef struct {
+    matrix first, logits, gate, up, down;
+    teal_norm norm;
+    teal_router router;
+} routed;
+
+static void run_routed(const routed *b, double *x, int64_t *kept) {
+    double normed[HIDDEN], ranked[RANK], logits[NEURONS], gate[NEURONS], up[NEURONS], added[HIDDEN];
+    const double *seen = normed;
+    normalise(&b->norm, x, normed);
+    if (b->router.first) {
+        apply(&b->first, normed, ranked, NULL);
+        for (int i = 0; i < RANK; i++) ranked[i] = ranked[i] > 0 ? ranked[i] : 0;
+        seen = ranked;
+    }
+    apply(&b->logits, seen, logits, NULL);
+    apply(&b->gate, normed, gate, NULL), apply(&b->up, normed, up, NULL);
+    for (int i = 0; i < NEURONS; i++) {
+        const int chosen = logits[i / b->router.group] > 0;
+        gate[i] = chosen ? silu(gate[i]) * up[i] : 0;
+        kept[0] += chosen, kept[1] += chosen;
+    }
+    kept[2] += apply(&b->down, gate, added, NULL);
+    for (int i = 0; i < HIDDEN; i++) x[i] += added[i];
+}
+
+/* Of each dtype of down; groups, layers of the router and whether all is computed change with it and with the rows. */
+static void check_routed(const char *variant, teal_pool *pool, int dtype, int rows) {
+    const int floats_of = (dtype + rows) % 3, group = rows % 2 ? 4 : rows == 2 ? 1 : 20, blocks = dtype == TEAL_INT4 ? 1 : 2;
+    const int layers = 1 + (dtype + rows / 2) % 2;
+    routed b = {.first = make(HIDDEN, RANK, floats_of, TEAL_ROW_MAJOR, 1, -INFINITY),
+                .logits = make(layers == 2 ? RANK : HIDDEN, NEURONS / group, floats_of, TEAL_ROW_MAJOR, 1, -INFINITY),
+                .gate = make(HIDDEN, NEURONS, floats_of, TEAL_ROW_MAJOR, 1, -INFINITY),
+                .up = make(HIDDEN, NEURONS, floats_of, TEAL_ROW_MAJOR, 1, -INFINITY),
+                .down = make(NEURONS, HIDDEN, dtype, TEAL_INPUT_MAJOR, 8, 0), .norm = norm_of(TEAL_RMS_NORM)};
+    b.logits.weight.bias = random_floats(NEURONS / group);
+    if (dtype == TEAL_BF16) b.gate.weight.bias = random_floats(NEURONS), b.up.weight.bias = random_floats(NEURONS);
+    b.router = (teal_router){.first = layers == 2 ? &b.first.weight : NULL, .logits = &b.logits.weight, .group = group,
+                             .whole = rows == 3};
+    b.gate.weight.counter = 0, b.up.weight.counter = 1, b.down.weight.counter = 2;
+    teal_product p[2] = {{.parts = {b.gate.weight, b.up.weight}, .n_parts = 2, .epilogue = TEAL_ROUTED, .router = &b.router},
+                         {.parts = {b.down.weight}, .n_parts = 1, .epilogue = TEAL_RESIDUAL}};
+    teal_step steps[6];
+    for (int times = 0; times < blocks; times++) {
+        steps[3 * times] = (teal_step){&b.norm, TEAL_STEP_NORM, 0};
+        for (int i = 0; i < 2; i++) steps[3 * times + 1 + i] = (teal_step){&p[i], TEAL_STEP_PRODUCT, 0};
+    }
+    matrix embedding = make(HIDDEN, VOCABULARY, TEAL_F32, TEAL_ROW_MAJOR, 1, -INFINITY);
+    teal_norm last = norm_of(TEAL_RMS_NORM);
+    teal_product layer = {.parts = {embedding.weight}, .n_parts = 1, .epilogue = TEAL_PLAIN};
+    teal_program program = {.steps = steps, .embedding = &embedding.weight, .norm = &last, .output = &layer,
+                            .n_steps = 3 * blocks, .hidden = HIDDEN, .counters = 3, .embedding_scale = 1, .logits_scale = 1};
+    char error[200] = "";
+    teal_session *session = teal_session_open(&program, pool, rows, variant, error, sizeof error);
+    if (!session) fprintf(stderr, "%s\n", error), exit(1);
+    int64_t tokens[MOST_ROWS], positions[MOST_ROWS] = {0}, best[MOST_ROWS], kept[3], expected_kept[3] = {0};
+    float *logits = floats(rows * VOCABULARY);
+    for (int t = 0; t < MIXED_TOKENS; t++) {
+        for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
+        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        for (int row = 0; row < rows; row++) {
+            double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
+            for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];
+            for (int times = 0; times < blocks; times++) run_routed(&b, x, expected_kept);
+            normalise(&last, x, normed);
+            apply(&embedding, normed, expected, NULL);
+            for (int o = 0; o < VOCABULARY; o++) size = fabs(expected[o]) > size ? fabs(expected[o]) : size;
+            for (int o = 0; o < VOCABULARY; o++) {
+                const double limit = dtype == TEAL_INT4 ? 5e-4 : 2e-5; /* as of experts */
+                const double found = logits[row * VOCABULARY + o];
+                if (!(fabs(found - expected[o]) <= limit * size)) fail(variant, "a routed logit", found, expected[o]);
+            }
+        }
+    }
+    teal_session_kept(session, kept);
+    for (int i = 0; i < 3; i++)
+        if (kept[i] != expected_kept[i])
+            fail(variant, "a number of routed neurons kept", (double)kept[i], (double)expected_kept[i]);
+    teal_session_close(session);
+    release();
+}
+
+static void check_all_routed(const char *variant, teal_pool *pool) {
+    static const int row_counts[] = {1, 2, 3, 5, 8};
+    for (int dtype = TEAL_F32; dtype <= TEAL_INT4; dtype++)
+        for (int i = 0; i < 5; i++) check_routed(variant, pool, dtype, row_counts[i]);
+}
+
 int main(void) {
     if (teal_abi() != TEAL_ABI) fail("library", "the interface", teal_abi(), TEAL_ABI);
     char names[100];
@@ -539,6 +630,7 @@ int main(void) {
             check_products(variant, pool);
             check_decoder(variant, pool);
             check_mixtures(variant, pool);
+            check_all_routed(variant, pool);
             teal_pool_close(pool);
         }
     return 0;

@@ -15,8 +15,8 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
+from teal_cli.models.activations import zeroing_activation
 from teal_cli.models.layers import Experts
-from teal_cli.models.trained_sparse import zeroing_activation
 from teal_cli.sparse import control_of, make_intrinsic_, neuron_sparsity
 
 assert teal_cli.hf

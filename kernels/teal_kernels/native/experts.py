@@ -1,6 +1,7 @@
 """What the native library reads of mixtures of experts, made of tensors: routers, and the weights of many experts."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
@@ -9,7 +10,6 @@ from torch import Tensor
 from teal_kernels.native.structures import (
     Activation,
     Epilogue,
-    Layout,
     Product,
     Route,
     Scores,
@@ -18,23 +18,6 @@ from teal_kernels.native.structures import (
     weight_of,
 )
 from teal_kernels.packing import Packed
-
-
-def rows_of(table: Tensor, bias: Tensor | None = None) -> Weight:
-    """The weights of a router or of a scale, row-major even where there is one output.
-
-    Args:
-        table: (outputs, hidden) of float32, bfloat16 or float16, contiguous.
-        bias: (outputs,), or None.
-
-    Raises:
-        ValueError: a table that lies otherwise.
-    """
-    if not table.is_contiguous():
-        raise ValueError(f"a table with strides {table.stride()} is not row-major")
-    weight = weight_of(table, bias=bias)
-    weight.layout, weight.row_bytes = Layout.ROW_MAJOR, table.shape[1] * table.itemsize
-    return weight
 
 
 def route_of(router: Weight, top_k: int, *, scores: Scores, normalised: bool = False, jitter: float = 0.0) -> Route:
@@ -56,7 +39,7 @@ def weight_of_experts(
     table: Tensor | Packed,
     *,
     bias: Tensor | None = None,
-    threshold: float = -inf,
+    threshold: float | Sequence[float] = -inf,
     expected: float = 0.0,
     counter: int = -1,
 ) -> Weight:
@@ -66,7 +49,7 @@ def weight_of_experts(
         table: (experts, out, in) of float32, bfloat16 or float16, which lies as (experts, in, out). Or codes, whose
             tensors have the experts in front and are contiguous.
         bias: (experts, out), or None.
-        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none.
+        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none. Several: one of each level.
         expected: share of the inputs that is expected to be skipped.
         counter: where kept inputs are counted; -1 nowhere.
 

@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 5
+ABI = 6
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -49,6 +49,7 @@ class Epilogue(IntEnum):
     ACTIVATED = 2
     GATE_FIRST = 3
     RESIDUAL = 4
+    ROUTED = 5
 
 
 class Activation(IntEnum):
@@ -104,6 +105,7 @@ class Weight(Structure):
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("bias", c_void_p),
+        ("thresholds", c_void_p),
         ("row_bytes", c_int64),
         ("scale_stride", c_int64),
         ("zero_stride", c_int64),
@@ -116,6 +118,7 @@ class Weight(Structure):
         ("threshold", c_float),
         ("expected", c_float),
         ("counter", c_int32),
+        ("levels", c_int32),
     )
 
 
@@ -123,6 +126,12 @@ class Norm(Structure):
     """teal_norm; `norm_of` makes one."""
 
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32), ("aside", c_int32))
+
+
+class Router(Structure):
+    """teal_router; `structures.router_of` makes one."""
+
+    _fields_ = (("first", c_void_p), ("logits", c_void_p), ("group", c_int32), ("whole", c_int32))
 
 
 class Product(Structure):
@@ -142,6 +151,7 @@ class Product(Structure):
         ("experts", c_int32),
         ("interleaved", c_int32),
         ("scaled_by", c_void_p),
+        ("router", c_void_p),
     )
 
 

@@ -29,6 +29,7 @@ from teal_kernels.native.header import (
     Product,
     Program,
     Route,
+    Router,
     Scores,
     Step,
     StepKind,
@@ -54,6 +55,7 @@ __all__ = [
     "Product",
     "Program",
     "Route",
+    "Router",
     "Scores",
     "Step",
     "StepKind",
@@ -64,6 +66,8 @@ __all__ = [
     "norm_of",
     "product_of",
     "program_of",
+    "router_of",
+    "rows_of",
     "weight_of",
 ]
 
@@ -73,7 +77,7 @@ def weight_of(
     *,
     part: int = 0,
     bias: Tensor | None = None,
-    threshold: float = -inf,
+    threshold: float | Sequence[float] = -inf,
     expected: float = 0.0,
     counter: int = -1,
 ) -> Weight:
@@ -84,7 +88,8 @@ def weight_of(
             columns of a larger table will do, or row-major. Or codes.
         part: which projection, where codes of several lie side by side.
         bias: (out,), or None.
-        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none.
+        threshold: inputs with |x| <= threshold are skipped; minus infinity skips none. Several: one of each level, of
+            which each row has one.
         expected: share of the inputs that is expected to be skipped.
         counter: where kept inputs are counted; -1 nowhere.
 
@@ -98,7 +103,30 @@ def weight_of(
         bias = floats(bias, (weight.outputs,))
         weight.bias = bias.data_ptr()
         weight.holds += (bias,)
-    weight.threshold, weight.expected, weight.counter = threshold, expected, counter
+    weight.expected, weight.counter = expected, counter
+    of_levels = [threshold] if isinstance(threshold, float) else list(threshold)
+    weight.threshold = of_levels[0]
+    if len(set(of_levels)) > 1:
+        table = torch.tensor(of_levels, dtype=torch.float32)
+        weight.thresholds, weight.levels = table.data_ptr(), len(of_levels)
+        weight.holds += (table,)
+    return weight
+
+
+def rows_of(table: Tensor, bias: Tensor | None = None) -> Weight:
+    """The weights of a router or of a scale, row-major even where there is one output.
+
+    Args:
+        table: (outputs, hidden) of float32, bfloat16 or float16, contiguous.
+        bias: (outputs,), or None.
+
+    Raises:
+        ValueError: a table that lies otherwise.
+    """
+    if not table.is_contiguous():
+        raise ValueError(f"a table with strides {table.stride()} is not row-major")
+    weight = weight_of(table, bias=bias)
+    weight.layout, weight.row_bytes = Layout.ROW_MAJOR, table.shape[1] * table.itemsize
     return weight
 
 
@@ -159,11 +187,12 @@ def product_of(
     curve: Sequence[float] = (),
     norm: Norm | None = None,
     input_norm: Norm | None = None,
+    router: Router | None = None,
 ) -> Product:
     """Projections that read one hidden state; the epilogue says what becomes of them.
 
     `curve`: three numbers of XIELU. `norm`: of what a residual product gives, before it is added; `input_norm`: of what
-    it reads.
+    it reads. `router`: of a routed one.
 
     Raises:
         ValueError: no part, or more than MAX_PARTS.
@@ -176,9 +205,28 @@ def product_of(
     for index, part in enumerate(parts):
         product.parts[index] = part
     product.curve[: len(curve)] = curve
-    product.holds = (*parts, norm, input_norm)
-    product.norm, product.input_norm = address(norm), address(input_norm)
+    product.holds = (*parts, norm, input_norm, router)
+    product.norm, product.input_norm, product.router = address(norm), address(input_norm), address(router)
     return product
+
+
+def router_of(first: Tensor | None, weight: Tensor, bias: Tensor, group: int, *, whole: bool) -> Router:
+    """What chooses groups of neurons.
+
+    Args:
+        first: (rank, hidden), contiguous, of a first layer with ReLU behind it; None for none.
+        weight: (groups, rank or hidden), contiguous.
+        bias: (groups,)
+        group: neurons of each.
+        whole: whether all neurons are computed, and those of groups that were left out set to zero.
+
+    Raises:
+        ValueError: a table that lies otherwise, or not on the CPU.
+    """
+    layers = [None if first is None else rows_of(first), rows_of(weight, bias)]
+    router = Router(first=address(layers[0]), logits=address(layers[1]), group=group, whole=whole)
+    router.holds = tuple(layers)
+    return router
 
 
 def program_of(

@@ -87,6 +87,8 @@ class Path(ABC):
     """Whether a sparse step may take longer than a dense one: the engine then measures (`decode.choice`)."""
     keeps_state: bool = True
     """Whether a step costs one token; False where every step runs the whole sequence again."""
+    piece: int | None = None
+    """Tokens of the pieces in which prompts can be run (`decode.prompts`); None where a prompt must be one pass."""
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         self.model, self.control = model, control
@@ -100,6 +102,10 @@ class Path(ABC):
     @abstractmethod
     def new_cache(self, length: int) -> Any:
         """An empty cache for `length` positions."""
+
+    def piece_for(self, positions: int) -> int | None:
+        """`piece`, for a sequence that takes so many positions with its reply."""
+        return self.piece
 
     def not_compiled_because(self, length: int) -> str | None:
         """Why steps are not compiled by torch.compile, in a few words; None where that can be tried.

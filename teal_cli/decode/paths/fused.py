@@ -4,7 +4,8 @@ A block of the Llama family takes five:
 
     norm + q/k/v | rope + cache + attention | merge + o + residual | norm + gate/up + activation | down + residual
 
-An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`). The weights of each product lie
+An MLP that decodes gate first takes as many (`teal_cli.decode.paths.fused_gate_first`), a routed one takes one more for
+its router (`fused_routed`). The weights of each product lie
 in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a block computes is data
 (`teal_cli.decode.blocks`). Nothing synchronises with the host, so a token is one CUDA graph.
 """
@@ -14,25 +15,26 @@ from typing import Any
 
 import torch
 
-from teal_cli.checkpoint.rules import Zeros
-from teal_cli.decode.blocks import Attention, Product, block_steps, program_of, scales_of, unknown_activation
+from teal_cli.checkpoint.rules import Routed, Zeros
+from teal_cli.decode.activations import unknown_activation
+from teal_cli.decode.blocks import Attention, Product, block_steps, program_of
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
+from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.row_levels import RowLevels
+from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.programs import AttentionStep, Program
+from teal_cli.models.programs import Program
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
 from teal_kernels.triton_gemv import MAX_ROWS
 from teal_kernels.tuning_files import TuningTableError
-
-_STEP_KEYS = ("clip", "sinks", "v_norm", "keys_as_values", "input_norm", "activation_module", "stream_scale")
-"""Of steps, as far as there are no kernels for them."""
 
 
 def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> str | None:
@@ -50,28 +52,24 @@ def unsupported_on(model: Any, device: torch.device, dtype: torch.dtype, backend
         return f"activation {activation}"
     if (key := _not_launched(program)) is not None:
         return f"blocks with {key}"
-    return unsupported_rope(config, ("longrope",)) or departure(model, program)
+    return unsupported_rope(config, ("longrope", "proportional")) or departure(model, program)
 
 
 def _not_launched(program: Program) -> str | None:
-    """A key of a program, or of its steps, for which there is no kernel; None where there are all."""
-    if program.pairs == "halves_backwards":
-        return program.pairs
+    """What of a program, or of its steps, there is no kernel for; None where there are all."""
     products = program.products
     if any(step.added_norm for step in products) and any(step.parallel or step.aside for step in products):
         return "added_norm in parallel blocks"
-    for step in program.steps:
-        if isinstance(step, AttentionStep) and step.q_norm is not None and program.norms.startswith("layer"):
-            return "layer norms of heads"
-    owners = ((program, ("alibi", "embedding_norm")), *((step, _STEP_KEYS) for step in program.steps))
-    return next((key for owner, keys in owners for key in keys if getattr(owner, key, None) is not None), None)
+    if any(step.stream_scale and not step.added_norm for step in products):
+        return "stream_scale without added_norm"
+    return None
 
 
 def _is_in_the_plan(product: Product) -> bool:
     """Whether all layers of a product are sparse ones, side by side as the program has them."""
     if product.experts:
         return isinstance(product.layers[0], SparseExperts)
-    if product.gate_first is not None:
+    if product.gate_first is not None or product.routed is not None:
         return True
     sparse = all(isinstance(layer, SparseLinear) for layer in product.layers)
     return sparse and product.sparse_layers[0].merged.are_all(product.layers)
@@ -89,8 +87,9 @@ class FusedPath(ProgramPath):
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
-        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that.
-        self.sparse_may_lose = any(isinstance(layer.rule, Zeros) for layer in sparse_layers(model).values())
+        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that,
+        # nor of routed neurons.
+        self.sparse_may_lose = any(isinstance(layer.rule, Zeros | Routed) for layer in sparse_layers(model).values())
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -109,9 +108,8 @@ class FusedPath(ProgramPath):
         products = [step for block in blocks for step in block if isinstance(step, Product)]
         if control is not None and not all(map(_is_in_the_plan, products)):
             return "projections that the plan leaves out"
-        if any(isinstance(step, Attention) and len(step.q_norms) > 1 for block in blocks for step in block):
-            return "heads with norms of their own"
-        reasons = chain(map(cannot_launch, products), map(cannot_route, blocks))
+        attentions = [step for block in blocks for step in block if isinstance(step, Attention)]
+        reasons = chain(map(cannot_attend, attentions), map(cannot_launch, products), map(cannot_route, blocks))
         return next((reason for reason in reasons if reason is not None), None)
 
     def output(self) -> Product | None:
@@ -133,5 +131,13 @@ class FusedPath(ProgramPath):
             raise UsageError(f"a batch of {rows} is more than the GPU kernels decode together ({MAX_ROWS})")
         try:
             return FusedSession(self, cache, rows)
+        except TuningTableError as error:
+            raise ArtefactError(str(error)) from error
+
+    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> FusedSession:
+        """As `ProgramPath.open_rows`; as `open`."""
+        rows = cache.layers[0].keys.shape[0]
+        try:
+            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error

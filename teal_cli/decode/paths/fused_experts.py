@@ -42,6 +42,20 @@ def stack_of(product: Product) -> Tensor | Packed:
     return layer.table
 
 
+def bias_of(product: Product) -> Tensor | None:
+    """(experts, out) of a product of experts that has biases, else (out,); None where there is none."""
+    if not product.experts:
+        return product.bias
+    (layer,) = product.sparse_layers
+    bias = getattr(product.owner, f"{layer.name.rpartition('.')[2]}_bias", None)
+    return None if bias is None else bias.detach()
+
+
+def alternate(product: Product) -> bool:
+    """Whether outputs of gate and of up alternate in the one layer of experts."""
+    return product.joined and bool(getattr(product.owner, "interleaved", False))
+
+
 def scale_of(block: list[BlockStep]) -> nn.Linear | None:
     """The layer that says how much an expert counts that all rows have, where a block has one."""
     return next((step.scaled_by for step in block if isinstance(step, Product) and step.scaled_by is not None), None)
@@ -72,9 +86,7 @@ def cannot_route(block: list[BlockStep]) -> str | None:
         return "a norm of what is added to the stream, in a block with experts"
     products = [step for step in block if isinstance(step, Product) and step.experts]
     for product in products:
-        owner, layer = product.owner, product.layers[0]
-        if any(getattr(owner, f"{name}_bias", None) is not None for name in ("gate_up_proj", "down_proj")):
-            return "experts with biases"
+        layer = product.layers[0]
         if not isinstance(layer, SparseExperts):
             continue  # of a dense model, whose experts the path lays out
         stack = layer.table

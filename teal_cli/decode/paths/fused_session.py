@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_launch import Launch
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, StepBinder
+from teal_cli.decode.paths.fused_steps import Angles, FusedModel, RowsLaunch, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
+from teal_cli.decode.row_levels import RowLevels
 from teal_kernels.operands import Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 
@@ -19,19 +19,28 @@ from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, out
 class FusedSession(ProgramSession):
     """Decoding of one batch of sequences: the buffers between the launches.
 
-    Tile configs of the products stay, as the plan for which they were chosen.
+    Tile configs of the products stay, as the plan for which they were chosen. With levels, each row skips inputs by the
+    thresholds of its own.
     """
 
-    def __init__(self, path: FusedModel, cache: FixedCache, rows: int) -> None:
-        super().__init__(path.control, cache, rows, path.device)
+    def __init__(
+        self,
+        path: FusedModel,
+        cache: FixedCache,
+        rows: int,
+        levels: RowLevels | None = None,
+        *,
+        sparse: bool | None = None,
+    ) -> None:
+        super().__init__(path.control, cache, rows, path.device, sparse)
         self.path = path
         self.captures = path.device.type == "cuda"
         device, dtype = path.device, path.dtype
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.positions = Positions.at([length - 1 for length in self.lengths], device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
-        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles)
-        self.hidden, self._embedding_squares = binder.hidden, binder.squares
+        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels)
+        self._embedded, self._embedding_squares = binder.embedded, binder.squares
         binder.bind()
         self.launches = binder.launches
         binder.settle()
@@ -42,7 +51,7 @@ class FusedSession(ProgramSession):
             self._normed = binder.write_norm(path.last_norm, "normed")
         self._steps = binder.steps
         output = path.output()
-        self.output = None if output is None else Launch(output, self.enabled, rows, dtype)
+        self.output = None if output is None else Launch(output, self.enabled, rows, dtype, levels=levels)
         self.logits = binder.buffer("logits", path.model.get_output_embeddings().out_features)
         block_of_logits = LOGITS_BLOCK if self.output is not None else 0
         self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
@@ -56,7 +65,7 @@ class FusedSession(ProgramSession):
         """As `Session.launch`; nothing waits."""
         model, pdl, scales = self.path.model, self.path.pdl, self.path.scales
         self._embed(
-            self.token, model.get_input_embeddings().weight, self.positions, self.hidden, self._embedding_squares
+            self.token, model.get_input_embeddings().weight, self.positions, self._embedded, self._embedding_squares
         )
         for step in self._steps:
             step()
@@ -78,11 +87,25 @@ class FusedSession(ProgramSession):
         )
         return self.logits
 
+    def move(self, lengths: list[int]) -> None:
+        """As `ProgramSession.move`."""
+        last = torch.tensor([length - 1 for length in lengths], dtype=torch.int32)
+        self.positions.own.copy_(last)
+        if self.positions.longest is not self.positions.own:
+            self.positions.longest.copy_(last.amax(0, keepdim=True))
+
+    def use_levels(self, levels: list[int]) -> None:
+        """As `ProgramSession.use_levels`."""
+        of_rows = torch.tensor(levels, device=self.token.device)
+        for launch in [*self.launches, *([self.output] if self.output else [])]:
+            if isinstance(launch, Launch):
+                launch.use_levels(of_rows)
+
     def pick(self) -> None:
         """Make the greedy choice from the last launch's logits the next launch's `token`."""
         pick(self.best, self.token, pdl=self.path.pdl)
 
-    def _planned(self) -> list[Launch | GateFirstLaunch]:
+    def _planned(self) -> list[Launch | RowsLaunch]:
         output = self.output
         return [*self.launches, *([output] if output and output.product.sparse_layers[0].is_planned else [])]
 
@@ -90,7 +113,7 @@ class FusedSession(ProgramSession):
         """As `ProgramSession.counted`."""
         found, before = [], 0
         for launch in self._planned():
-            for projection in launch.counted() if isinstance(launch, GateFirstLaunch) else _counted(launch):
+            for projection in launch.counted() if isinstance(launch, RowsLaunch) else _counted(launch):
                 counter = None if projection.counter is None else before + projection.counter
                 found.append(replace(projection, counter=counter))
             before += len(launch.kept)

@@ -12,25 +12,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, Scales, program_of
+from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, embedding_norm, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
+from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
-from teal_cli.decode.positions import growth_of
+from teal_cli.decode.paths.fused_routed import RoutedLaunch
+from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
+from teal_cli.decode.row_levels import RowLevels
+from teal_cli.decode.scales import Scales
 from teal_cli.sparse import SparsityControl
-from teal_cli.sparse.gate_first import GateFirstMLP
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.operands import Norm as FusedNorm
-from teal_kernels.triton_attention import Heads, attention_splits, decode_attention
-from teal_kernels.triton_decode import write_norm
+from teal_kernels.triton_attention import attention_splits, decode_attention
+from teal_kernels.triton_decode import write_norm, write_norm_of_partials
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
+_EMBEDDED = "embedded"
 _OTHER = "other hidden"
 """The buffers of the residual stream: of the second where it was added to as it was read."""
+
+
+RowsLaunch = GateFirstLaunch | RoutedLaunch
+"""Of MLPs of which some neurons are read."""
 
 
 class FusedModel(Protocol):
@@ -60,6 +68,7 @@ class StepBinder:
         scratch: memory that launches share.
         positions: of the rows.
         angles: of the rotary embedding.
+        levels: of which each row has one, where they are not all of one.
     """
 
     def __init__(
@@ -70,13 +79,16 @@ class StepBinder:
         scratch: Scratch,
         positions: Positions,
         angles: Angles,
+        levels: RowLevels | None = None,
     ) -> None:
+        self._levels = levels
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
-        self.launches: list[Launch | GateFirstLaunch] = []
+        self.launches: list[Launch | RowsLaunch] = []
         self.steps: list[Callable[[], None]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs.startswith("neighbours")
+        self._alibi: dict[tuple[int, float], Tensor | None] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
@@ -86,7 +98,12 @@ class StepBinder:
         layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
         """Of the norm that was added to it."""
-        self._partials: AttentionPartials | None = None
+        self.embedded = self.hidden
+        """Where a token's embedding goes."""
+        if (norm := embedding_norm(path.model)) is not None:
+            self.embedded = self.buffer(_EMBEDDED, self.hidden.shape[1])
+            self.steps.append(self._writing(norm, self.embedded, self.hidden, self.squares))
+        self._partials: dict[tuple[int, int], AttentionPartials] = {}
         # What the next product reads: a buffer, and the norm that it takes up.
         self._source: Tensor | AttentionPartials | None = None
         self._norm: FusedNorm | None = None
@@ -134,7 +151,15 @@ class StepBinder:
         return normed
 
     def _writing(
-        self, norm: Norm | FusedNorm, x: Tensor, y: Tensor, added_squares: Tensor | None = None, scale: float = 1.0
+        self,
+        norm: Norm | FusedNorm,
+        x: Tensor,
+        y: Tensor,
+        squares: Tensor | None = None,
+        *,
+        added: bool = False,
+        scale: float = 1.0,
+        stream_scale: float = 1.0,
     ) -> Callable[[], None]:
         return partial(
             write_norm,
@@ -145,8 +170,10 @@ class StepBinder:
             bias=norm.bias,
             centred=norm.centred,
             plus_one=norm.plus_one,
-            added_squares=added_squares,
+            squares=squares,
+            added=added,
             scale=scale,
+            stream_scale=stream_scale,
             pdl=self.path.pdl,
         )
 
@@ -163,11 +190,11 @@ class StepBinder:
             raise TypeError("attention reads the product of queries, keys and values")
         layer = next(self._layers)
         kv_heads, dim = layer.keys.shape[1], layer.keys.shape[3]
-        heads = qkv.outputs // dim - 2 * kv_heads
-        if self._partials is None:  # the same memory in every block
+        heads = qkv.outputs // dim - kv_heads * (1 if step.keys_as_values else 2)
+        if (kv_heads, dim) not in self._partials:  # the same memory in every block that is alike
             splits = attention_splits(self.rows * kv_heads)
-            self._partials = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
-        partials = replace(self._partials, window=step.window)
+            self._partials[kv_heads, dim] = AttentionPartials.empty(self.rows, heads, dim, splits, self.positions)
+        partials = replace(self._partials[kv_heads, dim], window=step.window)
         cos, sin = self.angles.tables.get(step.angles, (None, None)) if step.rotates else (None, None)
         self._attention_at = len(self.steps)
         self.steps.append(
@@ -180,22 +207,28 @@ class StepBinder:
                 sin,
                 partials,
                 scale=step.scale,
-                q_norm=step.q_norm,
-                k_norm=step.k_norm,
+                q_norm=weight_of_norms(step.q_norms),
+                k_norm=weight_of_norms(step.k_norms),
                 eps=step.eps,
-                heads=Heads(
-                    norms=step.norms_of,
-                    plus_one=step.plus_one,
+                heads=heads_of(
+                    step,
                     neighbours=self._neighbours,
-                    grouped=step.grouped,
-                    cap=step.cap,
                     growth=self._growth,
                     long_from=None if cos is None else self.angles.long_from,
+                    alibi=self._alibi_of(heads, layer.keys.shape[2], step.scale),
                 ),
                 pdl=self.path.pdl,
             )
         )
         self._source, self._norm = partials, None
+
+    def _alibi_of(self, heads: int, positions: int, scale: float) -> Tensor | None:
+        """One table for all blocks that are alike."""
+        key = heads, scale
+        if key not in self._alibi:
+            bias = alibi_bias(self.path.model, positions, heads, scale)
+            self._alibi[key] = None if bias is None else bias.to(self.path.device).contiguous()
+        return self._alibi[key]
 
     def _bind_route(self, step: Route, scale: nn.Linear | None) -> None:
         """What it reads the experts read too, so that stays the source of the next product."""
@@ -222,10 +255,13 @@ class StepBinder:
         if step.aside or source is None:
             # Beside attention or experts: launched before, as long as `hidden` is what the norm before them was of.
             source, norm, at = self.hidden, self._aside if step.aside else self._first_norm, self._attention_at
-        if step.gate_first is not None and isinstance(source, Tensor):
-            y = self._bind_gate_first(step, step.gate_first, source, norm, at)
+        by_rows = self._by_rows(step)
+        if by_rows is not None and isinstance(source, Tensor):
+            y = self._bind_rows(step, by_rows, source, norm, at)
             self._source, self._norm, self._before = y, None, step
             return
+        if step.input_norm is not None:
+            source, norm, at = self._written_input(step, step.input_norm, source), None, len(self.steps)
         added = self._added[1] if self._added is not None and source is self.hidden else None
         if added is not None:
             self.hidden, self._added = added.stream, None
@@ -238,13 +274,40 @@ class StepBinder:
         if step.epilogue == "residual":
             self.squares = launch.squares
             if step.norm is not None:
-                self._add_later(step.norm, launch, y)
+                self._add_later(step.norm, launch, y, 1.0 if step.stream_scale is None else float(step.stream_scale))
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
 
-    def _bind_gate_first(
-        self, step: Product, mlp: GateFirstMLP, source: Tensor, norm: FusedNorm | None, at: int
-    ) -> Tensor:
-        """Gate and live rows of up in one launch, which adds nothing to the stream and takes up no layer norm."""
+    def _written_input(self, step: Product, norm: Norm, source: Tensor | AttentionPartials) -> Tensor:
+        """Bind the norm of what a residual product reads, which has a launch and a buffer of its own."""
+        normed = self.buffer(f"{step.name} normed", step.layers[0].in_features)
+        if isinstance(source, Tensor):
+            self.steps.append(self._writing(norm, source, normed))
+            return normed
+        self.steps.append(
+            partial(
+                write_norm_of_partials,
+                source,
+                norm.weight.detach(),
+                normed,
+                eps=norm.eps,
+                bias=norm.bias,
+                centred=norm.centred,
+                plus_one=norm.plus_one,
+                pdl=self.path.pdl,
+            )
+        )
+        return normed
+
+    def _by_rows(self, step: Product) -> RowsLaunch | None:
+        """Of gate and up of an MLP that decodes gate first, or is routed."""
+        if step.gate_first is not None:
+            return GateFirstLaunch(step.gate_first, self.enabled, self.rows, self.path.dtype)
+        if step.routed is not None:
+            return RoutedLaunch(step, step.routed, self.enabled, self.rows, self.path.dtype)
+        return None
+
+    def _bind_rows(self, step: Product, launch: RowsLaunch, source: Tensor, norm: FusedNorm | None, at: int) -> Tensor:
+        """A launch of rows of gate and up, which adds nothing to the stream and takes up no layer norm."""
         if self._added is not None and source is self.hidden:
             self.settle()
             norm, at = None if norm is None else replace(norm, squares=self.squares), len(self.steps)
@@ -252,7 +315,6 @@ class StepBinder:
             normed = self.buffer("normed", step.layers[0].in_features)
             self.steps.insert(at, self._writing(norm, source, normed))
             source, norm, at = normed, None, at + 1
-        launch = GateFirstLaunch(mlp, self.enabled, self.rows, self.path.dtype)
         self.launches.append(launch)
         y = self.buffer(step.name, step.outputs)
         self.steps.insert(at, partial(launch.run, source, y, self.path.pdl, norm))
@@ -260,26 +322,36 @@ class StepBinder:
 
     def _launch(self, step: Product) -> Launch:
         beside = None
-        if step.norm is not None and self.rows == 1 and not step.norm.centred:
+        if step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
-        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing}
+        options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing, "levels": self._levels}
         launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch
 
-    def _add_later(self, norm: Norm, launch: Launch, y: Tensor) -> None:
+    def _add_later(self, norm: Norm, launch: Launch, y: Tensor, stream_scale: float) -> None:
         """What the norm makes of y is added by the next product, as it reads the stream; of several rows, at once."""
         other = self.buffer(_OTHER, self.hidden.shape[1])
         stream = self.buffer(_HIDDEN, self.hidden.shape[1]) if self.hidden is other else other
         scale = self.path.scales.residual
         self._added = norm, Added(y, norm.weight, norm.eps, norm.plus_one, scale, launch.squares, stream)
         if launch.beside is None:
-            self.settle()
+            self.settle(stream_scale)
 
-    def settle(self) -> None:
-        """Bind a launch that adds what no product has added yet."""
+    def settle(self, stream_scale: float = 1.0) -> None:
+        """Bind a launch that adds what no product has added yet, and multiplies the stream then."""
         if self._added is not None:
             norm, added = self._added
             self.squares, self._added = self.added_squares, None
-            self.steps.append(self._writing(norm, added.y, self.hidden, self.squares, added.scale))
+            self.steps.append(
+                self._writing(
+                    norm,
+                    added.y,
+                    self.hidden,
+                    self.squares,
+                    added=True,
+                    scale=added.scale,
+                    stream_scale=stream_scale,
+                )
+            )

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from teal_cli.decode.blocks import unknown_activation
+from teal_cli.decode.activations import unknown_activation
+from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import MachineError
 from teal_cli.models.layers import StackedLinear
 from teal_cli.sparse import SparsityControl
@@ -75,3 +77,7 @@ class NativePath(ProgramPath):
     def open(self, cache: NativeCache) -> NativeSession:
         """As `Path.open`, of any number of rows."""
         return NativeSession(self, cache)
+
+    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> NativeSession:
+        """As `ProgramPath.open_rows`."""
+        return NativeSession(self, cache, levels if sparse else None, sparse=sparse)

@@ -2,34 +2,35 @@
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
-from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense
+from teal_cli.checkpoint.rules import ASSUMED_ZEROS, Dense, Rule
+from teal_cli.decode.activations import activation_of, curve_of
 from teal_cli.decode.blocks import (
     Attention,
     BlockStep,
     Norm,
     Product,
-    activation_of,
     embedding_norm,
     joined_bias,
     program_of,
-    scales_of,
 )
+from teal_cli.decode.paths.native_tables import is_gapless, joined_norms, weights_of
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.decode.routes import Route
+from teal_cli.decode.row_levels import RowLevels, most_expected
+from teal_cli.decode.scales import scales_of
 from teal_cli.sparse import SparseLinear
 from teal_cli.sparse.experts import SparseExperts
 from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse.routed import RoutedMLP
 from teal_kernels import KEEP_ALL
 from teal_kernels.native import structures as native
-from teal_kernels.native.experts import product_of_experts, route_of, rows_of, weight_of_experts
+from teal_kernels.native.experts import product_of_experts, route_of, weight_of_experts
 from teal_kernels.packing import Packed
 
 _ACTIVATIONS = {
@@ -66,10 +67,19 @@ class NativeProgram:
         blocks: its steps.
         last_norm: in front of its output layer.
         sparse: False drops nothing.
+        levels: of which each row has one; by default all rows have the rules of the layers.
     """
 
-    def __init__(self, model: Any, blocks: Iterable[Iterable[BlockStep]], last_norm: Norm, *, sparse: bool) -> None:
-        self._model, self._sparse = model, sparse
+    def __init__(
+        self,
+        model: Any,
+        blocks: Iterable[Iterable[BlockStep]],
+        last_norm: Norm,
+        *,
+        sparse: bool,
+        levels: RowLevels | None = None,
+    ) -> None:
+        self._model, self._sparse, self._levels = model, sparse, levels
         self._biases: dict[tuple[int, int, float], Tensor | None] = {}
         program = program_of(model)
         self._scales, self._pairs = scales_of(model, program), program.pairs
@@ -155,9 +165,9 @@ class NativeProgram:
         growth = norms = biases = None
         centred = False
         if step.q_norms and step.k_norms:
-            norms, centred = (_joined(step.q_norms), _joined(step.k_norms)), step.q_norms[0].centred
+            norms, centred = (joined_norms(step.q_norms), joined_norms(step.k_norms)), step.q_norms[0].centred
             if step.q_norms[0].bias is not None:
-                biases = (_joined(step.q_norms, bias=True), _joined(step.k_norms, bias=True))
+                biases = (joined_norms(step.q_norms, bias=True), joined_norms(step.k_norms, bias=True))
         if self._growth is not None:
             beta, every = self._growth
             growth = 1 + beta * torch.log(1 + torch.floor(torch.arange(positions) / every))
@@ -179,7 +189,7 @@ class NativeProgram:
             grouped=step.grouped,
             clip=step.clip,
             keys_as_values=step.keys_as_values,
-            value_norm=_joined(step.v_norms) if step.v_norms else None,
+            value_norm=joined_norms(step.v_norms) if step.v_norms else None,
             bias=self._alibi(heads, positions, step.scale),
             sinks=step.sinks,
         )
@@ -212,8 +222,11 @@ class NativeProgram:
 
     def _product(self, product: Product) -> native.Product:
         activation, threshold = activation_of(product)
-        gate_first = product.gate_first
-        if gate_first is not None and self._sparse:
+        gate_first, router = product.gate_first, None
+        if product.routed is not None:
+            epilogue, parts = native.Epilogue.ROUTED, self._routed(product.routed)
+            router = self._router(product.routed)
+        elif gate_first is not None and self._sparse:
             epilogue, parts = native.Epilogue.GATE_FIRST, self._gate_first(gate_first)
         else:
             epilogue = _EPILOGUES[product.epilogue]
@@ -228,33 +241,31 @@ class NativeProgram:
             epilogue,
             activation=_ACTIVATIONS[activation],
             activation_threshold=threshold,
-            curve=self._curve(product.activation_module),
+            curve=self._curve(product),
             norm=norm,
             input_norm=input_norm,
+            router=router,
         )
         made.aside = product.aside
         if product.stream_scale is not None:
             self._note_copies((product.stream_scale, None))
             made.stream_scale = float(product.stream_scale)
         if product.scaled_by is not None:
-            scale = rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
+            scale = native.rows_of(product.scaled_by.weight.detach(), joined_bias((product.scaled_by,)))
             self._note_copies((product.scaled_by.bias, scale.bias))
             made.scaled_by = ctypes.addressof(scale)
             made.holds += (scale,)
         return made
 
-    def _curve(self, xielu: nn.Module | None) -> tuple[float, ...]:
-        """What an activation with weights of its own computes by: xIELU (arXiv 2411.13010)."""
-        if xielu is None:
-            return ()
-        positive, negative, linear = (getattr(xielu, name).detach() for name in ("alpha_p", "alpha_n", "beta"))
-        self._note_copies((positive, None), (negative, None), (linear, None))
-        rise, fall = softplus(positive.float()), softplus(negative.float()) + linear.float()
-        return float(rise), float(fall), float(linear)
+    def _curve(self, product: Product) -> tuple[float, ...]:
+        if product.activation_module is not None:
+            xielu: Any = product.activation_module
+            self._note_copies(*((getattr(xielu, name).detach(), None) for name in ("alpha_p", "alpha_n", "beta")))
+        return curve_of(product)
 
     def _route(self, route: Route) -> native.Route:
         bias = None if route.bias is None else route.bias.detach()
-        router = rows_of(route.weight.detach(), bias)
+        router = native.rows_of(route.weight.detach(), bias)
         self._note_copies((route.bias, router.bias))
         scores = _SCORES[route.scores]
         return route_of(router, route.top_k, scores=scores, normalised=route.normalised, jitter=route.jitter)
@@ -264,18 +275,15 @@ class NativeProgram:
         layer = cast(SparseExperts, product.layers[0])
         layer.merged.lay_out_()
         experts, outputs, inputs = layer.copies, layer.out_features, layer.in_features
-        rule, counter = _rule(layer, self._sparse), None
-        if not isinstance(rule, Dense):
-            counter, self.counters = self.counters, self.counters + 1
+        rules, counter = self._rules(layer), self._counter(layer)
         if layer.is_planned:
             self.counted.append(Counted(layer.name, top_k * outputs * inputs, top_k * inputs, counter))
-        share = rule.expected_sparsity
         bias = getattr(product.owner, f"{layer.name.rpartition('.')[2]}_bias", None)
         weight = weight_of_experts(
             layer.weight.detach() if layer.packed is None else layer.packed,
             bias=bias,
-            threshold=rule.threshold,
-            expected=ASSUMED_ZEROS if share is None else share,
+            threshold=[rule.threshold for rule in rules],
+            expected=most_expected(rules),
             counter=-1 if counter is None else counter,
         )
         self._note_copies((bias, weight.bias))
@@ -303,24 +311,21 @@ class NativeProgram:
         first = layers[0]
         if product.epilogue != "plain" or len(layers) == 1 or not isinstance(first, SparseLinear):
             return alone
-        merged, rules = first.merged, {_rule(layer, self._sparse) for layer in layers}
-        one = len(rules) == 1 and merged.are_all(layers) and merged.one_table and _is_gapless(merged.table)
+        merged, rules = first.merged, {self._rules(layer) for layer in layers}
+        one = len(rules) == 1 and merged.are_all(layers) and merged.one_table and is_gapless(merged.table)
         return [layers] if one else alone
 
     def _part(self, layers: tuple[nn.Linear, ...]) -> native.Weight:
-        rule, counter = _rule(layers[0], self._sparse), None
-        if not isinstance(rule, Dense):
-            counter, self.counters = self.counters, self.counters + 1
+        rules, counter, weights = self._rules(layers[0]), self._counter(layers[0]), weights_of(layers)
         for layer in layers:
             if isinstance(layer, SparseLinear) and layer.is_planned:
                 size = layer.in_features * layer.out_features
                 self.counted.append(Counted(layer.name, size, layer.in_features, counter))
-        share, weights = rule.expected_sparsity, _weights(layers)
         made = native.weight_of(
             weights,
             bias=joined_bias(layers),
-            threshold=rule.threshold,
-            expected=ASSUMED_ZEROS if share is None else share,
+            threshold=[rule.threshold for rule in rules],
+            expected=most_expected(rules),
             counter=-1 if counter is None else counter,
         )
         self._note_copies(*((layer.bias, made.bias) for layer in layers))
@@ -328,11 +333,46 @@ class NativeProgram:
             self._note_copies((weights.scales, made.scales), (weights.zeros, made.zeros))
         return made
 
+    def _rules(self, layer: nn.Linear) -> tuple[Rule, ...]:
+        """By which it skips inputs: one, or where rows have levels of their own one of each."""
+        if not self._sparse or not isinstance(layer, SparseLinear):
+            return (Dense(),)
+        return (layer.rule,) if self._levels is None else self._levels.of(layer)
+
+    def _counter(self, layer: nn.Linear) -> int | None:
+        """Where the library counts the kept inputs of a layer, or of several with its rules; None for none."""
+        if all(isinstance(rule, Dense) for rule in self._rules(layer)):
+            return None
+        self.counters += 1
+        return self.counters - 1
+
+    def _router(self, mlp: RoutedMLP) -> native.Router:
+        """All neurons are computed where nothing is to be skipped; what is left out is zero all the same."""
+        router, first = mlp.router, mlp.router.first
+        self._note_copies((router.bias, None))
+        return native.router_of(
+            None if first is None else first.detach(),
+            router.weight.detach(),
+            router.bias.detach(),
+            mlp.group,
+            whole=not self._sparse,
+        )
+
+    def _routed(self, mlp: RoutedMLP) -> list[native.Weight]:
+        """Gate and up, of which the neurons of groups that are left out count as dropped: outputs, not inputs."""
+        counters = (self.counters, self.counters + 1) if self._sparse else (None, None)
+        self.counters += 2 if self._sparse else 0
+        return self._rows(mlp, counters)
+
     def _gate_first(self, mlp: GateFirstMLP) -> list[native.Weight]:
         """Gate and up, of which the neurons that are dead count as dropped: outputs, not inputs."""
-        parts, counter = [], self.counters
         self.counters += 1
-        for layer, name, of_layer in zip(mlp.layers[:2], mlp.names[:2], (None, counter), strict=True):
+        return self._rows(mlp, (None, self.counters - 1))
+
+    def _rows(self, mlp: GateFirstMLP | RoutedMLP, counters: tuple[int | None, ...]) -> list[native.Weight]:
+        """Gate and up row by row, with the counters of neurons that are kept."""
+        parts = []
+        for layer, name, of_layer in zip(mlp.layers[:2], mlp.names[:2], counters, strict=True):
             size = layer.in_features * layer.out_features
             self._note_copies((layer.bias, None))
             self.counted.append(Counted(f"{mlp.path}.{name}", size, layer.out_features, of_layer))
@@ -346,31 +386,3 @@ class NativeProgram:
                 )
             )
         return parts
-
-
-def _joined(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
-    """Weights or biases of norms of heads: (dim,) of one for all heads, (heads * dim,) of each head's own."""
-    tables = [norm.bias if bias else norm.weight for norm in norms]
-    joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
-    return joined if bias else joined + float(norms[0].plus_one)
-
-
-def _rule(layer: nn.Linear, sparse: bool) -> Any:
-    return layer.rule if sparse and isinstance(layer, SparseLinear) else Dense()
-
-
-def _is_gapless(table: Tensor | Packed) -> bool:
-    """Whether the outputs of a table lie side by side: codes begin a word in each projection."""
-    return isinstance(table, Tensor) or all(part * table.bits % 32 == 0 for part in table.parts[:-1])
-
-
-def _weights(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
-    """(outputs of all layers, inputs), or codes."""
-    first = layers[0]
-    if not isinstance(first, SparseLinear):
-        return first.weight.detach()
-    table = first.merged.table if len(layers) > 1 else first.packed
-    if isinstance(table, Packed):
-        return replace(table, parts=(sum(table.parts),))
-    # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
-    return first.weight.detach() if table is None else table.t()

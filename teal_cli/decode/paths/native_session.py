@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.blocks import Attention, BlockStep, Norm, program_of
-from teal_cli.decode.native_cache import NativeCache
+from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import has_dynamic_rope, long_rope_from, rotary_at, rotary_tables
+from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparsityControl
 from teal_kernels.native.library import Session, default_threads, shared_pool
@@ -33,21 +34,31 @@ class NativeSession(ProgramSession):
     they are not held twice; it is stale then. Of norms and biases it may hold copies: what is written to those in place
     makes it stale too, but for writes that torch does not count, through `.data` or to tensors of inference mode.
 
+    Args:
+        path: whose model decodes.
+        cache: of the rows.
+        levels: of sparsity, where each row has one of its own.
+        sparse: whether inputs are skipped; by default as the control has it.
+
     Raises:
         ArtefactError: a shape that the library refuses.
     """
 
     captures = False
 
-    def __init__(self, path: NativeModel, cache: NativeCache) -> None:
+    def __init__(
+        self, path: NativeModel, cache: FixedCache, levels: RowLevels | None = None, *, sparse: bool | None = None
+    ) -> None:
         rows = int(cache.layers[0].values.shape[0])
-        super().__init__(path.control, cache, rows, path.device)
-        program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled)
+        super().__init__(path.control, cache, rows, path.device, sparse)
+        program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
         self._counted, self._counters = program.counted, program.counters
         self._copied = [tensor for tensor in program.copied if not tensor.is_inference()]
         self._written = self._writes()
         self.positions = torch.tensor(self.lengths)
         """(rows,) int64: where the next token of each row stands."""
+        self.levels = torch.zeros(rows, dtype=torch.int32)
+        """(rows,) of sparsity."""
         self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
         self.best = torch.empty(rows, dtype=torch.int64)
         self._angles = _Angles(path.model, path.blocks, cache.layers[0].values.shape[2], self.positions)
@@ -61,7 +72,7 @@ class NativeSession(ProgramSession):
                 session = Session(program.on(caches, rotary), pool, some.stop - start)
             except ValueError as error:
                 raise ArtefactError(f"the native library cannot decode this model: {error}") from error
-            buffers = self.token[some], self.positions[some], self.logits[some], self.best[some]
+            buffers = self.token[some], self.positions[some], self.logits[some], self.best[some], self.levels[some]
             self._sessions.append((session, buffers))
         self._kept_at_the_end: Tensor | None = None
         path.control.prepared.add(self)
@@ -82,6 +93,14 @@ class NativeSession(ProgramSession):
         for session, buffers in self._sessions:
             session.step(*buffers)
         return self.logits
+
+    def move(self, lengths: list[int]) -> None:
+        """As `ProgramSession.move`."""
+        self.positions.copy_(torch.tensor(lengths))
+
+    def use_levels(self, levels: list[int]) -> None:
+        """As `ProgramSession.use_levels`."""
+        self.levels.copy_(torch.tensor(levels, dtype=torch.int32))
 
     def pick(self) -> None:
         """As `ProgramSession.pick`."""

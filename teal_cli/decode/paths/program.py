@@ -4,6 +4,7 @@ They work on the modules that `from_pretrained` gave: weights are read where the
 forward, which fills their cache.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -11,13 +12,19 @@ from torch import Tensor
 from teal_cli.decode.blocks import Attention, block_steps, last_norm
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.base import LastTokens, Path
+from teal_cli.decode.paths.program_session import ProgramSession
+from teal_cli.decode.positions import has_dynamic_rope, long_rope_from
 from teal_cli.decode.recognition import recognise_
+from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections, program_for
 from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparsityControl, lay_out_, replace_projections_
 
+_PIECES = {"cpu": 64, "cuda": 512}
+"""Tokens of a prompt in one pass: enough that a pass computes and does not wait, and so few that other sequences, which
+wait for it, go on."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 
 
@@ -70,6 +77,23 @@ class ProgramPath(Path):
         super().__init__(model, control)
         self.blocks = block_steps(model)
         self.last_norm = last_norm(model)
+        if not has_dynamic_rope(model):  # whose angles depend on the whole prompt
+            self.piece = _PIECES.get(self.device.type, _PIECES["cuda"])
+
+    def piece_for(self, positions: int) -> int | None:
+        """As `Path.piece_for`: with long rope all angles of a pass are others where it reaches far enough."""
+        first_long = long_rope_from(self.model)
+        return self.piece if first_long is None or positions <= first_long else None
+
+    @abstractmethod
+    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> ProgramSession:
+        """A session whose rows are taken by one sequence after the other, each at a level of sparsity of its own.
+
+        Args:
+            cache: whose rows they are.
+            levels: that there are.
+            sparse: whether some row skips inputs; without, all are dense.
+        """
 
     @property
     def attentions(self) -> int:

@@ -36,21 +36,42 @@ class ProgramSession(Session):
         control: of the model's sparse layers.
         cache: prefilled.
         rows: of the batch.
+        sparse: whether inputs are skipped; by default as the control has it.
     """
 
     own_kernels = True
     counts_by_layer = False
     cache: FixedCache
 
-    def __init__(self, control: SparsityControl, cache: FixedCache, rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        control: SparsityControl,
+        cache: FixedCache,
+        rows: int,
+        device: torch.device,
+        sparse: bool | None = None,
+    ) -> None:
         self.control, self.cache, self.rows = control, cache, rows
         self._made_for = control.decoding
-        self.enabled = control.decodes_sparse
+        self.enabled = control.decodes_sparse if sparse is None else sparse
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = cache.row_lengths()
         """Positions of each row that are taken."""
         self._count: _Count | None = None
         self._under_way = False
+
+    def place(self, lengths: list[int]) -> None:
+        """Say how long each row's sequence is, where others have taken the rows since the last step."""
+        self.lengths = list(lengths)
+        self.move(lengths)
+
+    @abstractmethod
+    def move(self, lengths: list[int]) -> None:
+        """Have the next token of each row stand behind so many others."""
+
+    @abstractmethod
+    def use_levels(self, levels: list[int]) -> None:
+        """Have each row skip inputs by the rules of a level, of a session that was opened with several."""
 
     @abstractmethod
     def pick(self) -> None:

@@ -71,6 +71,7 @@ const char *bad_weight(const teal_weight *w) {
     if (codes && w->layout == TEAL_ROW_MAJOR) return "codes that are row-major";
     if (codes && (!w->scales || w->group < 1)) return "codes without scales";
     if (codes && w->scale_dtype != TEAL_F16 && w->scale_dtype != TEAL_F32) return "scales of unknown dtype";
+    if (w->thresholds && w->levels < 1) return "thresholds of no level";
     return NULL;
 }
 

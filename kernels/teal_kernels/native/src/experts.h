@@ -113,7 +113,7 @@ static void sums_of_experts(teal_session *s, thread_memory *m, int32_t thread, c
                 memcpy(m->gathered + r * hidden, m->normed + c->row[r] * hidden, (size_t)hidden * sizeof *x);
             x = c->rows < s->rows ? m->gathered : m->normed;
             m->list_kept = 0;
-            make_list(x, hidden, c->rows, c->padded_rows, w.inputs, 0, w.threshold, &m->list, &m->list_kept);
+            make_list(x, hidden, c->rows, c->padded_rows, w.inputs, 0, limits_of(&w, s->levels, c->row, c->rows), &m->list, &m->list_kept);
             if (kept) *kept += m->list_kept;
         }
         const int32_t from = cut_list(&w, &m->list, thread, s->threads), to = cut_list(&w, &m->list, thread + 1, s->threads);
@@ -157,10 +157,10 @@ static void neurons_of_experts(teal_session *s, thread_memory *m, const teal_pro
 
 /* Appends to the list what this thread's neurons of one chosen expert keep, times their weights. Their numbers begin at
  * `first`. */
-static void append_expert(thread_memory *m, const teal_weight *w, const choice *c, int32_t first) {
+static void append_expert(const teal_session *s, thread_memory *m, const teal_weight *w, const choice *c, int32_t first) {
     const int32_t n = m->own_last - m->own_first, padded = c->padded_rows;
     kept_list more = {m->list.index + m->list.count, m->list.value + (int64_t)m->list.count * padded, 0};
-    make_list(m->own + (int64_t)c->slot * n, n, c->rows, padded, n, first, w->threshold, &more, counter(w, m, 1));
+    make_list(m->own + (int64_t)c->slot * n, n, c->rows, padded, n, first, limits_of(w, s->levels, c->row, c->rows), &more, counter(w, m, 1));
     for (int32_t i = 0; i < more.count; i++)
         for (int32_t r = 0; r < c->rows; r++) more.value[(int64_t)i * padded + r] *= c->share[r];
     m->list.count += more.count;
@@ -179,7 +179,7 @@ static void residual_of_experts(teal_session *s, thread_memory *m, int32_t threa
         const teal_weight own = apart ? weight_of_expert(w, p->experts, c->expert) : *w;
         m->list.count = 0;
         for (next = at; next < m->n_choices && (next == at || (!apart && same_rows(c, &m->choices[next]))); next++)
-            append_expert(m, w, &m->choices[next], (apart ? 0 : m->choices[next].expert * inputs) + m->own_first);
+            append_expert(s, m, w, &m->choices[next], (apart ? 0 : m->choices[next].expert * inputs) + m->own_first);
         for (int32_t tile = 0; tile < hidden; tile += SUMS_TILE) {
             int32_t n = hidden - tile < SUMS_TILE ? hidden - tile : SUMS_TILE;
             multiplications[w->dtype][which_rows(c->padded_rows)](&own, &m->list, 0, m->list.count, tile, n, m->tile, n, m->group);

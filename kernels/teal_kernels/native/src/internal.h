@@ -48,7 +48,7 @@ typedef struct {
     float *sums;    /* (rows, outputs of a product): of the inputs that this thread multiplies; others read it */
     float *group;   /* (rows, outputs of a tile): of one group of codes; or live ups */
     float *tile;    /* (rows, OUTPUT_TILE) */
-    float *neurons; /* (2, rows, own neurons): gates and ups */
+    float *neurons; /* (2, rows, own neurons): gates and ups; of a routed MLP all neurons */
     float *partial[2]; /* (rows, hidden): what it adds to the residual stream; two, since one is read while one is written */
     float *scores;  /* (query heads of a key head, positions of a tile) */
     float *queries; /* (query heads of a key head, then its key and its value, dim) */
@@ -77,10 +77,13 @@ struct teal_session {
     thread_memory *memory;
     float *heads;      /* (rows, splits, heads, dim + HEAD_EXTRA): what `attend` leaves */
     float *router;     /* (rows, experts): outputs of the router */
+    float *routed;     /* (rows, groups): logits of the groups of a routed MLP */
+    float *ranked;     /* (rows, rank): what the first layer of its router makes */
     float *shared;     /* (rows, hidden): sums of `partial`, where many threads would each add them up */
     void *block; /* all of the above is in it */
     /* Of the step under way. */
     const int64_t *tokens, *positions;
+    const int32_t *levels; /* or NULL */
     float *logits;
 };
 

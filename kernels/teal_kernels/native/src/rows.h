@@ -23,13 +23,26 @@ static void fetch_first(const uint8_t *weights, int64_t row_bytes, const int32_t
         for (int64_t r = 0; r < first; r++) fetch(weights + index[r] * row_bytes + at);
 }
 
+/* The thresholds of rows. `levels`: of each, or NULL; `row`: which rows they are, or NULL where they are the first ones. */
+typedef struct {
+    float of[TEAL_MAX_ROWS];
+} limits;
+
+static limits limits_of(const teal_weight *w, const int32_t *levels, const int32_t *row, int32_t rows) {
+    limits found;
+    for (int32_t r = 0; r < rows; r++)
+        found.of[r] = w->thresholds ? w->thresholds[levels ? levels[row ? row[r] : r] : 0] : w->threshold;
+    return found;
+}
+
 /* Lists the inputs of which a row keeps something.
  *
  * x: (rows, stride) of which inputs [0, n) are taken; their numbers begin at `first`. Values of rows lie side by side. */
 static void make_list(const float *x, int64_t stride, int32_t rows, int32_t padded, int32_t n, int32_t first,
-                      float threshold, kept_list *list, int64_t *kept) {
+                      limits thresholds, kept_list *list, int64_t *kept) {
     int32_t count = 0;
     if (padded == 1) {
+        const float threshold = thresholds.of[0];
         int32_t i = 0;
 #if VECTOR_BYTES == 64
         const __m512 bound = _mm512_set1_ps(threshold);
@@ -57,7 +70,7 @@ static void make_list(const float *x, int64_t stride, int32_t rows, int32_t padd
             float *value = list->value + (int64_t)count * padded;
             for (int32_t r = 0; r < rows; r++) {
                 float one = x[r * stride + i];
-                int32_t keep = !(fabsf(one) <= threshold);
+                int32_t keep = !(fabsf(one) <= thresholds.of[r]);
                 value[r] = keep ? one : 0.0f;
                 any += keep;
             }

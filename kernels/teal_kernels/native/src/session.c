@@ -6,6 +6,7 @@
 typedef struct {
     int32_t splits_of_heads; /* floats of `heads`, of one row */
     int32_t aside, own, sums, group, list, neurons, queries, scores;
+    int32_t groups, rank; /* of routers of MLPs */
     int32_t experts, top_k, slots, chosen; /* floats of the sums of one chosen expert, chosen: inputs of `own` */
 } needs;
 
@@ -14,6 +15,26 @@ static int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int32_t common_divisor(int32_t a, int32_t b) { return b ? common_divisor(b, a % b) : a; }
+
+/* Of a routed product, whose parts are weights. */
+static const char *plan_routed(const teal_program *program, const teal_product *p, needs *n) {
+    const teal_router *router = p->router;
+    const teal_weight *first = router ? router->first : NULL, *logits = router ? router->logits : NULL;
+    if (!logits || bad_weight(logits) || (first && bad_weight(first))) return "a routed product without a router";
+    if (logits->layout != TEAL_ROW_MAJOR || (first && (first->layout != TEAL_ROW_MAJOR || first->inputs != program->hidden)) ||
+        logits->inputs != (first ? first->outputs : program->hidden))
+        return "a router that does not fit";
+    if (p->n_parts != 2 || p->parts[1].outputs != p->parts[0].outputs) return "a gated product without two equal parts";
+    if (p->parts[0].layout != TEAL_ROW_MAJOR || p->parts[1].layout != TEAL_ROW_MAJOR)
+        return "routed parts that are not row-major";
+    const int32_t neurons = p->parts[0].outputs;
+    if (router->group < 1 || neurons % router->group || neurons / router->group != logits->outputs)
+        return "groups that do not fit the neurons";
+    n->groups = greater(n->groups, logits->outputs), n->rank = greater(n->rank, first ? first->outputs : 0);
+    n->own = greater(n->own, neurons), n->neurons = greater(n->neurons, 2 * neurons);
+    n->list = greater(n->list, neurons);
+    return NULL;
+}
 
 static const char *plan_product(const teal_program *program, const teal_product *p, const teal_attention *attended,
                                 int32_t neurons, int32_t threads, range *ranges, needs *n) {
@@ -36,8 +57,10 @@ static const char *plan_product(const teal_program *program, const teal_product 
     }
     for (int32_t i = 0; i < p->n_parts; i++)
         if (p->parts[i].inputs != program->hidden) return "a product of something else than the residual stream";
-    if (p->epilogue > TEAL_RESIDUAL || p->activation < TEAL_SILU || p->activation > TEAL_XIELU)
+    if (p->epilogue > TEAL_ROUTED || p->activation < TEAL_SILU || p->activation > TEAL_XIELU)
         return "an unknown epilogue or activation";
+    if ((p->epilogue == TEAL_ROUTED) != (p->router != NULL)) return "a router of another product";
+    if (p->epilogue == TEAL_ROUTED) return plan_routed(program, p, n);
     int32_t outputs = 0;
     for (int32_t i = 0; i < p->n_parts; i++) {
         outputs += p->parts[i].outputs;
@@ -208,6 +231,8 @@ static int take_buffers(teal_session *s, const needs *n) {
         s->heads = take_floats(&a, rows * n->splits_of_heads);
         s->shared = take_floats(&a, rows * p->hidden);
         s->router = take_floats(&a, padded * n->experts);
+        s->routed = take_floats(&a, padded * n->groups);
+        s->ranked = take_floats(&a, padded * n->rank);
         for (int32_t t = 0; t < s->threads; t++) {
             thread_memory *m = &s->memory[t];
             m->hidden = take_floats(&a, padded * p->hidden);
@@ -284,14 +309,29 @@ static int64_t positions_of(const teal_program *p) {
     return least;
 }
 
-EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions, float *logits,
-                                   int64_t *best) {
-    const int64_t last = positions_of(s->program);
+static int64_t fewer_levels(const teal_product *product, int64_t than) {
+    for (int32_t i = 0; i < product->n_parts; i++)
+        if (product->parts[i].thresholds && product->parts[i].levels < than) than = product->parts[i].levels;
+    return than;
+}
+
+/* Levels that all weights have which have thresholds of several. */
+static int64_t levels_of(const teal_program *p) {
+    int64_t least = fewer_levels(p->output, INT64_MAX);
+    for (int32_t i = 0; i < p->n_steps; i++)
+        if (p->steps[i].kind == TEAL_STEP_PRODUCT) least = fewer_levels(p->steps[i].of, least);
+    return least;
+}
+
+EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions,
+                                   const int32_t *levels, float *logits, int64_t *best) {
+    const int64_t last = positions_of(s->program), most = levels ? levels_of(s->program) : 0;
     for (int32_t r = 0; r < s->rows; r++) {
         if (tokens[r] < 0 || tokens[r] >= s->program->embedding->outputs) return 1;
         if (positions[r] < 0 || positions[r] >= last) return 1;
+        if (levels && (levels[r] < 0 || levels[r] >= most)) return 1;
     }
-    s->tokens = tokens, s->positions = positions, s->logits = logits;
+    s->tokens = tokens, s->positions = positions, s->levels = levels, s->logits = logits;
     pool_run(s->pool, s->run, s);
     for (int32_t r = 0; r < s->rows; r++) {
         float most = s->memory[0].best_value[r];

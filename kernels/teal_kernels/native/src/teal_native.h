@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 5 /* raised with every change in this file */
+#define TEAL_ABI 6 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -26,6 +26,7 @@ typedef struct {
     const void *scales; /* of codes: (groups, outputs) float16 or float32, else NULL */
     const void *zeros;  /* of codes: (groups, outputs) float16; NULL is 2^(bits - 1) everywhere */
     const float *bias;  /* (outputs,) or NULL */
+    const float *thresholds; /* (levels,) in place of `threshold`, where each row has a level of its own; or NULL */
     int64_t row_bytes;  /* from one row of weights to the next */
     int64_t scale_stride, zero_stride; /* from one group to the next, in elements */
     int32_t inputs, outputs;
@@ -36,6 +37,7 @@ typedef struct {
     float threshold;     /* inputs with |x| <= threshold are skipped; -infinity skips none, a NaN never is */
     float expected;      /* expected sparsity, from which work is divided among threads */
     int32_t counter;     /* where kept inputs are counted, below teal_program.counters; -1 nowhere */
+    int32_t levels;
 } teal_weight;
 
 typedef enum { TEAL_RMS_NORM, TEAL_LAYER_NORM, TEAL_NO_NORM } teal_norm_kind;
@@ -55,6 +57,7 @@ typedef enum {
     TEAL_ACTIVATED,  /* activation(the one part) */
     TEAL_GATE_FIRST, /* as gated; the second part, TEAL_ROW_MAJOR, is read where the gate lives only */
     TEAL_RESIDUAL,   /* the one part is added to the residual stream */
+    TEAL_ROUTED,     /* as gated; both parts, TEAL_ROW_MAJOR, are read for the groups of neurons that a router chose only */
 } teal_epilogue;
 
 typedef enum {
@@ -68,6 +71,14 @@ typedef enum {
     TEAL_XIELU,   /* by `curve`: positive * g^2 + linear * g, below 0 negative * (e^min(g, -1e-6) - 1 - g) + linear * g */
     TEAL_CLAMPED_SWIGLU, /* min(g, t) * sigmoid(curve[0] * min(g, t)), and up clamped to [-t, t], plus 1; t: threshold */
 } teal_activation;
+
+/* What chooses groups of neurons: those whose logit is above 0, and a NaN. It reads what its product reads. */
+typedef struct {
+    const teal_weight *first;  /* TEAL_ROW_MAJOR (rank, hidden), floats, with ReLU behind it; or NULL */
+    const teal_weight *logits; /* TEAL_ROW_MAJOR (groups, rank or hidden), floats */
+    int32_t group; /* neurons of each */
+    int32_t whole; /* whether all neurons are computed; those of groups that were left out are zero then too */
+} teal_router;
 
 /* Projections that read one hidden state. A plain, gated or activated product reads what the norm before it made of the
  * residual stream, behind a residual product too (attention and MLP in parallel); a residual one reads what attention or
@@ -91,6 +102,7 @@ typedef struct {
     /* Of a residual one: by the sigmoid of this weight's one output, of what the norm before made, its result is
      * multiplied. TEAL_ROW_MAJOR; or NULL. */
     const teal_weight *scaled_by;
+    const teal_router *router; /* of TEAL_ROUTED, else NULL */
 } teal_product;
 
 typedef enum {
@@ -180,12 +192,13 @@ void teal_session_close(teal_session *session);
 /* One token of every row.
  *
  * tokens, positions: (rows,), the token and where it stands in its sequence; its keys and values go to the cache there.
+ * levels: (rows,) which of a weight's `thresholds` is a row's; NULL: the first one of all.
  * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
- * Returns 0; 1 where a token or position is out of range, and then nothing was done. */
-int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, float *logits,
-                          int64_t *best);
+ * Returns 0; 1 where a token, position or level is out of range, and then nothing was done. */
+int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, const int32_t *levels,
+                          float *logits, int64_t *best);
 
-/* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`: outputs kept. */
+/* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`, and of routed parts: outputs kept. */
 void teal_session_kept(const teal_session *session, int64_t *kept);
 
 /* A product alone, for tests and measurements: x (rows, inputs) -> y (rows, outputs), with the bias. 0, or 1: refused. */

@@ -109,9 +109,9 @@ static int64_t *counter(const teal_weight *w, thread_memory *m, int counts) {
     return counts && w->counter >= 0 ? m->kept + w->counter : NULL;
 }
 
-static int same_list(const teal_weight *a, const teal_weight *b, int32_t padded) {
-    return padded == 1 && a->layout == TEAL_INPUT_MAJOR && b->layout == TEAL_INPUT_MAJOR && a->inputs == b->inputs &&
-           a->threshold == b->threshold;
+static int same_list(const teal_session *s, const teal_weight *a, const teal_weight *b) {
+    return s->padded_rows == 1 && a->layout == TEAL_INPUT_MAJOR && b->layout == TEAL_INPUT_MAJOR && a->inputs == b->inputs &&
+           limits_of(a, s->levels, NULL, 1).of[0] == limits_of(b, s->levels, NULL, 1).of[0];
 }
 
 INLINE vf positive(vf x) { return (vf)(~(x <= all(0.0f)) & (vi)x); } /* a NaN stays */
@@ -173,10 +173,10 @@ static void activate(const teal_product *p, const float *gate, const float *up, 
 
 /* Parts [i, end) that read one list and lie side by side in one table, as one weight: pieces of rows are longer then.
  * Returns `end`. */
-static int32_t side_by_side(const teal_product *p, int32_t i, int32_t padded, teal_weight *whole) {
+static int32_t side_by_side(const teal_session *s, const teal_product *p, int32_t i, teal_weight *whole) {
     int32_t end = i + 1;
     *whole = p->parts[i];
-    for (; end < summed_parts(p) && same_list(&p->parts[end - 1], &p->parts[end], padded); end++) {
+    for (; end < summed_parts(p) && same_list(s, &p->parts[end - 1], &p->parts[end]); end++) {
         const teal_weight *w = &p->parts[end];
         if (w->dtype != whole->dtype || w->row_bytes != whole->row_bytes || whole->outputs % 2 ||
             (const uint8_t *)w->data != (const uint8_t *)whole->data + bytes_of(w->dtype, whole->outputs))
@@ -218,9 +218,9 @@ static void partial_sums(teal_session *s, thread_memory *m, int32_t thread, cons
             continue;
         }
         teal_weight whole;
-        end = side_by_side(p, i, s->padded_rows, &whole);
-        const int again = i > 0 && same_list(w - 1, w, s->padded_rows);
-        if (!again) make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, w->threshold, &m->list, kept);
+        end = side_by_side(s, p, i, &whole);
+        const int again = i > 0 && same_list(s, w - 1, w);
+        if (!again) make_list(x, w->inputs, s->rows, s->padded_rows, w->inputs, 0, limits_of(w, s->levels, NULL, s->rows), &m->list, kept);
         for (int32_t k = again ? i : i + 1; k < end; k++) { /* parts of a list that was counted for another */
             kept = counter(&p->parts[k], m, thread == 0);
             if (kept) *kept += m->list.count;
@@ -318,7 +318,7 @@ static void residual_product(teal_session *s, thread_memory *m, const teal_produ
         if (kept) *kept += (int64_t)s->rows * n;
         return;
     }
-    make_list(m->own, n, s->rows, s->padded_rows, n, m->own_first, w->threshold, &m->list, kept);
+    make_list(m->own, n, s->rows, s->padded_rows, n, m->own_first, limits_of(w, s->levels, NULL, s->rows), &m->list, kept);
     for (int32_t at = 0; at < w->outputs; at += SUMS_TILE) {
         int32_t tile = w->outputs - at < SUMS_TILE ? w->outputs - at : SUMS_TILE;
         multiplications[w->dtype][size](w, &m->list, 0, m->list.count, at, tile, y + at, w->outputs, m->group);
@@ -435,10 +435,10 @@ static void find_best(const teal_session *s, thread_memory *m, int32_t first, in
 }
 
 /* Outputs [first, last) of one projection of x, with its bias, into y (rows, stride), whose output 0 is the first of all. */
-static void some_outputs(const teal_weight *w, int32_t rows, int32_t padded, const float *x, int32_t first, int32_t last,
-                         thread_memory *m, int64_t *kept, float *y, int64_t stride) {
+static void some_outputs(const teal_weight *w, const int32_t *levels, int32_t rows, int32_t padded, const float *x,
+                         int32_t first, int32_t last, thread_memory *m, int64_t *kept, float *y, int64_t stride) {
     const int32_t size = which_rows(padded);
-    if (w->layout == TEAL_INPUT_MAJOR) make_list(x, w->inputs, rows, padded, w->inputs, 0, w->threshold, &m->list, kept);
+    if (w->layout == TEAL_INPUT_MAJOR) make_list(x, w->inputs, rows, padded, w->inputs, 0, limits_of(w, levels, NULL, rows), &m->list, kept);
     else if (kept) *kept += (int64_t)rows * w->inputs;
     for (int32_t at = first; at < last; at += OUTPUT_TILE) {
         int32_t n = last - at < OUTPUT_TILE ? last - at : OUTPUT_TILE;
@@ -453,6 +453,7 @@ static void some_outputs(const teal_weight *w, int32_t rows, int32_t padded, con
 }
 
 #include "experts.h"
+#include "routed.h"
 
 void NAMED(teal_run_)(void *session, int32_t thread) {
     teal_session *s = session;
@@ -476,7 +477,7 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
                           (norm->aside ? m->aside : m->normed) + (int64_t)r * p->hidden, p->hidden);
         if (i == p->n_steps) {
             const teal_weight *w = &p->output->parts[0];
-            some_outputs(w, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
+            some_outputs(w, s->levels, s->rows, s->padded_rows, norm ? m->normed : m->hidden, own->first[0], own->last[0], m,
                          counter(w, m, thread == 0), s->logits, w->outputs);
             if (p->logits_scale != 1 || p->logits_cap > 0) finish_logits(s, own->first[0], own->last[0]);
             find_best(s, m, own->first[0], own->last[0]);
@@ -496,6 +497,9 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
                 if (product->scaled_by) scale_partial(s, m, product->scaled_by, parity);
                 parity ^= 1;
                 pool_barrier(s->pool);
+            } else if (product->epilogue == TEAL_ROUTED) {
+                route_groups(s, m, product, thread);
+                routed_neurons(s, m, product, thread);
             } else {
                 if (product->experts) sums_of_experts(s, m, thread, product);
                 else partial_sums(s, m, thread, product, own);
@@ -514,6 +518,6 @@ void NAMED(teal_linear_)(void *context, int32_t thread) {
     const linear_call *call = context;
     const teal_weight *w = call->weight;
     const range *own = &call->ranges[thread];
-    some_outputs(w, call->rows, call->padded_rows, call->x, own->first[0], own->last[0], &call->memory[thread], NULL,
+    some_outputs(w, NULL, call->rows, call->padded_rows, call->x, own->first[0], own->last[0], &call->memory[thread], NULL,
                  call->y, w->outputs);
 }

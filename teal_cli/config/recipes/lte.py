@@ -1,0 +1,37 @@
+"""Options of recipe lte."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from teal_cli.config.recipes import RecipeOptions
+
+
+class Options(RecipeOptions):
+    """What lte has of its own."""
+
+    group: int = Field(32, ge=1, le=1 << 20, description="neurons that a router chooses together")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="of a first layer of routers, with ReLU behind it (default: there is none)",
+    )
+    eta: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="weight of the loss that closes groups (default: steered so that sparsity is reached)",
+    )
+    separation: float = Field(
+        0.5, ge=0, le=1e6, description="weight, at its largest, of the loss that drives routers away from 1/2"
+    )
+    epsilon: float = Field(0.01, gt=0, le=1, description="what bounds that loss where a router says 1/2")
+    bias: float = Field(3.0, ge=-100, le=100, description="of routers at the beginning: above 0 all groups are chosen")
+    soft: float = Field(0.5, gt=0, lt=1, description="share of the steps in which routers train")
+    router_rate: float = Field(
+        10.0, gt=0, le=1e6, description="by what the learning rate of routers is above that of the model"
+    )
+    routers: Literal["learned", "random"] = Field(
+        "learned", description="random: routers that know nothing of the text, to compare with"
+    )

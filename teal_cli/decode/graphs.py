@@ -1,0 +1,56 @@
+"""A session whose rows change between steps; on a GPU its launches are captured once and replayed."""
+
+import torch
+from torch import Tensor
+
+from teal_cli.decode.paths.program_session import ProgramSession
+
+
+class SteppedSession:
+    """Steps of one session, whose rows and levels are said before each.
+
+    On a GPU the first step runs as it is (kernels are compiled), the second is captured, and every further one is a
+    replay.
+
+    Args:
+        session: whose launches can be captured, on a GPU.
+    """
+
+    def __init__(self, session: ProgramSession) -> None:
+        self._session = session
+        self._levels: list[int] = []
+        self._logits: Tensor
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def place(self, lengths: list[int], levels: list[int]) -> None:
+        """Say how long the sequences of the rows are, and which level each has."""
+        if lengths != self._session.lengths or self._steps == 0:
+            self._session.place(lengths)
+        if levels != self._levels:
+            self._session.use_levels(levels)
+            self._levels = levels
+
+    def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows,) int64 -> (rows, vocabulary) logits, and (rows,) int64 where they are largest.
+
+        The next step overwrites both.
+        """
+        session = self._session
+        session.token.copy_(token)
+        session.begin()
+        if not session.captures or self._steps == 0:
+            self._body()
+        else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may allocate
+                    self._body()
+            self._graph.replay()
+        self._steps += 1
+        session.end()
+        return self._logits, session.token
+
+    def _body(self) -> None:
+        self._logits = self._session.launch()
+        self._session.pick()

@@ -1,0 +1,35 @@
+"""Weights, norms and rules of a product as the native library takes them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from teal_cli.decode.blocks import Norm
+from teal_cli.sparse import SparseLinear
+from teal_kernels.packing import Packed
+
+
+def joined_norms(norms: Sequence[Norm], *, bias: bool = False) -> Tensor:
+    """Weights or biases of norms of heads: (dim,) of one for all heads, (heads * dim,) of each head's own."""
+    tables = [norm.bias if bias else norm.weight for norm in norms]
+    joined = torch.cat([table.detach().float().flatten() for table in tables if table is not None])
+    return joined if bias else joined + float(norms[0].plus_one)
+
+
+def is_gapless(table: Tensor | Packed) -> bool:
+    """Whether the outputs of a table lie side by side: codes begin a word in each projection."""
+    return isinstance(table, Tensor) or all(part * table.bits % 32 == 0 for part in table.parts[:-1])
+
+
+def weights_of(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
+    """(outputs of all layers, inputs), or codes."""
+    first = layers[0]
+    if not isinstance(first, SparseLinear):
+        return first.weight.detach()
+    table = first.merged.table if len(layers) > 1 else first.packed
+    if isinstance(table, Packed):
+        return replace(table, parts=(sum(table.parts),))
+    # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
+    return first.weight.detach() if table is None else table.t()

@@ -1,0 +1,28 @@
+"""Numbers on their way from a device to the host, which goes on meanwhile."""
+
+import torch
+from torch import Tensor
+
+
+class Reading:
+    """A tensor that is copied to the host behind what the device is doing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor.clone()
+
+    def tensor(self) -> Tensor:
+        """On the host, when it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+    def value(self) -> int:
+        """Of one whole number."""
+        return int(self.tensor())

@@ -1,0 +1,143 @@
+"""A request on its way: its sampler, what it has said, and when it ends."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from teal_cli.decode.reading import Reading
+from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
+from teal_cli.decode.sampling import Sampler
+from teal_cli.decode.slots import Row
+from teal_cli.errors import ArtefactError
+
+
+class Reply:
+    """One request in the loop.
+
+    Args:
+        ticket: its number.
+        request: what was asked.
+        level: of sparsity.
+        on_emitted: told of tokens and the end.
+        submitted: when, in seconds of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        request: Request,
+        level: float,
+        on_emitted: Callable[[Emitted], None],
+        submitted: float,
+    ) -> None:
+        self.ticket, self.request, self.level = ticket, request, level
+        self._on_emitted, self._submitted = on_emitted, submitted
+        self.slot = -1
+        """-1 before it has one."""
+        self.ended = False
+        self.done = 0
+        """Tokens of the prompt that were run."""
+        self.chosen = 0
+        """Tokens that were chosen; the last ones may not be read yet."""
+        self.tokens: list[int] = []
+        """Those that were read."""
+        self.usage = Usage(len(request.prompt))
+        self._sampler: Sampler
+        self._token: Tensor
+
+    def begin(self, device: torch.device) -> None:
+        """In the thread of the loop."""
+        self._sampler = Sampler(self.request.sampling, device)
+
+    @property
+    def steps(self) -> bool:
+        """Whether a step is to be taken: its prompt was run, and not all of its tokens are chosen."""
+        return 0 < self.chosen < self.request.max_new_tokens
+
+    @property
+    def needs_all_read(self) -> bool:
+        """Whether its next choice depends on what the host has read."""
+        return self.request.mask is not None
+
+    def is_late(self, now: float) -> bool:
+        """Whether its time is over."""
+        limit = self.request.deadline_seconds
+        return limit is not None and now - self._submitted > limit
+
+    def row(self) -> Row:
+        """What the next step takes."""
+        return Row(self.slot, self.level, self._token)
+
+    def choose(self, logits: Tensor, best: Tensor | None = None) -> "Choice":
+        """The next token, on the device, from (1, vocabulary) logits, which the next step may overwrite.
+
+        Args:
+            logits: after the last token.
+            best: (1,) int64, where they are largest, if that is known.
+        """
+        if self.request.mask is not None:
+            logits, best = logits.clone(), None
+            self.request.mask(logits[0], list(self.tokens))
+        greedy = self._sampler.greedy and best is not None
+        self._token = best.clone() if greedy and best is not None else self._sampler.next_token(logits).view(1)
+        self.chosen += 1
+        finite = logits.amax(-1).isfinite().to(torch.int64)
+        if self.request.logprobs is None:
+            return Choice(self, torch.cat([self._token, finite]), None)
+        logprobs = logits[0].float().log_softmax(-1)
+        values, ids = logprobs.topk(self.request.logprobs)
+        own = logprobs.gather(0, self._token)
+        return Choice(self, torch.cat([self._token, finite, ids]), torch.cat([own, values]))
+
+    def take(self, numbers: list[int], logprobs: list[float] | None) -> Emitted:
+        """A token that was read.
+
+        Args:
+            numbers: the token, whether the logits were numbers, and the most probable tokens.
+            logprobs: the token's own, and theirs.
+
+        Raises:
+            ArtefactError: logits that are not numbers.
+        """
+        token, finite, *likely = numbers
+        if not finite:
+            raise ArtefactError("the model's logits are not numbers (NaN or infinite), or the mask allows no token")
+        if token in self.request.stop:
+            return Emitted(None, self.usage, "stop")
+        self.tokens.append(token)
+        self.usage = replace(self.usage, completion_tokens=len(self.tokens))
+        finish: Finish | None = "length" if len(self.tokens) == self.request.max_new_tokens else None
+        if logprobs is None:
+            return Emitted(token, self.usage, finish)
+        own, *others = logprobs
+        return Emitted(token, self.usage, finish, None, own, dict(zip(likely, others, strict=True)))
+
+    def say(self, emitted: Emitted) -> bool:
+        """Tell who asked; False where that fails."""
+        try:
+            self._on_emitted(emitted)
+        except Exception:
+            return False
+        return True
+
+
+class Choice:
+    """A token on its way to the host.
+
+    Args:
+        reply: whose it is.
+        numbers: the token, 1 where the logits were numbers, and the most probable tokens: int64.
+        logprobs: its own, and theirs.
+    """
+
+    def __init__(self, reply: Reply, numbers: Tensor, logprobs: Tensor | None) -> None:
+        self.reply = reply
+        self._numbers = Reading(numbers)
+        self._logprobs = None if logprobs is None else Reading(logprobs)
+
+    def take(self) -> Emitted:
+        """Wait for it. As `Reply.take`."""
+        logprobs = None if self._logprobs is None else self._logprobs.tensor().tolist()
+        return self.reply.take(self._numbers.tensor().tolist(), logprobs)

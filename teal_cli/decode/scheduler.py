@@ -1,0 +1,319 @@
+"""Several sequences in one loop: each is admitted, stepped and ended by itself, whatever the others do.
+
+One thread runs the loop and is the only one that uses the model. Any thread may submit and cancel.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from threading import Condition
+
+import torch
+
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.levels import Levels
+from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.prompts import Keep
+from teal_cli.decode.replies import Choice, Reply
+from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket
+from teal_cli.decode.shared_slots import SharedSlots
+from teal_cli.decode.slots import SeparateSlots, Slots
+from teal_cli.errors import TealError, UsageError
+from teal_cli.sparse import SparsityCounter
+
+_COUNT_EVERY = 8
+"""Steps of which one is counted, where layers count by themselves: all took 15 % of the speed (`steps.generate`)."""
+_READ_EVERY = 64
+"""Steps after which counts are read, for which the device may have to finish."""
+
+
+class Scheduler:
+    """Decodes requests, as many together as there are slots.
+
+    Args:
+        engine: whose model decodes. From here on nobody else may use it while the loop runs.
+        slots: sequences that decode together, at most.
+        positions: of each slot: a prompt and its reply; None for the model's own, at most 4096.
+        queue: requests that wait, at most, beside those in slots.
+        levels: sparsity -> its plan, of those that requests may ask for beside 0; None for the model's own.
+        default: the level of requests that name none; None for the highest, or 0 where the engine measured that sparse
+            steps are slower.
+        keep: what slots keep of sequences that have ended for those that begin alike.
+        together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
+            gives alone; together the native path may, with several threads, add up in another order.
+
+    Raises:
+        UsageError: numbers of no use.
+        ArtefactError: a plan that is not the model's.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        slots: int = 8,
+        positions: int | None = None,
+        queue: int = 64,
+        levels: Mapping[float, SparsityPlan] | None = None,
+        default: float | None = None,
+        keep: Keep = "prompts",
+        together: bool = True,
+    ) -> None:
+        if slots < 1 or queue < 0:
+            raise UsageError(f"{slots} slots and a queue of {queue} are of no use")
+        self.engine = engine
+        self.positions = min(engine.max_length, positions or 4096)
+        probe = torch.arange(min(12, self.positions)).view(1, -1)
+        engine.check(probe)  # which may put another path in the place of one that is wrong
+        if default is None and engine.chooses and engine.choose(probe).decodes == "dense":
+            default = 0.0
+        self.levels = Levels(engine.model, engine.control, levels, default)
+        self.slots = self._slots(slots, keep, together)
+        self._most_queued = queue
+        self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
+        self._numbers = count(1)
+        # What other threads touch, under the lock.
+        self._changed = Condition()
+        self._queue: deque[Reply] = deque()
+        self._cancelled: set[int] = set()
+        self._waiting_or_running: set[int] = set()
+        self._stopping: bool | None = None  # whether to drain, once it stops
+        # What the loop alone touches.
+        self._running: list[Reply] = []
+        self._under_way: deque[list[Choice]] = deque()
+        self._ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device runs ahead of the host
+        self._counter = SparsityCounter()
+        self._realised: float | None = None
+        self._steps = 0
+        self._finished: Counter[str] = Counter()
+        self._tokens = Counter[str]()
+
+    def _slots(self, count: int, keep: Keep, together: bool) -> Slots:
+        path = self.engine.path
+        if isinstance(path, ProgramPath) and path.piece_for(self.positions) is not None:
+            return SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
+        return SeparateSlots(self.engine, count, self.positions, self.levels)
+
+    def submit(self, request: Request, on_emitted: Callable[[Emitted], None]) -> Ticket:
+        """Take a request. Any thread may.
+
+        Args:
+            request: what to decode.
+            on_emitted: called with each token and the end, by the thread of the loop: it must not wait. What it raises
+                ends the request.
+
+        Raises:
+            UsageError: a request that cannot be decoded here, whenever.
+            QueueFullError: too many wait.
+        """
+        level = self._check(request)
+        with self._changed:
+            if self._stopping is not None:
+                raise QueueFullError("no more requests are taken: the scheduler stops")
+            if len(self._queue) >= self._most_queued + max(0, self.slots.together - len(self._running)):
+                raise QueueFullError(f"{len(self._queue)} requests wait already")
+            ticket = Ticket(next(self._numbers))
+            self._queue.append(Reply(ticket, request, level, on_emitted, time.monotonic()))
+            self._waiting_or_running.add(ticket.number)
+            self._changed.notify()
+        return ticket
+
+    def _check(self, request: Request) -> float:
+        prompt, new = request.prompt, request.max_new_tokens
+        if not prompt or new < 1:
+            raise UsageError("a request needs a prompt of at least one token, and at least one new token")
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise UsageError(f"the prompt has a token outside of the vocabulary of {self._vocabulary}")
+        if len(prompt) + new > self.positions:
+            raise UsageError(f"{len(prompt)} prompt tokens and {new} new ones exceed the {self.positions} of a slot")
+        if request.logprobs is not None and not 0 <= request.logprobs <= self._vocabulary:
+            raise UsageError(f"logprobs of {request.logprobs} tokens: at least 0")
+        try:
+            self.engine.check_length(len(prompt), new)
+        except TealError as error:
+            raise UsageError(str(error)) from error
+        return self.levels.check(request.sparsity)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request before its next token; nothing of one that has ended. Any thread may."""
+        with self._changed:
+            if ticket.number in self._waiting_or_running:
+                self._cancelled.add(ticket.number)
+                self._changed.notify()
+
+    def run(self) -> None:
+        """The loop, until `stop`. One thread runs it, once."""
+        control = self.engine.control
+        while self._wait():
+            if control is None:
+                self._turn()
+            else:
+                with control.counting(self._counter):
+                    self._turn()
+
+    def stop(self, drain: bool = True) -> None:
+        """Take no more requests, and let `run` return: once all are done, or at once, cancelling them."""
+        with self._changed:
+            self._stopping = drain and self._stopping is not False
+            self._changed.notify()
+
+    def statistics(self) -> Statistics:
+        """What happens now. Any thread may ask.
+
+        Numbers of the step under way may be of before or after it; the realised sparsity is some steps old.
+        """
+        with self._changed:
+            queued = len(self._queue)
+        used, kept = self.slots.use()
+        return Statistics(
+            running=len(self._running),
+            queued=queued,
+            slots=self.slots.count,
+            finished=dict(self._finished),
+            prompt_tokens=self._tokens["prompt"],
+            cached_tokens=self._tokens["cached"],
+            completion_tokens=self._tokens["completion"],
+            realised_sparsity=self._realised,
+            cache_positions=self.slots.count * self.positions,
+            cache_used=used,
+            cache_kept=kept,
+        )
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False once all is done."""
+        if not self._running:
+            self._under_way.clear()  # of replies that have ended
+            self._realised = self._counter.model_wide()
+        with self._changed:
+            while not self._queue and not self._running and self._stopping is None:
+                self._changed.wait()
+            if self._stopping is False:
+                self._cancelled |= self._waiting_or_running
+            return bool(self._queue or self._running)
+
+    def _turn(self) -> None:
+        """Endings, admissions, a piece of a prompt, and a step of all that have their prompt."""
+        self._end_those_to_be_ended()
+        self._admit()
+        new = next((reply for reply in self._running if reply.chosen == 0), None)
+        if new is not None:
+            self._guarded([new], lambda: self._run_prompt(new))
+        self._read()
+        stepping = [reply for reply in self._running if reply.steps]
+        if stepping:
+            self._guarded(stepping, lambda: self._step(stepping))
+        self._read()
+
+    def _read(self) -> None:
+        """Take what has come, so that the device runs ahead of the host by so many steps and no more."""
+        stepping = [reply for reply in self._running if reply.steps]
+        ahead = self._ahead if stepping and not any(reply.needs_all_read for reply in stepping) else 0
+        while len(self._under_way) > ahead:
+            self._take(self._under_way.popleft())
+
+    def _end_those_to_be_ended(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+            over: list[tuple[Reply, Finish]] = []
+            for reply in [*self._running, *self._queue]:
+                if reply.ticket.number in cancelled:
+                    over.append((reply, "cancelled"))
+                elif reply.is_late(now):
+                    over.append((reply, "time"))
+            ended = {reply.ticket.number for reply, _ in over}
+            self._queue = deque(reply for reply in self._queue if reply.ticket.number not in ended)
+        for reply, finish in over:
+            self._end(reply, finish)
+
+    def _admit(self) -> None:
+        while len(self._running) < self.slots.together:
+            with self._changed:
+                if not self._queue:
+                    return
+                reply = self._queue.popleft()
+            taken = {one.slot for one in self._running}
+            free = [slot for slot in range(self.slots.count) if slot not in taken]
+            reply.slot = self.slots.choose_slot(free, reply.request.prompt)
+            self._running.append(reply)
+            self._guarded([reply], partial(self._begin, reply))
+
+    def _begin(self, reply: Reply) -> None:
+        reply.begin(self.engine.device)
+        reply.done = cached = self.slots.begin(reply.slot, reply.request.prompt)
+        reply.usage = replace(reply.usage, prompt_tokens=len(reply.request.prompt), cached_tokens=cached)
+        self._tokens["prompt"] += len(reply.request.prompt)
+        self._tokens["cached"] += cached
+
+    def _run_prompt(self, reply: Reply) -> None:
+        reply.done, logits = self.slots.run_prompt(reply.slot, reply.request.prompt, reply.done)
+        if logits is not None:
+            self._under_way.append([reply.choose(logits)])
+
+    def _step(self, replies: list[Reply]) -> None:
+        self._counter.active = self._steps % _COUNT_EVERY == 0
+        self._steps += 1
+        if self._steps % _READ_EVERY == 0:
+            self._realised = self._counter.model_wide()
+        step = self.slots.step([reply.row() for reply in replies])
+        choices = []
+        for reply, at in zip(replies, step.order, strict=True):
+            with self._blaming(reply):
+                choices.append(reply.choose(step.logits[at : at + 1], step.best[at : at + 1]))
+        self._under_way.append(choices)
+
+    def _take(self, choices: list[Choice]) -> None:
+        """Read what was chosen, and say it."""
+        for choice in choices:
+            reply = choice.reply
+            if reply.ended:
+                continue
+            with self._blaming(reply):
+                emitted = choice.take()
+                if emitted.token is not None:
+                    self._tokens["completion"] += 1
+                    self.slots.add(reply.slot, emitted.token)
+                if emitted.finish is not None:
+                    self._forget(reply, emitted.finish)
+                if not reply.say(emitted) and emitted.finish is None:
+                    self._end(reply, "cancelled")
+
+    def _guarded(self, replies: list[Reply], work: Callable[[], None]) -> None:
+        """Do it; whatever it raises ends these replies, not the loop."""
+        with torch.no_grad(), self._blaming(*replies):
+            work()
+
+    @contextmanager
+    def _blaming(self, *replies: Reply) -> Iterator[None]:
+        """Whatever is raised inside ends these replies, not the loop."""
+        try:
+            yield
+        except Exception as error:
+            for reply in replies:
+                if not reply.ended:
+                    self._end(reply, "error", str(error) if isinstance(error, TealError) else _line(error))
+
+    def _end(self, reply: Reply, finish: Finish, error: str | None = None) -> None:
+        self._forget(reply, finish)
+        reply.say(Emitted(None, reply.usage, finish, error))
+
+    def _forget(self, reply: Reply, finish: Finish) -> None:
+        """Its slot is free."""
+        reply.ended = True
+        if reply in self._running:
+            self._running.remove(reply)
+            self.slots.end(reply.slot)
+        self._finished[finish] += 1
+        with self._changed:
+            self._waiting_or_running.discard(reply.ticket.number)
+            self._cancelled.discard(reply.ticket.number)
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *said[:1]])

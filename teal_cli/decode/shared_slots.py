@@ -1,0 +1,167 @@
+"""Slots of the paths that execute block programs: all rows that decode are stepped by one session."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.graphs import SteppedSession
+from teal_cli.decode.levels import DENSE, Levels
+from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.prompts import Keep, pieces, reusable
+from teal_cli.decode.row_levels import RowLevels
+from teal_cli.decode.slot_cache import SlotCache
+from teal_cli.decode.slots import Chosen, Row, Slots
+
+_MOST_ROWS = 8
+"""Of a session: as many as one launch, or one call of the library, takes."""
+
+
+class SharedSlots(Slots):
+    """One cache of all slots, and for each number of rows a session on its first places.
+
+    A slot is a sequence's for as long as it runs. Its place in the cache changes: those that decode lie in front, so
+    that a step costs nothing for slots that are free. When one ends, the last of them takes its place. A session, and
+    the graph that was captured of it, is of a number of rows and not of sequences: who comes and goes is data.
+
+    Args:
+        engine: whose path executes block programs.
+        count: slots.
+        positions: of each.
+        levels: of sparsity.
+        keep: what of ended sequences is used for those that begin alike.
+        together: False steps one row after the other.
+    """
+
+    def __init__(
+        self, engine: Engine, count: int, positions: int, levels: Levels, keep: Keep, *, together: bool = True
+    ) -> None:
+        if not isinstance(engine.path, ProgramPath):
+            raise TypeError(f"path {engine.path.name} executes no block programs")
+        self.count, self.together = count, min(count, _MOST_ROWS)
+        self.positions, self.levels, self.keep = positions, levels, keep
+        self._engine, self._path = engine, engine.path
+        self._piece = engine.path.piece_for(positions)
+        one = engine.path.new_cache(1)
+        engine.prefill(torch.zeros(1, 1, dtype=torch.int64, device=engine.device), one)
+        self._cache = SlotCache(one, count, positions)
+        self._place = list(range(count))
+        """Of each slot."""
+        self._tokens: list[list[int]] = [[] for _ in range(count)]
+        """Of each slot, those whose keys and values it has or has had."""
+        self._dense = [0] * count
+        """Of each slot, how many of them were run as a prompt."""
+        self._taken = [False] * count
+        self._used = [0] * count
+        """Of each slot, when it was last begun or ended, in begins and ends."""
+        self._clock = 0
+        self._together = together
+        self._sessions: dict[tuple[range, float], SteppedSession] = {}
+
+    def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
+        """The one whose sequence the prompt continues, else the one that ended the longest ago."""
+        continued = [slot for slot in free if 0 < len(self._tokens[slot]) <= self._alike(slot, prompt)]
+        if continued and self.keep != "nothing":
+            return max(continued, key=lambda slot: len(self._tokens[slot]))
+        return min(free, key=lambda slot: (self._used[slot], self._place[slot]))
+
+    def _alike(self, slot: int, prompt: Sequence[int]) -> int:
+        """With how many tokens a slot's sequence begins like a prompt."""
+        pairs = zip(self._tokens[slot], prompt, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _known(self, slot: int, prompt: Sequence[int]) -> int:
+        known = self._tokens[slot][: self._cache.lengths[self._place[slot]]]
+        return reusable(prompt, known, self._dense[slot], self._piece, self.keep)
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> int:
+        """As `Slots.begin`. What another slot has of the prompt is copied."""
+        source = max(range(self.count), key=lambda other: (self._known(other, prompt), other == slot))
+        known = self._known(source, prompt)
+        if source != slot:
+            self._cache.copy(self._place[source], self._place[slot], known)
+            self._tokens[slot], self._dense[slot] = self._tokens[source], self._dense[source]
+        self._cache.lengths[self._place[slot]] = known
+        self._clock += 1
+        self._used[slot] = self._clock
+        self._tokens[slot], self._taken[slot] = list(prompt[:known]), True
+        self._dense[slot] = min(self._dense[slot], known)
+        return known
+
+    def run_prompt(self, slot: int, prompt: Sequence[int], done: int) -> tuple[int, Tensor | None]:
+        """As `Slots.run_prompt`: a piece."""
+        start, end = next(pieces(done, len(prompt), self._piece))
+        ids = torch.tensor([prompt[start:end]], dtype=torch.int64, device=self._engine.device)
+        cache = self._cache.some(range(self._place[slot], self._place[slot] + 1))
+        logits = self._engine.prefill(ids, cache)
+        cache.take_lengths([end])
+        self._tokens[slot] += prompt[start:end]
+        if self._dense[slot] == start:  # behind a reply that was kept nothing counts as a prompt's
+            self._dense[slot] = end
+        return end, logits if end == len(prompt) else None
+
+    def step(self, rows: Sequence[Row]) -> Chosen:
+        """As `Slots.step`."""
+        if not self._together:
+            places = [self._place[row.slot] for row in rows]
+            each = [self._stepped(range(place, place + 1), [row]) for place, row in zip(places, rows, strict=True)]
+            logits, best = (torch.cat(several) for several in zip(*each, strict=True))
+            return Chosen(logits, best, list(range(len(rows))))
+        self._bring_to_front([row.slot for row in rows])
+        order = sorted(rows, key=lambda row: self._place[row.slot])
+        logits, best = self._stepped(range(len(rows)), order)
+        at = {row.slot: index for index, row in enumerate(order)}
+        return Chosen(logits, best, [at[row.slot] for row in rows])
+
+    def _stepped(self, places: range, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Step the sequences of neighbouring places: their logits, and where those are largest."""
+        key = places, max(row.level for row in rows)
+        session = self._session(*key)
+        try:
+            session.place(
+                self._cache.lengths[places.start : places.stop], [self.levels.all.index(row.level) for row in rows]
+            )
+            return session.step(torch.cat([row.token for row in rows]))
+        except Exception:
+            del self._sessions[key]  # nobody knows how far it came
+            raise
+
+    def add(self, slot: int, token: int) -> None:
+        """As `Slots.add`."""
+        self._tokens[slot].append(token)
+
+    def _bring_to_front(self, slots: Sequence[int]) -> None:
+        """Have the sequences of these slots lie in the first places, moving as few as that takes."""
+        inside = {self._place[slot] for slot in slots}
+        holes = [place for place in range(len(slots)) if place not in inside]
+        for slot in slots:
+            if self._place[slot] >= len(slots):
+                self._exchange(slot, holes.pop())
+
+    def _exchange(self, slot: int, place: int) -> None:
+        other = self._place.index(place)
+        self._cache.exchange(self._place[slot], place)
+        self._place[slot], self._place[other] = place, self._place[slot]
+
+    def _session(self, places: range, highest: float) -> SteppedSession:
+        """For so many rows, tuned for the highest level among them."""
+        key = places, highest
+        if key not in self._sessions:
+            levels = RowLevels(self.levels.rules(), self.levels.all.index(highest))
+            session = self._path.open_rows(self._cache.some(places), levels, sparse=highest != DENSE)
+            self._sessions[key] = SteppedSession(session)
+        return self._sessions[key]
+
+    def end(self, slot: int) -> None:
+        """As `Slots.end`: what it has stays, until another takes the slot."""
+        self._taken[slot] = False
+        self._clock += 1
+        self._used[slot] = self._clock
+
+    def use(self) -> tuple[int, int]:
+        """As `Slots.use`."""
+        lengths = [self._cache.lengths[place] for place in self._place]
+        taken = sum(length for length, is_taken in zip(lengths, self._taken, strict=True) if is_taken)
+        return taken, sum(lengths) - taken

@@ -1,0 +1,69 @@
+"""The benchmarks of routed MLPs, on tiny models."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import TINY_CONFIGS, save_tiny
+
+from teal_cli.models.aliases import Alias, require_alias
+
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def _module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(_BENCHMARKS))
+    return __import__(name)
+
+
+def _run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_tokens_of_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, out = _module("routed_tokens", monkeypatch), tmp_path / "out.json"
+    shape = {key: value for key, value in TINY_CONFIGS["llama"].items() if key != "model_type"}
+    known = require_alias("llama-2-7b")
+
+    def tiny(name: str) -> Alias:
+        return Alias(**{**vars(known), "name": name, "shape": {**known.shape, **shape}})
+
+    monkeypatch.setattr(module, "require_alias", tiny)
+    monkeypatch.setattr(module, "PROMPT", 16)
+    arguments = ("--models", "tiny", "--group", 4, "--shares", 0.6, "--device", "cpu", "--dtype", "float32")
+    _run(module, monkeypatch, "--out", out, *arguments, "--new-tokens", 2, "--repeats", 1, "--rows", "1,2")
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["rows"], run["way"]) for run in runs[:4]] == [
+        (1, "dense"),
+        (1, "routed, all computed"),
+        (1, "routed"),
+        (1, "gate first"),
+    ]
+    assert len(runs) == 8
+    for run in runs:
+        assert run["tokens_per_second"]["median"] > 0
+        if run["way"] in ("routed", "gate first"):
+            assert 0.4 < run["realised"]["neurons"] < 0.8
+
+
+def test_learned_routers_and_their_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a second call has nothing left to do."""
+    module, out = _module("adapt_lte", monkeypatch), tmp_path / "out.json"
+    save_tiny(tmp_path / "dense")
+    (tmp_path / "moby.txt").write_text("Call me Ishmael. " * 400)
+    monkeypatch.setattr(module, "SEEDS", (0,))
+    monkeypatch.setattr(module, "SMALL", {"tokens": 256, "seq_len": 16, "batch_size": 4, "held_out_tokens": 32})
+    arguments = ("--model", tmp_path / "dense", "--group", 4, "--text", tmp_path / "moby.txt", "--eval-tokens", 512)
+    shared = (*arguments, "--quick", "--device", "cpu", "--only", "eta 4", "--runs", tmp_path / "runs", "--json", out)
+    for _ in range(2):
+        _run(module, monkeypatch, *shared)
+    results = json.loads(out.read_text())["results"]
+    assert [each["arm"] for each in results] == ["eta 4", "eta 4, random"]
+    assert results[1]["settings"]["options"]["routers"] == "random"
+    for each in results:
+        assert set(each["texts"]) == {"sotu", "moby"}
+        assert each["texts"]["moby"]["perplexity_ratio"] > 0
+    assert results[1]["groups_left_out"] == pytest.approx(max(results[0]["groups_left_out"], 0.01), abs=0.1)

@@ -1,0 +1,92 @@
+"""The scheduler on a real GPU: texts of requests that come and go, in graphs that are captured once."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCABULARY, build_family
+from fused_pair import half_plan
+
+from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths import fused_launch
+from teal_cli.decode.requests import Emitted, Request
+from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.scheduler import Scheduler
+from teal_cli.decode.shared_slots import SharedSlots
+from teal_cli.sparse import apply_plan_, sparsify_
+from teal_kernels.tuning import choose_config
+
+
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows skip as one row would: a product that is read whole for some rows would give another text."""
+
+    def choose(device: torch.device, *, rows: int, **product: object) -> object:
+        return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fused_launch, "choose_config", choose)
+
+
+def _requests(count: int, new_tokens: int) -> list[Request]:
+    rng = random.Random(0)
+    found = []
+    for index in range(count):
+        prompt = tuple(rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(1, 40)))
+        sampling = SamplingConfig(0.0 if index % 3 else 0.8, top_k=5, seed=index)
+        found.append(Request(prompt, rng.randrange(1, new_tokens), sampling, frozenset({rng.randrange(VOCABULARY)})))
+    return found
+
+
+def _run(scheduler: Scheduler, requests: list[Request]) -> list[list[Emitted]]:
+    heard: list[list[Emitted]] = [[] for _ in requests]
+    for request, own in zip(requests, heard, strict=True):
+        scheduler.submit(request, own.append)
+    scheduler.stop()
+    scheduler.run()
+    return heard
+
+
+@pytest.mark.usefixtures("skipping")
+def test_texts_are_those_of_one_at_a_time() -> None:
+    model = build_family("llama").cuda()
+    sparsify_(model, half_plan(model))
+    engine = Engine(model)
+    assert engine.path.name == "fused"
+    requests = _requests(40, 24)
+    heard = _run(Scheduler(engine, slots=5, positions=128), requests)
+    alike = 0
+    for request, own in zip(requests, heard, strict=True):
+        assert own[-1].finish in ("stop", "length")
+        tokens = [emitted.token for emitted in own if emitted.token is not None]
+        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
+        alike += tokens == list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+    assert alike >= 38  # products of several rows add up in another order, and an input may lie beside its threshold
+
+
+@pytest.mark.usefixtures("skipping")
+def test_levels_and_graphs() -> None:
+    """No capture of a graph at an admission: as many sessions as numbers of rows and highest levels."""
+    model = build_family("llama").cuda()
+    plans = {0.5: half_plan(model), 0.7: half_plan(model, 1.5)}
+    sparsify_(model, plans[0.5])
+    engine = Engine(model)
+    requests = [replace(request, sparsity=[0.0, 0.5, 0.7][i % 3]) for i, request in enumerate(_requests(30, 24))]
+    scheduler = Scheduler(engine, slots=4, positions=128, levels=plans)
+    heard = _run(scheduler, requests)
+    assert isinstance(scheduler.slots, SharedSlots)
+    assert len(scheduler.slots._sessions) <= 4 * 3
+    alike = 0
+    for request, own in zip(requests, heard, strict=True):
+        tokens = [emitted.token for emitted in own if emitted.token is not None]
+        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
+        control = engine.control
+        assert control is not None
+        if request.sparsity == 0:
+            with control.switched_off():
+                expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+        else:
+            apply_plan_(model, plans[request.sparsity or 0.5])
+            expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+        alike += tokens == expected
+    assert alike >= 28
