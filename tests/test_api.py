@@ -1,4 +1,4 @@
-"""The five functions of the Python API, on a tiny model; the examples of docs/python-api.md."""
+"""The six functions of the Python API, on a tiny model; the examples of docs/python-api.md."""
 
 import json
 import re
