@@ -75,7 +75,7 @@ class Search:
     def mutated(self, genome: Genome, step: float) -> Genome:
         """One to four groups dearer or cheaper."""
         child = list(genome)
-        for index in self._random.sample(range(len(child)), self._random.randint(1, 4)):
+        for index in self._random.sample(range(len(child)), min(len(child), self._random.randint(1, 4))):
             child[index] += self._random.gauss(0.0, step)
         return tuple(child)
 
