@@ -127,6 +127,21 @@ def method_bytes(page: Page) -> None:
     page.table("| allocation | State of the Union | Moby Dick | Debian handbook |", rows)
 
 
+def method_likely_tokens(page: Page) -> None:
+    """A predictor in front of the output layer."""
+    trials = result("training-free-trials-smollm2-135m-cpu")["trials"]
+
+    def cells(run: Any) -> tuple[Cell, ...]:
+        keys = ("top1_agreement", "top1_agreement_stderr", "exact_argmax", "perplexity_ratio")
+        each = [run["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
+        return tuple(tuple(entry[key] for key in keys if key in entry) for entry in each)
+
+    rows = {"`fisher`": cells(trials["baseline"]["results"][0])}
+    rows |= {f"best {run['rows']} rows": cells(run) for run in trials["sketch"]["results"]}
+    page.table("| at 50 % | State of the Union | Moby Dick | Debian handbook |", rows)
+    page.says("so the blocks drop {} %", 100 * trials["sketch"]["results"][0]["sparsity_of_blocks"])
+
+
 def method_calibration(page: Page) -> None:
     """What calibration takes."""
     greedy = result("calibrate-smollm2-135m")
