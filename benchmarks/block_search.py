@@ -70,9 +70,8 @@ class Search:
         factors = {group: math.exp(value) for group, value in zip(self.groups, genome, strict=True)}
         found = dict.fromkeys(self._sizes, 0.0)
         missing = self.target * block_weights(self.calibration.projections)
-        for _, name, start, stop in sorted(
-            (slope * factors[group_of(name)], name, *ends) for slope, name, *ends in self._pieces
-        ):
+        changed = [(slope * factors[group_of(name)], name, start, stop) for slope, name, start, stop in self._pieces]
+        for _, name, start, stop in sorted(changed):
             if missing <= 0.0:
                 break
             taken = min((stop - start) * self._sizes[name], missing)
