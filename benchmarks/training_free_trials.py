@@ -16,7 +16,6 @@ Each trial is calibrated for itself, as `teal calibrate` and `teal export` do it
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -88,11 +87,10 @@ class Trials:
         model: Any,
         calibration: Calibration,
         target: float,
-        logits_of: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Figures], dict[str, float]]:
         """Fisher's plan at a target, with thresholds settled in the sparse network, on every text."""
         recalibrate_(model, fisher_plan(calibration, target), self.settling, dense_prefix=PREFIX)
-        return self.bench.measured(model, logits_of)
+        return self.bench.measured(model)
 
     def row(
         self, name: str, target: float, found: dict[str, Figures], realised: dict[str, float], extra: float = 0.0
@@ -223,33 +221,31 @@ class Trials:
         ]
         for target in self.options.targets:
             for name, rough in sketches:
-                rough.logits(states)
-                read = rough.weights_read()
-                for rows in self.options.rows:
-                    saved = (self.output - read - rows * head.shape[1]) / self.total
-                    yield self._sketched(f"{name}, {rows} rows", rough, rows, target, saved, blocks)
+                yield from self._sketched(name, rough, target, states, blocks)
 
-    def _sketched(self, name: str, rough: Rough, rows: int, target: float, saved: float, blocks: Calibration) -> Row:
-        """One sketch: what it saves is a share of the blocks' weights."""
-        head, exact = self.bench.head, []
-
-        def logits(found: Tensor) -> Tensor:
-            all_exact = found @ head.T
-            sketched = with_exact_rows(rough.logits(found), all_exact, rows)
-            exact.append(float((sketched.argmax(-1) == all_exact.argmax(-1)).float().mean()))
-            return sketched
-
+    def _sketched(self, name: str, rough: Rough, target: float, settling: Tensor, blocks: Calibration) -> Iterator[Row]:
+        """One sketch, with each number of rows; the blocks pay for the most."""
+        head = self.bench.head
+        rough.logits(settling)
+        read = rough.weights_read() + max(self.options.rows) * head.shape[1]
+        saved = (self.output - read) / self.total
         left = max(target - saved, 0.0)
         plan = fisher_plan(blocks, left)
         plan.projections.update({p.name: Dense() for p in self.calibration.projections if p.is_output})
         recalibrate_(self.model, plan, self.settling, dense_prefix=PREFIX)
-        figures, realised = self.bench.measured(self.model, logits)
-        row = self.row(f"sketch: {name}", target, figures, realised, -saved)
-        each = len(exact) // len(row["texts"])
-        for index, entry in enumerate(row["texts"].values()):
-            entry["exact_argmax"] = statistics.fmean(exact[index * each : (index + 1) * each])
-        output_read = 1.0 - saved * self.total / self.output
-        return row | {"rows": rows, "output_weights_read": output_read, "sparsity_of_blocks": left}
+        states, realised = self.bench.sparse_states(self.model)
+        for rows in self.options.rows:
+
+            def logits(found: Tensor, rows: int = rows) -> Tensor:
+                return with_exact_rows(rough.logits(found), found @ head.T, rows)
+
+            row = self.row(
+                f"sketch: {name}, {rows} rows", target, self.bench.figures_by(states, logits), realised, -saved
+            )
+            for text, entry in row["texts"].items():
+                found = torch.cat(states[text])
+                entry["exact_argmax"] = float((logits(found).argmax(-1) == (found @ head.T).argmax(-1)).float().mean())
+            yield row | {"rows": rows, "output_weights_read": read / self.output, "sparsity_of_blocks": left}
 
 
 def shown(row: Row) -> str:

@@ -110,14 +110,14 @@ def method_bytes(page: Page) -> None:
     """Quality over bytes a token, training-free."""
 
     def cell(stem: str, allocation: str, sparsity: float) -> Cell:
-        run = _run(stem, allocation, sparsity)
+        run = _run(f"{stem}-80" if sparsity == 0.8 else stem, allocation, sparsity)
         if run is None:
             return None
         share = run["sparse"]["bytes_per_token"] / run["dense"]["bytes_per_token"]
         return run["perplexity_ratio"], run["perplexity_ratio_stderr"], share
 
     each = [(name, sparsity) for name in ("uniform", "greedy") for sparsity in (0.4, 0.5, 0.65)]
-    each += [("fisher", sparsity) for sparsity in (0.25, 0.4, 0.5, 0.65)]
+    each += [("fisher", sparsity) for sparsity in (0.25, 0.4, 0.5, 0.65, 0.8)]
     rows = {
         f"`{name}`, {100 * sparsity:.0f} %": tuple(
             cell(stem, name, sparsity) for stem in ("sotu", "moby-dick", "debian-handbook")
@@ -125,6 +125,21 @@ def method_bytes(page: Page) -> None:
         for name, sparsity in each
     }
     page.table("| allocation | State of the Union | Moby Dick | Debian handbook |", rows)
+
+
+def method_likely_tokens(page: Page) -> None:
+    """A predictor in front of the output layer."""
+    trials = result("training-free-trials-smollm2-135m-cpu")["trials"]
+
+    def cells(run: Any) -> tuple[Cell, ...]:
+        keys = ("top1_agreement", "top1_agreement_stderr", "exact_argmax", "perplexity_ratio")
+        each = [run["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
+        return tuple(tuple(entry[key] for key in keys if key in entry) for entry in each)
+
+    rows = {"`fisher`": cells(trials["baseline"]["results"][0])}
+    rows |= {f"best {run['rows']} rows": cells(run) for run in trials["sketch"]["results"]}
+    page.table("| at 50 % | State of the Union | Moby Dick | Debian handbook |", rows)
+    page.says("so the blocks drop {} %", 100 * trials["sketch"]["results"][0]["sparsity_of_blocks"])
 
 
 def method_calibration(page: Page) -> None:
