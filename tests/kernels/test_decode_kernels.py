@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from attention_cases import ATTENTION_LIMITS, RARE, Attention, merged
-from kernel_cases import EPS, Output, relative_error
-from torch.nn.functional import rms_norm
+from attention_cases import ATTENTION_LIMITS, RARE, Attention, PartialsCase, merged
+from kernel_cases import EPS, LIMITS, Output, relative_error
+from torch.nn.functional import layer_norm, rms_norm
 
 from teal_kernels import triton_attention
 from teal_kernels.operands import AttentionPartials, Positions
 from teal_kernels.triton_attention import attention_splits
-from teal_kernels.triton_decode import Best, embed, pick
+from teal_kernels.triton_decode import Best, embed, pick, write_norm_of_partials
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -58,6 +58,21 @@ def test_what_fewer_models_have(position: tuple[int, ...], rare: tuple[str, ...]
     """In several splits, within the window and beyond it, with heads that are no power of two."""
     sizes = (len(position), 2, 3, 24, position)
     Attention(*sizes, window=60, split_multiple=16, splits=4, rare=rare).check()
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("position", [(150,), (150, 20, 64)], ids=str)
+def test_norm_of_what_attention_left(position: tuple[int, ...], centred: bool) -> None:
+    """Of rows in several splits, and in fewer than the longest has."""
+    case = PartialsCase(len(position), 3, 24, position, split_multiple=16)
+    weight, bias = torch.randn(2, 72, generator=torch.Generator().manual_seed(0))
+    y = torch.full((len(position), 72), torch.nan)
+    write_norm_of_partials(case.read, weight, y, eps=EPS, bias=bias if centred else None, centred=centred)
+    x = case.x.double()
+    expected = rms_norm(x, (72,), weight.double(), EPS)
+    if centred:
+        expected = layer_norm(x, (72,), weight.double(), bias.double(), EPS)
+    assert relative_error(y, expected) < LIMITS[torch.float32]
 
 
 def test_layer_norms_that_the_kernel_has_not() -> None:

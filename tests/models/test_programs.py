@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,17 @@ def test_programs_that_cannot_be_are_refused(row: str, message: str, tmp_path: P
     path.write_text(row)
     with pytest.raises(UsageError, match=message):
         read_table(path)
+
+
+def test_keys_that_a_configuration_does_not_have() -> None:
+    """They are false; no other key is."""
+    program = architecture_of("phi").program
+    assert program is not None
+    assert program.unmet(SimpleNamespace()) is None
+    assert program.unmet(SimpleNamespace(qk_layernorm=False)) is None
+    assert program.unmet(SimpleNamespace(qk_layernorm=True)) == "qk_layernorm true"
+    other = program.model_copy(update={"requires": {"qk_layernorm": True}})
+    assert other.unmet(SimpleNamespace()) == "qk_layernorm none"
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
