@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCABULARY, build_family
-from fused_pair import half_plan
 
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths import fused_launch
 from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
+from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import apply_plan_, sparsify_
 from teal_kernels.tuning import choose_config
 
@@ -26,6 +28,12 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
         return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fused_launch, "choose_config", choose)
+
+
+def half_plan(model: torch.nn.Module, factor: float = 1.0) -> SparsityPlan:
+    """About half of the inputs."""
+    rules = {projection.name: Threshold(0.4 * factor, 0.5) for projection in find_projections(model)}
+    return SparsityPlan("uniform", 0.5, rules)
 
 
 def _requests(count: int, new_tokens: int) -> list[Request]:
