@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import ServeConfig
 from teal_cli.config_values import is_allocation_file
@@ -19,7 +17,7 @@ from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.model_source import ModelSource
 from teal_cli.models.loading import use_threads
-from teal_cli.models.tokenizing import encode, load_tokenizer
+from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import DEFAULT_SPARSITY, allocate, allocations
 from teal_cli.quantise.model import pack_
 from teal_cli.serve.grammars import Grammars
@@ -31,8 +29,6 @@ from teal_cli.sparse import apply_plan_, control_of, sparse_layers, sparsify_, u
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan
 from teal_cli.workspace import Workspace
 
-_TRIED = "The keeper of the lighthouse writes down the weather of the day."
-"""Text on which a decode path is tried before anybody asks for a reply."""
 Levels = Mapping[float, SparsityPlan] | None
 """Plans of the levels above 0; None for the rules that the model has."""
 
@@ -105,12 +101,9 @@ def _served(
     model, levels, default = _model(config, reporter, workspace)
     if sparse_layers(model):
         use_backend(control_of(model), config.backend, model.device, model.dtype)
-    if levels:
+    if levels:  # what the engine tries, and times where sparse steps may be slower
         apply_plan_(model, levels[default or max(levels)])
-    engine = Engine(model)
-    engine.check(torch.tensor([encode(tokenizer, _TRIED)], dtype=torch.int64))
-    if engine.general_because is not None:
-        reporter.say(f"decoding with transformers' forward, not our own ({engine.general_because})")
+    engine = Engine(model, never_worse=config.backend == "auto")
     scheduler = Scheduler(
         engine,
         slots=config.slots,
@@ -119,8 +112,10 @@ def _served(
         levels=levels,
         default=default,
     )
+    if engine.general_because is not None:
+        reporter.say(f"decoding with transformers' forward, not our own ({engine.general_because})")
     stop = stop_ids(model, tokenizer)
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)  # packed output layers have no weight
     return Served(
         name=workspace.source.name,
         scheduler=scheduler,
@@ -173,5 +168,7 @@ def _model(config: ServeConfig, reporter: Reporter, workspace: Workspace) -> tup
         plan = ModelSource(source.name, folder).plan
         levels[plan.target_sparsity] = plan
     pack_(model, packs)
-    default = next(iter(levels), None) if asked is None or asked[0] > 0 else 0.0
+    if asked is None:
+        return model, levels, None
+    default = next(iter(levels), None) if asked[0] > 0 else 0.0
     return model, levels, default
