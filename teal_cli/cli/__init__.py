@@ -23,6 +23,7 @@ VERBS = {
     "generate": "Stream text from a sparse model.",
     "bench": "Time decoding, dense against sparse.",
     "eval": "Compare sparse with dense on held-out text.",
+    "serve": "Serve a sparse model over HTTP, as OpenAI's API, with a chat page.",
     "run": "Run the whole chain of a YAML recipe; resumes where it stopped.",
     "import": "Read the histograms and greedy lookups of the method's reference code.",
     "report": "Write one page with plots about a run: quality, speed, sparsity.",

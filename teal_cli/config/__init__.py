@@ -9,6 +9,7 @@ from teal_cli.config.adapt import AdaptConfig
 from teal_cli.config.calibrate import CalibrateConfig
 from teal_cli.config.decoding import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig
 from teal_cli.config.evaluation import EvalConfig
+from teal_cli.config.serve import ServeConfig
 from teal_cli.config.shared import OTHER_SPELLINGS, ModelConfig, OutputConfig, SharedConfig
 from teal_cli.config.sparsity import ExportConfig, OneAllocation, SparseConfig
 from teal_cli.config.verbs import (
@@ -45,6 +46,7 @@ __all__ = [
     "OutputConfig",
     "ReportConfig",
     "RunConfig",
+    "ServeConfig",
     "SharedConfig",
     "SparseConfig",
 ]

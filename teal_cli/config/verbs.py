@@ -8,6 +8,7 @@ from teal_cli.config.adapt import AdaptConfig
 from teal_cli.config.calibrate import CalibrateConfig
 from teal_cli.config.decoding import BenchConfig, GenerateConfig
 from teal_cli.config.evaluation import EvalConfig
+from teal_cli.config.serve import ServeConfig
 from teal_cli.config.shared import OutputConfig, SharedConfig
 from teal_cli.config.sparsity import ExportConfig
 from teal_cli.config_values import FileList, OutputFile, OutputFolder, SparsityList
@@ -58,6 +59,7 @@ DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "adapt")
 """Of a recipe that lists none: training is asked for by name."""
 VERB_CONFIGS: dict[str, type[OutputConfig]] = {
     **STAGE_CONFIGS,
+    "serve": ServeConfig,
     "import": ImportConfig,
     "info": InfoConfig,
     "report": ReportConfig,

@@ -11,6 +11,7 @@ from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
 from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.slots import Row
 from teal_cli.errors import ArtefactError
+from teal_cli.sparse.counting import Counts
 
 
 class Reply:
@@ -44,6 +45,8 @@ class Reply:
         self.tokens: list[int] = []
         """Those that were read."""
         self.usage = Usage(len(request.prompt))
+        self.counts_before: Counts | None = None
+        """What was dropped before its first step."""
         self._sampler: Sampler
         self._token: Tensor
 

@@ -49,6 +49,9 @@ class Usage:
     cached_tokens: int = 0
     """Of the prompt, those whose keys and values a slot had: they were not run again."""
     completion_tokens: int = 0
+    realised_sparsity: float | None = None
+    """Said at the end: of the steps that wrote the reply, those of other replies in them included. None where none of
+    them ran sparse."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Statistics:
     """Of them, those that a slot had already."""
     completion_tokens: int
     realised_sparsity: float | None
-    """Of all steps, weights not read over the weights of the blocks' projections; None where none ran sparse."""
+    """Of the steps so far, weights not read over the weights of the blocks' projections; None where
+    none ran sparse."""
     cache_positions: int
     """Of all slots."""
     cache_used: int

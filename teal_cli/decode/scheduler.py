@@ -20,7 +20,7 @@ from teal_cli.decode.levels import Levels
 from teal_cli.decode.paths.program import ProgramPath
 from teal_cli.decode.prompts import Keep
 from teal_cli.decode.replies import Choice, Reply
-from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket
+from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket, Usage
 from teal_cli.decode.shared_slots import SharedSlots
 from teal_cli.decode.slots import SeparateSlots, Slots
 from teal_cli.errors import TealError, UsageError
@@ -256,6 +256,9 @@ class Scheduler:
             self._under_way.append([reply.choose(logits)])
 
     def _step(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            if reply.counts_before is None and self.engine.control is not None:
+                reply.counts_before = self._counter.counts()
         self._counter.active = self._steps % _COUNT_EVERY == 0
         self._steps += 1
         if self._steps % _READ_EVERY == 0:
@@ -278,9 +281,11 @@ class Scheduler:
                 if emitted.token is not None:
                     self._tokens["completion"] += 1
                     self.slots.add(reply.slot, emitted.token)
-                if emitted.finish is not None:
-                    self._forget(reply, emitted.finish)
-                if not reply.say(emitted) and emitted.finish is None:
+                finish = emitted.finish
+                if finish is not None:
+                    emitted = replace(emitted, usage=self._with_sparsity(reply))
+                    self._forget(reply, finish)
+                if not reply.say(emitted) and finish is None:
                     self._end(reply, "cancelled")
 
     def _guarded(self, replies: list[Reply], work: Callable[[], None]) -> None:
@@ -298,9 +303,18 @@ class Scheduler:
                 if not reply.ended:
                     self._end(reply, "error", str(error) if isinstance(error, TealError) else _line(error))
 
+    def _with_sparsity(self, reply: Reply) -> Usage:
+        """Its usage, with the sparsity of its steps. In the loop's thread alone: on a GPU this waits for the device."""
+        if reply.counts_before is None:
+            return reply.usage
+        counts = self._counter.counts()
+        self._realised = counts.model_wide()
+        return replace(reply.usage, realised_sparsity=counts.since(reply.counts_before).model_wide())
+
     def _end(self, reply: Reply, finish: Finish, error: str | None = None) -> None:
+        usage = reply.usage if finish == "error" else self._with_sparsity(reply)
         self._forget(reply, finish)
-        reply.say(Emitted(None, reply.usage, finish, error))
+        reply.say(Emitted(None, usage, finish, error))
 
     def _forget(self, reply: Reply, finish: Finish) -> None:
         """Its slot is free."""

@@ -30,8 +30,13 @@ _TEXT, _REFUSED, _FAILED = b"t", b"r", b"f"
 """How an answer begins."""
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+def render(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
     """A conversation as text, by the tokenizer's chat template, up to where the assistant answers.
+
+    Args:
+        tokenizer: of transformers.
+        messages: as the template wants them.
+        tools: that the model may call, as JSON schemas of functions.
 
     Raises:
         UsageError: the template refuses the conversation, such as one whose roles do not alternate.
@@ -39,8 +44,8 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     """
     from transformers.utils import chat_template_utils  # noqa: F401  (before the fork: the child should not import)
 
-    most = _CHARACTERS + 4 * len(json.dumps(messages, default=str))
-    answer = _in_child(lambda: _answer(tokenizer, messages, most), 1 + 4 * most)
+    most = _CHARACTERS + 4 * len(json.dumps([messages, tools], default=str))
+    answer = _in_child(lambda: _answer(tokenizer, messages, tools, most), 1 + 4 * most)
     kind, text = answer[:1], answer[1:].decode("utf-8", "surrogatepass")
     if kind == _TEXT:
         return text
@@ -49,12 +54,16 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     raise ArtefactError(f"the model's chat template cannot be used: {text or 'it crashed'}; use --no-chat")
 
 
-def _answer(tokenizer: Any, messages: Sequence[dict[str, str]], most: int) -> bytes:
+def _answer(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, most: int
+) -> bytes:
     """What the template makes, or why it makes nothing."""
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True
+        )
         if len(text) > most:
             return _FAILED + f"it writes more than {most:,} characters".encode()
         return _TEXT + str(text).encode("utf-8", "surrogatepass")
@@ -87,7 +96,7 @@ def _in_child(work: Callable[[], bytes], most: int) -> bytes:
         return work()
     if child == 0:
         try:
-            _close_all_but(writing)
+            close_all_but(writing)
             _limit()
             rest = memoryview(work())
             while rest:
@@ -113,7 +122,7 @@ def _end(child: int) -> int:
     return 0
 
 
-def _close_all_but(pipe: int) -> None:
+def close_all_but(pipe: int) -> None:
     """Close what this child has open beside a pipe and the standard streams.
 
     A child that another thread forks at the same time has the writing end of the first one's pipe, which would not

@@ -6,6 +6,7 @@ raise any class of exception for it; every call into them goes through `load_tok
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,18 +116,44 @@ def _vocabulary(folder: Path) -> int:
 @contextmanager
 def _panics_unsaid() -> Iterator[None]:
     """Rust says of a panic what it has to say to stderr, before anybody can catch it; the error line says it again."""
+    with _STDERR_LOCK:
+        silenced = _STDERR.enter()
     try:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # stderr is closed
-        yield
-        return
-    try:
-        os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        if silenced:
+            with _STDERR_LOCK:
+                _STDERR.leave()
+
+
+class _Stderr:
+    """Where it leads, while several threads want it quiet: the first one turns it away, the last one back."""
+
+    def __init__(self) -> None:
+        self._inside, self._kept = 0, -1
+
+    def enter(self) -> bool:
+        """Turn it away; False where it is closed."""
+        if self._inside == 0:
+            try:
+                kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            except OSError:
+                return False
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            self._kept = kept
+        self._inside += 1
+        return True
+
+    def leave(self) -> None:
+        """Turn it back, after as many calls as it was turned away."""
+        self._inside -= 1
+        if self._inside == 0:
+            os.dup2(self._kept, 2)
+            os.close(self._kept)
+
+
+_STDERR, _STDERR_LOCK = _Stderr(), threading.Lock()
 
 
 def _check_growth(folder: Path) -> None:

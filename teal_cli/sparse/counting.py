@@ -40,16 +40,46 @@ class SparsityCounter:
         """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
         self._sources.append(read)
 
-    def by_projection(self) -> dict[str, float]:
-        """Realised sparsity of each projection that was called while sparsity was on; 0 where it drops nothing."""
-        seen = {name: tally.seen for name, tally in self._tallies.items()}
-        dropped = {name: int(tally.dropped) for name, tally in self._tallies.items()}
+    def counts(self) -> "Counts":
+        """What was counted so far."""
+        found = {name: (self._weights[name], tally.seen, int(tally.dropped)) for name, tally in self._tallies.items()}
         for read in self._sources:
             for name, (parameters, more_seen, more_dropped) in read().items():
-                self._weights[name] = parameters
-                seen[name] = seen.get(name, 0) + more_seen
-                dropped[name] = dropped.get(name, 0) + more_dropped
-        return {name: dropped[name] / count for name, count in seen.items() if count}
+                _, seen, dropped = found.get(name, (0, 0, 0))
+                found[name] = parameters, seen + more_seen, dropped + more_dropped
+        return Counts(found, self.output, self.beside)
+
+    def by_projection(self) -> dict[str, float]:
+        """Realised sparsity of each projection that was called while sparsity was on; 0 where it drops nothing."""
+        return self.counts().by_projection()
+
+    def model_wide(self) -> float | None:
+        """As `Counts.model_wide`."""
+        return self.counts().model_wide()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a counter had counted at one time."""
+
+    projections: dict[str, tuple[int, int, int]]
+    """Parameters, inputs seen and inputs dropped."""
+    output: str | None
+    """As `SparsityCounter.output`."""
+    beside: int
+    """As `SparsityCounter.beside`."""
+
+    def since(self, before: "Counts") -> "Counts":
+        """What was counted from then on."""
+        found = {}
+        for name, (parameters, seen, dropped) in self.projections.items():
+            _, seen_before, dropped_before = before.projections.get(name, (0, 0, 0))
+            found[name] = parameters, seen - seen_before, dropped - dropped_before
+        return Counts(found, self.output, self.beside)
+
+    def by_projection(self) -> dict[str, float]:
+        """Dropped inputs over those seen, of each projection that was called."""
+        return {name: dropped / seen for name, (_, seen, dropped) in self.projections.items() if seen}
 
     def model_wide(self) -> float | None:
         """Weights not read over the weights of the blocks' projections; None if sparsity was never on.
@@ -57,8 +87,9 @@ class SparsityCounter:
         The definition is `models.architectures.block_weights`'. Where routers read more than is skipped it is 0.
         """
         realised = self.by_projection()
-        total = sum(self._weights[name] for name in realised if name != self.output)
+        weights = {name: parameters for name, (parameters, _, _) in self.projections.items()}
+        total = sum(weights[name] for name in realised if name != self.output)
         if not total:
             return None
-        skipped = sum(value * self._weights[name] for name, value in realised.items())
+        skipped = sum(value * weights[name] for name, value in realised.items())
         return max(skipped - self.beside, 0.0) / total if self.beside else skipped / total

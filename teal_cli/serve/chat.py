@@ -1,0 +1,110 @@
+"""POST /v1/chat/completions."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from teal_cli.serve.answers import Whole, answered, head, in_thread, masks_of, submit, token_text, usage_of
+from teal_cli.serve.errors import ApiError
+from teal_cli.serve.replies import ChosenToken, Replies
+from teal_cli.serve.requests import check_model, scheduled
+from teal_cli.serve.schemas import ChatRequest
+from teal_cli.serve.service import Served, Service
+from teal_cli.serve.tool_calls import ToolFormat
+from teal_cli.serve.tool_stream import ToolStream
+
+
+async def chat(http: HttpRequest, asked: ChatRequest, service: Service) -> Response:
+    """Answer a conversation."""
+    served = service.served
+    check_model(asked, served)
+    tools = asked.tools if asked.tool_choice != "none" else None
+    notation = _notation(served) if tools else None
+    prompt, masks = await in_thread(lambda: (served.prompts.of_chat(asked.messages, tools), masks_of(asked, served)))
+    requests = scheduled(asked, [prompt], masks, served, service.config)
+    # Marks of calls may be special tokens, which texts are without.
+    replies = submit(service, served, requests, asked, skip_special_tokens=notation is None)
+    return await answered(
+        http,
+        replies,
+        asked,
+        lambda: _events(replies, asked, served, notation),
+        lambda wholes: _body(wholes, replies, asked, served, notation),
+    )
+
+
+def _notation(served: Served) -> ToolFormat:
+    if served.tools is None:
+        raise ApiError(400, "this model's chat template has no tools, or none that this server reads", param="tools")
+    return served.tools
+
+
+def _body(
+    wholes: list[Whole], replies: Replies, asked: ChatRequest, served: Served, notation: ToolFormat | None
+) -> dict[str, Any]:
+    choices = []
+    for index, reply in enumerate(wholes):
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+        finish = reply.finish
+        if notation is not None:
+            stream = ToolStream(notation)
+            text = stream.put(reply.text) + stream.end()
+            if stream.calls:
+                message["content"] = text.strip() or None
+                message["tool_calls"] = [call.to_json() for call in stream.calls]
+                finish = "tool_calls"
+        choice = {"index": index, "message": message, "logprobs": None, "finish_reason": finish}
+        if asked.logprobs:
+            choice["logprobs"] = _logprobs(served, reply.tokens)
+        choices.append(choice)
+    usage = usage_of(replies, served, asked.sparsity)
+    return {**head("chat.completion", "chatcmpl", served), "choices": choices, "usage": usage}
+
+
+async def _events(
+    replies: Replies, asked: ChatRequest, served: Served, notation: ToolFormat | None
+) -> AsyncIterator[dict[str, Any]]:
+    made = head("chat.completion.chunk", "chatcmpl", served)
+    usage = asked.stream_options is not None and asked.stream_options.include_usage
+    nothing = {"usage": None} if usage else {}
+
+    def event(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**made, "choices": [choice], **nothing}
+
+    for index in range(len(replies.all)):
+        yield event(index, {"role": "assistant", "content": ""})
+    streams = [ToolStream(notation) if notation is not None else None for _ in replies.all]
+    async for index, piece in replies.pieces():
+        stream = streams[index]
+        text = piece.text if stream is None else stream.put(piece.text)
+        finish = piece.finish
+        if stream is not None and finish is not None:
+            text += stream.end()
+        logprobs = _logprobs(served, piece.tokens) if piece.tokens else None
+        if text or logprobs:
+            yield event(index, {"content": text}, logprobs=logprobs)
+        if stream is not None and finish is not None and stream.calls:
+            finish = "tool_calls"
+            calls = [{"index": number, **call.to_json()} for number, call in enumerate(stream.calls)]
+            yield event(index, {"tool_calls": calls})
+        if finish is not None:
+            yield event(index, {}, finish)
+    if usage:
+        yield {**made, "choices": [], "usage": usage_of(replies, served, asked.sparsity)}
+
+
+def _logprobs(served: Served, tokens: list[ChosenToken]) -> dict[str, Any]:
+    return {"content": [_entry(served, token) for token in tokens], "refusal": None}
+
+
+def _entry(served: Served, chosen: ChosenToken) -> dict[str, Any]:
+    top = [_probable(served, token, logprob) for token, logprob in chosen.top]
+    return {**_probable(served, chosen.token, chosen.logprob), "top_logprobs": top}
+
+
+def _probable(served: Served, token: int, logprob: float) -> dict[str, Any]:
+    text, utf8 = token_text(served, token)
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": utf8}
