@@ -201,11 +201,11 @@ def gated(gate, up, threshold, curve, KIND: tl.constexpr, dtype: tl.constexpr):
         threshold, curve: of the activation, where it has them.
         KIND: one of `launching.ACTIVATIONS`.
     """
-    up = rounded(up, dtype)
     if KIND == _CLAMPED_SWIGLU:
-        gate, up = clamped_swiglu(gate.to(tl.float32), up, threshold, curve, dtype)
-    else:
+        gate, up = clamped_swiglu(gate.to(tl.float32), rounded(up, dtype), threshold, curve, dtype)
+    else:  # in this order: with up rounded first, other code comes out than was measured
         gate = rounded(activated(gate.to(tl.float32), threshold, KIND), dtype)
+        up = rounded(up, dtype)
     if KIND == _DRELU:
         up = tl.where(up <= 0.0, 0.0, up)
     return (gate * up).to(dtype)
