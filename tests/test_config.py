@@ -240,8 +240,10 @@ def test_packaged_recipes_are_valid(path: Path) -> None:
 def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
     assert recipe_names() == [
         "adapt-demo",
+        "adapt-drelu-llama-3-8b",
         "adapt-gpu",
         "adapt-llama-3-8b",
+        "adapt-prosparse",
         "demo",
         "laptop",
         "llama-3-70b",
@@ -292,6 +294,7 @@ def test_aliases_build_the_model_they_name() -> None:
         "opt-6.7b": 6.658,
         "smollm3-3b": 3.075,
         "minitron-4b": 4.19,
+        "gpt-oss-20b": 20.91,
     }
     assert set(alias_names()) == set(expected)
     for name, billions in expected.items():
