@@ -55,7 +55,7 @@ test-gpu: setup
 # The server's page in headless Chromium, which TEAL_CHROMIUM names where it is not on the path.
 test-page: setup
 	$(PIP) install --quiet "playwright>=1.49,<2"
-	$(PYTEST) tests/serve/test_page.py
+	$(PYTEST) tests/serve/test_chat_page.py
 
 # Two thousand requests and a thousand fuzzed ones at `teal serve`: nothing leaks, nothing fails.
 soak: setup

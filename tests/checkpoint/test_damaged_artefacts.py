@@ -184,7 +184,7 @@ def _look(folder: Path) -> None:
     assert json.dumps(found)
     assert inspect_tables(found)
     quality_plots(material), speed_plots(material)
-    assert render(content_of(material, Drawings([], [], {}, []))).encode()
+    assert render(content_of(material, Drawings([], [], [], {}, []))).encode()
 
 
 @pytest.mark.parametrize("is_old", [False, True])

@@ -15,7 +15,7 @@ def test_help_shows_one_spelling(verb: str, capsys: pytest.CaptureFixture[str]) 
     assert run([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert not any(other in text for other in map(flag_name, OTHER_SPELLINGS.values()))
-    assert ("--quantise" in text) is (verb in ("calibrate", "export", "eval", "bench", "generate"))
+    assert ("--quantise" in text) is (verb in ("calibrate", "adapt", "export", "eval", "bench", "generate", "serve"))
 
 
 def test_either_spelling_runs(corpus: Path, tmp_path: Path) -> None:

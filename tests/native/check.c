@@ -589,7 +589,7 @@ static void check_routed(const char *variant, teal_pool *pool, int dtype, int ro
     float *logits = floats(rows * VOCABULARY);
     for (int t = 0; t < MIXED_TOKENS; t++) {
         for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
-        if (teal_session_step(session, tokens, positions, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < rows; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
             for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];
