@@ -125,6 +125,7 @@ class SharedSlots(Slots):
             )
             return session.step(torch.cat([row.token for row in rows]))
         except Exception:
+            session.forget()
             del self._sessions[key]  # nobody knows how far it came
             raise
 
