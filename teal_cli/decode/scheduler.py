@@ -45,7 +45,10 @@ class Scheduler:
             steps are slower.
         keep: what slots keep of sequences that have ended for those that begin alike.
         together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
-            gives alone; together the native path may, with several threads, add up in another order.
+            gives alone. Together, two things may change a text. On a GPU, products that do not pay with as many rows as
+            decode are read whole: a sparse request then skips less, so its text may depend on how many others decode
+            beside it; that of a dense one does not. On a CPU with several threads sums are added up in another order.
+            `Usage.realised_sparsity` tells what was skipped.
 
     Raises:
         UsageError: numbers of no use.
@@ -115,7 +118,7 @@ class Scheduler:
         with self._changed:
             if self._stopping is not None:
                 raise QueueFullError("no more requests are taken: the scheduler stops")
-            if len(self._queue) >= self._most_queued + max(0, self.slots.together - len(self._running)):
+            if len(self._queue) >= self._most_queued + max(0, self.slots.at_once - len(self._running)):
                 raise QueueFullError(f"{len(self._queue)} requests wait already")
             ticket = Ticket(next(self._numbers))
             self._queue.append(Reply(ticket, request, level, on_emitted, time.monotonic()))
@@ -255,7 +258,7 @@ class Scheduler:
             self._end(reply, finish)
 
     def _admit(self) -> None:
-        while len(self._running) < self.slots.together:
+        while len(self._running) < self.slots.at_once:
             with self._changed:
                 if not self._queue:
                     return

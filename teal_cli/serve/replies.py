@@ -133,7 +133,7 @@ class Replies:
         metrics: told of times and tokens.
 
     Raises:
-        QueueFullError, UsageError: as `Scheduler.submit`; then none of them was submitted.
+        QueueFullError, UsageError: as `Scheduler.submit`; then those that were submitted before are cancelled.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Served:
             "chat": self.chat,
             "tools": self.tools is not None,
             "context": self.scheduler.positions,
-            "slots": self.scheduler.slots.together,
+            "slots": self.scheduler.slots.at_once,
         }
 
 
