@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from teal_cli.config.decoding import DecodingConfig
 from teal_cli.config.shared import MOST
@@ -48,6 +48,14 @@ class ServeConfig(OneAllocation, DecodingConfig):
         if 0 < self.temperature < 0.01:  # logits divided by less overflow
             raise ValueError("temperature (flag --temperature) is 0 for greedy, else at least 0.01")
         return self
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, hosts: list[str]) -> list[str]:
+        wrong = next((host for host in hosts if ":" in host or "/" in host), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong!r} is no name: give it without a port, scheme or path (addresses need no entry)")
+        return hosts
 
     @model_validator(mode="after")
     def _a_reply_fits_into_a_slot(self) -> Self:

@@ -51,6 +51,10 @@ class SteppedSession:
         session.end()
         return self._logits, session.token
 
+    def forget(self) -> None:
+        """As `ProgramSession.forget`."""
+        self._session.forget()
+
     def _body(self) -> None:
         self._logits = self._session.launch()
         self._session.pick()

@@ -52,7 +52,7 @@ class Levels:
         for level, plan in (plans or {}).items():
             set_thresholds_(model, plan)
             self._rules[level] = self._of_layers()
-        self._now = self.default or max(self.all)
+        self._now = max(self.all) if self.default == DENSE else self.default
         if plans:
             apply_plan_(model, plans[self._now])
             self._keep_apart()

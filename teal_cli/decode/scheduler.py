@@ -6,7 +6,7 @@ One thread runs the loop and is the only one that uses the model. Any thread may
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -45,7 +45,10 @@ class Scheduler:
             steps are slower.
         keep: what slots keep of sequences that have ended for those that begin alike.
         together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
-            gives alone; together the native path may, with several threads, add up in another order.
+            gives alone. Together, two things may change a text. On a GPU, products that do not pay with as many rows as
+            decode are read whole: a sparse request then skips less, so its text may depend on how many others decode
+            beside it; that of a dense one does not. On a CPU with several threads sums are added up in another order.
+            `Usage.realised_sparsity` tells what was skipped.
 
     Raises:
         UsageError: numbers of no use.
@@ -80,7 +83,7 @@ class Scheduler:
         # What other threads touch, under the lock.
         self._changed = Condition()
         self._queue: deque[Reply] = deque()
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, Finish] = {}
         self._waiting_or_running: set[int] = set()
         self._stopping: bool | None = None  # whether to drain, once it stops
         # What the loop alone touches.
@@ -115,7 +118,7 @@ class Scheduler:
         with self._changed:
             if self._stopping is not None:
                 raise QueueFullError("no more requests are taken: the scheduler stops")
-            if len(self._queue) >= self._most_queued + max(0, self.slots.together - len(self._running)):
+            if len(self._queue) >= self._most_queued + max(0, self.slots.at_once - len(self._running)):
                 raise QueueFullError(f"{len(self._queue)} requests wait already")
             ticket = Ticket(next(self._numbers))
             self._queue.append(Reply(ticket, request, level, on_emitted, time.monotonic()))
@@ -139,15 +142,27 @@ class Scheduler:
             raise UsageError(str(error)) from error
         return self.levels.check(request.sparsity)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request before its next token; nothing of one that has ended. Any thread may."""
+    def cancel(self, ticket: Ticket, finish: Finish = "cancelled") -> None:
+        """End a request before its next token; nothing of one that has ended. Any thread may.
+
+        Args:
+            ticket: of the request.
+            finish: how it ended: `stop` where its text is whole, which the scheduler cannot know.
+        """
         with self._changed:
             if ticket.number in self._waiting_or_running:
-                self._cancelled.add(ticket.number)
+                self._cancelled.setdefault(ticket.number, finish)
                 self._changed.notify()
 
     def run(self) -> None:
-        """The loop, until `stop`. One thread runs it, once."""
+        """The loop, until `stop`. One thread runs it, once. What it raises ends every request."""
+        try:
+            self._loop()
+        except BaseException as error:
+            self._end_all(error)
+            raise
+
+    def _loop(self) -> None:
         control = self.engine.control
         while self._wait():
             if control is None:
@@ -155,6 +170,16 @@ class Scheduler:
             else:
                 with control.counting(self._counter):
                     self._turn()
+
+    def _end_all(self, error: BaseException) -> None:
+        """Tell everybody that nothing more comes."""
+        with self._changed:
+            self._stopping = False
+            left = [*self._running, *self._queue]
+            self._queue.clear()
+        for reply in left:
+            with suppress(Exception):  # the others are to be told whatever happens with one
+                self._end(reply, "error", _line(error))
 
     def stop(self, drain: bool = True) -> None:
         """Take no more requests, and let `run` return: once all are done, or at once, cancelling them."""
@@ -193,7 +218,8 @@ class Scheduler:
             while not self._queue and not self._running and self._stopping is None:
                 self._changed.wait()
             if self._stopping is False:
-                self._cancelled |= self._waiting_or_running
+                for number in self._waiting_or_running:
+                    self._cancelled.setdefault(number, "cancelled")
             return bool(self._queue or self._running)
 
     def _turn(self) -> None:
@@ -219,11 +245,11 @@ class Scheduler:
     def _end_those_to_be_ended(self) -> None:
         now = time.monotonic()
         with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
+            cancelled, self._cancelled = self._cancelled, {}
             over: list[tuple[Reply, Finish]] = []
             for reply in [*self._running, *self._queue]:
                 if reply.ticket.number in cancelled:
-                    over.append((reply, "cancelled"))
+                    over.append((reply, cancelled[reply.ticket.number]))
                 elif reply.is_late(now):
                     over.append((reply, "time"))
             ended = {reply.ticket.number for reply, _ in over}
@@ -232,7 +258,7 @@ class Scheduler:
             self._end(reply, finish)
 
     def _admit(self) -> None:
-        while len(self._running) < self.slots.together:
+        while len(self._running) < self.slots.at_once:
             with self._changed:
                 if not self._queue:
                     return
@@ -312,7 +338,10 @@ class Scheduler:
         return replace(reply.usage, realised_sparsity=counts.since(reply.counts_before).model_wide())
 
     def _end(self, reply: Reply, finish: Finish, error: str | None = None) -> None:
-        usage = reply.usage if finish == "error" else self._with_sparsity(reply)
+        usage = reply.usage
+        if finish != "error":
+            with suppress(Exception):  # a device that failed: whoever waits is told the end all the same
+                usage = self._with_sparsity(reply)
         self._forget(reply, finish)
         reply.say(Emitted(None, usage, finish, error))
 
@@ -325,9 +354,9 @@ class Scheduler:
         self._finished[finish] += 1
         with self._changed:
             self._waiting_or_running.discard(reply.ticket.number)
-            self._cancelled.discard(reply.ticket.number)
+            self._cancelled.pop(reply.ticket.number, None)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     said = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *said[:1]])

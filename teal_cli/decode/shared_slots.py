@@ -40,7 +40,7 @@ class SharedSlots(Slots):
     ) -> None:
         if not isinstance(engine.path, ProgramPath):
             raise TypeError(f"path {engine.path.name} executes no block programs")
-        self.count, self.together = count, min(count, _MOST_ROWS)
+        self.count, self.at_once = count, min(count, _MOST_ROWS)
         self.positions, self.levels, self.keep = positions, levels, keep
         self._engine, self._path = engine, engine.path
         self._piece = engine.path.piece_for(positions)
@@ -125,6 +125,7 @@ class SharedSlots(Slots):
             )
             return session.step(torch.cat([row.token for row in rows]))
         except Exception:
+            session.forget()
             del self._sessions[key]  # nobody knows how far it came
             raise
 

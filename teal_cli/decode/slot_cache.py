@@ -27,28 +27,28 @@ class SlotCache:
         """Neighbouring places as a cache: one for a piece of a prompt, or those that a session steps."""
         return PlaceCache(self, places)
 
-    def copy(self, a: int, b: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         """Give one sequence the first positions of another's."""
         for layer in self.layers:
-            for own, other in zip(layer.memory_of(a, length), layer.memory_of(b, length), strict=True):
-                other.copy_(own)
+            for read, written in zip(layer.memory_of(source, length), layer.memory_of(target, length), strict=True):
+                written.copy_(read)
 
-    def exchange(self, a: int, b: int) -> None:
+    def exchange(self, source: int, target: int) -> None:
         """Have two sequences change places."""
         lengths = self.lengths
-        longest = max(lengths[a], lengths[b])
+        longest = max(lengths[source], lengths[target])
         for layer in self.layers:
-            ours, others = layer.memory_of(a, longest), layer.memory_of(b, longest)
+            ours, others = layer.memory_of(source, longest), layer.memory_of(target, longest)
             for own, other in zip(ours, others, strict=True):
-                if lengths[a] == 0:  # there is nothing to be kept
+                if lengths[source] == 0:  # there is nothing to be kept
                     own.copy_(other)
-                elif lengths[b] == 0:
+                elif lengths[target] == 0:
                     other.copy_(own)
                 else:
                     held = own.clone()
                     own.copy_(other)
                     other.copy_(held)
-        lengths[a], lengths[b] = lengths[b], lengths[a]
+        lengths[source], lengths[target] = lengths[target], lengths[source]
 
 
 class PlaceCache(FixedCache):

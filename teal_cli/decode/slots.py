@@ -51,7 +51,7 @@ class Slots(ABC):
     positions: int
     """Of each slot."""
     levels: Levels
-    together: int
+    at_once: int
     """Sequences that decode at the same time, at most."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class SeparateSlots(Slots):
     def __init__(self, engine: Engine, count: int, positions: int, levels: Levels) -> None:
         self.count, self.positions, self.levels = count, positions, levels
         self._engine, self._path = engine, engine.path
-        self.together = 1 if hasattr(engine.model, "_setup_cache") else count
+        self.at_once = 1 if hasattr(engine.model, "_setup_cache") else count
         self._caches: list[Any] = [None] * count
         self._sessions: list[Session | None] = [None] * count
         self._lengths = [0] * count

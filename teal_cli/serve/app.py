@@ -140,5 +140,4 @@ def _answer_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, of_ours)
     app.add_exception_handler(HTTPException, of_http)
-    app.add_exception_handler(TealError, of_defect)
-    app.add_exception_handler(Exception, of_defect)
+    app.add_exception_handler(TealError, of_defect)  # what no handler knows, the guard answers

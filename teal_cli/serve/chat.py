@@ -41,6 +41,10 @@ def _notation(served: Served) -> ToolFormat:
     return served.tools
 
 
+def _names(asked: ChatRequest) -> set[str]:
+    return {tool.function.name for tool in asked.tools or ()}
+
+
 def _body(
     wholes: list[Whole], replies: Replies, asked: ChatRequest, served: Served, notation: ToolFormat | None
 ) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def _body(
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
         finish = reply.finish
         if notation is not None:
-            stream = ToolStream(notation)
+            stream = ToolStream(notation, _names(asked))
             text = stream.put(reply.text) + stream.end()
             if stream.calls:
                 message["content"] = text.strip() or None
@@ -76,7 +80,7 @@ async def _events(
 
     for index in range(len(replies.all)):
         yield event(index, {"role": "assistant", "content": ""})
-    streams = [ToolStream(notation) if notation is not None else None for _ in replies.all]
+    streams = [ToolStream(notation, _names(asked)) if notation is not None else None for _ in replies.all]
     async for index, piece in replies.pieces():
         stream = streams[index]
         text = piece.text if stream is None else stream.put(piece.text)

@@ -66,14 +66,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def invalid_request(problems: Sequence[Any], known: Sequence[str]) -> ApiError:
-    """What pydantic found wrong with a request: the first problem, by the name of its field.
+    """What pydantic found wrong with a request: of the first field that is wrong, by its name.
 
     Args:
         problems: of a `ValidationError`.
         known: fields of the request.
     """
-    problem = problems[0]
-    place = [str(part) for part in problem["loc"] if part != "body"]
+    problem = _most_telling(problems)
+    place = _place(problem)
     param = shortened(printable(".".join(place)), 100) or None
     if problem["type"] == "json_invalid":
         reason = problem.get("ctx", {}).get("error", "")
@@ -85,3 +85,23 @@ def invalid_request(problems: Sequence[Any], known: Sequence[str]) -> ApiError:
     message = message[:1].lower() + message[1:]
     more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
     return ApiError(400, f"{param}: {message}{more}" if param else f"{message}{more}", param=param)
+
+
+def _most_telling(problems: Sequence[Any]) -> Any:
+    """Of the first field's problems: of a value that may have several types there is one for each that it is not.
+
+    It was most likely meant as the type that fits the farthest; a length is wrong only where the type is right.
+    """
+    of_first = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    return max(of_first, key=lambda problem: (problem["type"] in ("too_long", "too_short"), len(_place(problem))))
+
+
+def _place(problem: Any) -> list[str]:
+    """Names of fields and numbers of items, without the types that pydantic puts between, such as `list[int]`."""
+    place = problem["loc"]
+    is_unknown = problem["type"] == "extra_forbidden"  # its name may be anything
+    return [
+        str(part)
+        for index, part in enumerate(place)
+        if isinstance(part, int) or part.isidentifier() or (is_unknown and index == len(place) - 1)
+    ]

@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -10,9 +11,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teal_cli.serve.connection import ClientLeftError
-from teal_cli.serve.errors import ApiError
+from teal_cli.serve.errors import ApiError, as_api_error
 from teal_cli.serve.metrics import Metrics
 
+log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/favicon.ico", "/health"})
 """Need no key: the page asks for it, and says nothing before it has one."""
 _METERED = frozenset({"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics"})
@@ -57,10 +59,13 @@ class Guard:
             return
         path = scope["path"]
         metered = path if path in _METERED else "other"
+        has_begun = False
 
         async def sending(message: Message) -> None:
             """Send, with our headers. What fails here is the connection: a client that left, or spoke no HTTP."""
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 self._metrics.request(metered, message["status"])
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -70,12 +75,23 @@ class Guard:
             except Exception as failure:
                 raise ClientLeftError from failure
 
+        async def refuse(error: ApiError) -> None:
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, sending)
+
         error = self._refusal(path, Headers(scope=scope))
         with suppress(ClientLeftError):
-            if error is None:
+            if error is not None:
+                await refuse(error)
+                return
+            try:
                 await self._app(scope, receive, sending)
-            else:
-                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, sending)
+            except ClientLeftError:
+                raise
+            except Exception as failure:
+                if has_begun:
+                    raise
+                log.error("a request failed", exc_info=failure)
+                await refuse(as_api_error(failure))
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
@@ -89,7 +105,7 @@ class Guard:
         if self._key is None or path in OPEN_PATHS:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key):
+        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             return None
         return ApiError(401, "the key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
 

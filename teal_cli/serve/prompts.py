@@ -49,6 +49,7 @@ class Prompts:
             [_as_template_wants(message) for message in messages],
             [tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
         )
+        self._check_characters(len(text))  # tools, calls and the template's own words are in it too
         return self._encoded(text, add_special_tokens=False)  # the template writes them itself
 
     def of_text(self, text: str) -> tuple[int, ...]:

@@ -133,7 +133,7 @@ class Replies:
         metrics: told of times and tokens.
 
     Raises:
-        QueueFullError, UsageError: as `Scheduler.submit`; then none of them was submitted.
+        QueueFullError, UsageError: as `Scheduler.submit`; then those that were submitted before are cancelled.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Replies:
                 if reply.is_done:
                     self._metrics.reply(reply.timing.tokens_per_second)
                 elif reply.is_stopped and reply.ticket is not None:
-                    self._scheduler.cancel(reply.ticket)  # which says the end
+                    self._scheduler.cancel(reply.ticket, "stop")  # which says the end
                 yield index, piece
 
     def close(self) -> None:

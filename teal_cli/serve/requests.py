@@ -48,7 +48,7 @@ def scheduled(
     Raises:
         ApiError: no room for the reply, more tokens than a reply may have, or more replies than can ever wait.
     """
-    most = served.scheduler.slots.together + config.queue
+    most = served.scheduler.slots.at_once + config.queue
     if len(prompts) * len(masks) > most:
         raise ApiError(400, f"{len(prompts) * len(masks):,} replies at once: at most {most} here", param="n")
     temperature = config.temperature if asked.temperature is None else asked.temperature

@@ -14,6 +14,10 @@ MOST_STOPS = 16
 MOST_MESSAGES = 4096
 MOST_TOOLS = 128
 MOST_PROMPTS = 64
+MOST_TOKENS = 1 << 20
+"""Of a prompt that comes as tokens."""
+MOST_FIELDS = 64
+"""Of one object: pydantic makes an error for each that is not known."""
 _LONGEST_STOP = 256
 _MOST_SEED = (1 << 63) - 1
 
@@ -33,13 +37,20 @@ def _as_list(value: object) -> object:
 
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP), AfterValidator(_check_text)]],
+    Field(max_length=MOST_STOPS, fail_fast=True),
     BeforeValidator(_as_list),
-    Field(max_length=MOST_STOPS),
 ]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_not_too_many_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"{len(value):,} fields: nothing here has more than {MOST_FIELDS}")
+        return value
 
 
 class TextPart(_Strict):
@@ -69,13 +80,13 @@ class ChatMessage(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
     name: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     # Of replies that are sent back whole, as OpenAI's client dumps them.
     refusal: None = None
-    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    annotations: Annotated[list[JsonValue], Field(max_length=0, fail_fast=True)] | None = None
     audio: None = None
     function_call: None = None
     reasoning_content: Text | None = None
@@ -169,7 +180,7 @@ class SamplingRequest(_Strict):
     # What is not served, by the values that ask for nothing.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, JsonValue], Field(max_length=0)] | None = None
     # Labels.
     user: Text | None = None
     metadata: JsonValue = None
@@ -194,15 +205,15 @@ class SamplingRequest(_Strict):
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -225,13 +236,16 @@ class ChatRequest(SamplingRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+Tokens = Annotated[
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)
+]
+_SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
 
 
 class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
-    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Text | Tokens | Annotated[list[Text], _SEVERAL] | Annotated[list[Tokens], _SEVERAL]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None

@@ -1,5 +1,6 @@
 """The process: a socket, uvicorn on it, and an end that lets replies under way come to theirs."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -20,6 +21,8 @@ _CONNECTIONS = 1000
 """Open at once; those past them are answered with status 503."""
 _KEEP_ALIVE_SECONDS = 30
 _LONGEST_HEADERS = 64 << 10
+_CUT_SECONDS = 5
+"""That clients of replies which were cut get to read so."""
 _LAST_SECONDS = 5.0
 """That a step under way may take when everything else has ended."""
 
@@ -55,7 +58,16 @@ def address_of(listening: socket.socket, host: str) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on a signal drains and returns, in place of dying by the signal when it has drained."""
+    """uvicorn, which on a signal drains and returns, in place of dying by the signal when it has drained.
+
+    Args:
+        config: of uvicorn.
+        service: whose replies are cut when the time to drain is over.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -72,6 +84,14 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain. Replies that take longer are cut first and their clients told; uvicorn would only drop them."""
+        cutting = asyncio.get_running_loop().call_later(self._service.config.drain_seconds, self._service.cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cutting.cancel()
 
 
 def make_server(service: Service, key: str | None) -> Server:
@@ -91,9 +111,10 @@ def make_server(service: Service, key: str | None) -> Server:
             backlog=_BACKLOG,
             limit_concurrency=_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=config.drain_seconds,
+            timeout_graceful_shutdown=config.drain_seconds + _CUT_SECONDS,
             h11_max_incomplete_event_size=_LONGEST_HEADERS,
-        )
+        ),
+        service,
     )
 
 

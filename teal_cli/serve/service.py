@@ -47,7 +47,7 @@ class Served:
             "chat": self.chat,
             "tools": self.tools is not None,
             "context": self.scheduler.positions,
-            "slots": self.scheduler.slots.together,
+            "slots": self.scheduler.slots.at_once,
         }
 
 
@@ -115,6 +115,11 @@ class Service:
 
     def _statistics(self) -> Statistics | None:
         return None if self._served is None else self._served.scheduler.statistics()
+
+    def cut(self) -> None:
+        """End the replies under way: those who wait for them are told that the server ends."""
+        if self._served is not None:
+            self._served.scheduler.stop(drain=False)
 
     def stop(self, *, drain: bool, seconds: float) -> bool:
         """Take no more requests and wait for the thread; whether it ended in time.

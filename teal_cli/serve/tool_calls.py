@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,14 @@ def begins_bare(text: str) -> bool:
     return text.lstrip()[:1] in ("", "{")
 
 
-def parse_calls(text: str, notation: ToolFormat) -> list[ToolCall]:
+def parse_calls(text: str, notation: ToolFormat, names: Collection[str], *, bare: bool = False) -> list[ToolCall]:
     """The calls in what follows a mark (or in a whole reply, where marks are not needed); empty where it is none.
 
     Args:
         text: from the first mark on.
-        notation: how they are written.
+        notation: how they are written. What follows the mark that closes a call is dropped.
+        names: of the tools that may be called. JSON with another name is an answer that happens to have a name.
+        bare: whether there is no mark; then a call is only what has arguments.
     """
     pieces = [text]
     for mark in notation.begins:
@@ -73,14 +76,14 @@ def parse_calls(text: str, notation: ToolFormat) -> list[ToolCall]:
         pieces = [piece.partition(notation.ends)[0] for piece in pieces]
     calls: list[ToolCall] = []
     for piece in filter(str.strip, pieces):
-        found = _values(piece)
+        found = _values(piece, names, bare)
         if found is None:
             return []
         calls += found
     return calls
 
 
-def _values(text: str) -> list[ToolCall] | None:
+def _values(text: str, names: Collection[str], bare: bool) -> list[ToolCall] | None:
     """Calls of JSON values one after another, with `;` or white space between; None where one is no call."""
     decoder, at, calls = json.JSONDecoder(), 0, list[ToolCall]()
     while at < len(text):
@@ -92,17 +95,28 @@ def _values(text: str) -> list[ToolCall] | None:
         except (ValueError, RecursionError):
             return None
         for one in value if isinstance(value, list) else [value]:
-            call = _call(one)
+            call = _call(one, names, bare)
             if call is None:
                 return None
             calls.append(call)
     return calls
 
 
-def _call(value: object) -> ToolCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+def _call(value: object, names: Collection[str], bare: bool) -> ToolCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+        return None
+    if bare and "arguments" not in value and "parameters" not in value:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        return ToolCall(value["name"], arguments)
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        return ToolCall(value["name"], arguments) if _is_text(arguments) else None
+    # In ASCII, since a model may have written half a surrogate pair, which UTF-8 has no bytes for.
+    return ToolCall(value["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

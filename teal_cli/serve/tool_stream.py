@@ -1,5 +1,7 @@
 """Text on its way to a client, of which calls of tools are held back until they are whole."""
 
+from collections.abc import Collection
+
 from teal_cli.serve.stop_strings import StopStrings
 from teal_cli.serve.tool_calls import ToolCall, ToolFormat, begins_bare, parse_calls
 
@@ -9,10 +11,11 @@ class ToolStream:
 
     Args:
         notation: how calls are written.
+        names: of the tools that may be called.
     """
 
-    def __init__(self, notation: ToolFormat) -> None:
-        self._notation = notation
+    def __init__(self, notation: ToolFormat, names: Collection[str]) -> None:
+        self._notation, self._names = notation, names
         self._before = StopStrings(notation.begins)
         self._held = ""
         self._may_be_bare = notation.bare
@@ -32,13 +35,13 @@ class ToolStream:
         through = ""
         if self._before.found is None:
             bare = self._notation.bare and self._held.lstrip().startswith("{")
-            if bare and (calls := parse_calls(self._held, self._notation)):
+            if bare and (calls := parse_calls(self._held, self._notation, self._names, bare=True)):
                 self.calls = calls
                 return ""
             through = self._let_through() + self._before.end()
         if self._before.found is not None:
             held = self._before.found + self._held
-            self.calls = parse_calls(held, self._notation)
+            self.calls = parse_calls(held, self._notation, self._names)
             if not self.calls:
                 through += held
         return through

@@ -1,6 +1,7 @@
 """Counting what layers really skip: realised sparsity."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,6 +40,14 @@ class SparsityCounter:
     def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
         """Take counts from elsewhere too: projection -> parameters, inputs seen, inputs dropped, read when asked."""
         self._sources.append(read)
+
+    def remove_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
+        """Take no more counts from there. Those of so far stay, if they can still be read."""
+        self._sources.remove(read)
+        with suppress(Exception):  # the device may have failed
+            for name, (parameters, seen, dropped) in read().items():
+                if seen:
+                    self.add(name, parameters, seen, max(dropped, 0))
 
     def counts(self) -> "Counts":
         """What was counted so far."""

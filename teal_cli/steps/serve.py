@@ -102,7 +102,7 @@ def _served(
     if sparse_layers(model):
         use_backend(control_of(model), config.backend, model.device, model.dtype)
     if levels:  # what the engine tries, and times where sparse steps may be slower
-        apply_plan_(model, levels[default or max(levels)])
+        apply_plan_(model, levels[max(levels) if default is None or default == 0 else default])
     engine = Engine(model, never_worse=config.backend == "auto")
     scheduler = Scheduler(
         engine,

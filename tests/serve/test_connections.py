@@ -9,7 +9,14 @@ from pathlib import Path
 import live_server
 import openai
 import pytest
+from fastapi import FastAPI
 from live_server import PATIENCE, Live, serving, until
+from pydantic import ValidationError
+from starlette.datastructures import Headers
+
+from teal_cli.config import ServeConfig
+from teal_cli.serve.guard import Guard
+from teal_cli.serve.metrics import Metrics
 
 calibrated = pytest.fixture(scope="module")(live_server.calibrated)
 KEY = "a key of letters"
@@ -156,6 +163,50 @@ def test_other_paths_and_methods_have_the_same_form(live: Live) -> None:
         assert found == status
         assert json.loads(answer)["error"]["message"]
         assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_defect_of_ours_is_an_answer_like_others(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.service, "created", object())  # is no JSON
+    status, headers, answer = _send(live, "GET", "/v1/models", Authorization=f"Bearer {KEY}")
+    assert status == 500
+    assert headers["x-content-type-options"] == "nosniff"
+    assert json.loads(answer)["error"]["type"] == "server_error"
+    text = _send(live, "GET", "/metrics", Authorization=f"Bearer {KEY}")[2].decode()
+    assert 'teal_http_requests_total{path="/v1/models",status="500"} 1.0' in text
+
+
+def test_a_key_may_have_any_letters() -> None:
+    guard = Guard(FastAPI(), hosts=[], key="schlüssel", metrics=Metrics(lambda: None))
+    headers = Headers(raw=[(b"host", b"localhost"), (b"authorization", "Bearer schlüssel".encode())])
+    assert guard._refusal("/v1/models", headers) is None
+
+
+@pytest.mark.parametrize("host", ["example.com:8443", "https://example.com", "[::1]"])
+def test_allowed_hosts_are_names(host: str) -> None:
+    with pytest.raises(ValidationError, match="is no name"):
+        ServeConfig(model="m", allowed_hosts=f"localhost,{host}")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["body", "stream"])
+def test_replies_that_the_end_cuts_are_told_so(calibrated: Path, stream: bool) -> None:
+    options = {"sparsity": [0.5], "slots": 1, "context": CONTEXT, "max_new_tokens": CONTEXT - 16, "drain_seconds": 0}
+    answers: list[tuple[int, bytes]] = []
+    with serving(calibrated / "tiny", calibrated / "runs", **options) as live:
+        body = json.dumps(_long(live, stream=stream)).encode()
+
+        def ask() -> None:
+            status, _, answer = _send(live, "POST", "/v1/completions", body, Content_Type="application/json")
+            answers.append((status, answer))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: live.statistics().completion_tokens > 3)
+        live.server.should_exit = True
+        asking.join(PATIENCE)
+    ((status, answer),) = answers
+    assert status == (200 if stream else 503)
+    last = answer.strip().splitlines()[-1].removeprefix(b"data: ")
+    assert json.loads(last)["error"]["code"] == "stopping"
 
 
 def test_metrics_say_what_happened(live: Live) -> None:

@@ -78,6 +78,7 @@ def test_each_level_of_sparsity_answers(live: Live, client: OpenAI, calibrated: 
 
 def test_stop_strings_end_a_reply(live: Live, client: OpenAI) -> None:
     whole = _ask(client, live, max_tokens=60).choices[0].message.content
+    before = live.statistics().finished
     stop = whole[20:23]
     at = whole.index(stop)
     found = _ask(client, live, max_tokens=60, stop=["no such text", stop])
@@ -87,6 +88,8 @@ def test_stop_strings_end_a_reply(live: Live, client: OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
     live.wait_until_idle()
     assert found.usage.completion_tokens < 60
+    # A reply may reach its length before the scheduler hears of the stop string, but nobody cancels it.
+    assert live.statistics().finished.get("cancelled", 0) == before.get("cancelled", 0)
 
 
 def test_a_seed_gives_the_same_numbers(live: Live, client: OpenAI, generator: Generator, calibrated: Path) -> None:

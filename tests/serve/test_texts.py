@@ -13,6 +13,9 @@ pytest.importorskip("fastapi")
 from teal_cli.decode.template_process import TemplateProcess
 from teal_cli.decode.templating import render
 from teal_cli.errors import ArtefactError, UsageError
+from teal_cli.serve.errors import ApiError
+from teal_cli.serve.prompts import Prompts
+from teal_cli.serve.schemas import ChatMessage, Tool
 from teal_cli.serve.stop_strings import StopStrings
 from teal_cli.serve.tool_calls import FORMATS, ToolCall, format_of, parse_calls
 from teal_cli.serve.tool_stream import ToolStream
@@ -68,7 +71,7 @@ def test_a_template_says_how_tools_are_called(template: str, wanted: object) -> 
 
 _CALL = '{"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}'
 _LLAMA_CALL = _CALL.replace("arguments", "parameters")
-_ADD = ToolCall("add", '{"a": 1, "b": [2, "é"]}')
+_ADD = ToolCall("add", json.dumps({"a": 1, "b": [2, "é"]}))
 
 
 @pytest.mark.parametrize(
@@ -86,22 +89,49 @@ _ADD = ToolCall("add", '{"a": 1, "b": [2, "é"]}')
         (LLAMA, f" {_LLAMA_CALL}; {_LLAMA_CALL}", "", [_ADD, _ADD]),
         (LLAMA, f"<|python_tag|>{_LLAMA_CALL}", "", [_ADD]),
         (LLAMA, '{"answer": 42}', '{"answer": 42}', []),
+        (LLAMA, '{"name": "Alice", "parameters": {}}', '{"name": "Alice", "parameters": {}}', []),
+        (LLAMA, '{"name": "add", "age": 30}', '{"name": "add", "age": 30}', []),
+        (HERMES, '<tool_call>{"name": "sub"}', '<tool_call>{"name": "sub"}', []),
+        (HERMES, f"<tool_call>{_CALL}</tool_call> and then words", "", [_ADD]),
         (LLAMA, "plain text", "plain text", []),
         (LLAMA, "", "", []),
     ],
 )
 def test_calls_are_read_from_text(notation, text: str, through: str, calls: list[ToolCall]) -> None:
     for pieces in _cuts(text) if text else [[""]]:
-        stream = ToolStream(notation)
+        stream = ToolStream(notation, {"add"})
         assert "".join([*map(stream.put, pieces), stream.end()]) == through
         assert stream.calls == calls
 
 
 def test_what_is_no_call_is_none() -> None:
     for text in ('{"name": 1}', '{"name": ""}', '{"name": "f", "arguments": 3}', '{"name": "f"', "[" * 100_000, "[1]"):
-        assert parse_calls(text, LLAMA) == []
-    assert parse_calls('{"name": "f", "arguments": "{}"}', LLAMA) == [ToolCall("f", "{}")]
+        assert parse_calls(text, LLAMA, {"f"}) == []
+    assert parse_calls('{"name": "f", "arguments": "{}"}', LLAMA, {"f"}, bare=True) == [ToolCall("f", "{}")]
     assert json.loads(ToolCall("f", "{}").to_json()["function"]["arguments"]) == {}
+
+
+def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
+    (call,) = parse_calls('{"name": "f", "arguments": {"a": "\\ud83d"}}', LLAMA, {"f"})
+    assert json.loads(json.dumps(call.to_json(), ensure_ascii=False).encode())["function"]["name"] == "f"
+    assert parse_calls('{"name": "f", "arguments": "\\ud83d"}', LLAMA, {"f"}) == []
+
+
+@pytest.mark.parametrize("part", ["tool", "arguments"])
+def test_what_is_too_long_once_it_is_rendered_is_not_encoded(tokenizer, part: str) -> None:
+    tokenizer.chat_template = "{{ messages }}{{ tools }}"
+    long = "y" * 100_000
+    function = {"name": "f", "description": long if part == "tool" else ""}
+    tool = Tool.model_validate({"type": "function", "function": function})
+    called = {"id": "1", "function": {"name": "f", "arguments": long if part == "arguments" else "{}"}}
+    message = ChatMessage.model_validate({"role": "assistant", "tool_calls": [called]})
+    process = TemplateProcess(tokenizer)
+    try:
+        with pytest.raises(ApiError, match=r"100,\d+ characters exceed") as caught:
+            Prompts(tokenizer, process, 16).of_chat([message], [tool])
+        assert caught.value.code == "context_length_exceeded"
+    finally:
+        process.close()
 
 
 @pytest.fixture

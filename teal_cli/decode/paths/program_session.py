@@ -114,11 +114,17 @@ class ProgramSession(Session):
         if self.enabled and counter is not None and self._count is None:
             self._count = _Count(self, counter)
             counter.add_source(self._count.tally)
+
+    def forget(self) -> None:
+        """Let no counter hold on to this session, after a step that failed."""
         if self._count is not None:
-            self._count.steps += 1
+            self._count.counter.remove_source(self._count.tally)
+            self._count = None
 
     def end(self) -> None:
         """Every row has one more position in the cache."""
+        if self._count is not None:
+            self._count.steps += 1
         self.cache.advance()
         self.lengths = self.cache.row_lengths()
         self._under_way = False

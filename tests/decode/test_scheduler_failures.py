@@ -1,0 +1,82 @@
+"""What a scheduler says and keeps when something fails that is no request's fault."""
+
+import pytest
+import torch
+from native_models import NO_LIBRARY
+from test_scheduler import Heard, run, sparse_engine
+
+from teal_cli.decode.paths.native_session import NativeSession
+from teal_cli.decode.requests import QueueFullError, Request
+from teal_cli.decode.scheduler import Scheduler
+from teal_cli.errors import TealError
+
+
+def _broken() -> None:
+    raise ZeroDivisionError("broken")
+
+
+def test_a_loop_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sparse_engine("general"), slots=1, positions=64)
+    heard = [Heard(), Heard()]
+    for own in heard:  # one runs, one waits
+        scheduler.submit(Request((5, 6, 7), 40), own.emitted.append)
+    read, reads = scheduler._read, []
+
+    def fail_later() -> None:
+        read()
+        reads.append(1)
+        if len(reads) == 6:
+            _broken()
+
+    monkeypatch.setattr(scheduler, "_read", fail_later)
+    with pytest.raises(ZeroDivisionError):
+        scheduler.run()
+    assert [own.finish for own in heard] == ["error", "error"]
+    assert heard[0].tokens
+    assert not heard[1].tokens
+    assert {own.emitted[-1].error for own in heard} == {"ZeroDivisionError: broken"}
+    statistics = scheduler.statistics()
+    assert (statistics.running, statistics.queued, statistics.finished) == (0, 0, {"error": 2})
+    with pytest.raises(QueueFullError):
+        scheduler.submit(Request((5, 6, 7), 4), heard[0].emitted.append)
+
+
+def test_an_end_is_told_though_counts_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sparse_engine("general"), slots=1, positions=64)
+    own = Heard()
+
+    def leave(emitted) -> None:
+        own.emitted.append(emitted)
+        if len(own.tokens) == 3:
+            monkeypatch.setattr(scheduler._counter, "counts", _broken)
+            monkeypatch.setattr(scheduler._counter, "model_wide", lambda: None)
+            scheduler.cancel(ticket, "stop")
+
+    ticket = scheduler.submit(Request((5, 6, 7), 40), leave)
+    scheduler.stop()
+    scheduler.run()
+    assert own.finish == "stop"
+    assert scheduler.statistics().finished == {"stop": 1}
+
+
+@pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
+def test_a_session_that_failed_is_counted_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sparse_engine("native"), slots=1, positions=64)
+    launch, launches = NativeSession.launch, []
+
+    def fail_twice(session: NativeSession) -> torch.Tensor:
+        launches.append(1)
+        if len(launches) in (1, 4):
+            raise TealError("no memory")
+        return launch(session)
+
+    monkeypatch.setattr(NativeSession, "launch", fail_twice)
+    heard = run(scheduler, [Request((5, 6, 7), 8) for _ in range(3)])
+    assert [own.finish for own in heard] == ["error", "error", "length"]
+    assert len(scheduler._counter._sources) == 1
+    realised = heard[2].emitted[-1].usage.realised_sparsity
+    assert realised is not None
+    assert 0 < realised < 1
+    (name, (_, seen, _)), *_ = scheduler._counter.counts().projections.items()
+    steps = 2 + 7  # those that came to their end
+    assert seen == steps * scheduler.engine.model.get_submodule(name).in_features
