@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.models.activations import activation_name, block_number, gated_layers, intermediates, neuron_modules
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts
 
 _MOST_GATES = 1 << 18
-"""Of one layer in one pass, from which a quantile is made."""
+"""A quantile is made of about so many live gates, of each layer and sequence: sorting all would take long."""
 
 
 class Neurons:
@@ -28,6 +29,7 @@ class Neurons:
     def __init__(self, model: Any, scales: Tensor | None) -> None:
         self._scales = scales
         self._open = False
+        self._again = False
         self._sizes: dict[int, Tensor] = {}
         self._gates: dict[int, Tensor] = {}
         """Share of zeros of each layer in the last pass."""
@@ -54,6 +56,15 @@ class Neurons:
         finally:
             self._open = False
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside it blocks run again for their backward pass: they compute what they did, and nothing is kept."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
+
     def let_go(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
@@ -76,11 +87,7 @@ class Neurons:
 
     def zeros(self) -> tuple[float, float]:
         """Their means over layers, and over processes."""
-        shares = self.zeros_by_layer().mean(1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(shares)
-            shares = shares / torch.distributed.get_world_size()
-        gate, hidden = shares.tolist()
+        gate, hidden = mean_over_processes(self.zeros_by_layer().mean(1)).tolist()
         return gate, hidden
 
     def _stacked(self, of_layers: Mapping[int, Tensor]) -> Tensor:
@@ -93,8 +100,10 @@ class Neurons:
     def _see_hidden(self, layer: int, down: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._open:
             self._hidden[layer] = _share_of_zeros(args[0])
-            if self._scales is not None:
-                self._sizes[layer] = args[0].abs().mean(dtype=torch.float32)
+        if self._scales is not None and (self._open or self._again):
+            size = args[0].abs().mean(dtype=torch.float32)
+            if self._open:
+                self._sizes[layer] = size
 
     def _of_experts(self, layer: int, experts: Experts, both: Tensor) -> Tensor:
         hidden = type(experts).neurons(experts, both)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ class ActivationSwap(Recipe):
     of the dense model, so that its weight means the same in every layer and model; the mean of that over layers.
     """
 
+    takes_sparsity = False
     activation: ClassVar[str]
     """As configurations name it."""
 
@@ -64,7 +65,7 @@ class ActivationSwap(Recipe):
 
     def student_pass(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """See `Recipe`."""
-        return nullcontext() if batch.again else self._neurons.watching()
+        return self._neurons.recomputing() if batch.again else self._neurons.watching()
 
     @contextmanager
     def as_dense(self, model: nn.Module) -> Iterator[None]:
@@ -104,7 +105,7 @@ class ActivationSwap(Recipe):
         assert self._l1 is not None  # noqa: S101  (there is a loss)
         at = progress.step / progress.steps
         if self._steering is not None:
-            return self._steering.weight(at, self._zeros[1], 1.0 / progress.steps)
+            return self._steering.weight(at, self._zeros[1], progress.share_of_pass)
         return self._l1.l1 * (staged(at, self._l1.stages) if self._l1.growth == "progressive" else 1.0)
 
     def figures(self, progress: Progress) -> dict[str, float]:

@@ -17,6 +17,7 @@ KINDS = {
     "weights": {},
     "adapters": {"lora": 2},
     "vectors": {"vectors": "true"},
+    "adapters, recomputed": {"lora": 2, "recompute": True},  # the student is its own teacher
 }
 
 
@@ -52,6 +53,19 @@ def test_checkpoints_are_safetensors_and_json(tmp_path: Path) -> None:
         "trainer_state.json",
     }
     assert [file.name for file in folder.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_copies_only_what_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of safetensors holds no storage twice."""
+    clones, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: clones.append(tensor) or clone(tensor))
+    one, other = torch.arange(6.0), torch.ones(2)
+    state.write(tmp_path, {"a": {"x": one, "y": one[2:4]}, "b": {"x": one, "z": other}}, {})
+    assert len(clones) == 2
+    groups, _ = state.read(tmp_path)
+    assert torch.equal(groups["a"]["y"], one[2:4])
+    assert torch.equal(groups["b"]["x"], one)
+    assert torch.equal(groups["b"]["z"], other)
 
 
 def test_the_state_of_another_run_is_not_taken_up(tmp_path: Path) -> None:
@@ -110,9 +124,12 @@ def test_only_what_was_asked_for_trains(tmp_path: Path) -> None:
     assert trained.parameters == sum(after[name].numel() for name in new)
 
 
-def test_recomputed_activations_give_the_same_gradients(tmp_path: Path) -> None:
-    held, _ = tiny_run(tmp_path / "held", steps=2)
-    made, _ = tiny_run(tmp_path / "made", steps=2, recompute=True)
+@pytest.mark.parametrize(
+    "kind", [{}, {"recipe": "prosparse", "l1": 1.0, "growth": "fixed"}], ids=["recover", "an L1 loss"]
+)
+def test_recomputed_activations_give_the_same_gradients(tmp_path: Path, kind: dict[str, object]) -> None:
+    held, _ = tiny_run(tmp_path / "held", steps=2, **kind)
+    made, _ = tiny_run(tmp_path / "made", steps=2, recompute=True, **kind)
     ours, theirs = held.state_dict(), made.state_dict()
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
 
