@@ -103,6 +103,8 @@ class Student(nn.Module):
         self.text_weight = text_weight
         self.at = ("", 0, 1)
         """Stage, step and steps, for the recipe's loss."""
+        self.accumulate = 1
+        """Passes of an optimiser step."""
         self.progress = Progress("", 0, 1, None)
         """Of the pass just run."""
         self.losses: dict[str, Tensor] = {}
@@ -127,11 +129,11 @@ class Student(nn.Module):
             dense_prefix: (batch,) int64 positions that run dense.
         """
         teacher, recipe, maker = self._around
-        wanted = teacher.hidden_states(input_ids)
         self._batch = Batch(input_ids, dense_prefix)
+        wanted = teacher.hidden_states(input_ids)  # perhaps of this very model, whose blocks then ask for the batch
         with recipe.student_pass(self.model, self._batch):
             hidden = maker.hidden_states(input_ids)
-        self.progress = Progress(*self.at, recipe.realised_sparsity())
+        self.progress = Progress(*self.at, recipe.realised_sparsity(), self.accumulate)
         targets = None
         if self.text_weight:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=-1).flatten()

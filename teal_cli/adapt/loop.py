@@ -44,6 +44,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     """What the trained parameters are cast to at the end, before thresholds are set by them."""
     tell: Callable[[Figures], None] = lambda figures: None
+    """Told figures as they are logged; `step` is that of the run."""
     on_step: Callable[[int], None] = lambda step: None
     """Told the number of each optimiser step of the run, once it is done."""
     say: Callable[[str], None] = lambda message: None
@@ -203,6 +204,7 @@ def _train(
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))
     on_step = partial(_add, setup.on_step, steps_before)
+    tell = partial(_tell, setup.tell, steps_before)
     trainer = AdaptTrainer(
         student,
         stage,
@@ -211,7 +213,7 @@ def _train(
         text,
         setup.held_out,
         held,
-        setup.tell,
+        tell,
         on_step,
         resumes=resumed is not None,
     )
@@ -221,6 +223,10 @@ def _train(
         if finished or held.stopped:
             return
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+
+
+def _tell(tell: Callable[[Figures], None], before: int, figures: Figures) -> None:
+    tell({**figures, "step": before + figures["step"]})
 
 
 def _add(on_step: Callable[[int], None], before: int, step: int) -> None:

@@ -11,6 +11,8 @@ from teal_cli.models.loading import check_memory
 
 _TRAINED_BYTES = 16
 """Of a trained parameter: float32 value, gradient and two moments."""
+_CHECKPOINT_BYTES = 4 + 16
+"""Of a trained parameter: its best value, and a copy of value, best value and two moments."""
 _KEPT_OF_HIDDEN, _KEPT_OF_NEURONS = 17.0, 5.5
 """Numbers that a block keeps for its backward pass a token, over its width and over that of its MLP. Counted on Llama
 blocks whose projections all skip, with adapters, by saved_tensors_hooks: 16.6 and 5.25, with adapters up to 5.5."""
@@ -27,16 +29,18 @@ class Estimate:
     """Gradients and moments."""
     teacher: int
     activations: int
+    checkpoints: int
+    """The best weights so far, and a checkpoint that is about to be written, where these lie on the device."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.training + self.teacher + self.activations
+        return self.weights + self.training + self.teacher + self.activations + self.checkpoints
 
     def text(self) -> str:
         """In one line, for people."""
         parts = {"weights": self.weights, "gradients and optimiser": self.training, "teacher": self.teacher}
-        parts["activations"] = self.activations
+        parts |= {"activations": self.activations, "checkpoints": self.checkpoints}
         return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
 
 
@@ -61,6 +65,7 @@ def estimate(
     tokens: int,
     recompute: bool,
     activation_itemsize: int,
+    checkpoint_here: bool,
 ) -> Estimate:
     """What a run needs, of its model's outline.
 
@@ -72,6 +77,7 @@ def estimate(
         tokens: of one pass: batch times length.
         recompute: whether only one block's activations are held at a time.
         activation_itemsize: bytes of a hidden state's number.
+        checkpoint_here: whether the device is the CPU, where checkpoints are put together.
     """
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -85,6 +91,7 @@ def estimate(
         training=trained * (_TRAINED_BYTES - 4),
         teacher=parameters * teacher_itemsize,
         activations=kept + _LOSS_BYTES,
+        checkpoints=trained * _CHECKPOINT_BYTES if checkpoint_here else 0,
     )
 
 

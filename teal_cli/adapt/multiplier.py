@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _RISE = (0.05, 0.6)
 """Shares of the steps between which the wanted share of zeros grows; after that the model trains at it."""
 _QUICK, _SLOW = 10.0, 150.0
-"""By which power of e the weight answers to a share that is wrong by 1: at once, and over a whole run."""
+"""By so much the logarithm of the weight changes where the share is wrong by 1: at once, and over a whole run."""
 _TOO_MANY = 0.01
 """Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient,
 and does not come back when the weight falls."""
@@ -28,11 +28,11 @@ def staged(at: float, stages: Sequence[tuple[float, float]]) -> float:
         at: share of the steps that are done, 0 to 1.
         stages: where each ends, and its weight.
     """
-    begin, before = 0.0, 0.0
+    begin, before, warm = 0.0, 0.0, False
     for end, weight in stages:
         if at <= end:
-            return weight if before == 0.0 else along_sine(before, weight, (at - begin) / (end - begin))
-        begin, before = end, weight
+            return along_sine(before, weight, (at - begin) / (end - begin)) if warm else weight
+        begin, before, warm = end, weight, warm or weight > 0.0
     return before
 
 
@@ -66,7 +66,7 @@ class Steering:
         Args:
             at: share of the steps that are done.
             found: share of zeros just seen.
-            step: share of the run that this step is.
+            step: share of the run that the pass is in which they were seen.
         """
         if self.start is None:
             self.start = found

@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.models.activations import activation_name, block_number, gated_layers, intermediates, neuron_modules
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts
 
 _MOST_GATES = 1 << 18
-"""Of one layer in one pass, from which a quantile is made."""
+"""A quantile is made of so many live gates at most, of each layer and sequence: sorting all would take long."""
 
 
 class Neurons:
@@ -28,7 +29,9 @@ class Neurons:
     def __init__(self, model: Any, scales: Tensor | None) -> None:
         self._scales = scales
         self._open = False
-        self._sizes: dict[int, Tensor] = {}
+        self._x1: dict[int, Tensor] = {}
+        """What down reads, where its size is asked for. No more is done with it in a pass: where activations are
+        recomputed, a block must do the same both times."""
         self._gates: dict[int, Tensor] = {}
         """Share of zeros of each layer in the last pass."""
         self._hidden: dict[int, Tensor] = {}
@@ -47,7 +50,7 @@ class Neurons:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside it passes are seen; what was seen before is forgotten."""
-        self._sizes, self._gates, self._hidden = {}, {}, {}
+        self._x1, self._gates, self._hidden = {}, {}, {}
         self._open = True
         try:
             yield
@@ -66,7 +69,8 @@ class Neurons:
 
         What was kept of them is let go of.
         """
-        sizes, self._sizes = self._stacked(self._sizes), {}
+        means = {layer: x1.abs().mean(dtype=torch.float32) for layer, x1 in self._x1.items()}
+        sizes, self._x1 = self._stacked(means), {}
         assert self._scales is not None  # noqa: S101  (who asks gave them)
         return (sizes / self._scales.to(sizes.device)).mean()
 
@@ -76,11 +80,7 @@ class Neurons:
 
     def zeros(self) -> tuple[float, float]:
         """Their means over layers, and over processes."""
-        shares = self.zeros_by_layer().mean(1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(shares)
-            shares = shares / torch.distributed.get_world_size()
-        gate, hidden = shares.tolist()
+        gate, hidden = mean_over_processes(self.zeros_by_layer().mean(1)).tolist()
         return gate, hidden
 
     def _stacked(self, of_layers: Mapping[int, Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ class Neurons:
         if self._open:
             self._hidden[layer] = _share_of_zeros(args[0])
             if self._scales is not None:
-                self._sizes[layer] = args[0].abs().mean(dtype=torch.float32)
+                self._x1[layer] = args[0]
 
     def _of_experts(self, layer: int, experts: Experts, both: Tensor) -> Tensor:
         hidden = type(experts).neurons(experts, both)

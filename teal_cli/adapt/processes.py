@@ -5,8 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from teal_cli.errors import MachineError
 from teal_cli.models.loading import pick_device
+
+
+def mean_over_processes(found: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, each of which must ask; itself where there is one. Changed in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found)
+        found /= torch.distributed.get_world_size()
+    return found
 
 
 @dataclass(frozen=True)

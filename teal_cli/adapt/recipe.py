@@ -1,6 +1,6 @@
 """What a recipe of learned sparsity gives to the loop.
 
-The loop calls, in this order (everything but `measure` is done again where a killed run resumes):
+The loop calls these in this order. A killed run that resumes calls all of them again but `measure`:
 
 1. `measure`, once, on the dense model: what the surgery needs to know of text. Kept with the run.
 2. `operate_`: surgery on the model. Deterministic: a resumed run does it again, and then loads what was trained.
@@ -79,6 +79,13 @@ class Progress:
     """Of this stage."""
     realised: float | None
     """Realised sparsity of the pass just run (`realised_sparsity`)."""
+    accumulate: int = 1
+    """Passes of an optimiser step."""
+
+    @property
+    def share_of_pass(self) -> float:
+        """What one pass is of this stage."""
+        return 1.0 / (self.steps * self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ class Recipe(ABC):
     name: ClassVar[str]
     needs_plan: ClassVar[bool] = False
     """Whether it works with thresholds of a calibration: `setting.plan` is then there."""
+    takes_sparsity: ClassVar[bool] = True
+    """Whether `setting.sparsity` says anything to it."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -187,6 +196,11 @@ class Recipe(ABC):
         that the teacher would be. None: the teacher is a copy.
         """
         return None
+
+    @property
+    def is_own_teacher(self) -> bool:
+        """Whether it has an `as_dense`."""
+        return type(self).as_dense is not Recipe.as_dense
 
     @property
     def base_is_frozen(self) -> bool:

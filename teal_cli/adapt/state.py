@@ -63,7 +63,13 @@ def put_moments_(model: nn.Module, optimiser: torch.optim.Optimizer, moments: Ma
 
 def write(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], run: Mapping[str, Any]) -> None:
     """Write tensors in named groups, and JSON, into a folder that exists."""
-    flat = {f"{group}/{name}": tensor.clone() for group, tensors in groups.items() for name, tensor in tensors.items()}
+    flat: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage().data_ptr()
+            flat[f"{group}/{name}"] = tensor.clone() if storage in seen else tensor  # the file holds each by itself
+            seen.add(storage)
     save_file(flat, folder / _TENSORS)
     write_json(folder / RUN, sealed({**run, "tensors_sha256": file_digest(folder / _TENSORS)}))
 

@@ -23,6 +23,7 @@ class ActivationSwap(Recipe):
     of the dense model, so that its weight means the same in every layer and model; the mean of that over layers.
     """
 
+    takes_sparsity = False
     activation: ClassVar[str]
     """As configurations name it."""
 
@@ -104,7 +105,7 @@ class ActivationSwap(Recipe):
         assert self._l1 is not None  # noqa: S101  (there is a loss)
         at = progress.step / progress.steps
         if self._steering is not None:
-            return self._steering.weight(at, self._zeros[1], 1.0 / progress.steps)
+            return self._steering.weight(at, self._zeros[1], progress.share_of_pass)
         return self._l1.l1 * (staged(at, self._l1.stages) if self._l1.growth == "progressive" else 1.0)
 
     def figures(self, progress: Progress) -> dict[str, float]:

@@ -52,7 +52,7 @@ class AdaptTrainer(Trainer):
         self.student, self.stage, self.plan, self.held, self.tell = student, stage, plan, held, tell
         self.on_step = on_step
         self.trainable = list(trainable)
-        student.at = (stage.name, 0, stage.steps)
+        student.at, student.accumulate = (stage.name, 0, stage.steps), plan.accumulate
         steps = max(1, min(plan.evaluate_every, stage.steps))
         arguments = TrainingArguments(
             output_dir=str(plan.folder),

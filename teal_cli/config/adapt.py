@@ -35,6 +35,8 @@ def _split_datasets(value: object) -> object:
         weights = {name.strip(): float(weight) for name, _, weight in parts}
     except ValueError:
         return {value: 1.0}
+    if len(weights) < len(parts) and all(weights):
+        raise ValueError(f"{shown(value)} names a dataset twice")
     return weights if all(weights) else {value: 1.0}
 
 
@@ -94,7 +96,10 @@ class AdaptConfig(OneAllocation):
     recompute: bool = Field(
         False, description="make activations again in the backward pass: less memory, a third more time"
     )
-    out: OutputFolder | None = Field(None, description="folder to write (default RUNS/<model>/<recipe>-<sparsity>)")
+    out: OutputFolder | None = Field(
+        None,
+        description="folder to write (default RUNS/<model>/<recipe>, then -<sparsity> and -lora<rank> where given)",
+    )
 
     @property
     def recipe_options(self) -> RecipeOptions:
@@ -127,7 +132,7 @@ class AdaptConfig(OneAllocation):
                 known = options_of(self.recipe).model_fields
                 why = f"recipe {self.recipe} has no option {shown(key)}{nearest(key, known)}"
             else:
-                why = f"{key}: {first['msg'].removeprefix('Value error, ')}"
+                why = f"{key}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
             raise ValueError(f"options (flag --options): {why}") from error
         return self
 

@@ -167,7 +167,7 @@ def random_weights_(router: Router, generator: torch.Generator) -> None:
 def biases_for(router: Router, x: Tensor, share: float) -> Tensor:
     """(groups,) float32: the biases by which each group is left out at a share of these tokens.
 
-    Of each group by itself, so that none is always there, and none never.
+    Each group has its own quantile. So no group is chosen for all tokens, and each is chosen for some.
 
     Args:
         router: with weights.

@@ -9,44 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from teal_cli.adapt import lora, memory
-from teal_cli.adapt.data import HeldOut, Pool, Text, pools_of
+from teal_cli.adapt.data import HeldOut, Text, pools_of
 from teal_cli.adapt.loop import Run, Trained, forget, run
 from teal_cli.adapt.processes import Processes
 from teal_cli.adapt.recipe import Recipe, Setting
 from teal_cli.adapt.recipes import recipe_class
 from teal_cli.adapt.training import Plan
 from teal_cli.adapt.watch import Watch
-from teal_cli.adapt.write import check_replaceable, write_adapted
-from teal_cli.checkpoint.adapted import Quality, Record, Source, TextUsed, is_adapted, read_record, stored
-from teal_cli.checkpoint.calibration import CalibrationInfo
-from teal_cli.checkpoint.digests import configuration_digest
-from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.adapt.write import write_adapted
+from teal_cli.checkpoint.adapted import Record, read_record, stored
 from teal_cli.config import AdaptConfig
 from teal_cli.console import Reporter
-from teal_cli.data import check_dataset, dataset_identity
-from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.evaluation.perplexity import compare
+from teal_cli.data import check_dataset
+from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import DTYPES, outline, pick_device, pick_dtype, stored_dtype, use_threads
 from teal_cli.models.tokenizing import load_tokenizer
-from teal_cli.models.weights import fingerprint
 from teal_cli.planning import allocate, allocations, recalibrate
-from teal_cli.sparse import control_of, make_intrinsic_, sparse_layers, sparsify_
-from teal_cli.sparse.weight_bytes import weight_bytes_per_token
+from teal_cli.sparse import control_of, sparsify_
+from teal_cli.steps.adapt_record import (
+    MEASURED_ON,
+    Reads,
+    check_place,
+    measured_on,
+    quality,
+    record,
+    settings_of,
+    source_of,
+)
 from teal_cli.steps.artefacts import calibration_for
 from teal_cli.version import __version__
-from teal_cli.versions import device_description, library_versions, now
 from teal_cli.workspace import Workspace, digits_of
 from teal_cli.writing import check_folder, require
 
-_MEASURED_ON = 16384
-"""Tokens of the training text that thresholds are set on, and recipes measure on."""
 _LOGS = 100
 """Points of a curve."""
+_OF_THRESHOLDS = {"allocation", "calibration", "recalibrate", "limits", "cost", "dense_prefix"}
+"""Keys of recipes that train under an export's thresholds."""
 _RATES = {"all": 5e-5, "lora": 3e-4, "frozen": 3e-3}
 
 
@@ -62,26 +64,6 @@ class AdaptSummary:
     def to_json(self) -> dict[str, Any]:
         """The contract of `teal adapt --json`: adapt.json, and where it lies."""
         return {"folder": self.folder, **self.record.model_dump(mode="json")}
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """The text of a run."""
-
-    pools: dict[str, Pool]
-    text: Text
-    held_out: Tensor
-    """(sequences, tokens) int64."""
-
-    def used(self, config: AdaptConfig) -> list[TextUsed]:
-        """For the record."""
-        found = []
-        for name, pool in self.pools.items():
-            both = torch.cat([pool.sequences, pool.held_out])
-            digest = hashlib.sha256(both.numpy().tobytes()).hexdigest()
-            identity, weight = dataset_identity(name), config.dataset[name]
-            found.append(TextUsed(dataset=identity, weight=weight, tokens=both.numel(), sha256=digest))
-        return found
 
 
 def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None = None) -> AdaptSummary:
@@ -115,29 +97,29 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
         sparsify_(dense, plan)
         plan, _ = recalibrate(config, plan, calibration, workspace.source, reporter, dense)
         recipe = type(recipe)(replace(recipe.setting, plan=plan))
-        before = _quality(dense, dense, plan, reads.held_out)
+        before = quality(dense, dense, plan, reads.held_out)
         control_of(dense).enabled = False
     teachers = [] if _is_frozen(recipe) else [dense]  # else the student may be its own teacher
     del dense
     gc.collect()
-    model = _load(config, workspace, "float32" if teachers else _stored(workspace))
+    model = _load(config, workspace, _base_dtype(config, workspace, recipe, pick_device(config.device)))
     state = out.with_name(f"{out.name}.run")
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
     gc.collect()  # the optimiser's moments
     if processes.is_first:
         teachers = teachers or [_load(config, workspace, config.dtype)]
-        after = _quality(model, teachers[0], trained.outcome.plan, reads.held_out)
-        record = _record(config, recipe, workspace, reads, trained, (before, after), model)
-        info = _measured_on(config, workspace, reads, trained, model)
+        after = quality(model, teachers[0], trained.outcome.plan, reads.held_out)
+        found = record(config, recipe, workspace, reads, trained, (before, after), model)
+        info = measured_on(config, workspace, reads, trained, model)
         row = workspace.row(config)
-        write_adapted(workspace.source.folder, out, model, trained.outcome, stored(record), info, row)
+        write_adapted(workspace.source.folder, out, model, trained.outcome, stored(found), info, row)
         forget(state)
     processes.wait()
     return AdaptSummary(str(out), read_record(out), processes.is_first)
 
 
 def adapted_folder(config: AdaptConfig, workspace: Workspace) -> Path:
-    """Where `teal adapt` writes by default: RUNS/<model>/<recipe>-<sparsity>, with the rank of adapters."""
+    """Where `teal adapt` writes by default: RUNS/<model>/<recipe>, -<sparsity> if asked for, the rank of adapters."""
     target, rank = _target(config), f"-lora{config.lora}" if config.lora else ""
     return workspace.run / f"{config.recipe}{'' if target is None else f'-{digits_of(target)}'}{rank}"
 
@@ -157,7 +139,8 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         )
     workspace.require_dense("adapt")
     require(check_folder, out.parent)
-    check_replaceable(out)
+    check_place(config, workspace, out)
+    _check_options(config, recipe)
     if config.lora:
         lora.require_peft()
     if workspace.kind(config) != "causal":
@@ -174,14 +157,30 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         memory.estimate(
             empty,
             trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
-            frozen_itemsize=DTYPES[_stored(workspace)].itemsize if frozen else 4,
-            teacher_itemsize=0 if frozen else used.itemsize,
+            frozen_itemsize=DTYPES[_base_dtype(config, workspace, recipe, device)].itemsize,
+            teacher_itemsize=0 if frozen and recipe.is_own_teacher else used.itemsize,
             tokens=config.batch_size // processes.count * config.seq_len,
             recompute=config.recompute,
             activation_itemsize=2 if _autocasts(config, device) else 4,
+            checkpoint_here=device.type == "cpu",
         ),
         device,
     )
+
+
+def _check_options(config: AdaptConfig, recipe: Recipe) -> None:
+    """Refuse what was asked for and would do nothing."""
+    idle = set() if recipe.needs_plan else _OF_THRESHOLDS
+    idle = idle if recipe.takes_sparsity else idle | {"sparsity"}
+    for key in sorted(idle & config.model_fields_set):
+        if getattr(config, key) not in (None, {}):
+            flag = key.replace("_", "-")
+            raise UsageError(f"{key} (flag --{flag}) has no part in recipe {recipe.name}: leave it out")
+
+
+def _base_dtype(config: AdaptConfig, workspace: Workspace, recipe: Recipe, device: torch.device) -> str:
+    """In what the dense weights are held: float32, unless they stay as they are and autocast meets other dtypes."""
+    return _stored(workspace) if _is_frozen(recipe) and _autocasts(config, device) else "float32"
 
 
 def _is_frozen(recipe: Recipe) -> bool:
@@ -206,7 +205,7 @@ def _load(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
     return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
 
 
-def _read(config: AdaptConfig, workspace: Workspace, dense: Any, reporter: Reporter) -> _Reads:
+def _read(config: AdaptConfig, workspace: Workspace, dense: Any, reporter: Reporter) -> Reads:
     """The text of the run; that of dataset self is written here."""
     count = config.steps * config.batch_size * config.accumulate
     held_out = config.held_out_tokens // config.seq_len
@@ -226,7 +225,7 @@ def _read(config: AdaptConfig, workspace: Workspace, dense: Any, reporter: Repor
         f"{count * config.seq_len:,} tokens in {config.steps:,} steps from {', '.join(config.dataset)}, "
         f"the most read of it {text.repeats():.1f} times"
     )
-    return _Reads(pools, text, torch.cat([pool.held_out for pool in pools.values()]))
+    return Reads(pools, text, torch.cat([pool.held_out for pool in pools.values()]))
 
 
 def _train(
@@ -234,7 +233,7 @@ def _train(
     workspace: Workspace,
     recipe: Recipe,
     model: Any,
-    reads: _Reads,
+    reads: Reads,
     teachers: Sequence[Any],
     state: Path,
     reporter: Reporter,
@@ -243,7 +242,7 @@ def _train(
     """Run the loop."""
     every = config.evaluate_every or max(1, config.steps // 10)
     frozen = _is_frozen(recipe)
-    log_every = next(n for n in range(max(1, config.steps // _LOGS), every + 1) if every % n == 0)
+    divisors = (n for n in range(max(1, config.steps // _LOGS), every) if every % n == 0)
     plan = Plan(
         folder=state,
         batch_size=config.batch_size,
@@ -255,14 +254,14 @@ def _train(
         clip=config.clip,
         bf16=_autocasts(config, model.device),
         on_cpu=model.device.type == "cpu",
-        log_every=log_every,
+        log_every=next(divisors, every),
         evaluate_every=every,
         save_every=every,
         patience=config.patience,
         seed=config.seed,
     )
     watch = Watch(reporter, config.steps, config.tokens_a_step)
-    first = reads.text.first(max(1, _MEASURED_ON // config.seq_len))
+    first = reads.text.first(max(1, MEASURED_ON // config.seq_len))
     with watch.bar(f"adapting by {recipe.name}"):
         return run(
             Run(
@@ -285,11 +284,11 @@ def _train(
         )
 
 
-def _key(config: AdaptConfig, workspace: Workspace, recipe: Recipe, reads: _Reads, processes: Processes) -> str:
+def _key(config: AdaptConfig, workspace: Workspace, recipe: Recipe, reads: Reads, processes: Processes) -> str:
     """Digest of all that the weights at the end depend on."""
-    source = _source(config, workspace)
+    source = source_of(config, workspace)
     content = {
-        "settings": {key: value for key, value in config.settings().items() if key not in ("runs", "out", "model")},
+        "settings": settings_of(config),
         "weights": [source.weights, source.configuration],
         "text": [used.sha256 for used in reads.used(config)],
         "plan": None if recipe.setting.plan is None else recipe.setting.plan.digest(),
@@ -297,93 +296,3 @@ def _key(config: AdaptConfig, workspace: Workspace, recipe: Recipe, reads: _Read
         "version": __version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _source(config: AdaptConfig, workspace: Workspace) -> Source:
-    folder = workspace.source.folder
-    return Source(
-        model=config.model,
-        name=workspace.source.name,
-        folder=str(folder.resolve()),
-        weights=fingerprint(folder),
-        configuration=configuration_digest(folder),
-    )
-
-
-def _quality(model: Any, dense: Any, plan: SparsityPlan | None, sequences: Tensor) -> Quality | None:
-    """A model beside the dense one on the held-out slice; None of one whose sparsity nobody can count here."""
-    if plan is None:
-        try:
-            plan = make_intrinsic_(model)
-        except ArtefactError:
-            return None
-    elif not sparse_layers(model):
-        sparsify_(model, plan)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != dense.dtype):
-        ((found,),) = compare(model, [plan], sequences, dense_prefixes=[sequences.shape[1] // 2], dense=dense)
-    return Quality(
-        perplexity_ratio=found.ratio,
-        kl=found.kl,
-        realised_sparsity=found.realised_sparsity,
-        bytes_per_token=weight_bytes_per_token(model, found.realised_by_projection),
-        dense_bytes_per_token=weight_bytes_per_token(dense, {}),
-    )
-
-
-def _measured_on(
-    config: AdaptConfig, workspace: Workspace, reads: _Reads, trained: Trained, model: Any
-) -> CalibrationInfo:
-    """What the thresholds were set on, as a checkpoint says it."""
-    sequences = reads.text.first(max(1, _MEASURED_ON // config.seq_len))
-    return CalibrationInfo(
-        model=workspace.source.name,
-        weights="",
-        dataset=" + ".join(dataset_identity(name) for name in config.dataset),
-        tokens=sequences.numel(),
-        seq_len=config.seq_len,
-        sink_tokens=0,
-        seed=config.seed,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        seconds=trained.seconds,
-        versions=library_versions(),
-    )
-
-
-def _record(
-    config: AdaptConfig,
-    recipe: Recipe,
-    workspace: Workspace,
-    reads: _Reads,
-    trained: Trained,
-    quality: tuple[Quality | None, Quality | None],
-    model: Any,
-) -> Record:
-    """adapt.json."""
-    trained_one = _source(config, workspace)
-    again = is_adapted(workspace.source.folder)
-    steps = round(max((point["step"] for point in trained.curve), default=0.0))
-    return Record(
-        teal_version=__version__,
-        finished=now(),
-        recipe=recipe.name,
-        options=config.recipe_options.model_dump(mode="json"),
-        settings=config.settings(),
-        source=read_record(workspace.source.folder).source if again else trained_one,
-        parent=trained_one if again else None,
-        text=reads.used(config),
-        repeats=reads.text.repeats(),
-        tokens=steps * config.tokens_a_step,
-        steps=steps,
-        stopped_early=trained.stopped,
-        best=trained.best,
-        parameters=trained.parameters,
-        seconds=trained.seconds,
-        device=device_description(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        versions=library_versions(),
-        curve=trained.curve,
-        before=quality[0],
-        after=quality[1],
-        notes=dict(trained.outcome.notes),
-    )

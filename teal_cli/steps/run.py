@@ -7,7 +7,7 @@ from typing import Any
 
 from teal_cli.atomic import file_digest, write_json
 from teal_cli.checkpoint import calibration as calibration_file
-from teal_cli.checkpoint.adapted import read_record
+from teal_cli.checkpoint.adapted import Record, read_record
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.export import check_checkpoint
 from teal_cli.checkpoint.results import check_stage
@@ -30,7 +30,7 @@ from teal_cli.models.companions import companion_files
 from teal_cli.models.loading import threads_restored
 from teal_cli.models.weights import fingerprint
 from teal_cli.reading import read_json
-from teal_cli.steps.adapt import adapt, adapted_folder
+from teal_cli.steps.adapt import adapt
 from teal_cli.steps.bench import bench
 from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import check_inputs, evaluate
@@ -169,12 +169,18 @@ def _whole(stage: str, config: SharedConfig, workspace: Workspace, result_file: 
         if isinstance(config, CalibrateConfig):
             calibration_file.check_quantised(calibration_file.load(run_folder(config, workspace)))
         if isinstance(config, AdaptConfig):
-            read_record(adapted_folder(config, workspace))
+            return _is_of(read_record(Path(result["folder"])), result)
         if isinstance(config, ExportConfig):
             check_checkpoint(Path(result["folder"]))
     except (ArtefactError, OSError):
         return False
     return True
+
+
+def _is_of(record: Record, result: dict[str, Any]) -> bool:
+    """Whether an adapted model is the one that a stage made, and no later one in its place."""
+    content = record.model_dump(mode="json", exclude={"finished"})  # a stage has its own
+    return all(result.get(key) == value for key, value in content.items())
 
 
 def _stated(config: SharedConfig, result: dict[str, Any]) -> dict[str, Any]:

@@ -54,12 +54,13 @@ def tiny_run(
     rate: float = 2e-3,
     patience: int = 0,
     distinct: int | None = None,
-    **options: str,
+    recipe: str = "recover",
+    **options: object,
 ) -> tuple[Any, Trained]:
-    """Recover a tiny Llama; the model afterwards, and what came out."""
+    """Adapt a tiny Llama; the model afterwards, and what came out."""
     model = build_model("llama")
     dense = copy.deepcopy(model)
-    setting = Setting(options_of("recover")(**options), 0, 0.5, lora, plan_of(model))
+    setting = Setting(options_of(recipe)(**options), 0, 0.5, lora, plan_of(model))
     plan = Plan(
         folder=folder,
         batch_size=BATCH,
@@ -81,7 +82,7 @@ def tiny_run(
     return model, run(
         Run(
             model=model,
-            recipe=recipe_class("recover")(setting),
+            recipe=recipe_class(recipe)(setting),
             plan=plan,
             steps=steps,
             text=text,

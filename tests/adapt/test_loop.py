@@ -17,6 +17,7 @@ KINDS = {
     "weights": {},
     "adapters": {"lora": 2},
     "vectors": {"vectors": "true"},
+    "adapters, recomputed": {"lora": 2, "recompute": True},  # the student is its own teacher
 }
 
 
@@ -110,9 +111,12 @@ def test_only_what_was_asked_for_trains(tmp_path: Path) -> None:
     assert trained.parameters == sum(after[name].numel() for name in new)
 
 
-def test_recomputed_activations_give_the_same_gradients(tmp_path: Path) -> None:
-    held, _ = tiny_run(tmp_path / "held", steps=2)
-    made, _ = tiny_run(tmp_path / "made", steps=2, recompute=True)
+@pytest.mark.parametrize(
+    "kind", [{}, {"recipe": "prosparse", "l1": 1.0, "growth": "fixed"}], ids=["recover", "an L1 loss"]
+)
+def test_recomputed_activations_give_the_same_gradients(tmp_path: Path, kind: dict[str, object]) -> None:
+    held, _ = tiny_run(tmp_path / "held", steps=2, **kind)
+    made, _ = tiny_run(tmp_path / "made", steps=2, recompute=True, **kind)
     ours, theirs = held.state_dict(), made.state_dict()
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
 

@@ -11,6 +11,7 @@ import torch
 from conftest import VOCABULARY, build_family, save_tiny
 from torch import Tensor
 
+from teal_cli.adapt.multiplier import staged
 from teal_cli.adapt.recipe import Batch, Progress, Recipe, Setting
 from teal_cli.adapt.recipes import recipe_class
 from teal_cli.cli import run as teal
@@ -129,6 +130,28 @@ def test_a_steered_weight_is_resumed() -> None:
         figures.append(each.figures(Progress("prosparse", 31, 100, None)))
     assert figures[0] == figures[1]
     assert figures[0]["l1_weight"] != weight
+
+
+def test_steering_knows_how_many_passes_a_step_has() -> None:
+    """As many looks at the same share of zeros in the same part of the run add up to the same."""
+    totals = []
+    for accumulate in (1, 4):
+        recipe = _recipe("prosparse", l1=0.5, zeros=0.9)
+        model = _operated(build_family("llama"), recipe)
+        for number in range(3):
+            for _ in range(accumulate):
+                zeros = _pass(model, recipe)
+                recipe.extra_loss(Progress("prosparse", 50 + number, 100, zeros, accumulate))
+        totals.append(float(recipe.state()["steering"][1]))
+    assert totals[0] > 0
+    assert totals[1] == pytest.approx(totals[0])
+
+
+def test_only_the_first_stages_are_a_warm_up() -> None:
+    stages = [(0.2, 0.0), (0.4, 0.5), (0.6, 0.0), (1.0, 1.0)]
+    assert staged(0.3, stages) == 0.5
+    assert staged(0.61, stages) < 0.01
+    assert staged(0.8, stages) == pytest.approx(0.5)
 
 
 def test_what_is_refused() -> None:

@@ -19,10 +19,16 @@ import teal_cli.hf
 from teal_cli.adapt import memory
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
+from teal_cli.config import AdaptConfig
+from teal_cli.console import Reporter
+from teal_cli.errors import MachineError
 from teal_cli.models import loading
 from teal_cli.report.inputs import read_material
 from teal_cli.report.page import Drawings, content_of, render
 from teal_cli.report.training import training_plots
+from teal_cli.steps import adapt as step
+from teal_cli.steps.run import _whole
+from teal_cli.workspace import Workspace
 
 _SIZE = ("--tokens", 512, "--seq-len", 32, "--batch-size", 4, "--held-out-tokens", 64, "--evaluate-every", 2)
 
@@ -127,6 +133,12 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
     capsys.readouterr()
     assert _teal("run", "recipe.yaml") == 0
     assert capsys.readouterr().err.count("done before, kept") == 2
+    config, stage = AdaptConfig(model=str(dense)), Path("runs/tiny/adapt.json")
+    workspace = Workspace.of(config, Reporter(quiet=True))
+    assert _whole("adapt", config.model_copy(update={"out": Path("elsewhere")}), workspace, stage)
+    changed = Path("changed.json")
+    changed.write_text(json.dumps({**_json(stage), "seconds": 1.5}))  # of a later run in its place
+    assert not _whole("adapt", config, workspace, changed)
     material = read_material(Path("runs/tiny"))
     page = render(content_of(material, Drawings([], [], training_plots(material), {}, [])))
     assert 'id="training"' in page
@@ -146,6 +158,13 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
         (("--held-out-tokens", 8), "is less than one sequence"),
         (("--dataset", "sotu=0"), "a number above 0"),
         (("--quantise", "int8"), "adapt it first, then quantise"),
+        (("--recipe", "prosparse", "--sparsity", 0.5), "sparsity (flag --sparsity) has no part in recipe prosparse"),
+        (("--recipe", "lte", "--options", "group=4", "--dense-prefix", 2), "dense_prefix (flag --dense-prefix) has no"),
+        (("--recipe", "relu", "--allocation", "greedy"), "allocation (flag --allocation) has no part in recipe relu"),
+        (("--recipe", "relu", "--no-recalibrate"), "recalibrate (flag --recalibrate) has no part in recipe relu"),
+        (("--recipe", "prosparse", "--options", "zeros=0.8,growth=fixed"), "leave out option growth"),
+        (("--recipe", "lte", "--options", "routers=random,eta=2"), "leave out option eta"),
+        (("--dataset", "a=1,a=3"), "names a dataset twice"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -170,7 +189,7 @@ def test_memory_is_checked_before_anything_is_loaded(
 
 def test_estimate_counts_what_trains(dense: Path) -> None:
     empty = loading.outline(dense)
-    size = {"tokens": 128, "recompute": False, "activation_itemsize": 4}
+    size = {"tokens": 128, "recompute": False, "activation_itemsize": 4, "checkpoint_here": True}
     counts = [memory.trained_parameters(empty, lora=lora, frozen=bool(lora)) for lora in (0, 2)]
     whole = memory.estimate(empty, trained=counts[0], frozen_itemsize=4, teacher_itemsize=4, **size)
     adapters = memory.estimate(empty, trained=counts[1], frozen_itemsize=4, teacher_itemsize=0, **size)
@@ -181,6 +200,67 @@ def test_estimate_counts_what_trains(dense: Path) -> None:
     assert whole.teacher == 4 * parameters
     assert adapters.training == 12 * counts[1] < whole.training / 4
     assert adapters.teacher == 0
+    assert whole.checkpoints == 20 * counts[0]
+
+
+def test_an_estimate_asks_the_recipe_whether_it_is_its_own_teacher(
+    dense: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def keep(estimate: memory.Estimate, device: torch.device) -> None:
+        found.append(estimate)
+        raise MachineError("enough")
+
+    monkeypatch.setattr(memory, "require", keep)
+    for recipe in (("lte", "--options", "group=4"), ("drelu",)):
+        _teal("adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--lora", 2, "--recipe", *recipe)
+    assert found[0].teacher > 0
+    assert found[1].teacher == 0
+
+
+@pytest.mark.parametrize(
+    "flags", [("--options", "vectors=true"), ("--lora", 2, "--recipe", "lte", "--options", "group=4")]
+)
+def test_frozen_weights_in_bfloat16_stay_as_they_are(dense: Path, corpus: Path, flags: tuple[object, ...]) -> None:
+    """Without autocast they are float32 while others train, and are written as they were."""
+    AutoModelForCausalLM.from_pretrained(dense).bfloat16().save_pretrained(dense)
+    size = ("--dataset", corpus, "--tokens", 128, "--seq-len", 64, "--sink-tokens", 2)
+    assert _teal("calibrate", "--model", dense, *size, "--quiet") == 0
+    assert _adapt(dense, corpus, *flags, "--out", "out") == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (dense, "out"))
+    assert after["model.embed_tokens.weight"].dtype == torch.bfloat16
+    frozen = before if "vectors=true" in flags else ("model.embed_tokens.weight",)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+
+
+def test_looks_may_be_closer_than_points_of_the_curve(
+    dense: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_LOGS", 1)
+    size = ("--model", dense, "--dataset", corpus, *_SIZE)
+    assert _teal("adapt", *size, "--recipe", "drelu", "--out", "out", "--quiet") == 0
+    assert [point["step"] for point in read_record(Path("out")).curve if "held_out_loss" in point] == [0, 2, 4]
+
+
+def test_steps_of_all_stages_are_counted(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--model", dense, "--dataset", corpus, *_SIZE)
+    assert _teal("adapt", *size, "--recipe", "lte", "--options", "group=4", "--patience", 0, "--out", "out") == 0
+    record = read_record(Path("out"))
+    assert (record.steps, record.tokens) == (4, 512)
+    assert "step 4 of 4" in capsys.readouterr().err
+
+
+def test_the_result_of_another_run_is_not_replaced(
+    dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--recipe", "relu", "--out", "out", "--quiet")
+    assert _teal(*own) == 0
+    before = read_record(Path("out"))
+    fails(capsys, 2, "(learning_rate differ): name another folder", *own, "--learning-rate", 1e-3)
+    assert read_record(Path("out")) == before
+    assert _teal(*own) == 0
+    assert read_record(Path("out")).seconds != before.seconds
 
 
 def _process(rank: int, port: int, arguments: list[str]) -> None:

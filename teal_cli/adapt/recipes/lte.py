@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
+from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.adapt.recipe import Batch, Outcome, Progress, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Routed, Rule
@@ -44,8 +45,8 @@ class Lte(Recipe):
     1 / ((G - 1/2)^2 + epsilon), which makes routers decide, each a mean over tokens, groups and MLPs, in float32. Hard:
     a group is there or not, routers stay as they are.
 
-    Three departures from the paper. Routers begin with all groups chosen, so that training begins at the model, and not
-    at one that half of its neurons have left. The loss that makes routers decide therefore grows from zero during the
+    Three departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
+    The loss that makes routers decide therefore grows from zero during the
     second half of the soft stage: from the beginning it would hold them where they are. And eta is steered, so that the
     share of groups that is left out is the sparsity that was asked for, unless option `eta` names a number.
     """
@@ -175,10 +176,10 @@ class Lte(Recipe):
             self._collects = False
 
     def realised_sparsity(self) -> float | None:
-        """Share of groups that routers leave out, a mean over tokens and MLPs."""
+        """Share of groups that routers leave out, a mean over tokens, MLPs and processes."""
         if self._logits:
             shares = [(logits.detach() <= 0).float().mean() for logits in self._logits]
-            self._left_out = float(torch.stack(shares).mean())
+            self._left_out = float(mean_over_processes(torch.stack(shares).mean()))
         return self._left_out
 
     def extra_loss(self, progress: Progress) -> Tensor | None:
@@ -190,7 +191,7 @@ class Lte(Recipe):
         if options.eta is not None:
             self._eta = options.eta
         elif self._trains:
-            self._eta = self._steering.weight(at, self._left_out or 0.0, 1 / progress.steps)
+            self._eta = self._steering.weight(at, self._left_out or 0.0, progress.share_of_pass)
         self._separation = options.separation * max(0.0, 2 * at - 1)
         return router_loss(logits, self._eta, self._separation, options.epsilon)
 

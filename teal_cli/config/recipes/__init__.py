@@ -5,9 +5,9 @@ A recipe is here by having a module in this package; its code is the module of t
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class RecipeOptions(BaseModel):
@@ -52,6 +52,14 @@ class L1Options(RecipeOptions):
         if any(not 0 <= weight <= 1e6 for _, weight in stages):
             raise ValueError("weights of stages are numbers from 0 on")
         return stages
+
+    @model_validator(mode="after")
+    def _steered_or_staged(self) -> Self:
+        if self.zeros is not None:
+            for key in ("growth", "stages"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"with option zeros the weight is steered: leave out option {key}")
+        return self
 
 
 def recipe_names() -> list[str]:

@@ -1,8 +1,8 @@
 """Options of recipe lte."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from teal_cli.config.recipes import RecipeOptions
 
@@ -35,3 +35,11 @@ class Options(RecipeOptions):
     routers: Literal["learned", "random"] = Field(
         "learned", description="random: routers that know nothing of the text, to compare with"
     )
+
+    @model_validator(mode="after")
+    def _random_ones_do_not_train(self) -> Self:
+        if self.routers == "random":
+            for key in ("eta", "separation", "epsilon", "bias", "soft", "router_rate"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"random routers do not train: leave out option {key}")
+        return self
