@@ -142,7 +142,7 @@ def main() -> None:
                 continue
             runs.append({"arm": arm, "seed": seed, "settings": settings, **train(options, arm, arms[arm], seed)})
             for share in kept if arms[arm][0] in ("relu", "prosparse") else [0.0]:
-                model = load_model(options.out / arm, device=options.device, dtype="auto")
+                model = load_model(options.out / f"{arm}-{seed}", device=options.device, dtype="auto")
                 if share:
                     set_activation_(model, "fatrelu", gate_quantiles(model, calibration.to(model.device), share))
                 result = {"live_dropped": share, **measure(model, dense, texts)}
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace, arm: str, what: tuple[str, dict[str, Any]], seed: int) -> dict[str, Any]:
-    """One run of `teal adapt`, into OUT/ARM."""
+    """One run of `teal adapt`, into OUT/ARM-SEED."""
     recipe, own = what
     config = AdaptConfig(
         model=options.model,
@@ -169,7 +169,7 @@ def train(options: argparse.Namespace, arm: str, what: tuple[str, dict[str, Any]
         text_weight=options.text_weight,
         device=options.device,
         seed=seed,
-        out=options.out / arm,
+        out=options.out / f"{arm}-{seed}",
     )
     made = step.recipe_class
     if recipe == "dense":

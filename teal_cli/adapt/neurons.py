@@ -29,9 +29,8 @@ class Neurons:
     def __init__(self, model: Any, scales: Tensor | None) -> None:
         self._scales = scales
         self._open = False
-        self._x1: dict[int, Tensor] = {}
-        """What down reads, where its size is asked for. No more is done with it in a pass: where activations are
-        recomputed, a block must do the same both times."""
+        self._again = False
+        self._sizes: dict[int, Tensor] = {}
         self._gates: dict[int, Tensor] = {}
         """Share of zeros of each layer in the last pass."""
         self._hidden: dict[int, Tensor] = {}
@@ -50,12 +49,21 @@ class Neurons:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside it passes are seen; what was seen before is forgotten."""
-        self._x1, self._gates, self._hidden = {}, {}, {}
+        self._sizes, self._gates, self._hidden = {}, {}, {}
         self._open = True
         try:
             yield
         finally:
             self._open = False
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside it blocks run again for their backward pass: they compute what they did, and nothing is kept."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
 
     def let_go(self) -> None:
         """Leave the model as it was."""
@@ -69,8 +77,7 @@ class Neurons:
 
         What was kept of them is let go of.
         """
-        means = {layer: x1.abs().mean(dtype=torch.float32) for layer, x1 in self._x1.items()}
-        sizes, self._x1 = self._stacked(means), {}
+        sizes, self._sizes = self._stacked(self._sizes), {}
         assert self._scales is not None  # noqa: S101  (who asks gave them)
         return (sizes / self._scales.to(sizes.device)).mean()
 
@@ -93,8 +100,10 @@ class Neurons:
     def _see_hidden(self, layer: int, down: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._open:
             self._hidden[layer] = _share_of_zeros(args[0])
-            if self._scales is not None:
-                self._x1[layer] = args[0]
+        if self._scales is not None and (self._open or self._again):
+            size = args[0].abs().mean(dtype=torch.float32)
+            if self._open:
+                self._sizes[layer] = size
 
     def _of_experts(self, layer: int, experts: Experts, both: Tensor) -> Tensor:
         hidden = type(experts).neurons(experts, both)

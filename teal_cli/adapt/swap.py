@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +65,7 @@ class ActivationSwap(Recipe):
 
     def student_pass(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """See `Recipe`."""
-        return nullcontext() if batch.again else self._neurons.watching()
+        return self._neurons.recomputing() if batch.again else self._neurons.watching()
 
     @contextmanager
     def as_dense(self, model: nn.Module) -> Iterator[None]:

@@ -55,6 +55,19 @@ def test_checkpoints_are_safetensors_and_json(tmp_path: Path) -> None:
     assert [file.name for file in folder.iterdir()] == ["checkpoint"]
 
 
+def test_a_checkpoint_copies_only_what_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of safetensors holds no storage twice."""
+    clones, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: clones.append(tensor) or clone(tensor))
+    one, other = torch.arange(6.0), torch.ones(2)
+    state.write(tmp_path, {"a": {"x": one, "y": one[2:4]}, "b": {"x": one, "z": other}}, {})
+    assert len(clones) == 2
+    groups, _ = state.read(tmp_path)
+    assert torch.equal(groups["a"]["y"], one[2:4])
+    assert torch.equal(groups["b"]["x"], one)
+    assert torch.equal(groups["b"]["z"], other)
+
+
 def test_the_state_of_another_run_is_not_taken_up(tmp_path: Path) -> None:
     tiny_run(tmp_path, steps=2, key="another")
     steps: list[int] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
-from teal_cli.adapt.recipe import Setting
+from teal_cli.adapt.recipe import Batch, Setting
 from teal_cli.adapt.recipes.lte import Lte, router_loss
 from teal_cli.adapt.trainer import Plan
 from teal_cli.adapt.write import write_adapted
@@ -196,6 +196,19 @@ def test_eta_is_steered_to_the_sparsity_that_was_asked_for(tmp_path: Path) -> No
     assert share == pytest.approx(0.5, abs=0.15)
     mlp, attention, router = 3 * 64 * 100, 2 * 64 * 64 + 2 * 64 * 32, 64 * 10
     assert trained.outcome.plan.target_sparsity == pytest.approx((share * mlp - router) / (mlp + attention))
+
+
+def test_the_share_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would steer by its own rows, and weigh its routers' loss otherwise."""
+    recipe, model = Lte(_setting()), build_model("llama")
+    recipe.operate_(model, recipe.measure(model, _Rows(2, 1).ids))
+    with torch.no_grad(), recipe.student_pass(model, Batch(_Rows(2, 1).ids, torch.zeros(2, dtype=torch.int64))):
+        model(_Rows(2, 1).ids)
+    alone = recipe.realised_sparsity()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found: found.add_(1.0))  # another that leaves out all
+    assert recipe.realised_sparsity() == pytest.approx((alone + 1) / 2)
 
 
 def test_random_routers_are_the_control(tmp_path: Path) -> None:
