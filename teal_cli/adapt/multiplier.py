@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _RISE = (0.05, 0.6)
 """Shares of the steps between which the wanted share of zeros grows; after that the model trains at it."""
 _QUICK, _SLOW = 10.0, 150.0
-"""By so much the logarithm of the weight changes where the share is wrong by 1: at once, and over a whole run."""
+"""How far the logarithm of the weight moves where the share is wrong by 1: at once, and if it stays so for a run."""
 _TOO_MANY = 0.01
 """Share of zeros above what is wanted at which nothing asks for more: a neuron that is always zero gets no gradient,
 and does not come back when the weight falls."""

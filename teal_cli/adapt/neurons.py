@@ -15,7 +15,7 @@ from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts
 
 _MOST_GATES = 1 << 18
-"""A quantile is made of so many live gates at most, of each layer and sequence: sorting all would take long."""
+"""A quantile is made of about so many live gates, of each layer and sequence: sorting all would take long."""
 
 
 class Neurons:

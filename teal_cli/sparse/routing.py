@@ -167,7 +167,7 @@ def random_weights_(router: Router, generator: torch.Generator) -> None:
 def biases_for(router: Router, x: Tensor, share: float) -> Tensor:
     """(groups,) float32: the biases by which each group is left out at a share of these tokens.
 
-    Each group has its own quantile. So no group is chosen for all tokens, and each is chosen for some.
+    Each group has its own quantile: each is left out as often as the others.
 
     Args:
         router: with weights.

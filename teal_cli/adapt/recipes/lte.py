@@ -46,9 +46,9 @@ class Lte(Recipe):
     a group is there or not, routers stay as they are.
 
     Three departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
-    The loss that makes routers decide therefore grows from zero during the
-    second half of the soft stage: from the beginning it would hold them where they are. And eta is steered, so that the
-    share of groups that is left out is the sparsity that was asked for, unless option `eta` names a number.
+    The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from the
+    beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
+    is the sparsity that was asked for, unless option `eta` names a number.
     """
 
     name = "lte"
