@@ -49,6 +49,7 @@ def _publish(folder: Path) -> dict[str, Tensor]:
 
 def test_a_published_folder_becomes_a_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several shards, once; and transformers' names of experts."""
+    monkeypatch.setenv("TEAL_HOME", str(tmp_path / "home"))  # where no other test has converted the same weights
     monkeypatch.setattr(mxfp4, "_SHARD_BYTES", 1 << 17)
     expected = _publish(tmp_path / "published")
     said: list[str] = []
