@@ -199,7 +199,28 @@ def token_blocks(
     count = tokens // seq_len
     if dataset == "self":
         return _sampled(model, tokenizer, count=count, seq_len=seq_len, seed=seed, half=half, together=together)
-    documents = half_of(load_documents(dataset), half)
+    part = "" if half == "all" else f" (its {half} half)"
+    return cut_documents(
+        half_of(load_documents(dataset), half), tokenizer, count, seq_len, seed, what=f"the text of {dataset}{part}"
+    )
+
+
+def cut_documents(
+    documents: Sequence[str], tokenizer: Any, count: int, seq_len: int, seed: int, *, what: str
+) -> Tensor:
+    """(at most count, seq_len) int64 of documents, one behind the other, in an order that the seed gives.
+
+    Args:
+        documents: as many as are needed are encoded.
+        tokenizer: of the model.
+        count: sequences.
+        seq_len: tokens of each.
+        seed: of the order.
+        what: for an error, whose text it is.
+
+    Raises:
+        ArtefactError: the text is shorter than one sequence.
+    """
     order = array("q", range(len(documents)))
     random.Random(seed).shuffle(order)
     stream: list[int] = []
@@ -209,9 +230,8 @@ def token_blocks(
             break
     found = min(count, len(stream) // seq_len)
     if found == 0:
-        part = "" if half == "all" else f" (its {half} half)"
         raise ArtefactError(
-            f"the text of {dataset}{part} has {len(stream)} tokens, fewer than one sequence of {seq_len}: "
+            f"{what} has {len(stream)} tokens, fewer than one sequence of {seq_len}: "
             "use more text or a smaller --seq-len"
         )
     return torch.tensor(stream[: found * seq_len], dtype=torch.int64).view(found, seq_len)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from teal_cli.data import Some, half_of, load_documents, token_blocks
+from teal_cli.data import Some, cut_documents, half_of, load_documents, token_blocks
 from teal_cli.errors import ArtefactError
-from teal_cli.models.tokenizing import encode
 
 _HELD_OUT = 16
 """One document of so many."""
@@ -72,8 +71,9 @@ class Pool:
             self.held_out, self.sequences = both[:validation], both[validation:]
             return
         train, held_out = _slices(half_of(load_documents(dataset), "calibration"))
-        self.sequences = _cut(dataset, train, tokenizer, seq_len, wanted, seed)
-        self.held_out = _cut(dataset, held_out, tokenizer, seq_len, validation, seed)
+        what = f"a slice of the text of {dataset}"
+        self.sequences = cut_documents(train, tokenizer, wanted, seq_len, seed, what=what)
+        self.held_out = cut_documents(held_out, tokenizer, validation, seq_len, seed, what=what)
 
     def order(self) -> Iterator[int]:
         """Numbers of sequences without end: each of them once, shuffled, then all of them again."""
@@ -83,24 +83,6 @@ class Pool:
             random.Random(f"{self.seed} {epoch}").shuffle(order)
             yield from order
             epoch += 1
-
-
-def _cut(dataset: str, documents: Sequence[str], tokenizer: Any, seq_len: int, count: int, seed: int) -> Tensor:
-    """(at most count, seq_len) int64 of documents in an order that the seed gives."""
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    stream: list[int] = []
-    for index in order:
-        stream.extend(encode(tokenizer, documents[index]))
-        if len(stream) >= count * seq_len:
-            break
-    found = min(count, len(stream) // seq_len)
-    if found == 0:
-        raise ArtefactError(
-            f"a slice of the text of {dataset} has {len(stream)} tokens, fewer than one sequence of {seq_len}: "
-            "use more text or a smaller --seq-len"
-        )
-    return torch.tensor(stream[: found * seq_len], dtype=torch.int64).view(found, seq_len)
 
 
 class Text(Dataset[dict[str, Tensor]]):

@@ -1,6 +1,6 @@
 """The neurons of MLPs and experts: what is seen of them in a pass, measured of them on text, and their signs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -13,6 +13,9 @@ from teal_cli.models.activations import activation_name, block_number, gated_lay
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+"""Told a module and what it is called with, before it is."""
 
 _MOST_GATES = 1 << 18
 """A quantile is made of about so many live gates, of each layer and sequence: sorting all would take long."""
@@ -148,22 +151,27 @@ def measure(model: Any, sequences: Tensor) -> dict[str, Tensor]:
         before = energies[layer]
         energies[layer] = (found[0], found[1]) if before is None else (before[0] + found[0], before[1] + found[1])
 
-    hooks = []
+    hooks: list[tuple[nn.Module, Hook]] = []
     for layer, (module, down) in enumerate(zip(modules, downs, strict=True)):
-        act = getattr(module, activation_name(module))
-        hooks.append(act.register_forward_pre_hook(partial(see_gate, layer)))
-        hooks.append(down.register_forward_pre_hook(partial(see_hidden, layer)))
-    try:
-        for sequence in sequences.split(1):
-            run_text(model, sequence)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        hooks.append((getattr(module, activation_name(module)), partial(see_gate, layer)))
+        hooks.append((down, partial(see_hidden, layer)))
+    _run_seen(model, sequences, hooks)
     measured = {"scales": torch.tensor(sizes)}
     for layer, pair in enumerate(energies):
         if pair is not None:
             measured[f"above.{layer}"], measured[f"below.{layer}"] = (energy.cpu() for energy in pair)
     return measured
+
+
+def _run_seen(model: Any, sequences: Tensor, hooks: Iterable[tuple[nn.Module, Hook]]) -> None:
+    """Run sequences, one at a time, while each hook sees what its module is called with."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        for sequence in sequences.split(1):
+            run_text(model, sequence)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def flip_signs_(model: Any, measured: Mapping[str, Tensor]) -> float:
@@ -227,16 +235,9 @@ def gate_quantiles(model: Any, sequences: Tensor, share: float) -> list[float]:
         found = args[0][args[0] > 0].float()
         live[block].append(found[:: max(1, len(found) // _MOST_GATES)].cpu())
 
-    hooks = []
-    for path, module in neuron_modules(model):
-        act = getattr(module, activation_name(module))
-        hooks.append(act.register_forward_pre_hook(partial(see, block_number(path))))
-    try:
-        for sequence in sequences.split(1):
-            run_text(model, sequence)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = neuron_modules(model)
+    hooks = [(getattr(module, activation_name(module)), partial(see, block_number(path))) for path, module in modules]
+    _run_seen(model, sequences, hooks)
     found = [torch.cat([torch.zeros(0), *each]).sort().values for each in live]
     return [float(gates[int(share * len(gates))]) if len(gates) else 0.0 for gates in found]
 
