@@ -1,18 +1,17 @@
 """The gated MLP that decodes gate first: rows of `up` and columns of `down` only for neurons that live."""
 
-from typing import cast
-
 from torch import Tensor, nn
 
-from teal_cli.checkpoint.rules import Rule, Zeros
+from teal_cli.checkpoint.rules import Zeros
 from teal_cli.sparse.context import PassContext, decide
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.counting import SparsityCounter
+from teal_cli.sparse.gated_module import GatedModule
 from teal_kernels import resolve_backend
 from teal_kernels.gate_first import GateActivation, gate_first, gated_hidden
 
 
-class GateFirstMLP(nn.Module):
+class GateFirstMLP(GatedModule):
     """Takes the place of down(activation(gate(x)) * up(x)), with the same layers under the same names.
 
     While one token a row is decoded, the gate product decides which neurons live, and `up` is
@@ -36,25 +35,12 @@ class GateFirstMLP(nn.Module):
         path: str,
         control: SparsityControl,
     ) -> None:
-        super().__init__()
-        for name, child in mlp.named_children():  # keys of the state dict stay what they are
-            self.add_module(name, child)
-        self.train(mlp.training)
-        self.names = names
+        super().__init__(mlp, names, Zeros(), path=path, control=control)
         self.activation = activation
-        self.path = path
-        self.control = control
-        self.rule: Rule = Zeros()
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"gate first, {self.activation}"
-
-    @property
-    def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """gate, up and down."""
-        gate, up, down = (cast(nn.Linear, getattr(self, name)) for name in self.names)
-        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens, in); what is skipped `decide` says."""

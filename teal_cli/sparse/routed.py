@@ -5,16 +5,17 @@ are routers of two layers with groups of one. What is left out is zero whatever 
 too: without its routers a model is another function.
 """
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
-from teal_cli.checkpoint.rules import Routed, Rule
+from teal_cli.checkpoint.rules import Routed
 from teal_cli.sparse.context import PassContext, decide
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.counting import SparsityCounter
+from teal_cli.sparse.gated_module import GatedModule
 from teal_kernels import resolve_backend
 from teal_kernels.gate_first import gathered_products
 
@@ -64,7 +65,7 @@ def chosen_by(logits: Tensor) -> Tensor:
     return (logits <= 0).logical_not_()
 
 
-class RoutedMLP(nn.Module):
+class RoutedMLP(GatedModule):
     """Takes the place of down(activation(gate(x)) * up(x)), with the same layers under the same names, and a router.
 
     Every pass is routed, a dense one too. While one token a row is decoded, only what is chosen is read: of gate and
@@ -93,15 +94,9 @@ class RoutedMLP(nn.Module):
         path: str,
         control: SparsityControl,
     ) -> None:
-        super().__init__()
-        for name, child in mlp.named_children():  # keys of the state dict stay what they are
-            self.add_module(name, child)
-        self.train(mlp.training)
-        self.names, self.activation = names, activation
+        super().__init__(mlp, names, rule, path=path, control=control)
+        self.activation = activation
         self.activates_up: bool = getattr(mlp, "activates_up", False)
-        self.path = path
-        self.control = control
-        self.rule: Rule = rule
         self.group = rule.group
         self.soft = False
         """Whether neurons are multiplied by the sigmoid of their group's logit, all of them: the first stage of LTE."""
@@ -114,12 +109,6 @@ class RoutedMLP(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"rule={self.rule}, soft={self.soft}"
-
-    @property
-    def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """gate, up and down."""
-        gate, up, down = (cast(nn.Linear, getattr(self, name)) for name in self.names)
-        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., tokens, in) -> (..., tokens, in)"""
