@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapted_quality import figures_of
 from rich.console import Console
 
 from teal_cli.api import adapt_model, evaluate
@@ -111,14 +112,7 @@ class Benchmark:
         for name, text in self.texts.items():
             tokens = {"tokens": options.eval_tokens, "seq_len": min(1024, options.eval_tokens)}
             result = evaluate(folder, runs=str(options.runs), device=options.device, **tokens, **text)
-            comparison = result.runs[0].comparison  # type: ignore[union-attr]
-            found[name] = {
-                "perplexity_ratio": comparison.ratio,
-                "stderr": comparison.ratio_stderr,
-                "kl": comparison.kl,
-                "realised_sparsity": comparison.realised_sparsity,
-                "bytes_per_token": result.runs[0].bytes_per_token,  # type: ignore[union-attr]
-            }
+            found[name] = figures_of(result)
         return found
 
     def table(self) -> PlainTable:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapted_quality import figures_of
 
 import teal_cli
 from teal_cli.atomic import write_json
@@ -95,14 +96,7 @@ def main() -> None:
             result = teal_cli.evaluate(
                 model, runs=str(options.runs), device=options.device, tokens=options.eval_tokens, **text, **more
             )
-            comparison = result.runs[0].comparison  # type: ignore[union-attr]
-            found[name] = {
-                "perplexity_ratio": comparison.ratio,
-                "stderr": comparison.ratio_stderr,
-                "kl": comparison.kl,
-                "realised_sparsity": comparison.realised_sparsity,
-                "bytes_per_token": result.runs[0].bytes_per_token,  # type: ignore[union-attr]
-            }
+            found[name] = figures_of(result)
         return found
 
     def keep(list_name: str, entry: dict[str, Any]) -> None:

@@ -43,6 +43,27 @@ def plan_of(model: Any, threshold: float = 0.3) -> SparsityPlan:
     return SparsityPlan("uniform", 0.5, rules)
 
 
+def training_plan(folder: Path, rate: float, patience: int = 0) -> Plan:
+    """How a tiny model is trained: every step is logged, every second one kept."""
+    return Plan(
+        folder=folder,
+        batch_size=BATCH,
+        processes=1,
+        accumulate=1,
+        learning_rate=rate,
+        warmup=0.2,
+        schedule="cosine",
+        clip=1.0,
+        bf16=False,
+        on_cpu=True,
+        log_every=1,
+        evaluate_every=2,
+        save_every=2,
+        patience=patience,
+        seed=0,
+    )
+
+
 def tiny_run(
     folder: Path,
     *,
@@ -61,29 +82,12 @@ def tiny_run(
     model = build_model("llama")
     dense = copy.deepcopy(model)
     setting = Setting(options_of(recipe)(**options), 0, 0.5, lora, plan_of(model))
-    plan = Plan(
-        folder=folder,
-        batch_size=BATCH,
-        processes=1,
-        accumulate=1,
-        learning_rate=rate,
-        warmup=0.2,
-        schedule="cosine",
-        clip=1.0,
-        bf16=False,
-        on_cpu=True,
-        log_every=1,
-        evaluate_every=2,
-        save_every=2,
-        patience=patience,
-        seed=0,
-    )
     text = Rows(STEPS * BATCH, 1, distinct)
     return model, run(
         Run(
             model=model,
             recipe=recipe_class(recipe)(setting),
-            plan=plan,
+            plan=training_plan(folder, rate, patience),
             steps=steps,
             text=text,
             held_out=Rows(BATCH, 2 if distinct is None else 1),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapt_runs import BATCH, TOKENS, training_plan
 from conftest import VOCABULARY, build_model, build_tokenizer
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
 from teal_cli.adapt.recipe import Batch, Setting
 from teal_cli.adapt.recipes.lte import Lte, router_loss
-from teal_cli.adapt.trainer import Plan
 from teal_cli.adapt.write import write_adapted
 from teal_cli.checkpoint.calibration import CalibrationInfo
 from teal_cli.config.recipes.lte import Options
@@ -25,7 +25,7 @@ from teal_cli.model_loading import load_model
 from teal_cli.sparse import Routed, control_of
 from teal_cli.sparse.routing import routed_mlps, shares_left_out
 
-STEPS, BATCH, TOKENS, GROUP = 6, 4, 24, 10
+STEPS, GROUP = 6, 10
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -57,28 +57,11 @@ def _run(
 ) -> tuple[Any, Trained]:
     model: Any = build_model("llama")
     dense = copy.deepcopy(model)
-    plan = Plan(
-        folder=folder,
-        batch_size=BATCH,
-        processes=1,
-        accumulate=1,
-        learning_rate=rate,
-        warmup=0.2,
-        schedule="cosine",
-        clip=1.0,
-        bf16=False,
-        on_cpu=True,
-        log_every=1,
-        evaluate_every=2,
-        save_every=2,
-        patience=0,
-        seed=0,
-    )
     text = _Rows(steps * BATCH, 1)
     setup = Run(
         model=model,
         recipe=recipe(_setting(lora, **options)),
-        plan=plan,
+        plan=training_plan(folder, rate),
         steps=steps,
         text=text,
         held_out=_Rows(4, 2),

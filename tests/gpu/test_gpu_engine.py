@@ -21,7 +21,6 @@ from teal_cli.console import QUIET
 from teal_cli.decode import choice
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
-from teal_cli.decode.paths import fused_launch
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.model_loading import load_model
@@ -32,8 +31,6 @@ from teal_cli.quantise.model import pack_, quantise_
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import control_of, sparse_layers, sparsify_
 from teal_cli.steps.evaluate import evaluate
-from teal_kernels.triton_gemv import TileConfig
-from teal_kernels.tuning import choose_config
 
 GREEDY = SamplingConfig()
 GIB = 1 << 30
@@ -51,16 +48,6 @@ def _decoded(model: torch.nn.Module, rows: int, backend: str) -> tuple[torch.Ten
     with control.counting() as counter:
         steps = [engine.step(ids[:, i : i + 1], cache).clone() for i in range(20, 40)]
     return torch.stack(steps).double(), counter.model_wide()
-
-
-@pytest.fixture
-def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch skips as one row would, however little is left out: the reference masks always."""
-
-    def choose(device: torch.device, *, rows: int, **product: Any) -> TileConfig:
-        return choose_config(device, rows=1, **product)
-
-    monkeypatch.setattr(fused_launch, "choose_config", choose)
 
 
 def _error(logits: torch.Tensor, truth: torch.Tensor) -> float:

@@ -1,28 +1,24 @@
 """Gate first as a step of a decoded token on a real GPU: the launch behind others, and whole sessions."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from gpu_sessions import decoded
 from intrinsic_models import KINDS, save_kind
 from torch import Tensor
 from torch.nn.functional import linear
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Rule, Threshold
-from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused_launch
 from teal_cli.model_loading import load_model
 from teal_cli.models.architectures import find_projections
-from teal_cli.sparse import control_of, make_intrinsic_
+from teal_cli.sparse import make_intrinsic_
 from teal_kernels import KEEP_ALL
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first, step_config
 from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
-from teal_kernels.tuning import choose_config
 
 # Relative norm error: float32 sums, and for 16 bits the roundings of x, gate, up and product; relu has no step.
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -136,29 +132,6 @@ def test_rows_of_dead_neurons_are_not_read(rows: int) -> None:
     assert torch.equal(case.run(config, False), expected)
 
 
-@pytest.fixture
-def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch skips as one row would, however little is left out: the reference masks always."""
-
-    def choose(device: torch.device, *, rows: int, **product: object) -> TileConfig:
-        return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(fused_launch, "choose_config", choose)
-
-
-def _decoded(model: torch.nn.Module, rows: int, path: str, dense: bool) -> tuple[Tensor, dict[str, float]]:
-    """Logits of 20 steps, float64, and realised sparsity."""
-    control = control_of(model)
-    control.backend = {"fused": "triton", "general": "reference"}[path]
-    engine = Engine(model, path=path)
-    ids = torch.randint(2, VOCABULARY, (rows, 40), generator=torch.Generator().manual_seed(0)).cuda()
-    cache = engine.new_cache(40)
-    engine.prefill(ids[:, :20], cache)
-    with control.counting() as counter, control.switched_off() if dense else nullcontext():
-        steps = [engine.step(ids[:, i : i + 1], cache).clone() for i in range(20, 40)]
-    return torch.stack(steps).double(), counter.by_projection()
-
-
 @torch.no_grad()
 @pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -179,9 +152,9 @@ def test_sessions_against_the_reference(tmp_path: Path, kind: str, rows: int, th
         models.append(model)
     models[-1].load_state_dict(models[0].state_dict())
     for dense in (False, True):
-        truth, _ = _decoded(models[-1], rows, "general", dense)
-        expected, counted = _decoded(models[0], rows, "general", dense)
-        logits, realised = _decoded(models[0], rows, "fused", dense)
+        truth, _ = decoded(models[-1], rows, "general", dense)
+        expected, counted = decoded(models[0], rows, "general", dense)
+        logits, realised = decoded(models[0], rows, "fused", dense)
         errors = [float((found - truth).norm() / truth.norm()) for found in (logits, expected)]
         if dtype == "float32":
             assert errors[0] < 1e-4

@@ -1,24 +1,19 @@
 """Routed MLPs on a real GPU: the launches behind others, and whole sessions."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from conftest import VOCABULARY
+from gpu_sessions import decoded
 from routed_models import routed
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused_launch
-from teal_cli.sparse import control_of, lay_out_
+from teal_cli.sparse import lay_out_
 from teal_kernels import KEEP_ALL
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.operands import Norm, Scratch
 from teal_kernels.triton_gate_first import GateLayer
 from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
 from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups, routed_config
-from teal_kernels.tuning import choose_config
 
 # Relative norm error, as for gate first: float32 sums, and for 16 bits the roundings of x, gate, up and product.
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -143,29 +138,6 @@ def test_rows_of_groups_that_are_left_out_are_not_read(rows: int) -> None:
     assert torch.equal(case.run(), expected)
 
 
-@pytest.fixture
-def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch skips as one row would, however little is left out: the reference masks always."""
-
-    def choose(device: torch.device, *, rows: int, **product: object) -> TileConfig:
-        return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(fused_launch, "choose_config", choose)
-
-
-def _decoded(model: torch.nn.Module, rows: int, path: str, dense: bool) -> tuple[Tensor, dict[str, float]]:
-    """Logits of 20 steps, float64, and realised sparsity."""
-    control = control_of(model)
-    control.backend = {"fused": "triton", "general": "reference"}[path]
-    engine = Engine(model, path=path)
-    ids = torch.randint(2, VOCABULARY, (rows, 40), generator=torch.Generator().manual_seed(0)).cuda()
-    cache = engine.new_cache(40)
-    engine.prefill(ids[:, :20], cache)
-    with control.counting() as counter, control.switched_off() if dense else nullcontext():
-        steps = [engine.step(ids[:, i : i + 1], cache).clone() for i in range(20, 40)]
-    return torch.stack(steps).double(), counter.by_projection()
-
-
 @torch.no_grad()
 @pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
@@ -175,8 +147,8 @@ def test_sessions_against_the_reference(group: int, rank: int | None, rows: int)
     model = routed(group, rank).cuda()
     lay_out_(model)
     for dense in (False, True):
-        expected, counted = _decoded(model, rows, "general", dense)
-        logits, realised = _decoded(model, rows, "fused", dense)
+        expected, counted = decoded(model, rows, "general", dense)
+        logits, realised = decoded(model, rows, "fused", dense)
         assert float((logits - expected).norm() / expected.norm()) < 1e-4
         assert realised == pytest.approx(counted, abs=1e-9)
         assert bool(realised) != dense

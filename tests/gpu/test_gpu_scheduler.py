@@ -10,24 +10,12 @@ from conftest import VOCABULARY, build_family
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths import fused_launch
 from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import apply_plan_, sparsify_
-from teal_kernels.tuning import choose_config
-
-
-@pytest.fixture
-def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows skip as one row would: a product that is read whole for some rows would give another text."""
-
-    def choose(device: torch.device, *, rows: int, **product: object) -> object:
-        return choose_config(device, rows=1, **product)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(fused_launch, "choose_config", choose)
 
 
 def half_plan(model: torch.nn.Module, factor: float = 1.0) -> SparsityPlan:
