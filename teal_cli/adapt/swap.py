@@ -56,12 +56,16 @@ class ActivationSwap(Recipe):
         """See `Recipe`."""
         self._places: list[tuple[Any, Any]] = [(module, type(module)) for _, module in neuron_modules(model)]
         self._dense = [getattr(module, activation_name(module)) for module, _ in self._places]
-        set_activation_(model, self.activation)
+        self.swap_(model)
         self._steering = None
         if self._l1 is not None and self._l1.zeros is not None:
             self._steering = Steering(self._l1.l1, self._l1.zeros)
         self._neurons = Neurons(model, None if self._l1 is None else measured["scales"])
         self._zeros, self._weight = (0.0, 0.0), 0.0
+
+    def swap_(self, model: nn.Module) -> None:
+        """Put the activation in its place."""
+        set_activation_(model, self.activation)
 
     def student_pass(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """See `Recipe`."""

@@ -1,11 +1,13 @@
 """transformers' Trainer for one stage: its loop, processes and precision; our loss, checkpoints, early stopping."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -51,6 +53,7 @@ class AdaptTrainer(Trainer):
     ) -> None:
         self.student, self.stage, self.plan, self.held, self.tell = student, stage, plan, held, tell
         self.on_step = on_step
+        self._saved = time.monotonic()
         self.trainable = list(trainable)
         student.at, student.accumulate = (stage.name, 0, stage.steps), plan.accumulate
         steps = max(1, min(plan.evaluate_every, stage.steps))
@@ -72,8 +75,7 @@ class AdaptTrainer(Trainer):
             eval_strategy="steps",
             eval_steps=steps,
             eval_on_start=not resumes,
-            save_strategy="steps",
-            save_steps=max(1, plan.save_every),
+            save_strategy="no",  # `_Steps` says when
             report_to=[],
             ddp_find_unused_parameters=False,
             disable_tqdm=True,
@@ -145,6 +147,18 @@ class AdaptTrainer(Trainer):
         """Of the learning rate, which Trainer has made by now."""
         return self.lr_scheduler
 
+    def is_checkpoint_due(self) -> bool:
+        """Whether the last one is old enough; of several processes the first one's clock counts.
+
+        A checkpoint of all weights holds five times their bytes: written at every look, it would take longer than a
+        short run's training.
+        """
+        due = [time.monotonic() - self._saved >= self.plan.save_seconds]
+        broadcast_object_list(due)
+        if due[0]:
+            self._saved = time.monotonic()
+        return due[0]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Our own form of a checkpoint, whole or not at all, in the place of the one before. Rank 0 writes."""
         student = self.student
@@ -207,7 +221,7 @@ class AdaptTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the student where the run stands, and ends a stage that gets no better."""
+    """Tells the student where the run stands, asks for checkpoints, and ends a stage that gets no better."""
 
     def __init__(self, trainer: AdaptTrainer) -> None:
         self._trainer = trainer
@@ -219,9 +233,10 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.on_step(state.global_step)
         if state.global_step >= state.max_steps:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics is not None and self._trainer.note_evaluation(float(metrics["eval_loss"])):
-            control.should_training_stop = True
-            control.should_save = True
+        if metrics is None:
+            return
+        control.should_training_stop |= self._trainer.note_evaluation(float(metrics["eval_loss"]))
+        control.should_save = state.global_step > 0 and self._trainer.is_checkpoint_due()

@@ -58,7 +58,8 @@ class Plan:
     on_cpu: bool
     log_every: int
     evaluate_every: int
-    save_every: int
+    save_seconds: float
+    """Least time between two checkpoints; each is written where the model is evaluated."""
     patience: int
     """Evaluations without a better one after which a stage ends; 0: never."""
     seed: int

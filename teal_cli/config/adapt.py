@@ -90,7 +90,10 @@ class AdaptConfig(OneAllocation):
     )
     held_out_tokens: int = Field(16384, ge=1, lt=MOST, description="tokens that are held out, to see when to stop")
     evaluate_every: int | None = Field(
-        None, ge=1, lt=MOST, description="steps between two looks at them, and two checkpoints (default: a tenth)"
+        None, ge=1, lt=MOST, description="steps between two looks at them (default: a tenth)"
+    )
+    checkpoint_minutes: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="least time between two checkpoints, which are written after a look"
     )
     patience: int = Field(4, ge=0, lt=MOST, description="looks without a gain after which a stage ends; 0: never")
     recompute: bool = Field(

@@ -256,7 +256,7 @@ def _train(
         on_cpu=model.device.type == "cpu",
         log_every=next(divisors, every),
         evaluate_every=every,
-        save_every=every,
+        save_seconds=60 * config.checkpoint_minutes,
         patience=config.patience,
         seed=config.seed,
     )

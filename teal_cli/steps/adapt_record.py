@@ -28,6 +28,8 @@ from teal_cli.version import __version__
 from teal_cli.versions import device_description, library_versions, now
 from teal_cli.workspace import Workspace
 
+_OF_NO_WEIGHT = ("runs", "out", "model", "checkpoint_minutes")
+"""Keys that weights at the end do not depend on, and the model, of which there are digests."""
 MEASURED_ON = 16384
 """Tokens of the training text that thresholds are set on, and recipes measure on."""
 
@@ -54,7 +56,7 @@ class Reads:
 
 def settings_of(config: AdaptConfig) -> dict[str, Any]:
     """What the weights at the end depend on, of the configuration; as JSON gives it back."""
-    settings = {key: value for key, value in config.settings().items() if key not in ("runs", "out", "model")}
+    settings = {key: value for key, value in config.settings().items() if key not in _OF_NO_WEIGHT}
     found: dict[str, Any] = json.loads(json.dumps(settings))
     return found
 
@@ -73,7 +75,7 @@ def check_place(config: AdaptConfig, workspace: Workspace, out: Path) -> None:
         found = read_record(out)
     except ArtefactError:  # damaged: nothing is lost
         return
-    before = {key: value for key, value in found.settings.items() if key not in ("runs", "out", "model")}
+    before = {key: value for key, value in found.settings.items() if key not in _OF_NO_WEIGHT}
     mine = settings_of(config)
     differing = sorted(key for key in before.keys() | mine.keys() if before.get(key) != mine.get(key))
     source, trained = source_of(config, workspace), found.parent or found.source

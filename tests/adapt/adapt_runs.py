@@ -43,7 +43,7 @@ def plan_of(model: Any, threshold: float = 0.3) -> SparsityPlan:
     return SparsityPlan("uniform", 0.5, rules)
 
 
-def training_plan(folder: Path, rate: float, patience: int = 0) -> Plan:
+def training_plan(folder: Path, rate: float, patience: int = 0, save_seconds: float = 0.0) -> Plan:
     """How a tiny model is trained: every step is logged, every second one kept."""
     return Plan(
         folder=folder,
@@ -58,7 +58,7 @@ def training_plan(folder: Path, rate: float, patience: int = 0) -> Plan:
         on_cpu=True,
         log_every=1,
         evaluate_every=2,
-        save_every=2,
+        save_seconds=save_seconds,
         patience=patience,
         seed=0,
     )
@@ -74,6 +74,7 @@ def tiny_run(
     key: str = "the run",
     rate: float = 2e-3,
     patience: int = 0,
+    save_seconds: float = 0.0,
     distinct: int | None = None,
     recipe: str = "recover",
     **options: object,
@@ -87,7 +88,7 @@ def tiny_run(
         Run(
             model=model,
             recipe=recipe_class(recipe)(setting),
-            plan=training_plan(folder, rate, patience),
+            plan=training_plan(folder, rate, patience, save_seconds),
             steps=steps,
             text=text,
             held_out=Rows(BATCH, 2 if distinct is None else 1),

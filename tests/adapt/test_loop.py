@@ -7,7 +7,7 @@ import torch
 from adapt_runs import BATCH, STEPS, Rows, plan_of, tiny_run
 from conftest import build_model
 
-from teal_cli.adapt import lora, state
+from teal_cli.adapt import followed, lora, state
 from teal_cli.adapt.loop import forget
 from teal_cli.adapt.state import checkpoint_in
 from teal_cli.errors import ArtefactError
@@ -26,7 +26,9 @@ class _KilledError(Exception):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, kind: str) -> None:
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followed, "_EVERY", 1)
+
     def kill(step: int) -> None:
         if step == 3:  # one step after a checkpoint
             raise _KilledError
@@ -103,13 +105,33 @@ def test_the_best_weights_are_kept_and_a_run_that_gets_worse_ends(tmp_path: Path
 
 def test_training_brings_the_student_nearer(tmp_path: Path) -> None:
     before = build_model("llama").state_dict()
-    model, trained = tiny_run(tmp_path, rate=1e-3, distinct=BATCH)
+    model, trained = tiny_run(tmp_path, rate=1e-3, distinct=BATCH, thresholds="fixed")
     losses = [p["held_out_loss"] for p in trained.curve if "held_out_loss" in p]  # here of the text itself
     assert losses[0] > losses[1] > losses[2]
     assert all(0.2 < p["sparsity"] < 0.4 for p in trained.curve)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() - changed == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_followed_thresholds_keep_their_sparsity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followed, "_EVERY", 1)
+    monkeypatch.setattr(followed, "_RATE", 0.5)
+    shares = {}
+    for how in ("fixed", "followed"):  # the plan says 0.5, and its thresholds give 0.3
+        _, trained = tiny_run(tmp_path / how, distinct=BATCH, thresholds=how)
+        shares[how] = [p["sparsity"] for p in trained.curve if "held_out_loss" in p]
+    assert shares["followed"][0] == shares["fixed"][0] < 0.4
+    assert shares["fixed"][-1] < 0.4
+    assert shares["followed"][-1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_checkpoint_waits_for_its_time(tmp_path: Path) -> None:
+    _, trained = tiny_run(tmp_path / "often")
+    assert checkpoint_in(tmp_path / "often") is not None
+    _, again = tiny_run(tmp_path / "seldom", save_seconds=1e6)
+    assert checkpoint_in(tmp_path / "seldom") is None
+    assert again.curve == trained.curve
 
 
 def test_only_what_was_asked_for_trains(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from adapt_runs import BATCH, TOKENS, training_plan
 from conftest import VOCABULARY, build_model, build_tokenizer
 from torch import Tensor
 
+from teal_cli.adapt import followed
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
 from teal_cli.adapt.recipe import Batch, Setting
@@ -266,3 +267,23 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert resumed.curve == undisturbed.curve
     assert resumed.outcome == undisturbed.outcome
+
+
+def test_routers_of_the_hard_stage_keep_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the hidden states change under them; a run that is killed there ends the same."""
+    monkeypatch.setattr(followed, "_EVERY", 1)
+    monkeypatch.setattr(followed, "_RATE", 0.5)
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    whole, undisturbed = _run(tmp_path / "whole", rate=2e-2)
+    shares = [p["sparsity"] for p in undisturbed.curve if p["stage"] == 1.0]
+    assert shares[-1] == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "killed", rate=2e-2, on_step=kill)
+    again, resumed = _run(tmp_path / "killed", rate=2e-2)
+    before, after = whole.state_dict(), again.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert resumed.curve == undisturbed.curve

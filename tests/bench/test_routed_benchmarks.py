@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import TINY_CONFIGS, save_tiny
+from conftest import TINY_CONFIGS
 
 from teal_cli.models.aliases import Alias, require_alias
 
@@ -47,23 +47,3 @@ def test_tokens_of_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert run["tokens_per_second"]["median"] > 0
         if run["way"] in ("routed", "gate first"):
             assert 0.4 < run["realised"]["neurons"] < 0.8
-
-
-def test_learned_routers_and_their_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a second call has nothing left to do."""
-    module, out = _module("adapt_lte", monkeypatch), tmp_path / "out.json"
-    save_tiny(tmp_path / "dense")
-    (tmp_path / "moby.txt").write_text("Call me Ishmael. " * 400)
-    monkeypatch.setattr(module, "SEEDS", (0,))
-    monkeypatch.setattr(module, "SMALL", {"tokens": 128, "seq_len": 16, "batch_size": 4, "held_out_tokens": 16})
-    arguments = ("--model", tmp_path / "dense", "--group", 4, "--text", tmp_path / "moby.txt", "--eval-tokens", 128)
-    shared = (*arguments, "--quick", "--device", "cpu", "--only", "eta 20", "--runs", tmp_path / "runs", "--json", out)
-    for _ in range(2):
-        _run(module, monkeypatch, *shared)
-    results = json.loads(out.read_text())["results"]
-    assert [each["arm"] for each in results] == ["eta 20", "eta 20, random"]
-    assert results[1]["settings"]["options"]["routers"] == "random"
-    for each in results:
-        assert set(each["texts"]) == {"sotu", "moby"}
-        assert each["texts"]["moby"]["perplexity_ratio"] > 0
-    assert results[1]["groups_left_out"] == pytest.approx(max(results[0]["groups_left_out"], 0.01), abs=0.1)

@@ -187,7 +187,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
         for _ in range(6)
     ]
     thresholds = torch.full((3,), 0.3, device=device)
-    nothing = torch.zeros(3, device=device)
+    nothing = torch.zeros(1, device=device)
     weight = torch.ones(size, dtype=torch.bfloat16, device=device)
     cos = torch.ones(256, size // heads, dtype=torch.bfloat16, device=device)
     caches = [random(2, rows, heads, 256, size // heads) for _ in tables]
@@ -210,7 +210,7 @@ def test_launches_that_overlap(rows: int, bits: int, dense: bool) -> None:
             gemv(attended, weights["o"], (size,), nothing, hidden, config, scratch, squares=squares[0], **epilogue)
             norm = Norm(weight, 1e-5, squares[0])
             gated: dict[str, Any] = {"epilogue": "gated", "pdl": pdl, "norm": norm}
-            gemv(hidden, weights["mlp"], (wide, wide), thresholds, activation, config, scratch, **gated)
+            gemv(hidden, weights["mlp"], (wide, wide), thresholds[:2], activation, config, scratch, **gated)
             gemv(activation, weights["down"], (size,), nothing, hidden, config, scratch, squares=squares[1], **epilogue)
 
     token(pdl=False)

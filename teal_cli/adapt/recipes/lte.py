@@ -1,13 +1,14 @@
 """lte: routers choose the groups of neurons that a token needs (Learn To be Efficient, arXiv 2402.06126)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.followed import FollowedRouters
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
 from teal_cli.adapt.processes import mean_over_processes
@@ -43,12 +44,13 @@ class Lte(Recipe):
 
     Soft: each group of neurons is multiplied by its router's sigmoid G; the loss adds eta G^2, which closes groups, and
     1 / ((G - 1/2)^2 + epsilon), which makes routers decide, each a mean over tokens, groups and MLPs, in float32. Hard:
-    a group is there or not, routers stay as they are.
+    a group is there or not, the weights of routers stay as they are.
 
-    Three departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
+    Four departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
     The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from the
     beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
-    is the sparsity that was asked for, unless option `eta` names a number.
+    is the sparsity that was asked for, unless option `eta` names a number. In the hard stage the biases of routers
+    follow the hidden states (`FollowedRouters`): else the model trains until they choose all groups again.
     """
 
     name = "lte"
@@ -127,6 +129,7 @@ class Lte(Recipe):
         self._eta = self._separation = 0.0
         self._left_out: float | None = None
         self._steering = Steering(_FIRST_ETA, self._target)
+        self._followed: FollowedRouters | None = None
         generator = torch.Generator().manual_seed(self.setting.seed)
         for routed in routed_mlps(model):
             random_weights_(routed.router, generator)
@@ -151,6 +154,8 @@ class Lte(Recipe):
         """See `Recipe`."""
         for mlp in routed_mlps(model):
             mlp.soft = stage.name == _SOFT
+        if stage.name == _HARD:
+            self._followed = FollowedRouters([mlp.router for mlp in routed_mlps(model)], self._target)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
@@ -169,8 +174,10 @@ class Lte(Recipe):
         self._collects = not batch.again
         if self._collects:
             self._logits, self._trains = [], model.training
+        follows = self._followed is not None and self._trains and not batch.again
+        followed = self._followed.updated(batch.input_ids.shape) if self._followed and follows else nullcontext()
         try:
-            with self._control.dense():
+            with self._control.dense(), followed:
                 yield
         finally:
             self._collects = False
@@ -202,16 +209,21 @@ class Lte(Recipe):
     def state(self) -> dict[str, Tensor]:
         """See `Recipe`."""
         start = self._steering.start
-        return {"steering": torch.tensor([nan if start is None else start, self._steering.total], dtype=torch.float64)}
+        steering = torch.tensor([nan if start is None else start, self._steering.total], dtype=torch.float64)
+        return {"steering": steering, **({} if self._followed is None else self._followed.state())}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
         start, self._steering.total = state["steering"].tolist()
         self._steering.start = None if start != start else start
+        if self._followed is not None:
+            self._followed.load_state(state)
 
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
+        if self._followed is not None:
+            self._followed.stop()
         for mlp in routed_mlps(model):
             mlp.soft = False
         shares = shares_left_out(model, sequences)

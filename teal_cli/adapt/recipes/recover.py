@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.followed import FollowedThresholds
 from teal_cli.adapt.recipe import Batch, Outcome, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config.recipes.recover import Options
@@ -72,6 +73,7 @@ class Recover(Recipe):
         self._control: SparsityControl = replace_projections_(model, plan.projections)
         self._control.straight_through = self._options.gradient == "straight-through"
         set_thresholds_(model, plan)
+        self._followed = FollowedThresholds(model) if self._options.thresholds == "followed" else None
         self._counter = SparsityCounter()
         self._switches: list[str] = []
         self._vectors: list[_Vector] = []
@@ -100,7 +102,12 @@ class Recover(Recipe):
         """See `Recipe`."""
         control = self._control
         counted = control.uncounted() if batch.again else control.counting(self._counter)
-        with control.masked(batch.dense_prefix), counted:
+        followed: AbstractContextManager[Any] = nullcontext()
+        if self._followed is not None and not batch.again:
+            self._followed.install_()
+            if model.training:
+                followed = self._followed.updated(batch.input_ids.shape)
+        with control.masked(batch.dense_prefix), counted, followed:
             if batch.again:  # blocks are called without their model, whose hook would begin the pass
                 control.begin_pass(model, (batch.input_ids,), {})
             yield
@@ -122,10 +129,21 @@ class Recover(Recipe):
         counted, self._counter = self._counter, SparsityCounter()
         return counted.model_wide()
 
+    def state(self) -> dict[str, Tensor]:
+        """See `Recipe`."""
+        return {} if self._followed is None else self._followed.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Recipe`."""
+        if self._followed is not None:
+            self._followed.load_state(state)
+
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._control.straight_through = False
+        if self._followed is not None:
+            self._followed.stop()
         plan = self._plan
         if any(rule.expected_sparsity for rule in plan.projections.values()):
             plan = recalibrate_(model, plan, sequences, dense_prefix=sequences.shape[1] // 2)

@@ -1,0 +1,240 @@
+"""What follows the hidden states of a model in training, so that its sparsity stays what it is to be.
+
+Hidden states change as weights train. Under thresholds that stand still SmolLM2-135M drifts from 64 to 56 % with
+straight-through gradients, and under routers that stand still from 55 % to 2: it learns to do with less than it will be
+held to.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from teal_cli.checkpoint.rules import Routed, Zeros
+from teal_cli.models.activations import FatReLU
+from teal_cli.sparse.linear import SparseLinear
+from teal_cli.sparse.replace import sparse_layers
+from teal_cli.sparse.routed import Router
+
+_EVERY = 4
+"""Passes from one look to the next."""
+_RATE = 0.1
+"""By how much of the way a threshold goes to what a look finds."""
+_TOKENS = 64
+"""Of a pass, on which quantiles are taken: 37,000 inputs of a layer of 576."""
+
+
+class Followed(ABC):
+    """Looks at modules every few passes, and moves their thresholds towards the quantiles found there.
+
+    Args:
+        modules: their first argument is (sequences, tokens, features), or (some tokens, features) of experts.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
+        self._passes = 0
+        self._shape: torch.Size | None = None
+        self._found: dict[int, Tensor] = {}
+        places = enumerate(self.modules)
+        self._handles = [module.register_forward_pre_hook(self._hook(index)) for index, module in places]
+
+    @abstractmethod
+    def quantile(self, index: int, sample: Tensor) -> Tensor:
+        """0-d float32: where the threshold of a module should be, by (tokens, features) that it is given."""
+
+    @abstractmethod
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """Move the thresholds of some modules towards (modules,) float32, by `_RATE`."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """One tensor of all that a resumed run must have again."""
+
+    @abstractmethod
+    def put(self, values: Tensor) -> None:
+        """Take on what `values` gave."""
+
+    @contextmanager
+    def updated(self, shape: torch.Size) -> Iterator[None]:
+        """Around a pass of so many (sequences, tokens): every few passes, thresholds move after it."""
+        self._passes += 1
+        if self._passes % _EVERY:
+            yield
+            return
+        self._shape = shape
+        try:
+            yield
+        finally:
+            self._shape = None
+        found, self._found = self._found, {}
+        if not found:
+            return
+        wanted = torch.stack(list(found.values()))
+        if dist.is_initialized():  # each process reads its own part of a batch, and all must drop alike
+            dist.all_reduce(wanted)
+            wanted /= dist.get_world_size()
+        with torch.no_grad():
+            self.move(list(found), wanted)
+
+    def _hook(self, index: int) -> Any:
+        @torch.no_grad()
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._shape is None:
+                return
+            sequences, tokens = self._shape
+            late = args[0].detach().flatten(0, -2)
+            if len(late) == sequences * tokens:  # the second half of each sequence, which is never a dense prefix
+                late = late.view(sequences, tokens, -1)[:, -(-tokens // 2) :].flatten(0, 1)
+            self._found[index] = self.quantile(index, late[:: max(1, len(late) // _TOKENS)].float())
+
+        return look
+
+    def state(self) -> dict[str, Tensor]:
+        """For `Recipe.state`."""
+        if not self.modules:
+            return {}
+        return {"followed": self.values(), "passes": torch.tensor(self._passes)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what `state` gave."""
+        if "followed" in state:
+            self._passes = int(state["passes"])
+            self.put(state["followed"])
+
+    def stop(self) -> None:
+        """Look no more."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class FollowedThresholds(Followed):
+    """Of sparse layers: the share of inputs that their rules expect to drop.
+
+    Args:
+        model: with sparse layers. Rules that have no threshold are left alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = sparse_layers(model).values()
+        super().__init__([layer for layer in layers if _has_threshold(layer)])
+        self._held = [layer.threshold for layer in self._layers]
+
+    @property
+    def _layers(self) -> list[SparseLinear]:
+        return cast(list[SparseLinear], self.modules)
+
+    def install_(self) -> None:
+        """Before a pass: a model that was moved or cast has its first thresholds again."""
+        for layer, threshold in zip(self._layers, self._held, strict=True):
+            layer.threshold = threshold
+
+    def quantile(self, index: int, sample: Tensor) -> Tensor:
+        """See `Followed`: of sizes."""
+        return _quantile(sample.abs().flatten(), self._layers[index].rule.expected_sparsity or 0.0)
+
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """See `Followed`."""
+        torch._foreach_lerp_([self._held[index] for index in indices], list(wanted.unbind()), _RATE)
+
+    def values(self) -> Tensor:
+        """See `Followed`."""
+        return torch.stack(self._held)
+
+    def put(self, values: Tensor) -> None:
+        """See `Followed`."""
+        for held, value in zip(self._held, values, strict=True):
+            held.copy_(value)
+
+
+class FollowedGates(Followed):
+    """Of FATReLU: a share of the live gates (those above 0), which `share` names and may change.
+
+    Args:
+        acts: one for each layer.
+    """
+
+    def __init__(self, acts: Sequence[FatReLU]) -> None:
+        super().__init__(acts)
+        self.share = 0.0
+
+    def quantile(self, index: int, sample: Tensor) -> Tensor:
+        """See `Followed`: of live gates; no look waits for the device, so their number stays there."""
+        gates = sample.flatten().sort().values
+        live = (gates > 0).sum()
+        at = (len(gates) - live + (self.share * live).long()).clamp(max=len(gates) - 1)
+        return gates[at].clamp(min=0)
+
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """See `Followed`. Thresholds are numbers: one wait for all."""
+        for index, value in zip(indices, wanted.tolist(), strict=True):
+            act = cast(FatReLU, self.modules[index])
+            act.threshold = (1 - _RATE) * (act.threshold or 0.0) + _RATE * value
+
+    def values(self) -> Tensor:
+        """See `Followed`."""
+        thresholds = [cast(FatReLU, act).threshold or 0.0 for act in self.modules]
+        return torch.tensor([*thresholds, self.share], dtype=torch.float64)
+
+    def put(self, values: Tensor) -> None:
+        """See `Followed`."""
+        *thresholds, self.share = values.tolist()
+        for act, value in zip(self.modules, thresholds, strict=True):
+            cast(FatReLU, act).threshold = value
+
+
+class FollowedRouters(Followed):
+    """Of routers: the share of groups that each leaves out when this begins, all scaled to a mean; biases move.
+
+    Args:
+        routers: that train no more.
+        target: mean share of groups that are to be left out.
+    """
+
+    def __init__(self, routers: Sequence[Router], target: float) -> None:
+        super().__init__(routers)
+        self._target = target
+        self._shares: list[Tensor] | None = None
+
+    def quantile(self, index: int, sample: Tensor) -> Tensor:
+        """See `Followed`: the logit below which the share lies. The first look only finds shares."""
+        router = cast(Router, self.modules[index])
+        logits = router.forward(sample.to(router.weight.dtype)).float().flatten()  # without its hooks: this is one
+        if self._shares is None:
+            return (logits <= 0).float().mean()
+        return _quantile(logits, float(self._shares[index]))
+
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """See `Followed`."""
+        if self._shares is None:
+            scaled = wanted * (self._target / wanted.mean().clamp(min=1e-3))
+            self._shares = list(scaled.clamp(0.02, 0.98).cpu().unbind())
+            return
+        for index, logit in zip(indices, wanted, strict=True):
+            cast(Router, self.modules[index]).bias.data.sub_(_RATE * logit)
+
+    def values(self) -> Tensor:
+        """See `Followed`: of each router its share, below 0 before the first look, and its biases."""
+        shares = [torch.tensor(-1.0)] * len(self.modules) if self._shares is None else self._shares
+        biases = [cast(Router, router).bias.detach().float().cpu() for router in self.modules]
+        return torch.stack([torch.cat([share.view(1), bias]) for share, bias in zip(shares, biases, strict=True)])
+
+    def put(self, values: Tensor) -> None:
+        """See `Followed`."""
+        self._shares = None if bool((values[:, 0] < 0).any()) else list(values[:, 0].cpu().unbind())
+        for router, value in zip(self.modules, values, strict=True):
+            cast(Router, router).bias.data.copy_(value[1:])
+
+
+def _has_threshold(layer: SparseLinear) -> bool:
+    return not isinstance(layer.rule, Zeros | Routed) and bool(layer.rule.expected_sparsity)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """The value of a flat tensor below which a share of them lies."""
+    rank = min(max(round(share * values.numel()), 1), values.numel())
+    return values.kthvalue(rank).values
