@@ -54,6 +54,8 @@ class PassContext:
     """The pass in which this one runs: a model's holds that of its stack of blocks."""
     products: dict[str, HeldProduct] = field(default_factory=dict)
     """Of merged projections, by name."""
+    prefixes: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of rows with prefixes of their own (`_of_prefixes`)."""
 
     def may_drop(self, rows: int) -> bool:
         """Whether anything of so many rows may be skipped.
@@ -72,16 +74,27 @@ class PassContext:
             device: of the result.
         """
         if isinstance(self.start, Tensor):
-            positions = torch.arange(offset, offset + tokens, device=device)
-            return (positions < self.start.to(device)[:, None]).unsqueeze(-1)
+            return self._of_prefixes(self.start, tokens, offset, device)[0]
         if self.phase != "masked" or self.start <= offset:
             return None
         return (torch.arange(offset, offset + tokens, device=device) < self.start).view(1, tokens, 1)
 
-    def rows_that_drop(self, rows: int, tokens: int, offset: int) -> int:
+    def _of_prefixes(self, start: Tensor, tokens: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where each row has its own prefix: the positions that stay dense, and how many do not; once for all layers.
+
+        The number stays on the device: hundreds of layers ask, and each answer read would wait for the layer before.
+        """
+        key = (tokens, offset, device)
+        if key not in self.prefixes:
+            positions = torch.arange(offset, offset + tokens, device=device)
+            stays = positions < start.to(device)[:, None]
+            self.prefixes[key] = stays.unsqueeze(-1), stays.logical_not().sum()
+        return self.prefixes[key]
+
+    def rows_that_drop(self, rows: int, tokens: int, offset: int, device: torch.device) -> int | Tensor:
         """How many of (batch * tokens) hidden states may skip inputs; arguments as above. For counting."""
         if isinstance(self.start, Tensor):
-            return int((tokens - (self.start - offset).clamp(0, tokens)).sum())
+            return self._of_prefixes(self.start, tokens, offset, device)[1]
         if self.phase != "masked":
             return rows
         return rows // tokens * max(tokens - max(self.start - offset, 0), 0)

@@ -1,9 +1,10 @@
 """Counting what layers really skip: realised sparsity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -11,9 +12,9 @@ from torch import Tensor
 class _Tally:
     """Inputs seen and dropped by one projection."""
 
-    seen: int = 0
+    seen: Tensor | int = 0
     dropped: Tensor | int = 0
-    """A 0-d tensor on the device until it is read, so that counting does not synchronise."""
+    """Both are 0-d tensors on the device until they are read, so that counting does not synchronise."""
 
 
 class SparsityCounter:
@@ -30,11 +31,11 @@ class SparsityCounter:
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
 
-    def add(self, name: str, parameters: int, seen: int, dropped: Tensor | int) -> None:
+    def add(self, name: str, parameters: int, seen: Tensor | int, dropped: Tensor | int) -> None:
         """Count one call of a projection: the inputs that it could have dropped, and those that it did."""
         tally = self._tallies.setdefault(name, _Tally())
         self._weights[name] = parameters
-        tally.seen += seen
+        tally.seen = tally.seen + seen
         tally.dropped = tally.dropped + dropped
 
     def add_source(self, read: Callable[[], dict[str, tuple[int, int, int]]]) -> None:
@@ -51,7 +52,12 @@ class SparsityCounter:
 
     def counts(self) -> "Counts":
         """What was counted so far."""
-        found = {name: (self._weights[name], tally.seen, int(tally.dropped)) for name, tally in self._tallies.items()}
+        seen_of = _numbers([tally.seen for tally in self._tallies.values()])
+        dropped_of = _numbers([tally.dropped for tally in self._tallies.values()])
+        found = {
+            name: (self._weights[name], seen, dropped)
+            for name, seen, dropped in zip(self._tallies, seen_of, dropped_of, strict=True)
+        }
         for read in self._sources:
             for name, (parameters, more_seen, more_dropped) in read().items():
                 _, seen, dropped = found.get(name, (0, 0, 0))
@@ -65,6 +71,22 @@ class SparsityCounter:
     def model_wide(self) -> float | None:
         """As `Counts.model_wide`."""
         return self.counts().model_wide()
+
+
+def _numbers(values: Sequence[Tensor | int]) -> list[int]:
+    """Read with one wait for each device."""
+    found: list[int] = [0] * len(values)
+    places: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, []).append((index, value))
+        else:
+            found[index] = value
+    for held in places.values():
+        numbers = torch.stack([value.long() for _, value in held]).tolist()
+        for (index, _), number in zip(held, numbers, strict=True):
+            found[index] = int(number)
+    return found
 
 
 @dataclass(frozen=True)

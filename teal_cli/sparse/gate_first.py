@@ -69,7 +69,7 @@ class GateFirstMLP(GatedModule):
         """Count dead neurons as what `up` drops: its outputs, not its inputs. The gate drops nothing."""
         gate_layer, up_layer, _ = self.layers
         tokens = gate.shape[-2] if gate.dim() > 1 else 1
-        seen = context.rows_that_drop(gate.numel() // gate.shape[-1], tokens, 0) * gate.shape[-1]
+        seen = context.rows_that_drop(gate.numel() // gate.shape[-1], tokens, 0, gate.device) * gate.shape[-1]
         live, stays = self.activation.live(gate), context.stays_dense(tokens, 0, gate.device)
         if stays is not None:
             live = live | stays

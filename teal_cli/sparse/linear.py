@@ -125,7 +125,7 @@ class SparseLinear(nn.Linear):
             return self._masked(x, context, rows)
         if context.counter is not None and self.is_planned and context.may_drop(rows):
             # A projection that is left dense counts in the model's sparsity.
-            seen = context.rows_that_drop(rows, *self._positions(x, context, rows))
+            seen = context.rows_that_drop(rows, *self._positions(x, context, rows), x.device)
             context.counter.add(self.name, self.in_features * self.out_features, seen * self.in_features, 0)
         return self._dense(x, context, context.exact or rows > context.batch)
 
@@ -148,7 +148,9 @@ class SparseLinear(nn.Linear):
                 stays = stays.expand(context.batch, tokens, 1).reshape(rows, 1)
             active |= stays
         if context.counter is not None:
-            self._count(context.counter, context.rows_that_drop(rows, tokens, offset) * self.in_features, active)
+            self._count(
+                context.counter, context.rows_that_drop(rows, tokens, offset, x.device) * self.in_features, active
+            )
         masked = x * active
         return x + (masked - x).detach() if self.control.straight_through else masked
 
@@ -161,7 +163,7 @@ class SparseLinear(nn.Linear):
         rows = x.numel() // self.in_features
         return self._without_skipped(x, context, rows) if decide(self.rule, context, rows) == "masked" else x
 
-    def _count(self, counter: SparsityCounter, seen: int, active: Tensor) -> None:
+    def _count(self, counter: SparsityCounter, seen: int | Tensor, active: Tensor) -> None:
         """Count inputs that could be skipped, and those that are: where `active` is False."""
         dropped = active.numel() - active.count_nonzero()
         counter.add(self.name, self.in_features * self.out_features, seen, dropped)

@@ -163,7 +163,7 @@ class RoutedMLP(GatedModule):
         """Count neurons of groups that were left out as what gate and up drop: outputs, not inputs."""
         groups = chosen.shape[-1]
         tokens = chosen.shape[-2] if chosen.dim() > 1 else 1
-        rows = context.rows_that_drop(chosen.numel() // groups, tokens, 0)
+        rows = context.rows_that_drop(chosen.numel() // groups, tokens, 0, chosen.device)
         stays = context.stays_dense(tokens, 0, chosen.device)
         kept = chosen if stays is None else chosen | stays
         dropped = (kept.numel() - kept.count_nonzero()) * self.group

@@ -260,7 +260,7 @@ def test_rows_of_different_lengths(family: str, path: str, dtype: torch.dtype, s
         assert _error(logits[row].double(), truth) < limit, row
 
 
-@pytest.mark.parametrize("family", ["gpt_neo", "t5"])
+@pytest.mark.parametrize("family", ["t5"])
 def test_sparse_or_dense_is_measured(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is chosen: the text is that of the choice, and both were timed."""
     monkeypatch.setattr(choice, "LEAST_BYTES", 0)

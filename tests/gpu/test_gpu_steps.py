@@ -52,7 +52,7 @@ def _tokens(rows: int, length: int, seed: int) -> Tensor:
 def _check(model: Any, lengths: list[int], limit: float, sparse: bool) -> None:
     """Steps of all rows together, against those of each row alone."""
     exact = copy.deepcopy(model).double()
-    control_of(exact).backend, control_of(model).backend = "reference", "triton"  # auto has few rows sparse
+    control_of(exact).backend = "reference"
     for one in (model, exact):
         control_of(one).enabled = sparse
     ids, tokens = _tokens(len(lengths), max(lengths), 0), _tokens(len(lengths), STEPS, 1)
@@ -70,7 +70,8 @@ def _check(model: Any, lengths: list[int], limit: float, sparse: bool) -> None:
 
 
 def _plan(model: Any) -> SparsityPlan:
-    rules = {projection.name: Threshold(0.3, 0.5) for projection in find_projections(model)}
+    # An expected sparsity at which no table has a product of four rows dense.
+    rules = {projection.name: Threshold(0.3, 0.97) for projection in find_projections(model)}
     return SparsityPlan("uniform", 0.5, rules)
 
 
