@@ -1,0 +1,125 @@
+"""The product of a layer that vLLM runs: one row skips inputs, several are multiplied whole.
+
+A layer of vLLM may be several projections (q, k and v; gate and up), which lie side by side in its weight. Each has a
+threshold of its own. Knows nothing of vLLM, which registers these functions as ops: so compiled code and CUDA graphs
+take the branch for the rows that they run with.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal_kernels import KEEP_ALL, reference_linear
+from teal_kernels.native import library
+from teal_kernels.native.structures import weight_of
+from teal_kernels.operands import Scratch
+from teal_kernels.plan_gemv import TileConfig
+from teal_kernels.support import kernels_unsupported_reason
+from teal_kernels.triton_gemv import gemv
+from teal_kernels.tuning import choose_config
+
+MOST_PARTS = 3
+"""Projections of one layer, which the GPU kernel takes."""
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: list[int], sparsity: float
+) -> Tensor:
+    """Multiply what a layer is given.
+
+    Args:
+        x: (..., in); all leading indices are rows.
+        weight: (out, in), input-major, the dtype of x.
+        bias: (out,) or None.
+        thresholds: (parts,) float32 on x's device: of one row, inputs with |x| <= threshold are skipped.
+        parts: outputs of each projection.
+        sparsity: expected of one row, weighted by outputs. On a GPU nothing is skipped where that does not pay.
+
+    Returns:
+        (..., out), the dtype of x.
+    """
+    if x.numel() != x.shape[-1]:
+        return F.linear(x, weight, bias)
+    if skips_nothing_because(x.device, x.dtype) is not None:
+        return _by_parts(x, weight, bias, thresholds, parts, native=False)
+    if x.is_cuda:
+        return _on_gpu(x, weight, bias, thresholds, tuple(parts), sparsity)
+    return _by_parts(x, weight, bias, thresholds, parts, native=True)
+
+
+def product_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: list[int], sparsity: float
+) -> Tensor:
+    """What `product` returns, without its numbers: for compilers."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def note_rows(x: Tensor, thresholds: Tensor, threshold: float) -> None:
+    """Set the threshold of another layer for the pass under way: several rows skip nothing.
+
+    Args:
+        x: (..., in) of a layer that sees all rows.
+        thresholds: (1,) float32, written.
+        threshold: of one row.
+    """
+    thresholds.fill_(threshold if x.numel() == x.shape[-1] else KEEP_ALL)
+
+
+def prepare(weight: Tensor, parts: list[int], sparsity: float) -> None:
+    """Compile the kernel of a weight on a GPU and make its scratch memory, before anything is captured."""
+    if weight.is_cuda:
+        _scratches.setdefault(_sizes(weight, tuple(parts)), Scratch(weight.device))
+        thresholds = torch.zeros(len(parts), dtype=torch.float32, device=weight.device)
+        product(weight.new_zeros(1, weight.shape[1]), weight, None, thresholds, parts, sparsity)
+
+
+@lru_cache
+def skips_nothing_because(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why all weights are read here, though inputs are dropped; None where they are skipped."""
+    return library.unavailable_reason() if device.type == "cpu" else kernels_unsupported_reason(device, dtype)
+
+
+def _by_parts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: list[int], *, native: bool
+) -> Tensor:
+    found, start = [], 0
+    for outputs, threshold in zip(parts, thresholds.unbind(), strict=True):
+        of_part, of_bias = weight[start : start + outputs], None if bias is None else bias[start : start + outputs]
+        start += outputs
+        if native:
+            multiplied = weight_of(of_part, bias=of_bias, threshold=float(threshold))
+            found.append(library.linear(multiplied, x.float()).to(x.dtype))
+        else:
+            found.append(reference_linear(x, of_part, of_bias, threshold))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+
+def _on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: tuple[int, ...], sparsity: float
+) -> Tensor:
+    config = _config(x.device, weight.shape[1], parts, x.dtype, sparsity)
+    if config.dense:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(1, weight.shape[0])
+    scratch = _scratches.get(_sizes(weight, parts)) or Scratch(x.device)
+    row = x.reshape(1, -1)
+    gemv(row, weight.t(), parts, thresholds, y, config, scratch, bias=bias, exclusive_device=False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@lru_cache(maxsize=1024)
+def _config(
+    device: torch.device, inputs: int, parts: tuple[int, ...], dtype: torch.dtype, sparsity: float
+) -> TileConfig:
+    return choose_config(device, inputs=inputs, parts=parts, dtype=dtype, rows=1, epilogue="plain", sparsity=sparsity)
+
+
+_Sizes = tuple[torch.device, torch.dtype, int, tuple[int, ...]]
+_scratches: dict[_Sizes, Scratch] = {}
+"""Layers of the same sizes share scratch memory: they run one after the other."""
+
+
+def _sizes(weight: Tensor, parts: tuple[int, ...]) -> _Sizes:
+    return weight.device, weight.dtype, weight.shape[1], parts
