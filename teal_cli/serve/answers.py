@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from teal_cli.decode.requests import Mask, Request
+from teal_cli.decode.requests import Request
 from teal_cli.models.tokenizing import decode
 from teal_cli.serve.connection import EventStream, while_connected
 from teal_cli.serve.replies import ChosenToken, Piece, Replies, Reply
@@ -32,14 +32,6 @@ class Whole:
 async def in_thread(work: Callable[[], T]) -> T:
     """What takes a while, so that the event loop goes on."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
-
-
-def masks_of(asked: ChatRequest | CompletionRequest, served: Served) -> list[Mask | None]:
-    """One for each of the `n` replies to a prompt; takes a while."""
-    schema = None
-    if isinstance(asked, ChatRequest) and asked.response_format is not None:
-        schema = asked.response_format.schema_of_reply
-    return [None if schema is None else served.grammars.mask(schema) for _ in range(asked.n or 1)]
 
 
 def submit(

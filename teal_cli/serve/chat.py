@@ -6,8 +6,10 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from teal_cli.serve.answers import Whole, answered, head, in_thread, masks_of, submit, token_text, usage_of
+from teal_cli.decode.requests import Mask
+from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of
 from teal_cli.serve.errors import ApiError
+from teal_cli.serve.forced_calls import ForcedCall, schema_of_call, tools_to_call
 from teal_cli.serve.replies import ChosenToken, Replies
 from teal_cli.serve.requests import check_model, scheduled
 from teal_cli.serve.schemas import ChatRequest
@@ -22,7 +24,10 @@ async def chat(http: HttpRequest, asked: ChatRequest, service: Service) -> Respo
     check_model(asked, served)
     tools = asked.tools if asked.tool_choice != "none" else None
     notation = _notation(served) if tools else None
-    prompt, masks = await in_thread(lambda: (served.prompts.of_chat(asked.messages, tools), masks_of(asked, served)))
+    begun = notation.opens if notation is not None and tools_to_call(asked) else ""
+    prompt, masks = await in_thread(
+        lambda: (served.prompts.of_chat(asked.messages, tools, begun), _masks(asked, served, notation))
+    )
     requests = scheduled(asked, [prompt], masks, served, service.config)
     # Marks of calls may be special tokens, which texts are without.
     replies = submit(service, served, requests, asked, skip_special_tokens=notation is None)
@@ -41,8 +46,21 @@ def _notation(served: Served) -> ToolFormat:
     return served.tools
 
 
-def _names(asked: ChatRequest) -> set[str]:
-    return {tool.function.name for tool in asked.tools or ()}
+def _masks(asked: ChatRequest, served: Served, notation: ToolFormat | None) -> list[Mask | None]:
+    """One for each of the `n` replies; takes a while."""
+    schema, param = None, "response_format"
+    if asked.response_format is not None:
+        schema = asked.response_format.schema_of_reply
+    if notation is not None and (forced := tools_to_call(asked)):
+        schema, param = schema_of_call(forced, notation), "tools"
+    return [None if schema is None else served.grammars.mask(schema, param) for _ in range(asked.n or 1)]
+
+
+def _calls(asked: ChatRequest, notation: ToolFormat) -> ToolStream | ForcedCall:
+    """Finds the calls in a reply."""
+    if forced := tools_to_call(asked):
+        return ForcedCall(forced)
+    return ToolStream(notation, {tool.function.name for tool in asked.tools or ()})
 
 
 def _body(
@@ -53,7 +71,7 @@ def _body(
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
         finish = reply.finish
         if notation is not None:
-            stream = ToolStream(notation, _names(asked))
+            stream = _calls(asked, notation)
             text = stream.put(reply.text) + stream.end()
             if stream.calls:
                 message["content"] = text.strip() or None
@@ -80,7 +98,7 @@ async def _events(
 
     for index in range(len(replies.all)):
         yield event(index, {"role": "assistant", "content": ""})
-    streams = [ToolStream(notation, _names(asked)) if notation is not None else None for _ in replies.all]
+    streams = [None if notation is None else _calls(asked, notation) for _ in replies.all]
     async for index, piece in replies.pieces():
         stream = streams[index]
         text = piece.text if stream is None else stream.put(piece.text)

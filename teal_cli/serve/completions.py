@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from teal_cli.serve.answers import Whole, answered, head, in_thread, masks_of, submit, token_text, usage_of
+from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of
 from teal_cli.serve.replies import ChosenToken, Replies
 from teal_cli.serve.requests import check_model, scheduled
 from teal_cli.serve.schemas import CompletionRequest
@@ -18,7 +18,7 @@ async def completions(http: HttpRequest, asked: CompletionRequest, service: Serv
     served = service.served
     check_model(asked, served)
     prompts = await in_thread(lambda: [_encoded(prompt, served) for prompt in asked.prompts])
-    requests = scheduled(asked, prompts, masks_of(asked, served), served, service.config)
+    requests = scheduled(asked, prompts, [None] * (asked.n or 1), served, service.config)
     replies = submit(service, served, requests, asked)
     return await answered(
         http,

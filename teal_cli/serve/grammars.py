@@ -41,14 +41,18 @@ class Grammars:
             return "this model's tokenizer is not one of the tokenizers library"
         return None if self._stop else "this model has no token that ends a reply"
 
-    def mask(self, schema: Mapping[str, Any]) -> Mask:
+    def mask(self, schema: Mapping[str, Any], param: str) -> Mask:
         """What keeps one reply to a schema.
+
+        Args:
+            schema: of JSON.
+            param: the field of the request that asks for it.
 
         Raises:
             ApiError: a schema that cannot be followed, or no library for it.
         """
         if (because := self.unavailable_because) is not None:
-            raise ApiError(400, f"response_format is not served here: {because}", param="response_format")
+            raise ApiError(400, f"{param} is not served here: {because}", param=param)
         from llguidance import LLMatcher
 
         # White space between tokens of JSON would let a model that likes it go on without end.
@@ -57,12 +61,12 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
             matcher = LLMatcher(self._vocabulary_of_grammars(), grammar, log_level=0)
         except (ValueError, RecursionError) as error:
-            raise _refused(str(error)) from error
+            raise _refused(str(error), param) from error
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise _refused(matcher.get_error(), param)
         mask = _Mask(matcher)
         if not mask.allows_something():
-            raise _refused("no text follows it")
+            raise _refused("no text follows it", param)
         return mask
 
     def _vocabulary_of_grammars(self) -> Any:
@@ -75,9 +79,9 @@ class Grammars:
             return self._made
 
 
-def _refused(reason: str) -> ApiError:
+def _refused(reason: str, param: str) -> ApiError:
     line = " ".join(reason.split("<state>")[0].split())[:_LONGEST_REASON]
-    return ApiError(400, f"the schema cannot be followed: {line}", param="response_format", code="invalid_schema")
+    return ApiError(400, f"the schema cannot be followed: {line}", param=param, code="invalid_schema")
 
 
 class _Mask:

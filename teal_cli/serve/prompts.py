@@ -34,8 +34,10 @@ class Prompts:
         self._lock = threading.Lock()  # the tokenizers library refuses two threads at once
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
-    def of_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> tuple[int, ...]:
-        """The tokens of a conversation.
+    def of_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, begun: str = ""
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, and of what the reply has begun with.
 
         Raises:
             ApiError: longer than a slot, or a model without a chat template.
@@ -49,6 +51,7 @@ class Prompts:
             [_as_template_wants(message) for message in messages],
             [tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
         )
+        text += begun
         self._check_characters(len(text))  # tools, calls and the template's own words are in it too
         return self._encoded(text, add_special_tokens=False)  # the template writes them itself
 

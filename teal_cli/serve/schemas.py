@@ -124,6 +124,19 @@ class Tool(_Strict):
     function: Function
 
 
+class NamedFunction(_Strict):
+    """The name of a function."""
+
+    name: Text
+
+
+class NamedTool(_Strict):
+    """The tool that the reply must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class JsonSchema(_Strict):
     """A schema that the reply has to follow."""
 
@@ -211,7 +224,7 @@ class ChatRequest(SamplingRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
 
@@ -223,6 +236,12 @@ class ChatRequest(SamplingRequest):
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit")
         if self.tools and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("tools and response_format do not go together")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice required goes with tools")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if all(tool.function.name != name for tool in self.tools or ()):
+                raise ValueError(f"tool_choice names {name[:64]!r}, which is none of tools")
         return self
 
     @property

@@ -18,12 +18,18 @@ class ToolFormat:
     """What closes it."""
     bare: bool = False
     """Whether a reply may also be a call from its first character on, without a mark."""
+    opens: str = ""
+    """What stands before the JSON of a reply that must be a call."""
+    arguments: str = "arguments"
+    """The key of the arguments."""
+    in_list: bool = False
+    """Whether calls are items of a list."""
 
 
 FORMATS = (
-    ToolFormat("hermes", ("<tool_call>",), "</tool_call>"),  # Qwen, SmolLM 3, Hermes
-    ToolFormat("mistral", ("[TOOL_CALLS]",)),
-    ToolFormat("llama", ("<|python_tag|>",), bare=True),
+    ToolFormat("hermes", ("<tool_call>",), "</tool_call>", opens="<tool_call>\n"),  # Qwen, SmolLM 3, Hermes
+    ToolFormat("mistral", ("[TOOL_CALLS]",), opens="[TOOL_CALLS]", in_list=True),
+    ToolFormat("llama", ("<|python_tag|>",), bare=True, arguments="parameters"),
 )
 
 
@@ -76,15 +82,21 @@ def parse_calls(text: str, notation: ToolFormat, names: Collection[str], *, bare
         pieces = [piece.partition(notation.ends)[0] for piece in pieces]
     calls: list[ToolCall] = []
     for piece in filter(str.strip, pieces):
-        found = _values(piece, names, bare)
+        found = calls_of(piece, names, bare=bare)
         if found is None:
             return []
         calls += found
     return calls
 
 
-def _values(text: str, names: Collection[str], bare: bool) -> list[ToolCall] | None:
-    """Calls of JSON values one after another, with `;` or white space between; None where one is no call."""
+def calls_of(text: str, names: Collection[str], *, bare: bool = True) -> list[ToolCall] | None:
+    """Calls of JSON values one after another, with `;` or white space between; None where one is no call.
+
+    Args:
+        text: has no marks.
+        names: of the tools that may be called.
+        bare: whether a call must have arguments.
+    """
     decoder, at, calls = json.JSONDecoder(), 0, list[ToolCall]()
     while at < len(text):
         if text[at].isspace() or text[at] == ";":
