@@ -31,6 +31,7 @@ from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, wri
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
 from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups
+from teal_kernels.tuning import UNTUNED
 
 # Rows, config, quantised weights of the product after attention: lists in shared and in global memory, and none.
 PRODUCTS = (
@@ -101,6 +102,14 @@ def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
             }
             of_outputs = Beside(y.clone(), torch.zeros(128, dtype=DTYPE), True)
             gemv(x, table, (128,), thresholds, y, config, scratch, beside=of_outputs, **options)  # type: ignore[arg-type]
+
+
+def _of_vllm() -> None:
+    """A layer of three projections as vLLM runs it, with and without a bias."""
+    x, table, y = (torch.zeros(*shape, dtype=DTYPE) for shape in ((1, 72), (72, 256), (1, 256)))
+    for bias in (None, y[0]):
+        scratch = Scratch(x.device)
+        gemv(x, table, (128, 64, 64), torch.zeros(3), y, UNTUNED, scratch, bias=bias, exclusive_device=False)
 
 
 def _routed(rows: int, *, pdl: bool) -> None:
@@ -178,6 +187,7 @@ def main(capability: int) -> None:
             for dense in (False, True):
                 step(dense=dense, counts=counts, config=config, pdl=pdl)
         _routed(rows, pdl=pdl)
+    _of_vllm()
     print(*sorted(names), sep="\n")
 
 

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from teal_cli.serve.schemas import ChatRequest, Tool
+from teal_cli.serve.schemas import ChatRequest, NamedTool, Tool
 from teal_cli.serve.tool_calls import ToolCall, ToolFormat, calls_of
 
 
 def tools_to_call(asked: ChatRequest) -> list[Tool]:
     """The tools of which the reply must call one; empty where it need not."""
-    chosen = asked.tool_choice
-    if chosen is None or chosen in ("none", "auto"):
-        return []
-    return [tool for tool in asked.tools or () if chosen == "required" or tool.function.name == chosen.function.name]
+    tools, choice = asked.tools or [], asked.tool_choice
+    if isinstance(choice, NamedTool):
+        return [tool for tool in tools if tool.function.name == choice.function.name]
+    return tools if choice == "required" else []
 
 
 def schema_of_call(tools: Sequence[Tool], notation: ToolFormat) -> dict[str, Any]:
