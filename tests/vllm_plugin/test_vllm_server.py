@@ -26,12 +26,24 @@ def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Op
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
-    options = ["--port", str(port), "--dtype", "float32", "--max-model-len", "128", "--served-model-name", "tiny"]
+    command = [sys.executable, str(Path(__file__).with_name("vllm_command.py")), "serve", str(model)]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "128",
+        "--enforce-eager",
+    ]
     log = tmp_path_factory.mktemp("log") / "vllm.txt"
     with (
         log.open("w") as to,
-        subprocess.Popen([*command, *options, "--enforce-eager"], stdout=to, stderr=to, env=environment()) as server,
+        subprocess.Popen(
+            [*command, *options, "--served-model-name", "tiny"], stdout=to, stderr=to, env=environment()
+        ) as server,
     ):
         try:
             found = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
