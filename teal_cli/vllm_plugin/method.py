@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -70,6 +71,8 @@ class TealLinearMethod(UnquantizedLinearMethod):
         _lay_out_(layer, self.of_layer)
         if self.config.last_skipping is self:
             self.notes_rows_for = self.config.head
+            if self.config.planned.misses_output_layer and get_pp_group().is_last_rank:
+                _logger.warning("vLLM's model has no output layer of its own: all its weights are read")
             if (reason := skips_nothing_because(layer.weight.device, layer.weight.dtype)) is not None:
                 _logger.warning("inputs are dropped and all weights are read, which is no faster: %s", reason)
 

@@ -98,19 +98,23 @@ class PlannedLayers:
         """Call when the model is built. Blocks that other processes have (pipeline parallelism) are theirs.
 
         Raises:
-            ArtefactError: rules that no layer asked for, which would be dense in silence.
+            ArtefactError: rules of blocks that no layer asked for, which would be dense in silence.
         """
-        missed = [
-            name
-            for name, rule in self._rules.items()
-            if name not in self._asked and not isinstance(rule, Dense) and _block_of(name) in self._blocks
-        ]
+        missed = [name for name in self._not_asked() if _block_of(name) in self._blocks - {""}]
         if missed:
             named = ", ".join(missed[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")
             raise ArtefactError(
                 f"vLLM's model has no layers that could skip the inputs of {len(missed)} projections ({named}): export "
                 "with an allocation that leaves them dense"
             )
+
+    @property
+    def misses_output_layer(self) -> bool:
+        """Whether no layer has asked for the rule of the output layer: some models multiply with their embeddings."""
+        return any(_block_of(name) == "" for name in self._not_asked())
+
+    def _not_asked(self) -> list[str]:
+        return [n for n, rule in self._rules.items() if n not in self._asked and not isinstance(rule, Dense)]
 
 
 def _block_of(name: str) -> str:

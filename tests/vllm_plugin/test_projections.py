@@ -55,6 +55,15 @@ def test_blocks_of_other_processes_are_theirs() -> None:
     planned.check_complete()
 
 
+def test_a_model_may_multiply_with_its_embeddings() -> None:
+    planned = PlannedLayers({"lm_head": Threshold(0.5, 0.4), f"{BLOCK}q_proj": Threshold(0.5, 0.4)})
+    planned.rules_of(f"{BLOCK}q_proj", {})
+    planned.check_complete()
+    assert planned.misses_output_layer
+    planned.rules_of("lm_head", {})
+    assert not planned.misses_output_layer
+
+
 def test_projections_may_have_other_names_in_vllm() -> None:
     planned = _plan("q_proj")
     planned.rename(lambda rules: {f"language.{name}": rule for name, rule in rules.items()})
