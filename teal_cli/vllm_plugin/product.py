@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal_kernels import KEEP_ALL, reference_linear
-from teal_kernels.native import library
-from teal_kernels.native.structures import weight_of
+from teal_kernels.cpu import cpu_sparse_linear
 from teal_kernels.operands import Scratch
 from teal_kernels.plan_gemv import TileConfig
 from teal_kernels.support import kernels_unsupported_reason
@@ -41,12 +40,18 @@ def product(
         (..., out), the dtype of x.
     """
     if x.numel() != x.shape[-1]:
-        return F.linear(x, weight, bias)
-    if skips_nothing_because(x.device, x.dtype) is not None:
-        return _by_parts(x, weight, bias, thresholds, parts, native=False)
-    if x.is_cuda:
+        # A CPU without instructions for 16 bits takes longer for an input-major weight than for a copy of it and that.
+        copied = x.device.type == "cpu" and x.dtype != torch.float32
+        return F.linear(x, weight.contiguous() if copied else weight, bias)
+    if x.is_cuda and skips_nothing_because(x.device, x.dtype) is None:
         return _on_gpu(x, weight, bias, thresholds, tuple(parts), sparsity)
-    return _by_parts(x, weight, bias, thresholds, parts, native=True)
+    # Not the native library: its threads and those of PyTorch, which spin between products here, would wait for one
+    # another at each of them.
+    multiply = cpu_sparse_linear if x.device.type == "cpu" else reference_linear
+    biases = [None] * len(parts) if bias is None else bias.split(parts)
+    each = zip(weight.split(parts), biases, thresholds.unbind(), strict=True)
+    found = [multiply(x, part, of_part, threshold) for part, of_part, threshold in each]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def product_shape(
@@ -78,22 +83,7 @@ def prepare(weight: Tensor, parts: list[int], sparsity: float) -> None:
 @lru_cache
 def skips_nothing_because(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why all weights are read here, though inputs are dropped; None where they are skipped."""
-    return library.unavailable_reason() if device.type == "cpu" else kernels_unsupported_reason(device, dtype)
-
-
-def _by_parts(
-    x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: list[int], *, native: bool
-) -> Tensor:
-    found, start = [], 0
-    for outputs, threshold in zip(parts, thresholds.unbind(), strict=True):
-        of_part, of_bias = weight[start : start + outputs], None if bias is None else bias[start : start + outputs]
-        start += outputs
-        if native:
-            multiplied = weight_of(of_part, bias=of_bias, threshold=float(threshold))
-            found.append(library.linear(multiplied, x.float()).to(x.dtype))
-        else:
-            found.append(reference_linear(x, of_part, of_bias, threshold))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+    return None if device.type == "cpu" else kernels_unsupported_reason(device, dtype)
 
 
 def _on_gpu(

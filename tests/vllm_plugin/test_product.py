@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal_cli.vllm_plugin.product import _on_gpu, note_rows, product, product_shape, skips_nothing_because
+from teal_cli.vllm_plugin.product import _on_gpu, note_rows, product, product_shape
 from teal_kernels import KEEP_ALL, input_major, masked_input
-from teal_kernels.native import library
 
 PARTS = [40, 24, 8]
 THRESHOLDS = [0.9, KEEP_ALL, 0.3]
@@ -41,7 +40,7 @@ def test_one_row_skips_by_the_threshold_of_each_projection(dtype: torch.dtype, b
     assert _error(y, F.linear(x.double(), weight.double(), None if of_bias is None else of_bias.double())) > 0.05
 
 
-def test_a_gpu_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_does_the_same() -> None:
     for dtype, limit in LIMITS.items():
         x, weight, bias, thresholds = _operands(1, dtype, bias=True)
         y = _on_gpu(x, weight, bias, thresholds, tuple(PARTS), 0.5)
@@ -50,20 +49,14 @@ def test_a_gpu_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(dense, F.linear(x, weight, bias))
 
 
-def test_without_the_native_library_inputs_are_dropped_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.SETTING, "off")
-    skips_nothing_because.cache_clear()
-    x, weight, bias, thresholds = _operands(1, torch.float32, bias=True)
-    y = product(x, weight, bias, thresholds, PARTS, 0.5)
-    assert skips_nothing_because(x.device, x.dtype) == "switched off by TEAL_NATIVE=off"
-    skips_nothing_because.cache_clear()
-    assert _error(y, _expected(x, weight, bias)) < LIMITS[torch.float32]
-
-
-@pytest.mark.parametrize("rows", [0, 2, 9])
-def test_several_rows_are_dense(rows: int) -> None:
-    x, weight, bias, thresholds = _operands(rows, torch.float32, bias=True)
-    assert torch.equal(product(x, weight, bias, thresholds, PARTS, 0.5), F.linear(x, weight, bias))
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("rows", [2, 9])
+def test_several_rows_are_dense(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias, thresholds = _operands(rows, dtype, bias=True)
+    assert bias is not None
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert _error(product(x, weight, bias, thresholds, PARTS, 0.5), expected) < LIMITS[dtype]
+    assert product(x[:0], weight, bias, thresholds, PARTS, 0.5).shape == (0, sum(PARTS))
 
 
 def test_compilers_are_told_the_shape() -> None:
