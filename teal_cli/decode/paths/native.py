@@ -57,6 +57,8 @@ class NativePath(ProgramPath):
     name = "native"
     reported = "native"
     devices = ("cpu",)
+    spans = (1, 2, 4, 8)  # the library pads rows to these
+    spans_are_exact = True
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -78,6 +80,8 @@ class NativePath(ProgramPath):
         """As `Path.open`, of any number of rows."""
         return NativeSession(self, cache)
 
-    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> NativeSession:
+    def open_rows(
+        self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1
+    ) -> NativeSession:
         """As `ProgramPath.open_rows`."""
-        return NativeSession(self, cache, levels if sparse else None, sparse=sparse)
+        return NativeSession(self, cache, levels if sparse else None, sparse=sparse, span=span)
