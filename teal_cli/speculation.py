@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from teal_cli.schemes import Scheme
 
+MOST_DRAFTED = 7
+"""Tokens of a draft at most: with the one before them they are the eight rows that kernels take."""
 FORMS = "lookup, sparse, int8, int4 or int4:GROUP, or several with + between them, as lookup+int4+sparse"
 
 

@@ -158,6 +158,6 @@ class ProgramStepper(Stepper):
             session = self._path.open_rows(self._cache, None, sparse=self._sparse and span == 1, span=span)
             self._sessions[span] = SteppedSession(session)
         session = self._sessions[span]
-        session.place(lengths, [0] * rows)
+        session.place(lengths, [0] * (rows * span))
         logits, best = session.step(tokens.reshape(-1))
         return logits.view(rows, span, -1), best.view(rows, span)

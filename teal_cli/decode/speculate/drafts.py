@@ -11,9 +11,7 @@ from teal_cli.decode.paths.base import Stepper
 from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.speculate.lookup import NGrams
 from teal_cli.decode.speculate.pace import Offer
-
-MOST = 7
-"""Tokens that are drafted at most: with the one before them they are the eight rows that kernels take."""
+from teal_cli.speculation import MOST_DRAFTED
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ModelDraft(Draft):
 
     def offer(self) -> Offer:
         """As `Draft.offer`: always."""
-        return Offer("model", "model", MOST)
+        return Offer("model", "model", MOST_DRAFTED)
 
     def draft(self, token: Tensor, lengths: list[int], count: int) -> Drafted:
         """As `Draft.draft`."""
@@ -100,7 +98,7 @@ class LookupDraft(Draft):
         found = [size for size in alike if size]
         if not found:
             return Offer("lookup", "lookup", 0, is_free=True)
-        return Offer("lookup", f"lookup of {min(found)}", MOST, len(found) / len(alike), is_free=True)
+        return Offer("lookup", f"lookup of {min(found)}", MOST_DRAFTED, len(found) / len(alike), is_free=True)
 
     def draft(self, token: Tensor, lengths: list[int], count: int) -> Drafted:
         """As `Draft.draft`. A sequence that does not repeat itself gets its last token again."""

@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.paths.base import Path, Stepper
 from teal_cli.decode.prompts import pieces
 from teal_cli.decode.sampling import Sampler, SamplingConfig
-from teal_cli.decode.speculate.drafts import MOST, Draft, LookupDraft, ModelDraft
+from teal_cli.decode.speculate.drafts import Draft, LookupDraft, ModelDraft
 from teal_cli.decode.speculate.loop import SpeculativeLoop, Tally
 from teal_cli.decode.speculate.pace import Pace
 from teal_cli.errors import UsageError
 from teal_cli.sparse import SparsityControl, control_of
+from teal_cli.speculation import MOST_DRAFTED
 
 
 class Speculator:
@@ -37,14 +39,14 @@ class Speculator:
         reason = engine.path.cannot_step_back_because()
         if reason is not None:
             raise UsageError(f"this model cannot be decoded speculatively (flag --speculate): {reason}")
-        if count is not None and not 1 <= count <= MOST:
-            raise UsageError(f"{count} drafted tokens are not between 1 and {MOST} (flag --draft-tokens)")
+        if count is not None and not 1 <= count <= MOST_DRAFTED:
+            raise UsageError(f"{count} drafted tokens are not between 1 and {MOST_DRAFTED} (flag --draft-tokens)")
         self.engine, self.sparse, self.lookup = engine, sparse, lookup
         self.tally = Tally()
-        """Of all that was decoded."""
-        self._draft = draft
+        """Of the last reply, or of the loops since it was set."""
+        self.draft = draft
         self._draft_path: Path | None = None
-        self._count = count
+        self.count = count
         self._pace: dict[int, Pace] = {}
         """By number of sequences; it goes on from reply to reply."""
         self._steppers: tuple[Any, Any, Stepper, Stepper | None] | None = None
@@ -55,6 +57,7 @@ class Speculator:
         """As `Engine.generate`: greedy tokens are those of the dense model, drawn ones are distributed as its own."""
         engine = self.engine
         engine.check_prompt(input_ids, max_new_tokens)
+        self.tally = Tally()
         length, sampler = input_ids.shape[1] + max_new_tokens, Sampler(sampling, engine.device)
         kept, cache, logits = None, None, torch.empty(0)
         if engine.path.piece_for(length) is not None:
@@ -77,9 +80,16 @@ class Speculator:
                 (new,) = loop.advance()
 
     def run_prompt(self, input_ids: Tensor, length: int) -> tuple[Any, Tensor]:
-        """A cache for so many positions with prompts of one length in it, and their (rows, vocabulary) logits."""
-        engine = self.engine
-        cache, logits = engine.path.new_cache_for_steppers(length), torch.empty(0)
+        """A cache for so many positions with prompts of one length in it, and their (rows, vocabulary) logits.
+
+        The one of the last prompt is taken again where it will do, with the graphs that were captured on it.
+        """
+        engine, rows = self.engine, input_ids.shape[0]
+        cache, logits = None if self._steppers is None else self._steppers[0], torch.empty(0)
+        if isinstance(cache, FixedCache) and cache.positions >= length and len(cache.row_lengths()) == rows:
+            cache.reset()
+        else:
+            cache = engine.path.new_cache_for_steppers(length)
         for start, end in pieces(0, input_ids.shape[1], engine.path.piece_for(length)):
             logits = engine.prefill(input_ids[:, start:end].to(engine.device), cache)
         return cache, logits
@@ -99,7 +109,7 @@ class Speculator:
         """
         rows, tokens = input_ids.shape
         lengths = [tokens] * rows if lengths is None else list(lengths)
-        target, drafting = self._steppers_on(cache)
+        target, drafting = self.steppers_on(cache)
         drafts: list[Draft] = []
         if self.lookup:
             found = LookupDraft(rows, self.engine.device)
@@ -122,18 +132,18 @@ class Speculator:
     def pace(self, rows: int, target: Stepper) -> Pace:
         """For so many sequences: a pass over tokens of all is as long as the passes that are no shorter."""
         if rows not in self._pace:
-            spans = target.spans or tuple(range(1, MOST + 2))
-            self._pace[rows] = Pace([span - 1 for span in spans if 1 < span <= MOST + 1], self._count)
+            spans = target.spans or tuple(range(1, MOST_DRAFTED + 2))
+            self._pace[rows] = Pace([span - 1 for span in spans if 1 < span <= MOST_DRAFTED + 1], self.count)
         return self._pace[rows]
 
-    def _steppers_on(self, cache: Any) -> tuple[Stepper, Stepper | None]:
+    def steppers_on(self, cache: Any) -> tuple[Stepper, Stepper | None]:
         """Of the model that verifies and of the one that drafts; kept, on a GPU with their graphs, for the same cache."""
         path = self.engine.path
         made_for = path, path.control.decoding if path.control else None
         if self._steppers is None or self._steppers[0] is not cache or self._steppers[1] != made_for:
             self._steppers = None  # their memory, before that of the next
             target = path.stepper(cache, sparse=False)
-            drafting = None if self._draft is None else self.draft_path.stepper(cache, sparse=self.sparse)
+            drafting = None if self.draft is None else self.draft_path.stepper(cache, sparse=self.sparse)
             self._steppers = cache, made_for, target, drafting
         return self._steppers[2], self._steppers[3]
 
@@ -141,13 +151,13 @@ class Speculator:
     def draft_path(self) -> Path:
         """Of the model that drafts: the same kind as that of the model that verifies."""
         path = self.engine.path
-        if self._draft is self.engine.model:
+        if self.draft is self.engine.model:
             return path
         if self._draft_path is None or type(self._draft_path) is not type(path):
-            self._draft_path = type(path)(self._draft, control_of(self._draft))
+            self._draft_path = type(path)(self.draft, control_of(self.draft))
         return self._draft_path
 
     @property
     def counts(self) -> SparsityControl | None:
         """The control whose counter sees what drafts skip; None where they skip nothing."""
-        return control_of(self._draft) if self._draft is not None and self.sparse else None
+        return control_of(self.draft) if self.draft is not None and self.sparse else None
