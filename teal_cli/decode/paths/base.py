@@ -74,8 +74,8 @@ class Stepper(ABC):
 
     exact: bool = False
     """Whether a token has the bits that it has in a pass of its own, however many are in one."""
-    spans: tuple[int, ...] = ()
-    """Numbers of tokens whose pass costs no more than that of one token fewer, so that fewer need not be tried."""
+    spans: tuple[int, ...] = tuple(range(1, 9))
+    """Tokens of each sequence that a pass may take, from 1 on up; those between two take as long as the greater."""
 
     @abstractmethod
     def run(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -134,10 +134,16 @@ class FusedPath(ProgramPath):
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error
 
-    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> FusedSession:
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `ProgramPath.spans_for`: as many rows as a launch takes."""
+        return tuple(range(1, MAX_ROWS // sequences + 1))
+
+    def open_rows(
+        self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1
+    ) -> FusedSession:
         """As `ProgramPath.open_rows`; as `open`."""
         rows = cache.layers[0].keys.shape[0]
         try:
-            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse)
+            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse, span=span)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error

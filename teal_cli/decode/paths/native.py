@@ -57,7 +57,6 @@ class NativePath(ProgramPath):
     name = "native"
     reported = "native"
     devices = ("cpu",)
-    spans = (1, 2, 4, 8)  # the library pads rows to these
     spans_are_exact = True
 
     @classmethod
@@ -79,6 +78,10 @@ class NativePath(ProgramPath):
     def open(self, cache: NativeCache) -> NativeSession:
         """As `Path.open`, of any number of rows."""
         return NativeSession(self, cache)
+
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `ProgramPath.spans_for`: the library pads rows to these."""
+        return (1, 2, 4, 8)
 
     def open_rows(
         self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1

@@ -71,8 +71,6 @@ class ProgramPath(Path):
 
     own_kernels = True
     control: SparsityControl
-    spans: tuple[int, ...]
-    """As `Stepper.spans`."""
     spans_are_exact: bool = False
     """As `Stepper.exact`."""
 
@@ -103,6 +101,10 @@ class ProgramPath(Path):
             sparse: whether some row skips inputs; without, all are dense.
             span: tokens of each sequence that one step takes.
         """
+
+    @abstractmethod
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `Stepper.spans`, of so many sequences."""
 
     def cannot_step_back_because(self) -> str | None:
         """As `Path.cannot_step_back_because`: where angles depend on the length of the text, so do those of a pass."""
@@ -147,7 +149,7 @@ class ProgramStepper(Stepper):
     def __init__(self, path: ProgramPath, cache: FixedCache, *, sparse: bool) -> None:
         self._path, self._cache, self._sparse = path, cache, sparse
         self._sessions: dict[int, SteppedSession] = {}
-        self.exact, self.spans = path.spans_are_exact, path.spans
+        self.exact, self.spans = path.spans_are_exact, path.spans_for(len(cache.row_lengths()))
 
     @torch.no_grad()
     def run(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,8 @@ class Pace:
         """
         able = [offer for offer in offers if offer.most > 0 and room > 0]
         if self._fixed is not None:
-            return (able[0], min(self._fixed, able[0].most, room)) if able else (NOTHING, 0)
+            most = max(self._counts, default=0)
+            return (able[0], min(self._fixed, able[0].most, room, most)) if able and most else (NOTHING, 0)
         if not able or len(self._seconds["", 0]) < 2 or self._since_plain >= _PLAIN_EVERY:
             return NOTHING, 0
         best = max(

@@ -132,8 +132,8 @@ class Speculator:
     def pace(self, rows: int, target: Stepper) -> Pace:
         """For so many sequences: a pass over tokens of all is as long as the passes that are no shorter."""
         if rows not in self._pace:
-            spans = target.spans or tuple(range(1, MOST_DRAFTED + 2))
-            self._pace[rows] = Pace([span - 1 for span in spans if 1 < span <= MOST_DRAFTED + 1], self.count)
+            counts = [span - 1 for span in target.spans if 1 < span <= MOST_DRAFTED + 1]
+            self._pace[rows] = Pace(counts, self.count)
         return self._pace[rows]
 
     def steppers_on(self, cache: Any) -> tuple[Stepper, Stepper | None]:
