@@ -1,6 +1,6 @@
 """Draw what `teal bench --speculate --json FILE` measured: the speedup of each kind of drafts, and over acceptance.
 
-python benchmarks/plot_speculation.py [--results benchmarks/results/speculation-smollm2-135m-cpu.json] [--out docs/speculation.png]
+python benchmarks/plot_speculation.py [--results benchmarks/results/speculation-smollm2-135m-cpu.json] [--out FILE.png]
 """
 
 import argparse
@@ -49,9 +49,7 @@ def draw_expected(axes: Any, runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     """One picture; of random weights the second half alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results", type=Path, default=Path("benchmarks/results/speculation-smollm2-135m-cpu.json")
-    )
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/speculation-smollm2-135m-cpu.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/speculation.png"))
     arguments = parser.parse_args()
     result = json.loads(arguments.results.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """What drafts cost and give: passes over several tokens, and replies to real prompts, in turn with dense decoding."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,13 +124,13 @@ def measure_costs(speculator: Speculator, prompt: Tensor) -> Costs:
         several = ids.expand(-1, span).contiguous()
         return seconds_of(lambda: stepper.run(several, lengths), engine.device)
 
-    works: dict[int | str, Callable[[], float]] = {span: lambda span=span: timed(target, span) for span in SPANS}
+    works: dict[int | str, tuple[Stepper, int]] = {span: (target, span) for span in SPANS}
     if draft is not None:
-        works["draft"] = lambda: timed(draft, 1)
+        works["draft"] = draft, 1
     seconds: dict[int | str, list[float]] = {name: [] for name in works}
     for index in range(_WARM_UP + _PASSES):
         for name, work in works.items():
-            found = work()
+            found = timed(*work)
             if index >= _WARM_UP:
                 seconds[name].append(found)
     spreads = {name: Spread.of(values) for name, values in seconds.items()}

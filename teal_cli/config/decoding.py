@@ -108,7 +108,7 @@ class GenerateConfig(OneAllocation, DecodingConfig):
 
     speculate: Drafts | None = Field(
         None,
-        description="write what the dense model writes, faster, from drafts: lookup, sparse, int8, int4 or int4:GROUP, or "
+        description="write what the dense model writes, from drafts: lookup, sparse, int8, int4 or int4:GROUP, or "
         "several as lookup+int4+sparse; sparsity is then that of drafts (docs/speculation.md)",
     )
     draft_tokens: int | None = Field(

@@ -64,7 +64,9 @@ def quantise_(
         layers = [p for p in projections if isinstance(model.get_submodule(p.name), nn.Linear)]
         packs = quantise_blocks_(model, path, layers, scheme, batches, on_block)
     nearest = {
-        name: nearest_codes(model.get_submodule(name), of_this) for name, of_this in schemes.items() if name not in packs
+        name: nearest_codes(model.get_submodule(name), of_this)
+        for name, of_this in schemes.items()
+        if name not in packs
     }
     dequantise_(model, nearest)
     return packs | nearest

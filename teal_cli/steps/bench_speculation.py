@@ -23,7 +23,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.sparse import apply_plan_
 from teal_cli.speculation import Speculation
-from teal_cli.steps.drafts import speculator_for
+from teal_cli.steps.drafts import Copies, speculator_for
 
 
 @dataclass
@@ -66,26 +66,18 @@ def bench_speculation(
         engine: of the model that verifies.
         plans: sparsities of sparse drafts.
         prompt: (rows, tokens) int64, behind which passes are timed.
-        prompts: kind -> (1, tokens) int64 that replies are written to, in turn with dense decoding; none of a model with
-            random weights, whose text says nothing.
+        prompts: kind -> (1, tokens) int64 that replies are written to, in turn with dense decoding; none of a model
+            with random weights, whose text says nothing.
         reporter: told what is done.
 
     Raises:
         TealError: a model that cannot be decoded speculatively.
     """
-    copies: dict[str, tuple[Any, int]] = {}
+    copies: Copies = {}
     settings = []
     for drafts in config.speculate:
         for plan in plans if drafts.sparse else [None]:
-            scheme = str(drafts.scheme)
-            if drafts.scheme is None or scheme not in copies:
-                speculator, taken = speculator_for(engine, drafts, config.draft_tokens, reporter)
-                if drafts.scheme is not None:
-                    copies[scheme] = speculator.draft, taken
-            else:
-                model, taken = copies[scheme]
-                options = {"sparse": drafts.sparse, "lookup": drafts.lookup, "count": config.draft_tokens}
-                speculator = Speculator(engine, model, **options)
+            speculator, taken = speculator_for(engine, drafts, config.draft_tokens, reporter, copies)
             settings.append(_Setting(drafts, plan, speculator, taken, Rounds.empty()))
     costs = []
     for setting in settings:
@@ -121,13 +113,13 @@ def _write(
     with reporter.progress("replying", total) as advance:
         for setting in settings:
             setting.use()
-            write_replies(dense, setting.speculator, first, prompts[first], config.new_tokens, positions, Rounds.empty())
+            write_replies(
+                dense, setting.speculator, first, prompts[first], config.new_tokens, positions, Rounds.empty()
+            )
             advance(1)
         for _ in range(config.repeats):
             for kind, ids in prompts.items():
                 for setting in settings:
                     setting.use()
-                    write_replies(
-                        dense, setting.speculator, kind, ids, config.new_tokens, positions, setting.rounds
-                    )
+                    write_replies(dense, setting.speculator, kind, ids, config.new_tokens, positions, setting.rounds)
                     advance(1)

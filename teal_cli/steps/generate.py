@@ -36,7 +36,7 @@ class Speculated:
     drafts: str
     """As `--speculate` has it."""
     acceptance: float | None
-    """Of the drafted tokens up to and with the first wrong one of each pass, the share that was right; None for none."""
+    """Of the drafted tokens up to and with the first wrong one of each pass, the share of right ones; None for none."""
     tokens_per_pass: float | None
     """Tokens that a pass of the dense model gave; None for a reply of one token."""
     drafted: int
@@ -130,7 +130,7 @@ class Generator:
             self.engine.control.enabled = _skips(config)
         self.speculator: Speculator | None = None
         if config.speculate is not None:
-            self.speculator, _ = speculator_for(self.engine, config.speculate, config.draft_tokens, reporter)
+            self.speculator, _ = speculator_for(self.engine, config.speculate, config.draft_tokens, reporter, {})
 
     def _say_because(self) -> None:
         """Why no path of our own decodes, once; its check may be the reason."""

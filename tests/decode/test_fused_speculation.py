@@ -51,7 +51,9 @@ def test_a_pass_over_several_tokens_gives_what_single_steps_give(
             assert torch.equal(logits.argmax(-1), best)
             found.append(logits.clone())
             start += size
-        states = [state for layer in cache.layers for row in range(rows) for state in layer.states_of(row, lengths[row] + 8)]
+        states = [
+            state for layer in cache.layers for row in range(rows) for state in layer.states_of(row, lengths[row] + 8)
+        ]
         return torch.cat(found, dim=1), [state.clone() for state in states]
 
     expected, expected_states = run((1,) * 8)

@@ -73,9 +73,10 @@ def test_stop_tokens_and_a_second_turn(path: str) -> None:
     decoder, prompt = speculator(engine, "sparse", 3), random_tokens(1, 70)
     wanted = dense_text(engine, prompt)
     stop = frozenset(wanted[30:31])
-    assert list(decoder.generate(prompt, max_new_tokens=TOKENS, sampling=GREEDY, stop=stop)) == wanted[
-        : wanted.index(wanted[30])
-    ]
+    assert (
+        list(decoder.generate(prompt, max_new_tokens=TOKENS, sampling=GREEDY, stop=stop))
+        == wanted[: wanted.index(wanted[30])]
+    )
     longer = torch.cat([prompt, torch.tensor([wanted[:9]])], dim=1)
     assert list(decoder.generate(longer, max_new_tokens=TOKENS, sampling=GREEDY)) == dense_text(engine, longer)
 
@@ -84,9 +85,7 @@ def test_stop_tokens_and_a_second_turn(path: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pass_has_the_bits_of_single_steps(
-    threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_has_the_bits_of_single_steps(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several sequences too, whatever their drafts wrote into the cache before; and so have the keys and values."""
     use_threads(monkeypatch, threads)
     engine = Engine(sparse(tiny("llama", num_key_value_heads=2)).to(dtype), path="native")
@@ -103,7 +102,9 @@ def test_a_pass_has_the_bits_of_single_steps(
             target.run(tokens[:, start : start + span], [length + start for length in lengths])[0].clone()
             for start in range(0, 8, span)
         ]
-        states = [state for layer in cache.layers for row in range(3) for state in layer.states_of(row, lengths[row] + 8)]
+        states = [
+            state for layer in cache.layers for row in range(3) for state in layer.states_of(row, lengths[row] + 8)
+        ]
         found[span] = torch.cat(logits, dim=1), [state.clone() for state in states]
         assert cache.row_lengths() == [length + 8 for length in lengths]
         assert isinstance(cache.layers[0], NativeLayer)

@@ -128,7 +128,7 @@ def test_a_free_draft_is_taken_where_it_pays_more() -> None:
 def test_pace_learns_that_a_text_has_changed() -> None:
     pace = Pace([1, 3, 7])
     _run(pace, 0.1, COSTS, 300)
-    time, counts = _run(pace, 0.97, COSTS, 3000)
+    _, counts = _run(pace, 0.97, COSTS, 3000)
     assert counts[-1] == 3
 
 

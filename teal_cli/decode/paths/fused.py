@@ -138,9 +138,7 @@ class FusedPath(ProgramPath):
         """As `ProgramPath.spans_for`: as many rows as a launch takes."""
         return tuple(range(1, MAX_ROWS // sequences + 1))
 
-    def open_rows(
-        self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1
-    ) -> FusedSession:
+    def open_rows(self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1) -> FusedSession:
         """As `ProgramPath.open_rows`; as `open`."""
         rows = cache.layers[0].keys.shape[0]
         try:

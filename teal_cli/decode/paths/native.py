@@ -83,8 +83,6 @@ class NativePath(ProgramPath):
         """As `ProgramPath.spans_for`: the library pads rows to these."""
         return (1, 2, 4, 8)
 
-    def open_rows(
-        self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1
-    ) -> NativeSession:
+    def open_rows(self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1) -> NativeSession:
         """As `ProgramPath.open_rows`."""
         return NativeSession(self, cache, levels if sparse else None, sparse=sparse, span=span)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from teal_cli.decode.blocks import Attention, block_steps, last_norm
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.graphs import SteppedSession
 from teal_cli.decode.paths.base import LastTokens, Path, Stepper
+from teal_cli.decode.paths.graphs import SteppedSession
 from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.positions import has_dynamic_rope, long_rope_from
 from teal_cli.decode.recognition import recognise_
@@ -90,9 +90,7 @@ class ProgramPath(Path):
         return self.piece if first_long is None or positions <= first_long else None
 
     @abstractmethod
-    def open_rows(
-        self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1
-    ) -> ProgramSession:
+    def open_rows(self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1) -> ProgramSession:
         """A session whose rows are taken by one sequence after the other, each at a level of sparsity of its own.
 
         Args:
@@ -157,8 +155,8 @@ class ProgramStepper(Stepper):
         rows, span = tokens.shape
         self._cache.shorten(lengths)
         if span not in self._sessions:
-            session = self._path.open_rows(self._cache, None, sparse=self._sparse and span == 1, span=span)
-            self._sessions[span] = SteppedSession(session)
+            opened = self._path.open_rows(self._cache, None, sparse=self._sparse and span == 1, span=span)
+            self._sessions[span] = SteppedSession(opened)
         session = self._sessions[span]
         session.place(lengths, [0] * (rows * span))
         logits, best = session.step(tokens.reshape(-1))

@@ -41,8 +41,9 @@ class Draft(ABC):
             count: at most as many as were offered.
         """
 
+    @abstractmethod
     def see(self, row: int, tokens: Sequence[int]) -> None:
-        """Tokens by which a sequence went on."""
+        """Learn by which tokens a sequence went on."""
 
 
 class ModelDraft(Draft):
@@ -55,6 +56,9 @@ class ModelDraft(Draft):
 
     def __init__(self, stepper: Stepper, sampler: Sampler) -> None:
         self._stepper, self._sampler = stepper, sampler
+
+    def see(self, row: int, tokens: Sequence[int]) -> None:
+        """As `Draft.see`: the cache has them."""
 
     def offer(self) -> Offer:
         """As `Draft.offer`: always."""

@@ -99,7 +99,7 @@ class SpeculativeLoop:
         chosen = torch.cat([accepted[:, None], behind[:, None], tokens[:, 1:]], dim=1).tolist()  # the host waits once
         seconds = time.perf_counter() - started
         self.token = behind
-        new = [own[2 : 2 + own[0]] + [own[1]] for own in chosen]
+        new = [[*own[2 : 2 + own[0]], own[1]] for own in chosen]
         self._note(offer, count, [own[0] for own in chosen], logits)
         first = (offer.source, count) not in self._shapes  # kernels are compiled, graphs captured
         self._shapes.add((offer.source, count))

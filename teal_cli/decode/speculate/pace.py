@@ -1,6 +1,6 @@
 """How many tokens are drafted: as many as give the most tokens a second, by what was accepted and what it took.
 
-A pass that verifies `count` drafted tokens gives 1 + a + a^2 + .. + a^count tokens, where a is the share of judged tokens
+A pass that verifies `count` drafted tokens gives 1 + a + .. + a^count tokens, where a is the share of judged tokens
 that agree. What it takes is measured. Where nothing pays, nothing is drafted, and it is tried again ever more seldom.
 """
 

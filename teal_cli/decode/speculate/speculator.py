@@ -137,7 +137,7 @@ class Speculator:
         return self._pace[rows]
 
     def steppers_on(self, cache: Any) -> tuple[Stepper, Stepper | None]:
-        """Of the model that verifies and of the one that drafts; kept, on a GPU with their graphs, for the same cache."""
+        """Of the model that verifies and of the one that drafts; kept for the same cache, with their graphs."""
         path = self.engine.path
         made_for = path, path.control.decoding if path.control else None
         if self._steppers is None or self._steppers[0] is not cache or self._steppers[1] != made_for:
