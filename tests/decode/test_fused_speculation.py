@@ -30,8 +30,17 @@ def _with_a_window() -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("lengths", "spans"), [([20], (3, 1, 4)), ([20, 13], (4, 4))], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen2-window", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "lengths", "spans"),
+    [
+        ("llama", [20], (3, 1, 4)),
+        ("llama", [20, 13], (4, 4)),
+        ("qwen2-window", [20], (4, 4)),
+        ("qwen3", [20], (8,)),
+        ("gpt2", [20], (4, 4)),
+    ],
+    ids=str,
+)
 def test_a_pass_over_several_tokens_gives_what_single_steps_give(
     family: str, lengths: list[int], spans: tuple[int, ...]
 ) -> None:
