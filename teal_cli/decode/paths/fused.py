@@ -25,6 +25,7 @@ from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
@@ -138,7 +139,15 @@ class FusedPath(ProgramPath):
         """As `ProgramPath.spans_for`: as many rows as a launch takes."""
         return tuple(range(1, MAX_ROWS // sequences + 1))
 
-    def open_rows(self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1) -> FusedSession:
+    def open_rows(
+        self,
+        cache: FixedCache,
+        levels: RowLevels | None,
+        *,
+        sparse: bool,
+        span: int = 1,
+        like: ProgramSession | None = None,
+    ) -> FusedSession:
         """As `ProgramPath.open_rows`; as `open`."""
         rows = cache.layers[0].keys.shape[0]
         try:

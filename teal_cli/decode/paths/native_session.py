@@ -39,6 +39,7 @@ class NativeSession(ProgramSession):
         cache: of the rows.
         levels: of sparsity, where each row has one of its own.
         sparse: whether inputs are skipped; by default as the control has it.
+        like: a session on the same cache and of the same rules, whose program will do, where it still has one.
         span: tokens of each row that one step takes, at most `MAX_ROWS`; `token`, `positions`, `logits` and `best` have
             them one behind the other.
 
@@ -55,12 +56,16 @@ class NativeSession(ProgramSession):
         levels: RowLevels | None = None,
         *,
         sparse: bool | None = None,
+        like: "NativeSession | None" = None,
         span: int = 1,
     ) -> None:
         sequences = int(cache.layers[0].values.shape[0])
         super().__init__(path.control, cache, sequences, path.device, sparse, span)
         rows = self.rows
-        program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
+        program = None if like is None else like.program
+        if program is None:
+            program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
+        self._program: NativeProgram | None = program
         self._counted, self._counters = program.counted, program.counters
         self._copied = [tensor for tensor in program.copied if not tensor.is_inference()]
         self._written = self._writes()
@@ -89,6 +94,12 @@ class NativeSession(ProgramSession):
             self._sessions.append((session, buffers, None if span == 1 else of_rows[: some.stop - some.start]))
         self._kept_at_the_end: Tensor | None = None
         path.control.prepared.add(self)
+
+    @property
+    def program(self) -> NativeProgram | None:
+        """What it runs, as long as the model is what that was made of."""
+        changed = self._made_for != self.control.decoding or self._writes() != self._written
+        return None if changed else self._program
 
     @property
     def stale(self) -> bool:
@@ -140,6 +151,7 @@ class NativeSession(ProgramSession):
         for session, *_ in self._sessions:
             session.close()
         self._sessions.clear()
+        self._program = None
 
 
 class _Angles:

@@ -90,7 +90,15 @@ class ProgramPath(Path):
         return self.piece if first_long is None or positions <= first_long else None
 
     @abstractmethod
-    def open_rows(self, cache: FixedCache, levels: RowLevels | None, *, sparse: bool, span: int = 1) -> ProgramSession:
+    def open_rows(
+        self,
+        cache: FixedCache,
+        levels: RowLevels | None,
+        *,
+        sparse: bool,
+        span: int = 1,
+        like: ProgramSession | None = None,
+    ) -> ProgramSession:
         """A session whose rows are taken by one sequence after the other, each at a level of sparsity of its own.
 
         Args:
@@ -98,6 +106,7 @@ class ProgramPath(Path):
             levels: that there are; None for the rules that the layers have.
             sparse: whether some row skips inputs; without, all are dense.
             span: tokens of each sequence that one step takes.
+            like: a session on the same cache and of the same rules, which may have made some of what is needed.
         """
 
     @abstractmethod
@@ -155,7 +164,9 @@ class ProgramStepper(Stepper):
         rows, span = tokens.shape
         self._cache.shorten(lengths)
         if span not in self._sessions:
-            opened = self._path.open_rows(self._cache, None, sparse=self._sparse and span == 1, span=span)
+            sparse = self._sparse and span == 1
+            like = None if self._sparse else next((own.session for own in self._sessions.values()), None)
+            opened = self._path.open_rows(self._cache, None, sparse=sparse, span=span, like=like)
             self._sessions[span] = SteppedSession(opened)
         session = self._sessions[span]
         session.place(lengths, [0] * (rows * span))
