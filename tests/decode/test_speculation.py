@@ -115,6 +115,28 @@ def test_a_pass_has_the_bits_of_single_steps(threads: int, dtype: torch.dtype, m
 
 @needs_library
 @torch.no_grad()
+def test_passes_without_drafts_that_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host waits for several at once."""
+    engine, prompt = Engine(sparse(tiny("llama")), path="native"), random_tokens(1, 12)
+    decoder = speculator(engine, "sparse")
+    cache, logits = decoder.run_prompt(prompt, 100)
+    token = logits.argmax(-1, keepdim=True)
+    loop = decoder.loop(cache, prompt, token, Sampler(GREEDY, engine.device), positions=100)
+    monkeypatch.setattr(loop, "_on_gpu", True)
+    found = token[0].tolist()
+    ahead = 0
+    while len(found) < 80:
+        passes = loop.tally.passes
+        found += loop.advance()[0]
+        ahead = max(ahead, loop.tally.passes - passes)
+    assert ahead == 4
+    assert found[:80] == dense_text(engine, prompt, 80)
+    assert loop.tally.counts[0] > 40
+    assert loop.lengths == [11 + len(found)]
+
+
+@needs_library
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "lookup+int8"])
 def test_rows_of_a_batch_accept_each_its_own_number(kind: str) -> None:
     """Prompts of different lengths, and a row that ends before the others."""

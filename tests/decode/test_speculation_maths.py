@@ -117,6 +117,26 @@ def test_drafts_that_are_always_wrong_cost_less_than_three_per_cent() -> None:
         assert any(counts)
 
 
+def test_passes_that_draft_nothing_for_certain_are_said() -> None:
+    """As many as then follow, whether they are taken one by one or together."""
+    plain, together = Pace([1, 3, 7]), Pace([1, 3, 7])
+    assert plain.certain([MODEL]) == 1  # nothing was measured yet
+    for pace in (plain, together):
+        _run(pace, 0.0, COSTS, 60)
+        while pace.choose([MODEL], 7)[1]:
+            pace.record(MODEL, 1, 1, 0, COSTS["model", 1])
+    certain = together.certain([MODEL])
+    assert certain > 4
+    together.record_plain(certain, 1.0)
+    assert together.choose([MODEL], 7)[1] > 0
+    plain.record(NOTHING, 0, 0, 0, 1.0)
+    for _ in range(certain - 1):
+        assert plain.choose([MODEL], 7)[1] == 0
+        plain.record(NOTHING, 0, 0, 0, 1.0)
+    assert plain.choose([MODEL], 7)[1] > 0
+    assert together.certain([LOOKUP, MODEL]) == 1  # the text may repeat itself at any token
+
+
 def test_a_free_draft_is_taken_where_it_pays_more() -> None:
     costs = COSTS | {("lookup", count): 1 + 0.05 * count for count in (1, 3, 7)}
     pace = Pace([1, 3, 7])

@@ -15,6 +15,10 @@ from teal_cli.decode.speculate.drafts import Draft, Drafted
 from teal_cli.decode.speculate.pace import NOTHING, Offer, Pace
 
 
+_AHEAD = 4
+"""Passes without drafts that a GPU may run before the host reads their tokens."""
+
+
 @dataclass
 class Tally:
     """What speculation did so far."""
@@ -76,7 +80,8 @@ class SpeculativeLoop:
         self.lengths, self.token = list(lengths), token.view(-1).clone()
         self.tally = Tally() if tally is None else tally
         self._ended: set[int] = set()
-        self._shapes: set[tuple[str, int]] = set()
+        self._begun: Counter[tuple[str, int]] = Counter()
+        self._on_gpu = token.is_cuda
 
     def end(self, row: int) -> None:
         """A sequence goes on no more; the others do."""
@@ -89,6 +94,8 @@ class SpeculativeLoop:
         room = self._positions - max(self.lengths) - 1
         offers = [draft.offer() for draft in self._drafts]
         offer, count = self._pace.choose(offers, room)
+        if count == 0 and self._on_gpu and (certain := min(self._pace.certain(offers), _AHEAD, room + 1)) > 1:
+            return self._plain(certain)
         drafted: Drafted | None = None
         tokens = self.token[:, None]
         if count:
@@ -101,9 +108,22 @@ class SpeculativeLoop:
         self.token = behind
         new = [[*own[2 : 2 + own[0]], own[1]] for own in chosen]
         self._note(offer, count, [own[0] for own in chosen], logits)
-        first = (offer.source, count) not in self._shapes  # kernels are compiled, graphs captured
-        self._shapes.add((offer.source, count))
-        self._record(offer, count, [own[0] for own in chosen], None if first else seconds)
+        self._begun[offer.source, count] += 1
+        is_first = self._begun[offer.source, count] <= (2 if self._on_gpu else 1)  # sessions, kernels, graphs are made
+        self._record(offer, count, [own[0] for own in chosen], None if is_first else seconds)
+        return self._went_on(new)
+
+    def _plain(self, count: int) -> list[list[int]]:
+        """So many passes without drafts, for which the host waits once."""
+        started = time.perf_counter()
+        chosen = []
+        for index in range(count):
+            logits, best = self._target.run(self.token[:, None], [length + index for length in self.lengths])
+            none, self.token = self._accept(None, logits, best)
+            chosen.append(self.token)
+            self._note(NOTHING, 0, [0] * len(none), logits)
+        new: list[list[int]] = torch.stack(chosen, dim=1).tolist()
+        self._pace.record_plain(count, (time.perf_counter() - started) / count)
         return self._went_on(new)
 
     def _accept(self, drafted: Drafted | None, logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

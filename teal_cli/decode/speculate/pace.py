@@ -94,6 +94,22 @@ class Pace:
             return offer, count
         return self._after_a_rest(offer, count)
 
+    def certain(self, offers: Sequence[Offer]) -> int:
+        """Passes that draft nothing for certain, from one for which nothing was chosen on."""
+        if self._fixed is not None or any(offer.is_free for offer in offers) or len(self._seconds["", 0]) < 2:
+            return 1
+        return min((self._rests.get(offer.kind, 1) for offer in offers if offer.most), default=1)
+
+    def record_plain(self, count: int, seconds: float) -> None:
+        """Learn from so many passes that drafted nothing, of which `choose` has seen the first.
+
+        Args:
+            count: at most as many as were certain.
+            seconds: of each.
+        """
+        self._rests = {kind: rest - (count - 1) for kind, rest in self._rests.items()}
+        self.record(NOTHING, 0, 0, 0, seconds)
+
     def _after_a_rest(self, offer: Offer, count: int) -> tuple[Offer, int]:
         """Nothing, most of the time: what does not pay may pay later, as the text goes on."""
         kind = offer.kind
