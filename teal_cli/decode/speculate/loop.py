@@ -14,7 +14,6 @@ from teal_cli.decode.speculate.accept import accept_greedy, accept_sampled
 from teal_cli.decode.speculate.drafts import Draft, Drafted
 from teal_cli.decode.speculate.pace import NOTHING, Offer, Pace
 
-
 _AHEAD = 4
 """Passes without drafts that a GPU may run before the host reads their tokens."""
 
