@@ -30,7 +30,8 @@ class Speculator:
         count: tokens that are drafted for a pass; None for as many as pay, 0 among them.
 
     Raises:
-        UsageError: a model that cannot take tokens back, or more tokens than a pass takes.
+        UsageError: a model that cannot take tokens back, a copy that its path cannot decode, or more tokens than a pass
+            takes.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Speculator:
         self._pace: dict[int, Pace] = {}
         """By number of sequences; it goes on from reply to reply."""
         self._steppers: tuple[Any, Any, Stepper, Stepper | None] | None = None
+        if draft is not None:
+            _ = self.draft_path  # or it says why not
 
     def generate(
         self, input_ids: Tensor, *, max_new_tokens: int, sampling: SamplingConfig, stop: frozenset[int] = frozenset()
@@ -154,7 +157,11 @@ class Speculator:
         if self.draft is self.engine.model:
             return path
         if self._draft_path is None or type(self._draft_path) is not type(path):
-            self._draft_path = type(path)(self.draft, control_of(self.draft))
+            kind, control = type(path), control_of(self.draft)
+            reason = kind.unsupported(self.draft, control)
+            if reason is not None:
+                raise UsageError(f"this copy cannot draft on the {path.name} path (flag --speculate): {reason}")
+            self._draft_path = kind(self.draft, control)
         return self._draft_path
 
     @property
