@@ -25,6 +25,7 @@ def drafts_on_a_cpu(page: Page) -> None:
     page.table("| drafts | acceptance | tokens a pass | tokens/s | speedup (least to greatest) |", rows)
     int8 = next(run for run in runs if run["drafts"] == "int8")
     step = int8["step_seconds"]["median"]
-    for tokens in ("2", "4", "8"):
-        page.says(f"{tokens} tokens {{}} times", int8["pass_seconds"][tokens]["median"] / step)
+    passes = (int8["pass_seconds"][tokens]["median"] / step for tokens in ("2", "4", "8"))
+    page.says("2 tokens took {} times a dense step, over 4 tokens {} times, over 8 tokens {} times", *passes)
     page.says("a step of the int8 copy {} times", int8["draft_step_seconds"]["median"] / step)
+    assert all(run["differing"] == 0 for run in runs), "No token differed."
