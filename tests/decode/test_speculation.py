@@ -9,6 +9,7 @@ from conftest import build_model
 from fused_pair import error_of, random_tokens
 from native_models import NO_LIBRARY, plan_for, sparse, tiny, use_threads
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
@@ -230,11 +231,20 @@ def test_sampled_text_is_distributed_as_the_dense_model_s(kind: str, count: int 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("t5", "encoder-decoder"), ("mamba", "no token can be taken back"), ("openai-gpt", "no token can be taken back")],
+    [("t5", "encoder-decoder"), ("phi3-long", "rope type longrope")],
 )
 def test_models_that_cannot_take_tokens_back_are_refused(family: str, reason: str) -> None:
     model: Any = build_model(family)
     with pytest.raises(UsageError, match=reason):
+        Speculator(Engine(model), model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "shape"), [("mamba", {"state_size": 8}), ("openai-gpt", {"n_positions": 64})])
+def test_states_from_which_no_token_can_be_taken_back(kind: str, shape: dict[str, int]) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **shape)).eval()
+    with pytest.raises(UsageError, match="from which no token can be taken back"):
         Speculator(Engine(model), model)
 
 
