@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, PlainSe
 
 from teal_cli.errors import nearest, shown
 from teal_cli.schemes import Scheme
+from teal_cli.speculation import Speculation
 from teal_cli.writing import check_file, check_folder
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -104,6 +105,18 @@ def _parse_scheme(value: object) -> object:
 Quantisation = Annotated[
     InstanceOf[Scheme], BeforeValidator(_parse_scheme), PlainSerializer(lambda scheme: scheme.text, return_type=str)
 ]
+
+
+def _parse_speculation(value: object) -> object:
+    return value if isinstance(value, Speculation) else Speculation.parse(str(value))
+
+
+Drafts = Annotated[
+    InstanceOf[Speculation],
+    BeforeValidator(_parse_speculation),
+    PlainSerializer(lambda drafts: drafts.text, return_type=str),
+]
+DraftsList = Annotated[list[Drafts], BeforeValidator(_split_commas)]
 QuantisationList = Annotated[list[Quantisation], BeforeValidator(_split_commas)]
 OutputFolder = Annotated[Path, AfterValidator(_check_output_folder)]
 OutputFile = Annotated[Path, AfterValidator(_check_output)]

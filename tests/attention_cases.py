@@ -56,6 +56,8 @@ class Attention:
     """Splits of the cache at most; by default those that a model gets."""
     rare: tuple[str, ...] = ()
     """Of `RARE`."""
+    span: int = 1
+    """Rows of one sequence; what they give together is not defined here."""
 
     def __post_init__(self) -> None:
         self.at = _of_rows(self.position, self.rows)
@@ -66,7 +68,7 @@ class Attention:
 
         parts = self.group + (1 if "keys as values" in self.rare else 2)
         self.qkv = random(self.rows, parts * self.kv_heads * self.dim)
-        self.keys = random(self.rows, self.kv_heads, self.positions, self.dim)
+        self.keys = random(self.rows // self.span, self.kv_heads, self.positions, self.dim)
         self.values = random(*self.keys.shape)
         angles = torch.rand(self.positions, self.dim // 2, generator=generator).to(self.device).repeat(1, 2) * 6.3
         self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
@@ -167,6 +169,7 @@ class Attention:
                 keys_as_values=self.v_norm is not None,
                 v_norm=self.v_norm,
             ),
+            span=self.span,
             pdl=pdl,
         )
         assert positions.own.tolist() == self.at

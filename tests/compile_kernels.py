@@ -159,6 +159,8 @@ def main(capability: int) -> None:
                         replace(of_experts, thresholds=of_experts.thresholds.repeat(2, 1)).launch(config, pdl=pdl)
     for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
         random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
+    attention = Attention(4, 2, 3, 64, (150, 151, 140, 141), dtype=DTYPE, span=2)
+    attention.launch(attention.keys, attention.values, pdl=pdl)
     for rows in (1, 3):
         attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
         attention.launch(attention.keys, attention.values, pdl=pdl)

@@ -140,7 +140,7 @@ def test_an_interrupted_reply_raises(dense: Path, monkeypatch: pytest.MonkeyPatc
 def test_examples_of_the_page(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every block, in order, in one session, on a tiny model and little text."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     smaller = {'"smollm2-135m"': repr(str(dense)), "tokens=8192": "tokens=512, seq_len=64"}
     smaller["tokens=4096"] = "tokens=256, seq_len=64"
     calibrated = teal_cli.calibrate(dense, tokens=512, seq_len=64)  # what load would do, on less

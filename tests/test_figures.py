@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.figures import page, quality, speed
+from tests.figures import page, quality, speculation, speed
 from tests.figures.page import Page
 
 _CHECKS: dict[str, list[Callable[[Page], None]]] = {
@@ -35,6 +35,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         quality.method_quantised,
     ],
     "docs/models.md": [quality.models_encoder],
+    "docs/speculation.md": [speculation.drafts_on_a_cpu],
     "docs/tutorial.md": [speed.tutorial_speed],
     "docs/report.md": [],
     "docs/coming-from-teal.md": [],
@@ -72,6 +73,7 @@ _NO_RESULTS = {
         "Phi 3.5 MoE": "a name",
         "normalised`: whether the weights of the chosen ones sum to 1": "a definition",
     },
+    "docs/speculation.md": {"acceptance of 0.85": "what the table of random weights assumes"},
     "docs/tutorial.md": {
         "330 MB read in place of 538 would be 1.63x": "of the output shown above it",
         "a GPU of 24 GB": "what cards have",

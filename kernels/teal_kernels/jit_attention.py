@@ -112,6 +112,8 @@ def attention_kernel(
     MULTIPLE: tl.constexpr,
     SEVERAL_ROWS: tl.constexpr,
     HEADS: tl.constexpr,
+    SPAN: tl.constexpr,
+    WRITES_ONLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One key/value head and one split of the KV cache a program.
@@ -123,6 +125,9 @@ def attention_kernel(
         more: `triton_attention.AttentionNumbers`, of which most models need none.
         rare: `triton_attention.RareOperands`, or None.
         HEADS: `triton_attention.HeadConstants`.
+        SPAN: rows of one sequence, each a position behind the one before. From two on, keys and values are written by a
+            launch of their own before, so that each row finds those of the rows before it.
+        WRITES_ONLY: whether this is that launch.
     """
     GROUP: tl.constexpr = HEADS.group
     DIM: tl.constexpr = HEADS.size
@@ -151,6 +156,8 @@ def attention_kernel(
         return
     start = lowest + split * length
     stop = tl.minimum(start + length, position)
+    if WRITES_ONLY:
+        stop = start
 
     dtype = qkv_ptr.dtype.element_ty
     group = tl.arange(0, PADDED_GROUP)
@@ -211,7 +218,9 @@ def attention_kernel(
         own_alibi = tl.load(rare.alibi + (head * GROUP + group) * positions + position, mask=in_group, other=0.0)
         if HEADS.sinks:
             sinks -= own_alibi
-    cache = (row * kv_heads + head).to(tl.int64) * positions * DIM
+    cache = ((row // SPAN) * kv_heads + head).to(tl.int64) * positions * DIM
+    if PDL and SPAN > 1:  # the launch before wrote some of what is read next
+        gdc_wait()
     t = start + tl.arange(0, BLOCK)
     at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
     written = (t < stop)[:, None] & in_head[None, :]
@@ -275,8 +284,12 @@ def attention_kernel(
     maximum = tl.where(last, top, float("-inf"))
     weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
     acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
-    if last:
-        new = cache + position.to(tl.int64) * DIM + d
+    new = cache + position.to(tl.int64) * DIM + d
+    if SPAN == 1:
+        if last:
+            tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
+            tl.store(values_ptr + new, v_new, mask=in_head)
+    if WRITES_ONLY:
         tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
         tl.store(values_ptr + new, v_new, mask=in_head)
     for first in range(start, stop, BLOCK):
@@ -313,5 +326,6 @@ def attention_kernel(
     average = acc / weight_sum[:, None]
     log = maximum * 1.4426950408889634 + tl.log2(weight_sum)
     own = (split * tl.num_programs(2) + row) * heads + head * GROUP + group
-    tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
-    tl.store(logs_ptr + own, log, mask=in_group)
+    if not WRITES_ONLY:
+        tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
+        tl.store(logs_ptr + own, log, mask=in_group)

@@ -138,6 +138,7 @@ def decode_attention(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     heads: Heads = Heads(),
+    span: int = 1,
     pdl: bool = False,
 ) -> None:
     """Rotary embedding, cache write and attention of one new token a row.
@@ -145,7 +146,7 @@ def decode_attention(
     Args:
         qkv: (B, (A + 2K) D): queries, keys, values of the new token, before rotation; (B, (A + K) D) with
             `keys_as_values`.
-        keys: (B, K, N, D) cache; each row's own position is written. Contiguous.
+        keys: (B / span, K, N, D) cache; each row's own position is written. Contiguous.
         values: like keys.
         cos: (N or more, R) of the rotary embedding of the first R dimensions of a head, both halves; with long rope
             (2, positions, R). None for no rotary embedding.
@@ -156,13 +157,16 @@ def decode_attention(
         k_norm: the same for keys.
         eps: of those norms, and of that of values.
         heads: all else.
+        span: rows of one sequence, one behind the other, at positions that follow each other. A launch of its own then
+            writes keys and values first, and each row sees those of the rows before it.
         pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
             read before the wait for it.
 
     Raises:
         ValueError: layer norms of another kind than the kernel has, or ALiBi for another cache.
     """
-    rows, kv_heads, length, dim = keys.shape
+    sequences, kv_heads, length, dim = keys.shape
+    rows = sequences * span
     all_heads = partials.logs.shape[2]
     group = all_heads // kv_heads
     growth, every = heads.growth or (0.0, 1)
@@ -175,64 +179,67 @@ def decode_attention(
         raise ValueError(
             f"ALiBi of shape {tuple(heads.alibi.shape)} does not fit {all_heads} heads, {length} positions"
         )
-    launch(
-        attention_kernel,
-        (kv_heads, partials.splits, rows),
-        qkv,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        qkv if cos is None else cos,
-        qkv if sin is None else sin,
-        keys,
-        values,
-        partials.positions.own,
-        partials.positions.longest,
-        partials.sums,
-        partials.logs,
-        kv_heads,
-        length,
-        partials.window,
-        scale,
-        eps,
-        AttentionNumbers(
-            heads.cap,
-            growth,
-            every,
-            heads.long_from or 0,
-            0 if heads.long_from is None or cos is None else cos[0].numel(),
-        ),
-        heads.rare,
-        PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
-        BLOCK=_attention_block(dim, keys.itemsize),
-        SPLITS=partials.splits,
-        MULTIPLE=partials.split_multiple,
-        SEVERAL_ROWS=rows > 1,
-        HEADS=HeadConstants(
-            group=group,
-            size=dim,
-            padded=max(LEAST_TILE, power_of_two(dim)),
-            rotated=0 if cos is None else cos.shape[-1],
-            neighbours=heads.neighbours,
-            norms=HEAD_NORMS["none" if q_norm is None else heads.norms],
-            own_norms=own_norms,
-            centred=heads.centred and q_norm is not None,
-            norm_biases=heads.biases is not None,
-            plus_one=heads.plus_one,
-            grouped=heads.grouped,
-            capped=heads.cap != 0.0,
-            growing=heads.growth is not None,
-            long_rope=heads.long_from is not None,
-            clipped=heads.clip != 0.0,
-            sinks=heads.sinks is not None,
-            alibi=heads.alibi is not None,
-            keys_as_values=heads.keys_as_values,
-            value_norms=heads.v_norm is not None,
-            all_queries=power_of_two(all_heads * dim),
-            all_keys=power_of_two(kv_heads * dim),
-        ),
-        warps=_ATTENTION_WARPS,
-        pdl=pdl,
-    )
+    for writes_only in (True, False) if span > 1 else (False,):
+        launch(
+            attention_kernel,
+            (kv_heads, 1 if writes_only else partials.splits, rows),
+            qkv,
+            qkv if q_norm is None else q_norm,
+            qkv if k_norm is None else k_norm,
+            qkv if cos is None else cos,
+            qkv if sin is None else sin,
+            keys,
+            values,
+            partials.positions.own,
+            partials.positions.longest,
+            partials.sums,
+            partials.logs,
+            kv_heads,
+            length,
+            partials.window,
+            scale,
+            eps,
+            AttentionNumbers(
+                heads.cap,
+                growth,
+                every,
+                heads.long_from or 0,
+                0 if heads.long_from is None or cos is None else cos[0].numel(),
+            ),
+            heads.rare,
+            PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
+            BLOCK=_attention_block(dim, keys.itemsize),
+            SPLITS=partials.splits,
+            MULTIPLE=partials.split_multiple,
+            SEVERAL_ROWS=rows > 1,
+            HEADS=HeadConstants(
+                group=group,
+                size=dim,
+                padded=max(LEAST_TILE, power_of_two(dim)),
+                rotated=0 if cos is None else cos.shape[-1],
+                neighbours=heads.neighbours,
+                norms=HEAD_NORMS["none" if q_norm is None else heads.norms],
+                own_norms=own_norms,
+                centred=heads.centred and q_norm is not None,
+                norm_biases=heads.biases is not None,
+                plus_one=heads.plus_one,
+                grouped=heads.grouped,
+                capped=heads.cap != 0.0,
+                growing=heads.growth is not None,
+                long_rope=heads.long_from is not None,
+                clipped=heads.clip != 0.0,
+                sinks=heads.sinks is not None,
+                alibi=heads.alibi is not None,
+                keys_as_values=heads.keys_as_values,
+                value_norms=heads.v_norm is not None,
+                all_queries=power_of_two(all_heads * dim),
+                all_keys=power_of_two(kv_heads * dim),
+            ),
+            SPAN=span,
+            WRITES_ONLY=writes_only,
+            warps=_ATTENTION_WARPS,
+            pdl=pdl,
+        )
 
 
 def _attention_block(dim: int, itemsize: int) -> int:

@@ -126,6 +126,12 @@ def summary(reply: "Reply") -> str:
         parts.append(f"{reply.tokens_per_second:.1f} tokens/s")
     parts.append(f"prefill of {reply.prompt_tokens} in {reply.prefill_seconds:.2f} s")
     realised = reply.realised_sparsity
+    if (speculation := reply.speculation) is not None:
+        if speculation.tokens_per_pass is not None:
+            parts.append(f"{speculation.tokens_per_pass:.2f} tokens a pass from drafts ({speculation.drafts})")
+        if speculation.acceptance is not None:
+            parts.append(f"acceptance {speculation.acceptance:.3f}")
+        realised = None
     parts.append("dense" if realised is None else f"realised sparsity {realised:.3f}")
     if reply.neuron_sparsity is not None:
         parts.append(f"{reply.neuron_sparsity:.1%} of the MLP neurons zero")

@@ -9,6 +9,8 @@ from teal_cli.config.sparsity import OneAllocation, SparseConfig
 from teal_cli.config_values import (
     Backend,
     Compile,
+    Drafts,
+    DraftsList,
     InputFile,
     Mode,
     QuantisationList,
@@ -16,6 +18,7 @@ from teal_cli.config_values import (
     SparsityList,
     TokenList,
 )
+from teal_cli.speculation import MOST_DRAFTED, Speculation
 
 _OF_CALIBRATED = (
     "sparsity",
@@ -52,6 +55,37 @@ class DecodingConfig(SparseConfig):
         return self
 
 
+def check_speculation(config: DecodingConfig, drafts: list[Speculation], sparsities: list[float] | None) -> None:
+    """Refuse options that contradict drafts.
+
+    Args:
+        config: of generate or bench, which has `draft_tokens`.
+        drafts: of `speculate`, none where it was not given.
+        sparsities: that were asked for; None where none was.
+
+    Raises:
+        ValueError: what is wrong, by key and flag.
+    """
+    if not drafts:
+        if getattr(config, "draft_tokens", None) is not None:
+            raise ValueError("draft_tokens (flag --draft-tokens) needs speculate (flag --speculate)")
+        return
+    if config.mode == "intrinsic":
+        raise ValueError(
+            "mode intrinsic (flag --mode) skips nothing that counts: leave out speculate (flag --speculate)"
+        )
+    if getattr(config, "compile", "auto") == "always":
+        raise ValueError("speculate (flag --speculate) compiles nothing: leave out compile (flag --compile)")
+    sparse = any(own.sparse for own in drafts)
+    if sparse and sparsities is not None and not any(sparsities):
+        raise ValueError("speculate (flag --speculate) sparse needs a sparsity above 0 (flag --sparsity)")
+    if not sparse and sparsities is not None and any(sparsities):
+        raise ValueError(
+            "sparsity (flag --sparsity) is that of drafts where speculate (flag --speculate) is given: add +sparse to "
+            "it, or leave sparsity out"
+        )
+
+
 class GenerateConfig(OneAllocation, DecodingConfig):
     """`teal generate`."""
 
@@ -71,6 +105,22 @@ class GenerateConfig(OneAllocation, DecodingConfig):
         description="torch.compile of steps that decode by transformers' forward: auto where so many tokens pay for it "
         "and it measures faster",
     )
+
+    speculate: Drafts | None = Field(
+        None,
+        description="write what the dense model writes, from drafts: lookup, sparse, int8, int4 or int4:GROUP, or "
+        "several as lookup+int4+sparse; sparsity is then that of drafts (docs/speculation.md)",
+    )
+    draft_tokens: int | None = Field(
+        None, ge=1, le=MOST_DRAFTED, description="with speculate: tokens of a draft (default: as many as pay, or none)"
+    )
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Self:
+        check_speculation(
+            self, [] if self.speculate is None else [self.speculate], None if self.sparsity is None else [self.sparsity]
+        )
+        return self
 
     @model_validator(mode="after")
     def _sampling_needs_temperature(self) -> Self:
@@ -125,6 +175,14 @@ class BenchConfig(OneAllocation, ComparingConfig):
         False, description="with kernels, on a GPU: find and keep the fastest tile config of each product"
     )
     batch: int = Field(1, ge=1, le=8, description="sequences decoded together")
+    speculate: DraftsList = Field(
+        default_factory=list,
+        description="also measure decoding from these kinds of drafts, comma-separated, each as for generate; sparse "
+        "ones at each sparsity",
+    )
+    draft_tokens: int | None = Field(
+        None, ge=1, le=MOST_DRAFTED, description="with speculate: tokens of a draft (default: as many as pay, or none)"
+    )
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
     compile: Compile = Field(
         "auto",
@@ -157,6 +215,13 @@ class BenchConfig(OneAllocation, ComparingConfig):
                 )
         if self.device == "cuda":
             raise ValueError("compare_llama_cpp (flag --compare-llama-cpp) is for a CPU (flag --device cpu)")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Self:
+        check_speculation(self, self.speculate, self.sparsity if any(own.sparse for own in self.speculate) else None)
+        if self.speculate and self.batch > 1:
+            raise ValueError("speculate (flag --speculate) is measured on one sequence: leave out batch (flag --batch)")
         return self
 
     @model_validator(mode="after")

@@ -173,9 +173,9 @@ class FixedCache(Cache):
         if self._shorter is not None and any(self._shorter):
             raise UsageError("rows of different lengths cannot be given another prompt: use a new cache")
 
-    def advance(self) -> None:
-        """One more position of every row was written by a kernel."""
-        after = self.length + 1
+    def advance(self, count: int = 1) -> None:
+        """More positions of every row were written by a kernel."""
+        after = self.length + count
         for layer in reversed(self.layers):  # the first, which is asked, comes last: an interrupt may fall between them
             layer.length = after
 

@@ -278,7 +278,7 @@ class Engine:
         length = input_ids.shape[1] + max_new_tokens
         choice = self.choose(input_ids, length) if self.chooses else None
         sampler = Sampler(sampling, self.device)
-        kept, (cache, logits) = self._run_prompt(input_ids.to(self.device), length, choice)
+        kept, (cache, logits) = self.run_prompt(input_ids.to(self.device), length, choice)
         self.check_numbers(logits)  # the host waits for the first token anyway
         token = sampler.next_token(logits)
         with self._as(choice):
@@ -298,7 +298,7 @@ class Engine:
                 return
             yield value
 
-    def _run_prompt(
+    def run_prompt(
         self, input_ids: Tensor, length: int, choice: Choice | None
     ) -> tuple[KeptCache | None, tuple[Any, Tensor]]:
         """A cache for so many positions that holds the prompt, with its logits; and what keeps it for the next one."""

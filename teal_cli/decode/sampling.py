@@ -32,12 +32,27 @@ class Sampler:
             if config.top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(config.top_p))
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of sampling: (rows, vocabulary) logits -> (rows, vocabulary) float32 probabilities of the next token."""
+        # The warpers look at scores alone; they ask for input_ids by interface.
+        scores: Tensor = self._warpers(None, logits.float())  # type: ignore[arg-type]
+        return scores.softmax(-1)
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """One token of each row: (rows, vocabulary) -> (rows, 1) int64."""
+        return draw(probabilities, self.generator)
+
     def next_token(self, logits: Tensor) -> Tensor:
         """(batch, vocabulary) logits -> (batch, 1) int64 tokens."""
         if self.greedy:
             return logits.argmax(-1, keepdim=True)
-        # The warpers look at scores alone; they ask for input_ids by interface.
-        scores = self._warpers(None, logits.float())  # type: ignore[arg-type]
-        # As torch.multinomial draws a single sample, less its check of the input, for which the host waits.
-        waits = torch.empty_like(scores).exponential_(generator=self.generator)
-        return (scores.softmax(-1) / waits).argmax(-1, keepdim=True)
+        return self.draw(self.probabilities(logits))
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token of each row by weights that need not add up to 1: (rows, vocabulary) -> (rows, 1) int64.
+
+    As torch.multinomial draws a single sample, less its check of the input, for which the host waits.
+    """
+    waits = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / waits).argmax(-1, keepdim=True)

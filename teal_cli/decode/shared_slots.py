@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.graphs import SteppedSession
 from teal_cli.decode.levels import DENSE, Levels
+from teal_cli.decode.paths.graphs import SteppedSession
 from teal_cli.decode.paths.program import ProgramPath
 from teal_cli.decode.prompts import Keep, pieces, reusable
 from teal_cli.decode.row_levels import RowLevels

@@ -73,9 +73,9 @@ class PlaceCache(FixedCache):
         """Say how long the rows are by now."""
         self._memory.lengths[self._places.start : self._places.stop] = lengths
 
-    def advance(self) -> None:
+    def advance(self, count: int = 1) -> None:
         """As `FixedCache.advance`. What layers count is of no use here."""
-        self.take_lengths([length + 1 for length in self.row_lengths()])
+        self.take_lengths([length + count for length in self.row_lengths()])
 
     def check_extendable(self) -> None:
         """As `FixedCache.check_extendable`: a prompt is of one place."""

@@ -64,7 +64,9 @@ def quantise_(
         layers = [p for p in projections if isinstance(model.get_submodule(p.name), nn.Linear)]
         packs = quantise_blocks_(model, path, layers, scheme, batches, on_block)
     nearest = {
-        name: _nearest(model.get_submodule(name), of_this) for name, of_this in schemes.items() if name not in packs
+        name: nearest_codes(model.get_submodule(name), of_this)
+        for name, of_this in schemes.items()
+        if name not in packs
     }
     dequantise_(model, nearest)
     return packs | nearest
@@ -91,7 +93,7 @@ def quantised_layers(model: Any, scheme: Scheme, *, output_layer: bool) -> dict[
     return schemes
 
 
-def _nearest(layer: nn.Module, scheme: Scheme) -> Packed:
+def nearest_codes(layer: nn.Module, scheme: Scheme) -> Packed:
     """The nearest codes of a layer, or of each of its experts."""
     if isinstance(layer, StackedLinear):
         return stacked([quantise(weight, scheme) for weight in layer.weight])

@@ -295,7 +295,44 @@ def bench_tables(result: dict[str, Any]) -> list[PlainTable]:
                 f"{run['speedup']:.2f}x",
             )
         tables.append(kernels)
+    if result.get("speculation"):
+        tables.append(_speculation_table(result["speculation"]))
     return tables
+
+
+def _speculation_table(runs: list[dict[str, Any]]) -> PlainTable:
+    """What drafts cost and give; of random weights, what they would give at some acceptance."""
+    written = runs[0]["tokens_per_second"] is not None
+    table = PlainTable(
+        "Decoding from drafts, verified by the dense model; median (min-max)"
+        + ("" if written else "\nrandom weights: speedups are computed from the times of passes, for acceptance 0.85"),
+        "drafts",
+        "sparsity",
+        "MB beside",
+        "draft / step",
+        "4 tokens / step",
+        "acceptance",
+        "tokens a pass",
+        "tokens/s",
+        "speedup",
+        "other tokens",
+    )
+    for run in runs:
+        step, draft = run["step_seconds"]["median"], run["draft_step_seconds"]
+        expected = run["expected_speedups"]["0.85"]["speedup"]
+        table.add_row(
+            run["drafts"],
+            f"{run['sparsity']:g}",
+            f"{run['draft_bytes'] / 1e6:,.0f}",
+            "" if draft is None else f"{draft['median'] / step:.2f}",
+            f"{run['pass_seconds']['4']['median'] / step:.2f}",
+            "" if run["acceptance"] is None else f"{run['acceptance']:.3f}",
+            "" if run["tokens_per_pass"] is None else f"{run['tokens_per_pass']:.2f}",
+            "" if not written else _spread(run["tokens_per_second"]),
+            f"{expected:.2f}x" if not written else _times(run["speedup"]),
+            "" if not written else f"{run['differing']} of {run['tokens']:,}",
+        )
+    return table
 
 
 _OWN = 1.0

@@ -1,8 +1,8 @@
 """Bench: how fast a model decodes, dense and at several sparsities."""
 
 import gc
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from teal_cli.bench.decode import DecodeRun, bench_decode, decode_seconds, rando
 from teal_cli.bench.kernels import KernelRun, bench_kernels, bench_products
 from teal_cli.bench.llama_cpp import LlamaBench, LlamaCppResult
 from teal_cli.bench.products import ProductShape, reading_gb_s
+from teal_cli.bench.speculation import SpeculativeRun
 from teal_cli.bench.tune import Finalists, compilers, search, settle
 from teal_cli.calibration import sensitivity
 from teal_cli.calibration.collect import collect
@@ -51,6 +52,7 @@ from teal_cli.sparse import (
 )
 from teal_cli.sparse.quantised import Codes
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan, with_other_weights
+from teal_cli.steps.bench_speculation import bench_speculation, encoded_prompts
 from teal_cli.steps.beside_llama_cpp import llama_bench
 from teal_cli.versions import commit, device_description, library_versions
 from teal_cli.workspace import Workspace
@@ -92,6 +94,8 @@ class BenchResult:
     kernels: list[KernelRun]
     llama_cpp: LlamaCppResult | None = None
     """What was timed in turn with it, if anything."""
+    speculation: list[SpeculativeRun] = field(default_factory=list)
+    """What drafts cost and give, where asked."""
 
     def beside(self, other: "BenchResult") -> "BenchResult":
         """Both as one, of the same model with other weights; the first dense run is what all are compared with."""
@@ -115,6 +119,8 @@ class Prepared:
     plans: Sequence[SparsityPlan]
     prompt: Tensor
     """(batch, tokens) int64."""
+    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Kind -> (1, tokens) int64, for replies from drafts."""
 
 
 def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None = None) -> BenchResult:
@@ -178,6 +184,9 @@ def measure(
         )
     for line in dict.fromkeys(line for choice in choices for line in choice.lines):
         reporter.say(line)
+    speculation: list[SpeculativeRun] = []
+    if config.speculate:
+        speculation = bench_speculation(config, engine, plans, prompt, prepared.prompts, reporter)
     kernels: list[KernelRun] = []
     if config.kernels:
         targets = [plan.target_sparsity for plan in plans]
@@ -218,6 +227,7 @@ def measure(
         runs=runs,
         kernels=kernels,
         llama_cpp=None if rival is None else rival.result(),
+        speculation=speculation,
     )
 
 
@@ -298,7 +308,9 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
     workspace.require_decoder(config, "bench")
-    prompt = text_prompt(load_tokenizer(source.folder), config.prompt_tokens, config.seed, config.batch)
+    tokenizer = load_tokenizer(source.folder)
+    prompt = text_prompt(tokenizer, config.prompt_tokens, config.seed, config.batch)
+    prompts = encoded_prompts(tokenizer) if config.speculate else {}
     if config.mode == "intrinsic":
         model, plan = workspace.load_intrinsic(config, "bench")
         return Prepared(source.name, "", model, [plan], prompt)
@@ -310,7 +322,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
         model = load_model(source.folder, device=config.device, dtype=config.dtype)
-        return Prepared(source.name, source.quantisation, model, [plan], prompt)
+        return Prepared(source.name, source.quantisation, model, [plan], prompt, prompts)
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
@@ -322,7 +334,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
         folder = checkpoint_for(config, target, workspace, reporter, allocation=allocation, model=model)
         plans.append(ModelSource(source.name, folder).plan)
     pack_(model, packs)
-    return Prepared(source.name, config.quantisation, model, plans, prompt)
+    return Prepared(source.name, config.quantisation, model, plans, prompt, prompts)
 
 
 def _random(config: BenchConfig, reporter: Reporter) -> Prepared:

@@ -13,6 +13,7 @@ from teal_cli.decode.choice import Choice
 from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
+from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.decode.streaming import text_streamer
 from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model
@@ -20,11 +21,29 @@ from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
 from teal_cli.steps.artefacts import checkpoint_for
+from teal_cli.steps.drafts import speculator_for
 from teal_cli.workspace import Workspace
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
 _COUNT_EVERY = 8
 _LONG_PROMPT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Speculated:
+    """What drafts gave in one reply."""
+
+    drafts: str
+    """As `--speculate` has it."""
+    acceptance: float | None
+    """Of the drafted tokens up to and with the first wrong one of each pass, the share of right ones; None for none."""
+    tokens_per_pass: float | None
+    """Tokens that a pass of the dense model gave; None for a reply of one token."""
+    drafted: int
+    passes: int
+    close: int
+    """Tokens whose two best logits lay within rounding of a 16-bit dtype: one pass may choose another than single
+    steps. 0 where a pass gives their bits."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,8 @@ class Reply:
     """`sparse`, or `dense`: asked for, or chosen because sparse steps were measured to be slower."""
     compiled: bool
     """Whether steps were compiled by torch.compile, which measured faster or was asked for."""
+    speculation: Speculated | None
+    """What drafts gave, where the dense model's text was written from them; `realised_sparsity` is then theirs."""
     interrupted: bool
     """Ended by Ctrl-C; the text is what had come until then."""
 
@@ -54,11 +75,16 @@ class Reply:
 def _load(config: GenerateConfig, workspace: Workspace, reporter: Reporter) -> Any:
     """The model at its sparsity; exported first where need be."""
     folder = workspace.source.folder
-    if config.sparsity != 0.0:
+    if _skips(config):
         folder = checkpoint_for(config, config.sparsity, workspace, reporter)
     elif config.quantise is not None:  # quantised weights lie in a checkpoint, dense too
         folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
     return load_model(folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config))
+
+
+def _skips(config: GenerateConfig) -> bool:
+    """Whether the model, or what drafts for it, is to skip inputs."""
+    return config.sparsity != 0.0 if config.speculate is None else config.speculate.sparse
 
 
 class Generator:
@@ -86,8 +112,10 @@ class Generator:
             self.model = _load(config, workspace, reporter)
         if sparse_layers(self.model):  # before the engine, which takes the backend's path
             use_backend(control_of(self.model), config.backend, self.model.device, self.model.dtype)
-        compiling = Compiling(config.compile, tokens=config.max_new_tokens)
-        self.engine = Engine(self.model, never_worse=config.backend == "auto", compiling=compiling, keep="prompts")
+        choosing = config.speculate is None
+        compiling = Compiling(config.compile, tokens=config.max_new_tokens) if choosing else None
+        never_worse = config.backend == "auto" and choosing
+        self.engine = Engine(self.model, never_worse=never_worse, compiling=compiling, keep="prompts")
         self._because: str | None = None
         self._say = reporter.say
         self._say_because()
@@ -99,7 +127,10 @@ class Generator:
         self._said = set[str]()
         self.stop = stop_ids(self.model, self.tokenizer, config.stop)
         if self.engine.control is not None:
-            self.engine.control.enabled = config.sparsity != 0.0
+            self.engine.control.enabled = _skips(config)
+        self.speculator: Speculator | None = None
+        if config.speculate is not None:
+            self.speculator, _ = speculator_for(self.engine, config.speculate, config.draft_tokens, reporter, {})
 
     def _say_because(self) -> None:
         """Why no path of our own decodes, once; its check may be the reason."""
@@ -128,7 +159,8 @@ class Generator:
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         streamer = text_streamer(self.tokenizer, write)
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
-        control = self.engine.control
+        writer = self.engine if self.speculator is None else self.speculator
+        control = self.engine.control if self.speculator is None else self.speculator.counts
         self.engine.check_prompt(prompt, config.max_new_tokens)  # before the clock
         self._say_because()
         length = prompt.shape[1] + config.max_new_tokens
@@ -141,7 +173,7 @@ class Generator:
         first = last = started = time.perf_counter()
         with control.counting() if control else nullcontext(SparsityCounter()) as counter:
             try:
-                for token in self.engine.generate(
+                for token in writer.generate(
                     prompt, max_new_tokens=config.max_new_tokens, sampling=sampling, stop=self.stop
                 ):
                     last = time.perf_counter()
@@ -162,6 +194,7 @@ class Generator:
             neuron_sparsity=self._neuron_sparsity(counter),
             decodes=self._decodes(choice),
             compiled=choice is not None and choice.compiled,
+            speculation=self._speculated(),
             interrupted=interrupted,
         )
 
@@ -189,7 +222,22 @@ class Generator:
             "seed": self.config.seed,
         }
 
+    def _speculated(self) -> Speculated | None:
+        if self.speculator is None:
+            return None
+        tally = self.speculator.tally
+        return Speculated(
+            drafts=str(self.config.speculate),
+            acceptance=tally.acceptance,
+            tokens_per_pass=tally.tokens_per_pass,
+            drafted=tally.drafted,
+            passes=tally.passes,
+            close=tally.close,
+        )
+
     def _decodes(self, choice: Choice | None) -> str:
+        if self.speculator is not None:
+            return "dense"
         control = self.engine.control
         sparse = control is not None and control.decodes_sparse
         return ("sparse" if sparse else "dense") if choice is None else choice.decodes
@@ -199,7 +247,7 @@ class Generator:
 
     @property
     def target_sparsity(self) -> float:
-        """What was asked of the loaded model; 0 where it is dense, or sparse by itself."""
+        """What was asked of the loaded model, or of its drafts; 0 where it is dense, or sparse by itself."""
         control = self.engine.control
         if control is None or not control.enabled or self.config.mode == "intrinsic":
             return 0.0

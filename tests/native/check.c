@@ -296,7 +296,7 @@ static block make_block(int gated) {
     b.keys = doubles(ROWS * POSITIONS * KV_HEADS * DIM), b.values = doubles(ROWS * POSITIONS * KV_HEADS * DIM);
     b.attention = (teal_attention){.keys = floats(ROWS * POSITIONS * KV_HEADS * DIM),
                                    .values = floats(ROWS * POSITIONS * KV_HEADS * DIM), .positions = POSITIONS,
-                                   .heads = HEADS, .kv_heads = KV_HEADS, .dim = DIM, .dtype = TEAL_F32, .scale = 0.35f,
+                                   .sequences = ROWS, .heads = HEADS, .kv_heads = KV_HEADS, .dim = DIM, .dtype = TEAL_F32, .scale = 0.35f,
                                    .eps = 1e-6f, .window = gated ? 0 : 19};
     float *cos_table = floats(POSITIONS * (DIM - 2)), *sin_table = floats(POSITIONS * (DIM - 2));
     for (int i = 0; i < POSITIONS * (DIM - 2); i++) {
@@ -364,15 +364,19 @@ static void check_decoder(const char *variant, teal_pool *pool) {
     int64_t best[ROWS], kept[4], expected_kept[4] = {0};
     for (int t = 0; t < TOKENS; t++) {
         int64_t tokens[ROWS] = {bits() % VOCABULARY, bits() % VOCABULARY}, positions[ROWS] = {t, t % 7};
-        int64_t wrong[ROWS] = {tokens[0], t % 2 ? VOCABULARY : -1};
-        if (teal_session_step(session, wrong, positions, NULL, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
-        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
+        int64_t wrong[ROWS] = {tokens[0], t % 2 ? VOCABULARY : -1}, same[ROWS] = {t, t};
+        const int32_t one[ROWS] = {0, 0}, beyond[ROWS] = {0, ROWS}, *sequences = t % 3 == 2 ? one : NULL;
+        if (sequences) positions[1] = t + 1; /* of one sequence: this one is overwritten by the next step */
+        if (teal_session_step(session, wrong, positions, NULL, NULL, logits, best) != 1) fail(variant, "a wrong token's answer", 0, 1);
+        if (teal_session_step(session, tokens, same, NULL, one, logits, best) != 1) fail(variant, "one place's answer", 0, 1);
+        if (teal_session_step(session, tokens, positions, NULL, beyond, logits, best) != 1) fail(variant, "a wrong sequence's answer", 0, 1);
+        if (teal_session_step(session, tokens, positions, NULL, sequences, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < ROWS; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY];
             const float *found = logits + row * VOCABULARY;
             for (int i = 0; i < HIDDEN; i++) x[i] = 1.5 * embedding.values[i * VOCABULARY + tokens[row]];
             normalise(&first, x, x);
-            for (int i = 0; i < 2; i++) run_block(&blocks[i], row, (int)positions[row], x, expected_kept);
+            for (int i = 0; i < 2; i++) run_block(&blocks[i], sequences ? sequences[row] : row, (int)positions[row], x, expected_kept);
             normalise(&last, x, normed);
             apply(&output, normed, expected, NULL);
             for (int o = 0; o < VOCABULARY; o++) expected[o] = 2 * tanh(0.6f * expected[o] / 2);
@@ -497,7 +501,7 @@ static void check_mixture(const char *variant, teal_pool *pool, int dtype, int r
     float *logits = floats(rows * VOCABULARY);
     for (int t = 0; t < MIXED_TOKENS; t++) {
         for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
-        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, tokens, positions, NULL, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < rows; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
             for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];
@@ -589,7 +593,7 @@ static void check_routed(const char *variant, teal_pool *pool, int dtype, int ro
     float *logits = floats(rows * VOCABULARY);
     for (int t = 0; t < MIXED_TOKENS; t++) {
         for (int row = 0; row < rows; row++) tokens[row] = bits() % VOCABULARY;
-        if (teal_session_step(session, tokens, positions, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
+        if (teal_session_step(session, tokens, positions, NULL, NULL, logits, best)) fail(variant, "a step's answer", 1, 0);
         for (int row = 0; row < rows; row++) {
             double x[HIDDEN], normed[HIDDEN], expected[VOCABULARY], size = 1;
             for (int i = 0; i < HIDDEN; i++) x[i] = embedding.values[i * VOCABULARY + tokens[row]];

@@ -16,7 +16,9 @@ from teal_cli.console import QUIET
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.model_loading import load_model
-from teal_cli.sparse import sparse_layers
+from teal_cli.sparse import control_of, sparse_layers
+from teal_cli.speculation import Speculation
+from teal_cli.steps.drafts import speculator_for
 from teal_cli.steps.evaluate import evaluate
 
 pytestmark = pytest.mark.real
@@ -67,6 +69,20 @@ def test_greedy_at_sparsity_zero_equals_generate(smollm2: Path, smollm2_run: Pat
     got = list(engine.generate(ids, max_new_tokens=64, sampling=SamplingConfig()))
     assert len(got) == 64
     assert got[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("kind", ["lookup+int8", "sparse"])
+def test_text_from_drafts_is_the_dense_model_s(exported: Path, kind: str) -> None:
+    """And drafts are worth something: most of what the int8 copy writes is right, half of the sparse model's."""
+    engine = Engine(load_model(exported, device="cpu", dtype="auto"))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("The keeper of the lighthouse wrote down", return_tensors="pt").input_ids
+    with control_of(engine.model).switched_off():
+        wanted = list(engine.generate(ids, max_new_tokens=96, sampling=SamplingConfig()))
+    drafts = Speculation.parse(kind)
+    decoder, _ = speculator_for(engine, drafts, 3, QUIET, {})
+    assert list(decoder.generate(ids, max_new_tokens=96, sampling=SamplingConfig())) == wanted
+    assert decoder.tally.acceptance > (0.8 if drafts.scheme else 0.5)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def attention_of(
     """Attention over a KV cache.
 
     Args:
-        keys: (rows, kv_heads, positions / KEY_BLOCK, dim, KEY_BLOCK), contiguous; float32, bfloat16 or float16.
-        values: (rows, kv_heads, positions, dim), contiguous, the dtype of keys.
+        keys: (sequences, kv_heads, positions / KEY_BLOCK, dim, KEY_BLOCK), contiguous; float32, bfloat16 or float16.
+        values: (sequences, kv_heads, positions, dim), contiguous, the dtype of keys.
         heads: of the queries.
         scale: of the scores.
         rotary: cosines and sines, (>= positions, rotated dimensions) each; None for no rotary embedding.
@@ -57,8 +57,8 @@ def attention_of(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a cache that is not contiguous.
     """
-    rows, kv_heads, positions, dim = values.shape
-    if keys.shape != (rows, kv_heads, positions // KEY_BLOCK, dim, KEY_BLOCK) or positions % KEY_BLOCK:
+    sequences, kv_heads, positions, dim = values.shape
+    if keys.shape != (sequences, kv_heads, positions // KEY_BLOCK, dim, KEY_BLOCK) or positions % KEY_BLOCK:
         raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit values of shape {tuple(values.shape)}")
     if keys.dtype != values.dtype or keys.dtype not in DTYPES:
         raise ValueError(f"a KV cache of {keys.dtype} and {values.dtype} is none that the native library reads")
@@ -68,6 +68,7 @@ def attention_of(
         keys=keys.data_ptr(),
         values=values.data_ptr(),
         positions=positions,
+        sequences=sequences,
         heads=heads,
         kv_heads=kv_heads,
         dim=dim,

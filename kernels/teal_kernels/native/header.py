@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 6
+ABI = 7
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4
@@ -184,6 +184,7 @@ class Attention(Structure):
         ("sin", c_void_p),
         ("query_scale", c_void_p),
         ("positions", c_int64),
+        ("sequences", c_int32),
         ("heads", c_int32),
         ("kv_heads", c_int32),
         ("dim", c_int32),

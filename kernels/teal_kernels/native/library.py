@@ -28,7 +28,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "teal_pool_close": (None, [c_void_p]),
     "teal_session_open": (c_void_p, [c_void_p, c_void_p, c_int32, c_char_p, c_char_p, c_int64]),
     "teal_session_close": (None, [c_void_p]),
-    "teal_session_step": (c_int32, [c_void_p] * 6),
+    "teal_session_step": (c_int32, [c_void_p] * 7),
     "teal_session_kept": (None, [c_void_p] * 2),
     "teal_linear": (c_int32, [c_void_p, c_char_p, c_void_p, c_int32, c_void_p, c_void_p]),
 }
@@ -224,7 +224,13 @@ class Session(_Handle):
         return handle, functions.teal_session_close
 
     def step(
-        self, tokens: Tensor, positions: Tensor, logits: Tensor, best: Tensor, levels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        logits: Tensor,
+        best: Tensor,
+        levels: Tensor | None = None,
+        sequences: Tensor | None = None,
     ) -> None:
         """One token of every row.
 
@@ -234,19 +240,24 @@ class Session(_Handle):
             logits: (rows, vocabulary) float32, written.
             best: (rows,) int64, written: where the logits are largest.
             levels: (rows,) int32, which of the thresholds of weights with several is a row's; None for the first.
+            sequences: (rows,) int32, of which sequence of the cache each row is a token; None for one each.
 
         Raises:
-            ValueError: a token, position or level is out of range, and nothing was done; or a tensor does not fit.
+            ValueError: a token, position, level or sequence is out of range, or two rows stand at one place, and
+                nothing was done; or a tensor does not fit.
         """
         row = (self.rows,)
         at = [_address(table, row, torch.int64) for table in (tokens, positions, best)]
-        of_levels = None if levels is None else _address(levels, row, torch.int32)
+        of_levels, of_sequences = (
+            None if given is None else _address(given, row, torch.int32) for given in (levels, sequences)
+        )
         onto = _address(logits, (self.rows, self.program.vocabulary), torch.float32)
         handle = self._running()
         with self.pool.lock:
-            refused = self._functions.teal_session_step(handle, at[0], at[1], of_levels, onto, at[2])
+            refused = self._functions.teal_session_step(handle, at[0], at[1], of_levels, of_sequences, onto, at[2])
         if refused:
-            of = "" if levels is None else f", levels {levels.tolist()}"
+            given = {"levels": levels, "sequences": sequences}
+            of = "".join(f", {name} {own.tolist()}" for name, own in given.items() if own is not None)
             raise ValueError(f"token or position out of range: {tokens.tolist()} at {positions.tolist()}{of}")
 
     def _running(self) -> int:

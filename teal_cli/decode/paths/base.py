@@ -65,6 +65,32 @@ class Session(ABC):
         return logits
 
 
+class Stepper(ABC):
+    """Runs tokens of all sequences of one cache behind what is kept of it: several of each in one pass.
+
+    What lies in the cache behind the kept positions is overwritten, so that two steppers (of a draft, and of the model
+    that verifies it) may share a cache.
+    """
+
+    exact: bool = False
+    """Whether a token has the bits that it has in a pass of its own, however many are in one."""
+    spans: tuple[int, ...] = tuple(range(1, 9))
+    """Tokens of each sequence that a pass may take, from 1 on up; those between two take as long as the greater."""
+
+    @abstractmethod
+    def run(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            tokens: (rows, span) int64, of each sequence those that follow.
+            lengths: positions of each sequence that are kept; the tokens stand behind them.
+
+        Returns:
+            (rows, span, vocabulary) logits and (rows, span) int64 where they are largest. The next pass may overwrite
+            both.
+        """
+
+
 class Path(ABC):
     """One way to decode a model.
 
@@ -143,6 +169,23 @@ class Path(ABC):
             UsageError: more rows than this path decodes together.
             ArtefactError: what it reads besides the model is damaged.
         """
+
+    def cannot_step_back_because(self) -> str | None:
+        """Why what was decoded cannot be taken back, in a few words; None where `stepper` runs several tokens."""
+        return f"path {self.name} cannot take tokens back"
+
+    def new_cache_for_steppers(self, length: int) -> Any:
+        """An empty cache of which `stepper` can take tokens back."""
+        return self.new_cache(length)
+
+    def stepper(self, cache: Any, *, sparse: bool) -> Stepper:
+        """What runs several tokens of each sequence of a prefilled cache, where `cannot_step_back_because` is None.
+
+        Args:
+            cache: of `new_cache_for_steppers`, of this path or of one like it, of a model with as many keys and values.
+            sparse: whether single tokens skip inputs by the rules of the layers; several never do.
+        """
+        raise TypeError(f"path {self.name} cannot take tokens back")
 
     @property
     def max_length(self) -> int:

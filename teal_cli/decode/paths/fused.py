@@ -25,6 +25,7 @@ from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
@@ -134,10 +135,22 @@ class FusedPath(ProgramPath):
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error
 
-    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> FusedSession:
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `ProgramPath.spans_for`: as many rows as a launch takes."""
+        return tuple(range(1, MAX_ROWS // sequences + 1))
+
+    def open_rows(
+        self,
+        cache: FixedCache,
+        levels: RowLevels | None,
+        *,
+        sparse: bool,
+        span: int = 1,
+        like: ProgramSession | None = None,
+    ) -> FusedSession:
         """As `ProgramPath.open_rows`; as `open`."""
         rows = cache.layers[0].keys.shape[0]
         try:
-            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse)
+            return FusedSession(self, cache, rows, levels if sparse else None, sparse=sparse, span=span)
         except TuningTableError as error:
             raise ArtefactError(str(error)) from error

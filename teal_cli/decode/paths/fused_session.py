@@ -20,7 +20,7 @@ class FusedSession(ProgramSession):
     """Decoding of one batch of sequences: the buffers between the launches.
 
     Tile configs of the products stay, as the plan for which they were chosen. With levels, each row skips inputs by the
-    thresholds of its own.
+    thresholds of its own. With a span, a step takes so many tokens of each sequence, one row behind the other.
     """
 
     def __init__(
@@ -31,15 +31,17 @@ class FusedSession(ProgramSession):
         levels: RowLevels | None = None,
         *,
         sparse: bool | None = None,
+        span: int = 1,
     ) -> None:
-        super().__init__(path.control, cache, rows, path.device, sparse)
+        super().__init__(path.control, cache, rows, path.device, sparse, span)
+        rows = self.rows
         self.path = path
         self.captures = path.device.type == "cuda"
         device, dtype = path.device, path.dtype
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
-        self.positions = Positions.at([length - 1 for length in self.lengths], device)
+        self.positions = Positions.at(self._before_tokens(self.lengths), device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
-        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels)
+        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels, span)
         self._embedded, self._embedding_squares = binder.embedded, binder.squares
         binder.bind()
         self.launches = binder.launches
@@ -87,9 +89,20 @@ class FusedSession(ProgramSession):
         )
         return self.logits
 
+    def _before_tokens(self, lengths: list[int]) -> list[int]:
+        """Of each row the position before that of its next token, to which a launch moves on."""
+        return [length - 1 + index for length in lengths for index in range(self.span)]
+
+    def end(self) -> None:
+        """As `ProgramSession.end`."""
+        if self.span > 1:  # a launch has moved rows on by one
+            self.positions.own.add_(self.span - 1)
+            self.positions.longest.add_(self.span - 1)
+        super().end()
+
     def move(self, lengths: list[int]) -> None:
         """As `ProgramSession.move`."""
-        last = torch.tensor([length - 1 for length in lengths], dtype=torch.int32)
+        last = torch.tensor(self._before_tokens(lengths), dtype=torch.int32)
         self.positions.own.copy_(last)
         if self.positions.longest is not self.positions.own:
             self.positions.longest.copy_(last.amax(0, keepdim=True))

@@ -69,6 +69,7 @@ class StepBinder:
         positions: of the rows.
         angles: of the rotary embedding.
         levels: of which each row has one, where they are not all of one.
+        span: rows of one sequence, whose tokens follow each other.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class StepBinder:
         positions: Positions,
         angles: Angles,
         levels: RowLevels | None = None,
+        span: int = 1,
     ) -> None:
-        self._levels = levels
+        self._levels, self._span = levels, span
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
         self.launches: list[Launch | RowsLaunch] = []
@@ -217,6 +219,7 @@ class StepBinder:
                     long_from=None if cos is None else self.angles.long_from,
                     alibi=self._alibi_of(heads, layer.keys.shape[2], step.scale),
                 ),
+                span=self._span,
                 pdl=self.path.pdl,
             )
         )

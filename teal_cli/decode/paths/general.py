@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.compiling import CompiledSteps, compiled_positions
-from teal_cli.decode.paths.base import LastTokens, Path, Session, refuse_lengths
-from teal_cli.decode.paths.program import known_program
+from teal_cli.decode.paths.base import LastTokens, Path, Session, Stepper, refuse_lengths
+from teal_cli.decode.paths.program import known_program, unsupported_rope
 from teal_cli.decode.state import CarriedState, StateNames, WholeSequence
 from teal_cli.decode.whole_cache import forget_addresses, has_windows, static_cache
-from teal_cli.errors import ArtefactError
+from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import kind_for
 from teal_cli.models.layers import Experts
 from teal_cli.sparse import SparsityControl, sparse_layers
@@ -175,6 +176,30 @@ class GeneralPath(Path):
             return f"model type {kind} counts positions from its padding token on"  # RoBERTa and its kin
         return None
 
+    def cannot_step_back_because(self) -> str | None:
+        """As `Path.cannot_step_back_because`."""
+        states, kind = self._states, self.model.config.model_type
+        if states is None:
+            return "an encoder-decoder"
+        if states.is_recurrent or states.makes_its_own or states.name != "past_key_values":
+            return f"model type {kind} keeps a state from which no token can be taken back"
+        return unsupported_rope(self.model.config.get_text_config(), ("proportional",))
+
+    def new_cache_for_steppers(self, length: int) -> GeneralCache:
+        """As `Path.new_cache_for_steppers`: layers with a window keep all positions."""
+        layers = len(DynamicCache(config=self.model.config).layers)
+        return GeneralCache(FixedCache(layers, length), length)
+
+    def stepper(self, cache: GeneralCache, *, sparse: bool) -> "GeneralStepper":
+        """As `Path.stepper`.
+
+        Raises:
+            UsageError: several rows, which may keep different numbers of tokens.
+        """
+        if cache.rows > 1:
+            raise UsageError("a batch cannot be decoded speculatively by transformers' forward: decode one sequence")
+        return GeneralStepper(self, cache, sparse=sparse)
+
     def open(self, cache: GeneralCache) -> "GeneralSession":
         """As `Path.open`."""
         return GeneralSession(self, cache)
@@ -187,6 +212,13 @@ class GeneralPath(Path):
             return self._forward(token, cache, 1)[:, -1]
         kind = (None if control is None else control.decoding[:2], cache.rows, cache.positions)
         return self._compiled.logits(kind, token, self._states.arguments(token, cache.state))[:, -1]
+
+    def run_behind(self, tokens: Tensor, cache: GeneralCache, length: int) -> Tensor:
+        """(1, span) int64 behind the first positions of a cache for steppers -> (1, span, vocabulary) logits."""
+        cache.state.truncate(length)
+        logits = self._forward(tokens, cache, tokens.shape[1])
+        cache.length = length + tokens.shape[1]
+        return logits
 
     def _forward(self, input_ids: Tensor, cache: GeneralCache, keep: int | Tensor) -> Tensor:
         """(rows, tokens) int64 -> (rows, kept, vocabulary) logits."""
@@ -252,3 +284,18 @@ class GeneralSession(Session):
     def end(self) -> None:
         """The state has one more token of every row."""
         self.cache.length += 1
+
+
+class GeneralStepper(Stepper):
+    """Passes of transformers' forward over one cache."""
+
+    def __init__(self, path: GeneralPath, cache: GeneralCache, *, sparse: bool) -> None:
+        self._path, self._cache, self._sparse = path, cache, sparse
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """As `Stepper.run`."""
+        control = self._path.control
+        with nullcontext() if control is None or self._sparse else control.dense():
+            logits = self._path.run_behind(tokens, self._cache, lengths[0])
+        return logits, logits.argmax(-1)

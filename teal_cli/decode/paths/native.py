@@ -14,6 +14,7 @@ from teal_cli.decode.departures import departure
 from teal_cli.decode.native_cache import NativeCache
 from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
+from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import MachineError
 from teal_cli.models.layers import StackedLinear
@@ -57,6 +58,7 @@ class NativePath(ProgramPath):
     name = "native"
     reported = "native"
     devices = ("cpu",)
+    spans_are_exact = True
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -78,6 +80,19 @@ class NativePath(ProgramPath):
         """As `Path.open`, of any number of rows."""
         return NativeSession(self, cache)
 
-    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> NativeSession:
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `ProgramPath.spans_for`: the library pads rows to these."""
+        return (1, 2, 4, 8)
+
+    def open_rows(
+        self,
+        cache: FixedCache,
+        levels: RowLevels | None,
+        *,
+        sparse: bool,
+        span: int = 1,
+        like: ProgramSession | None = None,
+    ) -> NativeSession:
         """As `ProgramPath.open_rows`."""
-        return NativeSession(self, cache, levels if sparse else None, sparse=sparse)
+        other = like if isinstance(like, NativeSession) else None
+        return NativeSession(self, cache, levels if sparse else None, sparse=sparse, like=other, span=span)

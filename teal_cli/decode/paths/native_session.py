@@ -39,6 +39,9 @@ class NativeSession(ProgramSession):
         cache: of the rows.
         levels: of sparsity, where each row has one of its own.
         sparse: whether inputs are skipped; by default as the control has it.
+        like: a session on the same cache and of the same rules, whose program will do, where it still has one.
+        span: tokens of each row that one step takes, at most `MAX_ROWS`; `token`, `positions`, `logits` and `best` have
+            them one behind the other.
 
     Raises:
         ArtefactError: a shape that the library refuses.
@@ -47,16 +50,28 @@ class NativeSession(ProgramSession):
     captures = False
 
     def __init__(
-        self, path: NativeModel, cache: FixedCache, levels: RowLevels | None = None, *, sparse: bool | None = None
+        self,
+        path: NativeModel,
+        cache: FixedCache,
+        levels: RowLevels | None = None,
+        *,
+        sparse: bool | None = None,
+        like: "NativeSession | None" = None,
+        span: int = 1,
     ) -> None:
-        rows = int(cache.layers[0].values.shape[0])
-        super().__init__(path.control, cache, rows, path.device, sparse)
-        program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
+        sequences = int(cache.layers[0].values.shape[0])
+        super().__init__(path.control, cache, sequences, path.device, sparse, span)
+        rows = self.rows
+        program = None if like is None else like.program
+        if program is None:
+            program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
+        self._program: NativeProgram | None = program
         self._counted, self._counters = program.counted, program.counters
         self._copied = [tensor for tensor in program.copied if not tensor.is_inference()]
         self._written = self._writes()
-        self.positions = torch.tensor(self.lengths)
-        """(rows,) int64: where the next token of each row stands."""
+        self.positions = torch.empty(rows, dtype=torch.int64)
+        """(rows,) int64: where each of the next tokens stands."""
+        self.move(self.lengths)
         self.levels = torch.zeros(rows, dtype=torch.int32)
         """(rows,) of sparsity."""
         self.logits = torch.empty(rows, path.model.get_output_embeddings().out_features)
@@ -65,17 +80,26 @@ class NativeSession(ProgramSession):
         rotary = self._angles.tables
         pool = shared_pool(default_threads())
         self._sessions = []
-        for start in range(0, rows, MAX_ROWS):
-            some = slice(start, min(start + MAX_ROWS, rows))
-            caches = [(layer.keys[some], layer.values[some]) for layer in cache.layers]
+        at_once = MAX_ROWS // span
+        of_rows = torch.arange(at_once, dtype=torch.int32).repeat_interleave(span)
+        for start in range(0, sequences, at_once):
+            stop = min(start + at_once, sequences)
+            caches = [(layer.keys[start:stop], layer.values[start:stop]) for layer in cache.layers]
+            some = slice(start * span, stop * span)
             try:
-                session = Session(program.on(caches, rotary), pool, some.stop - start)
+                session = Session(program.on(caches, rotary), pool, some.stop - some.start)
             except ValueError as error:
                 raise ArtefactError(f"the native library cannot decode this model: {error}") from error
             buffers = self.token[some], self.positions[some], self.logits[some], self.best[some], self.levels[some]
-            self._sessions.append((session, buffers))
+            self._sessions.append((session, buffers, None if span == 1 else of_rows[: some.stop - some.start]))
         self._kept_at_the_end: Tensor | None = None
         path.control.prepared.add(self)
+
+    @property
+    def program(self) -> NativeProgram | None:
+        """What it runs, as long as the model is what that was made of."""
+        changed = self._made_for != self.control.decoding or self._writes() != self._written
+        return None if changed else self._program
 
     @property
     def stale(self) -> bool:
@@ -90,13 +114,13 @@ class NativeSession(ProgramSession):
     def launch(self) -> Tensor:
         """As `Session.launch`; float32 logits."""
         self._angles.for_positions(self.positions)
-        for session, buffers in self._sessions:
-            session.step(*buffers)
+        for session, buffers, sequences_of_rows in self._sessions:
+            session.step(*buffers, sequences_of_rows)
         return self.logits
 
     def move(self, lengths: list[int]) -> None:
         """As `ProgramSession.move`."""
-        self.positions.copy_(torch.tensor(lengths))
+        self.positions.copy_((torch.tensor(lengths)[:, None] + torch.arange(self.span)).flatten())
 
     def use_levels(self, levels: list[int]) -> None:
         """As `ProgramSession.use_levels`."""
@@ -108,7 +132,7 @@ class NativeSession(ProgramSession):
 
     def end(self) -> None:
         """As `ProgramSession.end`."""
-        self.positions += 1
+        self.positions += self.span
         super().end()
 
     def counted(self) -> list[Counted]:
@@ -119,14 +143,15 @@ class NativeSession(ProgramSession):
         """As `ProgramSession.kept`."""
         if self._kept_at_the_end is not None:
             return self._kept_at_the_end
-        return torch.stack([session.kept() for session, _ in self._sessions]).sum(0)
+        return torch.stack([session.kept() for session, *_ in self._sessions]).sum(0)
 
     def let_go(self) -> None:
         """Give back all that points to weights; nothing can be launched after it."""
         self._kept_at_the_end = self.kept()
-        for session, _ in self._sessions:
+        for session, *_ in self._sessions:
             session.close()
         self._sessions.clear()
+        self._program = None
 
 
 class _Angles:

@@ -7,11 +7,13 @@ forward, which fills their cache.
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teal_cli.decode.blocks import Attention, block_steps, last_norm
 from teal_cli.decode.cache import FixedCache
-from teal_cli.decode.paths.base import LastTokens, Path
+from teal_cli.decode.paths.base import LastTokens, Path, Stepper
+from teal_cli.decode.paths.graphs import SteppedSession
 from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.positions import has_dynamic_rope, long_rope_from
 from teal_cli.decode.recognition import recognise_
@@ -69,6 +71,8 @@ class ProgramPath(Path):
 
     own_kernels = True
     control: SparsityControl
+    spans_are_exact: bool = False
+    """As `Stepper.exact`."""
 
     def __init__(self, model: Any, control: SparsityControl | None) -> None:
         if control is None:
@@ -86,14 +90,37 @@ class ProgramPath(Path):
         return self.piece if first_long is None or positions <= first_long else None
 
     @abstractmethod
-    def open_rows(self, cache: FixedCache, levels: RowLevels, *, sparse: bool) -> ProgramSession:
+    def open_rows(
+        self,
+        cache: FixedCache,
+        levels: RowLevels | None,
+        *,
+        sparse: bool,
+        span: int = 1,
+        like: ProgramSession | None = None,
+    ) -> ProgramSession:
         """A session whose rows are taken by one sequence after the other, each at a level of sparsity of its own.
 
         Args:
             cache: whose rows they are.
-            levels: that there are.
+            levels: that there are; None for the rules that the layers have.
             sparse: whether some row skips inputs; without, all are dense.
+            span: tokens of each sequence that one step takes.
+            like: a session on the same cache and of the same rules, which may have made some of what is needed.
         """
+
+    @abstractmethod
+    def spans_for(self, sequences: int) -> tuple[int, ...]:
+        """As `Stepper.spans`, of so many sequences."""
+
+    def cannot_step_back_because(self) -> str | None:
+        """As `Path.cannot_step_back_because`: where angles depend on the length of the text, so do those of a pass."""
+        config = self.model.config.get_text_config()
+        return unsupported_rope(config, ("proportional",))
+
+    def stepper(self, cache: FixedCache, *, sparse: bool) -> Stepper:
+        """As `Path.stepper`."""
+        return ProgramStepper(self, cache, sparse=sparse)
 
     @property
     def attentions(self) -> int:
@@ -121,3 +148,27 @@ class ProgramPath(Path):
         if lengths is not None:
             cache.shorten([before + length for length in lengths])
         return last.among(output.logits)
+
+
+class ProgramStepper(Stepper):
+    """Steps of sessions, one for each number of tokens; on a GPU a graph of each."""
+
+    def __init__(self, path: ProgramPath, cache: FixedCache, *, sparse: bool) -> None:
+        self._path, self._cache, self._sparse = path, cache, sparse
+        self._sessions: dict[int, SteppedSession] = {}
+        self.exact, self.spans = path.spans_are_exact, path.spans_for(len(cache.row_lengths()))
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """As `Stepper.run`."""
+        rows, span = tokens.shape
+        self._cache.shorten(lengths)
+        if span not in self._sessions:
+            sparse = self._sparse and span == 1
+            like = None if self._sparse else next((own.session for own in self._sessions.values()), None)
+            opened = self._path.open_rows(self._cache, None, sparse=sparse, span=span, like=like)
+            self._sessions[span] = SteppedSession(opened)
+        session = self._sessions[span]
+        session.place(lengths, [0] * (rows * span))
+        logits, best = session.step(tokens.reshape(-1))
+        return logits.view(rows, span, -1), best.view(rows, span)

@@ -37,6 +37,7 @@ class ProgramSession(Session):
         cache: prefilled.
         rows: of the batch.
         sparse: whether inputs are skipped; by default as the control has it.
+        span: tokens of each row that one step takes.
     """
 
     own_kernels = True
@@ -50,13 +51,14 @@ class ProgramSession(Session):
         rows: int,
         device: torch.device,
         sparse: bool | None = None,
+        span: int = 1,
     ) -> None:
-        self.control, self.cache, self.rows = control, cache, rows
+        self.control, self.cache, self.rows, self.span = control, cache, rows * span, span
         self._made_for = control.decoding
         self.enabled = control.decodes_sparse if sparse is None else sparse
-        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.token = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.lengths = cache.row_lengths()
-        """Positions of each row that are taken."""
+        """Positions of each sequence that are taken."""
         self._count: _Count | None = None
         self._under_way = False
 
@@ -104,7 +106,7 @@ class ProgramSession(Session):
         Raises:
             ArtefactError: the cache is full.
         """
-        if self.cache.length >= self.cache.positions:
+        if self.cache.length + self.span > self.cache.positions:
             raise ArtefactError(f"the KV cache is full: it was made for {self.cache.positions} positions")
         self._under_way = True
         counter = self.control.counter
@@ -122,10 +124,10 @@ class ProgramSession(Session):
             self._count = None
 
     def end(self) -> None:
-        """Every row has one more position in the cache."""
+        """Every row has its tokens in the cache."""
         if self._count is not None:
             self._count.steps += 1
-        self.cache.advance()
+        self.cache.advance(self.span)
         self.lengths = self.cache.row_lengths()
         self._under_way = False
 

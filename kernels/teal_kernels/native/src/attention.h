@@ -54,9 +54,9 @@ static void put(int32_t dtype, void *to, int64_t at, float x) {
     else ((uint16_t *)to)[at] = dtype == TEAL_BF16 ? to_bfloat(x) : to_half(x);
 }
 
-static void write_cache(const teal_attention *a, int64_t row, int32_t kv_head, int64_t position, float *key,
+static void write_cache(const teal_attention *a, int64_t sequence, int32_t kv_head, int64_t position, float *key,
                         float *value) {
-    const int64_t head = row * a->kv_heads + kv_head;
+    const int64_t head = sequence * a->kv_heads + kv_head;
     if (a->v_norm) normalise_head(a, value, of_head(a->v_norm, kv_head, a->dim), NULL);
     prepare_head(a, key, of_head(a->k_norm, kv_head, a->dim), of_head(a->k_bias, kv_head, a->dim), position);
     int64_t keys = ((head * (a->positions / KEYS) + position / KEYS) * a->dim) * KEYS + position % KEYS;
@@ -207,11 +207,11 @@ INLINE void attend_group(const int dtype, const teal_attention *a, const float *
 }
 
 /* One item: of one row, one key head and one part of the positions. `queries` holds the head's queries, then its key
- * and its value, as the product before gave them. */
-static void attend(const teal_attention *a, int64_t row, int32_t kv_head, int32_t part, int32_t parts,
+ * and its value, as the product before gave them; `written`: these are in the cache already. */
+static void attend(const teal_attention *a, int64_t sequence, int32_t kv_head, int32_t part, int32_t parts, int written,
                    int64_t position, float *queries, float *scores, float *heads, int64_t stride) {
     const int32_t group = a->heads / a->kv_heads, dim = a->dim;
-    const int64_t head = row * a->kv_heads + kv_head;
+    const int64_t head = sequence * a->kv_heads + kv_head;
     int64_t first = a->window > 0 && position + 1 > a->window ? position + 1 - a->window : 0;
     int64_t first_block = first / KEYS, blocks = position / KEYS + 1 - first_block;
     int64_t begin = first_block + blocks * part / parts, end = first_block + blocks * (part + 1) / parts;
@@ -222,8 +222,8 @@ static void attend(const teal_attention *a, int64_t row, int32_t kv_head, int32_
         prepare_head(a, query, of_head(a->q_norm, own, dim), of_head(a->q_bias, own, dim), position);
         for (int32_t i = 0; i < dim; i++) query[i] *= scale;
     }
-    if (part == parts - 1) /* whose block holds the new position */
-        write_cache(a, row, kv_head, position, queries + group * dim, queries + (group + 1) * dim);
+    if (part == parts - 1 && !written) /* whose block holds the new position */
+        write_cache(a, sequence, kv_head, position, queries + group * dim, queries + (group + 1) * dim);
     const float *bias = of_head(a->bias, kv_head * group, a->positions);
     if (a->dtype == TEAL_F32)
         attend_group(TEAL_F32, a, bias, head, group, first, position, begin, end, queries, scores, heads, stride);

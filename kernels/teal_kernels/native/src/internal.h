@@ -83,7 +83,7 @@ struct teal_session {
     void *block; /* all of the above is in it */
     /* Of the step under way. */
     const int64_t *tokens, *positions;
-    const int32_t *levels; /* or NULL */
+    const int32_t *levels, *sequences; /* or NULL */
     float *logits;
 };
 

@@ -129,7 +129,7 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
                                   range *ranges, int32_t *splits, needs *n) {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->dim < 1) return "attention with heads that do not fit";
     if ((a->heads + (a->keys_as_values ? 1 : 2) * a->kv_heads) * a->dim != columns) return "attention after a product of another size";
-    if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || !a->keys || !a->values) return "a cache of no use";
+    if (a->positions < 1 || a->positions % TEAL_KEY_BLOCK || a->sequences < 1 || !a->keys || !a->values) return "a cache of no use";
     if (a->dtype < TEAL_F32 || a->dtype > TEAL_F16) return "a cache of unknown dtype";
     if (a->cos && (!a->sin || a->rotary < 2 || a->rotary % 2 || a->rotary > a->dim)) return "a rotary embedding that does not fit";
     if (!a->q_norm != !a->k_norm || a->norms < TEAL_HEADS_FIRST || a->norms > TEAL_ALL_HEADS || (a->grouped && a->norms == TEAL_ALL_HEADS))
@@ -140,7 +140,8 @@ static const char *plan_attention(const teal_attention *a, int32_t columns, int3
     if (a->clip > 0 && a->norms == TEAL_ALL_HEADS && a->q_norm) return "heads that are clamped before a norm of all of them";
     const int32_t group = a->heads / a->kv_heads, inputs = a->heads * a->dim;
     const int aligned = a->kv_heads % threads == 0;
-    *splits = aligned ? 1 : threads / common_divisor(threads, rows * a->kv_heads);
+    /* As many as of one row: the bits of a row are then the same, however many there are. */
+    *splits = aligned ? 1 : threads / common_divisor(threads, a->kv_heads);
     const int32_t per_row = aligned ? a->kv_heads / threads : a->kv_heads * *splits;
     const int32_t items = aligned ? rows * per_row : rows * per_row / threads;
     for (int32_t t = 0; t < threads; t++) {
@@ -323,15 +324,39 @@ static int64_t levels_of(const teal_program *p) {
     return least;
 }
 
+/* Sequences that all caches have. */
+static int32_t sequences_of(const teal_program *p) {
+    int32_t least = INT32_MAX;
+    for (int32_t i = 0; i < p->n_steps; i++)
+        if (p->steps[i].kind == TEAL_STEP_ATTENTION) {
+            const teal_attention *a = p->steps[i].of;
+            least = a->sequences < least ? a->sequences : least;
+        }
+    return least;
+}
+
+/* Whether each row has a place of its own in the cache. */
+static int are_placed(const teal_session *s, const int64_t *positions, const int32_t *sequences) {
+    const int32_t count = sequences_of(s->program);
+    if (!sequences) return s->rows <= count;
+    for (int32_t r = 0; r < s->rows; r++) {
+        if (sequences[r] < 0 || sequences[r] >= count) return 0;
+        for (int32_t before = 0; before < r; before++)
+            if (sequences[before] == sequences[r] && positions[before] == positions[r]) return 0;
+    }
+    return 1;
+}
+
 EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const int64_t *positions,
-                                   const int32_t *levels, float *logits, int64_t *best) {
+                                   const int32_t *levels, const int32_t *sequences, float *logits, int64_t *best) {
     const int64_t last = positions_of(s->program), most = levels ? levels_of(s->program) : 0;
     for (int32_t r = 0; r < s->rows; r++) {
         if (tokens[r] < 0 || tokens[r] >= s->program->embedding->outputs) return 1;
         if (positions[r] < 0 || positions[r] >= last) return 1;
         if (levels && (levels[r] < 0 || levels[r] >= most)) return 1;
     }
-    s->tokens = tokens, s->positions = positions, s->levels = levels, s->logits = logits;
+    if (!are_placed(s, positions, sequences)) return 1;
+    s->tokens = tokens, s->positions = positions, s->levels = levels, s->sequences = sequences, s->logits = logits;
     pool_run(s->pool, s->run, s);
     for (int32_t r = 0; r < s->rows; r++) {
         float most = s->memory[0].best_value[r];

@@ -1,6 +1,6 @@
 /* The interface of the native library: a token of a decoder in one call, on the CPU.
  *
- * Plain data and seven functions; what calls it is teal_kernels/native/library.py (ctypes). All memory that a program
+ * Plain data and some functions; what calls it is teal_kernels/native/library.py (ctypes). All memory that a program
  * points to belongs to the caller and must stay while a session is open. Hidden states are float32 throughout.
  */
 #ifndef TEAL_NATIVE_H
@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 6 /* raised with every change in this file */
+#define TEAL_ABI 7 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -124,8 +124,8 @@ typedef enum { TEAL_HEADS_FIRST, TEAL_HEADS_LAST, TEAL_ALL_HEADS } teal_head_nor
 
 /* Attention of the new token over the KV cache; it reads a plain product whose parts are q, k and v, side by side. */
 typedef struct {
-    void *keys;   /* (rows, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
-    void *values; /* (rows, kv_heads, positions, dim) */
+    void *keys;   /* (sequences, kv_heads, positions / TEAL_KEY_BLOCK, dim, TEAL_KEY_BLOCK) */
+    void *values; /* (sequences, kv_heads, positions, dim) */
     const float *q_norm, *k_norm; /* (heads, dim), (kv_heads, dim) weights of norms of heads; or NULL */
     const float *v_norm;          /* (kv_heads, dim) weights of norms of values, of norm_kind; or NULL */
     const float *q_bias, *k_bias; /* of the norms of queries and keys, or NULL */
@@ -134,6 +134,7 @@ typedef struct {
     const float *cos, *sin;       /* (>= positions, rotary) each, twice the angles of all pairs; NULL: no rotary embedding */
     const float *query_scale;     /* (>= positions,) what queries are multiplied with beside `scale`, or NULL */
     int64_t positions;            /* a multiple of TEAL_KEY_BLOCK */
+    int32_t sequences;            /* that keys and values have */
     int32_t heads, kv_heads, dim, rotary;
     int32_t dtype;  /* of keys and values: TEAL_F32, TEAL_BF16 or TEAL_F16 */
     int32_t window; /* positions that are seen, the token's own among them; 0 for all */
@@ -193,10 +194,15 @@ void teal_session_close(teal_session *session);
  *
  * tokens, positions: (rows,), the token and where it stands in its sequence; its keys and values go to the cache there.
  * levels: (rows,) which of a weight's `thresholds` is a row's; NULL: the first one of all.
+ * sequences: (rows,) which sequence of the cache a row is of; NULL: each of its own, the first of the first. Rows of one
+ * sequence stand at different positions. The keys and values of all are written before attention reads them, so that
+ * each sees what stands before it and itself: rows that follow one another are tokens that follow one another. A row
+ * whose inputs are not skipped gets the bits that it gets alone (of 4-bit weights where AVX-512 VNNI is, up to rounding).
  * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
- * Returns 0; 1 where a token, position or level is out of range, and then nothing was done. */
+ * Returns 0; 1 where a token, position, level or sequence is out of range or two rows stand at one place, and then
+ * nothing was done. */
 int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, const int32_t *levels,
-                          float *logits, int64_t *best);
+                          const int32_t *sequences, float *logits, int64_t *best);
 
 /* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`, and of routed parts: outputs kept. */
 void teal_session_kept(const teal_session *session, int64_t *kept);

@@ -340,38 +340,68 @@ static void clamp(float *x, int32_t n, float most) {
     for (int32_t i = 0; i < n; i++) x[i] = x[i] > most ? most : x[i] < -most ? -most : x[i]; /* a NaN stays */
 }
 
-static void attention(teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
+/* Queries, key and value of a key head of one row into `queries`, as the product gave them. `scale`: of all heads, of queries
+ * and of keys. */
+static void take_projections(const teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
+                             int32_t row, int32_t kv_head, const float *scale) {
+    const int32_t group = a->heads / a->kv_heads, dim = a->dim;
+    if (a->grouped) {
+        sum_outputs(s, qkv, row, kv_head * (group + 2) * dim, (group + 2) * dim, m->queries);
+    } else {
+        sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
+        sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
+        if (a->keys_as_values) memcpy(m->queries + (group + 1) * dim, m->queries + group * dim, (size_t)dim * sizeof(float));
+        else sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
+    }
+    if (a->clip > 0) clamp(m->queries, (group + 2) * dim, a->clip);
+    if (scale) {
+        const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
+        for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= scale[0] * q_norm[i];
+        for (int32_t i = 0; i < dim; i++) m->queries[group * dim + i] *= scale[1] * k_norm[i];
+    }
+}
+
+/* `scale` of `take_projections` for a row. */
+static void scales_of_heads(const teal_session *s, thread_memory *m, const teal_attention *a, const teal_product *qkv,
+                            int32_t row, float *scale) {
+    scale[0] = scale_of_heads(s, a, qkv, row, 0, a->heads, m->queries);
+    scale[1] = scale_of_heads(s, a, qkv, row, a->heads * a->dim, a->kv_heads, m->queries);
+}
+
+/* Keys and values of all rows into the cache, those of some key heads by each thread; returns when all are written. */
+static void write_rows(teal_session *s, thread_memory *m, int32_t thread, const teal_attention *a, const teal_product *qkv) {
+    const int32_t group = a->heads / a->kv_heads, dim = a->dim;
+    const int all_heads = a->norms == TEAL_ALL_HEADS && a->q_norm;
+    float scale[2];
+    for (int32_t item = thread; item < s->rows * a->kv_heads; item += s->threads) {
+        const int32_t row = item / a->kv_heads, kv_head = item % a->kv_heads;
+        if (all_heads) scales_of_heads(s, m, a, qkv, row, scale);
+        take_projections(s, m, a, qkv, row, kv_head, all_heads ? scale : NULL);
+        write_cache(a, s->sequences[row], kv_head, s->positions[row], m->queries + group * dim, m->queries + (group + 1) * dim);
+    }
+    pool_barrier(s->pool);
+}
+
+static void attention(teal_session *s, thread_memory *m, int32_t thread, const teal_attention *a, const teal_product *qkv,
                       const range *own, int32_t splits) {
     const int32_t group = a->heads / a->kv_heads, dim = a->dim;
     const int64_t of_head = dim + HEAD_EXTRA, of_split = (int64_t)a->heads * of_head;
     const int all_heads = a->norms == TEAL_ALL_HEADS && a->q_norm;
-    float q_scale = 0, k_scale = 0;
+    float scale[2];
     int32_t scaled_row = -1;
+    if (s->sequences) write_rows(s, m, thread, a, qkv);
     for (int32_t item = own->first[0]; item < own->last[0]; item++) {
         /* Rows are outermost where a head has one part: then a thread has the same heads of each. */
         int32_t per_row = own->last[1], row = item / per_row, rest = item % per_row;
         int32_t kv_head = own->first[1] + rest / splits, split = rest % splits;
         float *heads = s->heads + ((int64_t)row * splits + split) * of_split + (int64_t)kv_head * group * of_head;
         if (all_heads && row != scaled_row) {
-            q_scale = scale_of_heads(s, a, qkv, row, 0, a->heads, m->queries);
-            k_scale = scale_of_heads(s, a, qkv, row, a->heads * dim, a->kv_heads, m->queries);
+            scales_of_heads(s, m, a, qkv, row, scale);
             scaled_row = row;
         }
-        if (a->grouped) {
-            sum_outputs(s, qkv, row, kv_head * (group + 2) * dim, (group + 2) * dim, m->queries);
-        } else {
-            sum_outputs(s, qkv, row, kv_head * group * dim, group * dim, m->queries);
-            sum_outputs(s, qkv, row, (a->heads + kv_head) * dim, dim, m->queries + group * dim);
-            if (a->keys_as_values) memcpy(m->queries + (group + 1) * dim, m->queries + group * dim, (size_t)dim * sizeof(float));
-            else sum_outputs(s, qkv, row, (a->heads + a->kv_heads + kv_head) * dim, dim, m->queries + (group + 1) * dim);
-        }
-        if (a->clip > 0) clamp(m->queries, (group + 2) * dim, a->clip);
-        if (all_heads) {
-            const float *q_norm = a->q_norm + kv_head * group * dim, *k_norm = a->k_norm + kv_head * dim;
-            for (int32_t i = 0; i < group * dim; i++) m->queries[i] *= q_scale * q_norm[i];
-            for (int32_t i = 0; i < dim; i++) m->queries[group * dim + i] *= k_scale * k_norm[i];
-        }
-        attend(a, row, kv_head, split, splits, s->positions[row], m->queries, m->scores, heads, of_head);
+        take_projections(s, m, a, qkv, row, kv_head, all_heads ? scale : NULL);
+        attend(a, s->sequences ? s->sequences[row] : row, kv_head, split, splits, s->sequences != NULL, s->positions[row], m->queries,
+               m->scores, heads, of_head);
     }
 }
 
@@ -483,7 +513,7 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
             find_best(s, m, own->first[0], own->last[0]);
         } else if (step->kind == TEAL_STEP_ATTENTION) {
             attended = step->of, attended_step = i;
-            attention(s, m, attended, before, own, s->splits[i]);
+            attention(s, m, thread, attended, before, own, s->splits[i]);
             if (attended->kv_heads % s->threads) pool_barrier(s->pool); /* heads that others need */
         } else if (step->kind == TEAL_STEP_PRODUCT) {
             const teal_product *product = step->of;

@@ -17,7 +17,7 @@ class SteppedSession:
     """
 
     def __init__(self, session: ProgramSession) -> None:
-        self._session = session
+        self.session = session
         self._levels: list[int] = []
         self._logits: Tensor
         self._steps = 0
@@ -25,10 +25,10 @@ class SteppedSession:
 
     def place(self, lengths: list[int], levels: list[int]) -> None:
         """Say how long the sequences of the rows are, and which level each has."""
-        if lengths != self._session.lengths or self._steps == 0:
-            self._session.place(lengths)
+        if lengths != self.session.lengths or self._steps == 0:
+            self.session.place(lengths)
         if levels != self._levels:
-            self._session.use_levels(levels)
+            self.session.use_levels(levels)
             self._levels = levels
 
     def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ class SteppedSession:
 
         The next step overwrites both.
         """
-        session = self._session
+        session = self.session
         session.token.copy_(token)
         session.begin()
         if not session.captures or self._steps == 0:
@@ -53,8 +53,8 @@ class SteppedSession:
 
     def forget(self) -> None:
         """As `ProgramSession.forget`."""
-        self._session.forget()
+        self.session.forget()
 
     def _body(self) -> None:
-        self._logits = self._session.launch()
-        self._session.pick()
+        self._logits = self.session.launch()
+        self.session.pick()

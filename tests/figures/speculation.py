@@ -1,0 +1,31 @@
+"""What docs/speculation.md says of drafts."""
+
+from typing import Any
+
+from tests.figures.page import Cell, Page, result
+
+
+def _row(run: dict[str, Any]) -> tuple[Cell, ...]:
+    return (
+        run["acceptance"],
+        run["tokens_per_pass"],
+        run["tokens_per_second"]["median"],
+        (run["speedup"]["median"], run["speedup"]["min"], run["speedup"]["max"]),
+    )
+
+
+def drafts_on_a_cpu(page: Page) -> None:
+    """The table of drafts, and the times of passes."""
+    measured = result("speculation-smollm2-135m-cpu")
+    runs = measured["speculation"]
+    rows = {
+        f"`{run['drafts']}`" + (f", {run['sparsity']:.0%}".replace("%", " %") if run["sparsity"] else ""): _row(run)
+        for run in runs
+    }
+    page.table("| drafts | acceptance | tokens a pass | tokens/s | speedup (least to greatest) |", rows)
+    int8 = next(run for run in runs if run["drafts"] == "int8")
+    step = int8["step_seconds"]["median"]
+    passes = (int8["pass_seconds"][tokens]["median"] / step for tokens in ("2", "4", "8"))
+    page.says("2 tokens took {} times a dense step, over 4 tokens {} times, over 8 tokens {} times", *passes)
+    page.says("a step of the int8 copy {} times", int8["draft_step_seconds"]["median"] / step)
+    assert all(run["differing"] == 0 for run in runs), "No token differed."
