@@ -39,6 +39,20 @@ class DecodingConfig(SparseConfig):
         description="calibrated: skip inputs below thresholds; intrinsic: skip only the zeros of a model that was "
         "trained with relu, fatrelu, drelu or relu2 (no calibration)",
     )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="processes that hold the model together, a GPU each; 1 is this one alone"
+    )
+    peer_timeout: float = Field(
+        60.0, gt=0, le=3600, allow_inf_nan=False, description="with tensor_parallel: seconds to wait for a process"
+    )
+
+    @model_validator(mode="after")
+    def _zeros_are_of_one_process(self) -> Self:
+        if self.tensor_parallel > 1 and self.mode == "intrinsic":
+            raise ValueError(
+                "tensor_parallel (flag --tensor-parallel) does not divide models of mode intrinsic (flag --mode)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _intrinsic_is_not_calibrated(self) -> Self:
@@ -157,6 +171,16 @@ class BenchConfig(OneAllocation, ComparingConfig):
                 )
         if self.device == "cuda":
             raise ValueError("compare_llama_cpp (flag --compare-llama-cpp) is for a CPU (flag --device cpu)")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_only_decode(self) -> Self:
+        for key in ("tune", "compare_llama_cpp", "kernels"):
+            if self.tensor_parallel > 1 and getattr(self, key):
+                raise ValueError(
+                    f"{key} (flag --{key.replace('_', '-')}) is measured in one process: leave out tensor_parallel "
+                    "(flag --tensor-parallel)"
+                )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_ranks import Summed, Sums
 from teal_cli.decode.paths.fused_routed import RoutedLaunch
 from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
@@ -29,6 +30,7 @@ from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, S
 from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm, write_norm_of_partials
+from teal_kernels.triton_ranks import squares_of_sum
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
@@ -57,6 +59,15 @@ class FusedModel(Protocol):
         """Of an output layer that is launched as the products of a block are."""
         ...
 
+    def sums(self, rows: int) -> Sums | None:
+        """Over ranks, for a session of so many rows; None where one process holds the model."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of the model, of all ranks."""
+        ...
+
 
 class StepBinder:
     """Binds the steps of all blocks, in order.
@@ -69,6 +80,7 @@ class StepBinder:
         positions: of the rows.
         angles: of the rotary embedding.
         levels: of which each row has one, where they are not all of one.
+        sums: over ranks, where several hold the model.
     """
 
     def __init__(
@@ -80,12 +92,13 @@ class StepBinder:
         positions: Positions,
         angles: Angles,
         levels: RowLevels | None = None,
+        sums: Sums | None = None,
     ) -> None:
-        self._levels = levels
+        self._levels, self._sums = levels, sums
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
         self.launches: list[Launch | RowsLaunch] = []
-        self.steps: list[Callable[[], None]] = []
+        self.steps: list[Callable[[], object]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs.startswith("neighbours")
         self._alibi: dict[tuple[int, float], Tensor | None] = {}
@@ -266,6 +279,9 @@ class StepBinder:
         if added is not None:
             self.hidden, self._added = added.stream, None
         launch = self._launch(step)
+        if self._sums is not None and step.epilogue == "residual":
+            self._bind_summed(step, self._sums, launch, partial(launch.run, source), norm, added, at)
+            return
         to_stream = step.epilogue == "residual" and step.norm is None
         y = self.hidden
         if not to_stream:  # of experts a row each
@@ -276,6 +292,29 @@ class StepBinder:
             if step.norm is not None:
                 self._add_later(step.norm, launch, y, 1.0 if step.stream_scale is None else float(step.stream_scale))
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
+
+    def _bind_summed(
+        self,
+        step: Product,
+        sums: Sums,
+        launch: Launch,
+        run: Callable[..., None],
+        norm: FusedNorm | None,
+        added: Added | None,
+        at: int,
+    ) -> None:
+        """A residual product of which each rank has some inputs: the sum over ranks has its epilogue."""
+        own, size = sums.buffer(step.outputs, self.path.dtype), step.outputs
+        if step.norm is None:
+            of_sums = (*([2] * self.path.last_norm.centred), self.rows, squares_of_sum(size))
+            self.squares = torch.empty(of_sums, dtype=torch.float32, device=self.path.device)
+            into = Summed(self.hidden, added=True, scale=self.path.scales.residual, squares=self.squares)
+        else:
+            into = Summed(self.buffer(step.name, size))
+        self.steps[at:at] = [partial(run, own, self.scratch, self.path.pdl, norm, added), *sums.sum(own, into)]
+        if step.norm is not None:
+            self._add_later(step.norm, launch, into.y, 1.0 if step.stream_scale is None else float(step.stream_scale))
+        self._source, self._norm, self._before = None, None, step
 
     def _written_input(self, step: Product, norm: Norm, source: Tensor | AttentionPartials) -> Tensor:
         """Bind the norm of what a residual product reads, which has a launch and a buffer of its own."""
@@ -322,10 +361,12 @@ class StepBinder:
 
     def _launch(self, step: Product) -> Launch:
         beside = None
-        if step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
+        alone = self._sums is None
+        if alone and step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
         options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing, "levels": self._levels}
+        options["summed"] = not alone and step.epilogue == "residual"
         launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch
