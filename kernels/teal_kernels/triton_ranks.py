@@ -30,7 +30,7 @@ if TRITON_MISSING is None:
 SUM_BLOCK = 256
 """Columns of a program of a sum."""
 _GATHER_BLOCK = 512
-LOOKS_A_SECOND = 1_000_000
+LOOKS_A_SECOND = 2_500_000
 """How often about a program looks into its inbox while it waits."""
 
 

@@ -43,7 +43,7 @@ class DecodingConfig(SparseConfig):
         1, ge=1, le=64, description="processes that hold the model together, a GPU each; 1 is this one alone"
     )
     peer_timeout: float = Field(
-        60.0, gt=0, le=3600, allow_inf_nan=False, description="with tensor_parallel: seconds to wait for a process"
+        120.0, gt=0, le=3600, allow_inf_nan=False, description="with tensor_parallel: seconds to wait for a process"
     )
 
     @model_validator(mode="after")

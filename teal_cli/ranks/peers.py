@@ -10,6 +10,7 @@ from torch import Tensor
 from teal_cli.ranks.group import Ranks
 from teal_kernels.triton_ranks import LOOKS_A_SECOND, Inboxes
 
+_MOST_LOOKS = (1 << 31) - 1
 _FEWEST = 1 << 10
 """Words of an inbox."""
 
@@ -44,7 +45,7 @@ def open_inboxes(ranks: Ranks, places: int) -> Inboxes:
     size = max(places, _FEWEST)
     own, handle = shared_memory(ranks, size, torch.int32)
     words = [own if rank == ranks.rank else handle.get_buffer(rank, (size,), torch.int32) for rank in range(ranks.count)]
-    inboxes = Inboxes(ranks.rank, words, int(ranks.timeout * LOOKS_A_SECOND))
+    inboxes = Inboxes(ranks.rank, words, min(int(ranks.timeout * LOOKS_A_SECOND), _MOST_LOOKS))
     inboxes.empty_()
     torch.cuda.synchronize(ranks.device)
     ranks.wait()  # nobody sends before all are empty
