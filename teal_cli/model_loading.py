@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from teal_cli.hf import TealConfig  # importing it lets transformers load TEAL checkpoints
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import check_weights
 from teal_cli.checkpoint.plan import carries_plan
 from teal_cli.config import DecodingConfig, ModelConfig
 from teal_cli.errors import ArtefactError
+from teal_cli.hf import TealConfig  # importing it lets transformers load TEAL checkpoints
 from teal_cli.models.architectures import Architecture, architecture_in, find_projections, output_projection
 from teal_cli.models.loading import load_from_folder
 from teal_cli.quantise.dequantise import dequantise_

@@ -94,29 +94,60 @@ def load_shard(
 def build_random_shard(alias: Alias, ranks: Ranks, *, dtype: str, seed: int, group: int = 0) -> Any:
     """This rank's part of a model of the alias's shape with random weights, other ones on each rank.
 
+    Args:
+        alias: names the shape.
+        ranks: that share it.
+        dtype: as for `load_model`.
+        seed: of the weights.
+        group: neurons that share scales, of a model that will be quantised; 0 for none.
+
     Raises:
         UsageError: a model that cannot be divided by so many.
         MachineError: out of memory.
     """
+    plan = plan_shards(outline(alias), ranks.rank, ranks.count, group=group)
+    model = random_shard(alias, plan, ranks.device, dtype=dtype, seed=seed, projections=True)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in plan.cuts and parameter is not model.get_output_embeddings().weight:
+            ranks.copy_of_first_(parameter.data)
+    if model.config.tie_word_embeddings:
+        tie_output_(model, plan)
+    join_(model, plan, ranks)
+    return model
+
+
+def random_shard(
+    alias: Alias, plan: ShardPlan, device: torch.device, *, dtype: str, seed: int, projections: bool
+) -> Any:
+    """What a plan says of a model with random weights, in a process that need not be one of several.
+
+    Without `projections` their weights stay on the meta device, for codes to take their place.
+    """
     whole = outline(alias)
-    plan = plan_shards(whole, ranks.rank, ranks.count, group=group)
-    chosen = pick_dtype(dtype, "bfloat16" if ranks.device.type == "cuda" else None, ranks.device)
-    empty = _empty_shard(whole, plan, chosen, auto_class(kind_of(whole.config.to_dict(), None)))
-    held = sum(parameter.numel() for parameter in empty.parameters()) * chosen.itemsize
-    check_memory(held, ranks.device, f"a shard of {alias.name} in {chosen}")
-    torch.manual_seed(seed + ranks.rank)
+    chosen = pick_dtype(dtype, "bfloat16" if device.type == "cuda" else None, device)
+    model = _empty_shard(whole, plan, chosen, auto_class(kind_of(whole.config.to_dict(), None)))
+    made = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if projections or name.rpartition(".")[0] not in plan.cuts
+    }
+    check_memory(sum(p.numel() for p in made.values()) * chosen.itemsize, device, f"a shard of {alias.name}")
+    torch.manual_seed(seed + plan.rank)
     std = float(getattr(whole.config.get_text_config(), "initializer_range", 0.02))
-    cuts = {*plan.cuts, "lm_head"}
-    for name, parameter in list(empty.named_parameters()):
-        made = torch.empty(parameter.shape, dtype=chosen, device=ranks.device)
-        made = made.normal_(0, std) if parameter.dim() > 1 else made.fill_(0.0 if name.endswith("bias") else 1.0)
-        if name.rpartition(".")[0] not in cuts:
-            ranks.copy_of_first_(made)
-        _set(empty, name, made)
+    for name, parameter in made.items():
+        value = torch.empty(parameter.shape, dtype=chosen, device=device)
+        _set(model, name, value.normal_(0, std) if parameter.dim() > 1 else value.fill_(float(name.endswith("weight"))))
+    _move_buffers_(model, device)
     if whole.config.tie_word_embeddings:
-        tie_output_(empty, plan)
-    join_(empty, plan, ranks)
-    return empty.eval()
+        tie_output_(model, plan)
+    return model.eval()
+
+
+def _move_buffers_(model: Any, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def join_(model: Any, plan: ShardPlan, ranks: Ranks) -> None:
@@ -162,7 +193,7 @@ def check_cut(cut: Cut, bits: int, group: int, inputs: int, outputs: int, name: 
 
 
 def _codes_of(key: str, stored: Any, cut: Cut, bits: int, group: int) -> Tensor:
-    """What is held of codes (in, words), or of scales or zero points (groups, out): of a tensor or a slice of a file."""
+    """What is held of codes (in, words), of scales or of zero points (groups, out): tensors, or slices of a file."""
     if cut.side == "outputs":
         unit = 32 // bits if key == _CODES[0] else 1
         return torch.cat([stored[:, start // unit : -(-stop // unit)] for start, stop in cut.spans], dim=1)
@@ -180,7 +211,7 @@ def _weights_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         plain(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -234,10 +265,7 @@ class _Fill:
                         codes.setdefault(layer, {})[own] = held
                     elif name in wanted and not (tied and layer == self._output):
                         _set(self.model, name, self._held(stream.get_slice(key), layer, own).to(self.dtype))
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.device)
+        _move_buffers_(self.model, self.device)
         return {layer: self._packed(layer, found) for layer, found in codes.items()}
 
     def _held(self, stored: Any, layer: str, own: str) -> Tensor:

@@ -2,15 +2,15 @@
 
 Each rank has an inbox in memory that all others can write to. A rank sends float32 words straight into the inboxes of
 the others and waits until theirs have come into its own. As in `triton_gemv`, a place that holds no word yet has the
-bits of a NaN that no arithmetic makes. So each word is its own message: no flag, no fence and no barrier, and the time of
-a sum is one way through the link. (NCCL's LL protocol sends words with flags for the same reason.)
+bits of a NaN that no arithmetic makes. So each word is its own message: there is no flag, no fence and no barrier, and
+a sum takes one way through the link. (NCCL's LL protocol sends words with flags for the same reason.)
 
 All ranks add the words up in the order of ranks, so all have the same bits, in every run. The launch also adds the sum
 to the residual stream and writes the partial sums of squares that the next norm reads, as the epilogue of a product on
 one GPU does.
 
-A place may be written again when its reader has emptied it. Each sum of a token has places of its own, and a rank comes
-to the same place of the next token only after it has had words of another sum from all ranks, which they send after they
+A place may be written again when its reader has emptied it. Each sum of a token has places of its own. A rank comes to
+the same place of the next token only after it has had words of another sum from all ranks, which they send after they
 have emptied these. So a token needs two sums or gathers at least.
 
 Importable without triton; without a GPU it runs under TRITON_INTERPRET=1.

@@ -21,6 +21,6 @@ def run_by_ranks(config: DecodingConfig, reporter: Reporter) -> bool:
     from teal_cli.steps.artefacts import make_for_ranks
 
     make_for_ranks(config, reporter)
-    if run_workers(config.tensor_parallel, sys.argv[1:]) != 0:
+    if run_workers(config.tensor_parallel, ["-m", "teal_cli", *sys.argv[1:]]) != 0:
         raise KeyboardInterrupt
     return True

@@ -1,12 +1,13 @@
 """What each rank holds of a model: a plan from its block program, before any weight is read.
 
-Queries, keys, values, gate and up are cut by outputs (heads and neurons), o and down by inputs, the output layer by the
-vocabulary. So a block needs two sums over ranks. The scheme is that of Megatron-LM (arXiv 1909.08053). A rank's model is
-a transformers model of fewer heads and neurons, whose residual stream is whole.
+Queries, keys, values, gate and up are cut by outputs (heads and neurons), o and down by inputs, the output layer by
+the vocabulary. So a block needs two sums over ranks. The scheme is that of Megatron-LM (arXiv 1909.08053). A rank's
+model is a transformers model of fewer heads and neurons, whose residual stream is whole.
 """
 
 import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -113,7 +114,7 @@ def spans_of(size: int, count: int, unit: int = 1) -> list[Span]:
     if units < count:
         raise ValueError(f"{size} in units of {unit} cannot be divided by {count}")
     bounds = [min(unit * (units // count * part + min(part, units % count)), size) for part in range(count + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def head_spans(heads: int, kv_heads: int, rank: int, count: int) -> tuple[Span, Span]:
@@ -169,7 +170,8 @@ def plan_shards(model: Any, rank: int, count: int, *, group: int = 0) -> ShardPl
     except (ValueError, AttributeError) as error:
         raise UsageError(f"{kind} cannot be divided: {error}") from error
     output = model.get_output_embeddings()
-    cuts, sums, dims = {}, [], set()
+    cuts: dict[str, Cut] = {}
+    sums, dims = [], set()
     for index, block in enumerate(blocks):
         before: ProductStep | AttentionStep | None = None
         for step in steps_of(program, block):

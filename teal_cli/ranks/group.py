@@ -19,7 +19,9 @@ MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1
 """NVLink multicast stays off: a group that dies while it is on can leave the links of a host in a state that only a
 reset ends."""
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name warns from 2.13 on
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # the older name warns from 2.13 on
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,25 @@ def shared_memory(ranks: Ranks, elements: int, dtype: torch.dtype) -> tuple[Tens
     return found, symmetric.rendezvous(found, group_name())
 
 
-def group_name() -> str:
-    """Of all ranks, as ops of symmetric memory want it."""
+def group_name() -> Any:
+    """Of all ranks, as ops of symmetric memory want it.
+
+    Raises:
+        TypeError: there is no process group.
+    """
     group = dist.group.WORLD
     if group is None:
         raise TypeError("there is no process group")
-    return str(group.group_name)
+    return group.group_name
 
 
 def open_inboxes(ranks: Ranks, places: int) -> Inboxes:
     """Empty inboxes of so many words, of all ranks. All ask at the same time."""
     size = max(places, _FEWEST)
     own, handle = shared_memory(ranks, size, torch.int32)
-    words = [own if rank == ranks.rank else handle.get_buffer(rank, (size,), torch.int32) for rank in range(ranks.count)]
+    words = [
+        own if rank == ranks.rank else handle.get_buffer(rank, (size,), torch.int32) for rank in range(ranks.count)
+    ]
     inboxes = Inboxes(ranks.rank, words, min(int(ranks.timeout * LOOKS_A_SECOND), _MOST_LOOKS))
     inboxes.empty_()
     torch.cuda.synchronize(ranks.device)

@@ -32,10 +32,15 @@ _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
 """One line says what went wrong; the libraries' threads would say it again and again."""
 
 
-def run_workers(count: int, arguments: Sequence[str]) -> int:
-    """Run a teal command line on so many ranks of this machine, until all have ended.
+def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> int:
+    """Run a Python program on so many ranks of this machine, until all have ended.
 
     The first rank has this process's streams; what the others print is thrown away.
+
+    Args:
+        count: of ranks.
+        command: what the interpreter is given. The program calls `end_with_launcher` at its start.
+        logs: folder that keeps what the others print.
 
     Returns:
         130 where it was interrupted, else 0.
@@ -59,9 +64,9 @@ def run_workers(count: int, arguments: Sequence[str]) -> int:
         started = start_processes(
             name="teal",
             entrypoint=sys.executable,
-            args={rank: ("-m", "teal_cli", *arguments) for rank in range(count)},
+            args={rank: tuple(command) for rank in range(count)},
             envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
-            logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL for rank in range(1, count)}),
+            logs_specs=DefaultLogsSpecs(logs or folder, redirects=dict.fromkeys(range(1, count), Std.ALL)),
         )
         return _watch(started)
 

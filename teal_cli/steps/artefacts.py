@@ -64,11 +64,11 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
     if config.mode == "intrinsic" or getattr(config, "random_weights", False):
         return
     workspace = Workspace.of(config, reporter)
+    asked = getattr(config, "sparsity", None)
+    targets = asked if isinstance(asked, list) and asked else [asked or None]
+    every: list[tuple[DecodingConfig, Workspace]] = [(config, workspace)]
     if isinstance(config, ComparingConfig):
-        targets = list(config.sparsity or [None])  # type: ignore[attr-defined]
-        every = [(config, workspace), *with_other_weights(config, workspace, reporter)]
-    else:
-        targets, every = [config.sparsity], [(config, workspace)]  # type: ignore[attr-defined]
+        every += with_other_weights(config, workspace, reporter)
     for its_config, its_workspace in every:
         for allocation in its_config.allocations:
             of_file = is_allocation_file(allocation)
@@ -84,7 +84,9 @@ def _require_alone(config: SparseConfig, what: str) -> None:
         ArtefactError: this process is one of them.
     """
     if getattr(config, "tensor_parallel", 1) > 1 and is_rank():
-        raise ArtefactError(f"there is no {what} for tensor_parallel (flag --tensor-parallel) to use: run it alone first")
+        raise ArtefactError(
+            f"there is no {what} for tensor_parallel (flag --tensor-parallel) to use: run it alone first"
+        )
 
 
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:

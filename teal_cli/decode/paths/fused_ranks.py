@@ -55,6 +55,7 @@ class Sums(ABC):
 
     def begin(self, sums: int, size: int, width: int) -> None:
         """A session that sums (rows, size) so many times a token, and gathers `width` of each rank. All begin it."""
+        return
 
     def buffer(self, size: int, dtype: torch.dtype) -> Tensor:
         """(rows, size), what products write before their sums."""
@@ -88,9 +89,7 @@ class LibrarySums(Sums):
 
     def _written(self, own: Tensor, into: Summed) -> Step:
         # Behind a kernel that is not ours, which never lets the next one begin early.
-        return partial(
-            sum_ranks, own, self._alone, 0, into.y, added=into.added, scale=into.scale, squares=into.squares
-        )
+        return partial(sum_ranks, own, self._alone, 0, into.y, added=into.added, scale=into.scale, squares=into.squares)
 
     def gather(self, own: Tensor, y: Tensor) -> list[Step]:
         """As `Sums.gather`."""
@@ -116,10 +115,10 @@ class OneShotSums(LibrarySums):
         """As `Sums.sum`."""
         summed = torch.empty(own.shape, dtype=own.dtype, device=own.device)
 
-        def step() -> None:
+        def one_shot() -> None:
             summed.copy_(torch.ops.symm_mem.one_shot_all_reduce(own, "sum", self._group))
 
-        return [step, self._written(summed, into)]
+        return [one_shot, self._written(summed, into)]
 
 
 class InboxSums(Sums):

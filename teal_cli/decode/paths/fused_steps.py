@@ -105,8 +105,8 @@ class StepBinder:
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
-        sums = [2] * path.last_norm.centred
-        self.squares = torch.empty((*sums, self.rows, 1), dtype=torch.float32, device=path.device)
+        kinds = [2] * path.last_norm.centred
+        self.squares = torch.empty((*kinds, self.rows, 1), dtype=torch.float32, device=path.device)
         """Partial sums of squares of `hidden`, of whoever wrote it last, at first of the embedding; of models with
         layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
