@@ -13,7 +13,7 @@ from command_line import calibrate_once, copied, fails
 
 FLAGS = ("--device", "cpu", "--dtype", "float32")
 TWO = ("--tensor-parallel", "2")
-WORDS = ("--prompt", "the quick", "--max-new-tokens", "12")
+WORDS = ("--prompt", "the quick", "--max-new-tokens", "12", "--compile", "never")
 
 
 @pytest.fixture(scope="module")
