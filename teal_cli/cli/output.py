@@ -44,7 +44,7 @@ def quieten_libraries() -> None:
 
 _CARRIED = (
     *("runs", "device", "dtype", "threads", "architecture", "quantise", "quantise_output"),
-    *("calibration", "allocation", "mode"),
+    *("calibration", "allocation", "mode", "tensor_parallel"),
 )
 """What the next command must repeat to go on with the same model and artefacts."""
 
