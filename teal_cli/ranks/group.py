@@ -84,6 +84,7 @@ class Ranks:
         self.totals([0])
 
 
+_START_SECONDS = 300.0
 _OF_BACKENDS = ("gloo", "NCCL", "Connection", "Timed out", "timed out")
 """In what backends say of a connection; as RuntimeError, Gloo does."""
 
@@ -135,10 +136,19 @@ def join(count: int, device: str, timeout: float) -> Ranks | None:
         raise MachineError("this build of torch has no torch.distributed")
     if not dist.is_initialized():
         with _lost():
-            dist.init_process_group(
-                "nccl" if found.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **options
-            )
+            store = _all_started(rank, count)
+            backend, wait = "nccl" if found.type == "cuda" else "gloo", timedelta(seconds=timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait, **options)
     return Ranks(rank, count, found, timeout)
+
+
+def _all_started(rank: int, count: int) -> Any:
+    """torch's store of the launcher, when all ranks are there: importing takes one longer than another."""
+    wait = timedelta(seconds=_START_SECONDS)
+    store, *_ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+    store.set(f"started {rank}", "")
+    store.wait([f"started {each}" for each in range(count)], wait)
+    return store
 
 
 def leave() -> None:

@@ -26,7 +26,7 @@ from teal_cli.ranks.group import MULTICAST_OFF
 
 _HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2
-_GRACE = 3
+_GRACE = 4
 """Seconds that ranks get to end by themselves, before they are killed."""
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
 """One line says what went wrong; the libraries' threads would say it again and again."""
@@ -94,14 +94,20 @@ def _watch(started: PContext) -> int:
     failures = list(found.failures.values()) if found is not None else []
     if not failures:
         return 0
-    worst = min(failures, key=_how_far_from_cause)
+    first = min(failure.timestamp for failure in failures)
+    worst = min(failures, key=lambda failure: _how_far_from_cause(failure, failure.timestamp - first))
     raise RankError(_line(worst), worst.exitcode if 0 < worst.exitcode < 128 else MachineError.exit_code)
 
 
-def _how_far_from_cause(failure: ProcessFailure) -> int:
-    """A rank that died comes before one that says why, and that before one that only missed another."""
+def _how_far_from_cause(failure: ProcessFailure, seconds: int) -> int:
+    """A rank that died comes before one that says why, and that before one that only missed another.
+
+    Args:
+        failure: of a rank.
+        seconds: behind the first failure. Those that did not end by themselves were killed after a while.
+    """
     if failure.exitcode < 0:
-        return 3 if failure.exitcode == -signal.SIGTERM else 0  # that was our own, or nobody knows
+        return 3 if failure.exitcode == -signal.SIGTERM or seconds >= _GRACE - 1 else 0
     return 2 if failure.message.startswith(LOST) or not failure.error_file_data else 1
 
 
