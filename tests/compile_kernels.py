@@ -23,6 +23,7 @@ from teal_kernels import (
     triton_decode,
     triton_gate_first,
     triton_gemv,
+    triton_ranks,
     triton_routed,
     triton_router,
 )
@@ -30,6 +31,7 @@ from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
+from teal_kernels.triton_ranks import Inboxes, gather_ranks, sum_ranks
 from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups
 from teal_kernels.tuning import UNTUNED
 
@@ -132,11 +134,23 @@ def _routed(rows: int, *, pdl: bool) -> None:
             launch_routed(x, chosen, layer, layer, y, **options)  # type: ignore[arg-type]
 
 
+def _ranks(rows: int, *, pdl: bool) -> None:
+    """Sums over one, two and three ranks, of RMS and layer norms, and gathers."""
+    own, y = torch.zeros(rows, 300, dtype=DTYPE), torch.zeros(rows, 300, dtype=DTYPE)
+    for ranks in (1, 2, 3):
+        inboxes = Inboxes(ranks - 1, [torch.zeros(9000, dtype=torch.int32) for _ in range(ranks)])
+        for squares in (None, torch.zeros(rows, 2), torch.zeros(2, rows, 2)):
+            for scale in (1.0, 0.5):
+                sum_ranks(own, inboxes, 16, y, added=squares is not None, scale=scale, squares=squares, pdl=pdl)
+        gather_ranks(own, inboxes, 16, torch.zeros(rows, 300 * ranks - 1, dtype=DTYPE), pdl=pdl)
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
-    for module in (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router):
+    modules = (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router)
+    for module in (*modules, triton_ranks):
         module.launch = partial(_compile, names=names)
     pdl = capability >= 90
     for rows, config, quantised in PRODUCTS:
@@ -189,6 +203,7 @@ def main(capability: int) -> None:
             for dense in (False, True):
                 step(dense=dense, counts=counts, config=config, pdl=pdl)
         _routed(rows, pdl=pdl)
+        _ranks(rows, pdl=pdl)
     _of_vllm()
     print(*sorted(names), sep="\n")
 

@@ -258,7 +258,7 @@ def look(at, inside):
 
 
 @triton.jit
-def _missing(bits):
+def missing(bits):
     """Whether some word has not come. Read as a whole number, nothing that is sent is above -inf: to compare each with
     EMPTY is four times the instructions."""
     return tl.max(bits.to(tl.uint32, bitcast=True)) > MINUS_INFINITY
@@ -273,7 +273,7 @@ def received(bits, at, inside):
     programs at the end of a grid wait: the others they wait for run or have run, and among
     themselves they are few enough to run at one time.
     """
-    while _missing(bits):
+    while missing(bits):
         bits = look(at, inside)  # at all of them: at some it would be word by word, which takes longer
     tl.store(at, EMPTY, mask=inside)
     return bits.to(tl.float32, bitcast=True)
@@ -282,7 +282,7 @@ def received(bits, at, inside):
 @triton.jit
 def received_both(bits, at, other_bits, other_at, inside):
     """`received`, for two sets of places at a time: one after the other the second would be looked at anew."""
-    while _missing(bits) | _missing(other_bits):
+    while missing(bits) | missing(other_bits):
         bits = look(at, inside)
         other_bits = look(other_at, inside)
     tl.store(at, EMPTY, mask=inside)

@@ -18,6 +18,7 @@ from teal_cli.decode.loop import TokenLoop
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.errors import ArtefactError
+from teal_cli.ranks.group import slowest
 from teal_cli.sparse import INTRINSIC, apply_plan_, neuron_sparsity
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
@@ -124,7 +125,8 @@ def decode_seconds(
         loop = TokenLoop(engine, cache, sampler.next_token(logits), sampler)
         for _ in range(warm_up):
             loop.advance()
-        return seconds_of(lambda: [loop.advance() for _ in range(new_tokens)], engine.device)
+        seconds = seconds_of(lambda: [loop.advance() for _ in range(new_tokens)], engine.device)
+        return slowest(engine.model, seconds)
 
 
 def bench_decode(

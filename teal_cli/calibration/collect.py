@@ -14,6 +14,7 @@ from teal_cli.models.architectures import Projection
 from teal_cli.models.forward import watched
 from teal_cli.models.layers import Routed, rows_from, unflattened
 from teal_cli.models.offload import computing_device
+from teal_cli.ranks.group import over_ranks_
 
 
 class HiddenStateCollector:
@@ -89,7 +90,7 @@ class HiddenStateCollector:
         Raises:
             ArtefactError: nothing was counted, or hidden states were not finite.
         """
-        result = {site: counts.cpu() for site, counts in self.histograms.items()}
+        result = {site: over_ranks_(self._model, counts).cpu() for site, counts in self.histograms.items()}
         if not result or not all(int(counts.sum()) for counts in result.values()):
             raise ArtefactError("no hidden state was counted: the sequences are no longer than the sink tokens")
         for site, counts in result.items():

@@ -13,7 +13,8 @@ from keyword import iskeyword
 import typer
 
 from teal_cli.cli.completion import words_typed
-from teal_cli.errors import EXIT_INTERRUPTED, as_teal_error, printable
+from teal_cli.errors import EXIT_INTERRUPTED, MachineError, TealError, as_teal_error, printable
+from teal_cli.ranks.environment import LOST, end_with_launcher, is_rank, tell_launcher
 from teal_cli.report.streams import prepare_streams, silence
 
 VERBS = {
@@ -81,7 +82,8 @@ def _fail(message: str, code: int) -> int:
     line = printable(" ".join(message[:_READ].split()))
     if max(len(line), len(message)) > _LONGEST_LINE:
         line = f"{line[:_LONGEST_LINE]}... (cut)"
-    print(f"teal: {line}", file=sys.stderr)
+    if not tell_launcher(line):
+        print(f"teal: {line}", file=sys.stderr)
     return code
 
 
@@ -113,6 +115,11 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _lost_rank(error: Exception) -> TealError | None:
+    """What a GPU says of a wait for another rank that was given up."""
+    return MachineError(LOST) if is_rank() and "CUDA error" in str(error) else None
+
+
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         asked = _parse(arguments)
@@ -129,7 +136,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         return 0
     except Exception as error:
-        known = as_teal_error(error)
+        known = as_teal_error(error) or _lost_rank(error)
         if debug:
             print(printable(traceback.format_exc()), file=sys.stderr)
         if known is not None:
@@ -142,7 +149,10 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 
 def main() -> None:
     """Entry point of the `teal` script."""
+    end_with_launcher()
     prepare_streams()
     code = run(sys.argv[1:])
     silence(sys.stderr)  # all is said; where memory is short, libraries print tracebacks as the process ends
+    if is_rank() and code:
+        os._exit(code)  # an orderly end would wait for the other ranks
     sys.exit(code)

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import finish, next_command, prepare
+from teal_cli.cli.ranks import run_by_ranks
 from teal_cli.config import BenchConfig
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(BenchConfig, "bench", flags, config_file)
+    if run_by_ranks(config, reporter):
+        return
     from teal_cli.report.tables import bench_tables
     from teal_cli.steps.bench import bench
 

@@ -5,11 +5,14 @@ from typing import Any
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import finish, next_command, prepare
+from teal_cli.cli.ranks import run_by_ranks
 from teal_cli.config import EvalConfig
 
 
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(EvalConfig, "eval", flags, config_file)
+    if run_by_ranks(config, reporter):
+        return
     from teal_cli.evaluation.results import EncoderResult, EvalResult
     from teal_cli.report.tables import eval_tables
     from teal_cli.steps.evaluate import evaluate

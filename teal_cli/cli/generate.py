@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from teal_cli.cli.options import Flags, with_options
 from teal_cli.cli.output import prepare, write_result
+from teal_cli.cli.ranks import run_by_ranks
 from teal_cli.config import GenerateConfig
 from teal_cli.console import Reporter
 from teal_cli.errors import TealError, UsageError, printable
+from teal_cli.ranks.environment import is_first
 from teal_cli.report.streams import silence
 
 if TYPE_CHECKING:  # importing the step imports torch, which --help must not
@@ -22,11 +24,15 @@ _LONGEST_PROMPT = 1 << 24
 def _run(flags: Flags, config_file: Path | None) -> None:
     config, reporter = prepare(GenerateConfig, "generate", flags, config_file)
     interactive = config.prompt is None
+    if interactive and config.tensor_parallel > 1:
+        raise UsageError("tensor_parallel (flag --tensor-parallel) needs a prompt (flag --prompt)")
     if interactive and not sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
-    prompt = read_stdin() if config.prompt == "-" else config.prompt
+    if run_by_ranks(config, reporter):
+        return
+    prompt = _read_by_first(config) if config.prompt == "-" else config.prompt
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt (flag --prompt) is empty")
     from teal_cli.steps.generate import Generator
@@ -45,6 +51,17 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise KeyboardInterrupt
     if failed and not isinstance(failed[0], BrokenPipeError):
         raise failed[0]
+
+
+def _read_by_first(config: GenerateConfig) -> str:
+    """stdin, which all ranks share and the first one reads."""
+    if config.tensor_parallel == 1:
+        return read_stdin()
+    from teal_cli.model_loading import ranks_for
+
+    ranks = ranks_for(config)
+    text = read_stdin() if is_first() else ""
+    return text if ranks is None else ranks.said_by_first(text)
 
 
 def _expect_utf8(newline: str | None = None) -> None:

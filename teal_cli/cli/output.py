@@ -12,6 +12,7 @@ from teal_cli.config import VERB_CONFIGS, OutputConfig, SharedConfig
 from teal_cli.config_files import flag_name, keys_of, load_as
 from teal_cli.console import Reporter
 from teal_cli.plain_table import PlainTable
+from teal_cli.ranks.environment import is_first
 from teal_cli.versions import now
 
 C = TypeVar("C", bound=OutputConfig)
@@ -23,6 +24,8 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
     Everything that is wrong with flags and YAML is raised here, before torch is imported.
     """
     config = load_as(model, verb, flags, config_file)
+    if not is_first():  # another rank talks and writes
+        config.quiet, config.json_file = True, None
     quieten_libraries()
     return config, Reporter(config.quiet)
 
@@ -41,7 +44,7 @@ def quieten_libraries() -> None:
 
 _CARRIED = (
     *("runs", "device", "dtype", "threads", "architecture", "quantise", "quantise_output"),
-    *("calibration", "allocation", "mode"),
+    *("calibration", "allocation", "mode", "tensor_parallel"),
 )
 """What the next command must repeat to go on with the same model and artefacts."""
 

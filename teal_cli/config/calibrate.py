@@ -47,6 +47,9 @@ class CalibrateConfig(ModelConfig):
     offload: bool = Field(
         False, description="keep the weights in main memory; copy each layer's to the GPU when it runs"
     )
+    device_map: Literal["one", "auto"] = Field(
+        "one", description="auto: spread the blocks over all GPUs, and over main memory where these are full"
+    )
     out: OutputFolder | None = Field(None, description="RUN folder (default RUNS/<model>)")
 
     @model_validator(mode="after")
@@ -56,6 +59,13 @@ class CalibrateConfig(ModelConfig):
                 f"tokens ({self.tokens}, flag --tokens) is less than one sequence of seq_len ({self.seq_len}, "
                 "flag --seq-len)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_models_do_not_write(self) -> Self:
+        if self.device_map == "auto" and (self.offload or self.dataset == "self"):
+            other = "offload (flag --offload)" if self.offload else "dataset self (flag --dataset)"
+            raise ValueError(f"device_map auto (flag --device-map) does not go with {other}")
         return self
 
     @model_validator(mode="after")

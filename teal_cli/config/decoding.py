@@ -42,6 +42,20 @@ class DecodingConfig(SparseConfig):
         description="calibrated: skip inputs below thresholds; intrinsic: skip only the zeros of a model that was "
         "trained with relu, fatrelu, drelu or relu2 (no calibration)",
     )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="processes that hold the model together, a GPU each; 1 is this one alone"
+    )
+    peer_timeout: float = Field(
+        120.0, gt=0, le=3600, allow_inf_nan=False, description="with tensor_parallel: seconds to wait for a process"
+    )
+
+    @model_validator(mode="after")
+    def _zeros_are_of_one_process(self) -> Self:
+        if self.tensor_parallel > 1 and self.mode == "intrinsic":
+            raise ValueError(
+                "tensor_parallel (flag --tensor-parallel) does not divide models of mode intrinsic (flag --mode)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _intrinsic_is_not_calibrated(self) -> Self:
@@ -73,6 +87,10 @@ def check_speculation(config: DecodingConfig, drafts: list[Speculation], sparsit
     if config.mode == "intrinsic":
         raise ValueError(
             "mode intrinsic (flag --mode) skips nothing that counts: leave out speculate (flag --speculate)"
+        )
+    if config.tensor_parallel > 1:
+        raise ValueError(
+            "speculate (flag --speculate) decodes in one process: leave out tensor_parallel (flag --tensor-parallel)"
         )
     if getattr(config, "compile", "auto") == "always":
         raise ValueError("speculate (flag --speculate) compiles nothing: leave out compile (flag --compile)")
@@ -222,6 +240,16 @@ class BenchConfig(OneAllocation, ComparingConfig):
         check_speculation(self, self.speculate, self.sparsity if any(own.sparse for own in self.speculate) else None)
         if self.speculate and self.batch > 1:
             raise ValueError("speculate (flag --speculate) is measured on one sequence: leave out batch (flag --batch)")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_only_decode(self) -> Self:
+        for key in ("tune", "compare_llama_cpp", "kernels"):
+            if self.tensor_parallel > 1 and getattr(self, key):
+                raise ValueError(
+                    f"{key} (flag --{key.replace('_', '-')}) is measured in one process: leave out tensor_parallel "
+                    "(flag --tensor-parallel)"
+                )
         return self
 
     @model_validator(mode="after")

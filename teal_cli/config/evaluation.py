@@ -69,6 +69,10 @@ class EvalConfig(ComparingConfig):
             )
         if self.text is not None and "dataset" in self.model_fields_set:
             raise ValueError("give text (flag --text) or dataset (flag --dataset), not both")
+        if self.tasks and self.tensor_parallel > 1:
+            raise ValueError(
+                "tasks (flag --tasks) run in one process: leave out tensor_parallel (flag --tensor-parallel)"
+            )
         if (self.task_path or self.task_limit) and not self.tasks:
             raise ValueError("task_path and task_limit need tasks (flag --tasks)")
         return self

@@ -22,6 +22,7 @@ from teal_cli.decode.probe import TOLERANCE, difference
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.errors import MachineError, shortened
+from teal_cli.ranks.group import slowest
 from teal_cli.sparse import sparse_layers
 from teal_kernels import resolve_backend
 
@@ -212,7 +213,7 @@ class _Trial:
                     seconds = seconds_of(loop.advance, self.engine.device)
                 if step >= _warm_up(self.engine):
                     times[kind].append(seconds)
-        return {kind: statistics.median(found) for kind, found in times.items()}
+        return {kind: slowest(self.engine.model, statistics.median(found)) for kind, found in times.items()}
 
 
 def _form(trial: _Trial, kind: Kind, plain_seconds: float, positions: int) -> Forms:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from teal_cli.decode.paths.base import Decoder
 from teal_cli.decode.sampling import Sampler
+from teal_cli.ranks.group import ranks_of
 
 
 class TokenLoop:
@@ -79,7 +80,9 @@ class TokenLoop:
     def _capture(self) -> None:
         graph = self._empty_graph()
         try:
-            with torch.cuda.graph(graph):
+            # With ranks a thread of NCCL asks for events meanwhile.
+            mode = "global" if ranks_of(self._engine.model) is None else "thread_local"
+            with torch.cuda.graph(graph, capture_error_mode=mode):
                 self._body()
         except RuntimeError as error:
             # Our own launches can be captured: an error there is ours. Memory that is missing, too.

@@ -1,15 +1,17 @@
-"""Models larger than a GPU: weights stay in main memory, each layer's go to the GPU while it runs.
+"""Models larger than a GPU: weights stay in main memory, each layer's go to the GPU while it runs; or on several GPUs.
 
-That is accelerate's `cpu_offload`. It is for measuring a model, which reads the weights once for many
-tokens; decoding would read them all through the bus for each token, and sparsity would save nothing.
+Both are accelerate's, `cpu_offload` and `dispatch_model`. The first is for measuring a model, which reads the weights
+once for many tokens; decoding would read them all through the bus for each token, and sparsity would save nothing.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from teal_cli.errors import MachineError, UsageError
+from teal_cli.models.architectures import architecture_for
 from teal_cli.models.layers import Experts
 
 
@@ -26,24 +28,47 @@ def offload_(model: Any, device: torch.device) -> None:
     cpu_offload(model, execution_device=device)
 
 
-def require_offload(model: Any) -> None:
-    """Refuse what `offload_` cannot do.
+def spread_(model: Any, device_map: dict[str, Any] | None = None, folder: Path | None = None) -> None:
+    """Let the blocks of a model that lies in main memory lie on several devices, one after the other.
+
+    Args:
+        model: on the CPU, and one that `require_offload` takes.
+        device_map: module path -> device; by default all GPUs are filled, and then main memory.
+        folder: for weights whose device is `disk`; by default there may be none.
+
+    Raises:
+        MachineError: more than all GPUs and main memory hold.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map is None:
+        stacks = [model.get_submodule(path) for path in architecture_for(model).blocks]
+        whole = sorted({type(block).__name__ for stack in stacks for block in stack.children()})
+        device_map = infer_auto_device_map(model, no_split_module_classes=whole, dtype=model.dtype)
+    if folder is None and "disk" in device_map.values():
+        raise MachineError("out of memory: all GPUs and main memory together do not hold this model")
+    dispatch_model(model, device_map=device_map, offload_dir=folder)
+
+
+def require_offload(model: Any, flag: str = "offload (flag --offload)") -> None:
+    """Refuse what `offload_` and `spread_` cannot do.
 
     Args:
         model: the model or its outline.
+        flag: what asks for it, for the message.
 
     Raises:
         MachineError: accelerate is not installed.
         UsageError: a model whose experts are views of stacked weights, which accelerate would lose.
     """
     if any(isinstance(module, Experts) for module in model.modules()):
-        raise UsageError("offload (flag --offload) does not know stacked experts: leave it out for this model")
+        raise UsageError(f"{flag} does not know stacked experts: leave it out for this model")
     if find_spec("accelerate") is None:
-        raise MachineError("offload (flag --offload) needs the package accelerate: pip install 'teal-cli[offload]'")
+        raise MachineError(f"{flag} needs the package accelerate: pip install 'teal-cli[offload]'")
 
 
 def computing_device(model: Any) -> torch.device:
-    """Where a model computes, which is where its weights are unless it is offloaded."""
+    """Where a model computes, which is where its weights are unless it is offloaded; of several devices the first."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     if hook is not None:
         return torch.device(hook.execution_device)

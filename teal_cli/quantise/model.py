@@ -143,6 +143,7 @@ def _replace(model: Any, name: str, scheme: Scheme, packed: Packed | None) -> No
     else:
         quantised = QuantisedLinear(layer, scheme, **shared, packed=packed)
     quantised.is_output, quantised.is_planned = layer.is_output, layer.is_planned
+    quantised.take_hooks_(layer)
     if not quantised.storage.is_meta:
         quantised.set_rule_(layer.rule)
     parent, _, child = name.rpartition(".")

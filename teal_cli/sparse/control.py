@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.errors import MachineError
+from teal_cli.ranks.group import Ranks
 from teal_cli.sparse.context import PassContext, Phase, shape_of_inputs
 from teal_cli.sparse.counting import SparsityCounter
 from teal_kernels import BackendUnavailableError, resolve_backend
@@ -48,6 +49,8 @@ class SparsityControl:
     counter: SparsityCounter | None = field(default=None, repr=False)
     encodes: bool = False
     """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
+    ranks: Ranks | None = field(default=None, repr=False)
+    """That hold the model together: what is counted is counted over all."""
     straight_through: bool = False
     """In training: a dropped input of a masked pass gets the gradient that it would get if it were kept."""
     context: PassContext | None = field(default=None, repr=False)
@@ -165,7 +168,7 @@ class SparsityControl:
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
         """Count dropped inputs inside the block, in a new counter or on in one that is there."""
         before, self.counter = self.counter, counter or SparsityCounter()
-        self.counter.output, self.counter.beside = self.output, self.of_routers
+        self.counter.output, self.counter.beside, self.counter.ranks = self.output, self.of_routers, self.ranks
         try:
             yield self.counter
         finally:

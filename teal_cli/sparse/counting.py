@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teal_cli.ranks.group import Ranks
+
 
 @dataclass
 class _Tally:
@@ -27,6 +29,8 @@ class SparsityCounter:
         """The output layer, where it drops inputs: what it does not read counts, what it has does not."""
         self.beside = 0
         """Weights that every token reads beside those of projections: routers'. They count against what is skipped."""
+        self.ranks: Ranks | None = None
+        """Whose counts are added up, where several hold the model: then each of them must ask."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
@@ -62,6 +66,9 @@ class SparsityCounter:
             for name, (parameters, more_seen, more_dropped) in read().items():
                 _, seen, dropped = found.get(name, (0, 0, 0))
                 found[name] = parameters, seen + more_seen, dropped + more_dropped
+        if self.ranks is not None:
+            totals = iter(self.ranks.totals([number for counts in found.values() for number in counts]))
+            found = {name: (next(totals), next(totals), next(totals)) for name in found}
         return Counts(found, self.output, self.beside)
 
     def by_projection(self) -> dict[str, float]:

@@ -67,7 +67,12 @@ class SparseLinear(nn.Linear):
         layer.weight = linear.weight
         layer.bias = linear.bias
         layer.train(linear.training)
+        layer.take_hooks_(linear)
         return layer
+
+    def take_hooks_(self, before: nn.Module) -> None:
+        """Do after each call what was done after those of the layer whose place it takes: sums over ranks, say."""
+        self._forward_hooks.update(before._forward_hooks)
 
     @property
     def packed(self) -> Packed | None:

@@ -18,6 +18,7 @@ from teal_cli.checkpoint.rules import Routed, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.forward import watched
 from teal_cli.models.layers import rows_from
+from teal_cli.ranks.group import over_ranks_
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.replace import set_thresholds_, sparse_layers
 
@@ -48,7 +49,7 @@ def recalibrate_(model: Any, plan: SparsityPlan, sequences: Tensor, *, dense_pre
     def settle(layer: SparseLinear, x: Tensor, *rest: Any) -> None:
         if id(layer.merged) not in waiting:  # settled, by the layer of it that was called first
             return
-        counts = histogram.count(rows_from(dense_prefix, x, rest, sequences.shape)).cpu()
+        counts = over_ranks_(model, histogram.count(rows_from(dense_prefix, x, rest, sequences.shape))).cpu()
         for reader in waiting.pop(id(layer.merged)):
             rule = plan.projections[reader.name]
             if isinstance(rule, Zeros | Routed):

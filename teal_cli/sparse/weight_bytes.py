@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
+from teal_cli.ranks.group import over_ranks
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.quantised import Codes, QuantisedLinear
 from teal_cli.sparse.replace import sparse_layers
@@ -20,6 +21,8 @@ def weight_bytes_per_token(
 
     Every parameter of the decoder once, except the rows of dropped inputs, the experts that a token is
     not sent to, and embeddings that are not also the output layer (one row of each is read).
+
+    Where several processes hold the model, the sum of what they read.
 
     Args:
         model: a transformers model that decodes.
@@ -54,7 +57,7 @@ def weight_bytes_per_token(
         for name, share in realised.items()
         if id(model.get_submodule(name)) in inside
     )
-    return round(total - skipped)
+    return over_ranks(model, round(total - skipped))
 
 
 def _beyond(model: nn.Module, packs: Mapping[str, Packed]) -> dict[str, int]:

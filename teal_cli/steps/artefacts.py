@@ -13,7 +13,8 @@ from teal_cli.checkpoint.export import (
     write_checkpoint,
 )
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import ComparingConfig, SparseConfig
+from teal_cli.config import ComparingConfig, DecodingConfig, SparseConfig
+from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_source import ModelSource
@@ -21,6 +22,7 @@ from teal_cli.models.architectures import Projection, find_projections
 from teal_cli.models.loading import outline
 from teal_cli.planning import allocate, allocations, recalibrate
 from teal_cli.quantise.model import quantised_layers
+from teal_cli.ranks.environment import is_rank
 from teal_cli.schemes import INT8
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.workspace import Workspace
@@ -53,6 +55,40 @@ def with_other_weights(
     return others
 
 
+def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
+    """Make what ranks will look for: calibration and checkpoints, as one process makes them.
+
+    Raises:
+        TealError: as `checkpoint_for`.
+    """
+    if config.mode == "intrinsic" or getattr(config, "random_weights", False):
+        return
+    workspace = Workspace.of(config, reporter)
+    asked = getattr(config, "sparsity", None)
+    targets = asked if isinstance(asked, list) and asked else [asked or None]
+    every: list[tuple[DecodingConfig, Workspace]] = [(config, workspace)]
+    if isinstance(config, ComparingConfig):
+        every += with_other_weights(config, workspace, reporter)
+    for its_config, its_workspace in every:
+        for allocation in its_config.allocations:
+            of_file = is_allocation_file(allocation)
+            for target in [None] if of_file else targets:
+                if target != 0.0 or its_config.quantise is not None:
+                    checkpoint_for(its_config, target, its_workspace, reporter, allocation=allocation)
+
+
+def _require_alone(config: SparseConfig, what: str) -> None:
+    """Refuse to make an artefact by several ranks.
+
+    Raises:
+        ArtefactError: this process is one of them.
+    """
+    if getattr(config, "tensor_parallel", 1) > 1 and is_rank():
+        raise ArtefactError(
+            f"there is no {what} for tensor_parallel (flag --tensor-parallel) to use: run it alone first"
+        )
+
+
 def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Reporter) -> Calibration:
     """The calibration of a model: the one named, the one in its run folder, or a new one.
 
@@ -61,6 +97,7 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
     """
     run = config.calibration or workspace.run
     if config.calibration is None and not calibration_file.exists(run):
+        _require_alone(config, "calibration, from teal calibrate,")
         reporter.say(f"no calibration of {workspace.source.name} in {run}: calibrating first")
         calibrate(config.calibrate.model_copy(update={"out": None}), reporter, workspace)
     found = calibration_file.load(run)
@@ -138,6 +175,7 @@ def checkpoint_for(
     # An imported calibration has no text to recalibrate on: only who asks for it by name is to be told so again.
     recalibrated = config.recalibrate and ("recalibrate" in config.model_fields_set or not calibration.info.imported)
     if not _up_to_date(folder, calibration, plan, recalibrated):
+        _require_alone(config, "checkpoint, from teal export,")
         reporter.say(f"no export of {source.name} at sparsity {plan.target_sparsity:g} in {folder}: exporting it")
         write_recalibrated(config, plan, calibration, workspace, folder, reporter, model=model)
     return folder

@@ -26,7 +26,7 @@ from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.loop import TokenLoop
 from teal_cli.errors import MachineError, UsageError
-from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_loading import load_dense, load_model, ranks_for
 from teal_cli.model_source import ModelSource
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.architectures import (
@@ -40,6 +40,7 @@ from teal_cli.models.loading import build_random_model, use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
 from teal_cli.quantise.model import pack_, quantise_
+from teal_cli.shard_loading import build_random_shard
 from teal_cli.sparse import (
     SparseLinear,
     apply_plan_,
@@ -96,6 +97,10 @@ class BenchResult:
     """What was timed in turn with it, if anything."""
     speculation: list[SpeculativeRun] = field(default_factory=list)
     """What drafts cost and give, where asked."""
+    tensor_parallel: int = 1
+    """Processes that held the model together."""
+    sums: list[str] = field(default_factory=list)
+    """How they summed."""
 
     def beside(self, other: "BenchResult") -> "BenchResult":
         """Both as one, of the same model with other weights; the first dense run is what all are compared with."""
@@ -161,7 +166,10 @@ def measure(
     backend = use_backend(control, config.backend, device, model.dtype)
     engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
-    limit = reading_gb_s(device) if device.type == "cuda" else None
+    for line in engine.path.notes:
+        reporter.say(line)
+    # Of all ranks' GPUs, which are alike.
+    limit = reading_gb_s(device) * config.tensor_parallel if device.type == "cuda" else None
     dtype = str(model.dtype).removeprefix("torch.")
     if rival is not None:
         rival.model.require_width(prepared.quantization or dtype)
@@ -228,6 +236,8 @@ def measure(
         kernels=kernels,
         llama_cpp=None if rival is None else rival.result(),
         speculation=speculation,
+        tensor_parallel=config.tensor_parallel,
+        sums=engine.path.notes,
     )
 
 
@@ -321,13 +331,13 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
             raise UsageError(
                 f"{source.folder} was exported at sparsity {plan.target_sparsity}: name the dense model to bench others"
             )
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, ranks=ranks_for(config))
         return Prepared(source.name, source.quantisation, model, [plan], prompt, prompts)
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets = [None] if is_allocation_file(allocation) else _wanted(config)
     first = allocate(config, calibration, 0.0, "uniform")  # for the model, until it has a plan
-    model, packs = load_dense(source.folder, config, calibration)
+    model, packs = load_dense(source.folder, config, calibration, ranks_for(config))
     sparsify_(model, first)
     plans = []
     for target in targets:
@@ -343,7 +353,11 @@ def _random(config: BenchConfig, reporter: Reporter) -> Prepared:
     if architecture_of(str(alias.shape["model_type"])).kind != "causal":
         raise UsageError(f"random weights (flag --random-weights) are for decoders, and {alias.name} is none")
     reporter.say(f"building {alias.name} with random weights")
-    model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
+    if (ranks := ranks_for(config)) is not None:
+        group = config.quantise.group if config.quantise is not None else 0
+        model = build_random_shard(alias, ranks, dtype=config.dtype, seed=config.seed, group=group)
+    else:
+        model = build_random_model(alias, device=config.device, dtype=config.dtype, seed=config.seed)
     return prepare_random(config, alias.name, model)
 
 

@@ -29,7 +29,7 @@ from teal_cli.models.architectures import (
 from teal_cli.models.discovery import propose
 from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import outline, pick_device, use_threads
-from teal_cli.models.offload import computing_device, offload_, require_offload
+from teal_cli.models.offload import computing_device, offload_, require_offload, spread_
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.models.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.quantise.model import quantise_, quantised_layers
@@ -85,7 +85,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     )
     say_if_short(reporter, config.dataset, blocks, config.tokens)
     if model is None:
-        where = "cpu" if config.offload else config.device
+        where = "cpu" if config.offload or config.device_map == "auto" else config.device
         model = load_model(source.folder, device=where, dtype=config.dtype, architecture=given)
     check_positions(model, config.seq_len)
     recognise_(model)
@@ -100,6 +100,8 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     quantise_seconds = time.perf_counter() - started if packs else 0.0
     if config.offload:
         offload_(model, device)
+    if config.device_map == "auto":
+        spread_(model)
     projections = find_projections(model, output_layer=config.output_layer)
     started = time.perf_counter()
     with reporter.progress(f"calibrating on {config.dataset}", blocks.numel()) as advance:
@@ -172,6 +174,8 @@ def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None
         require_weights(weight_files(folder), layers, model)
     if config.offload:
         require_offload(model)
+    if config.device_map == "auto":
+        require_offload(model, "device_map auto (flag --device-map)")
 
 
 def _chooses_codes(config: CalibrateConfig, folder: Path) -> bool:

@@ -20,7 +20,7 @@ from teal_cli.evaluation.results import EncoderResult, EncoderRun, EvalResult, E
 from teal_cli.evaluation.samples import KEPT, sample_of
 from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import open_tasks, run_tasks
-from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_loading import load_dense, load_model, ranks_for
 from teal_cli.model_source import ModelSource
 from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import use_threads
@@ -203,7 +203,7 @@ def _original(config: EvalConfig, workspace: Workspace, reporter: Reporter) -> t
         return None, workspace.source.name
     source, folder = found
     reporter.say(f"comparing with {source.name}, from which this was adapted")
-    return load_model(folder, device=config.device, dtype=config.dtype), source.name
+    return load_model(folder, device=config.device, dtype=config.dtype, ranks=ranks_for(config)), source.name
 
 
 def _say_what_there_is(config: EvalConfig, dataset: str, blocks: Tensor, reporter: Reporter) -> None:
@@ -247,7 +247,8 @@ def _model_and_plans(
         if len(config.sparsity or []) > 1:
             raise UsageError(f"{source.folder} has one sparsity: name the dense model to compare several")
         folder = checkpoint_for(config, config.sparsity[0] if config.sparsity else None, workspace, reporter)
-        return load_model(folder, device=config.device, dtype=config.dtype), [source.plan], {}
+        ranks = ranks_for(config)
+        return load_model(folder, device=config.device, dtype=config.dtype, ranks=ranks), [source.plan], {}
     calibration = calibration_for(config, workspace, reporter)
     wanted = [
         (allocation, sparsity)
@@ -256,7 +257,7 @@ def _model_and_plans(
     ]
     # Whatever an allocation refuses, it refuses before the model is loaded.
     first, *_ = [allocate(config, calibration, sparsity, allocation) for allocation, sparsity in wanted]
-    model, packs = load_dense(source.folder, config, calibration)
+    model, packs = load_dense(source.folder, config, calibration, ranks_for(config))
     sparsify_(model, first)
     plans = []
     for allocation, sparsity in wanted:

@@ -16,7 +16,7 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.decode.streaming import text_streamer
 from teal_cli.errors import ArtefactError
-from teal_cli.model_loading import load_model
+from teal_cli.model_loading import load_model, ranks_for
 from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
@@ -79,7 +79,10 @@ def _load(config: GenerateConfig, workspace: Workspace, reporter: Reporter) -> A
         folder = checkpoint_for(config, config.sparsity, workspace, reporter)
     elif config.quantise is not None:  # quantised weights lie in a checkpoint, dense too
         folder = checkpoint_for(config, 0.0, workspace, reporter, allocation="uniform")
-    return load_model(folder, device=config.device, dtype=config.dtype, architecture=workspace.architecture(config))
+    architecture = workspace.architecture(config)
+    return load_model(
+        folder, device=config.device, dtype=config.dtype, architecture=architecture, ranks=ranks_for(config)
+    )
 
 
 def _skips(config: GenerateConfig) -> bool:
@@ -119,6 +122,8 @@ class Generator:
         self._because: str | None = None
         self._say = reporter.say
         self._say_because()
+        for line in self.engine.path.notes:
+            reporter.say(line)
         if not self.engine.keeps_state:
             reporter.say(
                 f"model type {self.model.config.model_type} has no cache: each token reads the whole text again"

@@ -10,7 +10,7 @@ from conftest import VOCABULARY, build_model, save_tiny
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
-from teal_cli.models.offload import computing_device, offload_
+from teal_cli.models.offload import computing_device, offload_, spread_
 
 
 def test_weights_are_elsewhere_between_layers() -> None:
@@ -22,6 +22,39 @@ def test_weights_are_elsewhere_between_layers() -> None:
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, same(input_ids=ids).logits)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_blocks_on_several_devices_measure_the_same(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two devices one is a disk, from which a block's weights come when it runs: hooks move states all the same."""
+    tiny = save_tiny(tmp_path / "tiny")
+    flags = ["--dataset", str(corpus), "--tokens", "256", "--seq-len", "64", "--greedy-tokens", "64"]
+    spread: list[dict[str, str]] = []
+
+    def on_two(model: torch.nn.Module) -> None:
+        devices = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk", "lm_head": "cpu"}
+        spread.append({"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", **devices})
+        spread_(model, spread[0], tmp_path / "disk")
+
+    monkeypatch.setattr("teal_cli.steps.calibrate.spread_", on_two)
+    found: list[Calibration] = []
+    for extra in ([], ["--device-map", "auto"]):
+        assert run(["calibrate", "--model", str(tiny), *flags, *extra, "--out", "run"]) == 0
+        found.append(calibration_file.load(Path("run")))
+    assert len(spread) == 1
+    here, away = found
+    for name in ("histograms", "sensitivities", "paths"):
+        for key, values in getattr(away, name).items():
+            torch.testing.assert_close(values, getattr(here, name)[key], rtol=0, atol=0)
+
+
+def test_one_device_is_enough_for_a_small_model() -> None:
+    model, same = build_model("llama"), build_model("llama")
+    spread_(model)
+    ids = torch.arange(2, 50)[None] % VOCABULARY
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits.cpu(), same(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias"])  # the second has tied embeddings

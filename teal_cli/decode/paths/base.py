@@ -15,6 +15,7 @@ from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.sampling import Sampler
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.forward import position_limit
+from teal_cli.ranks.group import ranks_of
 from teal_cli.sparse import SparsityControl
 
 
@@ -128,6 +129,12 @@ class Path(ABC):
     @abstractmethod
     def new_cache(self, length: int) -> Any:
         """An empty cache for `length` positions."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it: how ranks sum, where several processes hold the model."""
+        ranks = ranks_of(self.model)
+        return [] if ranks is None else [f"sums over ranks by {'NCCL' if self.device.type == 'cuda' else 'Gloo'}"]
 
     def piece_for(self, positions: int) -> int | None:
         """`piece`, for a sequence that takes so many positions with its reply."""

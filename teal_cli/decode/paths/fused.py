@@ -23,6 +23,7 @@ from teal_cli.decode.departures import departure
 from teal_cli.decode.paths.fused_experts import cannot_route
 from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
+from teal_cli.decode.paths.fused_ranks import Sums, SumTimes, measure_sums
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
 from teal_cli.decode.paths.program_session import ProgramSession
@@ -30,6 +31,8 @@ from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import Program
+from teal_cli.models.shards import shards_of
+from teal_cli.ranks.group import Ranks, ranks_of
 from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
@@ -88,6 +91,7 @@ class FusedPath(ProgramPath):
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
+        self._sums: dict[int, Sums] = {}
         # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that,
         # nor of routed neurons.
         self.sparse_may_lose = any(isinstance(layer.rule, Zeros | Routed) for layer in sparse_layers(model).values())
@@ -120,6 +124,37 @@ class FusedPath(ProgramPath):
             return None
         output.merged.lay_out_()  # plans that were only set, and not applied, have left that to whom decodes
         return Product("output", (output,), "plain") if output.merged.one_table else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of the model, of all ranks."""
+        plan = shards_of(self.model)
+        return int(self.model.get_output_embeddings().out_features) if plan is None else plan.vocabulary
+
+    def sums(self, rows: int) -> Sums | None:
+        """Over ranks, for a session of so many rows; None where one process holds the model."""
+        ranks = ranks_of(self.model)
+        if ranks is None:
+            return None
+        if rows not in self._sums:
+            self._sums[rows] = self._sum_times(ranks).open(ranks, rows)
+        products = [step for block in self.blocks for step in block if isinstance(step, Product)]
+        residual = sum(step.epilogue == "residual" for step in products)
+        self._sums[rows].begin(residual, self._stream, self.model.get_output_embeddings().out_features)
+        return self._sums[rows]
+
+    @property
+    def _stream(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def _sum_times(self, ranks: Ranks) -> SumTimes:
+        return measure_sums(ranks, self._stream, self.dtype, self.pdl)
+
+    @property
+    def notes(self) -> list[str]:
+        """As `Path.notes`."""
+        ranks = ranks_of(self.model)
+        return [] if ranks is None else [self._sum_times(ranks).line]
 
     def new_cache(self, length: int) -> FixedCache:
         """An empty cache."""

@@ -36,6 +36,7 @@ class Launch:
         beside: of a product whose norm the next product adds to the stream.
         routing: of the block's router, where it has one.
         levels: of which each row has one (`use_levels`); by default all have the rules of the layers.
+        summed: whether ranks sum what it writes; then the epilogue is the sum's.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class Launch:
         beside: Beside | None = None,
         routing: Routing | None = None,
         levels: RowLevels | None = None,
+        summed: bool = False,
     ) -> None:
         self.product = product
         self.table, self.parts = table_of(product)
         self.beside = beside
         self.epilogue = product.epilogue
-        if product.norm is not None:
+        if summed:
+            self.epilogue = "plain"
+        elif product.norm is not None:
             self.epilogue = "plain" if beside is None else "beside"
         if alternate(product):
             self.epilogue = "paired"
@@ -82,12 +86,12 @@ class Launch:
         expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
         skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
         self.chosen = None if routing is None else routing.of(product)
-        side_by_side = summed = 1
+        side_by_side = in_a_row = 1
         if self.chosen is not None:  # tuned as one long product, which the tables of the chosen experts are
-            side_by_side, summed = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)
+            side_by_side, in_a_row = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)
         config = choose_config(
             device,
-            inputs=self.table.shape[0] * summed,
+            inputs=self.table.shape[0] * in_a_row,
             parts=tuple(part * side_by_side for part in self.parts),
             dtype=kind_of(self.table),
             rows=rows if self.chosen is None else 1,

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_launch import Launch
-from teal_cli.decode.paths.fused_steps import Angles, FusedModel, RowsLaunch, StepBinder
+from teal_cli.decode.paths.fused_model import FusedModel
+from teal_cli.decode.paths.fused_ranks import Step
+from teal_cli.decode.paths.fused_steps import Angles, RowsLaunch, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_cli.decode.row_levels import RowLevels
@@ -41,7 +43,8 @@ class FusedSession(ProgramSession):
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.positions = Positions.at(self._before_tokens(self.lengths), device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
-        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels, span)
+        sums = path.sums(rows)
+        binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels, span, sums)
         self._embedded, self._embedding_squares = binder.embedded, binder.squares
         binder.bind()
         self.launches = binder.launches
@@ -54,9 +57,15 @@ class FusedSession(ProgramSession):
         self._steps = binder.steps
         output = path.output()
         self.output = None if output is None else Launch(output, self.enabled, rows, dtype, levels=levels)
-        self.logits = binder.buffer("logits", path.model.get_output_embeddings().out_features)
-        block_of_logits = LOGITS_BLOCK if self.output is not None else 0
-        self.best = Best.empty(rows, self.logits.shape[1], device, block=block_of_logits)
+        own = path.model.get_output_embeddings().out_features
+        self.logits = binder.buffer("logits", path.vocabulary)
+        block_of_logits = LOGITS_BLOCK if self.output is not None or sums is not None else 0
+        self.best = Best.empty(rows, path.vocabulary, device, block=block_of_logits)
+        self._own_logits, self._own_best = self.logits, self.best
+        self._gather: list[Step] = []
+        if sums is not None:
+            self._own_logits, self._own_best = binder.buffer("own logits", own), Best.empty(rows, own, device)
+            self._gather = sums.gather(self._own_logits, self.logits)
         of_positions, offset = learned_positions(path.model) or (None, 0)
         self._embed = partial(
             embed, of_positions=of_positions, offset=offset, scale=path.scales.embedding, pdl=path.pdl
@@ -72,7 +81,8 @@ class FusedSession(ProgramSession):
         for step in self._steps:
             step()
         if self.output is not None:
-            self.output.run(self._normed, self.logits, self.scratch, pdl, self._norm)
+            self.output.run(self._normed, self._own_logits, self.scratch, pdl, self._norm)
+            self._gather_logits()
             find_best(self.logits, self.best, scale=scales.logits, cap=scales.logits_cap, pdl=pdl)
             return self.logits
         output = model.get_output_embeddings()
@@ -81,12 +91,15 @@ class FusedSession(ProgramSession):
             self._norm,
             output.weight,
             output.bias,
-            self.logits,
-            self.best,
+            self._own_logits,
+            self._own_best,
             scale=scales.logits,
             cap=scales.logits_cap,
             pdl=pdl,
         )
+        if self._gather:
+            self._gather_logits()
+            find_best(self.logits, self.best, pdl=pdl)
         return self.logits
 
     def _before_tokens(self, lengths: list[int]) -> list[int]:
@@ -99,6 +112,11 @@ class FusedSession(ProgramSession):
             self.positions.own.add_(self.span - 1)
             self.positions.longest.add_(self.span - 1)
         super().end()
+
+    def _gather_logits(self) -> None:
+        """All ranks' logits on each: so all choose the same token, by the same launch."""
+        for step in self._gather:
+            step()
 
     def move(self, lengths: list[int]) -> None:
         """As `ProgramSession.move`."""

@@ -7,28 +7,29 @@ then a call without arguments.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.decode.blocks import Attention, BlockStep, Norm, Product, embedding_norm, program_of
+from teal_cli.decode.blocks import Attention, Norm, Product, embedding_norm, program_of
 from teal_cli.decode.cache import FixedLayer
 from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import Routing, router_of, scale_of
 from teal_cli.decode.paths.fused_gate_first import GateFirstLaunch
 from teal_cli.decode.paths.fused_heads import heads_of, weight_of_norms
 from teal_cli.decode.paths.fused_launch import Launch
+from teal_cli.decode.paths.fused_model import FusedModel
+from teal_cli.decode.paths.fused_ranks import Summed, Sums
 from teal_cli.decode.paths.fused_routed import RoutedLaunch
 from teal_cli.decode.positions import alibi_bias, growth_of
 from teal_cli.decode.routes import Route
 from teal_cli.decode.row_levels import RowLevels
-from teal_cli.decode.scales import Scales
-from teal_cli.sparse import SparsityControl
 from teal_kernels.operands import Added, AttentionPartials, Beside, Positions, Scratch
 from teal_kernels.operands import Norm as FusedNorm
 from teal_kernels.triton_attention import attention_splits, decode_attention
 from teal_kernels.triton_decode import write_norm, write_norm_of_partials
+from teal_kernels.triton_ranks import squares_of_sum
 from teal_kernels.triton_router import route
 
 _HIDDEN = "hidden"
@@ -39,23 +40,6 @@ _OTHER = "other hidden"
 
 RowsLaunch = GateFirstLaunch | RoutedLaunch
 """Of MLPs of which some neurons are read."""
-
-
-class FusedModel(Protocol):
-    """What a session needs of the fused path (which imports it)."""
-
-    model: Any
-    control: SparsityControl
-    device: torch.device
-    dtype: torch.dtype
-    pdl: bool
-    blocks: list[list[BlockStep]]
-    last_norm: Norm
-    scales: Scales
-
-    def output(self) -> Product | None:
-        """Of an output layer that is launched as the products of a block are."""
-        ...
 
 
 class StepBinder:
@@ -70,6 +54,7 @@ class StepBinder:
         angles: of the rotary embedding.
         levels: of which each row has one, where they are not all of one.
         span: rows of one sequence, whose tokens follow each other.
+        sums: over ranks, where several hold the model.
     """
 
     def __init__(
@@ -82,20 +67,21 @@ class StepBinder:
         angles: Angles,
         levels: RowLevels | None = None,
         span: int = 1,
+        sums: Sums | None = None,
     ) -> None:
-        self._levels, self._span = levels, span
+        self._levels, self._span, self._sums = levels, span, sums
         self.path, self.enabled, self.scratch, self.positions, self.angles = path, enabled, scratch, positions, angles
         self.rows = positions.own.shape[0]
         self.launches: list[Launch | RowsLaunch] = []
-        self.steps: list[Callable[[], None]] = []
+        self.steps: list[Callable[[], object]] = []
         self._growth = growth_of(path.model)
         self._neighbours = program_of(path.model).pairs.startswith("neighbours")
         self._alibi: dict[tuple[int, float], Tensor | None] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._layers = iter(layers)
         self.hidden = self.buffer(_HIDDEN, path.model.get_input_embeddings().weight.shape[1])
-        sums = [2] * path.last_norm.centred
-        self.squares = torch.empty((*sums, self.rows, 1), dtype=torch.float32, device=path.device)
+        kinds = [2] * path.last_norm.centred
+        self.squares = torch.empty((*kinds, self.rows, 1), dtype=torch.float32, device=path.device)
         """Partial sums of squares of `hidden`, of whoever wrote it last, at first of the embedding; of models with
         layer norms (2, rows, n): sums, too."""
         self.added_squares = torch.empty_like(self.squares)
@@ -269,6 +255,9 @@ class StepBinder:
         if added is not None:
             self.hidden, self._added = added.stream, None
         launch = self._launch(step)
+        if self._sums is not None and step.epilogue == "residual":
+            self._bind_summed(step, self._sums, launch, partial(launch.run, source), norm, added, at)
+            return
         to_stream = step.epilogue == "residual" and step.norm is None
         y = self.hidden
         if not to_stream:  # of experts a row each
@@ -279,6 +268,29 @@ class StepBinder:
             if step.norm is not None:
                 self._add_later(step.norm, launch, y, 1.0 if step.stream_scale is None else float(step.stream_scale))
         self._source, self._norm, self._before = None if step.epilogue == "residual" else y, None, step
+
+    def _bind_summed(
+        self,
+        step: Product,
+        sums: Sums,
+        launch: Launch,
+        run: Callable[..., None],
+        norm: FusedNorm | None,
+        added: Added | None,
+        at: int,
+    ) -> None:
+        """A residual product of which each rank has some inputs: the sum over ranks has its epilogue."""
+        own, size = sums.buffer(step.outputs, self.path.dtype), step.outputs
+        if step.norm is None:
+            of_sums = (*([2] * self.path.last_norm.centred), self.rows, squares_of_sum(size))
+            self.squares = torch.empty(of_sums, dtype=torch.float32, device=self.path.device)
+            into = Summed(self.hidden, added=True, scale=self.path.scales.residual, squares=self.squares)
+        else:
+            into = Summed(self.buffer(step.name, size))
+        self.steps[at:at] = [partial(run, own, self.scratch, self.path.pdl, norm, added), *sums.sum(own, into)]
+        if step.norm is not None:
+            self._add_later(step.norm, launch, into.y, 1.0 if step.stream_scale is None else float(step.stream_scale))
+        self._source, self._norm, self._before = None, None, step
 
     def _written_input(self, step: Product, norm: Norm, source: Tensor | AttentionPartials) -> Tensor:
         """Bind the norm of what a residual product reads, which has a launch and a buffer of its own."""
@@ -325,10 +337,12 @@ class StepBinder:
 
     def _launch(self, step: Product) -> Launch:
         beside = None
-        if step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
+        alone = self._sums is None
+        if alone and step.norm is not None and self.rows == 1 and not step.norm.centred and step.stream_scale is None:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
         options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing, "levels": self._levels}
+        options["summed"] = not alone and step.epilogue == "residual"
         launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch

@@ -18,6 +18,7 @@ from teal_cli.decode.whole_cache import forget_addresses, has_windows, static_ca
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import kind_for
 from teal_cli.models.layers import Experts
+from teal_cli.ranks.group import ranks_of
 from teal_cli.sparse import SparsityControl, sparse_layers
 
 
@@ -106,6 +107,8 @@ class GeneralPath(Path):
     def not_compiled_because(self, length: int) -> str | None:
         """As `Path.not_compiled_because`. Whether it works, only trying it says (`decode.choice`)."""
         states, kind = self._states, self.model.config.model_type
+        if ranks_of(self.model) is not None:
+            return "several processes hold the model"
         if states is None:
             return "the cache of an encoder-decoder grows"
         if states.name not in ("past_key_values", "cache_params"):

@@ -18,6 +18,7 @@ from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import MachineError
 from teal_cli.models.layers import StackedLinear
+from teal_cli.ranks.group import ranks_of
 from teal_cli.sparse import SparsityControl
 from teal_kernels import BackendUnavailableError
 from teal_kernels.native.library import unavailable_reason
@@ -36,6 +37,8 @@ def unsupported_on_cpu(model: Any, dtype: torch.dtype, backend: str) -> str | No
     config, program = model.config.get_text_config(), known_program(model)
     if program is None:
         return without_program(model)
+    if ranks_of(model) is not None:
+        return "several processes hold the model"
     if backend not in ("auto", "cpu"):
         return f"backend {backend}"
     if dtype not in DTYPES:

@@ -1,0 +1,48 @@
+"""What a launcher has told this process, and what this process tells it. Without torch."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+LAUNCHER = "TEAL_LAUNCHER"
+"""Environment variable of the processes that the teal command starts: its process id."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where torch's launchers have a process say why it failed."""
+LOST = "another process of --tensor-parallel has ended or hangs"
+"""What a rank says that ends because another one has."""
+_PR_SET_PDEATHSIG = 1
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process talks to the user and writes files: the first rank, or one that is alone."""
+    return not is_rank() or os.environ["RANK"] == "0"
+
+
+def end_with_launcher() -> None:
+    """Let the system end this process when the teal command that started it ends, in whatever way."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it had ended before
+        os._exit(0)
+
+
+def tell_launcher(line: str) -> bool:
+    """Say why this process fails, if the teal command started it: that prints one line for all ranks."""
+    file = os.environ.get(ERROR_FILE)
+    if LAUNCHER not in os.environ or file is None:
+        return False
+    Path(file).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}), encoding="utf-8")
+    return True

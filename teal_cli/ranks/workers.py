@@ -1,0 +1,119 @@
+"""Starting the ranks of one command, and ending all of them with the first that fails.
+
+torch.distributed's elastic library starts and watches them, as torchrun does.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    ProcessFailure,
+    SignalException,
+    Std,
+    start_processes,
+)
+
+from teal_cli.errors import EXIT_INTERRUPTED, MachineError
+from teal_cli.ranks.environment import LAUNCHER, LOST
+from teal_cli.ranks.group import MULTICAST_OFF
+
+_HOST = "127.0.0.1"
+_LOOK_EVERY = 0.2
+_GRACE = 4
+"""Seconds that ranks get to end by themselves, before they are killed."""
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+"""One line says what went wrong; the libraries' threads would say it again and again."""
+
+
+def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> int:
+    """Run a Python program on so many ranks of this machine, until all have ended.
+
+    The first rank has this process's streams; what the others print is thrown away.
+
+    Args:
+        count: of ranks.
+        command: what the interpreter is given. The program calls `end_with_launcher` at its start.
+        logs: folder that keeps what the others print.
+
+    Returns:
+        130 where it was interrupted, else 0.
+
+    Raises:
+        RankError: a rank failed, with the exit code of its error; one that died has the code of `MachineError`.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # of this process, which has it open
+        LAUNCHER: str(os.getpid()),
+        **MULTICAST_OFF,
+        **_QUIET,
+    }
+    with TemporaryDirectory(prefix="teal-ranks-") as folder:
+        started = start_processes(
+            name="teal",
+            entrypoint=sys.executable,
+            args={rank: tuple(command) for rank in range(count)},
+            envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
+            logs_specs=DefaultLogsSpecs(logs or folder, redirects=dict.fromkeys(range(1, count), Std.ALL)),
+        )
+        return _watch(started)
+
+
+class RankError(MachineError):
+    """A rank failed.
+
+    Args:
+        message: one line.
+        exit_code: of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _watch(started: PContext) -> int:
+    try:
+        found = started.wait(period=_LOOK_EVERY)
+    except (SignalException, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    finally:
+        started.close(signal.SIGTERM, timeout=_GRACE)
+    failures = list(found.failures.values()) if found is not None else []
+    if not failures:
+        return 0
+    first = min(failure.timestamp for failure in failures)
+    worst = min(failures, key=lambda failure: _how_far_from_cause(failure, failure.timestamp - first))
+    raise RankError(_line(worst), worst.exitcode if 0 < worst.exitcode < 128 else MachineError.exit_code)
+
+
+def _how_far_from_cause(failure: ProcessFailure, seconds: int) -> int:
+    """A rank that died comes before one that says why, and that before one that only missed another.
+
+    Args:
+        failure: of a rank.
+        seconds: behind the first failure. Those that did not end by themselves were killed after a while.
+    """
+    if failure.exitcode < 0:
+        return 3 if failure.exitcode == -signal.SIGTERM or seconds >= _GRACE - 1 else 0
+    return 2 if failure.message.startswith(LOST) or not failure.error_file_data else 1
+
+
+def _line(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"rank {failure.local_rank} died of {signal.Signals(-failure.exitcode).name}: all ranks have been ended"
+    if failure.error_file_data:
+        return str(failure.message)
+    return f"rank {failure.local_rank} ended with exit code {failure.exitcode}: all ranks have been ended"

@@ -1,0 +1,158 @@
+"""`--tensor-parallel 2` of the command line: what it prints and writes, and how it ends when a rank does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import calibrate_once, copied, fails
+
+FLAGS = ("--device", "cpu", "--dtype", "float32")
+TWO = ("--tensor-parallel", "2")
+WORDS = ("--prompt", "the quick", "--max-new-tokens", "12", "--compile", "never")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate_once(tmp_path_factory.mktemp("home"), chat=True)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "teal_cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def teal(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A command that ends with this code and says at most one line that is an error."""
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("teal: ")]) == (code != 0), done.stderr
+    return done
+
+
+def test_text_and_figures_are_those_of_one_process(home: Path, tmp_path: Path) -> None:
+    model = copied(home, tmp_path)
+    # By the same path in both: the native one counts every step.
+    asked = (*("generate", "--model", model, *FLAGS, "--sparsity", "0.4", "--backend", "reference"), *WORDS)
+    one, two = (teal(*asked, *more, "--json", f"{name}.json") for name, more in (("one", ()), ("two", TWO)))
+    assert two.stdout == one.stdout
+    results = [json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two")]
+    assert results[1]["text"] == results[0]["text"]
+    assert results[1]["realised_sparsity"] == pytest.approx(results[0]["realised_sparsity"], abs=1e-12)
+    assert "sums over ranks by Gloo" in two.stderr
+
+
+def test_perplexity_is_that_of_one_process(home: Path, tmp_path: Path) -> None:
+    model = copied(home, tmp_path)
+    asked = ("eval", "--model", model, *FLAGS, "--sparsity", "0.4", "--tokens", "256", "--seq-len", "64")
+    for name, more in (("one", ()), ("two", TWO)):
+        teal(*asked, *more, "--text", home / "corpus.txt", "--json", f"{name}.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text())["runs"][0] for name in ("one", "two"))
+    assert two["sparse"]["perplexity"] == pytest.approx(one["sparse"]["perplexity"], rel=1e-5)
+    assert two["sparse"]["realised_sparsity"] == pytest.approx(one["sparse"]["realised_sparsity"], abs=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4:32"])
+def test_bench_of_quantised_weights(scheme: str, home: Path, tmp_path: Path) -> None:
+    model = copied(home, tmp_path)
+    asked = ("bench", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", scheme, "--prompt-tokens", "8")
+    for name, more in (("two", TWO), ("one", ())):
+        teal(*asked, *more, "--new-tokens", "4", "--repeats", "1", "--backend", "reference", "--json", f"{name}.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["tensor_parallel"], two["tensor_parallel"]) == (1, 2)
+    assert two["sums"] == ["sums over ranks by Gloo"]
+    for ours, theirs in zip(two["runs"], one["runs"], strict=True):
+        assert ours["realised_sparsity"] == pytest.approx(theirs["realised_sparsity"], abs=0.01)
+        assert ours["bytes_per_token"] >= theirs["bytes_per_token"]  # norms and the row of the embedding, on both
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def started(home: Path, tmp_path: Path, *more: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A long reply by two ranks, which have begun it."""
+    model = copied(home, tmp_path)
+    asked = ("generate", "--model", model, *FLAGS, *TWO, *more, "--sparsity", "0", "--prompt", "the quick")
+    process = subprocess.Popen(
+        command(*asked, "--max-new-tokens", "200", "--temperature", "1"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # a reply is under way
+    found = ranks_of(process.pid)
+    assert len(found) == 2
+    return process, found
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(_runs(pid) for pid in pids):
+        time.sleep(0.1)
+    return not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_all(rank: int, home: Path, tmp_path: Path) -> None:
+    process, pids = started(home, tmp_path)
+    os.kill(pids[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 15
+    assert process.returncode == 4
+    assert [line for line in said.splitlines() if line.startswith("teal: ")] == [
+        f"teal: rank {rank} died of SIGKILL: all ranks have been ended"
+    ]
+    assert gone(pids, 5)
+
+
+def test_a_rank_that_hangs_is_found(home: Path, tmp_path: Path) -> None:
+    process, pids = started(home, tmp_path, "--peer-timeout", "5")
+    os.kill(pids[1], signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 4
+    assert said.splitlines()[-1] == "teal: another process of --tensor-parallel has ended or hangs"
+    assert gone(pids, 5)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
+def test_no_rank_outlives_the_command(signal_: int, home: Path, tmp_path: Path) -> None:
+    process, pids = started(home, tmp_path)
+    process.send_signal(signal_)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if signal_ == signal.SIGINT else -signal.SIGKILL)
+    assert gone(pids, 10)
+
+
+def test_what_ranks_do_not_do(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, 2, "teal serve decodes in one process", "serve", *TWO)
+    fails(capsys, 2, "needs a prompt", "generate", *TWO)
+    fails(capsys, 2, "leave out tensor_parallel", "eval", "--tasks", "piqa", *TWO)
+    fails(capsys, 2, "is measured in one process", "bench", "--kernels", *TWO)
+    fails(capsys, 2, "mode intrinsic", "generate", "--mode", "intrinsic", "--prompt", "a", *TWO)
+
+
+def test_a_model_that_cannot_be_divided(home: Path, tmp_path: Path) -> None:
+    done = teal(
+        "generate", "--model", copied(home, tmp_path), *FLAGS, "--tensor-parallel", "3", "--prompt", "a", code=2
+    )
+    assert "4 heads and 2 key heads cannot be divided by 3" in done.stderr
