@@ -32,7 +32,8 @@ from teal_cli.console import Reporter
 from teal_cli.models.aliases import Alias
 from teal_cli.models.loading import build_random_model, use_threads
 from teal_cli.schemes import Scheme
-from teal_cli.steps.bench import measure, prepare_random
+from teal_cli.steps.bench import measure
+from teal_cli.steps.prepared import prepare_random
 from teal_cli.versions import device_description, library_versions
 
 WIDTHS: dict[str, tuple[str, dict[str, Any]]] = {

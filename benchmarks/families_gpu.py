@@ -29,7 +29,8 @@ from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
 from teal_cli.models import aliases
 from teal_cli.models.loading import build_random_model
-from teal_cli.steps.bench import measure, prepare
+from teal_cli.steps.bench import measure
+from teal_cli.steps.prepared import prepare
 from teal_cli.versions import device_description, library_versions
 
 MODELS = (

@@ -41,7 +41,7 @@ from teal_cli.models import aliases
 from teal_cli.models.layers import Experts, _Stacks, gathered_experts, unstack_experts_
 from teal_cli.models.loading import build_random_model
 from teal_cli.sparse import apply_plan_
-from teal_cli.steps.bench import prepare
+from teal_cli.steps.prepared import prepare
 from teal_cli.versions import device_description, library_versions
 from teal_kernels import KEEP_ALL, input_major, sparse_linear
 

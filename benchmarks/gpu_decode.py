@@ -31,7 +31,8 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.models.aliases import require_alias
 from teal_cli.models.loading import build_random_model
-from teal_cli.steps.bench import Prepared, measure, prepare
+from teal_cli.steps.bench import measure
+from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import device_description, library_versions
 
 MODEL = "llama-3-8b"

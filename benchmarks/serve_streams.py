@@ -42,7 +42,7 @@ from teal_cli.serve.prompts import Prompts
 from teal_cli.serve.server import bind, make_server, run
 from teal_cli.serve.service import Served, Service
 from teal_cli.sparse import apply_plan_, control_of, use_backend
-from teal_cli.steps.bench import Prepared, prepare
+from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import device_description, library_versions
 
 WARM_UP = 8

@@ -32,7 +32,7 @@ from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.sparse import apply_plan_
-from teal_cli.steps.bench import Prepared, prepare
+from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import device_description, library_versions
 
 PROMPT = 128

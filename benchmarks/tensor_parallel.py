@@ -49,7 +49,8 @@ from teal_cli.schemes import Scheme
 from teal_cli.shard_loading import join_, random_shard
 from teal_cli.sparse import apply_plan_, control_of, recalibrate_, replace_projections_
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
-from teal_cli.steps.bench import measure, prepare_random
+from teal_cli.steps.bench import measure
+from teal_cli.steps.prepared import prepare_random
 from teal_cli.versions import device_description, library_versions
 from teal_kernels.packing import Packed
 

@@ -1,0 +1,36 @@
+"""What a session of the fused path needs of the path, which imports the session."""
+
+from typing import Any, Protocol
+
+import torch
+
+from teal_cli.decode.blocks import BlockStep, Norm, Product
+from teal_cli.decode.paths.fused_ranks import Sums
+from teal_cli.decode.scales import Scales
+from teal_cli.sparse import SparsityControl
+
+
+class FusedModel(Protocol):
+    """The fused path."""
+
+    model: Any
+    control: SparsityControl
+    device: torch.device
+    dtype: torch.dtype
+    pdl: bool
+    blocks: list[list[BlockStep]]
+    last_norm: Norm
+    scales: Scales
+
+    def output(self) -> Product | None:
+        """Of an output layer that is launched as the products of a block are."""
+        ...
+
+    def sums(self, rows: int) -> Sums | None:
+        """Over ranks, for a session of so many rows; None where one process holds the model."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of the model, of all ranks."""
+        ...
