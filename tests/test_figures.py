@@ -16,6 +16,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_families,
         speed.benchmarks_batches,
         speed.benchmarks_gate_first,
+        speed.benchmarks_routed,
         speed.benchmarks_cpu,
         speed.benchmarks_llama_cpp,
         speed.benchmarks_families_cpu,
@@ -24,6 +25,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         quality.benchmarks_gate_first,
         quality.benchmarks_calibration,
         quality.benchmarks_allocations,
+        quality.benchmarks_adapted,
         quality.benchmarks_trials,
     ],
     "docs/method.md": [

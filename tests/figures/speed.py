@@ -298,3 +298,23 @@ def tutorial_speed(page: Page) -> None:
     }
     page.table("| | dense | 40 % | 50 % |", rows)
     page.says("It has {} GiB in bfloat16", result("decode-gpu")["peak_memory_bytes"]["weights"] / 2**30)
+
+
+def benchmarks_routed(page: Page) -> None:
+    """Whole models with routers, beside dense ones and gate first."""
+    runs = result("routed-tokens-gpu")["runs"]
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for label, model in (("Llama-2-7B", "llama-2-7b"), ("Mistral-7B", "mistral-7b")):
+        cells: list[Cell] = [_median(one(runs, model=model, share=0.5, way="dense"))]
+        for way in ("routed", "gate first"):
+            for share in (0.5, 0.7):
+                run = one(runs, model=model, share=share, way=way)
+                cells.append((_median(run), run["speedup"]["median"]))
+        rows[label] = tuple(cells)
+    page.table(
+        "| one H200, bfloat16, groups of 32 neurons | dense | routed, 50 % of groups | 70 % "
+        "| gate first, 50 % of neurons | 70 % |",
+        rows,
+    )
+    idle = [one(runs, model=model, share=0.5, way="routed, all computed") for model in ("llama-2-7b", "mistral-7b")]
+    page.says("without them: {} and {} times as fast", *(run["speedup"]["median"] for run in idle))
