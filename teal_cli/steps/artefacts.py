@@ -65,7 +65,7 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
         return
     workspace = Workspace.of(config, reporter)
     asked = getattr(config, "sparsity", None)
-    targets = asked if isinstance(asked, list) and asked else [asked or None]
+    targets = (asked or [None]) if isinstance(asked, list) else [asked]  # 0 is dense, and needs none
     every: list[tuple[DecodingConfig, Workspace]] = [(config, workspace)]
     if isinstance(config, ComparingConfig):
         every += with_other_weights(config, workspace, reporter)
