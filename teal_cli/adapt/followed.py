@@ -40,6 +40,8 @@ class Followed(ABC):
         self._passes = 0
         self._shape: torch.Size | None = None
         self._found: dict[int, Tensor] = {}
+        self._pending: tuple[list[int], Tensor] | None = None
+        """What the last look found, until the next pass in training begins."""
         places = enumerate(self.modules)
         self._handles = [module.register_forward_pre_hook(self._hook(index)) for index, module in places]
 
@@ -61,7 +63,8 @@ class Followed(ABC):
 
     @contextmanager
     def updated(self, shape: torch.Size) -> Iterator[None]:
-        """Around a pass of so many (sequences, tokens): every few passes, thresholds move after it."""
+        """Around a pass of so many (sequences, tokens) in training; before one, thresholds move by the last look."""
+        self._move_pending()
         self._passes += 1
         if self._passes % _EVERY:
             yield
@@ -72,14 +75,19 @@ class Followed(ABC):
         finally:
             self._shape = None
         found, self._found = self._found, {}
-        if not found:
-            return
-        wanted = torch.stack(list(found.values()))
-        if dist.is_initialized():  # each process reads its own part of a batch, and all must drop alike
-            dist.all_reduce(wanted)
-            wanted /= dist.get_world_size()
-        with torch.no_grad():
-            self.move(list(found), wanted)
+        if found:
+            wanted = torch.stack(list(found.values()))
+            if dist.is_initialized():  # each process reads its own part of a batch, and all must drop alike
+                dist.all_reduce(wanted)
+                wanted /= dist.get_world_size()
+            self._pending = list(found), wanted
+
+    @torch.no_grad()
+    def _move_pending(self) -> None:
+        """Not right after the pass: its backward may make activations again, and must drop what the forward dropped."""
+        if self._pending is not None:
+            self.move(*self._pending)
+            self._pending = None
 
     def _hook(self, index: int) -> Any:
         @torch.no_grad()
@@ -98,13 +106,26 @@ class Followed(ABC):
         """For `Recipe.state`."""
         if not self.modules:
             return {}
-        return {"followed": self.values(), "passes": torch.tensor(self._passes)}
+        pending = {}
+        if self._pending is not None:
+            indices, wanted = self._pending
+            pending = {"pending": torch.tensor(indices), "wanted": wanted}
+        return {"followed": self.values(), "passes": torch.tensor(self._passes), **pending}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take on what `state` gave."""
         if "followed" in state:
             self._passes = int(state["passes"])
             self.put(state["followed"])
+            self._pending = None
+            if "pending" in state:
+                self._pending = state["pending"].tolist(), state["wanted"].to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where quantiles are found."""
+        layer = self.modules[0]
+        return layer.threshold.device if isinstance(layer, SparseLinear) else torch.device("cpu")
 
     def stop(self) -> None:
         """Look no more."""
