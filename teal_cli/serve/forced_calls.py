@@ -20,7 +20,8 @@ def schema_of_call(tools: Sequence[Tool], notation: ToolFormat) -> dict[str, Any
     options: list[dict[str, Any]] = []
     for tool in tools:
         place = f"#{'/items' if notation.in_list else ''}/anyOf/{len(options)}/properties/{notation.arguments}"
-        arguments = {"type": "object", **_moved(tool.function.parameters or {}, place)}
+        parameters = {key: value for key, value in (tool.function.parameters or {}).items() if key != "$id"}
+        arguments = {"type": "object", **_moved(parameters, place)}
         options.append(
             {
                 "type": "object",
@@ -33,13 +34,24 @@ def schema_of_call(tools: Sequence[Tool], notation: ToolFormat) -> dict[str, Any
     return {"type": "array", "items": call, "minItems": 1, "maxItems": 1} if notation.in_list else call
 
 
+_LITERALS = frozenset({"enum", "const", "default", "examples"})
+"""Keywords of a schema whose values are no schemas."""
+_BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+"""Keywords whose values have schemas by names, and a name may be a keyword too."""
+
+
 def _moved(schema: Any, place: str) -> Any:
     """A schema that becomes a part of another, in which its references to itself point to its new place."""
     if isinstance(schema, list):
         return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # what has an id is referred to from there
         return schema
-    found = {key: _moved(value, place) for key, value in schema.items()}
+    found = dict(schema)
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):
+            found[key] = {name: _moved(own, place) for name, own in value.items()}
+        elif key not in _LITERALS:
+            found[key] = _moved(value, place)
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         found["$ref"] = place + reference.removeprefix("#")

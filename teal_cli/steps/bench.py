@@ -36,7 +36,7 @@ from teal_cli.sparse import (
 )
 from teal_cli.sparse.quantised import Codes
 from teal_cli.steps.artefacts import with_other_weights
-from teal_cli.steps.bench_speculation import bench_speculation
+from teal_cli.steps.bench_speculation import bench_speculation, check_prompts
 from teal_cli.steps.beside_llama_cpp import llama_bench
 from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import commit, device_description, library_versions
@@ -129,6 +129,8 @@ def measure(
     backend = use_backend(control, config.backend, device, model.dtype)
     engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
+    if config.speculate:
+        check_prompts(config, engine, prompt, prepared.prompts)
     for line in engine.path.notes:
         reporter.say(line)
     # Of all ranks' GPUs, which are alike.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from teal_cli.bench.speculation import (
+    SPANS,
     DenseReplies,
     Rounds,
     SpeculativeRun,
@@ -21,6 +22,7 @@ from teal_cli.console import Reporter
 from teal_cli.decode.chat import encode_prompt, wants_chat
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.speculate.speculator import Speculator
+from teal_cli.errors import ArtefactError
 from teal_cli.sparse import apply_plan_
 from teal_cli.speculation import Speculation
 from teal_cli.steps.drafts import Copies, speculator_for
@@ -49,6 +51,30 @@ def encoded_prompts(tokenizer: Any) -> dict[str, Tensor]:
         kind: encode_prompt(tokenizer, [{"role": "user", "content": text}], chat)
         for kind, text in real_prompts().items()
     }
+
+
+def check_prompts(config: BenchConfig, engine: Engine, prompt: Tensor, prompts: Mapping[str, Tensor]) -> None:
+    """Fail before anything is measured where the model's context cannot hold what is going to be.
+
+    Args:
+        config: of bench.
+        engine: of the model that verifies.
+        prompt: as `bench_speculation` takes it.
+        prompts: the same.
+
+    Raises:
+        ArtefactError: more positions than the model has.
+    """
+    works = [("timed passes", prompt.shape[1], max(SPANS), "--prompt-tokens")]
+    works += [
+        (f"the real prompt {kind!r}", ids.shape[1], config.new_tokens, "--new-tokens") for kind, ids in prompts.items()
+    ]
+    for work, before, new, flag in works:
+        if before + new > engine.max_length:
+            raise ArtefactError(
+                f"{work}: {before} prompt tokens and {new} new ones exceed the model's context of {engine.max_length}: "
+                f"lower {flag}, or leave out --speculate"
+            )
 
 
 def bench_speculation(

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import calibrate_once, copied
+from command_line import calibrate_on, copied
+from conftest import save_tiny, write_corpus
 
 import teal_cli
 from teal_cli.bench.speculation import real_prompts
 from teal_cli.cli import run
 
+CONTEXT = 1024
+"""Room for real prompts, which the tiny tokenizer cuts into many tokens."""
 PROMPT = ("--prompt", "the stars and the stars", "--max-new-tokens", 24, "--json", "g.json")
 
 
@@ -17,13 +20,17 @@ def _teal(*arguments: object) -> int:
     return run([str(argument) for argument in arguments])
 
 
-def _json(path: str) -> dict:
+def _json(path: str | Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
 @pytest.fixture(scope="module")
 def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate_once(tmp_path_factory.mktemp("calibrated"), chat=True)
+    home = tmp_path_factory.mktemp("calibrated")
+    config = save_tiny(home / "tiny", chat=True) / "config.json"
+    config.write_text(json.dumps(_json(config) | {"max_position_embeddings": CONTEXT}))
+    calibrate_on(write_corpus(home / "corpus.txt"), home / "tiny", home / "runs")
+    return home
 
 
 @pytest.fixture
@@ -87,6 +94,19 @@ def test_bench_measures_drafts(calibrated: Path, capsys: pytest.CaptureFixture[s
         assert sum(own["passes"].values()) == pytest.approx(own["tokens"] / own["tokens_per_pass"])
     assert [own["draft_bytes"] > 0 for own in result["speculation"]] == [False, False, True]
     assert "Decoding from drafts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [("--prompt-tokens", 8, "--new-tokens", CONTEXT - 12), ("--prompt-tokens", CONTEXT - 6, "--new-tokens", 2)]
+)
+def test_bench_beyond_the_context_is_refused(
+    calibrated: Path, flags: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By real prompts, which are longer than those of `--prompt-tokens`, and by passes over eight tokens."""
+    assert _teal("bench", "--model", calibrated, "--speculate", "lookup", "--repeats", 1, *flags) == 3
+    said = capsys.readouterr().err
+    assert f"exceed the model's context of {CONTEXT}" in said
+    assert "decoding" not in said
 
 
 def test_bench_of_random_weights_says_nothing_of_acceptance(capsys: pytest.CaptureFixture[str]) -> None:

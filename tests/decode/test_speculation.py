@@ -1,5 +1,6 @@
 """Decoding from drafts: what the dense model decodes, on the native path and by transformers' forward."""
 
+import random
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.native_cache import NativeLayer
 from teal_cli.decode.sampling import Sampler, SamplingConfig
+from teal_cli.decode.speculate import loop as loop_module
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.errors import UsageError
 from teal_cli.quantise.copies import quantised_copy
@@ -193,6 +195,43 @@ def test_a_quantised_copy_shares_what_it_does_not_quantise() -> None:
     assert control_of(made) is not control_of(model)
     apply_plan_(made, plan_for(model, "apart"))  # which moves no weight of the model
     assert {name: layer.rule for name, layer in sparse_layers(model).items()} == rules
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lookup+int8", "sparse"])
+def test_a_seed_gives_the_same_text_whatever_passes_took(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same decoder too, which has written greedy text in between."""
+    engine, prompt = Engine(sparse(tiny("llama")), path="native"), random_tokens(1, 12)
+    decoder, drawn = speculator(engine, kind), SamplingConfig(0.7, seed=3)
+    texts = []
+    for seed in range(3):
+        clock = random.Random(seed)
+        monkeypatch.setattr(loop_module.time, "perf_counter", clock.random)
+        texts.append(list(decoder.generate(prompt, max_new_tokens=TOKENS, sampling=drawn)))
+        assert decoder.tally.drafted > 0
+        list(decoder.generate(prompt, max_new_tokens=TOKENS, sampling=GREEDY))
+    assert texts[0] == texts[1] == texts[2]
+
+
+@needs_library
+@torch.no_grad()
+def test_a_kept_cache_has_no_refused_drafts() -> None:
+    """The next prompt goes on from keys and values of the reply, not of what was drafted behind it."""
+    engine, prompt = Engine(sparse(tiny("llama")), path="native", keep="replies"), random_tokens(1, 12)
+    decoder = speculator(engine, "sparse", 4)
+    text = list(decoder.generate(prompt, max_new_tokens=20, sampling=GREEDY))
+    assert decoder.tally.accepted < decoder.tally.drafted
+    kept, (cache, _) = engine.run_prompt(torch.tensor([[*prompt[0].tolist(), *text, 1, 2]]), 60, None)
+    assert kept is not None
+    dense = engine.new_cache(60)
+    with control_of(engine.model).switched_off():
+        engine.prefill(prompt, dense)
+        for token in [*text, 1, 2]:
+            engine.step(torch.tensor([[token]]), dense)
+    for own, other in zip(cache.layers, dense.layers, strict=True):
+        for state, expected in zip(own.states_of(0, 34), other.states_of(0, 34), strict=True):
+            assert error_of(state, expected) < 1e-5
 
 
 @needs_library

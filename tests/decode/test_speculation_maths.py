@@ -145,6 +145,22 @@ def test_a_free_draft_is_taken_where_it_pays_more() -> None:
     assert pace.choose([LOOKUP, MODEL], 2)[1] == 1  # where there is room for no more
 
 
+def test_a_pace_without_times_chooses_the_same_whatever_passes_took() -> None:
+    chosen = []
+    for pace_of_machine in (1.0, 9.0):
+        pace = Pace([1, 3, 7], timed=False)
+        chosen.append([])
+        for index in range(300):
+            share = 1.0 if index < 100 else 0.0
+            offer, count = pace.choose([MODEL], 7)
+            pace.record(offer, count, count and 1, count and int(share), pace_of_machine**count)
+            chosen[-1].append(count)
+    assert chosen[0] == chosen[1]
+    assert max(chosen[0]) == 7
+    assert chosen[0][150:].count(0) > 120  # what is never right is seldom drafted
+    assert chosen[0][0] > 0
+
+
 def test_pace_learns_that_a_text_has_changed() -> None:
     pace = Pace([1, 3, 7])
     _run(pace, 0.1, COSTS, 300)

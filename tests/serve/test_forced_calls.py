@@ -134,6 +134,26 @@ def test_schemas_have_the_form_of_the_notation(notation) -> None:
     assert moved["properties"]["where"]["$ref"] == f"{begin}/anyOf/0/properties/{key}/$defs/Place"
 
 
+def test_references_are_moved_where_they_are_references() -> None:
+    """Not in values, nor below an id of its own; a parameter may have a keyword's name."""
+    literal, own = {"$ref": "#/x"}, {"$id": "https://example.org/own", "$ref": "#/$defs/Own", "$defs": {"Own": True}}
+    parameters = {
+        "$id": "https://example.org/go",
+        "properties": {"default": _PLACE, "where": {**_PLACE, "default": literal, "examples": [literal]}, "own": own},
+        "enum": [literal],
+        "$defs": {"Place": {"const": literal}},
+    }
+    tool = Tool.model_validate({"type": "function", "function": {"name": "go", "parameters": parameters}})
+    moved = schema_of_call([tool], FORMATS[0])["anyOf"][0]["properties"]["arguments"]
+    place = {"$ref": "#/anyOf/0/properties/arguments/$defs/Place"}
+    assert moved == {
+        "type": "object",
+        "properties": {"default": place, "where": {**place, "default": literal, "examples": [literal]}, "own": own},
+        "enum": [literal],
+        "$defs": {"Place": {"const": literal}},
+    }
+
+
 def test_only_the_tools_that_may_be_called_are() -> None:
     stream = ForcedCall([Tool.model_validate(GO)])
     assert stream.put('{"name": "stop", "arguments": {}}') == ""

@@ -50,10 +50,12 @@ class Pace:
     Args:
         counts: numbers of tokens that may be drafted, from 1 on up.
         fixed: the only number that is drafted; None chooses.
+        timed: whether what passes took counts; else times stay as they are assumed before they were measured, and the
+            choice follows from what was accepted alone.
     """
 
-    def __init__(self, counts: Sequence[int], fixed: int | None = None) -> None:
-        self._counts, self._fixed = tuple(counts), fixed
+    def __init__(self, counts: Sequence[int], fixed: int | None = None, *, timed: bool = True) -> None:
+        self._counts, self._fixed, self._timed = tuple(counts), fixed, timed
         self._agreed: defaultdict[str, float] = defaultdict(lambda: 2 * _AGREED_BEFORE)
         self._judged: defaultdict[str, float] = defaultdict(lambda: 2.0)
         self._seconds: defaultdict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES))
@@ -76,7 +78,7 @@ class Pace:
         if self._fixed is not None:
             most = max(self._counts, default=0)
             return (able[0], min(self._fixed, able[0].most, room, most)) if able and most else (NOTHING, 0)
-        if not able or len(self._seconds["", 0]) < 2 or self._since_plain >= _PLAIN_EVERY:
+        if not able or not self._knows_plain or (self._timed and self._since_plain >= _PLAIN_EVERY):
             return NOTHING, 0
         best = max(
             (
@@ -96,7 +98,7 @@ class Pace:
 
     def certain(self, offers: Sequence[Offer]) -> int:
         """Passes that draft nothing for certain, from one for which nothing was chosen on."""
-        if self._fixed is not None or any(offer.is_free for offer in offers) or len(self._seconds["", 0]) < 2:
+        if self._fixed is not None or any(offer.is_free for offer in offers) or not self._knows_plain:
             return 1
         return min((self._rests.get(offer.kind, 1) for offer in offers if offer.most), default=1)
 
@@ -128,8 +130,12 @@ class Pace:
         return (1 + offer.rows * (tokens - 1)) * self._plain / self._time(offer, count)
 
     @property
+    def _knows_plain(self) -> bool:
+        return not self._timed or len(self._seconds["", 0]) >= 2
+
+    @property
     def _plain(self) -> float:
-        return statistics.median(self._seconds["", 0])
+        return statistics.median(self._seconds["", 0]) if self._timed else 1.0
 
     def _time(self, offer: Offer, count: int) -> float:
         """Of a pass with its drafts: measured, or by what was measured with the nearest number of tokens."""
@@ -151,7 +157,7 @@ class Pace:
             seconds: that drafting and verifying took; None where it says nothing (kernels were compiled).
         """
         self._since_plain = self._since_plain + 1 if count else 0
-        if seconds is not None:
+        if seconds is not None and self._timed:
             self._seconds[offer.source if count else "", count].append(seconds)
         if judged:
             keep = (1 - 1 / _JUDGED) ** judged

@@ -49,7 +49,7 @@ class Speculator:
         self._draft_path: Path | None = None
         self.count = count
         self._pace: dict[int, Pace] = {}
-        """By number of sequences; it goes on from reply to reply."""
+        """Of greedy text, by number of sequences; it goes on from reply to reply."""
         self._steppers: tuple[Any, Any, Stepper, Stepper | None] | None = None
         if draft is not None:
             _ = self.draft_path  # or it says why not
@@ -80,7 +80,11 @@ class Speculator:
                 yield value
             left -= len(new)
             if left > 0:
-                (new,) = loop.advance()
+                try:
+                    (new,) = loop.advance()
+                finally:
+                    if kept is not None:
+                        cache.truncate(loop.lengths[0])  # no prompt goes on from drafts that were refused
 
     def run_prompt(self, input_ids: Tensor, length: int) -> tuple[Any, Tensor]:
         """A cache for so many positions with prompts of one length in it, and their (rows, vocabulary) logits.
@@ -124,7 +128,7 @@ class Speculator:
         return SpeculativeLoop(
             target,
             drafts,
-            self.pace(rows, target),
+            self.pace(rows, target, sampler.greedy),
             positions=positions,
             lengths=lengths,
             token=token,
@@ -132,10 +136,16 @@ class Speculator:
             tally=self.tally,
         )
 
-    def pace(self, rows: int, target: Stepper) -> Pace:
-        """For so many sequences: a pass over tokens of all is as long as the passes that are no shorter."""
+    def pace(self, rows: int, target: Stepper, greedy: bool = True) -> Pace:
+        """For so many sequences: a pass over tokens of all is as long as the passes that are no shorter.
+
+        Where tokens are drawn, their random numbers depend on how many were drafted: nothing but the reply itself may
+        choose that, or a seed would not give the same text again.
+        """
+        counts = [span - 1 for span in target.spans if 1 < span <= MOST_DRAFTED + 1]
+        if not greedy:
+            return Pace(counts, self.count, timed=False)
         if rows not in self._pace:
-            counts = [span - 1 for span in target.spans if 1 < span <= MOST_DRAFTED + 1]
             self._pace[rows] = Pace(counts, self.count)
         return self._pace[rows]
 
