@@ -1,6 +1,6 @@
 """Loading what one rank holds of a model: its slices of the weight files, and no more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teal_cli.errors import ArtefactError, UsageError, blame
 from teal_cli.models.aliases import Alias
-from teal_cli.models.architectures import Architecture
+from teal_cli.models.architectures import Architecture, Kind
 from teal_cli.models.loading import auto_class, check_memory, kind_of, outline, pick_dtype, stored_dtype, without_bars
 from teal_cli.models.shards import (
     Cut,
@@ -89,6 +89,29 @@ def load_shard(
         model.teal_architecture = architecture
     join_(model, plan, ranks)
     return Shard(model.eval(), plan, packs)
+
+
+def check_divided(whole: Any, count: int, kind: Kind, schemes: Mapping[str, Scheme]) -> None:
+    """Refuse a model that so many ranks cannot share, before anything is made for them.
+
+    Args:
+        whole: its outline.
+        count: of ranks.
+        kind: of the model.
+        schemes: module path -> scheme of what is quantised.
+
+    Raises:
+        UsageError: it cannot be divided by so many.
+    """
+    group = max((scheme.group for scheme in schemes.values()), default=0)
+    for rank in range(count):
+        plan = plan_shards(whole, rank, count, group=group)
+        if rank == 0:
+            _empty_shard(whole, plan, torch.float32, auto_class(kind))
+        for name, scheme in schemes.items():
+            layer = whole.get_submodule(name)
+            inputs = layer.in_features
+            check_cut(plan.cut_of(name), scheme.bits, scheme.group_of(inputs), inputs, layer.out_features, name)
 
 
 def build_random_shard(alias: Alias, ranks: Ranks, *, dtype: str, seed: int, group: int = 0) -> Any:

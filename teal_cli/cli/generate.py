@@ -1,9 +1,11 @@
 """`teal generate`: one prompt, stdin, or a conversation on a terminal."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from teal_cli.cli.options import Flags, with_options
@@ -12,7 +14,7 @@ from teal_cli.cli.ranks import run_by_ranks
 from teal_cli.config import GenerateConfig
 from teal_cli.console import Reporter
 from teal_cli.errors import TealError, UsageError, printable
-from teal_cli.ranks.environment import is_first
+from teal_cli.ranks.environment import is_first, is_rank
 from teal_cli.report.streams import silence
 
 if TYPE_CHECKING:  # importing the step imports torch, which --help must not
@@ -30,6 +32,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
+    if config.prompt == "-" and config.tensor_parallel > 1 and not is_rank():
+        _keep_stdin()
     if run_by_ranks(config, reporter):
         return
     prompt = _read_by_first(config) if config.prompt == "-" else config.prompt
@@ -43,6 +47,8 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         return
     failed: list[OSError] = []
     write = _writer(None if config.json_file is None else failed)
+    if config.tensor_parallel > 1 and not is_first():  # under torchrun all have a stdout
+        write = _write_nothing
     reply = generator.reply([{"role": "user", "content": prompt}], write=write)
     write("\n")
     reporter.say(summary(reply))
@@ -53,14 +59,27 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise failed[0]
 
 
+def _write_nothing(text: str) -> None:
+    """Another rank writes it."""
+
+
+def _keep_stdin() -> None:
+    """Put a file of what stdin says in its place, for ranks to find: one that waits for a slow pipe seems to hang."""
+    text = read_stdin()
+    with TemporaryFile() as file:
+        file.write(text.encode(sys.stdin.encoding))
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+
+
 def _read_by_first(config: GenerateConfig) -> str:
     """stdin, which all ranks share and the first one reads."""
     if config.tensor_parallel == 1:
         return read_stdin()
+    text = read_stdin() if is_first() else ""  # before it joins: others wait longer for that
     from teal_cli.model_loading import ranks_for
 
     ranks = ranks_for(config)
-    text = read_stdin() if is_first() else ""
     return text if ranks is None else ranks.said_by_first(text)
 
 

@@ -24,7 +24,7 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
     Everything that is wrong with flags and YAML is raised here, before torch is imported.
     """
     config = load_as(model, verb, flags, config_file)
-    if not is_first():  # another rank talks and writes
+    if getattr(config, "tensor_parallel", 1) > 1 and not is_first():  # another rank talks and writes
         config.quiet, config.json_file = True, None
     quieten_libraries()
     return config, Reporter(config.quiet)

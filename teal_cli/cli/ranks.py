@@ -4,7 +4,7 @@ import sys
 
 from teal_cli.config import DecodingConfig
 from teal_cli.console import Reporter
-from teal_cli.ranks.environment import is_rank
+from teal_cli.ranks.environment import check_launched, is_rank
 
 
 def run_by_ranks(config: DecodingConfig, reporter: Reporter) -> bool:
@@ -15,12 +15,17 @@ def run_by_ranks(config: DecodingConfig, reporter: Reporter) -> bool:
     Raises:
         TealError: what a rank failed with.
     """
-    if config.tensor_parallel == 1 or is_rank():
+    if config.tensor_parallel == 1:
         return False
+    if is_rank():
+        check_launched()
+        return False
+    from teal_cli.ranks.group import check_devices
     from teal_cli.ranks.workers import run_workers
     from teal_cli.steps.artefacts import make_for_ranks
 
+    check_devices(config.tensor_parallel, config.device)
     make_for_ranks(config, reporter)
-    if run_workers(config.tensor_parallel, ["-m", "teal_cli", *sys.argv[1:]]) != 0:
+    if run_workers(config.tensor_parallel, ["-P", "-m", "teal_cli", *sys.argv[1:]]) != 0:
         raise KeyboardInterrupt
     return True

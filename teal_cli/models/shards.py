@@ -73,6 +73,8 @@ class ShardPlan:
     """Module path -> what is held of it. All other layers are whole."""
     sums: tuple[str, ...] = ()
     """Layers whose outputs are summed over ranks."""
+    weights: dict[str, int] = field(default_factory=dict)
+    """Module path -> weights of the whole layer, of each projection and of the output layer."""
 
     @property
     def logits(self) -> Span:
@@ -193,6 +195,8 @@ def plan_shards(model: Any, rank: int, count: int, *, group: int = 0) -> ShardPl
             before = step
     if len(dims) != 1:
         raise UsageError(f"{kind} has heads of several sizes, which are not divided")
+    weights = {name: projection.in_features * projection.out_features for name, projection in names.items()}
+    weights |= {name: output.weight.numel() for name, module in model.named_modules() if module is output}
     return ShardPlan(
         rank=rank,
         count=count,
@@ -204,6 +208,7 @@ def plan_shards(model: Any, rank: int, count: int, *, group: int = 0) -> ShardPl
         width=-(-output.out_features // count),
         cuts=cuts,
         sums=tuple(sums),
+        weights=weights,
     )
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from teal_cli.errors import UsageError
+
 LAUNCHER = "TEAL_LAUNCHER"
 """Environment variable of the processes that the teal command starts: its process id."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -24,8 +26,25 @@ def is_rank() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process talks to the user and writes files: the first rank, or one that is alone."""
+    """Whether this process talks to the user and writes files: the first rank, or one that is alone.
+
+    To be asked where ranks were asked for: job schedulers set these variables for processes that are alone.
+    """
     return not is_rank() or os.environ["RANK"] == "0"
+
+
+def check_launched() -> None:
+    """Refuse what a launcher has half told, where this process is a rank: job schedulers set RANK and WORLD_SIZE too.
+
+    Raises:
+        UsageError: it does not say where ranks meet.
+    """
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if is_rank() and absent:
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set and {absent[0]} is not: unset them for teal to start the processes of "
+            "tensor_parallel (flag --tensor-parallel), or use torchrun"
+        )
 
 
 def end_with_launcher() -> None:

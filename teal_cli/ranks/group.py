@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from teal_cli.errors import MachineError, UsageError
-from teal_cli.ranks.environment import LOST, is_rank
+from teal_cli.ranks.environment import LOST, check_launched, is_rank
 
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off: a group that dies while it is on can leave the links of a host in a state that only a
@@ -110,11 +110,13 @@ def join(count: int, device: str, timeout: float) -> Ranks | None:
         timeout: seconds that a rank waits for another.
 
     Raises:
-        UsageError: the launcher has started another number of processes, or there is no launcher.
+        UsageError: the launcher has started another number of processes, or there is no launcher; or it does not say
+            where ranks meet.
         MachineError: fewer GPUs than ranks on this host, or no process group.
     """
     if count == 1:
         return None
+    check_launched()
     started = int(os.environ["WORLD_SIZE"]) if is_rank() else 1
     if started != count:
         raise UsageError(
@@ -126,9 +128,7 @@ def join(count: int, device: str, timeout: float) -> Ranks | None:
     found = torch.device("cpu")
     options: dict[str, Any] = {}
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        here = torch.cuda.device_count()
-        if local >= here:
-            raise MachineError(f"tensor_parallel {count} (flag --tensor-parallel) needs a GPU a rank; there are {here}")
+        _require_gpus(local + 1, count)
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
         options["device_id"] = found
@@ -140,6 +140,26 @@ def join(count: int, device: str, timeout: float) -> Ranks | None:
             backend, wait = "nccl" if found.type == "cuda" else "gloo", timedelta(seconds=timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait, **options)
     return Ranks(rank, count, found, timeout)
+
+
+def check_devices(count: int, device: str) -> None:
+    """Refuse to start more ranks than this host has devices for.
+
+    Args:
+        count: of ranks.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        MachineError: fewer GPUs than ranks.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        _require_gpus(count, count)
+
+
+def _require_gpus(needed: int, count: int) -> None:
+    here = torch.cuda.device_count()
+    if needed > here:
+        raise MachineError(f"tensor_parallel {count} (flag --tensor-parallel) needs a GPU a rank; there are {here}")
 
 
 def _all_started(rank: int, count: int) -> Any:

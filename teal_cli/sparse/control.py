@@ -1,6 +1,6 @@
 """How a model's sparse layers behave right now: one object that all of them share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -51,6 +51,8 @@ class SparsityControl:
     """Whether the model is an encoder: it has no decode step, and `auto` drops inputs at all positions."""
     ranks: Ranks | None = field(default=None, repr=False)
     """That hold the model together: what is counted is counted over all."""
+    whole: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Then the weights of each layer, as no rank may hold all of them."""
     straight_through: bool = False
     """In training: a dropped input of a masked pass gets the gradient that it would get if it were kept."""
     context: PassContext | None = field(default=None, repr=False)
@@ -168,7 +170,8 @@ class SparsityControl:
     def counting(self, counter: SparsityCounter | None = None) -> Iterator[SparsityCounter]:
         """Count dropped inputs inside the block, in a new counter or on in one that is there."""
         before, self.counter = self.counter, counter or SparsityCounter()
-        self.counter.output, self.counter.beside, self.counter.ranks = self.output, self.of_routers, self.ranks
+        self.counter.output, self.counter.beside = self.output, self.of_routers
+        self.counter.ranks, self.counter.whole = self.ranks, self.whole
         try:
             yield self.counter
         finally:

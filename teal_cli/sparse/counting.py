@@ -1,6 +1,6 @@
 """Counting what layers really skip: realised sparsity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -31,6 +31,8 @@ class SparsityCounter:
         """Weights that every token reads beside those of projections: routers'. They count against what is skipped."""
         self.ranks: Ranks | None = None
         """Whose counts are added up, where several hold the model: then each of them must ask."""
+        self.whole: Mapping[str, int] = {}
+        """Then the weights of each whole layer, whose parts ranks hold, and perhaps several of them the same part."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
@@ -67,8 +69,8 @@ class SparsityCounter:
                 _, seen, dropped = found.get(name, (0, 0, 0))
                 found[name] = parameters, seen + more_seen, dropped + more_dropped
         if self.ranks is not None:
-            totals = iter(self.ranks.totals([number for counts in found.values() for number in counts]))
-            found = {name: (next(totals), next(totals), next(totals)) for name in found}
+            totals = iter(self.ranks.totals([number for _, *inputs in found.values() for number in inputs]))
+            found = {name: (self.whole[name], next(totals), next(totals)) for name in found}
         return Counts(found, self.output, self.beside)
 
     def by_projection(self) -> dict[str, float]:

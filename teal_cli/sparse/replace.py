@@ -9,6 +9,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import Architecture, Projection, architecture_for, find_projections
 from teal_cli.models.layers import StackedLinear, is_conv1d
+from teal_cli.models.shards import shards_of
 from teal_cli.ranks.group import ranks_of
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.conv1d import SparseConv1D
@@ -32,6 +33,8 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
     """
     architecture = architecture_for(model)
     control = SparsityControl(encodes=architecture.kind == "encoder", ranks=ranks_of(model))
+    if (shards := shards_of(model)) is not None:
+        control.whole = shards.weights
     found = {projection.name: projection for projection in find_projections(model)}
     output = model.get_output_embeddings() if architecture.kind == "causal" else None  # type: ignore[operator]
     merged: dict[str, MergedProjections] = {}

@@ -13,7 +13,7 @@ from teal_cli.checkpoint.export import (
     write_checkpoint,
 )
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import ComparingConfig, DecodingConfig, SparseConfig
+from teal_cli.config import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig, SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.errors import ArtefactError, UsageError
@@ -23,7 +23,8 @@ from teal_cli.models.loading import outline
 from teal_cli.planning import allocate, allocations, recalibrate
 from teal_cli.quantise.model import quantised_layers
 from teal_cli.ranks.environment import is_rank
-from teal_cli.schemes import INT8
+from teal_cli.schemes import INT8, Scheme
+from teal_cli.shard_loading import check_divided
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -59,22 +60,44 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
     """Make what ranks will look for: calibration and checkpoints, as one process makes them.
 
     Raises:
+        UsageError: a model that ranks cannot share.
         TealError: as `checkpoint_for`.
     """
     if config.mode == "intrinsic" or getattr(config, "random_weights", False):
         return
     workspace = Workspace.of(config, reporter)
-    asked = getattr(config, "sparsity", None)
-    targets = (asked or [None]) if isinstance(asked, list) else [asked]  # 0 is dense, and needs none
+    if workspace.source.is_teal_checkpoint:
+        return
+    others = config.others() if isinstance(config, ComparingConfig) else []
+    for its_config in (config, *others):
+        _check_divided(its_config, workspace)
     every: list[tuple[DecodingConfig, Workspace]] = [(config, workspace)]
     if isinstance(config, ComparingConfig):
         every += with_other_weights(config, workspace, reporter)
     for its_config, its_workspace in every:
-        for allocation in its_config.allocations:
-            of_file = is_allocation_file(allocation)
-            for target in [None] if of_file else targets:
-                if target != 0.0 or its_config.quantise is not None:
-                    checkpoint_for(its_config, target, its_workspace, reporter, allocation=allocation)
+        if isinstance(its_config, GenerateConfig) and its_config.sparsity == 0.0:
+            if its_config.quantise is not None:
+                checkpoint_for(its_config, 0.0, its_workspace, reporter, allocation="uniform")
+            continue
+        calibration = calibration_for(its_config, its_workspace, reporter)
+        for allocation in allocations(its_config, calibration, reporter):
+            for target in [None] if is_allocation_file(allocation) else _targets(its_config):
+                checkpoint_for(its_config, target, its_workspace, reporter, allocation=allocation)
+
+
+def _targets(config: DecodingConfig) -> list[float | None]:
+    asked = getattr(config, "sparsity", None)
+    targets = (asked or [None]) if isinstance(asked, list) else [asked]
+    return [target for target in targets if target] if isinstance(config, BenchConfig) else targets
+
+
+def _check_divided(config: DecodingConfig, workspace: Workspace) -> None:
+    """Refuse what ranks cannot share before it is calibrated."""
+    whole = outline(workspace.source.folder, workspace.architecture(config))
+    schemes: dict[str, Scheme] = {}
+    if config.quantise is not None:
+        schemes = quantised_layers(whole, config.quantise, output_layer=config.quantise_output)
+    check_divided(whole, config.tensor_parallel, workspace.kind(config), schemes)
 
 
 def _require_alone(config: SparseConfig, what: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,17 +23,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "teal_cli", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "teal_cli", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def teal(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def teal(
+    *arguments: object, code: int = 0, stdin: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A command that ends with this code and says at most one line that is an error."""
-    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command(*arguments), env=environment() | variables, capture_output=True, text=True, timeout=600, input=stdin
+    )
     assert done.returncode == code, done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("teal: ")]) == (code != 0), done.stderr
     return done
@@ -151,8 +156,69 @@ def test_what_ranks_do_not_do(capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, 2, "mode intrinsic", "generate", "--mode", "intrinsic", "--prompt", "a", *TWO)
 
 
-def test_a_model_that_cannot_be_divided(home: Path, tmp_path: Path) -> None:
-    done = teal(
-        "generate", "--model", copied(home, tmp_path), *FLAGS, "--tensor-parallel", "3", "--prompt", "a", code=2
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--tensor-parallel", "3"), "4 heads and 2 key heads cannot be divided by 3"),
+        (("--tensor-parallel", "4", "--quantise", "int4"), "cannot be divided by 4"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_not_calibrated(
+    more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    fails(capsys, 2, said, "generate", "--model", home / "tiny", *FLAGS, *more, "--prompt", "a")
+    assert not Path("runs").exists()
+
+
+def test_fewer_gpus_than_ranks_are_refused_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    asked = ("generate", "--model", home / "tiny", "--device", "cuda", *TWO, "--prompt", "a")
+    fails(capsys, 4, "needs a GPU a rank; there are 1", *asked)
+    assert not Path("runs").exists()
+
+
+def test_dense_models_of_ranks(home: Path, tmp_path: Path) -> None:
+    model = copied(home, tmp_path)
+    dense = ("--model", model, *FLAGS, "--sparsity", "0", *TWO)
+    teal("generate", *dense, "--quantise", "int8", *WORDS)
+    assert [folder.name for folder in Path("runs/tiny-int8").iterdir() if folder.is_dir()] == ["uniform-0.00"]
+    shutil.rmtree("runs")
+    more = ("--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--backend", "reference")
+    text = f"calibrate: {{dataset: {home / 'corpus.txt'}, tokens: 512, seq_len: 64}}\n"
+    Path("short.yaml").write_text(text)
+    teal("bench", *dense, *more, "--config", "short.yaml")
+    assert Path("runs/tiny/calibration.json").is_file()
+
+
+def test_files_of_the_working_directory_are_not_imported(home: Path, tmp_path: Path) -> None:
+    Path("queue.py").write_text("raise ImportError('not this one')\n")
+    teal("generate", "--model", copied(home, tmp_path), *FLAGS, *TWO, "--sparsity", "0", *WORDS)
+
+
+def test_a_prompt_on_stdin(home: Path, tmp_path: Path) -> None:
+    asked = ("generate", "--model", copied(home, tmp_path), *FLAGS, "--sparsity", "0", "--max-new-tokens", "8")
+    asked = (*asked, "--compile", "never", "--prompt", "-")
+    one = teal(*asked, stdin="the quick\nbrown é")
+    two = teal(*asked, *TWO, "--json", "two.json", stdin="the quick\nbrown é")
+    assert two.stdout == one.stdout
+    assert json.loads(Path("two.json").read_text())["prompt"] == "the quick\nbrown é"
+
+
+def test_what_a_job_scheduler_sets(home: Path, tmp_path: Path) -> None:
+    """A process that is alone is no rank, whatever is in its environment, and one of several needs all of it."""
+    asked = ("generate", "--model", copied(home, tmp_path), *FLAGS, "--sparsity", "0", *WORDS, "--json", "one.json")
+    done = teal(*asked, RANK="1", WORLD_SIZE="2")
+    assert json.loads(Path("one.json").read_text())["text"] == done.stdout.removesuffix("\n")
+    assert "MASTER_ADDR is not" in teal(*asked, *TWO, code=2, RANK="1", WORLD_SIZE="2").stderr
+
+
+def test_one_rank_of_torchrun_writes(home: Path, tmp_path: Path) -> None:
+    asked = ("generate", "--model", copied(home, tmp_path), *FLAGS, *TWO, "--sparsity", "0", *WORDS, "--json", "a.json")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, "teal_cli", *map(str, asked)], env=environment(), capture_output=True, text=True, timeout=600
     )
-    assert "4 heads and 2 key heads cannot be divided by 3" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == json.loads(Path("a.json").read_text())["text"] + "\n"

@@ -53,6 +53,8 @@ def test_four_ranks_share_two_key_heads(tmp_path: Path) -> None:
     build_model("llama").save_pretrained(tmp_path / "llama")
     found = run_ranks("families", tmp_path, count=4, TRITON_INTERPRET="0")["llama"]
     assert max(found["dense"], found["general"]) < LIMIT
+    one, four = found["wide"]
+    assert four == pytest.approx(one, abs=1e-12)
     assert found["texts"][1] == found["texts"][0]
 
 
