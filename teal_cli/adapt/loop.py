@@ -103,8 +103,6 @@ def run(setup: Run) -> Trained:
         if number >= first:
             _train(setup, student, stage, number, names, held, resumed if number == first else None, steps)
             state.put_parameters_(model, held.best_weights)
-            if held.best_state:
-                recipe.load_state(held.best_state)
             held.done |= state.parameters_of(model, names)
         steps += stage.steps
     if recipe.setting.lora:
@@ -202,8 +200,7 @@ def _train(
     """One stage; from where it was cut short, if it was."""
     from teal_cli.adapt.trainer import AdaptTrainer  # which brings transformers' Trainer
 
-    held.stage, held.worse, held.stopped = number, 0, False
-    held.best, held.best_weights, held.best_state = {}, {}, {}
+    held.stage, held.best, held.best_weights, held.worse, held.stopped = number, {}, {}, 0, False
     rows = setup.plan.batch_size * setup.plan.accumulate
     text = Subset(setup.text, range(steps_before * rows, (steps_before + stage.steps) * rows))
     on_step = partial(_add, setup.on_step, steps_before)

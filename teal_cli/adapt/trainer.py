@@ -147,9 +147,6 @@ class AdaptTrainer(Trainer):
         """Of the learning rate, which Trainer has made by now."""
         return self.lr_scheduler
 
-    def _recipe_state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.student.recipe.state().items()}
-
     def is_checkpoint_due(self) -> bool:
         """Whether the last one is old enough; of several processes the first one's clock counts.
 
@@ -168,9 +165,8 @@ class AdaptTrainer(Trainer):
         groups = {
             "parameters": {**self.held.done, **state.parameters_of(student.model, self.trainable)},
             "moments": state.moments_of(student.model, self._inner_optimiser),
-            "recipe": self._recipe_state(),
+            "recipe": {name: tensor.detach().cpu() for name, tensor in student.recipe.state().items()},
             "best": self.held.best_weights,
-            "best_recipe": self.held.best_state,
             "measured": self.held.measured,
         }
         if not self.is_world_process_zero():
@@ -189,7 +185,6 @@ class AdaptTrainer(Trainer):
         self.held.done = {name: value for name, value in parameters.items() if name not in set(self.trainable)}
         self.student.recipe.load_state(groups.get("recipe", {}))
         self.held.best_weights = groups.get("best", {})
-        self.held.best_state = groups.get("best_recipe", {})
         for name, value in run.items():
             if name in self.held.as_json():
                 setattr(self.held, name, value)
@@ -218,7 +213,6 @@ class AdaptTrainer(Trainer):
         if not held.best or loss < held.best["loss"]:
             held.best = {"step": float(self.state.global_step), "loss": loss}
             held.best_weights = state.parameters_of(self.student.model, self.trainable)
-            held.best_state = self._recipe_state()
             held.worse = 0
         else:
             held.worse += 1

@@ -23,8 +23,6 @@ class Held:
     best: Figures = field(default_factory=dict)
     """`step` and `loss` of the best weights of this stage; empty before the first."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-    """What the recipe held with them: thresholds and biases that follow."""
     worse: int = 0
     """Evaluations since then."""
     stopped: bool = False

@@ -147,7 +147,10 @@ class Lte(Recipe):
     def stages(self, steps: int) -> Sequence[Stage]:
         """See `Recipe`."""
         soft = 0 if self._options.routers == "random" else min(max(1, round(steps * self._options.soft)), steps - 1)
-        stages = [Stage(_SOFT, soft), Stage(_HARD, steps - soft, keep_best=True)]
+        stages = [
+            Stage(_SOFT, soft),
+            Stage(_HARD, steps - soft),
+        ]  # whose shares still settle: the least sparse would win
         return [stage for stage in stages if stage.steps > 0]
 
     def begin_stage_(self, model: nn.Module, stage: Stage) -> None:
