@@ -48,18 +48,23 @@ SMALL = {"tokens": 2048, "seq_len": 128, "batch_size": 4, "held_out_tokens": 256
 CALIBRATED_SMALL = {"tokens": 1024, "seq_len": 128, "sensitivity_tokens": 128}
 
 
+def figures(comparison: Any, bytes_per_token: int | None) -> dict[str, Any]:
+    """What is kept of a sparse model beside the original dense one."""
+    return {
+        "perplexity_ratio": comparison.ratio,
+        "stderr": comparison.ratio_stderr,
+        "kl": comparison.kl,
+        "realised_sparsity": comparison.realised_sparsity,
+        "bytes_per_token": bytes_per_token,
+    }
+
+
 def quality(folder: str, texts: dict[str, dict[str, str]], shared: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Perplexity over the original dense model's on each text, and what a token reads."""
     found = {}
     for name, text in texts.items():
         run: Any = evaluate(folder, **shared, **text, **more).runs[0]
-        found[name] = {
-            "perplexity_ratio": run.comparison.ratio,
-            "stderr": run.comparison.ratio_stderr,
-            "kl": run.comparison.kl,
-            "realised_sparsity": run.comparison.realised_sparsity,
-            "bytes_per_token": run.bytes_per_token,
-        }
+        found[name] = figures(run.comparison, run.bytes_per_token)
     return found
 
 
@@ -78,14 +83,8 @@ def with_fatrelu(folder: str, share: float, job: dict[str, Any]) -> dict[str, An
         sequences = blocks("sotu", "evaluation") if name == "sotu" else blocks(text["text"], "all")
         ((result,),) = compare(model, [plan], sequences, dense_prefixes=[shared["seq_len"] // 2], dense=dense)
         realised = result.realised_by_projection
-        found[name] = {
-            "perplexity_ratio": result.ratio,
-            "stderr": result.ratio_stderr,
-            "kl": result.kl,
-            "realised_sparsity": result.realised_sparsity,
-            "bytes_per_token": weight_bytes_per_token(model, realised),
-            "hidden_zeros": neuron_sparsity(model, realised),
-        }
+        found[name] = figures(result, weight_bytes_per_token(model, realised))
+        found[name]["hidden_zeros"] = neuron_sparsity(model, realised)
     return {"live_dropped": share, "texts": found}
 
 

@@ -7,13 +7,14 @@ held to.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from teal_cli.adapt.processes import mean_over_processes
+from teal_cli.adapt.recipe import Batch
 from teal_cli.checkpoint.rules import Routed, Zeros
 from teal_cli.models.activations import FatReLU
 from teal_cli.sparse.linear import SparseLinear
@@ -53,7 +54,7 @@ class Followed(ABC):
 
     @abstractmethod
     def move(self, indices: list[int], wanted: Tensor) -> None:
-        """Move the thresholds of some modules towards (modules,) float32, by `_RATE`."""
+        """Move the thresholds of some modules towards (modules,) float32, by `_RATE`; on the CPU after a resume."""
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -62,6 +63,9 @@ class Followed(ABC):
     @abstractmethod
     def put(self, values: Tensor) -> None:
         """Take on what `values` gave."""
+
+    def install_(self) -> None:  # noqa: B027  (most need nothing)
+        """Before a pass: put thresholds where the model looks for them."""
 
     @contextmanager
     def updated(self, shape: torch.Size) -> Iterator[None]:
@@ -78,11 +82,8 @@ class Followed(ABC):
             self._shape = None
         found, self._found = self._found, {}
         if found:
-            wanted = torch.stack(list(found.values()))
-            if dist.is_initialized():  # each process reads its own part of a batch, and all must drop alike
-                dist.all_reduce(wanted)
-                wanted /= dist.get_world_size()
-            self._pending = list(found), wanted
+            # Each process reads its own part of a batch, and all must drop alike.
+            self._pending = list(found), mean_over_processes(torch.stack(list(found.values())))
 
     @torch.no_grad()
     def _move_pending(self) -> None:
@@ -121,13 +122,7 @@ class Followed(ABC):
             self.put(state["followed"])
             self._pending = None
             if "pending" in state:
-                self._pending = state["pending"].tolist(), state["wanted"].to(self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        """Where quantiles are found."""
-        layer = self.modules[0]
-        return layer.threshold.device if isinstance(layer, SparseLinear) else torch.device("cpu")
+                self._pending = state["pending"].tolist(), state["wanted"]
 
     def stop(self) -> None:
         """Look no more."""
@@ -152,7 +147,7 @@ class FollowedThresholds(Followed):
         return cast(list[SparseLinear], self.modules)
 
     def install_(self) -> None:
-        """Before a pass: a model that was moved or cast has its first thresholds again."""
+        """See `Followed`: a model that was moved or cast has its first thresholds again."""
         for layer, threshold in zip(self._layers, self._held, strict=True):
             layer.threshold = threshold
 
@@ -162,7 +157,8 @@ class FollowedThresholds(Followed):
 
     def move(self, indices: list[int], wanted: Tensor) -> None:
         """See `Followed`."""
-        torch._foreach_lerp_([self._held[index] for index in indices], list(wanted.unbind()), _RATE)
+        held = [self._held[index] for index in indices]
+        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
 
     def values(self) -> Tensor:
         """See `Followed`."""
@@ -253,6 +249,20 @@ class FollowedRouters(Followed):
         self._shares = None if bool((values[:, 0] < 0).any()) else list(values[:, 0].cpu().unbind())
         for router, value in zip(self.modules, values, strict=True):
             cast(Router, router).bias.data.copy_(value[1:])
+
+
+def following(followed: Followed | None, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """What a pass of the student runs inside, for `Recipe.student_pass`.
+
+    Args:
+        followed: None where nothing follows.
+        model: whose pass it is; only in training is there anything to look at.
+        batch: what it reads.
+    """
+    if followed is None or batch.again:
+        return nullcontext()
+    followed.install_()
+    return followed.updated(batch.input_ids.shape) if model.training else nullcontext()
 
 
 def _has_threshold(layer: SparseLinear) -> bool:

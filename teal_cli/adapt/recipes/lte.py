@@ -1,14 +1,14 @@
 """lte: routers choose the groups of neurons that a token needs (Learn To be Efficient, arXiv 2402.06126)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedRouters
+from teal_cli.adapt.followed import FollowedRouters, following
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
 from teal_cli.adapt.processes import mean_over_processes
@@ -147,10 +147,8 @@ class Lte(Recipe):
     def stages(self, steps: int) -> Sequence[Stage]:
         """See `Recipe`."""
         soft = 0 if self._options.routers == "random" else min(max(1, round(steps * self._options.soft)), steps - 1)
-        stages = [
-            Stage(_SOFT, soft),
-            Stage(_HARD, steps - soft),
-        ]  # whose shares still settle: the least sparse would win
+        # The last weights are kept: while shares still settle, the least sparse ones would do best.
+        stages = [Stage(_SOFT, soft), Stage(_HARD, steps - soft)]
         return [stage for stage in stages if stage.steps > 0]
 
     def begin_stage_(self, model: nn.Module, stage: Stage) -> None:
@@ -177,10 +175,8 @@ class Lte(Recipe):
         self._collects = not batch.again
         if self._collects:
             self._logits, self._trains = [], model.training
-        follows = self._followed is not None and self._trains and not batch.again
-        followed = self._followed.updated(batch.input_ids.shape) if self._followed and follows else nullcontext()
         try:
-            with self._control.dense(), followed:
+            with self._control.dense(), following(self._followed, model, batch):
                 yield
         finally:
             self._collects = False

@@ -1,15 +1,15 @@
 """prosparse: ReLU, an L1 loss of neurons that grows, and FATReLU (arXiv 2402.13516)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from math import pi, sin
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedGates
+from teal_cli.adapt.followed import FollowedGates, following
+from teal_cli.adapt.multiplier import along_sine
 from teal_cli.adapt.neurons import gate_quantiles
 from teal_cli.adapt.recipe import Batch, Outcome, Progress, Stage
 from teal_cli.adapt.swap import ActivationSwap
@@ -60,16 +60,14 @@ class ProSparse(ActivationSwap):
     @contextmanager
     def student_pass(self, model: nn.Module, batch: Batch) -> Iterator[None]:
         """See `Recipe`."""
-        follows = self._followed is not None and model.training and not batch.again
-        followed = self._followed.updated(batch.input_ids.shape) if self._followed and follows else nullcontext()
-        with super().student_pass(model, batch), followed:
+        with super().student_pass(model, batch), following(self._followed, model, batch):
             yield
 
     def extra_loss(self, progress: Progress) -> Tensor | None:
         """See `Recipe`."""
         if self._followed is not None and torch.is_grad_enabled():
             at = min(1.0, progress.step / progress.steps / _GROWN)
-            self._followed.share = self._options.live_dropped * (sin(pi * (at - 0.5)) + 1) / 2
+            self._followed.share = along_sine(0.0, self._options.live_dropped, at)
         return super().extra_loss(progress)
 
     def figures(self, progress: Progress) -> dict[str, float]:

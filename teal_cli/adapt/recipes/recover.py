@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedThresholds
+from teal_cli.adapt.followed import FollowedThresholds, following
 from teal_cli.adapt.recipe import Batch, Outcome, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config.recipes.recover import Options
@@ -102,12 +102,7 @@ class Recover(Recipe):
         """See `Recipe`."""
         control = self._control
         counted = control.uncounted() if batch.again else control.counting(self._counter)
-        followed: AbstractContextManager[Any] = nullcontext()
-        if self._followed is not None and not batch.again:
-            self._followed.install_()
-            if model.training:
-                followed = self._followed.updated(batch.input_ids.shape)
-        with control.masked(batch.dense_prefix), counted, followed:
+        with control.masked(batch.dense_prefix), counted, following(self._followed, model, batch):
             if batch.again:  # blocks are called without their model, whose hook would begin the pass
                 control.begin_pass(model, (batch.input_ids,), {})
             yield

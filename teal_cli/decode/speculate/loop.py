@@ -12,7 +12,7 @@ from teal_cli.decode.paths.base import Stepper
 from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.speculate.accept import accept_greedy, accept_sampled
 from teal_cli.decode.speculate.drafts import Draft, Drafted
-from teal_cli.decode.speculate.pace import NOTHING, Offer, Pace
+from teal_cli.decode.speculate.pace import Pace
 
 _AHEAD = 4
 """Passes without drafts that a GPU may run before the host reads their tokens."""
@@ -106,10 +106,10 @@ class SpeculativeLoop:
         seconds = time.perf_counter() - started
         self.token = behind
         new = [[*own[2 : 2 + own[0]], own[1]] for own in chosen]
-        self._note(offer, count, [own[0] for own in chosen], logits)
+        judged, agreed = self._note(count, [own[0] for own in chosen], logits)
         self._begun[offer.source, count] += 1
         is_first = self._begun[offer.source, count] <= (2 if self._on_gpu else 1)  # sessions, kernels, graphs are made
-        self._record(offer, count, [own[0] for own in chosen], None if is_first else seconds)
+        self._pace.record(offer, count, judged, agreed, None if is_first else seconds)
         return self._went_on(new)
 
     def _plain(self, count: int) -> list[list[int]]:
@@ -120,7 +120,7 @@ class SpeculativeLoop:
             logits, best = self._target.run(self.token[:, None], [length + index for length in self.lengths])
             none, self.token = self._accept(None, logits, best)
             chosen.append(self.token)
-            self._note(NOTHING, 0, [0] * len(none), logits)
+            self._note(0, [0] * len(none), logits)
         new: list[list[int]] = torch.stack(chosen, dim=1).tolist()
         self._pace.record_plain(count, (time.perf_counter() - started) / count)
         return self._went_on(new)
@@ -144,21 +144,19 @@ class SpeculativeLoop:
                 draft.see(row, tokens)
         return new
 
-    def _note(self, offer: Offer, count: int, accepted: list[int], logits: Tensor) -> None:
+    def _note(self, count: int, accepted: list[int], logits: Tensor) -> tuple[int, int]:
+        """Add a pass to the tally; its judged and accepted tokens, of the sequences that have not ended."""
         running = [number for row, number in enumerate(accepted) if row not in self._ended]
         self.tally.passes += len(running)
         self.tally.tokens += sum(running) + len(running)
         self.tally.drafted += count * len(running)
-        self.tally.accepted += sum(running)
-        self.tally.judged += sum(min(number + 1, count) for number in running)
+        agreed, judged = sum(running), sum(min(number + 1, count) for number in running)
+        self.tally.accepted += agreed
+        self.tally.judged += judged
         self.tally.counts[count] += 1
         if not self._target.exact and logits.dtype in (torch.bfloat16, torch.float16) and self._sampler.greedy:
             top = logits.float().topk(2).values
             near = (top[..., 0] - top[..., 1]) <= torch.finfo(logits.dtype).eps * top[..., 0].abs()
             for row, number in enumerate(accepted):
                 self.tally.close += int(near[row, : number + 1].sum()) if row not in self._ended else 0
-
-    def _record(self, offer: Offer, count: int, accepted: list[int], seconds: float | None) -> None:
-        running = [number for row, number in enumerate(accepted) if row not in self._ended]
-        judged = sum(min(number + 1, count) for number in running)
-        self._pace.record(offer if count else NOTHING, count, judged, sum(running), seconds)
+        return judged, agreed
