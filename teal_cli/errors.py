@@ -41,6 +41,7 @@ EXIT_INTERRUPTED = 130
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
 _LONGEST_NAME = 100
+_MOST_NAMES = 50
 _LONGEST_REASON = 300
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -75,12 +76,13 @@ def shortened(text: str, most: int) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or the known names where none is close."""
+    """`"; did you mean 'x'?"`, or the known names where none is close; of many the first."""
     names = sorted(known)
     close = get_close_matches(name[:_LONGEST_NAME], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}"
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return f"; known: {', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

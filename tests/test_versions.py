@@ -82,7 +82,7 @@ def test_every_result_names_a_commit(path: Path) -> None:
     content = json.loads(path.read_text())
     environments = content.get("environments", {}).values()
     measured = [run for environment in environments for run in environment["tests"].values()]
-    measured = measured or list(content.get("trials", {}).values()) or [content]
+    measured = measured or list(content.get("trials", {}).values()) or content.get("calls") or [content]
     for part in measured:
         commit = part.get("commit") or part.get("recorded_in") or part["versions"]["commit"]
         assert len(commit.removesuffix("-dirty")) == 40

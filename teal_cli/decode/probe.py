@@ -12,6 +12,7 @@ from teal_cli.decode.paths.base import Decoder
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.errors import ArtefactError, blame
 from teal_cli.models.layers import Experts
+from teal_cli.sparse.routed import RoutedMLP
 
 PROMPT = 12
 """Tokens of the prompt that are tried."""
@@ -63,8 +64,10 @@ def check_decoding(engine: Decoder, prompt: Tensor) -> None:
             got, expected = _both_ways(engine, ids)
     errors = difference(got, expected).median(dim=1).values.max()
     sparse = engine.control is not None and engine.control.decodes_sparse
-    # Of 16 bits rounding decides which of two experts is chosen whose scores are alike, and all blocks behind differ.
-    chooses = engine.model.dtype != torch.float32 and any(isinstance(m, Experts) for m in engine.model.modules())
+    # Rounding decides which of two experts is chosen whose scores are alike (of 16 bits), and whether a group is whose
+    # logit is about 0; all blocks behind differ then.
+    apart = (RoutedMLP,) if engine.model.dtype == torch.float32 else (RoutedMLP, Experts)
+    chooses = any(isinstance(module, apart) for module in engine.model.modules())
     if float(errors) > TOLERANCE[sparse or chooses][engine.model.dtype]:
         way = (f"{engine.path.name} path, " if engine.path.own_kernels else "") + ("sparse" if sparse else "dense")
         raise OtherLogitsError(

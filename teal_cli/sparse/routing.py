@@ -167,7 +167,8 @@ def random_weights_(router: Router, generator: torch.Generator) -> None:
 def biases_for(router: Router, x: Tensor, share: float) -> Tensor:
     """(groups,) float32: the biases by which each group is left out at a share of these tokens.
 
-    Each group has its own quantile: each is left out as often as the others.
+    Each group has its own quantile: each is left out as often as the others. A bias lies between two tokens' logits, so
+    that no token of these is chosen or left out by rounding.
 
     Args:
         router: with weights.
@@ -177,8 +178,12 @@ def biases_for(router: Router, x: Tensor, share: float) -> Tensor:
     logits: Tensor = (router(x) - router.bias).float().flatten(0, -2)
     if share <= 0.0:
         return 1.0 - logits.amin(0)
-    largest_left_out, _ = logits.kthvalue(max(1, round(share * len(logits))), dim=0)
-    return -largest_left_out
+    left_out = max(1, round(share * len(logits)))
+    largest_left_out, _ = logits.kthvalue(left_out, dim=0)
+    if left_out == len(logits):
+        return -largest_left_out
+    smallest_chosen, _ = logits.kthvalue(left_out + 1, dim=0)
+    return -(largest_left_out + smallest_chosen) / 2
 
 
 @torch.no_grad()
