@@ -50,8 +50,7 @@ def test_steps_of_quantised_weights(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", OTHERS)
-@covering(2, plan=PLANS, dtype=DTYPES, lengths=[[20], [3, 20, 11], [7] * 9], threads=[1, 2, 3])
+@covering(2, family=OTHERS, plan=PLANS, dtype=DTYPES, lengths=[[20], [3, 20, 11], [7] * 9], threads=[1, 2, 3])
 def test_steps_of_other_families(
     family: str, plan: str, dtype: torch.dtype, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,8 +36,7 @@ LENGTHS = [[20], [3, 20], [3, 20, 11], [5, 1, 9, 20], [1, 6, 3, 4, 5], [7] * 9]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ALL_MIXTURES)
-@covering(2, plan=["alike", "apart", "output"], dtype=DTYPES, lengths=LENGTHS, threads=[1, 2, 3])
+@covering(2, family=ALL_MIXTURES, plan=["alike", "apart", "output"], dtype=DTYPES, lengths=LENGTHS, threads=[1, 2, 3])
 def test_steps(
     family: str, plan: str, dtype: torch.dtype, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

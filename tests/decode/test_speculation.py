@@ -17,6 +17,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.native_cache import NativeLayer
 from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.speculate import loop as loop_module
+from teal_cli.decode.speculate.pace import Offer
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.errors import UsageError
 from teal_cli.quantise.copies import quantised_copy
@@ -126,6 +127,12 @@ def test_passes_without_drafts_that_run_ahead(monkeypatch: pytest.MonkeyPatch) -
     token = logits.argmax(-1, keepdim=True)
     loop = decoder.loop(cache, prompt, token, Sampler(GREEDY, engine.device), positions=100)
     monkeypatch.setattr(loop, "_on_gpu", True)
+    record = loop._pace.record
+
+    def record_dear_drafts(offer: Offer, count: int, judged: int, accepted: int, seconds: float | None) -> None:
+        record(offer, count, judged, accepted, seconds and (9.0 if count else 1.0))
+
+    monkeypatch.setattr(loop._pace, "record", record_dear_drafts)
     found = token[0].tolist()
     ahead = 0
     while len(found) < 80:

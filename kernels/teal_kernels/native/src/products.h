@@ -3,7 +3,7 @@
 #define TEAL_PRODUCTS_H
 
 #include "groups.h"
-#include "whole.h"
+#include "pairs.h"
 
 #define DOTS_AHEAD_BYTES 8192 /* rows with all inputs are read one after the other */
 
@@ -18,7 +18,7 @@ INLINE void multiply(const int dtype, const int R, const teal_weight *w, const k
         add_list(dtype, R, weights, w->row_bytes, list, from, to, n, y, stride);
         return;
     }
-#if defined(__AVX512VNNI__)
+#ifdef WHOLE_NUMBERS
     if (dtype == TEAL_INT4 && R == 1) {
         add_whole_numbers(w, weights, list, from, to, first, n, y);
         return;

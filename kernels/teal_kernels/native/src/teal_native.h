@@ -197,7 +197,7 @@ void teal_session_close(teal_session *session);
  * sequences: (rows,) which sequence of the cache a row is of; NULL: each of its own, the first of the first. Rows of one
  * sequence stand at different positions. The keys and values of all are written before attention reads them, so that
  * each sees what stands before it and itself: rows that follow one another are tokens that follow one another. A row
- * whose inputs are not skipped gets the bits that it gets alone (of 4-bit weights where AVX-512 VNNI is, up to rounding).
+ * whose inputs are not skipped gets the bits that it gets alone (of 4-bit weights on x86-64, up to rounding).
  * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
  * Returns 0; 1 where a token, position, level or sequence is out of range or two rows stand at one place, and then
  * nothing was done. */

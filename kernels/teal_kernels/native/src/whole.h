@@ -12,6 +12,7 @@
 #include "groups.h"
 
 #if defined(__AVX512VNNI__)
+#define WHOLE_NUMBERS
 #define BLOCK_INPUTS 8   /* rows that are read side by side; 16 and 32 were slower from memory */
 #define LINE_OUTPUTS 128 /* codes of a line of 64 bytes */
 
@@ -21,6 +22,12 @@ typedef struct {
     int32_t quads;
     float step, sum; /* of the numbers, and of the inputs as they are now */
 } input_block;
+
+/* Whether inputs [begin, end) of a list are done sooner so than in floats. */
+INLINE int pays(const kept_list *list, int32_t begin, int32_t end) {
+    (void)list, (void)begin, (void)end;
+    return 1;
+}
 
 /* Inputs [begin, end) of a list, at most BLOCK_INPUTS; 0 where one is infinite or not a number. */
 static int take_block(const kept_list *list, int32_t begin, int32_t end, const uint8_t *weights, int64_t row_bytes,
@@ -119,8 +126,8 @@ INLINE void add_line(const int QUADS, const input_block *b, const group_scales *
     }
 }
 
-/* y += a block; scales of the group `next` are fetched. */
-INLINE void add_block(const int QUADS, const input_block *b, const group_scales *g, const group_scales *next, int64_t n,
+/* y += QUADS times four inputs of a block; scales of the group `next` are fetched. */
+INLINE void add_quads(const int QUADS, const input_block *b, const group_scales *g, const group_scales *next, int64_t n,
                       float *y) {
     const int64_t scale_bytes = g->scale_dtype == TEAL_F16 ? 2 : 4;
     int64_t at = 0;
@@ -134,20 +141,11 @@ INLINE void add_block(const int QUADS, const input_block *b, const group_scales 
     if (at < n) add_line(QUADS, b, g, at, n - at, y);
 }
 
-/* y += kept inputs [from, to) of the list times n outputs from `first` on, which stand at `weights`. */
-static void add_whole_numbers(const teal_weight *w, const uint8_t *weights, const kept_list *list, int32_t from, int32_t to,
-                              int64_t first, int64_t n, float *y) {
-    const int64_t distance = AHEAD_BYTES / bytes_of(TEAL_INT4, n + 1) + BLOCK_INPUTS;
-    input_block b;
-    for (int32_t begin = from, end; begin < to; begin = end) {
-        const int64_t number = list->index[begin] / w->group, stop = (number + 1) * w->group;
-        for (end = begin; end < to && end < begin + BLOCK_INPUTS && list->index[end] < stop;) end++;
-        const group_scales g = scales_of(w, number, first), next = scales_of(w, number + (stop < w->inputs), first);
-        if (!take_block(list, begin, end, weights, w->row_bytes, distance, &b))
-            add_group_of_one(TEAL_INT4, w, weights, &g, list, begin, end, n, y);
-        else if (b.quads == 1) add_block(1, &b, &g, &next, n, y);
-        else add_block(2, &b, &g, &next, n, y);
-    }
+/* y += a block. Returns how many outputs that are: all. */
+INLINE int64_t add_block(const input_block *b, const group_scales *g, const group_scales *next, int64_t n, float *y) {
+    if (b->quads == 1) add_quads(1, b, g, next, n, y);
+    else add_quads(2, b, g, next, n, y);
+    return n;
 }
 
 #endif
