@@ -121,6 +121,7 @@ def served(prepared: Prepared, engine: Engine, slots: int) -> Served:
         tools=None,
         stop=stop,
         intrinsic=False,
+        speculates=None,
         close=lambda: None,
     )
 

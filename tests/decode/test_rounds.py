@@ -1,21 +1,17 @@
 """Requests of a scheduler that are decoded from drafts: each has the text that the dense model gives it alone."""
 
 import random
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from native_models import NO_LIBRARY, plan_for, sparse, tiny
-from torch import Tensor
+from native_models import NO_LIBRARY, sparse, tiny
 
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.speculate.speculator import Speculator
-from teal_cli.errors import UsageError
 from teal_cli.quantise.copies import quantised_copy
 from teal_cli.sparse import control_of
 from teal_cli.speculation import Speculation
