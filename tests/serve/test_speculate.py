@@ -19,6 +19,7 @@ from teal_cli.config import ServeConfig
 calibrated = pytest.fixture(scope="module")(live_server.calibrated)
 
 OPTIONS = {"slots": 8, "queue": 64, "context": 400, "max_new_tokens": 300}
+OPTIONS_OF_STREAMS = {"include_usage": True, "continuous_usage_stats": True}
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wise", "men", "stars"]
 CONVERSATIONS = 24
@@ -65,10 +66,11 @@ def streamed(live: Live, request: dict) -> tuple[str, dict]:
     """The text, and the usage."""
     with live.client() as client:
         chunks = list(
-            client.chat.completions.create(
-                model=live.name, stream=True, stream_options={"include_usage": True}, **request
-            )
+            client.chat.completions.create(model=live.name, stream=True, stream_options=OPTIONS_OF_STREAMS, **request)
         )
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-2] == counts[-1]
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     return text, chunks[-1].usage.model_dump()
 
