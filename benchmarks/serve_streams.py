@@ -9,8 +9,8 @@
 The client is a process of its own, which reads server-sent events. Of streams the speed is that of all together, from
 the latest first token to the earliest last one; beside it stands a loop of one sequence, as `teal bench` times it.
 
-With `--speculate`, servers that draft are measured in turn with the one that does not. Streams then begin with the
-prompts of `teal bench --speculate`, another one in each round, since what drafts give depends on the text.
+With `--speculate`, servers that draft are measured in turn with the one that does not, all dense. Streams then begin
+with the prompts of `teal bench --speculate`, another one in each round, since what drafts give depends on the text.
 
 `--cpu-time` measures by the processor time of the process, with one thread: on a machine that others use, what they
 take is left out, but for the caches and the memory that all share. The speed of streams is then what the server says of
@@ -204,17 +204,17 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     of_texts = [ids[0].tolist() for ids in encoded_prompts(load_tokenizer(find_model("smollm2-135m").folder)).values()]
     servers = [Running(prepared, engine, max(counts), kind, asked.draft_tokens) for kind in kinds]
     rows: dict[tuple[float, int, str | None], list[float]] = {}
+    levels = [0.0, *(plan.target_sparsity for plan in prepared.plans[-1:] if not asked.speculate)]
     for turn in range(asked.repeats + 1):
-        for level in [0.0, *(plan.target_sparsity for plan in prepared.plans[-1:])]:
+        for level in levels:
             rows.setdefault((level, 0, None), []).append(alone(engine, asked.tokens, prompt, level))
             for count in counts:
                 prompts = [[*prompt[:-1], prompt[-1] + number] for number in range(count)]
                 if len(servers) > 1:
                     prompts = [of_texts[(turn * count + number) % len(of_texts)] for number in range(count)]
                 for kind, server in zip(kinds, servers, strict=True):
-                    if kind is None or level == 0:
-                        speed = streamed(server.port, asked.tokens, prompts, level, cpu_time=asked.cpu_time)
-                        rows.setdefault((level, count, None if kind is None else kind.text), []).append(speed)
+                    speed = streamed(server.port, asked.tokens, prompts, level, cpu_time=asked.cpu_time)
+                    rows.setdefault((level, count, None if kind is None else kind.text), []).append(speed)
     counted = {server.name: server.statistics() for server in servers if server.name is not None}
     for server in servers:
         server.close()

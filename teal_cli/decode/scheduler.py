@@ -79,9 +79,8 @@ class Scheduler:
         self.positions = min(engine.max_length, positions or 4096)
         probe = torch.arange(min(12, self.positions)).view(1, -1)
         engine.check(probe)  # which may put another path in the place of one that is wrong
-        if default is None and engine.chooses and engine.choose(probe).decodes == "dense":
-            default = 0.0
-        if default is None and speculator is not None:
+        loses = speculator is None and engine.chooses and engine.choose(probe).decodes == "dense"
+        if default is None and (loses or speculator is not None):
             default = DENSE
         self.levels = Levels(engine.model, engine.control, levels, default)
         drafting = None if speculator is None else drafting_of(speculator, self.levels, draft_level)
