@@ -117,6 +117,6 @@ def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -
     assert statistics.drafted_tokens
     if count is not None:
         assert statistics.accepted_tokens
-        assert statistics.passes < statistics.completion_tokens + 2 * len(requests)  # some were launched in vain
+        assert statistics.passes < statistics.completion_tokens
     assert isinstance(scheduler.slots, SharedSlots)
     assert len(scheduler.slots._sessions) <= 3 + 3 + (7 + 3 + 1)  # plain steps, drafts, and steps of several tokens
