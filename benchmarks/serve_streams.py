@@ -3,9 +3,18 @@
     python benchmarks/serve_streams.py --model smollm2-135m --device cpu --out benchmarks/results/serve-cpu.json
     python benchmarks/serve_streams.py --model llama-3-8b --random-weights --streams 1,2,4 \\
         --out benchmarks/results/serve-gpu.json
+    python benchmarks/serve_streams.py --device cpu --dtype float32 --streams 1,2 --speculate lookup+int8 --cpu-time \\
+        --out benchmarks/results/serve-speculation-cpu.json
 
 The client is a process of its own, which reads server-sent events. Of streams the speed is that of all together, from
 the latest first token to the earliest last one; beside it stands a loop of one sequence, as `teal bench` times it.
+
+With `--speculate`, servers that draft are measured in turn with the one that does not, all dense. Streams then begin
+with the prompts of `teal bench --speculate`, another one in each round, since what drafts give depends on the text.
+
+`--cpu-time` measures by the processor time of the process, with one thread: on a machine that others use, what they
+take is left out, but for the caches and the memory that all share. The speed of streams is then what the server says of
+each, added up.
 """
 
 import argparse
@@ -13,7 +22,6 @@ import contextlib
 import http.client
 import json
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +50,9 @@ from teal_cli.serve.prompts import Prompts
 from teal_cli.serve.server import bind, make_server, run
 from teal_cli.serve.service import Served, Service
 from teal_cli.sparse import apply_plan_, control_of, use_backend
+from teal_cli.speculation import Speculation
+from teal_cli.steps.bench_speculation import encoded_prompts
+from teal_cli.steps.drafts import speculator_for
 from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import device_description, library_versions
 
@@ -49,12 +60,12 @@ WARM_UP = 8
 """Steps of the loop without a server before the clock, in which kernels are compiled and graphs captured."""
 
 
-def ask(port: int, streams: int, tokens: int, prompt: list[int], level: float) -> None:
-    """The client: as many streams at once; prints of each its tokens, and when its events came."""
-    found: list[dict[str, Any]] = [{"times": [], "tokens": 0} for _ in range(streams)]
+def ask(port: int, tokens: int, prompts: list[list[int]], level: float) -> None:
+    """The client: a stream for each prompt, at once; prints of each its usage, and when its events came."""
+    found: list[dict[str, Any]] = [{"times": [], "usage": {}} for _ in prompts]
 
-    def one(own: dict[str, Any], number: int) -> None:
-        asked = {"model": "served", "prompt": [*prompt[:-1], prompt[-1] + number], "max_tokens": tokens}
+    def one(own: dict[str, Any], prompt: list[int]) -> None:
+        asked = {"model": "served", "prompt": prompt, "max_tokens": tokens}
         how = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "sparsity": level}
         connection = http.client.HTTPConnection("127.0.0.1", port)
         headers = {"Content-Type": "application/json"}
@@ -64,11 +75,11 @@ def ask(port: int, streams: int, tokens: int, prompt: list[int], level: float) -
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if event["usage"] is not None:
-                    own["tokens"] = event["usage"]["completion_tokens"]
+                    own["usage"] = event["usage"]
                 elif event["choices"][0]["text"]:
                     own["times"].append(time.perf_counter())
 
-    threads = [threading.Thread(target=one, args=(own, number)) for number, own in enumerate(found)]
+    threads = [threading.Thread(target=one, args=pair) for pair in zip(found, prompts, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -77,19 +88,27 @@ def ask(port: int, streams: int, tokens: int, prompt: list[int], level: float) -
 
 
 def tokens_per_second(found: list[dict[str, Any]]) -> float:
-    """Of all streams together, while all of them decode. An event has a token, or some where the client is behind."""
+    """Of all streams together, while all of them decode. An event has a token, or some; the first has one."""
     start, end = max(own["times"][0] for own in found), min(own["times"][-1] for own in found)
-    each = (sum(start < at <= end for at in own["times"]) * own["tokens"] / len(own["times"]) for own in found)
+    each = (
+        sum(start < at <= end for at in own["times"])
+        * (own["usage"]["completion_tokens"] - 1)
+        / (len(own["times"]) - 1)
+        for own in found
+    )
     return float(sum(each) / (end - start))
 
 
-def streamed(port: int, streams: int, tokens: int, prompt: list[int], level: float) -> float:
+def streamed(port: int, tokens: int, prompts: list[list[int]], level: float, *, cpu_time: bool) -> float:
     """Tokens a second of so many streams, which another process reads."""
-    words = [port, streams, tokens, level, json.dumps(prompt)]
+    words = [port, tokens, level, json.dumps(prompts)]
     client = subprocess.run(  # noqa: S603 (this file)
         [sys.executable, __file__, "--ask", *map(str, words)], capture_output=True, text=True, check=True
     )
-    return tokens_per_second(json.loads(client.stdout))
+    found = json.loads(client.stdout)
+    if cpu_time:
+        return float(sum(own["usage"]["teal"]["tokens_per_second"] for own in found))
+    return tokens_per_second(found)
 
 
 def alone(engine: Engine, tokens: int, prompt: list[int], level: float) -> float:
@@ -105,11 +124,12 @@ def alone(engine: Engine, tokens: int, prompt: list[int], level: float) -> float
         return tokens / seconds_of(lambda: [loop.advance() for _ in range(tokens)], engine.device)
 
 
-def served(prepared: Prepared, engine: Engine, slots: int) -> Served:
+def served(prepared: Prepared, engine: Engine, slots: int, drafts: Speculation | None, count: int | None) -> Served:
     """What the server needs of a prepared model."""
     tokenizer = load_tokenizer(find_model("smollm2-135m").folder)
     levels = {plan.target_sparsity: plan for plan in prepared.plans}
-    scheduler = Scheduler(engine, slots=slots, positions=1024, levels=levels)
+    speculator = None if drafts is None else speculator_for(engine, drafts, count, Reporter(), {})[0]
+    scheduler = Scheduler(engine, slots=slots, positions=1024, levels=levels, speculator=speculator)
     stop = frozenset[int]() if prepared.name.endswith("(random weights)") else stop_ids(prepared.model, tokenizer)
     return Served(
         name="served",
@@ -121,8 +141,40 @@ def served(prepared: Prepared, engine: Engine, slots: int) -> Served:
         tools=None,
         stop=stop,
         intrinsic=False,
+        speculates=None if drafts is None else drafts.text,
         close=lambda: None,
     )
+
+
+class Running:
+    """A server of a prepared model, in this process, ready to answer."""
+
+    def __init__(
+        self, prepared: Prepared, engine: Engine, slots: int, drafts: Speculation | None, count: int | None
+    ) -> None:
+        self.name = None if drafts is None else drafts.text
+        listening = bind("127.0.0.1", 0)
+        self.port = int(listening.getsockname()[1])
+        config = ServeConfig(max_new_tokens=900)
+        self._service = Service(config, lambda: served(prepared, engine, slots, drafts, count))
+        self._server = make_server(self._service, None)
+        self._thread = threading.Thread(target=run, args=(self._server, self._service, listening))
+        self._thread.start()
+        while not self._service.is_ready:
+            if self._service.failure is not None:
+                raise self._service.failure
+            time.sleep(0.05)
+
+    def statistics(self) -> dict[str, int | None]:
+        """What was drafted."""
+        found = self._service.served.scheduler.statistics()
+        tokens = {"drafted_tokens": found.drafted_tokens, "accepted_tokens": found.accepted_tokens}
+        return {**tokens, "passes": found.passes, "completion_tokens": found.completion_tokens}
+
+    def close(self) -> None:
+        """End it."""
+        self._server.should_exit = True
+        self._thread.join()
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +186,10 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         sparsity=asked.sparsity,
         random_weights=asked.random_weights,
         prompt_tokens=64,
+        threads=1 if asked.cpu_time else None,
     )
+    if asked.cpu_time:
+        time.perf_counter = time.process_time
     prepared = prepare(config, Reporter())
     model = prepared.model
     apply_plan_(model, prepared.plans[-1])
@@ -145,36 +200,43 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     engine = Engine(model)
     prompt = prepared.prompt[0].tolist()
     counts = [int(count) for count in asked.streams.split(",")]
-    listening = bind("127.0.0.1", 0)
-    service = Service(ServeConfig(max_new_tokens=900), lambda: served(prepared, engine, max(counts)))
-    server = make_server(service, None)
-    thread = threading.Thread(target=run, args=(server, service, listening))
-    thread.start()
-    while not service.is_ready:
-        if service.failure is not None:
-            raise service.failure
-        time.sleep(0.05)
-    port = _port(listening)
-    rows: dict[tuple[float, int], list[float]] = {}
-    for _ in range(asked.repeats + 1):
-        for level in [0.0, *(plan.target_sparsity for plan in prepared.plans[-1:])]:
-            rows.setdefault((level, 0), []).append(alone(engine, asked.tokens, prompt, level))
+    kinds = [None, *(Speculation.parse(kind) for kind in asked.speculate.split(",") if kind)]
+    of_texts = [ids[0].tolist() for ids in encoded_prompts(load_tokenizer(find_model("smollm2-135m").folder)).values()]
+    servers = [Running(prepared, engine, max(counts), kind, asked.draft_tokens) for kind in kinds]
+    rows: dict[tuple[float, int, str | None], list[float]] = {}
+    levels = [0.0, *(plan.target_sparsity for plan in prepared.plans[-1:] if not asked.speculate)]
+    for turn in range(asked.repeats + 1):
+        for level in levels:
+            rows.setdefault((level, 0, None), []).append(alone(engine, asked.tokens, prompt, level))
             for count in counts:
-                rows.setdefault((level, count), []).append(streamed(port, count, asked.tokens, prompt, level))
-    server.should_exit = True
-    thread.join()
+                prompts = [[*prompt[:-1], prompt[-1] + number] for number in range(count)]
+                if len(servers) > 1:
+                    prompts = [of_texts[(turn * count + number) % len(of_texts)] for number in range(count)]
+                for kind, server in zip(kinds, servers, strict=True):
+                    speed = streamed(server.port, asked.tokens, prompts, level, cpu_time=asked.cpu_time)
+                    rows.setdefault((level, count, None if kind is None else kind.text), []).append(speed)
+    counted = {server.name: server.statistics() for server in servers if server.name is not None}
+    for server in servers:
+        server.close()
     runs: list[dict[str, Any]] = []
-    for (level, count), values in rows.items():
+    for (level, count, drafts), values in rows.items():
         first, *timed = values  # the first round warms up
-        runs.append({"sparsity": level, "streams": count, "tokens_per_second": asdict(Spread.of(timed or [first]))})
+        timed = timed or [first]
+        how = {"sparsity": level, "streams": count, "speculate": drafts}
+        runs.append({**how, "tokens_per_second": asdict(Spread.of(timed)), "rounds": timed})
         name = f"{count} streams" if count else "no server"
-        print(f"sparsity {level:4}  {name:10} {runs[-1]['tokens_per_second']['median']:8.1f} tokens/s")
+        speed = runs[-1]["tokens_per_second"]["median"]
+        print(f"sparsity {level:4}  {name:10} {drafts or '':14} {speed:8.1f} tokens/s")
+    for name, found in counted.items():
+        print(f"{name}: {found}")
     return {
         "command": shlex.join(["python", "benchmarks/serve_streams.py", *sys.argv[1:]]),
         "model": prepared.name,
         "device": device_description(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "path": engine.path.reported,
+        "clock": "processor time, one thread" if asked.cpu_time else "wall",
+        "drafts": counted,
         "tokens": asked.tokens,
         "repeats": asked.repeats,
         "versions": library_versions(),
@@ -182,14 +244,10 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _port(listening: socket.socket) -> int:
-    return int(listening.getsockname()[1])
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--ask"]:
-        port, streams, tokens, level, prompt = sys.argv[2:]
-        ask(int(port), int(streams), int(tokens), json.loads(prompt), float(level))
+        port, tokens, level, prompts = sys.argv[2:]
+        ask(int(port), int(tokens), json.loads(prompts), float(level))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -199,6 +257,9 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.5")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--streams", default="1")
+    parser.add_argument("--speculate", default="", help="kinds of drafts, comma-separated")
+    parser.add_argument("--draft-tokens", type=int)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)

@@ -73,9 +73,9 @@ def check_speculation(config: DecodingConfig, drafts: list[Speculation], sparsit
     """Refuse options that contradict drafts.
 
     Args:
-        config: of generate or bench, which has `draft_tokens`.
+        config: of a verb that has `draft_tokens`.
         drafts: of `speculate`, none where it was not given.
-        sparsities: that were asked for; None where none was.
+        sparsities: that were asked for of drafts; None where none was.
 
     Raises:
         ValueError: what is wrong, by key and flag.

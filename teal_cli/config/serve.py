@@ -4,10 +4,11 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from teal_cli.config.decoding import DecodingConfig
+from teal_cli.config.decoding import DecodingConfig, check_speculation
 from teal_cli.config.shared import MOST
 from teal_cli.config.sparsity import OneAllocation
-from teal_cli.config_values import Backend, NameList, SparsityList
+from teal_cli.config_values import Backend, Drafts, NameList, SparsityList
+from teal_cli.speculation import MOST_DRAFTED
 
 
 class ServeConfig(OneAllocation, DecodingConfig):
@@ -16,7 +17,15 @@ class ServeConfig(OneAllocation, DecodingConfig):
     sparsity: SparsityList | None = Field(
         None,
         description="targets that requests may ask for beside 0, which is dense; those that name none get the first "
-        "(default 0.5, or the folder's own)",
+        "(default 0.5, or the folder's own), with speculate 0",
+    )
+    speculate: Drafts | None = Field(
+        None,
+        description="write dense replies from drafts, faster and the same: lookup, sparse, int8, int4 or int4:GROUP, "
+        "or several as lookup+int4+sparse; sparse ones skip at the first sparsity (docs/speculation.md)",
+    )
+    draft_tokens: int | None = Field(
+        None, ge=1, le=MOST_DRAFTED, description="with speculate: tokens of a draft (default: as many as pay, or none)"
     )
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 is every one of this machine")
     port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0 takes a free one")
@@ -47,6 +56,12 @@ class ServeConfig(OneAllocation, DecodingConfig):
     def _one_process_serves(self) -> Self:
         if self.tensor_parallel > 1:
             raise ValueError("teal serve decodes in one process: leave out tensor_parallel (flag --tensor-parallel)")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Self:
+        drafts = [] if self.speculate is None else [self.speculate]
+        check_speculation(self, drafts, self.sparsity if any(own.sparse for own in drafts) else None)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """A request on its way: its sampler, what it has said, and when it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,16 +69,32 @@ class Reply:
         limit = self.request.deadline_seconds
         return limit is not None and now - self._submitted > limit
 
-    def row(self) -> Row:
-        """What the next step takes."""
-        return Row(self.slot, self.level, self._token)
+    def row(self, drafted: Sequence[int] = ()) -> Row:
+        """What the next step takes: the last token, and those that were drafted behind it."""
+        behind = torch.tensor(drafted, dtype=torch.int64, device=self._token.device)
+        return Row(self.slot, self.level, torch.cat([self._token, behind]) if drafted else self._token)
 
-    def choose(self, logits: Tensor, best: Tensor | None = None) -> "Choice":
+    def sampler_ahead(self) -> Sampler:
+        """As `Sampler.ahead`: what drafts draw by agrees with what is going to be drawn as often as it can."""
+        return self._sampler.ahead()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self._sampler.greedy
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.request.max_new_tokens - self.chosen
+
+    def choose(self, logits: Tensor, best: Tensor | None = None, drafted: int | None = None) -> "Choice":
         """The next token, on the device, from (1, vocabulary) logits, which the next step may overwrite.
 
         Args:
             logits: after the last token.
             best: (1,) int64, where they are largest, if that is known.
+            drafted: the token that was drafted for this place.
         """
         if self.request.mask is not None:
             logits, best = logits.clone(), None
@@ -88,18 +104,19 @@ class Reply:
         self.chosen += 1
         finite = logits.amax(-1).isfinite().to(torch.int64)
         if self.request.logprobs is None:
-            return Choice(self, torch.cat([self._token, finite]), None)
+            return Choice(self, torch.cat([self._token, finite]), None, drafted)
         logprobs = logits[0].float().log_softmax(-1)
         values, ids = logprobs.topk(self.request.logprobs)
         own = logprobs.gather(0, self._token)
-        return Choice(self, torch.cat([self._token, finite, ids]), torch.cat([own, values]))
+        return Choice(self, torch.cat([self._token, finite, ids]), torch.cat([own, values]), drafted)
 
-    def take(self, numbers: list[int], logprobs: list[float] | None) -> Emitted:
+    def take(self, numbers: list[int], logprobs: list[float] | None, drafted: int | None) -> Emitted:
         """A token that was read.
 
         Args:
             numbers: the token, whether the logits were numbers, and the most probable tokens.
             logprobs: the token's own, and theirs.
+            drafted: the token that was drafted for its place.
 
         Raises:
             ArtefactError: logits that are not numbers.
@@ -110,7 +127,8 @@ class Reply:
         if token in self.request.stop:
             return Emitted(None, self.usage, "stop")
         self.tokens.append(token)
-        self.usage = replace(self.usage, completion_tokens=len(self.tokens))
+        accepted = self.usage.accepted_tokens + (token == drafted)
+        self.usage = replace(self.usage, completion_tokens=len(self.tokens), accepted_tokens=accepted)
         finish: Finish | None = "length" if len(self.tokens) == self.request.max_new_tokens else None
         if logprobs is None:
             return Emitted(token, self.usage, finish)
@@ -133,14 +151,15 @@ class Choice:
         reply: whose it is.
         numbers: the token, 1 where the logits were numbers, and the most probable tokens: int64.
         logprobs: its own, and theirs.
+        drafted: the token that was drafted for its place.
     """
 
-    def __init__(self, reply: Reply, numbers: Tensor, logprobs: Tensor | None) -> None:
-        self.reply = reply
+    def __init__(self, reply: Reply, numbers: Tensor, logprobs: Tensor | None, drafted: int | None = None) -> None:
+        self.reply, self.drafted = reply, drafted
         self._numbers = Reading(numbers)
         self._logprobs = None if logprobs is None else Reading(logprobs)
 
     def take(self) -> Emitted:
         """Wait for it. As `Reply.take`."""
         logprobs = None if self._logprobs is None else self._logprobs.tensor().tolist()
-        return self.reply.take(self._numbers.tensor().tolist(), logprobs)
+        return self.reply.take(self._numbers.tensor().tolist(), logprobs, self.drafted)

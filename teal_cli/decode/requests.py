@@ -49,6 +49,8 @@ class Usage:
     cached_tokens: int = 0
     """Of the prompt, those whose keys and values a slot had: they were not run again."""
     completion_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of them, those that were drafted and accepted."""
     realised_sparsity: float | None = None
     """Said at the end: of the steps that wrote the reply, those of other replies in them included. None where none of
     them ran sparse."""
@@ -94,6 +96,12 @@ class Statistics:
     cached_tokens: int
     """Of them, those that a slot had already."""
     completion_tokens: int
+    passes: int
+    """Steps that wrote replies, each counted once for each sequence: fewer than tokens where drafts were accepted."""
+    drafted_tokens: int | None
+    """That a pass has verified; None where nothing drafts."""
+    accepted_tokens: int | None
+    """Of them, those that became a reply's."""
     realised_sparsity: float | None
     """Of the steps so far, weights not read over the weights of the blocks' projections; None where
     none ran sparse."""

@@ -1,5 +1,6 @@
 """Choosing the next token, on the device, with transformers' own logits warpers."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class Sampler:
                 self._warpers.append(TopKLogitsWarper(config.top_k))
             if config.top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(config.top_p))
+
+    def ahead(self) -> "Sampler":
+        """One that draws by the random numbers that this one is going to draw by, which stay as they are."""
+        made = copy.copy(self)
+        made.generator = None if self.generator is None else self.generator.clone_state()
+        return made
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of sampling: (rows, vocabulary) logits -> (rows, vocabulary) float32 probabilities of the next token."""

@@ -13,16 +13,17 @@ from itertools import count
 from threading import Condition
 
 import torch
+from torch import Tensor
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.levels import Levels
-from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.levels import DENSE, Levels
 from teal_cli.decode.prompts import Keep
 from teal_cli.decode.replies import Choice, Reply
 from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket, Usage
-from teal_cli.decode.shared_slots import SharedSlots
-from teal_cli.decode.slots import SeparateSlots, Slots
+from teal_cli.decode.shared_slots import slots_of
+from teal_cli.decode.speculate.rounds import Rounds, drafting_of
+from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.errors import TealError, UsageError
 from teal_cli.sparse import SparsityCounter
 
@@ -49,9 +50,12 @@ class Scheduler:
             decode are read whole: a sparse request then skips less, so its text may depend on how many others decode
             beside it; that of a dense one does not. On a CPU with several threads sums are added up in another order.
             `Usage.realised_sparsity` tells what was skipped.
+        speculator: of this engine: what drafts tokens of dense requests, which several decode in a step where that
+            pays. Requests that name no level are then dense, unless `default` says another.
+        draft_level: at which sparse drafts skip inputs; None for the highest.
 
     Raises:
-        UsageError: numbers of no use.
+        UsageError: numbers of no use, or a model that cannot take back what was drafted.
         ArtefactError: a plan that is not the model's.
     """
 
@@ -66,6 +70,8 @@ class Scheduler:
         default: float | None = None,
         keep: Keep = "prompts",
         together: bool = True,
+        speculator: Speculator | None = None,
+        draft_level: float | None = None,
     ) -> None:
         if slots < 1 or queue < 0:
             raise UsageError(f"{slots} slots and a queue of {queue} are of no use")
@@ -73,10 +79,13 @@ class Scheduler:
         self.positions = min(engine.max_length, positions or 4096)
         probe = torch.arange(min(12, self.positions)).view(1, -1)
         engine.check(probe)  # which may put another path in the place of one that is wrong
-        if default is None and engine.chooses and engine.choose(probe).decodes == "dense":
-            default = 0.0
+        loses = speculator is None and engine.chooses and engine.choose(probe).decodes == "dense"
+        if default is None and (loses or speculator is not None):
+            default = DENSE
         self.levels = Levels(engine.model, engine.control, levels, default)
-        self.slots = self._slots(slots, keep, together)
+        drafting = None if speculator is None else drafting_of(speculator, self.levels, draft_level)
+        self.slots = slots_of(engine, slots, self.positions, self.levels, keep, together=together, drafting=drafting)
+        self._rounds = None if speculator is None else Rounds(speculator, self.slots, engine.device)
         self._most_queued = queue
         self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
         self._numbers = count(1)
@@ -95,12 +104,7 @@ class Scheduler:
         self._steps = 0
         self._finished: Counter[str] = Counter()
         self._tokens = Counter[str]()
-
-    def _slots(self, count: int, keep: Keep, together: bool) -> Slots:
-        path = self.engine.path
-        if isinstance(path, ProgramPath) and path.piece_for(self.positions) is not None:
-            return SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
-        return SeparateSlots(self.engine, count, self.positions, self.levels)
+        self._has_drafted = False
 
     def submit(self, request: Request, on_emitted: Callable[[Emitted], None]) -> Ticket:
         """Take a request. Any thread may.
@@ -203,6 +207,9 @@ class Scheduler:
             prompt_tokens=self._tokens["prompt"],
             cached_tokens=self._tokens["cached"],
             completion_tokens=self._tokens["completion"],
+            passes=self._tokens["passes"],
+            drafted_tokens=None if self._rounds is None else self._rounds.drafted,
+            accepted_tokens=None if self._rounds is None else self._tokens["accepted"],
             realised_sparsity=self._realised,
             cache_positions=self.slots.count * self.positions,
             cache_used=used,
@@ -232,13 +239,14 @@ class Scheduler:
         self._read()
         stepping = [reply for reply in self._running if reply.steps]
         if stepping:
-            self._guarded(stepping, lambda: self._step(stepping))
+            self._guarded(stepping, lambda: self._advance(stepping))
         self._read()
 
-    def _read(self) -> None:
+    def _read(self, everything: bool = False) -> None:
         """Take what has come, so that the device runs ahead of the host by so many steps and no more."""
         stepping = [reply for reply in self._running if reply.steps]
-        ahead = self._ahead if stepping and not any(reply.needs_all_read for reply in stepping) else 0
+        needs_all = everything or not stepping or any(reply.needs_all_read for reply in stepping)
+        ahead = 0 if needs_all else self._ahead
         while len(self._under_way) > ahead:
             self._take(self._under_way.popleft())
 
@@ -281,6 +289,32 @@ class Scheduler:
         if logits is not None:
             self._under_way.append([reply.choose(logits)])
 
+    def _advance(self, replies: list[Reply]) -> None:
+        """A plain step of all, or what was drafted for them. While a prompt is run, which waits, steps are plain."""
+        rounds, plan = self._rounds, None
+        if rounds is not None and all(reply.chosen for reply in self._running):
+            plan = rounds.plan(replies)
+        if rounds is None or plan is None:
+            self._step(replies)
+        elif plan.count:
+            self._read(everything=True)
+            if not any(reply.ended for reply in replies):  # else the next turn has another plan
+                rounds.run(plan, replies, self._choose_and_say)
+                self._tokens["passes"] += len(replies)
+                self._has_drafted = True
+        else:
+            started, under_way = time.perf_counter(), len(self._under_way)
+            self._step(replies)
+            self._read(everything=self._has_drafted)  # the time of a single plain step would not be known
+            is_known, self._has_drafted = len(self._under_way) == under_way, False
+            rounds.ran_plain(plan, time.perf_counter() - started if is_known else None)
+
+    def _choose_and_say(self, reply: Reply, logits: Tensor, best: Tensor, drafted: int | None) -> int | None:
+        """As `rounds.Choose`."""
+        with self._blaming(reply):
+            self._take([reply.choose(logits, best, drafted)])
+        return None if reply.ended else reply.tokens[-1]
+
     def _step(self, replies: list[Reply]) -> None:
         for reply in replies:
             if reply.counts_before is None and self.engine.control is not None:
@@ -293,8 +327,9 @@ class Scheduler:
         choices = []
         for reply, at in zip(replies, step.order, strict=True):
             with self._blaming(reply):
-                choices.append(reply.choose(step.logits[at : at + 1], step.best[at : at + 1]))
+                choices.append(reply.choose(step.logits[at], step.best[at]))
         self._under_way.append(choices)
+        self._tokens["passes"] += len(replies)
 
     def _take(self, choices: list[Choice]) -> None:
         """Read what was chosen, and say it."""
@@ -306,6 +341,7 @@ class Scheduler:
                 emitted = choice.take()
                 if emitted.token is not None:
                     self._tokens["completion"] += 1
+                    self._tokens["accepted"] += emitted.token == choice.drafted
                     self.slots.add(reply.slot, emitted.token)
                 finish = emitted.finish
                 if finish is not None:

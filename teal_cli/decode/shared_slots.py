@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,22 @@ from teal_cli.decode.paths.program import ProgramPath
 from teal_cli.decode.prompts import Keep, pieces, reusable
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.slot_cache import SlotCache
-from teal_cli.decode.slots import Chosen, Row, Slots
+from teal_cli.decode.slots import Chosen, Drafting, Row, SeparateSlots, Slots
 
 _MOST_ROWS = 8
 """Of a session: as many as one launch, or one call of the library, takes."""
+
+
+class _Key(NamedTuple):
+    """What a session is of."""
+
+    places: range
+    highest: float
+    """Of the levels of its rows."""
+    span: int
+    """Tokens of each row."""
+    drafts: bool
+    """Whether the model that drafts runs in it."""
 
 
 class SharedSlots(Slots):
@@ -33,10 +46,19 @@ class SharedSlots(Slots):
         levels: of sparsity.
         keep: what of ended sequences is used for those that begin alike.
         together: False steps one row after the other.
+        drafting: what takes tokens back, if anything does.
     """
 
     def __init__(
-        self, engine: Engine, count: int, positions: int, levels: Levels, keep: Keep, *, together: bool = True
+        self,
+        engine: Engine,
+        count: int,
+        positions: int,
+        levels: Levels,
+        keep: Keep,
+        *,
+        together: bool = True,
+        drafting: Drafting | None = None,
     ) -> None:
         if not isinstance(engine.path, ProgramPath):
             raise TypeError(f"path {engine.path.name} executes no block programs")
@@ -58,7 +80,11 @@ class SharedSlots(Slots):
         """Of each slot, when it was last begun or ended, in begins and ends."""
         self._clock = 0
         self._together = together
-        self._sessions: dict[tuple[range, float], SteppedSession] = {}
+        draft_path = engine.path if drafting is None or drafting.path is None else drafting.path
+        if not isinstance(draft_path, ProgramPath):
+            raise TypeError(f"path {draft_path.name} executes no block programs")
+        self._draft_path, self._draft_level = draft_path, DENSE if drafting is None else drafting.level
+        self._sessions: dict[_Key, SteppedSession] = {}
 
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
         """The one whose sequence the prompt continues, else the one that ended the longest ago."""
@@ -104,30 +130,55 @@ class SharedSlots(Slots):
 
     def step(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.step`."""
+        return self._pass(rows, drafts=False)
+
+    def draft(self, rows: Sequence[Row]) -> Chosen:
+        """As `Slots.draft`. It is not counted: what requests skip is."""
+        own = [Row(row.slot, self._draft_level, row.tokens) for row in rows]
+        with self._draft_path.control.uncounted():
+            return self._pass(own, drafts=True)
+
+    def _pass(self, rows: Sequence[Row], *, drafts: bool) -> Chosen:
         if not self._together:
             places = [self._place[row.slot] for row in rows]
-            each = [self._stepped(range(place, place + 1), [row]) for place, row in zip(places, rows, strict=True)]
+            each = [
+                self._stepped(range(place, place + 1), [row], drafts) for place, row in zip(places, rows, strict=True)
+            ]
             logits, best = (torch.cat(several) for several in zip(*each, strict=True))
             return Chosen(logits, best, list(range(len(rows))))
         self._bring_to_front([row.slot for row in rows])
         order = sorted(rows, key=lambda row: self._place[row.slot])
-        logits, best = self._stepped(range(len(rows)), order)
+        logits, best = self._stepped(range(len(rows)), order, drafts)
         at = {row.slot: index for index, row in enumerate(order)}
         return Chosen(logits, best, [at[row.slot] for row in rows])
 
-    def _stepped(self, places: range, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    def _stepped(self, places: range, rows: Sequence[Row], drafts: bool) -> tuple[Tensor, Tensor]:
         """Step the sequences of neighbouring places: their logits, and where those are largest."""
-        key = places, max(row.level for row in rows)
-        session = self._session(*key)
+        span = len(rows[0].tokens)
+        key = _Key(places, max(row.level for row in rows), span, drafts)
+        session = self._session(key)
         try:
-            session.place(
-                self._cache.lengths[places.start : places.stop], [self.levels.all.index(row.level) for row in rows]
-            )
-            return session.step(torch.cat([row.token for row in rows]))
+            levels = [self.levels.all.index(row.level) for row in rows for _ in range(span)]
+            session.place(self._cache.lengths[places.start : places.stop], levels)
+            logits, best = session.step(torch.cat([row.tokens for row in rows]))
         except Exception:
             session.forget()
             del self._sessions[key]  # nobody knows how far it came
             raise
+        return logits.view(len(rows), span, -1), best.view(len(rows), span)
+
+    def spans(self, sequences: int) -> tuple[int, ...]:
+        """As `Slots.spans`: as many rows as one call, or one launch, takes."""
+        together = sequences if self._together else 1
+        return tuple(span for span in self._path.spans_for(together) if span * together <= _MOST_ROWS)
+
+    def length(self, slot: int) -> int:
+        """As `Slots.length`."""
+        return self._cache.lengths[self._place[slot]]
+
+    def cut(self, slot: int, length: int) -> None:
+        """As `Slots.cut`."""
+        self._cache.lengths[self._place[slot]] = length
 
     def add(self, slot: int, token: int) -> None:
         """As `Slots.add`."""
@@ -146,12 +197,13 @@ class SharedSlots(Slots):
         self._cache.exchange(self._place[slot], place)
         self._place[slot], self._place[other] = place, self._place[slot]
 
-    def _session(self, places: range, highest: float) -> SteppedSession:
+    def _session(self, key: _Key) -> SteppedSession:
         """For so many rows, tuned for the highest level among them."""
-        key = places, highest
         if key not in self._sessions:
-            levels = RowLevels(self.levels.rules(), self.levels.all.index(highest))
-            session = self._path.open_rows(self._cache.some(places), levels, sparse=highest != DENSE)
+            path = self._draft_path if key.drafts else self._path
+            levels = RowLevels(self.levels.rules(), self.levels.all.index(key.highest))
+            cache = self._cache.some(key.places)
+            session = path.open_rows(cache, levels, sparse=key.highest != DENSE, span=key.span)
             self._sessions[key] = SteppedSession(session)
         return self._sessions[key]
 
@@ -166,3 +218,19 @@ class SharedSlots(Slots):
         lengths = [self._cache.lengths[place] for place in self._place]
         taken = sum(length for length, is_taken in zip(lengths, self._taken, strict=True) if is_taken)
         return taken, sum(lengths) - taken
+
+
+def slots_of(
+    engine: Engine,
+    count: int,
+    positions: int,
+    levels: Levels,
+    keep: Keep,
+    *,
+    together: bool,
+    drafting: Drafting | None = None,
+) -> Slots:
+    """The kind of slots for an engine's path. Arguments as of both kinds."""
+    if isinstance(engine.path, ProgramPath) and engine.path.piece_for(positions) is not None:
+        return SharedSlots(engine, count, positions, levels, keep, together=together, drafting=drafting)
+    return SeparateSlots(engine, count, positions, levels, drafting=drafting)

@@ -6,7 +6,7 @@ rows are stepped one after the other.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.levels import Levels
-from teal_cli.decode.paths.base import Session
+from teal_cli.decode.levels import DENSE, Levels
+from teal_cli.decode.paths.base import Path, Session, Stepper
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Row:
     slot: int
     level: float
     """Of sparsity: one of `Levels.all`."""
-    token: Tensor
-    """(1,) int64 on the device: the next step's input."""
+    tokens: Tensor
+    """(span,) int64 on the device, the next step's input: the last token, and those drafted behind it."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,29 @@ class Chosen:
     """What a step gave. The next one may overwrite all of it."""
 
     logits: Tensor
-    """(rows, vocabulary), in an order of their own."""
+    """(rows, span, vocabulary), in an order of their own."""
     best: Tensor
-    """(rows,) int64: where they are largest."""
+    """(rows, span) int64: where they are largest."""
     order: list[int]
     """Of each row that was asked for, where it stands in them."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafts tokens of dense sequences, which are then run in one step and may be taken back."""
+
+    path: Path | None
+    """Of the model that drafts, the engine's own or one like it: it writes into the same caches, and the step that
+    verifies overwrites that. None where no model does."""
+    level: float
+    """Of its sparsity."""
 
 
 class Slots(ABC):
     """A fixed number of slots. One thread may use them.
 
-    A sequence is begun, its prompt is run in one call or in several, then steps are taken of all that have one.
+    A sequence is begun, its prompt is run in one call or in several, then steps are taken of all that have one. Those
+    that are dense may take several tokens in a step, and be cut to what is kept of them.
     """
 
     count: int
@@ -68,11 +80,27 @@ class Slots(ABC):
 
     @abstractmethod
     def step(self, rows: Sequence[Row]) -> Chosen:
-        """One token of each.
+        """The tokens of each: as many of all, and more than one only of dense rows.
 
         Raises:
             ArtefactError: a slot is full.
         """
+
+    @abstractmethod
+    def draft(self, rows: Sequence[Row]) -> Chosen:
+        """One token of each, by the model that drafts, at its own level."""
+
+    @abstractmethod
+    def spans(self, sequences: int) -> tuple[int, ...]:
+        """Tokens of each of so many sequences that a step may take, from 1 on up; more would not pay."""
+
+    @abstractmethod
+    def length(self, slot: int) -> int:
+        """Positions that a sequence has."""
+
+    @abstractmethod
+    def cut(self, slot: int, length: int) -> None:
+        """Forget what lies behind so many positions of a sequence."""
 
     @abstractmethod
     def add(self, slot: int, token: int) -> None:
@@ -96,20 +124,34 @@ class SeparateSlots(Slots):
 
     Rows are stepped one after the other, so that each gives the bits that it gives alone. A model whose layers hold
     their state (RecurrentGemma) has one slot.
+
+    Args:
+        engine: whose path decodes.
+        count: slots.
+        positions: of each.
+        levels: of sparsity.
+        drafting: what takes tokens back, if anything does.
     """
 
-    def __init__(self, engine: Engine, count: int, positions: int, levels: Levels) -> None:
+    def __init__(
+        self, engine: Engine, count: int, positions: int, levels: Levels, *, drafting: Drafting | None = None
+    ) -> None:
         self.count, self.positions, self.levels = count, positions, levels
         self._engine, self._path = engine, engine.path
+        self._new_cache = engine.path.new_cache if drafting is None else engine.path.new_cache_for_steppers
+        self._draft_path = engine.path if drafting is None or drafting.path is None else drafting.path
+        self._draft_level = DENSE if drafting is None else drafting.level
         self.at_once = 1 if hasattr(engine.model, "_setup_cache") else count
         self._caches: list[Any] = [None] * count
         self._sessions: list[Session | None] = [None] * count
+        self._steppers: dict[tuple[int, bool], Stepper] = {}
+        """Of a slot: of the model that verifies, or (True) of the one that drafts."""
         self._lengths = [0] * count
 
     def begin(self, slot: int, prompt: Sequence[int]) -> int:
         """As `Slots.begin`: nothing is kept."""
         self.end(slot)
-        self._caches[slot] = self._path.new_cache(self.positions)
+        self._caches[slot] = self._new_cache(self.positions)
         return 0
 
     @torch.no_grad()
@@ -124,15 +166,53 @@ class SeparateSlots(Slots):
     def step(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.step`."""
         several: list[Tensor] = []
-        control, own = self._engine.control, self._path.own_kernels
+        own = self._path.own_kernels
         for row in rows:
             # A counter would keep each session that it has counted.
-            with self.levels.using(row.level), control.uncounted() if control and own else nullcontext():
-                session = self._session(row)
-                several.append(session.step(row.token.view(1, 1)).clone())
+            with self.levels.using(row.level), self._uncounted() if own else nullcontext():
+                if len(row.tokens) == 1:
+                    several.append(self._session(row).step(row.tokens.view(1, 1)).clone()[:, None])
+                else:
+                    several.append(self._run(row, is_draft=False))
+            self._lengths[row.slot] += len(row.tokens)
+        return _chosen(several)
+
+    @torch.no_grad()
+    def draft(self, rows: Sequence[Row]) -> Chosen:
+        """As `Slots.draft`."""
+        several: list[Tensor] = []
+        for row in rows:
+            with self._uncounted():
+                several.append(self._run(row, is_draft=True))
             self._lengths[row.slot] += 1
-        logits = torch.cat(several)
-        return Chosen(logits, logits.argmax(-1), list(range(len(rows))))
+        return _chosen(several)
+
+    def spans(self, sequences: int) -> tuple[int, ...]:
+        """As `Slots.spans`: each row is stepped by itself."""
+        return Stepper.spans
+
+    def length(self, slot: int) -> int:
+        """As `Slots.length`."""
+        return self._lengths[slot]
+
+    def cut(self, slot: int, length: int) -> None:
+        """As `Slots.cut`."""
+        if self._caches[slot] is not None:
+            self._caches[slot].truncate(length)
+            self._lengths[slot] = length
+
+    def _run(self, row: Row, *, is_draft: bool) -> Tensor:
+        """(1, span, vocabulary) logits of a pass over several tokens, or of a draft."""
+        path, level = (self._draft_path, self._draft_level) if is_draft else (self._path, row.level)
+        key = row.slot, is_draft
+        if key not in self._steppers:
+            self._steppers[key] = path.stepper(self._caches[row.slot], sparse=level != DENSE)
+        with self.levels.using(level):
+            logits, _ = self._steppers[key].run(row.tokens[None], [self._lengths[row.slot]])
+        return logits.clone()
+
+    def _uncounted(self) -> AbstractContextManager[None]:
+        return self._engine.control.uncounted() if self._engine.control else nullcontext()
 
     def add(self, slot: int, token: int) -> None:
         """As `Slots.add`: nothing is kept of it."""
@@ -146,8 +226,15 @@ class SeparateSlots(Slots):
     def end(self, slot: int) -> None:
         """As `Slots.end`."""
         self._caches[slot] = self._sessions[slot] = None
+        for is_draft in (False, True):
+            self._steppers.pop((slot, is_draft), None)
         self._lengths[slot] = 0
 
     def use(self) -> tuple[int, int]:
         """As `Slots.use`."""
         return sum(self._lengths), 0
+
+
+def _chosen(several: Sequence[Tensor]) -> Chosen:
+    logits = torch.cat(list(several))
+    return Chosen(logits, logits.argmax(-1), list(range(len(several))))

@@ -97,6 +97,16 @@ def usage_of(replies: Replies, served: Served, sparsity: float | None) -> dict[s
     return usage
 
 
+def usage_so_far(
+    replies: Replies, served: Served, asked: ChatRequest | CompletionRequest
+) -> dict[str, dict[str, Any] | None]:
+    """What an event says of usage before the last one: `usage` of what came, null, or nothing, as was asked."""
+    options = asked.stream_options
+    if options is None or not options.include_usage:
+        return {}
+    return {"usage": usage_of(replies, served, asked.sparsity) if options.continuous_usage_stats else None}
+
+
 def token_text(served: Served, token: int) -> tuple[str, list[int] | None]:
     """A token by itself: its text, and the bytes of it; None where it is no whole character."""
     text = decode(served.decoder, [token])

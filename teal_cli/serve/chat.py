@@ -7,7 +7,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from teal_cli.decode.requests import Mask
-from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of
+from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of, usage_so_far
 from teal_cli.serve.errors import ApiError
 from teal_cli.serve.forced_calls import ForcedCall, schema_of_call, tools_to_call
 from teal_cli.serve.replies import ChosenToken, Replies
@@ -89,12 +89,10 @@ async def _events(
     replies: Replies, asked: ChatRequest, served: Served, notation: ToolFormat | None
 ) -> AsyncIterator[dict[str, Any]]:
     made = head("chat.completion.chunk", "chatcmpl", served)
-    usage = asked.stream_options is not None and asked.stream_options.include_usage
-    nothing = {"usage": None} if usage else {}
 
     def event(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**made, "choices": [choice], **nothing}
+        return {**made, "choices": [choice], **usage_so_far(replies, served, asked)}
 
     for index in range(len(replies.all)):
         yield event(index, {"role": "assistant", "content": ""})
@@ -114,7 +112,7 @@ async def _events(
             yield event(index, {"tool_calls": calls})
         if finish is not None:
             yield event(index, {}, finish)
-    if usage:
+    if asked.stream_options is not None and asked.stream_options.include_usage:
         yield {**made, "choices": [], "usage": usage_of(replies, served, asked.sparsity)}
 
 

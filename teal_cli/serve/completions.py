@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of
+from teal_cli.serve.answers import Whole, answered, head, in_thread, submit, token_text, usage_of, usage_so_far
 from teal_cli.serve.replies import ChosenToken, Replies
 from teal_cli.serve.requests import check_model, scheduled
 from teal_cli.serve.schemas import CompletionRequest
@@ -44,15 +44,13 @@ def _body(wholes: list[Whole], replies: Replies, asked: CompletionRequest, serve
 
 async def _events(replies: Replies, asked: CompletionRequest, served: Served) -> AsyncIterator[dict[str, Any]]:
     made = head("text_completion", "cmpl", served)
-    usage = asked.stream_options is not None and asked.stream_options.include_usage
-    nothing = {"usage": None} if usage else {}
     probabilities = [_Logprobs(served) for _ in replies.all]
     async for index, piece in replies.pieces():
         logprobs = probabilities[index].of(piece.tokens) if piece.tokens else None
         if piece.text or logprobs or piece.finish is not None:
             choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
-            yield {**made, "choices": [choice], **nothing}
-    if usage:
+            yield {**made, "choices": [choice], **usage_so_far(replies, served, asked)}
+    if asked.stream_options is not None and asked.stream_options.include_usage:
         yield {**made, "choices": [], "usage": usage_of(replies, served, asked.sparsity)}
 
 

@@ -77,6 +77,12 @@ class _Scheduler:
             "teal_prompt_tokens_cached", "Of them, those whose keys and values were kept.", found.cached_tokens
         )
         yield CounterMetricFamily("teal_completion_tokens", "Tokens of replies.", found.completion_tokens)
+        yield CounterMetricFamily(
+            "teal_passes", "Steps that wrote replies, each counted once for each sequence.", found.passes
+        )
+        if found.drafted_tokens is not None and found.accepted_tokens is not None:
+            yield CounterMetricFamily("teal_drafted_tokens", "Tokens that were drafted.", found.drafted_tokens)
+            yield CounterMetricFamily("teal_accepted_tokens", "Of them, those accepted.", found.accepted_tokens)
         if found.realised_sparsity is not None:
             yield GaugeMetricFamily(
                 "teal_realised_sparsity",

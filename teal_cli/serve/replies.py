@@ -67,6 +67,8 @@ class Reply:
         self.ticket: Ticket | None = None
         self.usage = Usage()
         self.timing = Timing(time.perf_counter())
+        self.accepted = 0
+        """Of the tokens up to a stop string, those that were drafted."""
         self.is_done = False
 
     def take(self, came: Sequence[tuple[Emitted, float]]) -> Piece:
@@ -103,6 +105,7 @@ class Reply:
         timing = self.timing
         timing.first = at if timing.first is None else timing.first
         timing.last, timing.tokens = at, timing.tokens + 1
+        self.accepted = emitted.usage.accepted_tokens
         self._stream.put([emitted.token])
         piece.text += self._through()
         if emitted.logprob is not None:
@@ -200,6 +203,7 @@ class Replies:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             "teal": {
+                "accepted_tokens": sum(reply.accepted for reply in self.all),
                 "realised_sparsity": self.all[0].usage.realised_sparsity,
                 "tokens_per_second": min(speeds, default=None),
             },

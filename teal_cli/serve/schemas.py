@@ -171,6 +171,8 @@ class StreamOptions(_Strict):
     """What a stream says besides."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """With it: in each event what there is so far, as vLLM says it. An event may have several tokens."""
     include_obfuscation: Literal[False] | None = None
 
 

@@ -34,6 +34,8 @@ class Served:
     """Tokens that end a reply."""
     intrinsic: bool
     """Whether what it skips are its own zeros: it has no levels but dense and that."""
+    speculates: str | None
+    """What drafts, as `--speculate` has it; None where nothing does."""
     close: Callable[[], None]
     """Ends what was started beside the scheduler."""
 
@@ -44,6 +46,7 @@ class Served:
             "sparsity": list(levels.all),
             "default_sparsity": levels.default,
             "mode": "intrinsic" if self.intrinsic else "calibrated",
+            "speculate": self.speculates,
             "chat": self.chat,
             "tools": self.tools is not None,
             "context": self.scheduler.positions,

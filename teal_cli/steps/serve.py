@@ -11,6 +11,7 @@ from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.decode.chat import stop_ids, wants_chat
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.levels import DENSE
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.template_process import TemplateProcess
 from teal_cli.errors import UsageError
@@ -27,6 +28,7 @@ from teal_cli.serve.service import Served, Service
 from teal_cli.serve.tool_calls import format_of
 from teal_cli.sparse import apply_plan_, control_of, sparse_layers, sparsify_, use_backend
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan
+from teal_cli.steps.drafts import speculator_for
 from teal_cli.workspace import Workspace
 
 Levels = Mapping[float, SparsityPlan] | None
@@ -101,16 +103,23 @@ def _served(
     model, levels, default = _model(config, reporter, workspace)
     if sparse_layers(model):
         use_backend(control_of(model), config.backend, model.device, model.dtype)
-    if levels:  # what the engine tries, and times where sparse steps may be slower
-        apply_plan_(model, levels[max(levels) if default is None or default == 0 else default])
-    engine = Engine(model, never_worse=config.backend == "auto")
+    drafts = config.speculate
+    draft_level = next(iter(levels)) if levels and drafts is not None else None
+    if levels:  # what the engine tries, and times where sparse steps may be slower; and what a copy drafts by
+        apply_plan_(model, levels[draft_level or default or max(levels)])
+    engine = Engine(model, never_worse=config.backend == "auto" and drafts is None)
+    speculator = None
+    if drafts is not None:
+        speculator, _ = speculator_for(engine, drafts, config.draft_tokens, reporter, {})
     scheduler = Scheduler(
         engine,
         slots=config.slots,
         positions=config.context,
         queue=config.queue,
         levels=levels,
-        default=default,
+        default=default if drafts is None else DENSE,
+        speculator=speculator,
+        draft_level=draft_level,
     )
     if engine.general_because is not None:
         reporter.say(f"decoding with transformers' forward, not our own ({engine.general_because})")
@@ -126,6 +135,7 @@ def _served(
         tools=format_of(_template(tokenizer)) if templates is not None else None,
         stop=stop,
         intrinsic=config.mode == "intrinsic",
+        speculates=None if drafts is None else drafts.text,
         close=templates.close if templates is not None else lambda: None,
     )
 
@@ -140,8 +150,10 @@ def _template(tokenizer: Any) -> str:
 
 def _model(config: ServeConfig, reporter: Reporter, workspace: Workspace) -> tuple[Any, Levels, float | None]:
     """The model, its levels, and the one of requests that name none."""
-    source = workspace.source
+    source, drafts = workspace.source, config.speculate
     asked = config.sparsity
+    if asked is None and drafts is not None and not drafts.sparse:
+        asked = [DENSE]  # nobody is to skip anything
     if config.mode == "intrinsic":
         model, _ = workspace.load_intrinsic(config, "serve")
         return model, None, None

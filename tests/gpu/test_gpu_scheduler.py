@@ -14,8 +14,11 @@ from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
+from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.models.architectures import find_projections
-from teal_cli.sparse import apply_plan_, sparsify_
+from teal_cli.quantise.copies import quantised_copy
+from teal_cli.sparse import apply_plan_, control_of, sparsify_
+from teal_cli.speculation import Speculation
 
 
 def half_plan(model: torch.nn.Module, factor: float = 1.0) -> SparsityPlan:
@@ -86,3 +89,34 @@ def test_levels_and_graphs() -> None:
             expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
         alike += tokens == expected
     assert alike >= 28
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("kind", ["sparse", "lookup+int8", "int4:32+sparse"])
+def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -> None:
+    """Greedy and drawn, beside others, while the device runs ahead of the host; a graph for each number of tokens."""
+    model = build_family("llama").cuda()
+    sparsify_(model, half_plan(model))
+    engine = Engine(model)
+    assert engine.path.name == "fused"
+    drafts = Speculation.parse(kind)
+    draft = model if drafts.scheme is None else quantised_copy(model, drafts.scheme)[0]
+    speculator = Speculator(engine, draft, sparse=drafts.sparse, lookup=drafts.lookup, count=count)
+    requests = [replace(own, max_new_tokens=20 + own.max_new_tokens) for own in _requests(30, 60)]
+    scheduler = Scheduler(engine, slots=3, positions=160, speculator=speculator)
+    heard = _run(scheduler, requests)
+    alike = 0
+    for request, own in zip(requests, heard, strict=True):
+        assert own[-1].finish in ("stop", "length")
+        tokens = [emitted.token for emitted in own if emitted.token is not None]
+        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
+        with control_of(model).switched_off():
+            alike += tokens == list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+    assert alike >= 28  # as above: what is drawn may lie beside where another token is drawn
+    statistics = scheduler.statistics()
+    assert statistics.drafted_tokens
+    if count is not None:
+        assert statistics.accepted_tokens
+        assert statistics.passes < statistics.completion_tokens
+    assert isinstance(scheduler.slots, SharedSlots)
+    assert len(scheduler.slots._sessions) <= 3 + 3 + (7 + 3 + 1)  # plain steps, drafts, and steps of several tokens

@@ -51,6 +51,11 @@ class GeneralCache:
     compiled: bool = False
     """Whether steps are compiled."""
 
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first positions, of a cache for steppers."""
+        self.state.truncate(length)
+        self.length = length
+
 
 class GeneralPath(Path):
     """Decodes whatever transformers can, one forward pass a step."""
@@ -218,7 +223,7 @@ class GeneralPath(Path):
 
     def run_behind(self, tokens: Tensor, cache: GeneralCache, length: int) -> Tensor:
         """(1, span) int64 behind the first positions of a cache for steppers -> (1, span, vocabulary) logits."""
-        cache.state.truncate(length)
+        cache.truncate(length)
         logits = self._forward(tokens, cache, tokens.shape[1])
         cache.length = length + tokens.shape[1]
         return logits

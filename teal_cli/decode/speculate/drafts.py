@@ -97,15 +97,20 @@ class LookupDraft(Draft):
         self._texts[row].extend(tokens)
 
     def offer(self) -> Offer:
-        """As `Draft.offer`: where some sequence repeats itself."""
-        alike = [text.following(1)[1] for text in self._texts]
-        found = [size for size in alike if size]
-        if not found:
-            return Offer("lookup", "lookup", 0, is_free=True)
-        return Offer("lookup", f"lookup of {min(found)}", MOST_DRAFTED, len(found) / len(alike), is_free=True)
+        """As `Draft.offer`."""
+        return lookup_offer(self._texts)
 
     def draft(self, token: Tensor, lengths: list[int], count: int) -> Drafted:
         """As `Draft.draft`. A sequence that does not repeat itself gets its last token again."""
         found = [text.following(count)[0] for text in self._texts]
         tokens = [own or [last] * count for own, last in zip(found, token.tolist(), strict=True)]
         return Drafted(torch.tensor(tokens, dtype=torch.int64, device=self._device))
+
+
+def lookup_offer(texts: Sequence[NGrams]) -> Offer:
+    """What looking up could do now: something where some text repeats itself."""
+    alike = [text.following(1)[1] for text in texts]
+    found = [size for size in alike if size]
+    if not found:
+        return Offer("lookup", "lookup", 0, is_free=True)
+    return Offer("lookup", f"lookup of {min(found)}", MOST_DRAFTED, len(found) / len(alike), is_free=True)

@@ -13,6 +13,10 @@ class NGrams:
         self._tokens: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}
 
+    def __len__(self) -> int:
+        """Tokens so far."""
+        return len(self._tokens)
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that follow."""
         for token in tokens:

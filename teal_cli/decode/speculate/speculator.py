@@ -37,9 +37,6 @@ class Speculator:
     def __init__(
         self, engine: Engine, draft: Any = None, *, sparse: bool = False, lookup: bool = False, count: int | None = None
     ) -> None:
-        reason = engine.path.cannot_step_back_because()
-        if reason is not None:
-            raise UsageError(f"this model cannot be decoded speculatively (flag --speculate): {reason}")
         if count is not None and not 1 <= count <= MOST_DRAFTED:
             raise UsageError(f"{count} drafted tokens are not between 1 and {MOST_DRAFTED} (flag --draft-tokens)")
         self.engine, self.sparse, self.lookup = engine, sparse, lookup
@@ -51,7 +48,18 @@ class Speculator:
         self._pace: dict[int, Pace] = {}
         """Of greedy text, by number of sequences; it goes on from reply to reply."""
         self._steppers: tuple[Any, Any, Stepper, Stepper | None] | None = None
-        if draft is not None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what the engine's path, which may be another by now, cannot decode.
+
+        Raises:
+            UsageError: as for the speculator itself.
+        """
+        reason = self.engine.path.cannot_step_back_because()
+        if reason is not None:
+            raise UsageError(f"this model cannot be decoded speculatively (flag --speculate): {reason}")
+        if self.draft is not None:
             _ = self.draft_path  # or it says why not
 
     def generate(

@@ -106,7 +106,7 @@ function request(conversation, sparsity) {
     model: served.id,
     sparsity,
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { include_usage: true, continuous_usage_stats: true },
     temperature: Number(byId("temperature").value),
     seed: 0,
   };
@@ -155,20 +155,20 @@ async function answer(conversation, sparsity, section, onText) {
       const piece = choice.text ?? choice.delta?.content ?? "";
       if (choice.finish_reason) ended = ENDS[choice.finish_reason] ?? "";
       if (!piece) continue;
-      tokens += 1;
+      tokens = event.usage?.completion_tokens ?? tokens + 1;
       last = performance.now();
       first = first || last;
       whole += piece;
       following(() => {
         onText(whole, text);
-        line.textContent = figures(tokens, (last - first) / 1000, null, "");
+        line.textContent = figures(tokens, (last - first) / 1000, event.usage?.teal, "");
       });
     }
     const count = usage?.completion_tokens ?? tokens;
     following(() => { line.textContent = figures(count, (last - first) / 1000, usage?.teal, ended); });
   } catch (error) {
     const stopped = error.name === "AbortError";
-    line.textContent = figures(tokens, (last - first) / 1000, null, stopped ? "stopped" : "failed");
+    line.textContent = figures(tokens, (last - first) / 1000, usage?.teal, stopped ? "stopped" : "failed");
     if (!stopped) complain(error.message);
     if (!whole) whole = null;
   } finally {
