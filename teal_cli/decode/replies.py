@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teal_cli.decode.reading import Reading
 from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
-from teal_cli.decode.sampling import Sampler
+from teal_cli.decode.sampling import Sampler, in_one_thread
 from teal_cli.decode.slots import Row
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse.counting import Counts
@@ -88,6 +88,7 @@ class Reply:
         """Tokens that may still be chosen."""
         return self.request.max_new_tokens - self.chosen
 
+    @in_one_thread
     def choose(self, logits: Tensor, best: Tensor | None = None, drafted: int | None = None) -> "Choice":
         """The next token, on the device, from (1, vocabulary) logits, which the next step may overwrite.
 

@@ -1,10 +1,38 @@
 """Choosing the next token, on the device, with transformers' own logits warpers."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+
+def in_one_thread(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Runs a function's work on the CPU in one thread of PyTorch's.
+
+    After work over a vocabulary OpenMP's threads spin for milliseconds, waiting for more, on the cores that the next
+    step's threads need: with two threads on two cores, SmolLM2-135M's shape in bfloat16 fell from 88 to 48 tokens/s
+    as soon as tokens were drawn.
+    """
+
+    @wraps(function)
+    def alone(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        before = torch.get_num_threads()
+        if before == 1:
+            return function(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -39,16 +67,19 @@ class Sampler:
         made.generator = None if self.generator is None else self.generator.clone_state()
         return made
 
+    @in_one_thread
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of sampling: (rows, vocabulary) logits -> (rows, vocabulary) float32 probabilities of the next token."""
         # The warpers look at scores alone; they ask for input_ids by interface.
         scores: Tensor = self._warpers(None, logits.float())  # type: ignore[arg-type]
         return scores.softmax(-1)
 
+    @in_one_thread
     def draw(self, probabilities: Tensor) -> Tensor:
         """One token of each row: (rows, vocabulary) -> (rows, 1) int64."""
         return draw(probabilities, self.generator)
 
+    @in_one_thread
     def next_token(self, logits: Tensor) -> Tensor:
         """(batch, vocabulary) logits -> (batch, 1) int64 tokens."""
         if self.greedy:

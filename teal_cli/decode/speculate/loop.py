@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.paths.base import Stepper
-from teal_cli.decode.sampling import Sampler
+from teal_cli.decode.sampling import Sampler, in_one_thread
 from teal_cli.decode.speculate.accept import accept_greedy, accept_sampled
 from teal_cli.decode.speculate.drafts import Draft, Drafted
 from teal_cli.decode.speculate.pace import Pace
@@ -125,6 +125,7 @@ class SpeculativeLoop:
         self._pace.record_plain(count, (time.perf_counter() - started) / count)
         return self._went_on(new)
 
+    @in_one_thread
     def _accept(self, drafted: Drafted | None, logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         none = best[:, :0]
         if self._sampler.greedy:
