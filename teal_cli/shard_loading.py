@@ -219,11 +219,8 @@ def check_cut(cut: Cut, bits: int, group: int, inputs: int, outputs: int, name: 
 def _codes_of(key: str, stored: Any, cut: Cut, bits: int, group: int) -> Tensor:
     """What is held of codes (..., in, words), of scales or of zero points (..., groups, out): tensors, or slices of a
     file."""
-    is_words = key == _CODES[0]
-    if cut.side == "outputs":
-        unit = 32 // bits if is_words else 1
-    else:
-        unit = 1 if is_words else group
+    of_words, of_scales = (32 // bits, 1) if cut.side == "outputs" else (1, group)
+    unit = of_words if key == _CODES[0] else of_scales
     return taken(stored, ((start // unit, -(-stop // unit)) for start, stop in cut.spans), cut.axis(turned=True))
 
 

@@ -17,8 +17,8 @@ def run_by_ranks(config: DecodingConfig, reporter: Reporter) -> bool:
     """
     if config.tensor_parallel == 1:
         return False
+    check_launched()
     if is_rank():
-        check_launched()
         return False
     from teal_cli.ranks.group import check_devices
     from teal_cli.ranks.workers import run_workers
