@@ -44,12 +44,6 @@ class ServeConfig(OneAllocation, DecodingConfig):
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
 
     @model_validator(mode="after")
-    def _one_process_serves(self) -> Self:
-        if self.tensor_parallel > 1:
-            raise ValueError("teal serve decodes in one process: leave out tensor_parallel (flag --tensor-parallel)")
-        return self
-
-    @model_validator(mode="after")
     def _temperature_does_not_overflow(self) -> Self:
         if 0 < self.temperature < 0.01:  # logits divided by less overflow
             raise ValueError("temperature (flag --temperature) is 0 for greedy, else at least 0.01")

@@ -6,7 +6,7 @@ One thread runs the loop and is the only one that uses the model. Any thread may
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ import torch
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.led_slots import LedSlots, follow
 from teal_cli.decode.levels import Levels
 from teal_cli.decode.paths.program import ProgramPath
 from teal_cli.decode.prompts import Keep
@@ -24,6 +25,8 @@ from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, S
 from teal_cli.decode.shared_slots import SharedSlots
 from teal_cli.decode.slots import SeparateSlots, Slots
 from teal_cli.errors import TealError, UsageError
+from teal_cli.ranks.group import RanksApartError, ranks_of
+from teal_cli.ranks.messages import Messages
 from teal_cli.sparse import SparsityCounter
 
 _COUNT_EVERY = 8
@@ -76,6 +79,7 @@ class Scheduler:
         if default is None and engine.chooses and engine.choose(probe).decodes == "dense":
             default = 0.0
         self.levels = Levels(engine.model, engine.control, levels, default)
+        self._counter = SparsityCounter()
         self.slots = self._slots(slots, keep, together)
         self._most_queued = queue
         self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
@@ -90,17 +94,21 @@ class Scheduler:
         self._running: list[Reply] = []
         self._under_way: deque[list[Choice]] = deque()
         self._ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device runs ahead of the host
-        self._counter = SparsityCounter()
         self._realised: float | None = None
         self._steps = 0
         self._finished: Counter[str] = Counter()
         self._tokens = Counter[str]()
 
     def _slots(self, count: int, keep: Keep, together: bool) -> Slots:
-        path = self.engine.path
+        path, ranks = self.engine.path, ranks_of(self.engine.model)
+        own: Slots
         if isinstance(path, ProgramPath) and path.piece_for(self.positions) is not None:
-            return SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
-        return SeparateSlots(self.engine, count, self.positions, self.levels)
+            own = SharedSlots(self.engine, count, self.positions, self.levels, keep, together=together)
+        else:
+            own = SeparateSlots(self.engine, count, self.positions, self.levels)
+        self._messages = None if ranks is None else Messages(ranks)
+        leads = self._messages is not None and self._messages.ranks.rank == 0
+        return LedSlots(own, self._messages, self._counter) if leads and self._messages is not None else own
 
     def submit(self, request: Request, on_emitted: Callable[[Emitted], None]) -> Ticket:
         """Take a request. Any thread may.
@@ -162,6 +170,19 @@ class Scheduler:
             self._end_all(error)
             raise
 
+    def follow(self) -> None:
+        """In place of `run`, on ranks that are not the first: do what that one does, until it stops.
+
+        Raises:
+            TypeError: one process decodes.
+            MachineError: another rank has ended or hangs.
+        """
+        if self._messages is None:
+            raise TypeError("there is nobody to follow")
+        control = self.engine.control
+        with nullcontext() if control is None else control.counting(self._counter), torch.no_grad():
+            follow(self.slots, self._messages, self._counter)
+
     def _loop(self) -> None:
         control = self.engine.control
         while self._wait():
@@ -170,6 +191,7 @@ class Scheduler:
             else:
                 with control.counting(self._counter):
                     self._turn()
+        self.slots.close()
 
     def _end_all(self, error: BaseException) -> None:
         """Tell everybody that nothing more comes."""
@@ -179,7 +201,7 @@ class Scheduler:
             self._queue.clear()
         for reply in left:
             with suppress(Exception):  # the others are to be told whatever happens with one
-                self._end(reply, "error", _line(error))
+                self._end(reply, "error", _said(error))
 
     def stop(self, drain: bool = True) -> None:
         """Take no more requests, and let `run` return: once all are done, or at once, cancelling them."""
@@ -214,13 +236,20 @@ class Scheduler:
         if not self._running:
             self._under_way.clear()  # of replies that have ended
             self._realised = self._counter.model_wide()
+        while self._is_idle(self.slots.longest_silence):
+            self.slots.keep_others_waiting()
         with self._changed:
-            while not self._queue and not self._running and self._stopping is None:
-                self._changed.wait()
             if self._stopping is False:
                 for number in self._waiting_or_running:
                     self._cancelled.setdefault(number, "cancelled")
             return bool(self._queue or self._running)
+
+    def _is_idle(self, seconds: float | None) -> bool:
+        """Whether nothing comes for so long."""
+        with self._changed:
+            return not self._changed.wait_for(
+                lambda: self._queue or self._running or self._stopping is not None, timeout=seconds
+            )
 
     def _turn(self) -> None:
         """Endings, admissions, a piece of a prompt, and a step of all that have their prompt."""
@@ -324,10 +353,12 @@ class Scheduler:
         """Whatever is raised inside ends these replies, not the loop."""
         try:
             yield
+        except RanksApartError:  # this ends everybody's
+            raise
         except Exception as error:
             for reply in replies:
                 if not reply.ended:
-                    self._end(reply, "error", str(error) if isinstance(error, TealError) else _line(error))
+                    self._end(reply, "error", _said(error))
 
     def _with_sparsity(self, reply: Reply) -> Usage:
         """Its usage, with the sparsity of its steps. In the loop's thread alone: on a GPU this waits for the device."""
@@ -357,6 +388,9 @@ class Scheduler:
             self._cancelled.pop(reply.ticket.number, None)
 
 
-def _line(error: BaseException) -> str:
+def _said(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, TealError):
+        return str(error)
     said = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *said[:1]])

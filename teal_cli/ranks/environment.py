@@ -69,6 +69,11 @@ def _what_is_wrong() -> str | None:
     return None if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) else "RANK is not below WORLD_SIZE"
 
 
+def has_launcher() -> bool:
+    """Whether the teal command has started this process, which tells the first rank alone when to end."""
+    return _number(LAUNCHER) is not None
+
+
 def end_with_launcher() -> None:
     """Let the system end this process when the teal command that started it ends, in whatever way."""
     launcher = _number(LAUNCHER)

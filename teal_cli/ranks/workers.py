@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
+    PContext,
     ProcessFailure,
     RunProcsResult,
     SignalException,
@@ -42,7 +44,7 @@ _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
 """One line says what went wrong; the libraries' threads would say it again and again."""
 
 
-def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> int:
+def run_workers(count: int, command: Sequence[str], logs: str | None = None, *, drains: bool = False) -> int:
     """Run a Python program on so many ranks of this machine, until all have ended.
 
     The first rank has this process's streams; what the others print is thrown away.
@@ -51,6 +53,7 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> 
         count: of ranks.
         command: what the interpreter is given. The program calls `end_with_launcher` at its start.
         logs: folder that keeps what the others print.
+        drains: whether the first signal is passed on to the first rank, which ends the others when its work is done.
 
     Returns:
         130 where it was interrupted, else 0.
@@ -72,7 +75,7 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> 
     }
     environments = {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
     with _handlers_restored(), own_folder() as folder:
-        started = None
+        started, drained = None, False
         try:
             started = start_processes(
                 name="teal",
@@ -81,7 +84,14 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> 
                 envs=environments,
                 logs_specs=DefaultLogsSpecs(logs or folder, redirects=dict.fromkeys(range(1, count), Std.ALL)),
             )
-            found = started.wait(period=_LOOK_EVERY)
+            _close_quickly(started)
+            try:
+                found = started.wait(period=_LOOK_EVERY)
+            except (SignalException, KeyboardInterrupt):
+                if not drains:
+                    raise
+                os.kill(started.pids()[0], signal.SIGTERM)
+                found, drained = started.wait(period=_LOOK_EVERY), True
         except (SignalException, KeyboardInterrupt):
             return EXIT_INTERRUPTED
         finally:
@@ -89,7 +99,16 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None) -> 
                 signal.signal(number, signal.SIG_IGN)
             if started is not None:
                 started.close(signal.SIGTERM, timeout=_GRACE)
+        if drained and found is not None and 0 not in found.failures:
+            return 0  # others may have missed the first one, where it ended while it loaded
+        if drained and found is not None and found.failures[0].exitcode == -signal.SIGTERM:
+            return EXIT_INTERRUPTED  # before it could drain
         return _ended(found)
+
+
+def _close_quickly(started: PContext) -> None:
+    """What has failed to end by itself is killed after our time, and not after the library's half a minute."""
+    started.close = partial(started.close, timeout=_GRACE)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
