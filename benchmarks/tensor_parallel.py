@@ -256,7 +256,7 @@ def run_case(name: str, layers: int | None, ranks: Ranks, repeats: int, reporter
         "ranks": ranks.count,
         "path": together[0].path.reported,
         "heads": plan.heads[1] - plan.heads[0],
-        "neurons": plan.neurons[1] - plan.neurons[0],
+        "neurons": sum(stop - start for start, stop in plan.neurons.values()),
         "realised_sparsity": share,
         "bytes_per_token": size,
         "sums": together[0].path.notes,
@@ -275,7 +275,7 @@ def tune_shards(name: str, layers: int | None, count: int, reporter: Reporter) -
         **alias.shape,
         "num_attention_heads": plan.heads[1] - plan.heads[0],
         "num_key_value_heads": plan.kv_heads[1] - plan.kv_heads[0],
-        "intermediate_size": plan.neurons[1] - plan.neurons[0],
+        "intermediate_size": sum(stop - start for start, stop in plan.neurons.values()),
         "head_dim": plan.head_size,
         "vocab_size": plan.width,
     }

@@ -1,6 +1,6 @@
 """Loading what one rank holds of a model: its slices of the weight files, and no more."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from teal_cli.errors import ArtefactError, UsageError, blame
 from teal_cli.models.aliases import Alias
 from teal_cli.models.architectures import Architecture, Kind
+from teal_cli.models.cuts import Cut, taken
+from teal_cli.models.layers import StackedLinear, unstack_experts_
 from teal_cli.models.loading import auto_class, check_memory, kind_of, outline, pick_dtype, stored_dtype, without_bars
-from teal_cli.models.shards import (
-    Cut,
-    ShardPlan,
-    check_shard,
-    narrow_config,
-    plan_shards,
-    shard_output_,
-    tie_output_,
-)
+from teal_cli.models.shards import ShardPlan, check_shard, narrow_config, plan_shards, shard_output_, tie_output_
+from teal_cli.models.stored_names import Place, in_order, places
 from teal_cli.models.weights import weight_files
 from teal_cli.quantise.storage import model_keys
 from teal_cli.ranks.group import Ranks, gathering, summing
@@ -110,8 +105,9 @@ def check_divided(whole: Any, count: int, kind: Kind, schemes: Mapping[str, Sche
             _empty_shard(whole, plan, torch.float32, auto_class(kind))
         for name, scheme in schemes.items():
             layer = whole.get_submodule(name)
-            inputs = layer.in_features
-            check_cut(plan.cut_of(name), scheme.bits, scheme.group_of(inputs), inputs, layer.out_features, name)
+            inputs, cut = layer.in_features, plan.cut_of(name)
+            if cut is not None:
+                check_cut(cut, scheme.bits, scheme.group_of(inputs), inputs, layer.out_features, name)
 
 
 def build_random_shard(alias: Alias, ranks: Ranks, *, dtype: str, seed: int, group: int = 0) -> Any:
@@ -131,8 +127,11 @@ def build_random_shard(alias: Alias, ranks: Ranks, *, dtype: str, seed: int, gro
     plan = plan_shards(outline(alias), ranks.rank, ranks.count, group=group)
     model = random_shard(alias, plan, ranks.device, dtype=dtype, seed=seed, projections=True)
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in plan.cuts and parameter is not model.get_output_embeddings().weight:
+        cut = plan.cut_at(name)
+        if cut is None and parameter is not model.get_output_embeddings().weight:
             ranks.copy_of_first_(parameter.data)
+        elif cut is not None and _is_bias(name) and cut.side == "inputs" and not cut.first:
+            parameter.data.zero_()
     if model.config.tie_word_embeddings:
         tie_output_(model, plan)
     join_(model, plan, ranks)
@@ -181,13 +180,15 @@ def join_(model: Any, plan: ShardPlan, ranks: Ranks) -> None:
     model.get_output_embeddings().register_forward_hook(gathering(ranks, plan.vocabulary))
 
 
-def cut_packed(packed: Packed, cut: Cut, name: str) -> Packed:
-    """What a rank holds of the codes of a layer.
+def cut_packed(packed: Packed, cut: Cut | None, name: str) -> Packed:
+    """What a rank holds of the codes of a layer, which may be those of several experts; all of it without a cut.
 
     Raises:
         UsageError: the cut would divide a word or a group.
     """
-    inputs, outputs = packed.shape
+    if cut is None:
+        return packed
+    inputs, outputs = packed.words.shape[-2], sum(packed.parts)
     check_cut(cut, packed.bits, packed.group, inputs, outputs, name)
     words, scales, zeros = (
         None if table is None else _codes_of(key, table, cut, packed.bits, packed.group)
@@ -195,7 +196,7 @@ def cut_packed(packed: Packed, cut: Cut, name: str) -> Packed:
     )
     if words is None or scales is None:
         raise TypeError("codes have scales")
-    return Packed(words, scales, zeros, packed.bits, min(packed.group, len(words)), (scales.shape[1],))
+    return Packed(words, scales, zeros, packed.bits, min(packed.group, words.shape[-2]), (scales.shape[-1],))
 
 
 def check_cut(cut: Cut, bits: int, group: int, inputs: int, outputs: int, name: str) -> None:
@@ -216,12 +217,11 @@ def check_cut(cut: Cut, bits: int, group: int, inputs: int, outputs: int, name: 
 
 
 def _codes_of(key: str, stored: Any, cut: Cut, bits: int, group: int) -> Tensor:
-    """What is held of codes (in, words), of scales or of zero points (groups, out): tensors, or slices of a file."""
-    if cut.side == "outputs":
-        unit = 32 // bits if key == _CODES[0] else 1
-        return torch.cat([stored[:, start // unit : -(-stop // unit)] for start, stop in cut.spans], dim=1)
-    unit = 1 if key == _CODES[0] else group
-    return torch.cat([stored[start // unit : -(-stop // unit)] for start, stop in cut.spans])
+    """What is held of codes (..., in, words), of scales or of zero points (..., groups, out): tensors, or slices of a
+    file."""
+    of_words, of_scales = (32 // bits, 1) if cut.side == "outputs" else (1, group)
+    unit = of_words if key == _CODES[0] else of_scales
+    return taken(stored, ((start // unit, -(-stop // unit)) for start, stop in cut.spans), cut.axis(turned=True))
 
 
 @contextmanager
@@ -246,9 +246,15 @@ def _empty_shard(whole: Any, plan: ShardPlan, dtype: torch.dtype, kind: Any) -> 
     config = narrow_config(whole, plan)
     with blame(f"model type {config.model_type} cannot be divided"), without_bars(), _weights_on_meta():
         model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        unstack_experts_(model)
     check_shard(model, whole, plan)
     shard_output_(model, plan, bool(whole.config.tie_word_embeddings))
     return model
+
+
+def _is_bias(parameter: str) -> bool:
+    """Whether it is one of a layer, or of experts, which lies beside their weights."""
+    return parameter.endswith("bias")
 
 
 def _set(model: Any, name: str, value: Tensor) -> None:
@@ -271,37 +277,89 @@ class _Fill:
         self, model: Any, plan: ShardPlan, dtype: torch.dtype, device: torch.device, schemes: dict[str, Scheme]
     ) -> None:
         self.model, self.plan, self.dtype, self.device, self.schemes = model, plan, dtype, device, schemes
-        output = model.get_output_embeddings()
-        self._output = next(name for name, module in model.named_modules() if module is output)
 
-    def from_files(self, files: Iterable[Path], whole: Any) -> dict[str, Packed]:
-        """Read this rank's slices; the codes among them, by module path."""
-        wanted = dict(self.model.named_parameters())
+    def from_files(self, files: Sequence[Path], whole: Any) -> dict[str, Packed]:
+        """Read this rank's slices; the codes among them, by module path.
+
+        Raises:
+            ArtefactError: a tensor that transformers computes something of as it loads.
+        """
+        wanted = {self._stored_as(name): name for name, _ in self.model.named_parameters()}
         tied = bool(whole.config.tie_word_embeddings)
         codes: dict[str, dict[str, Tensor]] = {}
+        experts: dict[str, dict[tuple[int, str], Tensor]] = {}
         for file in files:
             with safe_open(file, framework="pt", device=str(self.device)) as stream:
-                for key, name in model_keys(stream.keys(), whole).items():
-                    layer, _, own = name.rpartition(".")
+                for key, place in self._places(stream.keys(), whole).items():
+                    layer, _, own = place.parameter.rpartition(".")
                     if layer in self.schemes and own in _CODES:
                         held = self._held_codes(stream.get_slice(key), layer, own, whole.get_submodule(layer))
                         codes.setdefault(layer, {})[own] = held
-                    elif name in wanted and not (tied and layer == self._output):
-                        _set(self.model, name, self._held(stream.get_slice(key), layer, own).to(self.dtype))
+                    elif place.parameter in wanted and not (tied and layer == self.plan.output):
+                        name = wanted[place.parameter]
+                        held = self._held(stream.get_slice(key), name, place, whole).to(self.dtype)
+                        if place.expert:
+                            experts.setdefault(name, {})[place.part, key] = held
+                            self._set_experts(name, place, experts[name])
+                        else:
+                            _set(self.model, name, held)
         _move_buffers_(self.model, self.device)
         return {layer: self._packed(layer, found) for layer, found in codes.items()}
 
-    def _held(self, stored: Any, layer: str, own: str) -> Tensor:
-        if layer == self._output:
+    def _places(self, keys: Iterable[str], whole: Any) -> dict[str, Place]:
+        """Where tensors of a file belong."""
+        names, known = model_keys(keys, whole), whole.state_dict()
+        codes = {key for key, name in names.items() if name.rpartition(".")[0] in self.schemes}
+        others = [key for key, name in names.items() if name not in known and key not in codes]
+        try:
+            elsewhere = places(others, whole) if others else {}
+        except ValueError as error:
+            raise ArtefactError(
+                f"the weight files have {error}, of which no part can be read alone: load the model with transformers, "
+                "save it with save_pretrained, and use that"
+            ) from error
+        return {key: elsewhere.get(key, Place(name)) for key, name in names.items()}
+
+    def _stored_as(self, parameter: str) -> str:
+        """The key of a parameter in the model's `state_dict`."""
+        layer = parameter.rpartition(".")[0]
+        return layer if isinstance(self.model.get_submodule(layer), StackedLinear) else parameter
+
+    def _held(self, stored: Any, name: str, place: Place, whole: Any) -> Tensor:
+        """What the rank holds of a stored tensor, which may be one of those that make up a parameter."""
+        layer = name.rpartition(".")[0]
+        if layer == self.plan.output:
             return self.plan.of_output(stored)
-        cut = self.plan.cuts.get(layer)
+        cut, module = self.plan.cut_at(name), whole.get_submodule(layer)
         if cut is None:
-            whole: Tensor = stored[:]
-            return whole
-        return cut.of_bias(stored) if own == "bias" else cut.of_weight(stored)
+            all_of_it: Tensor = stored[:]
+            return all_of_it
+        if _is_bias(name) or name in self.plan.cuts:
+            return cut.of_bias(stored)
+        if place.expert:
+            each = module.out_features // place.parts
+            return cut.within(place.part * each, (place.part + 1) * each).of_weight(stored)
+        turned = isinstance(module, StackedLinear) and module.transposed
+        held = cut.of_weight(stored, turned=turned)
+        return held.transpose(1, 2) if turned else held
+
+    def _set_experts(self, name: str, place: Place, found: dict[tuple[int, str], Tensor]) -> None:
+        """Give a stack of experts its weight, once all are there."""
+        copies = self.model.get_submodule(name.rpartition(".")[0]).copies
+        if len(found) < copies * place.parts:
+            return
+        stacks = [
+            torch.stack([found[part, key] for key in in_order(key for nth, key in found if nth == part)])
+            for part in range(place.parts)
+        ]
+        found.clear()
+        _set(self.model, name, torch.cat(stacks, dim=1))
 
     def _held_codes(self, stored: Any, layer: str, own: str, whole: Any) -> Tensor:
         scheme, cut = self.schemes[layer], self.plan.cut_of(layer)
+        if cut is None:
+            all_of_it: Tensor = stored[:]
+            return all_of_it
         group = scheme.group_of(whole.in_features)
         check_cut(cut, scheme.bits, group, whole.in_features, whole.out_features, layer)
         return _codes_of(own, stored, cut, scheme.bits, group)
@@ -310,5 +368,5 @@ class _Fill:
         if not {"qweight", "scales"} <= found.keys():
             raise ArtefactError(f"the weight files lack codes of {layer}: export the model again")
         words, scheme = found["qweight"], self.schemes[layer]
-        outputs = found["scales"].shape[1]
-        return Packed(words, found["scales"], found.get("zeros"), scheme.bits, scheme.group_of(len(words)), (outputs,))
+        group = scheme.group_of(words.shape[-2])
+        return Packed(words, found["scales"], found.get("zeros"), scheme.bits, group, (found["scales"].shape[-1],))

@@ -32,13 +32,14 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
-    if config.prompt == "-" and config.tensor_parallel > 1 and not is_rank():
-        _keep_stdin()
+    if config.prompt != "-":
+        _check_prompt(config.prompt)
+    elif config.tensor_parallel > 1 and not is_rank():
+        _check_prompt(_keep_stdin())
     if run_by_ranks(config, reporter):
         return
     prompt = _read_by_first(config) if config.prompt == "-" else config.prompt
-    if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt (flag --prompt) is empty")
+    _check_prompt(prompt)
     from teal_cli.steps.generate import Generator
 
     generator = Generator(config, reporter)
@@ -63,13 +64,19 @@ def _write_nothing(text: str) -> None:
     """Another rank writes it."""
 
 
-def _keep_stdin() -> None:
+def _check_prompt(prompt: str | None) -> None:
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt (flag --prompt) is empty")
+
+
+def _keep_stdin() -> str:
     """Put a file of what stdin says in its place, for ranks to find: one that waits for a slow pipe seems to hang."""
     text = read_stdin()
     with TemporaryFile() as file:
         file.write(text.encode(sys.stdin.encoding))
         file.seek(0)
         os.dup2(file.fileno(), 0)
+    return text
 
 
 def _read_by_first(config: GenerateConfig) -> str:

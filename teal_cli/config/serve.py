@@ -53,12 +53,6 @@ class ServeConfig(OneAllocation, DecodingConfig):
     backend: Backend = Field("auto", description="sparse kernels; a backend that is named runs or fails")
 
     @model_validator(mode="after")
-    def _one_process_serves(self) -> Self:
-        if self.tensor_parallel > 1:
-            raise ValueError("teal serve decodes in one process: leave out tensor_parallel (flag --tensor-parallel)")
-        return self
-
-    @model_validator(mode="after")
     def _drafts_fit(self) -> Self:
         drafts = [] if self.speculate is None else [self.speculate]
         check_speculation(self, drafts, self.sparsity if any(own.sparse for own in drafts) else None)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from teal_cli.decode.sampling import SamplingConfig
-from teal_cli.errors import MachineError
+from teal_cli.errors import MachineError, TealError, UsageError
 
 Mask = Callable[[Tensor, list[int]], None]
 """Changes a row's logits in place before a token is chosen: (vocabulary,) logits, and the reply's tokens so far."""
@@ -39,6 +39,22 @@ class Request:
     """After which the reply ends, from its submission on; None for never."""
     mask: Mask | None = None
     """Rules tokens out before each choice (a grammar), by writing -inf. The thread of the loop calls it."""
+
+    def check(self, vocabulary: int, positions: int) -> None:
+        """Refuse what a model of this vocabulary cannot decode in a slot of so many positions.
+
+        Raises:
+            UsageError: see above.
+        """
+        prompt, new = self.prompt, self.max_new_tokens
+        if not prompt or new < 1:
+            raise UsageError("a request needs a prompt of at least one token, and at least one new token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise UsageError(f"the prompt has a token outside of the vocabulary of {vocabulary}")
+        if len(prompt) + new > positions:
+            raise UsageError(f"{len(prompt)} prompt tokens and {new} new ones exceed the {positions} of a slot")
+        if self.logprobs is not None and not 0 <= self.logprobs <= vocabulary:
+            raise UsageError(f"logprobs of {self.logprobs} tokens: at least 0")
 
 
 @dataclass(frozen=True)
@@ -111,3 +127,11 @@ class Statistics:
     """Positions that running requests take."""
     cache_kept: int
     """Positions of ended ones that are kept for those that begin alike."""
+
+
+def said(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, TealError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])

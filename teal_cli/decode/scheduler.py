@@ -6,7 +6,7 @@ One thread runs the loop and is the only one that uses the model. Any thread may
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -17,14 +17,16 @@ from torch import Tensor
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.led_slots import follow, led
 from teal_cli.decode.levels import DENSE, Levels
 from teal_cli.decode.prompts import Keep
 from teal_cli.decode.replies import Choice, Reply
-from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket, Usage
+from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket, Usage, said
 from teal_cli.decode.shared_slots import slots_of
 from teal_cli.decode.speculate.rounds import Rounds, drafting_of
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.errors import TealError, UsageError
+from teal_cli.ranks.group import RanksApartError
 from teal_cli.sparse import SparsityCounter
 
 _COUNT_EVERY = 8
@@ -46,12 +48,10 @@ class Scheduler:
             steps are slower.
         keep: what slots keep of sequences that have ended for those that begin alike.
         together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
-            gives alone. Together, two things may change a text. On a GPU, products that do not pay with as many rows as
-            decode are read whole: a sparse request then skips less, so its text may depend on how many others decode
-            beside it; that of a dense one does not. On a CPU with several threads sums are added up in another order.
-            `Usage.realised_sparsity` tells what was skipped.
-        speculator: of this engine: what drafts tokens of dense requests, which several decode in a step where that
-            pays. Requests that name no level are then dense, unless `default` says another.
+            gives alone. Together a text may change: on a GPU products that do not pay for many rows are read whole, so a
+            sparse request skips less (`Usage.realised_sparsity`); on a CPU sums are added up in another order.
+        speculator: of this engine: drafts tokens of dense requests where that pays. Requests that name no level are
+            then dense, unless `default` says another.
         draft_level: at which sparse drafts skip inputs; None for the highest.
 
     Raises:
@@ -83,8 +83,10 @@ class Scheduler:
         if default is None and (loses or speculator is not None):
             default = DENSE
         self.levels = Levels(engine.model, engine.control, levels, default)
+        self._counter = SparsityCounter()
         drafting = None if speculator is None else drafting_of(speculator, self.levels, draft_level)
-        self.slots = slots_of(engine, slots, self.positions, self.levels, keep, together=together, drafting=drafting)
+        own = slots_of(engine, slots, self.positions, self.levels, keep, together=together, drafting=drafting)
+        self.slots, self._messages = led(own, engine.model, self._counter)
         self._rounds = None if speculator is None else Rounds(speculator, self.slots, engine.device)
         self._most_queued = queue
         self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
@@ -99,7 +101,6 @@ class Scheduler:
         self._running: list[Reply] = []
         self._under_way: deque[list[Choice]] = deque()
         self._ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device runs ahead of the host
-        self._counter = SparsityCounter()
         self._realised: float | None = None
         self._steps = 0
         self._finished: Counter[str] = Counter()
@@ -131,17 +132,9 @@ class Scheduler:
         return ticket
 
     def _check(self, request: Request) -> float:
-        prompt, new = request.prompt, request.max_new_tokens
-        if not prompt or new < 1:
-            raise UsageError("a request needs a prompt of at least one token, and at least one new token")
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise UsageError(f"the prompt has a token outside of the vocabulary of {self._vocabulary}")
-        if len(prompt) + new > self.positions:
-            raise UsageError(f"{len(prompt)} prompt tokens and {new} new ones exceed the {self.positions} of a slot")
-        if request.logprobs is not None and not 0 <= request.logprobs <= self._vocabulary:
-            raise UsageError(f"logprobs of {request.logprobs} tokens: at least 0")
+        request.check(self._vocabulary, self.positions)
         try:
-            self.engine.check_length(len(prompt), new)
+            self.engine.check_length(len(request.prompt), request.max_new_tokens)
         except TealError as error:
             raise UsageError(str(error)) from error
         return self.levels.check(request.sparsity)
@@ -166,14 +159,24 @@ class Scheduler:
             self._end_all(error)
             raise
 
+    def follow(self) -> None:
+        """In place of `run`, on ranks that are not the first: do what that one does, until it stops.
+
+        Raises:
+            TypeError: one process decodes.
+            MachineError: another rank has ended or hangs.
+        """
+        with self._counting(), torch.no_grad():
+            follow(self.slots, self._messages, self._counter)
+
     def _loop(self) -> None:
-        control = self.engine.control
         while self._wait():
-            if control is None:
+            with self._counting():
                 self._turn()
-            else:
-                with control.counting(self._counter):
-                    self._turn()
+        self.slots.close()
+
+    def _counting(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.engine.control is None else self.engine.control.counting(self._counter)
 
     def _end_all(self, error: BaseException) -> None:
         """Tell everybody that nothing more comes."""
@@ -183,7 +186,7 @@ class Scheduler:
             self._queue.clear()
         for reply in left:
             with suppress(Exception):  # the others are to be told whatever happens with one
-                self._end(reply, "error", _line(error))
+                self._end(reply, "error", said(error))
 
     def stop(self, drain: bool = True) -> None:
         """Take no more requests, and let `run` return: once all are done, or at once, cancelling them."""
@@ -204,9 +207,7 @@ class Scheduler:
             queued=queued,
             slots=self.slots.count,
             finished=dict(self._finished),
-            prompt_tokens=self._tokens["prompt"],
-            cached_tokens=self._tokens["cached"],
-            completion_tokens=self._tokens["completion"],
+            **{f"{kind}_tokens": self._tokens[kind] for kind in ("prompt", "cached", "completion")},
             passes=self._tokens["passes"],
             drafted_tokens=None if self._rounds is None else self._rounds.drafted,
             accepted_tokens=None if self._rounds is None else self._tokens["accepted"],
@@ -221,13 +222,21 @@ class Scheduler:
         if not self._running:
             self._under_way.clear()  # of replies that have ended
             self._realised = self._counter.model_wide()
+        while self._is_idle():
+            self.slots.keep_others_waiting()
         with self._changed:
-            while not self._queue and not self._running and self._stopping is None:
-                self._changed.wait()
             if self._stopping is False:
                 for number in self._waiting_or_running:
                     self._cancelled.setdefault(number, "cancelled")
             return bool(self._queue or self._running)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing comes for as long as the slots may be silent."""
+        with self._changed:
+            return not self._changed.wait_for(self._has_work, self.slots.longest_silence)
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._running) or self._stopping is not None
 
     def _turn(self) -> None:
         """Endings, admissions, a piece of a prompt, and a step of all that have their prompt."""
@@ -254,12 +263,8 @@ class Scheduler:
         now = time.monotonic()
         with self._changed:
             cancelled, self._cancelled = self._cancelled, {}
-            over: list[tuple[Reply, Finish]] = []
-            for reply in [*self._running, *self._queue]:
-                if reply.ticket.number in cancelled:
-                    over.append((reply, cancelled[reply.ticket.number]))
-                elif reply.is_late(now):
-                    over.append((reply, "time"))
+            finishes = ((one, cancelled.get(one.ticket.number)) for one in [*self._running, *self._queue])
+            over = [(one, finish or "time") for one, finish in finishes if finish or one.is_late(now)]
             ended = {reply.ticket.number for reply, _ in over}
             self._queue = deque(reply for reply in self._queue if reply.ticket.number not in ended)
         for reply, finish in over:
@@ -360,10 +365,12 @@ class Scheduler:
         """Whatever is raised inside ends these replies, not the loop."""
         try:
             yield
+        except RanksApartError:  # this ends everybody's
+            raise
         except Exception as error:
             for reply in replies:
                 if not reply.ended:
-                    self._end(reply, "error", str(error) if isinstance(error, TealError) else _line(error))
+                    self._end(reply, "error", said(error))
 
     def _with_sparsity(self, reply: Reply) -> Usage:
         """Its usage, with the sparsity of its steps. In the loop's thread alone: on a GPU this waits for the device."""
@@ -391,8 +398,3 @@ class Scheduler:
         with self._changed:
             self._waiting_or_running.discard(reply.ticket.number)
             self._cancelled.pop(reply.ticket.number, None)
-
-
-def _line(error: BaseException) -> str:
-    said = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *said[:1]])

@@ -102,10 +102,13 @@ class SharedSlots(Slots):
         known = self._tokens[slot][: self._cache.lengths[self._place[slot]]]
         return reusable(prompt, known, self._dense[slot], self._piece, self.keep)
 
-    def begin(self, slot: int, prompt: Sequence[int]) -> int:
-        """As `Slots.begin`. What another slot has of the prompt is copied."""
+    def source_of(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
+        """As `Slots.source_of`: of several the slot itself."""
         source = max(range(self.count), key=lambda other: (self._known(other, prompt), other == slot))
-        known = self._known(source, prompt)
+        return source, self._known(source, prompt)
+
+    def take(self, slot: int, prompt: Sequence[int], source: int, known: int) -> None:
+        """As `Slots.take`. What another slot has of the prompt is copied."""
         if source != slot:
             self._cache.copy(self._place[source], self._place[slot], known)
             self._tokens[slot], self._dense[slot] = self._tokens[source], self._dense[source]
@@ -114,7 +117,6 @@ class SharedSlots(Slots):
         self._used[slot] = self._clock
         self._tokens[slot], self._taken[slot] = list(prompt[:known]), True
         self._dense[slot] = min(self._dense[slot], known)
-        return known
 
     def run_prompt(self, slot: int, prompt: Sequence[int], done: int) -> tuple[int, Tensor | None]:
         """As `Slots.run_prompt`: a piece."""

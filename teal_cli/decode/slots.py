@@ -65,10 +65,22 @@ class Slots(ABC):
     levels: Levels
     at_once: int
     """Sequences that decode at the same time, at most."""
+    longest_silence: float | None = None
+    """Seconds after which `keep_others_waiting` is to be called where there is nothing to do; None for never."""
 
-    @abstractmethod
     def begin(self, slot: int, prompt: Sequence[int]) -> int:
         """Give a slot to a sequence: how many of the prompt's first tokens it has already, fewer than all."""
+        source, known = self.source_of(slot, prompt)
+        self.take(slot, prompt, source, known)
+        return known
+
+    @abstractmethod
+    def source_of(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
+        """The slot that has the most of a prompt, and how many tokens of it."""
+
+    @abstractmethod
+    def take(self, slot: int, prompt: Sequence[int], source: int, known: int) -> None:
+        """Give a slot to a sequence, and the first tokens of its prompt from another slot, as `source_of` says."""
 
     @abstractmethod
     def run_prompt(self, slot: int, prompt: Sequence[int], done: int) -> tuple[int, Tensor | None]:
@@ -114,6 +126,14 @@ class Slots(ABC):
     def use(self) -> tuple[int, int]:
         """Positions that sequences take, and those that are kept of others."""
 
+    def keep_others_waiting(self) -> None:
+        """Tell other ranks, where there are some, that there is nothing to do."""
+        return
+
+    def close(self) -> None:
+        """No sequence comes any more."""
+        return
+
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
         """The slot, of some that are free, for a prompt."""
         return free[0]
@@ -148,11 +168,14 @@ class SeparateSlots(Slots):
         """Of a slot: of the model that verifies, or (True) of the one that drafts."""
         self._lengths = [0] * count
 
-    def begin(self, slot: int, prompt: Sequence[int]) -> int:
-        """As `Slots.begin`: nothing is kept."""
+    def source_of(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
+        """As `Slots.source_of`: nothing is kept."""
+        return slot, 0
+
+    def take(self, slot: int, prompt: Sequence[int], source: int, known: int) -> None:
+        """As `Slots.take`."""
         self.end(slot)
         self._caches[slot] = self._new_cache(self.positions)
-        return 0
 
     @torch.no_grad()
     def run_prompt(self, slot: int, prompt: Sequence[int], done: int) -> tuple[int, Tensor | None]:

@@ -83,9 +83,9 @@ class ProductStep(_Step):
             raise ValueError(f"{where}: activation_module stands beside activation")
         if self.joined and self.epilogue != "gated":
             raise ValueError(f"{where}: joined belongs to epilogue gated")
-        known = {"product", "epilogue", "activation", "joined", "experts"}
+        known = {"product", "epilogue", "activation", "joined", "experts", "summed"}
         if self.experts and not self.model_fields_set <= known:
-            raise ValueError(f"{where}: experts take no other key than epilogue, activation and joined")
+            raise ValueError(f"{where}: experts take no other key than epilogue, activation, joined and summed")
         return self
 
     def activation_in(self, config: Any) -> str | None:

@@ -41,14 +41,14 @@ class Ranks:
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place and with the same bits on all; x contiguous, on `device`."""
-        with _lost():
+        with lost():
             dist.all_reduce(x)
         return x
 
     def gathered(self, x: Tensor) -> Tensor:
         """(..., n) of each -> (..., count n): side by side, in the order of ranks."""
         parts = torch.empty(self.count * x.numel(), dtype=x.dtype, device=x.device)
-        with _lost():
+        with lost():
             _all_gather(parts, x.flatten())
         return parts.view(self.count, *x.shape).movedim(0, -2).flatten(-2)
 
@@ -60,7 +60,7 @@ class Ranks:
     def longest(self, seconds: float) -> float:
         """The largest of a number over all ranks, such as the time of the slowest."""
         found = torch.tensor([seconds], dtype=torch.float64, device=self.device)
-        with _lost():
+        with lost():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return float(found)
 
@@ -68,7 +68,7 @@ class Ranks:
         """A text of the first rank, on all of them."""
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
         size = torch.tensor([len(data)], device=self.device)
-        with _lost():
+        with lost():
             dist.broadcast(size, 0)
             found = data.to(self.device) if self.rank == 0 else torch.empty(int(size), device=self.device).byte()
             dist.broadcast(found, 0)
@@ -76,7 +76,7 @@ class Ranks:
 
     def copy_of_first_(self, x: Tensor) -> None:
         """Give a tensor the values that the first rank's has."""
-        with _lost():
+        with lost():
             dist.broadcast(x, 0)
 
     def wait(self) -> None:
@@ -89,14 +89,18 @@ _OF_BACKENDS = ("gloo", "NCCL", "Connection", "Timed out", "timed out")
 """In what backends say of a connection; as RuntimeError, Gloo does."""
 
 
+class RanksApartError(MachineError):
+    """The ranks do not do the same any more: none of them can go on."""
+
+
 @contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
     """What a backend raises where a rank does not answer, in one line."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_BACKENDS):
-            raise MachineError(LOST) from error
+            raise RanksApartError(LOST) from error
         raise
 
 
@@ -135,7 +139,7 @@ def join(count: int, device: str, timeout: float) -> Ranks | None:
     if not dist.is_available():
         raise MachineError("this build of torch has no torch.distributed")
     if not dist.is_initialized():
-        with _lost():
+        with lost():
             store = _all_started(rank, count)
             backend, wait = "nccl" if found.type == "cuda" else "gloo", timedelta(seconds=timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait, **options)

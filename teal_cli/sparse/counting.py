@@ -33,6 +33,8 @@ class SparsityCounter:
         """Whose counts are added up, where several hold the model: then each of them must ask."""
         self.whole: Mapping[str, int] = {}
         """Then the weights of each whole layer, whose parts ranks hold, and perhaps several of them the same part."""
+        self.before_totals: Callable[[], None] = lambda: None
+        """Has the other ranks ask, where they do what one of them says."""
         self._tallies: dict[str, _Tally] = {}
         self._weights: dict[str, int] = {}
         self._sources: list[Callable[[], dict[str, tuple[int, int, int]]]] = []
@@ -69,6 +71,7 @@ class SparsityCounter:
                 _, seen, dropped = found.get(name, (0, 0, 0))
                 found[name] = parameters, seen + more_seen, dropped + more_dropped
         if self.ranks is not None:
+            self.before_totals()
             totals = iter(self.ranks.totals([number for _, *inputs in found.values() for number in inputs]))
             found = {name: (self.whole[name], next(totals), next(totals)) for name in found}
         return Counts(found, self.output, self.beside)

@@ -13,7 +13,7 @@ from teal_cli.checkpoint.export import (
     write_checkpoint,
 )
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.config import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig, SparseConfig
+from teal_cli.config import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig, ServeConfig, SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
 from teal_cli.errors import ArtefactError, UsageError
@@ -79,6 +79,8 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
             if its_config.quantise is not None:
                 checkpoint_for(its_config, 0.0, its_workspace, reporter, allocation="uniform")
             continue
+        if isinstance(its_config, ServeConfig) and not _targets(its_config) and its_config.quantise is None:
+            continue
         calibration = calibration_for(its_config, its_workspace, reporter)
         for allocation in allocations(its_config, calibration, reporter):
             for target in [None] if is_allocation_file(allocation) else _targets(its_config):
@@ -88,6 +90,8 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
 def _targets(config: DecodingConfig) -> list[float | None]:
     asked = getattr(config, "sparsity", None)
     targets = (asked or [None]) if isinstance(asked, list) else [asked]
+    if isinstance(config, ServeConfig):
+        return [target for target in targets if target is None or target > 0]
     return [target for target in targets if target] if isinstance(config, BenchConfig) else targets
 
 

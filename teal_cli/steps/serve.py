@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,12 +16,13 @@ from teal_cli.decode.levels import DENSE
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.template_process import TemplateProcess
 from teal_cli.errors import UsageError
-from teal_cli.model_loading import load_dense, load_model
+from teal_cli.model_loading import load_dense, load_model, ranks_for
 from teal_cli.model_source import ModelSource
 from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import DEFAULT_SPARSITY, allocate, allocations
 from teal_cli.quantise.model import pack_
+from teal_cli.ranks.environment import has_launcher
 from teal_cli.serve.grammars import Grammars
 from teal_cli.serve.prompts import Prompts
 from teal_cli.serve.server import address_of, bind, make_server, run
@@ -97,9 +99,30 @@ def load(config: ServeConfig, reporter: Reporter, workspace: Workspace | None = 
         raise
 
 
-def _served(
-    config: ServeConfig, reporter: Reporter, workspace: Workspace, tokenizer: Any, templates: TemplateProcess | None
-) -> Served:
+def check_address(config: ServeConfig) -> None:
+    """Refuse an address or a key of no use, before ranks are started.
+
+    Raises:
+        TealError: as `serve`.
+    """
+    _key(config)
+    bind(config.host, config.port).close()
+
+
+def follow(config: ServeConfig, reporter: Reporter) -> None:
+    """Do with this rank's shard what the first rank does, which serves, until it ends.
+
+    Raises:
+        TealError: anything wrong with model, calibration or machine, or another rank has ended.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank ends all, when its replies have come to their ends
+    if not has_launcher():  # torchrun tells every rank to end; the teal command the first one alone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    use_threads(config.threads)
+    _scheduler(config, reporter, Workspace.of(config, reporter)).follow()
+
+
+def _scheduler(config: ServeConfig, reporter: Reporter, workspace: Workspace) -> Scheduler:
     model, levels, default = _model(config, reporter, workspace)
     if sparse_layers(model):
         use_backend(control_of(model), config.backend, model.device, model.dtype)
@@ -111,7 +134,7 @@ def _served(
     speculator = None
     if drafts is not None:
         speculator, _ = speculator_for(engine, drafts, config.draft_tokens, reporter, {})
-    scheduler = Scheduler(
+    return Scheduler(
         engine,
         slots=config.slots,
         positions=config.context,
@@ -121,6 +144,13 @@ def _served(
         speculator=speculator,
         draft_level=draft_level,
     )
+
+
+def _served(
+    config: ServeConfig, reporter: Reporter, workspace: Workspace, tokenizer: Any, templates: TemplateProcess | None
+) -> Served:
+    scheduler = _scheduler(config, reporter, workspace)
+    engine, model = scheduler.engine, scheduler.engine.model
     if engine.general_because is not None:
         reporter.say(f"decoding with transformers' forward, not our own ({engine.general_because})")
     stop = stop_ids(model, tokenizer)
@@ -135,7 +165,7 @@ def _served(
         tools=format_of(_template(tokenizer)) if templates is not None else None,
         stop=stop,
         intrinsic=config.mode == "intrinsic",
-        speculates=None if drafts is None else drafts.text,
+        speculates=None if config.speculate is None else config.speculate.text,
         close=templates.close if templates is not None else lambda: None,
     )
 
@@ -151,7 +181,7 @@ def _template(tokenizer: Any) -> str:
 def _model(config: ServeConfig, reporter: Reporter, workspace: Workspace) -> tuple[Any, Levels, float | None]:
     """The model, its levels, and the one of requests that name none."""
     source, drafts = workspace.source, config.speculate
-    asked = config.sparsity
+    asked, ranks = config.sparsity, ranks_for(config)
     if asked is None and drafts is not None and not drafts.sparse:
         asked = [DENSE]  # nobody is to skip anything
     if config.mode == "intrinsic":
@@ -162,17 +192,17 @@ def _model(config: ServeConfig, reporter: Reporter, workspace: Workspace) -> tup
         own = source.plan.target_sparsity
         if asked is not None and not set(asked) <= {0.0, own}:
             raise UsageError(f"{source.folder} was exported at sparsity {own}: name the dense model to serve others")
-        model = load_model(source.folder, device=config.device, dtype=config.dtype)
+        model = load_model(source.folder, device=config.device, dtype=config.dtype, ranks=ranks)
         return model, None, None if asked is None else asked[0]
     if asked is not None and not any(asked) and config.quantise is None:
-        return load_model(source.folder, device=config.device, dtype=config.dtype), None, None
+        return load_model(source.folder, device=config.device, dtype=config.dtype, ranks=ranks), None, None
     calibration = calibration_for(config, workspace, reporter)
     (allocation,) = allocations(config, calibration, reporter)
     targets: list[float | None] = [target for target in asked or [DEFAULT_SPARSITY] if target > 0]
     if is_allocation_file(allocation):
         targets = [None]
     first = allocate(config, calibration, 0.0, "uniform")  # for the model, until it has a plan
-    model, packs = load_dense(source.folder, config, calibration)
+    model, packs = load_dense(source.folder, config, calibration, ranks)
     sparsify_(model, first)
     levels = {}
     for target in targets:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import build_model
 from ranks_at_work import COUNT, run_ranks
+from tiny_configs import ALL_MIXTURES
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < COUNT, reason=f"fewer than {COUNT} GPUs")
-FAMILIES = ["llama", "llama-bias", "mistral", "qwen3"]
+FAMILIES = ["llama", "llama-bias", "mistral", "qwen3", "olmo2", "granite_swa", *ALL_MIXTURES]
 LOGITS = 1e-5
 """Relative; float32 sums in another order."""
 GPU = {"TEAL_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}

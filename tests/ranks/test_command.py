@@ -1,16 +1,21 @@
 """`--tensor-parallel 2` of the command line: what it prints and writes, and how it ends when a rank does."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from command_line import calibrate_once, copied, fails
+from conftest import save_tiny
+
+from teal_cli.ranks.workers import own_folder
 
 FLAGS = ("--device", "cpu", "--dtype", "float32")
 TWO = ("--tensor-parallel", "2")
@@ -79,18 +84,27 @@ def test_bench_of_quantised_weights(scheme: str, home: Path, tmp_path: Path) -> 
         assert ours["bytes_per_token"] >= theirs["bytes_per_token"]  # norms and the row of the embedding, on both
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4:32"])
+def test_quantised_experts(scheme: str, home: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "moe", "qwen2_moe")
+    Path("short.yaml").write_text(f"calibrate: {{dataset: {home / 'corpus.txt'}, tokens: 512, seq_len: 64}}\n")
+    asked = ("generate", "--config", "short.yaml", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", scheme)
+    two, one = (teal(*asked, *more, *WORDS, "--backend", "reference", "--json", "a.json").stdout for more in (TWO, ()))
+    assert two == one
+
+
 def ranks_of(launcher: int) -> list[int]:
     """Processes that a process has started."""
     return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
-def started(home: Path, tmp_path: Path, *more: str) -> tuple["subprocess.Popen[str]", list[int]]:
+def started(home: Path, tmp_path: Path, *more: str, **variables: str) -> tuple["subprocess.Popen[str]", list[int]]:
     """A long reply by two ranks, which have begun it."""
     model = copied(home, tmp_path)
     asked = ("generate", "--model", model, *FLAGS, *TWO, *more, "--sparsity", "0", "--prompt", "the quick")
     process = subprocess.Popen(
         command(*asked, "--max-new-tokens", "200", "--temperature", "1"),
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -139,17 +153,36 @@ def test_a_rank_that_hangs_is_found(home: Path, tmp_path: Path) -> None:
     assert gone(pids, 5)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_rank_outlives_the_command(signal_: int, home: Path, tmp_path: Path) -> None:
-    process, pids = started(home, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process, pids = started(home, tmp_path, TMPDIR=str(temporary))
     process.send_signal(signal_)
     process.communicate(timeout=60)
-    assert process.returncode == (130 if signal_ == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == (-signal.SIGKILL if signal_ == signal.SIGKILL else 130)
     assert gone(pids, 10)
+    left = list(temporary.glob("teal-ranks-*"))
+    assert bool(left) == (signal_ == signal.SIGKILL)
+
+
+def test_a_folder_that_a_killed_launcher_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, new, locked = (tmp_path / f"teal-ranks-{name}" for name in ("old", "new", "locked"))
+    for folder in (old, new, locked):
+        (folder / "inside").mkdir(parents=True)
+    for folder in (old, locked):
+        os.utime(folder, (1, 1))
+    descriptor = os.open(locked, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with own_folder() as own:
+        assert Path(own).is_dir()
+        assert [folder.exists() for folder in (old, new, locked)] == [False, True, True]
+    os.close(descriptor)
+    assert not Path(own).exists()
 
 
 def test_what_ranks_do_not_do(capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, 2, "teal serve decodes in one process", "serve", *TWO)
     fails(capsys, 2, "needs a prompt", "generate", *TWO)
     fails(capsys, 2, "leave out tensor_parallel", "eval", "--tasks", "piqa", *TWO)
     fails(capsys, 2, "is measured in one process", "bench", "--kernels", *TWO)
@@ -212,6 +245,36 @@ def test_what_a_job_scheduler_sets(home: Path, tmp_path: Path) -> None:
     done = teal(*asked, RANK="1", WORLD_SIZE="2")
     assert json.loads(Path("one.json").read_text())["text"] == done.stdout.removesuffix("\n")
     assert "MASTER_ADDR is not" in teal(*asked, *TWO, code=2, RANK="1", WORLD_SIZE="2").stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is no whole number"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is no whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK is no whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "http"}, "MASTER_PORT is no whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is not below WORLD_SIZE"),
+    ],
+)
+def test_what_a_launcher_says_wrong(
+    variables: dict[str, str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    fails(capsys, 2, said, "generate", "--model", "nowhere", "--prompt", "a", *TWO)
+    fails(capsys, 3, "nowhere", "generate", "--model", "nowhere", "--prompt", "a")  # one process looks at none of them
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused_first(prompt: str, capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    fails(capsys, 2, "is empty", "generate", "--model", home / "tiny", *TWO, "--prompt", prompt)
+    assert not Path("runs").exists()
+
+
+def test_an_empty_prompt_on_stdin_is_refused_first(home: Path) -> None:
+    teal("generate", "--model", home / "tiny", *FLAGS, *TWO, "--prompt", "-", code=2, stdin=" ")
+    assert not Path("runs").exists()
 
 
 def test_one_rank_of_torchrun_writes(home: Path, tmp_path: Path) -> None:

@@ -138,10 +138,16 @@ class FusedPath(ProgramPath):
             return None
         if rows not in self._sums:
             self._sums[rows] = self._sum_times(ranks).open(ranks, rows)
-        products = [step for block in self.blocks for step in block if isinstance(step, Product)]
-        residual = sum(step.epilogue == "residual" for step in products)
-        self._sums[rows].begin(residual, self._stream, self.model.get_output_embeddings().out_features)
+        summed = sum(isinstance(step, Product) and self.is_summed(step) for block in self.blocks for step in block)
+        self._sums[rows].begin(summed, self._stream, self.model.get_output_embeddings().out_features)
         return self._sums[rows]
+
+    def is_summed(self, product: Product) -> bool:
+        """As `FusedModel.is_summed`."""
+        plan = shards_of(self.model)
+        if plan is None or product.epilogue != "residual":
+            return False
+        return plan.sums_inputs_of(product.sparse_layers[0].name)
 
     @property
     def _stream(self) -> int:

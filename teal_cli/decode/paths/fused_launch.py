@@ -36,7 +36,8 @@ class Launch:
         beside: of a product whose norm the next product adds to the stream.
         routing: of the block's router, where it has one.
         levels: of which each row has one (`use_levels`); by default all have the rules of the layers.
-        summed: whether ranks sum what it writes; then the epilogue is the sum's.
+        summed: whether ranks sum what it writes; then the epilogue is the sum's, but for the weights of experts: what
+            it makes is added to zeros.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Launch:
         self.table, self.parts = table_of(product)
         self.beside = beside
         self.epilogue = product.epilogue
+        self.chosen = None if routing is None else routing.of(product)
         if summed:
-            self.epilogue = "plain"
+            self.epilogue = "plain" if self.chosen is None else "residual"
         elif product.norm is not None:
             self.epilogue = "plain" if beside is None else "beside"
         if alternate(product):
             self.epilogue = "paired"
-        self.scale = scale if self.epilogue == "residual" else 1.0
+        self.scale = scale if self.epilogue == "residual" and not summed else 1.0
         self.activation, threshold = activation_of(product)
         self.activation_threshold = rounded_threshold(threshold, dtype)
         curve = curve_of(product)
@@ -85,7 +87,6 @@ class Launch:
         """Inputs that were kept, for each part; added to by every launch that skips."""
         expected = [ASSUMED_ZEROS if (share := rule.expected_sparsity) is None else share for rule in rules]
         skipped = sum(share * part for share, part in zip(expected, self.parts, strict=True))
-        self.chosen = None if routing is None else routing.of(product)
         side_by_side = in_a_row = 1
         if self.chosen is not None:  # tuned as one long product, which the tables of the chosen experts are
             side_by_side, in_a_row = self.chosen.side_by_side(self.epilogue), self.chosen.summed(self.epilogue)

@@ -30,6 +30,10 @@ class FusedModel(Protocol):
         """Over ranks, for a session of so many rows; None where one process holds the model."""
         ...
 
+    def is_summed(self, product: Product) -> bool:
+        """Whether each rank has some of the inputs of a product, whose results are then summed."""
+        ...
+
     @property
     def vocabulary(self) -> int:
         """Logits of the model, of all ranks."""

@@ -255,7 +255,7 @@ class StepBinder:
         if added is not None:
             self.hidden, self._added = added.stream, None
         launch = self._launch(step)
-        if self._sums is not None and step.epilogue == "residual":
+        if self._sums is not None and self.path.is_summed(step):
             self._bind_summed(step, self._sums, launch, partial(launch.run, source), norm, added, at)
             return
         to_stream = step.epilogue == "residual" and step.norm is None
@@ -287,7 +287,8 @@ class StepBinder:
             into = Summed(self.hidden, added=True, scale=self.path.scales.residual, squares=self.squares)
         else:
             into = Summed(self.buffer(step.name, size))
-        self.steps[at:at] = [partial(run, own, self.scratch, self.path.pdl, norm, added), *sums.sum(own, into)]
+        empty = [own.zero_] if launch.epilogue == "residual" else []
+        self.steps[at:at] = [*empty, partial(run, own, self.scratch, self.path.pdl, norm, added), *sums.sum(own, into)]
         if step.norm is not None:
             self._add_later(step.norm, launch, into.y, 1.0 if step.stream_scale is None else float(step.stream_scale))
         self._source, self._norm, self._before = None, None, step
@@ -342,7 +343,7 @@ class StepBinder:
             beside = Beside(self.hidden, step.norm.weight, step.norm.plus_one)
         scale, sums = self.path.scales.residual, self.path.last_norm.centred
         options: dict[str, Any] = {"sums": sums, "beside": beside, "routing": self._routing, "levels": self._levels}
-        options["summed"] = not alone and step.epilogue == "residual"
+        options["summed"] = not alone and self.path.is_summed(step)
         launch = Launch(step, self.enabled, self.rows, self.path.dtype, scale, **options)
         self.launches.append(launch)
         return launch
