@@ -81,7 +81,8 @@ def _of_rank(correction: Tensor, kept: Tensor, rank: int) -> Tensor:
     root = vectors * values.clamp(min=values.max() * 1e-9).sqrt()
     left, sizes, right = torch.linalg.svd(correction @ root, full_matrices=False)
     short = (left[:, :rank] * sizes[:rank]) @ right[:rank]
-    return torch.linalg.solve(root, short, left=False)
+    found: Tensor = torch.linalg.solve(root, short, left=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,15 @@ class Fitter:
             layer.bias = nn.Parameter(vector if layer.bias is None else layer.bias + vector, requires_grad=False)
 
     def _sums(self, layer: SparseLinear, own: Tensor, dense: Tensor, towards_dense: float) -> Sums:
-        kept, missing, residual = 0.0, 0.0, 0.0
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": own.device}
+        kept = torch.zeros(layer.in_features, layer.in_features, **wide)
+        missing, residual = torch.zeros(layer.weight.shape, **wide), torch.zeros(layer.out_features, **wide)
         for x, other, stays in zip(own.split(8192), dense.split(8192), self._stays.split(8192), strict=True):
             x_k = torch.where((x.abs() > layer.threshold) | stays[:, None], x, 0.0)
             gone = torch.where(stays[:, None], 0.0, (x - x_k) + towards_dense * (other - x)) @ layer.weight.T
-            kept, missing = kept + (x_k.T @ x_k).double(), missing + (gone.T @ x_k).double()
-            residual = residual + gone.sum(0).double()
-        assert isinstance(kept, Tensor) and isinstance(missing, Tensor) and isinstance(residual, Tensor)  # noqa: S101, PT018
+            kept += x_k.T @ x_k
+            missing += gone.T @ x_k
+            residual += gone.sum(0)
         return Sums(kept, missing, residual, len(own))
 
     def _step(self, number: int) -> None:
