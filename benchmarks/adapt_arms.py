@@ -6,10 +6,10 @@
         --dataset sotu=1,corpora/novels.txt=1,corpora/essays.txt=1,corpora/manual.txt=1 \\
         --json benchmarks/results/adapt-smollm2-135m.json
 
-An arm is keys of `teal adapt`, and two of this file: `share_of: ARM` takes its sparsity from what that arm came to
-(the control with random routers), and `live_dropped: [SHARE, ..]` measures a model with ReLU again with FATReLU, which
-costs no training. Arms run side by side in processes of their own, one GPU after the other. The JSON is written after
-each; a call does those that it lacks and that fit its minutes.
+An arm is keys of `teal adapt`, which beat those of the command line, and two of this file: `share_of: ARM` takes its
+sparsity from what that arm came to (the control with random routers), and `live_dropped: [SHARE, ..]` measures a model
+with ReLU again with FATReLU, which costs no training. Arms run side by side in processes of their own, one GPU after
+the other. The JSON is written after each; a call does those that it lacks and that fit its minutes.
 
 A dense model that is distilled from itself alone learns nothing and is its own control, at a ratio of 1. Arms with
 `text_weight` have their control in the file: the dense model trained the same way.
@@ -96,7 +96,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     shares = settings.pop("live_dropped", [])
     began = time.perf_counter()
     place = {"runs": job["shared"]["runs"], "device": job["shared"]["device"], "out": job["out"]}
-    summary = adapt_model(job["model"], seed=job["key"]["seed"], **place, **job["size"], **settings)
+    summary = adapt_model(job["model"], seed=job["key"]["seed"], **place, **(job["size"] | settings))
     mode = {"mode": "intrinsic"} if "zeros" in summary.record.notes else {}  # of thresholds it has none
     seconds, record = time.perf_counter() - began, summary.record
     return {
