@@ -97,21 +97,9 @@ class LedSlots(Slots):
             self._messages.ranks.copy_of_first_(torch.cat([row.tokens for row in rows]))
             return self._own.step(rows)
 
-    def draft(self, rows: Sequence[Row]) -> Chosen:
-        """Ranks draft nothing."""
-        raise TypeError("ranks draft nothing")
-
-    def spans(self, sequences: int) -> tuple[int, ...]:
-        """As `Slots.spans`: one token each."""
-        return (1,)
-
     def length(self, slot: int) -> int:
         """As `Slots.length`."""
         return self._own.length(slot)
-
-    def cut(self, slot: int, length: int) -> None:
-        """Nothing was drafted that could be taken back."""
-        raise TypeError("ranks draft nothing")
 
     def add(self, slot: int, token: int) -> None:
         """As `Slots.add`: of what comes of it the others are told."""

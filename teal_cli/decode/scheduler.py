@@ -48,7 +48,7 @@ class Scheduler:
             steps are slower.
         keep: what slots keep of sequences that have ended for those that begin alike.
         together: whether rows are stepped together, where the path can. One by one each gives, bit for bit, what it
-            gives alone. Together a text may change: on a GPU products that do not pay for many rows are read whole, so a
+            gives alone. Together a text may change: on a GPU products that do not pay for many rows are read whole: a
             sparse request skips less (`Usage.realised_sparsity`); on a CPU sums are added up in another order.
         speculator: of this engine: drafts tokens of dense requests where that pays. Requests that name no level are
             then dense, unless `default` says another.

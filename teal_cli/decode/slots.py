@@ -98,21 +98,29 @@ class Slots(ABC):
             ArtefactError: a slot is full.
         """
 
-    @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Chosen:
-        """One token of each, by the model that drafts, at its own level."""
+        """One token of each, by the model that drafts, at its own level.
 
-    @abstractmethod
+        Raises:
+            TypeError: none drafts.
+        """
+        raise TypeError("nothing drafts")
+
     def spans(self, sequences: int) -> tuple[int, ...]:
         """Tokens of each of so many sequences that a step may take, from 1 on up; more would not pay."""
+        return (1,)
 
     @abstractmethod
     def length(self, slot: int) -> int:
         """Positions that a sequence has."""
 
-    @abstractmethod
     def cut(self, slot: int, length: int) -> None:
-        """Forget what lies behind so many positions of a sequence."""
+        """Forget what lies behind so many positions of a sequence, which was drafted.
+
+        Raises:
+            TypeError: nothing drafts.
+        """
+        raise TypeError("nothing drafts")
 
     @abstractmethod
     def add(self, slot: int, token: int) -> None:

@@ -69,8 +69,11 @@ class Noted(Slots):
     def step(self, rows: Sequence[Row]) -> Chosen:
         if self.fails:
             raise ValueError("full")
-        self.done.append(("step", [(row.slot, row.level, row.token.tolist()) for row in rows]))
+        self.done.append(("step", [(row.slot, row.level, row.tokens.tolist()) for row in rows]))
         return Chosen(torch.zeros(len(rows), 5), torch.zeros(len(rows), dtype=torch.int64), list(range(len(rows))))
+
+    def length(self, slot: int) -> int:
+        return 0
 
     def add(self, slot: int, token: int) -> None:
         raise NotImplementedError
