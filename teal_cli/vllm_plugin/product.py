@@ -13,7 +13,10 @@ from torch import Tensor
 
 from teal_kernels import KEEP_ALL, reference_linear
 from teal_kernels.cpu import cpu_sparse_linear
+from teal_kernels.native import library
+from teal_kernels.native.structures import Weight, weight_of
 from teal_kernels.operands import Scratch
+from teal_kernels.ops import BackendUnavailableError
 from teal_kernels.plan_gemv import TileConfig
 from teal_kernels.support import kernels_unsupported_reason
 from teal_kernels.triton_gemv import gemv
@@ -45,8 +48,8 @@ def product(
         return F.linear(x, weight.contiguous() if copied else weight, bias)
     if x.is_cuda and skips_nothing_because(x.device, x.dtype) is None:
         return _on_gpu(x, weight, bias, thresholds, tuple(parts), sparsity)
-    # Not the native library: its threads and those of PyTorch, which spin between products here, would wait for one
-    # another at each of them.
+    if x.device.type == "cpu" and (native := _native(torch.get_num_threads())) is not None:
+        return _on_cpu(native, x, weight, bias, thresholds, tuple(parts))
     multiply = cpu_sparse_linear if x.device.type == "cpu" else reference_linear
     biases = [None] * len(parts) if bias is None else bias.split(parts)
     each = zip(weight.split(parts), biases, thresholds.unbind(), strict=True)
@@ -84,6 +87,48 @@ def prepare(weight: Tensor, parts: list[int], sparsity: float) -> None:
 def skips_nothing_because(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why all weights are read here, though inputs are dropped; None where they are skipped."""
     return None if device.type == "cpu" else kernels_unsupported_reason(device, dtype)
+
+
+@lru_cache
+def _native(threads: int) -> library.Linear | None:
+    """The native library in PyTorch's threads; None where that cannot be.
+
+    Raises:
+        BackendUnavailableError: TEAL_NATIVE names a variant that cannot run here.
+    """
+    if library.load() is None:
+        return None
+    try:
+        return library.Linear(library.BorrowedPool(threads))
+    except BackendUnavailableError:  # several threads, which PyTorch has from elsewhere
+        return None
+
+
+def _on_cpu(
+    native: library.Linear, x: Tensor, weight: Tensor, bias: Tensor | None, thresholds: Tensor, parts: tuple[int, ...]
+) -> Tensor:
+    row = x.reshape(1, -1).float()
+    y = row.new_empty(1, weight.shape[0])
+    columns = [y] if len(parts) == 1 else y.split(parts, dim=1)
+    for structure, threshold, of_part in zip(_structures_of(weight, parts), thresholds.tolist(), columns, strict=True):
+        structure.threshold = threshold
+        native(structure, row, of_part)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+_structures: dict[tuple[object, ...], list[Weight]] = {}
+"""Made once for each place in memory: they say what lies there, and do not keep it."""
+
+
+def _structures_of(weight: Tensor, parts: tuple[int, ...]) -> list[Weight]:
+    place = weight.data_ptr(), weight.dtype, weight.shape[1], weight.stride(), parts
+    if (found := _structures.get(place)) is None:
+        found = _structures[place] = [weight_of(part) for part in weight.split(parts)]
+        for structure in found:
+            structure.holds = ()
+    return found
 
 
 def _on_gpu(

@@ -4,6 +4,7 @@
  * A program without Python, so that it can run under sanitizers and under an emulator of another processor.
  * Prints the variants' names; exits with 1 at the first number that is wrong. */
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -622,6 +623,38 @@ static void check_all_routed(const char *variant, teal_pool *pool) {
         for (int i = 0; i < 5; i++) check_routed(variant, pool, dtype, row_counts[i]);
 }
 
+/* As GOMP_parallel, with a thread fewer than was asked for. */
+typedef struct {
+    void (*work)(void *);
+    void *data;
+} call;
+static void *called(void *given) {
+    call *c = given;
+    c->work(c->data);
+    return NULL;
+}
+static void by_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    pthread_t others[8];
+    call c = {work, data};
+    if (flags || threads > 8) abort();
+    for (unsigned t = 2; t < threads; t++)
+        if (pthread_create(&others[t], NULL, called, &c)) abort();
+    work(data);
+    for (unsigned t = 2; t < threads; t++) pthread_join(others[t], NULL);
+}
+
+/* Products run on threads of others, and decoders do not. */
+static void check_borrowed(const char *variant, int threads) {
+    teal_pool *pool = teal_pool_borrow(by_threads, threads);
+    char error[100] = "";
+    teal_program none = {0};
+    if (!pool || teal_pool_borrow(NULL, 1)) fail(variant, "a borrowed pool", 0, 1);
+    check_products(variant, pool);
+    if (teal_session_open(&none, pool, 1, variant, error, sizeof error) || !strstr(error, "borrowed"))
+        fail(variant, "a session on borrowed threads", 1, 0);
+    teal_pool_close(pool);
+}
+
 int main(void) {
     if (teal_abi() != TEAL_ABI) fail("library", "the interface", teal_abi(), TEAL_ABI);
     char names[100];
@@ -636,6 +669,7 @@ int main(void) {
             check_mixtures(variant, pool);
             check_all_routed(variant, pool);
             teal_pool_close(pool);
+            check_borrowed(variant, threads);
         }
     return 0;
 }

@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "teal_variants": (c_char_p, []),
     "teal_pool_open": (c_void_p, [c_int32]),
     "teal_pool_close": (None, [c_void_p]),
+    "teal_pool_borrow": (c_void_p, [c_void_p, c_int32]),
     "teal_session_open": (c_void_p, [c_void_p, c_void_p, c_int32, c_char_p, c_char_p, c_int64]),
     "teal_session_close": (None, [c_void_p]),
     "teal_session_step": (c_int32, [c_void_p] * 7),
@@ -181,10 +182,36 @@ class Pool(_Handle):
     def _opened(self) -> tuple[int, Callable[[int], None]]:
         self.lock = Lock()  # a pool runs one step at a time; a child's copy may be locked for ever
         functions = _needed().functions
-        handle = functions.teal_pool_open(self.threads)
+        handle = self._new(functions)
         if not handle:
             raise MemoryError(f"no memory or threads for a native pool of {self.threads}")
         return handle, functions.teal_pool_close
+
+    def _new(self, functions: Any) -> int | None:
+        found: int | None = functions.teal_pool_open(self.threads)
+        return found
+
+
+class BorrowedPool(Pool):
+    """PyTorch's own threads, for products between its operators (`linear`); no session runs on them.
+
+    Threads of ours would wait for the processors on which PyTorch's spin after an operator. Where PyTorch's are bound
+    to processors, as vLLM binds them, ours would all be on one.
+
+    Raises:
+        BackendUnavailableError: there is no library, or PyTorch has several threads and no OpenMP like GNU's.
+        MemoryError: no memory.
+    """
+
+    def _new(self, functions: Any) -> int | None:
+        if self.threads == 1:
+            return super()._new(functions)
+        # What importing torch made global is what its own calls go to, a library in LD_PRELOAD before all others.
+        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        if parallel is None:
+            raise BackendUnavailableError("PyTorch's threads cannot be borrowed here: no OpenMP has GOMP_parallel")
+        found: int | None = functions.teal_pool_borrow(ctypes.cast(parallel, c_void_p), self.threads)
+        return found
 
 
 @lru_cache
@@ -271,6 +298,43 @@ class Session(_Handle):
         return counts
 
 
+class Linear:
+    """Products alone, with little to do around each.
+
+    Args:
+        pool: whose threads multiply.
+        variant: the name of one; None for the library's choice.
+
+    Raises:
+        BackendUnavailableError: there is no library, or the variant cannot run here.
+    """
+
+    def __init__(self, pool: Pool, variant: str | None = None) -> None:
+        native = _needed()
+        self._pool, self._function = pool, native.functions.teal_linear
+        self._variant = (native.variant if variant is None else _checked(native, variant)).encode()
+
+    def __call__(self, weight: Weight, x: Tensor, y: Tensor) -> None:
+        """Multiply.
+
+        Args:
+            weight: as `weight_of` makes it.
+            x: (rows, in) float32, contiguous, of at most MAX_ROWS rows.
+            y: (rows, out) float32, contiguous, written; with the bias.
+
+        Raises:
+            ValueError: a tensor does not fit, or the library refuses the weight.
+        """
+        rows = x.shape[0]
+        read = _address(x, (rows, weight.inputs), torch.float32)
+        written = _address(y, (rows, weight.outputs), torch.float32)
+        handle = self._pool.handle()
+        with self._pool.lock:
+            refused = self._function(handle, self._variant, ctypes.addressof(weight), rows, read, written)
+        if refused:
+            raise ValueError("the native library refuses this weight")
+
+
 def linear(weight: Weight, x: Tensor, threads: int | None = None, variant: str | None = None) -> Tensor:
     """A product alone, for tests and measurements.
 
@@ -287,20 +351,11 @@ def linear(weight: Weight, x: Tensor, threads: int | None = None, variant: str |
         BackendUnavailableError: there is no library, or the variant cannot run here.
         ValueError: x does not fit, or the library refuses the weight.
     """
-    native = _needed()
-    name = native.variant if variant is None else _checked(native, variant)
-    pool = shared_pool(threads or default_threads())
+    multiply = Linear(shared_pool(threads or default_threads()), variant)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    _address(rows, (rows.shape[0], weight.inputs), torch.float32)
     y = torch.empty(rows.shape[0], weight.outputs)
     for x_rows, y_rows in zip(rows.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
-        handle, of, count = pool.handle(), ctypes.addressof(weight), x_rows.shape[0]
-        with pool.lock:
-            refused = native.functions.teal_linear(
-                handle, name.encode(), of, count, x_rows.data_ptr(), y_rows.data_ptr()
-            )
-        if refused:
-            raise ValueError("the native library refuses this weight")
+        multiply(weight, x_rows, y_rows)
     return y.view(*x.shape[:-1], weight.outputs)
 
 

@@ -11,6 +11,8 @@
 /* Runs `work` on all threads of a pool, each with its number; returns when all are done. */
 void pool_run(teal_pool *pool, void (*work)(void *context, int32_t thread), void *context);
 int32_t pool_threads(const teal_pool *pool);
+/* Whether its threads run at the same time, so that they can wait for one another. */
+int pool_can_wait(const teal_pool *pool);
 /* Waits until all threads of the running work have come here. */
 void pool_barrier(teal_pool *pool);
 

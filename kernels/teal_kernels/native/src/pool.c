@@ -13,6 +13,7 @@
 
 struct teal_pool {
     int32_t threads, spins;
+    teal_parallel *parallel; /* whose threads these are; NULL: `workers` */
     void (*work)(void *, int32_t);
     void *context;
     pthread_t *workers;
@@ -23,6 +24,7 @@ struct teal_pool {
     _Alignas(64) atomic_int running; /* workers that have not ended the last one */
     _Alignas(64) atomic_int sleeping;
     _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int taken; /* numbers that borrowed threads have taken in this run */
     _Alignas(64) atomic_uint barriers; /* that all have passed */
 };
 
@@ -48,6 +50,7 @@ static int32_t processors(void) {
 }
 
 int32_t pool_threads(const teal_pool *pool) { return pool->threads; }
+int pool_can_wait(const teal_pool *pool) { return !pool->parallel; }
 
 void pool_barrier(teal_pool *pool) {
     if (pool->threads == 1) return;
@@ -99,9 +102,21 @@ static void *work(void *given) {
     }
 }
 
+/* As many threads as came, for as many as were asked for. */
+static void take_numbers(void *given) {
+    teal_pool *pool = given;
+    for (int32_t number; (number = atomic_fetch_add(&pool->taken, 1)) < pool->threads;)
+        pool->work(pool->context, number);
+}
+
 void pool_run(teal_pool *pool, void (*function)(void *, int32_t), void *context) {
     pool->work = function;
     pool->context = context;
+    if (pool->parallel) {
+        atomic_store(&pool->taken, 0);
+        pool->parallel(take_numbers, pool, (unsigned)pool->threads, 0);
+        return;
+    }
     if (pool->threads > 1) {
         atomic_store_explicit(&pool->running, pool->threads - 1, memory_order_relaxed);
         begin_run(pool);
@@ -112,10 +127,21 @@ void pool_run(teal_pool *pool, void (*function)(void *, int32_t), void *context)
         else sched_yield();
 }
 
-EXPORTED teal_pool *teal_pool_open(int32_t threads) {
+static teal_pool *new_pool(int32_t threads, teal_parallel *parallel) {
     teal_pool *pool;
     if (threads < 1 || threads > 1024 || posix_memalign((void **)&pool, 64, sizeof *pool)) return NULL;
-    *pool = (teal_pool){.threads = 1};
+    *pool = (teal_pool){.threads = threads, .parallel = parallel};
+    return pool;
+}
+
+EXPORTED teal_pool *teal_pool_borrow(teal_parallel *parallel, int32_t threads) {
+    return parallel ? new_pool(threads, parallel) : NULL;
+}
+
+EXPORTED teal_pool *teal_pool_open(int32_t threads) {
+    teal_pool *pool = new_pool(threads, NULL);
+    if (!pool) return NULL;
+    pool->threads = 1;
     pool->spins = threads > processors() ? SPINS_CROWDED : SPINS;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
@@ -136,6 +162,10 @@ EXPORTED teal_pool *teal_pool_open(int32_t threads) {
 
 EXPORTED void teal_pool_close(teal_pool *pool) {
     if (!pool) return;
+    if (pool->parallel) {
+        free(pool);
+        return;
+    }
     pool->closing = 1; /* seen with the run that follows */
     begin_run(pool);
     for (int32_t i = 1; i < pool->threads; i++) pthread_join(pool->workers[i], NULL);

@@ -270,6 +270,7 @@ EXPORTED teal_session *teal_session_open(const teal_program *program, teal_pool 
     teal_session *s = calloc(1, sizeof *s);
     if (!chosen) bad = "a variant that is not here, or that this processor cannot run";
     else if (rows < 1 || rows > TEAL_MAX_ROWS) bad = "more rows than can be decoded together";
+    else if (!pool_can_wait(pool)) bad = "a pool of borrowed threads, which may not run at the same time";
     else if (program->n_steps < 1) bad = "a program without steps";
     if (s && !bad) {
         *s = (teal_session){.program = program, .pool = pool, .rows = rows, .padded_rows = padded_rows(rows),

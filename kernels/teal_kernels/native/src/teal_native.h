@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 7 /* raised with every change in this file */
+#define TEAL_ABI 8 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -184,6 +184,12 @@ const char *teal_variants(void);
 teal_pool *teal_pool_open(int32_t threads);
 void teal_pool_close(teal_pool *pool);
 
+/* The threads of another library, for products between calls of that library: threads of our own would wait for
+ * processors on which its threads still spin. `parallel` is GOMP_parallel of an OpenMP, which calls `work` on up to
+ * `threads` threads and returns when all are done. They may come one after the other: no session runs on such a pool. */
+typedef void teal_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+teal_pool *teal_pool_borrow(teal_parallel *parallel, int32_t threads);
+
 /* A session of `rows` sequences. NULL, and why in `error` (of `length` bytes), where the program is not one that can
  * run. A pool runs one step at a time. */
 teal_session *teal_session_open(const teal_program *program, teal_pool *pool, int32_t rows, const char *variant,
@@ -207,7 +213,7 @@ int32_t teal_session_step(teal_session *session, const int64_t *tokens, const in
 /* Inputs kept so far, (counters,), summed over rows. Of a gate first `up`, and of routed parts: outputs kept. */
 void teal_session_kept(const teal_session *session, int64_t *kept);
 
-/* A product alone, for tests and measurements: x (rows, inputs) -> y (rows, outputs), with the bias. 0, or 1: refused. */
+/* A product alone: x (rows, inputs) -> y (rows, outputs), with the bias. 0, or 1: refused. */
 int32_t teal_linear(teal_pool *pool, const char *variant, const teal_weight *weight, int32_t rows, const float *x,
                     float *y);
 
