@@ -70,10 +70,9 @@ def test_perplexity_is_that_of_one_process(home: Path, tmp_path: Path) -> None:
     assert two["sparse"]["realised_sparsity"] == pytest.approx(one["sparse"]["realised_sparsity"], abs=1e-12)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4:32"])
-def test_bench_of_quantised_weights(scheme: str, home: Path, tmp_path: Path) -> None:
+def test_bench_of_quantised_weights(home: Path, tmp_path: Path) -> None:
     model = copied(home, tmp_path)
-    asked = ("bench", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", scheme, "--prompt-tokens", "8")
+    asked = ("bench", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", "int4:32", "--prompt-tokens", "8")
     for name, more in (("two", TWO), ("one", ())):
         teal(*asked, *more, "--new-tokens", "4", "--repeats", "1", "--backend", "reference", "--json", f"{name}.json")
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
@@ -84,11 +83,10 @@ def test_bench_of_quantised_weights(scheme: str, home: Path, tmp_path: Path) -> 
         assert ours["bytes_per_token"] >= theirs["bytes_per_token"]  # norms and the row of the embedding, on both
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4:32"])
-def test_quantised_experts(scheme: str, home: Path, tmp_path: Path) -> None:
+def test_quantised_experts(home: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "moe", "qwen2_moe")
     Path("short.yaml").write_text(f"calibrate: {{dataset: {home / 'corpus.txt'}, tokens: 512, seq_len: 64}}\n")
-    asked = ("generate", "--config", "short.yaml", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", scheme)
+    asked = ("generate", "--config", "short.yaml", "--model", model, *FLAGS, "--sparsity", "0.4", "--quantise", "int8")
     two, one = (teal(*asked, *more, *WORDS, "--backend", "reference", "--json", "a.json").stdout for more in (TWO, ()))
     assert two == one
 
@@ -130,16 +128,15 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_all(rank: int, home: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_all(home: Path, tmp_path: Path) -> None:
     process, pids = started(home, tmp_path)
-    os.kill(pids[rank], signal.SIGKILL)
+    os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - killed < 15
     assert process.returncode == 4
     assert [line for line in said.splitlines() if line.startswith("teal: ")] == [
-        f"teal: rank {rank} died of SIGKILL: all ranks have been ended"
+        "teal: rank 1 died of SIGKILL: all ranks have been ended"
     ]
     assert gone(pids, 5)
 
@@ -153,7 +150,7 @@ def test_a_rank_that_hangs_is_found(home: Path, tmp_path: Path) -> None:
     assert gone(pids, 5)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_command(signal_: int, home: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
