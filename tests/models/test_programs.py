@@ -83,7 +83,7 @@ def test_a_block_without_an_mlp_is_a_program(tmp_path: Path) -> None:
         (_row(NORM, QKV, ATTENTION, OUT, NORM, ROUTE, GATED), "the last step must be a product with epilogue residual"),
         (_row(NORM, QKV, ATTENTION, OUT, NORM, GATED, OUT), "product o: behind a route, and nowhere else, stand"),
         (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, experts: true}"), "product o: behind a route"),
-        (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, experts: true, summed: true}"), "no other key"),
+        (_row(NORM, QKV, ATTENTION, "{product: o, epilogue: residual, experts: true, scaled_by: g}"), "no other key"),
         (_row(NORM, "{product: qkv, scaled_by: s}", ATTENTION, OUT), "product qkv: scaled_by belongs to"),
         (_row(NORM, QKV, ATTENTION, "{where: m, steps: []}"), "the last step must be a product"),
         (_row(NORM, QKV, ATTENTION, OUT, f"{{where: m, steps: [{ATTENTION}]}}"), "attention a must stand after"),
