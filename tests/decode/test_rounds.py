@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafting import run_all, speculator
 from fused_pair import error_of, half_plan, use_small_tiles
 from native_models import NO_LIBRARY, sparse, tiny
 
@@ -15,23 +16,12 @@ from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
 from teal_cli.decode.speculate import rounds as rounds_module
-from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.errors import UsageError
-from teal_cli.quantise.copies import quantised_copy
 from teal_cli.sparse import apply_plan_, control_of, sparsify_
-from teal_cli.speculation import Speculation
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 PATHS = [pytest.param("native", marks=needs_library), "general"]
 VOCABULARY = 256
-
-
-def speculator(engine: Engine, kind: str, count: int | None = None) -> Speculator:
-    drafts = Speculation.parse(kind)
-    draft = engine.model if drafts.has_model else None
-    if drafts.scheme is not None:
-        draft, _ = quantised_copy(engine.model, drafts.scheme)
-    return Speculator(engine, draft, sparse=drafts.sparse, lookup=drafts.lookup, count=count)
 
 
 def requests_of(seed: int, count: int, **changes: Any) -> list[Request]:
@@ -52,15 +42,6 @@ def dense_text(engine: Engine, request: Request) -> list[int]:
     ids, options = torch.tensor([request.prompt]), {"max_new_tokens": request.max_new_tokens}
     with control_of(engine.model).switched_off():
         return list(engine.generate(ids, **options, sampling=request.sampling, stop=request.stop))
-
-
-def run(scheduler: Scheduler, requests: list[Request]) -> list[list[Emitted]]:
-    heard: list[list[Emitted]] = [[] for _ in requests]
-    for request, own in zip(requests, heard, strict=True):
-        scheduler.submit(request, own.append)
-    scheduler.stop()
-    scheduler.run()
-    return heard
 
 
 def tokens_of(heard: list[Emitted]) -> list[int]:
@@ -85,7 +66,7 @@ def test_texts_are_the_dense_model_s(path: str, kind: str, count: int | None) ->
     engine = Engine(sparse(tiny("llama")), path=path)
     requests = requests_of(0, 12)
     scheduler = Scheduler(engine, slots=3, positions=100, speculator=speculator(engine, kind, count))
-    heard = run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     for request, own in zip(requests, heard, strict=True):
         assert tokens_of(own) == dense_text(engine, request)
         assert own[-1].finish == ("length" if len(tokens_of(own)) == request.max_new_tokens else "stop")
@@ -121,10 +102,10 @@ def test_what_requests_choose_by_is_kept(path: str) -> None:
             replace(one, prompt=(9, 8), logprobs=0, sampling=SamplingConfig(0.8, seed=2)),
         ]
 
-    plain = run(Scheduler(engine, slots=4, positions=40, default=0.0), masked(False))
+    plain = run_all(Scheduler(engine, slots=4, positions=40, default=0.0), masked(False))
     scheduler = Scheduler(engine, slots=4, positions=40, speculator=speculator(engine, "int8", 1))
     scheduler._ahead = 1
-    found = run(scheduler, masked(True))
+    found = run_all(scheduler, masked(True))
     assert [tokens_of(own) for own in found] == [tokens_of(own) for own in plain]
     assert [own[-1].finish for own in found] == ["length", "error", "length", "length"]
     assert [len(tokens) for tokens in seen[True]] == list(range(20))
@@ -147,7 +128,7 @@ def test_long_prompts_come_in_the_middle(kind: str, ahead: int) -> None:
     requests = [replace(own, prompt=shared + own.prompt) if i % 3 else own for i, own in enumerate(requests)]
     scheduler = Scheduler(engine, slots=2, positions=300, speculator=speculator(engine, kind))
     scheduler._ahead = ahead
-    heard = run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     assert [tokens_of(own) for own in heard] == [dense_text(engine, request) for request in requests]
     assert scheduler.statistics().cached_tokens > 0
 
@@ -171,7 +152,7 @@ def test_sparse_requests_decode_beside_dense_ones(together: bool) -> None:
         together=together,
     )
     assert scheduler.levels.default == 0
-    heard = run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     for request, own in zip(requests, heard, strict=True):
         if request.sparsity:
             apply_plan_(model, plans[request.sparsity])
@@ -191,7 +172,7 @@ def test_a_slot_keeps_what_was_accepted_and_nothing_else() -> None:
     engine = Engine(sparse(tiny("llama")), path="native")
     request = Request((5, 6, 7, 8, 9), 30)
     scheduler = Scheduler(engine, slots=2, positions=64, keep="replies", speculator=speculator(engine, "int4:32", 7))
-    (own,) = run(scheduler, [request])
+    (own,) = run_all(scheduler, [request])
     statistics, slots = scheduler.statistics(), scheduler.slots
     assert 0 < statistics.accepted_tokens < statistics.drafted_tokens
     assert isinstance(slots, SharedSlots)
@@ -228,7 +209,7 @@ def test_where_drafts_do_not_pay_steps_are_plain(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(scheduler.slots, "draft", slowly)
     monkeypatch.setattr(rounds_module.time, "perf_counter", clock)
     request = Request((5, 6, 7), 200)
-    (own,) = run(scheduler, [request])
+    (own,) = run_all(scheduler, [request])
     assert tokens_of(own) == dense_text(engine, request)
     assert 0 < scheduler.statistics().drafted_tokens < 20
 
@@ -242,7 +223,7 @@ def test_on_the_fused_path(own_tables: None, monkeypatch: pytest.MonkeyPatch) ->
     engine = Engine(model, path="fused")
     requests = [Request((5, 6, 7), 8), Request((9, 8), 6, SamplingConfig(0.8, seed=1))]
     scheduler = Scheduler(engine, slots=2, positions=40, speculator=speculator(engine, "sparse", 2))
-    heard = run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     general = Engine(model, path="general")
     assert [tokens_of(own) for own in heard] == [dense_text(general, request) for request in requests]
     assert scheduler.statistics().accepted_tokens > 0

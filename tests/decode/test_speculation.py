@@ -7,6 +7,7 @@ import pytest
 import torch
 from chi_square import chi_square_p
 from conftest import build_model
+from drafting import speculator
 from fused_pair import error_of, random_tokens
 from native_models import NO_LIBRARY, plan_for, sparse, tiny, use_threads
 from torch import Tensor
@@ -23,21 +24,12 @@ from teal_cli.errors import UsageError
 from teal_cli.quantise.copies import quantised_copy
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, sparse_layers
-from teal_cli.speculation import Speculation
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 PATHS = [pytest.param("native", marks=needs_library), "general"]
 GREEDY = SamplingConfig()
 KINDS = ["sparse", "int8", "int4:32+sparse", "lookup", "lookup+int8"]
 TOKENS = 60
-
-
-def speculator(engine: Engine, kind: str, count: int | None = None) -> Speculator:
-    drafts = Speculation.parse(kind)
-    draft = engine.model if drafts.has_model else None
-    if drafts.scheme is not None:
-        draft, _ = quantised_copy(engine.model, drafts.scheme)
-    return Speculator(engine, draft, sparse=drafts.sparse, lookup=drafts.lookup, count=count)
 
 
 def dense_text(engine: Engine, prompt: Tensor, tokens: int = TOKENS) -> list[int]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCABULARY, build_family
+from drafting import run_all
 
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.requests import Emitted, Request
+from teal_cli.decode.requests import Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
@@ -37,15 +38,6 @@ def _requests(count: int, new_tokens: int) -> list[Request]:
     return found
 
 
-def _run(scheduler: Scheduler, requests: list[Request]) -> list[list[Emitted]]:
-    heard: list[list[Emitted]] = [[] for _ in requests]
-    for request, own in zip(requests, heard, strict=True):
-        scheduler.submit(request, own.append)
-    scheduler.stop()
-    scheduler.run()
-    return heard
-
-
 @pytest.mark.usefixtures("skipping")
 def test_texts_are_those_of_one_at_a_time() -> None:
     model = build_family("llama").cuda()
@@ -53,7 +45,7 @@ def test_texts_are_those_of_one_at_a_time() -> None:
     engine = Engine(model)
     assert engine.path.name == "fused"
     requests = _requests(40, 24)
-    heard = _run(Scheduler(engine, slots=5, positions=128), requests)
+    heard = run_all(Scheduler(engine, slots=5, positions=128), requests)
     alike = 0
     for request, own in zip(requests, heard, strict=True):
         assert own[-1].finish in ("stop", "length")
@@ -72,7 +64,7 @@ def test_levels_and_graphs() -> None:
     engine = Engine(model)
     requests = [replace(request, sparsity=[0.0, 0.5, 0.7][i % 3]) for i, request in enumerate(_requests(30, 24))]
     scheduler = Scheduler(engine, slots=4, positions=128, levels=plans)
-    heard = _run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     assert isinstance(scheduler.slots, SharedSlots)
     assert len(scheduler.slots._sessions) <= 4 * 3
     alike = 0
@@ -104,7 +96,7 @@ def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -
     speculator = Speculator(engine, draft, sparse=drafts.sparse, lookup=drafts.lookup, count=count)
     requests = [replace(own, max_new_tokens=20 + own.max_new_tokens) for own in _requests(30, 60)]
     scheduler = Scheduler(engine, slots=3, positions=160, speculator=speculator)
-    heard = _run(scheduler, requests)
+    heard = run_all(scheduler, requests)
     alike = 0
     for request, own in zip(requests, heard, strict=True):
         assert own[-1].finish in ("stop", "length")

@@ -53,6 +53,19 @@ INLINE float one_scaled(const group_scales *g, float codes, int64_t at, float su
     return one_scale(g->scale_dtype, g->scales, at) * (codes - zero * sum_of_x);
 }
 
+/* Rows of inputs [begin, end) of a list, and those that stand `distance` behind them; `count` of each: of what is more than
+ * there are, the last one again. */
+INLINE void find_rows(const kept_list *list, int32_t begin, int32_t end, int32_t count, const uint8_t *weights,
+                      int64_t row_bytes, int64_t distance, const uint8_t **row, const uint8_t **ahead) {
+    const int32_t last = list->count - 1;
+    for (int32_t i = 0; i < count; i++) {
+        const int32_t at = begin + i < end ? begin + i : end - 1;
+        const int64_t next = at + distance < last ? at + distance : last;
+        row[i] = weights + list->index[at] * row_bytes;
+        ahead[i] = weights + list->index[next] * row_bytes;
+    }
+}
+
 /* y += one group of one row. */
 INLINE void add_group_of_one(const int dtype, const teal_weight *w, const uint8_t *weights, const group_scales *g,
                              const kept_list *list, int32_t begin, int32_t end, int64_t n, float *y) {

@@ -21,7 +21,7 @@ typedef struct {
 /* Inputs [begin, end) of a list, at most BLOCK_INPUTS; 0 where one is infinite or not a number. */
 static int take_block(const kept_list *list, int32_t begin, int32_t end, const uint8_t *weights, int64_t row_bytes,
                       int64_t distance, input_block *b) {
-    const int32_t n = end - begin, last = list->count - 1;
+    const int32_t n = end - begin;
     float x[BLOCK_INPUTS] = {0}, largest = 0;
     int32_t number[BLOCK_INPUTS], total = 0, unusual = 0;
     int8_t high[BLOCK_INPUTS], low[BLOCK_INPUTS];
@@ -45,12 +45,8 @@ static int take_block(const kept_list *list, int32_t begin, int32_t end, const u
     b->step = largest / 32512.0f;
     b->sum = b->step * (float)total;
     b->pairs = (n + 1) / 2;
-    for (int32_t i = 0; i < 2 * b->pairs; i++) {
-        const int32_t at = begin + (i < n ? i : n - 1); /* what is too many is multiplied with zero */
-        const int64_t next = at + distance < last ? at + distance : last;
-        b->row[i] = weights + list->index[at] * row_bytes;
-        b->ahead[i] = weights + list->index[next] * row_bytes;
-    }
+    /* what is too many is multiplied with zero */
+    find_rows(list, begin, end, 2 * b->pairs, weights, row_bytes, distance, b->row, b->ahead);
     return 1;
 }
 

@@ -32,7 +32,7 @@ INLINE int pays(const kept_list *list, int32_t begin, int32_t end) {
 /* Inputs [begin, end) of a list, at most BLOCK_INPUTS; 0 where one is infinite or not a number. */
 static int take_block(const kept_list *list, int32_t begin, int32_t end, const uint8_t *weights, int64_t row_bytes,
                       int64_t distance, input_block *b) {
-    const int32_t n = end - begin, last = list->count - 1;
+    const int32_t n = end - begin;
     const __mmask16 here = (__mmask16)((1 << n) - 1);
     const __m512 x = _mm512_maskz_loadu_ps(here, list->value + begin);
     if (_mm512_fpclass_ps_mask(x, 0x99)) return 0;
@@ -46,12 +46,8 @@ static int take_block(const kept_list *list, int32_t begin, int32_t end, const u
     b->step = largest / 32512.0f;
     b->sum = b->step * (float)_mm512_reduce_add_epi32(number);
     b->quads = (n + 3) / 4;
-    for (int32_t i = 0; i < 4 * b->quads; i++) {
-        const int32_t at = begin + (i < n ? i : n - 1); /* what is too many is multiplied with zero */
-        const int64_t next = at + distance < last ? at + distance : last;
-        b->row[i] = weights + list->index[at] * row_bytes;
-        b->ahead[i] = weights + list->index[next] * row_bytes;
-    }
+    /* what is too many is multiplied with zero */
+    find_rows(list, begin, end, 4 * b->quads, weights, row_bytes, distance, b->row, b->ahead);
     return 1;
 }
 
