@@ -153,6 +153,14 @@ def main() -> None:
     prepare_streams()
     code = run(sys.argv[1:])
     silence(sys.stderr)  # all is said; where memory is short, libraries print tracebacks as the process ends
-    if is_rank() and code:
-        os._exit(code)  # an orderly end would wait for the other ranks
+    if is_rank():
+        if code:
+            os._exit(code)  # an orderly end would wait for the other ranks
+        _leave_ranks()
     sys.exit(code)
+
+
+def _leave_ranks() -> None:
+    """End this process's group first: one that ends with Gloo's threads at work is aborted now and then."""
+    if group := sys.modules.get("teal_cli.ranks.group"):  # torch is imported by it; --help has none
+        group.leave()
