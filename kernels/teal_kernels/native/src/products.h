@@ -20,7 +20,7 @@ INLINE void multiply(const int dtype, const int R, const teal_weight *w, const k
     }
 #ifdef WHOLE_NUMBERS
     if (dtype == TEAL_INT4 && R == 1) {
-        add_whole_numbers(w, weights, list, from, to, first, n, y);
+        add_whole_numbers(w, weights, list, from, to, first, n, y, group);
         return;
     }
 #endif

@@ -13,6 +13,9 @@
  * 15 without (two cores of Zen 4, dense 49 GB/s; benchmarks/NOTES.md). */
 #define AHEAD_BYTES 2048
 #define ROWS_AT_ONCE 8
+/* Of rows that stand so many bytes apart, or a multiple, the first cache holds eight lines at one place, and not one more:
+ * four are read at once. SmolLM2's output layer of int8 came at 13 GB/s by eight rows, and by four at 20 (a core of Zen 3). */
+#define FEW_AT_ONCE_STRIDE 4096
 INLINE void fetch(const uint8_t *line) { __builtin_prefetch(line, 0, 2); }
 
 /* The first ones of some rows, which nobody has fetched yet: a line of each, then the next of each. */
@@ -123,19 +126,25 @@ INLINE void add_pieces(const int dtype, const int R, const int U, const uint8_t 
             for (int u = 0; u < U; u++) y[r * stride + at] += one_weight(dtype, row[u], at) * x[u * R + r];
 }
 
-/* y (R, stride) += the rows of weights of a part of a list. */
-INLINE void add_list(const int dtype, const int R, const uint8_t *weights, int64_t row_bytes, const kept_list *list,
-                     int32_t begin, int32_t end, int64_t n, float *y, int64_t stride) {
-    const int U = ROWS_AT_ONCE;
-    int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES / piece + U : U;
+/* As many of [at, end) as make whole groups of U rows. Returns the first that is left. */
+INLINE int32_t add_groups(const int dtype, const int R, const int U, const uint8_t *weights, int64_t row_bytes,
+                          const kept_list *list, int32_t at, int32_t end, int64_t n, float *y, int64_t stride) {
+    const int64_t piece = bytes_of(dtype, n), distance = piece > 0 ? AHEAD_BYTES / piece + ROWS_AT_ONCE : ROWS_AT_ONCE;
     const int32_t *last = list->index + list->count;
-    int32_t at = begin;
     for (; at + U <= end; at += U)
         add_pieces(dtype, R, U, weights, row_bytes, list->index + at, last, distance, list->value + (int64_t)at * R, n,
                    y, stride);
-    for (; at < end; at++)
-        add_pieces(dtype, R, 1, weights, row_bytes, list->index + at, last, distance, list->value + (int64_t)at * R, n,
-                   y, stride);
+    return at;
+}
+
+/* y (R, stride) += the rows of weights of a part of a list. */
+INLINE void add_list(const int dtype, const int R, const uint8_t *weights, int64_t row_bytes, const kept_list *list,
+                     int32_t begin, int32_t end, int64_t n, float *y, int64_t stride) {
+    int32_t at = begin;
+    if (row_bytes % FEW_AT_ONCE_STRIDE)
+        at = add_groups(dtype, R, ROWS_AT_ONCE, weights, row_bytes, list, at, end, n, y, stride);
+    else at = add_groups(dtype, R, ROWS_AT_ONCE / 2, weights, row_bytes, list, at, end, n, y, stride);
+    add_groups(dtype, R, 1, weights, row_bytes, list, at, end, n, y, stride);
 }
 
 #endif

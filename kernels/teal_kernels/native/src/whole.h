@@ -138,7 +138,9 @@ INLINE void add_quads(const int QUADS, const input_block *b, const group_scales 
 }
 
 /* y += a block. Returns how many outputs that are: all. */
-INLINE int64_t add_block(const input_block *b, const group_scales *g, const group_scales *next, int64_t n, float *y) {
+INLINE int64_t add_block(const input_block *b, const group_scales *g, const group_scales *next, int64_t n, float *y,
+                         float *partial) {
+    (void)partial;
     if (b->quads == 1) add_quads(1, b, g, next, n, y);
     else add_quads(2, b, g, next, n, y);
     return n;
