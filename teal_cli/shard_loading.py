@@ -19,6 +19,7 @@ from teal_cli.models.loading import auto_class, check_memory, kind_of, outline, 
 from teal_cli.models.shards import ShardPlan, check_shard, narrow_config, plan_shards, shard_output_, tie_output_
 from teal_cli.models.stored_names import Place, in_order, places
 from teal_cli.models.weights import weight_files
+from teal_cli.models.wide_products import widen_products_
 from teal_cli.quantise.storage import model_keys
 from teal_cli.ranks.group import Ranks, gathering, summing
 from teal_cli.reading import read_json
@@ -83,6 +84,7 @@ def load_shard(
     if architecture is not None:
         model.teal_architecture = architecture
     join_(model, plan, ranks)
+    widen_products_(model)
     return Shard(model.eval(), plan, packs)
 
 

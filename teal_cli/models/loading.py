@@ -21,6 +21,7 @@ from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of,
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
+from teal_cli.models.wide_products import widen_products_
 from teal_cli.reading import read_json
 
 _ITEMSIZES = {"I32": 4, "U8": 1}
@@ -212,7 +213,9 @@ def load_from_folder(folder: Path, *, device: str, dtype: str, architecture: Arc
         model.teal_architecture = architecture
     unstack_experts_(model)
     adopt_likeness_(model)
-    return model.to(target).eval()
+    model.to(target)
+    widen_products_(model)
+    return model.eval()
 
 
 def check_size(empty: Any, stored: int, what: str) -> None:
@@ -258,6 +261,7 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     with target:
         model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
     unstack_experts_(model)
+    widen_products_(model)
     return model.eval()
 
 
