@@ -181,6 +181,17 @@ def test_a_quantised_model_verifies(path: str) -> None:
     assert decoder.tally.acceptance > 0.3
 
 
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_copy_of_experts_drafts(scheme: str | None) -> None:
+    """Of weights, and of codes."""
+    engine, prompt = Engine(sparse(tiny("mixtral"), scheme=scheme), path="native"), random_tokens(1, 12)
+    decoder = speculator(engine, "int4:32" if scheme else "int8", 3)
+    assert list(decoder.generate(prompt, max_new_tokens=40, sampling=GREEDY)) == dense_text(engine, prompt, 40)
+    assert decoder.tally.acceptance > 0.3
+
+
 @torch.no_grad()
 def test_a_quantised_copy_shares_what_it_does_not_quantise() -> None:
     model = sparse(tiny("llama"))
