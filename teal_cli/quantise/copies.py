@@ -16,7 +16,7 @@ from teal_cli.sparse.routed import RoutedMLP
 
 
 def check_copy(model: Any, *, sparse: bool) -> None:
-    """Refuse a copy that our own kernels could not decode: those that leave neurons out read rows of weights, not codes.
+    """Refuse a copy that our own kernels could not decode: what leaves neurons out reads rows of weights, not codes.
 
     Args:
         model: that would be copied.
