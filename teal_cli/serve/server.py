@@ -72,12 +72,12 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handlers of SIGINT and SIGTERM inside the block."""
+        """Handlers of SIGINT and SIGTERM inside the block. Behind it a first rank ends anyway, told again or not."""
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(ValueError):  # not the main thread
                     before = signal.signal(number, self.handle_exit)
-                    stack.callback(signal.signal, number, before)
+                    stack.callback(signal.signal, number, signal.SIG_IGN if has_launcher() else before)
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
