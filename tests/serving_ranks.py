@@ -51,6 +51,8 @@ class RanksServer:
         by_rank = {_variable(int(pid), "RANK"): int(pid) for pid in children if count > 1}
         self.pids = [by_rank[str(rank)] for rank in range(count) if count > 1]
         """Of the ranks."""
+        self.said = ""
+        """On stderr, until the end."""
 
     def gone(self) -> bool:
         """Whether no rank runs."""
@@ -63,9 +65,9 @@ class RanksServer:
 
     def ended(self) -> tuple[int, list[str]]:
         """Wait for the end: its exit code, and lines that are errors."""
-        said = self.process.communicate(timeout=PATIENCE)[1]
-        assert "Traceback" not in said
-        return self.process.returncode, [line for line in said.splitlines() if line.startswith("teal: ")]
+        self.said = self.process.communicate(timeout=PATIENCE)[1]
+        assert "Traceback" not in self.said
+        return self.process.returncode, [line for line in self.said.splitlines() if line.startswith("teal: ")]
 
     def kill(self) -> None:
         """End what a test left."""

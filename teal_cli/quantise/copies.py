@@ -6,10 +6,32 @@ from typing import Any
 
 import torch
 
+from teal_cli.errors import UsageError
 from teal_cli.models.architectures import find_projections
 from teal_cli.quantise.model import nearest_codes, pack_, quantised_layers
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import replace_projections_, sparse_layers
+from teal_cli.sparse.gate_first import GateFirstMLP
+from teal_cli.sparse.routed import RoutedMLP
+
+
+def check_copy(model: Any, *, sparse: bool) -> None:
+    """Refuse a copy that our own kernels could not decode: what leaves neurons out reads rows of weights, not codes.
+
+    Args:
+        model: that would be copied.
+        sparse: whether the copy is to skip inputs; else it does not decode gate first.
+
+    Raises:
+        UsageError: it has MLPs that leave neurons out.
+    """
+    kinds = (RoutedMLP, GateFirstMLP) if sparse else RoutedMLP
+    found = next((module.path for module in model.modules() if isinstance(module, kinds)), None)
+    if found is not None:
+        raise UsageError(
+            f"{found} leaves neurons out, for which its weights cannot be quantised: draft by sparse or lookup (flag "
+            "--speculate)"
+        )
 
 
 @torch.no_grad()

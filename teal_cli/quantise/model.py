@@ -97,6 +97,8 @@ def nearest_codes(layer: nn.Module, scheme: Scheme) -> Packed:
     """The nearest codes of a layer, or of each of its experts."""
     if isinstance(layer, StackedLinear):
         return stacked([quantise(weight, scheme) for weight in layer.weight])
+    if isinstance(layer, SparseExperts):
+        return stacked([quantise(layer.weight_of(nth), scheme) for nth in range(layer.copies)])
     return quantise(layer.weight, scheme)  # type: ignore[arg-type]
 
 

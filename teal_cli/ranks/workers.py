@@ -75,7 +75,7 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None, *, 
     }
     environments = {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
     with _handlers_restored(), own_folder() as folder:
-        started, drained = None, False
+        started, drained, last = None, False, signal.SIGTERM
         try:
             started = start_processes(
                 name="teal",
@@ -90,7 +90,9 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None, *, 
             except (SignalException, KeyboardInterrupt):
                 if not drains:
                     raise
-                os.kill(started.pids()[0], signal.SIGTERM)
+                last = signal.SIGKILL  # of a second one: who drains heeds no other signal
+                with contextlib.suppress(ProcessLookupError):  # it may have been told, and ended, before
+                    os.kill(started.pids()[0], signal.SIGTERM)
                 found, drained = started.wait(period=_LOOK_EVERY), True
         except (SignalException, KeyboardInterrupt):
             return EXIT_INTERRUPTED
@@ -98,7 +100,7 @@ def run_workers(count: int, command: Sequence[str], logs: str | None = None, *, 
             for number in _SIGNALS:  # a second one is not needed: all end within seconds, and the folder is removed
                 signal.signal(number, signal.SIG_IGN)
             if started is not None:
-                started.close(signal.SIGTERM, timeout=_GRACE)
+                started.close(last, timeout=_GRACE)
         if drained and found is not None and 0 not in found.failures:
             return 0  # others may have missed the first one, where it ended while it loaded
         if drained and found is not None and found.failures[0].exitcode == -signal.SIGTERM:

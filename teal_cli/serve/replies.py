@@ -148,6 +148,7 @@ class Replies:
         self.all = list(replies)
         try:
             for index, request in enumerate(requests):
+                self.all[index].usage = Usage(len(request.prompt))
                 self.all[index].ticket = scheduler.submit(request, self._listener(index))
         except BaseException:
             self.close()

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from teal_cli.errors import MachineError, UsageError
+from teal_cli.ranks.environment import has_launcher
 from teal_cli.serve.app import create_app
 from teal_cli.serve.service import Service
 
@@ -71,17 +72,21 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handlers of SIGINT and SIGTERM inside the block."""
+        """Handlers of SIGINT and SIGTERM inside the block. Behind it a first rank ends anyway, told again or not."""
         with contextlib.ExitStack() as stack:
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(ValueError):  # not the main thread
                     before = signal.signal(number, self.handle_exit)
-                    stack.callback(signal.signal, number, before)
+                    stack.callback(signal.signal, number, signal.SIG_IGN if has_launcher() else before)
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends."""
-        if self.should_exit:
+        """The first signal drains, the second ends.
+
+        Of several ranks that is the launcher's matter: whoever tells all processes to end (systemd) tells this one, and
+        the launcher, which tells it again.
+        """
+        if self.should_exit and not has_launcher():
             self.force_exit = True
         self.should_exit = True
 

@@ -94,8 +94,12 @@ class SparseExperts(SparseLinear):
         """(experts, in, out), or the same of codes (`teal_kernels.experts`)."""
         return self.weight.transpose(1, 2)
 
+    def weight_of(self, nth: int) -> Tensor:
+        """(out, in), of one expert."""
+        return self.weight[nth]
+
     def _product(self, nth: int, x: Tensor, *, skip: bool) -> Tensor:
         """Of one expert: (rows, in) -> (rows, out)."""
         if skip:
-            return sparse_linear(x, self.weight[nth], None, self.threshold, self.control.backend)
-        return F.linear(x, self.weight[nth])
+            return sparse_linear(x, self.weight_of(nth), None, self.threshold, self.control.backend)
+        return F.linear(x, self.weight_of(nth))

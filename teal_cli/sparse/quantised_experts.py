@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal_cli.models.layers import StackedLinear
 from teal_cli.schemes import Scheme
@@ -37,10 +37,18 @@ class QuantisedExperts(Codes, SparseExperts):
         part: int | None = None,
         packed: Packed | None = None,
     ) -> None:
-        super().__init__(stack, name=name, control=control, merged=merged, part=part)  # type: ignore[arg-type]
+        weights = stack.without_weights() if isinstance(stack, QuantisedExperts) else stack
+        super().__init__(weights, name=name, control=control, merged=merged, part=part)  # type: ignore[arg-type]
         if isinstance(stack, SparseExperts):
             self.weights_read = stack.weights_read
-        self.take_codes_(stack.weight, scheme, packed, copies=(stack.copies,))
+        self.take_codes_(weights.weight, scheme, packed, copies=(stack.copies,))
+
+    def without_weights(self) -> StackedLinear:
+        """As many experts of this shape and dtype on the meta device, for other codes in the place of these."""
+        shape = self.copies, self.out_features, self.in_features
+        found = StackedLinear(nn.Parameter(torch.empty(shape, dtype=self.compute_dtype, device="meta"), False))
+        found.transposed = self.transposed
+        return found
 
     @property
     def table(self) -> Tensor | Packed:
@@ -50,6 +58,10 @@ class QuantisedExperts(Codes, SparseExperts):
     def is_plain_for(self, states: int) -> bool:
         """Never: transformers' function for all experts reads weights, and here are none."""
         return False
+
+    def weight_of(self, nth: int) -> Tensor:
+        """(out, in) in the model's dtype, of one expert: a new tensor."""
+        return dequantised(expert_of(self.packed, nth), self.compute_dtype).t()
 
     def _product(self, nth: int, x: Tensor, *, skip: bool) -> Tensor:
         packed = expert_of(self.packed, nth)

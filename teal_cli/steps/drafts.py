@@ -5,7 +5,7 @@ from typing import Any
 from teal_cli.console import Reporter
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.speculate.speculator import Speculator
-from teal_cli.quantise.copies import quantised_copy
+from teal_cli.quantise.copies import check_copy, quantised_copy
 from teal_cli.sparse import control_of, use_backend
 from teal_cli.speculation import Speculation
 
@@ -26,7 +26,7 @@ def speculator_for(
         copies: that were made before; those that are made are added.
 
     Raises:
-        UsageError: a model that cannot be decoded speculatively.
+        UsageError: a model that cannot be decoded speculatively, or a copy of it.
         ArtefactError: layers that cannot be quantised.
     """
 
@@ -36,6 +36,8 @@ def speculator_for(
     plain = made(engine.model if drafts.has_model else None)  # refuses before the work
     if drafts.scheme is None:
         return plain, 0
+    if engine.path.own_kernels:
+        check_copy(engine.model, sparse=drafts.sparse)
     if drafts.scheme.text not in copies:
         reporter.say(f"quantising a copy to {drafts.scheme} that drafts")
         copies[drafts.scheme.text] = quantised_copy(engine.model, drafts.scheme)

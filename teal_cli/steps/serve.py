@@ -22,7 +22,6 @@ from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import DEFAULT_SPARSITY, allocate, allocations
 from teal_cli.quantise.model import pack_
-from teal_cli.ranks.environment import has_launcher
 from teal_cli.serve.grammars import Grammars
 from teal_cli.serve.prompts import Prompts
 from teal_cli.serve.server import address_of, bind, make_server, run
@@ -115,9 +114,8 @@ def follow(config: ServeConfig, reporter: Reporter) -> None:
     Raises:
         TealError: anything wrong with model, calibration or machine, or another rank has ended.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank ends all, when its replies have come to their ends
-    if not has_launcher():  # torchrun tells every rank to end; the teal command the first one alone
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first rank ends all, when its replies have come to their ends
+        signal.signal(number, signal.SIG_IGN)
     use_threads(config.threads)
     _scheduler(config, reporter, Workspace.of(config, reporter)).follow()
 
@@ -131,6 +129,8 @@ def _scheduler(config: ServeConfig, reporter: Reporter, workspace: Workspace) ->
     if levels:  # what the engine tries, and times where sparse steps may be slower; and what a copy drafts by
         apply_plan_(model, levels[draft_level or default or max(levels)])
     engine = Engine(model, never_worse=config.backend == "auto" and drafts is None)
+    for line in engine.path.notes:  # which all ranks ask for
+        reporter.say(line)
     speculator = None
     if drafts is not None:
         speculator, _ = speculator_for(engine, drafts, config.draft_tokens, reporter, {})

@@ -10,9 +10,11 @@ from conftest import build_model
 from drafting import speculator
 from fused_pair import error_of, random_tokens
 from native_models import NO_LIBRARY, plan_for, sparse, tiny, use_threads
+from routed_models import routed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from teal_cli.console import Reporter
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.native_cache import NativeLayer
@@ -24,6 +26,9 @@ from teal_cli.errors import UsageError
 from teal_cli.quantise.copies import quantised_copy
 from teal_cli.schemes import Scheme
 from teal_cli.sparse import apply_plan_, control_of, sparse_layers
+from teal_cli.sparse.intrinsic import make_intrinsic_
+from teal_cli.speculation import Speculation
+from teal_cli.steps.drafts import speculator_for
 
 needs_library = pytest.mark.skipif(NO_LIBRARY is not None, reason=str(NO_LIBRARY))
 PATHS = [pytest.param("native", marks=needs_library), "general"]
@@ -179,6 +184,33 @@ def test_a_quantised_model_verifies(path: str) -> None:
     after = model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert decoder.tally.acceptance > 0.3
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_copy_of_experts_drafts(scheme: str | None) -> None:
+    """Of weights, and of codes."""
+    engine, prompt = Engine(sparse(tiny("mixtral"), scheme=scheme), path="native"), random_tokens(1, 12)
+    decoder = speculator(engine, "int4:32" if scheme else "int8", 3)
+    assert list(decoder.generate(prompt, max_new_tokens=40, sampling=GREEDY)) == dense_text(engine, prompt, 40)
+    assert decoder.tally.acceptance > 0.3
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "routes"), [("int8", True), ("int8+sparse", False)])
+def test_copies_of_mlps_that_leave_neurons_out_are_refused(kind: str, routes: bool) -> None:
+    """Before they are made: the library would refuse them at the first draft."""
+    model = routed() if routes else tiny("llama", hidden_act="relu")
+    if not routes:
+        make_intrinsic_(model)
+    reporter = Reporter(quiet=True)
+    with pytest.raises(UsageError, match="model.layers.0.mlp leaves neurons out"):
+        speculator_for(Engine(model, path="native"), Speculation.parse(kind), 3, reporter, {})
+    engine, prompt = Engine(model, path="native" if kind == "int8+sparse" else "general"), random_tokens(1, 12)
+    decoder, _ = speculator_for(engine, Speculation.parse("int8"), 3, reporter, {})
+    assert list(decoder.generate(prompt, max_new_tokens=20, sampling=GREEDY)) == dense_text(engine, prompt, 20)
 
 
 @torch.no_grad()

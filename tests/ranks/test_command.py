@@ -163,6 +163,34 @@ def test_no_rank_outlives_the_command(signal_: int, home: Path, tmp_path: Path) 
     assert bool(left) == (signal_ == signal.SIGKILL)
 
 
+_DRAINS = """
+import os, pathlib, signal, time
+told = pathlib.Path(os.environ["RANK"])
+signal.signal(signal.SIGTERM, lambda *_: told.write_text("told"))
+told.write_text("waits")
+time.sleep(300)
+"""
+
+
+def test_a_second_signal_ends_ranks_that_drain(tmp_path: Path) -> None:
+    """At once: they heed no other signal, and are not asked again."""
+    ranks = f"run_workers(2, ['-c', {_DRAINS!r}], drains=True)"
+    program = f"import sys; from teal_cli.ranks.workers import run_workers; sys.exit({ranks})"
+    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment())
+    files = [tmp_path / str(rank) for rank in range(2)]
+
+    def said() -> list[str]:
+        return [file.read_text() if file.exists() else "" for file in files]
+
+    for wanted in (["waits", "waits"], ["told", "waits"]):
+        while said() != wanted:
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 130
+    assert said() == wanted
+
+
 def test_a_folder_that_a_killed_launcher_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     old, new, locked = (tmp_path / f"teal-ranks-{name}" for name in ("old", "new", "locked"))

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import live_server
 import pytest
+import uvicorn
 from command_line import fails
 from live_server import PATIENCE, until
+
+from teal_cli.serve.server import Server
 
 calibrated = pytest.fixture(scope="module")(live_server.calibrated)
 
@@ -144,3 +147,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(
     if exported.exists():
         fails(capsys, 2, "was exported at sparsity 0.5", "serve", "--model", exported, "--sparsity", 0.3, "--port", 0)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_signal_is_the_launcher_s_where_ranks_serve(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who tells all processes to end tells the first rank, and so does its launcher; also when it ends already."""
+    monkeypatch.delenv("TEAL_LAUNCHER", raising=False)
+    if launched:
+        monkeypatch.setenv("TEAL_LAUNCHER", "1")
+    server, before = Server(uvicorn.Config("none"), None), signal.getsignal(signal.SIGTERM)  # type: ignore[arg-type]
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with server.capture_signals():
+            signal.raise_signal(signal.SIGTERM)
+            assert (server.should_exit, server.force_exit) == (True, False)
+            signal.raise_signal(signal.SIGTERM)
+            assert server.force_exit != launched
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if launched else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)

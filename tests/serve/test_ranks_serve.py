@@ -39,13 +39,16 @@ def test_texts_are_those_of_one_process(ranks: RanksServer, calibrated: Path) ->
     assert ranks.seconds() - before < 0.2 * PEER_SECONDS
     assert texts_at_once(ranks, ASKED) == expected
 
-    # The first signal lets a reply under way come to its end.
+    # The first signal lets a reply under way come to its end, also where all processes get it, as systemd sends it.
     answers: list[dict[str, Any]] = []
     long = {"prompt": "fox", "max_tokens": 150, "temperature": 0}
     asking = threading.Thread(target=lambda: answers.append(ranks.ask(long)))
     asking.start()
     until(lambda: b"teal_requests_running 1.0" in ranks.metrics())
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGTERM)
     assert ranks.end(signal.SIGTERM) == (0, [])
+    assert "sums over ranks by Gloo" in ranks.said
     asking.join(PATIENCE)
     assert answers[0]["status"] == 200
     assert answers[0]["usage"]["completion_tokens"] == 150

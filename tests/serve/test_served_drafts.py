@@ -71,6 +71,7 @@ def streamed(live: Live, request: dict) -> tuple[str, dict]:
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-2] == counts[-1]
+    assert len({chunk.usage.prompt_tokens for chunk in chunks}) == 1  # known from the first one on
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     return text, chunks[-1].usage.model_dump()
 
