@@ -1,7 +1,9 @@
 """What each of several ranks does in tests: a script that they run, and how a test starts them."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,18 +31,38 @@ def run_ranks(task: str, folder: Path, *, count: int = COUNT, timeout: float = 9
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        for rank in range(count)
+        for rank in range(1 if extra.get("TEAL_TEST_DEVICE", "cpu") == "cpu" else count)
     ]
     try:
         ends = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     for process, (_, said) in zip(started, ends, strict=True):
         assert process.returncode == 0, said
     found_by_first: dict[str, Any] = json.loads(ends[0][0].splitlines()[-1])
     return found_by_first
+
+
+def fork_others() -> list[int]:
+    """On a CPU the first rank forks the others, which then need not import torch again: half of a short task.
+
+    Returns:
+        Their process ids, in the first rank.
+    """
+    import fused_pair  # noqa: F401  (with all of teal_cli behind it)
+
+    started = []
+    for rank in range(1, int(os.environ["WORLD_SIZE"])):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return []
+        started.append(child)
+    return started
 
 
 def own_ranks(seconds: float = 120.0) -> Any:
@@ -54,8 +76,9 @@ def own_ranks(seconds: float = 120.0) -> Any:
 
 def families(folder: Path) -> dict[str, Any]:
     """Of each model in the folder, how far logits are from those of the whole one, or why it is not divided."""
+    import pytest
     import torch
-    from fused_pair import half_plan, random_tokens
+    from fused_pair import half_plan, random_tokens, use_small_tiles
 
     from teal_cli.decode.engine import Engine
     from teal_cli.decode.sampling import SamplingConfig
@@ -68,7 +91,9 @@ def families(folder: Path) -> dict[str, Any]:
     ranks = own_ranks()
     found: dict[str, Any] = {}
     prompt, tokens = (random_tokens(2, 12).to(ranks.device), random_tokens(2, 5, seed=1).to(ranks.device))
-    launches = ranks.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TEAL_TEST_FUSED", "").split(",")
+    if interpreted != [""]:
+        use_small_tiles(pytest.MonkeyPatch())
 
     def decoded(model: Any, path: str) -> dict[str, Any]:
         control = model.control_in_test
@@ -97,7 +122,7 @@ def families(folder: Path) -> dict[str, Any]:
         for each in (model, whole):
             each.control_in_test = sparsify_(each, half_plan(each))
         expected = decoded(whole, "general")
-        ways = ["general", *(["fused"] if launches else [])]
+        ways = ["general", *(["fused"] if ranks.device.type == "cuda" or own.name in interpreted else [])]
         paths = {way: decoded(model, way) for way in ways}
         found[own.name] = {
             "dense": error_of(dense, masks),
@@ -177,8 +202,11 @@ def silent(folder: Path) -> dict[str, Any]:
     way.begin(2, 256, 256)
     own, y = way.buffer(256, torch.float32), torch.zeros(1, 256, device=ranks.device)
     steps = way.sum(own, Summed(y))
+    done = folder / "done"
     if ranks.rank == ranks.count - 1:
-        time.sleep(60)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not done.exists():
+            time.sleep(0.1)
         os._exit(0)
     started, said = time.monotonic(), ""
     try:
@@ -188,6 +216,7 @@ def silent(folder: Path) -> dict[str, Any]:
     except Exception as error:  # of a GPU whose kernel gave up, or of Gloo
         said = str(error).splitlines()[0]
     print(json.dumps({"seconds": time.monotonic() - started, "said": said}), flush=True)
+    done.touch()
     os._exit(0)
 
 
@@ -202,10 +231,12 @@ def main() -> None:
 
     from teal_cli.ranks.group import leave
 
+    others = fork_others() if os.environ.get("TEAL_TEST_DEVICE", "cpu") == "cpu" else []
     with torch.no_grad():
         found = globals()[sys.argv[1]](Path(sys.argv[2]))
     leave()  # a process that ends with Gloo's threads at work is aborted now and then
     if os.environ["RANK"] == "0":
+        assert all(os.waitpid(child, 0)[1] == 0 for child in others), "another rank failed"
         print(json.dumps(found))
 
 

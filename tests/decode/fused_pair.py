@@ -1,5 +1,6 @@
 """One sparse model on two paths: the fused one in Triton's interpreter, and transformers' forward."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.paths import fused_gate_first
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse import SparsityControl, sparsify_
 from teal_kernels import triton_attention, triton_decode
+from teal_kernels.triton_gate_first import GateFirstConfig, step_config
 from teal_kernels.triton_gemv import TileConfig
 from teal_kernels.tuning_entries import Entry, Provenance
 from teal_kernels.tuning_files import keep_entries
@@ -36,6 +39,11 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "_ATTENTION_BLOCK", 128)
     monkeypatch.setattr(triton_decode, "_OUTPUT_BLOCK", 256)
     monkeypatch.setattr(triton_decode, "_BATCH_OUTPUT_BLOCK", 256)
+    monkeypatch.setattr(fused_gate_first, "step_config", _few_programs)
+
+
+def _few_programs(n_in: int, rows: int) -> GateFirstConfig:
+    return replace(step_config(n_in, rows), neurons=32, block_out=16)
 
 
 def half_plan(model: nn.Module, factor: float = 1.0) -> SparsityPlan:
