@@ -1,9 +1,9 @@
 """Products of 16-bit numbers in float32, on a processor that has no instructions for them.
 
 PyTorch multiplies bfloat16 and float16 by plain loops where oneDNN has no instructions for them (bfloat16 without
-AVX-512, float16 without AMX or AVX-512 FP16): about twenty times slower than float32 at least. A prompt then takes longer
-than its answer. Here such products are computed in float32, weights a piece at a time, and rounded once at the end, as
-oneDNN does it.
+AVX-512, float16 without AMX or AVX-512 FP16): twenty times slower than float32, or worse. A prompt then takes longer than
+its answer. Here such products are computed in float32, weights a piece at a time, and rounded once at the end, as oneDNN
+does it.
 """
 
 import time
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PIECE = 1 << 19
-"""Weights that are converted at once, 2 MB of float32: they stay in a processor's caches. Of 14336 x 4096 weights and 64
-states, pieces of 128 rows took a third of the time of the whole."""
+"""Weights that are converted at once, 2 MB of float32: they stay in a processor's caches. Of 14336 x 4096 weights and
+64 states, pieces of 128 rows took a third of the time of the whole."""
 _SLOW = 3.0
 """Times float32's: measured 20 where there are no instructions, about 1 where there are."""
 _active = local()
