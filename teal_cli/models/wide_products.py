@@ -1,9 +1,9 @@
 """Products of 16-bit numbers in float32, on a processor that has no instructions for them.
 
 PyTorch multiplies bfloat16 and float16 by plain loops where oneDNN has no instructions for them (bfloat16 without
-AVX-512, float16 without AMX or AVX-512 FP16): twenty times slower than float32, or worse. A prompt then takes longer than
-its answer. Here such products are computed in float32, weights a piece at a time, and rounded once at the end, as oneDNN
-does it.
+AVX-512, float16 without AMX or AVX-512 FP16): twenty times slower than float32, or worse. A prompt then takes longer
+than its answer. Here such products are computed in float32, weights a piece at a time, and rounded once at the end,
+as oneDNN does it.
 """
 
 import time
