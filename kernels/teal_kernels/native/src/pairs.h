@@ -10,20 +10,15 @@
 #define WHOLE_NUMBERS
 #define BLOCK_INPUTS 32 /* whose sums fit 32 bits: 32 * 32767 * 255 */
 #define HALF_LINE 64    /* outputs, codes of 32 bytes: their sums fill eight registers */
-#define PAIRS_AT_ONCE 4 /* rows that are read side by side, in pairs: with 16 rows it was slower from memory, with 4 too */
+#define LEAST_INPUTS 4  /* of a block: fewer are done sooner in floats */
 
 typedef struct {
     int16_t x[BLOCK_INPUTS]; /* zero behind the last one */
     const uint8_t *row[BLOCK_INPUTS], *ahead[BLOCK_INPUTS];
     int32_t pairs;
+    int32_t at_once; /* pairs whose rows are read side by side: eight rows, and with 16 or 4 it was slower from memory */
     float step, sum; /* of the numbers, and of the inputs as they are now */
 } input_block;
-
-/* Whether inputs [begin, end) of a list are done sooner so than in floats. */
-INLINE int pays(const kept_list *list, int32_t begin, int32_t end) {
-    (void)list;
-    return end - begin >= 4;
-}
 
 /* Inputs [begin, end) of a list, at most BLOCK_INPUTS; 0 where one is infinite or not a number. */
 static int take_block(const kept_list *list, int32_t begin, int32_t end, const uint8_t *weights, int64_t row_bytes,
@@ -57,6 +52,7 @@ static int take_block(const kept_list *list, int32_t begin, int32_t end, const u
     b->step = top / 32767.0f;
     b->sum = b->step * (float)sum;
     b->pairs = (n + 1) / 2;
+    b->at_once = rows_at_once(row_bytes) / 2;
     /* what is too many is multiplied with zero */
     find_rows(list, begin, end, 2 * b->pairs, weights, row_bytes, distance, b->row, b->ahead);
     return 1;
@@ -139,9 +135,8 @@ INLINE void add_some(const input_block *b, int32_t from, int32_t to, const int s
 INLINE int64_t add_block(const input_block *b, const group_scales *g, const group_scales *next, int64_t n, float *y,
                          float *partial) {
     const int64_t whole = n - n % HALF_LINE;
-    const int32_t at_once = (b->row[1] - b->row[0]) % FEW_AT_ONCE_STRIDE ? PAIRS_AT_ONCE : PAIRS_AT_ONCE / 2;
     for (int32_t from = 0, to; from < b->pairs; from = to) {
-        to = b->pairs - from <= at_once + 1 ? b->pairs : from + at_once;
+        to = b->pairs - from <= b->at_once + 1 ? b->pairs : from + b->at_once;
         if (from == 0 && to == b->pairs) add_some(b, from, to, 1, 1, g, next, whole, y, partial);
         else if (from == 0) add_some(b, from, to, 1, 0, g, next, whole, y, partial);
         else if (to == b->pairs) add_some(b, from, to, 0, 1, g, next, whole, y, partial);
@@ -162,7 +157,7 @@ static void add_whole_numbers(const teal_weight *w, const uint8_t *weights, cons
         for (end = begin; end < to && end < begin + BLOCK_INPUTS && list->index[end] < stop;) end++;
         const group_scales g = scales_of(w, number, first), next = scales_of(w, number + (stop < w->inputs), first);
         int64_t done = 0;
-        if (pays(list, begin, end) && take_block(list, begin, end, weights, w->row_bytes, distance, &b))
+        if (end - begin >= LEAST_INPUTS && take_block(list, begin, end, weights, w->row_bytes, distance, &b))
             done = add_block(&b, &g, &next, n, y, partial);
         if (done == n) continue;
         const group_scales rest = scales_of(w, number, first + done);

@@ -13,9 +13,10 @@
  * 15 without (two cores of Zen 4, dense 49 GB/s; benchmarks/NOTES.md). */
 #define AHEAD_BYTES 2048
 #define ROWS_AT_ONCE 8
-/* Of rows that stand so many bytes apart, or a multiple, the first cache holds eight lines at one place, and not one more:
- * four are read at once. SmolLM2's output layer of int8 came at 13 GB/s by eight rows, and by four at 20 (a core of Zen 3). */
-#define FEW_AT_ONCE_STRIDE 4096
+/* Rows that are read side by side. Of those that stand 4,096 bytes apart, or a multiple, the first cache holds eight lines at
+ * one place, and not one more: four are read at once. SmolLM2's output layer of int8 came at 13 GB/s by eight rows, and by
+ * four at 20 (a core of Zen 3). */
+INLINE int32_t rows_at_once(int64_t row_bytes) { return row_bytes % 4096 ? ROWS_AT_ONCE : ROWS_AT_ONCE / 2; }
 INLINE void fetch(const uint8_t *line) { __builtin_prefetch(line, 0, 2); }
 
 /* The first ones of some rows, which nobody has fetched yet: a line of each, then the next of each. */
@@ -141,7 +142,7 @@ INLINE int32_t add_groups(const int dtype, const int R, const int U, const uint8
 INLINE void add_list(const int dtype, const int R, const uint8_t *weights, int64_t row_bytes, const kept_list *list,
                      int32_t begin, int32_t end, int64_t n, float *y, int64_t stride) {
     int32_t at = begin;
-    if (row_bytes % FEW_AT_ONCE_STRIDE)
+    if (rows_at_once(row_bytes) == ROWS_AT_ONCE)
         at = add_groups(dtype, R, ROWS_AT_ONCE, weights, row_bytes, list, at, end, n, y, stride);
     else at = add_groups(dtype, R, ROWS_AT_ONCE / 2, weights, row_bytes, list, at, end, n, y, stride);
     add_groups(dtype, R, 1, weights, row_bytes, list, at, end, n, y, stride);

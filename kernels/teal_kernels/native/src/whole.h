@@ -14,6 +14,7 @@
 #if defined(__AVX512VNNI__)
 #define WHOLE_NUMBERS
 #define BLOCK_INPUTS 8   /* rows that are read side by side; 16 and 32 were slower from memory */
+#define LEAST_INPUTS 1   /* of a block: floats are never sooner */
 #define LINE_OUTPUTS 128 /* codes of a line of 64 bytes */
 
 typedef struct {
@@ -22,12 +23,6 @@ typedef struct {
     int32_t quads;
     float step, sum; /* of the numbers, and of the inputs as they are now */
 } input_block;
-
-/* Whether inputs [begin, end) of a list are done sooner so than in floats. */
-INLINE int pays(const kept_list *list, int32_t begin, int32_t end) {
-    (void)list, (void)begin, (void)end;
-    return 1;
-}
 
 /* Inputs [begin, end) of a list, at most BLOCK_INPUTS; 0 where one is infinite or not a number. */
 static int take_block(const kept_list *list, int32_t begin, int32_t end, const uint8_t *weights, int64_t row_bytes,
