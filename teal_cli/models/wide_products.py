@@ -129,10 +129,9 @@ def _grouped(func: Any, x: Tensor, weight: Tensor, *, offs: Tensor | None = None
     if weight.dim() != 3 or x.dim() != 2 or offs is None or any(value is not None for value in kwargs.values()):
         return func(x, weight, offs=offs, **kwargs)
     ends = offs.tolist()
-    found = x.new_zeros(len(x), weight.shape[2])
     spans = zip([0, *ends[:-1]], ends, weight, strict=True)
     parts = [_Product.apply(x[start:end], own.t(), None) for start, end, own in spans if end > start]
-    return torch.cat([*parts, found[ends[-1] :]]) if parts else found
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[2])])
 
 
 def _cast(func: Any, *args: Any, **kwargs: Any) -> Any:
