@@ -244,7 +244,7 @@ def benchmarks_llama_cpp(page: Page) -> None:
     """A CPU, beside llama.cpp."""
     widths = (("float32", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0"), ("int4:32", "Q4_0"))
     rows: dict[str, tuple[Cell, ...]] = {}
-    for machine, file in (("", "decode-cpu-llama"), ("AVX2 alone ", "decode-cpu-llama-avx2")):
+    for machine, file, of_half in (("", "decode-cpu-llama", "of"), ("AVX2 alone ", "decode-cpu-llama-avx2", "at")):
         cells = result(file)["cells"]
         rows, realised = {}, []
         for width, theirs in widths:
@@ -255,9 +255,7 @@ def benchmarks_llama_cpp(page: Page) -> None:
             rows[f"{width}, `{theirs}`"] = (_median(cell["llama_cpp"]), *over)
             realised.append(_at(cell["runs"], 0.5)["realised_sparsity"])
         page.table(f"| {machine}| llama.cpp | `teal`, dense | 40 % | 50 % | 65 % |", rows)
-        page.says(
-            "realised {} to {} of 50 %" if not machine else "realised {} to {} at 50 %", min(realised), max(realised)
-        )
+        page.says(f"realised {{}} to {{}} {of_half} 50 %", min(realised), max(realised))
     page.is_no_result("its memory gave 40 to 65 GB/s", "looked at by hand, between the runs")
 
     rows = {}
