@@ -90,6 +90,16 @@ def test_experts_that_no_row_chose_are_not_read(slow: list[tuple[int, ...]]) -> 
     assert torch.equal(found, right.bfloat16())
 
 
+def test_products_that_are_called_otherwise_are_torch_s(slow: list[tuple[int, ...]]) -> None:
+    x, weight, out = torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), torch.zeros(2, 8).bfloat16()
+    with InFloat32():
+        named = F.linear(input=x, weight=weight)
+        torch.mm(x, weight, out=out)
+    assert not slow
+    assert torch.equal(named, torch.full((2, 8), 8.0).bfloat16())
+    assert torch.equal(out, named)
+
+
 def test_a_forward_that_fails_leaves_nothing_behind(slow: list[tuple[int, ...]]) -> None:
     model = build_model("llama").bfloat16()
     widen_products_(model)
