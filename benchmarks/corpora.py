@@ -11,6 +11,8 @@ With --training, for the benchmarks of `teal adapt`, of other authors and subjec
 - novels.txt: Jane Austen's six novels, from r-cran-janeaustenr.
 - essays.txt: An Anarchist FAQ, from anarchism.
 - manual.txt: the paragraphs of Python's documentation, from python3.11-doc.
+- kernel.txt: those of the Linux kernel's, from linux-doc-6.1.
+- database.txt: those of PostgreSQL's, from postgresql-doc-15.
 """
 
 import argparse
@@ -33,6 +35,8 @@ HANDBOOK = f"{DEBIAN}/d/debian-handbook/debian-handbook_11.20220922_all.deb"
 NOVELS = f"{DEBIAN}/r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb"
 ESSAYS = f"{DEBIAN}/a/anarchism/anarchism_15.3-3_all.deb"
 MANUAL = f"{DEBIAN}/p/python3.11/python3.11-doc_3.11.2-6+deb12u8_all.deb"
+KERNEL = f"{DEBIAN}/l/linux/linux-doc-6.1_6.1.176-1_all.deb"
+DATABASE = f"{DEBIAN}/p/postgresql-15/postgresql-doc-15_15.18-0+deb12u1_all.deb"
 _SHORTEST_PARAGRAPH = 80
 
 
@@ -122,7 +126,8 @@ def main() -> None:
     texts = {"moby-dick.txt": novel(), "debian-handbook.txt": pages(HANDBOOK, "en-US/*.html", "div", "para")}
     if options.training:
         texts |= {"novels.txt": novels(), "essays.txt": pages(ESSAYS, "html/*.html", "p")}
-        texts["manual.txt"] = pages(MANUAL, "html/**/*.html", "p")
+        manuals = {"manual.txt": MANUAL, "kernel.txt": KERNEL, "database.txt": DATABASE}
+        texts |= {name: pages(address, "html/**/*.html", "p") for name, address in manuals.items()}
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
         print(f"{out / name}: {len(text):,} characters")

@@ -6,13 +6,14 @@ Random weights of the models' shapes, thresholds calibrated on them. For each ca
 too, where it has room, and dense and sparse steps of both are timed in turn. Beside that: a sum over ranks by each way
 that there is, and what all sums take of a token, which is the time of a token with them less that without.
 
-    --cases NAME,..   of `CASES`, by default all
+    --cases NAME,..   of `CASES`, by default all; they join those that the file has, or take their place
     --tune            first find tile configs for the products of the shards, on one GPU
     --device cpu      with --layers and --cases, to try the script out
 """
 
 import argparse
 import gc
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -324,8 +325,8 @@ def main() -> None:
     ranks = join(arguments.ranks, arguments.device, PEER_SECONDS)
     if ranks is None:
         raise SystemExit("--ranks 1 is what gpu_decode.py measures")
+    command = shlex.join(["python", *sys.argv])
     result: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
         "device": device_description(ranks.device),
         "versions": library_versions(),
         "ranks": ranks.count,
@@ -335,9 +336,15 @@ def main() -> None:
         "random_weights": True,
         "cases": [],
     }
+    if arguments.out.exists():
+        earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if any(earlier[key] != value for key, value in result.items() if key != "cases"):
+            raise SystemExit(f"{arguments.out} is of another device, version or size: name another file")
+        result["cases"] = [case for case in earlier["cases"] if case["case"] not in arguments.cases]
     for name in arguments.cases:
         with nullcontext() if ranks.device.type == "cpu" else torch.cuda.device(ranks.device):
-            result["cases"].append(run_case(name, arguments.layers, ranks, arguments.repeats, reporter))
+            found = run_case(name, arguments.layers, ranks, arguments.repeats, reporter)
+        result["cases"].append({"command": command, **found})
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
