@@ -47,7 +47,7 @@ from teal_cli.ranks.environment import end_with_launcher, is_first, is_rank
 from teal_cli.ranks.group import Ranks, join, leave
 from teal_cli.ranks.workers import run_workers
 from teal_cli.schemes import Scheme
-from teal_cli.shard_loading import join_, random_shard
+from teal_cli.shard_loading import join_, random_shard, summed_scale
 from teal_cli.sparse import apply_plan_, control_of, recalibrate_, replace_projections_
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.bench import measure
@@ -88,12 +88,12 @@ def alias_of(case: Case, layers: int | None) -> Alias:
     return alias if layers is None else replace(alias, shape={**alias.shape, "num_hidden_layers": layers})
 
 
-def random_codes(inputs: int, outputs: int, scheme: Scheme, device: torch.device) -> Packed:
-    """Random weights of deviation 0.02: a 70B has no room in 16 bits, from which codes could be made."""
+def random_codes(inputs: int, outputs: int, scheme: Scheme, device: torch.device, deviation: float) -> Packed:
+    """Random weights of a deviation: a 70B has no room in 16 bits, from which codes could be made."""
     group = scheme.group_of(inputs)
     words = torch.randint(-(1 << 31), 1 << 31, (inputs, outputs * scheme.bits // 32), device=device)
     shape = (-(-inputs // group), outputs)
-    scales = torch.full(shape, 0.02 / (16**2 / 12) ** 0.5, dtype=torch.float16, device=device)
+    scales = torch.full(shape, deviation / (16**2 / 12) ** 0.5, dtype=torch.float16, device=device)
     zeros = torch.full(shape, 7.5, dtype=torch.float16, device=device)
     return Packed(words.to(torch.int32), scales, zeros, scheme.bits, group, (outputs,))
 
@@ -109,8 +109,11 @@ def prepared(case: Case, alias: Alias, ranks: Ranks, reporter: Reporter) -> Meas
     projections = find_projections(model, output_layer=None)
     control = replace_projections_(model, [projection.name for projection in projections])
     if case.scheme is not None:
+        summed = 0.02 * summed_scale(model.config.num_hidden_layers)
         packs = {
-            p.name: random_codes(p.in_features, p.out_features, case.scheme, ranks.device)
+            p.name: random_codes(
+                p.in_features, p.out_features, case.scheme, ranks.device, summed if p.name in plan.sums else 0.02
+            )
             for p in projections
             if not p.is_output
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from teal_cli.decode.reading import Reading
 from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
 from teal_cli.decode.sampling import Sampler, in_one_thread
-from teal_cli.decode.slots import Row
+from teal_cli.decode.slots import Chosen, Row
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse.counting import Counts
 
@@ -71,8 +72,10 @@ class Reply:
 
     def row(self, drafted: Sequence[int] = ()) -> Row:
         """What the next step takes: the last token, and those that were drafted behind it."""
+        if not drafted:
+            return Row(self.slot, self.level, self._token)
         behind = torch.tensor(drafted, dtype=torch.int64, device=self._token.device)
-        return Row(self.slot, self.level, torch.cat([self._token, behind]) if drafted else self._token)
+        return Row(self.slot, self.level, torch.cat([self._token, behind]))
 
     def sampler_ahead(self) -> Sampler:
         """As `Sampler.ahead`: what drafts draw by agrees with what is going to be drawn as often as it can."""
@@ -103,13 +106,24 @@ class Reply:
         greedy = self._sampler.greedy and best is not None
         self._token = best.clone() if greedy and best is not None else self._sampler.next_token(logits).view(1)
         self.chosen += 1
-        finite = logits.amax(-1).isfinite().to(torch.int64)
+        finite = _are_numbers(logits)
         if self.request.logprobs is None:
-            return Choice(self, torch.cat([self._token, finite]), None, drafted)
+            return Choice(self, Reading(torch.stack([self._token, finite], dim=1)), drafted=drafted)
         logprobs = logits[0].float().log_softmax(-1)
         values, ids = logprobs.topk(self.request.logprobs)
         own = logprobs.gather(0, self._token)
-        return Choice(self, torch.cat([self._token, finite, ids]), torch.cat([own, values]), drafted)
+        numbers = torch.cat([self._token, finite, ids]).view(1, -1)
+        return Choice(self, Reading(numbers), logprobs=Reading(torch.cat([own, values])), drafted=drafted)
+
+    def choose_at(self, likeliest: "Likeliest", at: int) -> "Choice":
+        """The next token after a step, in which this reply has row `at`."""
+        request, step = self.request, likeliest.step
+        if request.mask is not None or request.logprobs is not None or not self._sampler.greedy:
+            return self.choose(step.logits[at], step.best[at])
+        tokens, numbers = likeliest.read
+        self._token = tokens[at]
+        self.chosen += 1
+        return Choice(self, numbers, at)
 
     def take(self, numbers: list[int], logprobs: list[float] | None, drafted: int | None) -> Emitted:
         """A token that was read.
@@ -145,22 +159,59 @@ class Reply:
         return True
 
 
+class Likeliest:
+    """The likeliest tokens after a step of one token a row. Rows that take them are read together.
+
+    Row by row, each would cost a GPU eight launches and a copy to the host between two steps.
+
+    Args:
+        step: the next one may overwrite it, once `read` was asked for.
+    """
+
+    def __init__(self, step: Chosen) -> None:
+        self.step = step
+
+    @cached_property
+    def read(self) -> tuple[Tensor, Reading]:
+        """(rows, 1) int64 tokens; on their way to the host (rows, 2): tokens, and 1 where the logits were numbers."""
+        return _read_likeliest(self.step)
+
+
 class Choice:
     """A token on its way to the host.
 
     Args:
         reply: whose it is.
-        numbers: the token, 1 where the logits were numbers, and the most probable tokens: int64.
-        logprobs: its own, and theirs.
+        numbers: rows of int64: the token, 1 where the logits were numbers, and the most probable tokens.
+        row: of them.
+        logprobs: the token's own, and theirs.
         drafted: the token that was drafted for its place.
     """
 
-    def __init__(self, reply: Reply, numbers: Tensor, logprobs: Tensor | None, drafted: int | None = None) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        numbers: Reading,
+        row: int = 0,
+        *,
+        logprobs: Reading | None = None,
+        drafted: int | None = None,
+    ) -> None:
         self.reply, self.drafted = reply, drafted
-        self._numbers = Reading(numbers)
-        self._logprobs = None if logprobs is None else Reading(logprobs)
+        self._numbers, self._row, self._logprobs = numbers, row, logprobs
 
     def take(self) -> Emitted:
         """Wait for it. As `Reply.take`."""
         logprobs = None if self._logprobs is None else self._logprobs.tensor().tolist()
-        return self.reply.take(self._numbers.tensor().tolist(), logprobs, self.drafted)
+        return self.reply.take(self._numbers.tensor()[self._row].tolist(), logprobs, self.drafted)
+
+
+def _are_numbers(logits: Tensor) -> Tensor:
+    """(rows, vocabulary) -> (rows,) int64: 1 where something can be chosen."""
+    return logits.amax(-1).isfinite().to(torch.int64)
+
+
+@in_one_thread
+def _read_likeliest(step: Chosen) -> tuple[Tensor, Reading]:
+    tokens = step.best.clone()
+    return tokens, Reading(torch.stack([tokens[:, 0], _are_numbers(step.logits[:, 0])], dim=1))

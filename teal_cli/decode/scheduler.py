@@ -20,7 +20,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.led_slots import follow, led
 from teal_cli.decode.levels import DENSE, Levels
 from teal_cli.decode.prompts import Keep
-from teal_cli.decode.replies import Choice, Reply
+from teal_cli.decode.replies import Choice, Likeliest, Reply
 from teal_cli.decode.requests import Emitted, Finish, QueueFullError, Request, Statistics, Ticket, Usage, said
 from teal_cli.decode.shared_slots import slots_of
 from teal_cli.decode.speculate.rounds import Rounds, drafting_of
@@ -329,10 +329,10 @@ class Scheduler:
         if self._steps % _READ_EVERY == 0:
             self._realised = self._counter.model_wide()
         step = self.slots.step([reply.row() for reply in replies])
-        choices = []
+        choices, likeliest = [], Likeliest(step)
         for reply, at in zip(replies, step.order, strict=True):
             with self._blaming(reply):
-                choices.append(reply.choose(step.logits[at], step.best[at]))
+                choices.append(reply.choose_at(likeliest, at))
         self._under_way.append(choices)
         self._tokens["passes"] += len(replies)
 
