@@ -19,7 +19,6 @@ each, added up.
 
 import argparse
 import contextlib
-import http.client
 import json
 import shlex
 import subprocess
@@ -56,35 +55,9 @@ from teal_cli.steps.drafts import speculator_for
 from teal_cli.steps.prepared import Prepared, prepare
 from teal_cli.versions import device_description, library_versions
 
+CLIENT = Path(__file__).with_name("stream_client.py")
 WARM_UP = 8
 """Steps of the loop without a server before the clock, in which kernels are compiled and graphs captured."""
-
-
-def ask(port: int, tokens: int, prompts: list[list[int]], level: float) -> None:
-    """The client: a stream for each prompt, at once; prints of each its usage, and when its events came."""
-    found: list[dict[str, Any]] = [{"times": [], "usage": {}} for _ in prompts]
-
-    def one(own: dict[str, Any], prompt: list[int]) -> None:
-        asked = {"model": "served", "prompt": prompt, "max_tokens": tokens}
-        how = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "sparsity": level}
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps({**asked, **how}), headers)
-        answer = connection.getresponse()
-        while line := answer.readline():
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if event["usage"] is not None:
-                    own["usage"] = event["usage"]
-                elif event["choices"][0]["text"]:
-                    own["times"].append(time.perf_counter())
-
-    threads = [threading.Thread(target=one, args=pair) for pair in zip(found, prompts, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    print(json.dumps(found))
 
 
 def tokens_per_second(found: list[dict[str, Any]]) -> float:
@@ -102,8 +75,8 @@ def tokens_per_second(found: list[dict[str, Any]]) -> float:
 def streamed(port: int, tokens: int, prompts: list[list[int]], level: float, *, cpu_time: bool) -> float:
     """Tokens a second of so many streams, which another process reads."""
     words = [port, tokens, level, json.dumps(prompts)]
-    client = subprocess.run(  # noqa: S603 (this file)
-        [sys.executable, __file__, "--ask", *map(str, words)], capture_output=True, text=True, check=True
+    client = subprocess.run(  # noqa: S603 (our own file)
+        [sys.executable, str(CLIENT), *map(str, words)], capture_output=True, text=True, check=True
     )
     found = json.loads(client.stdout)
     if cpu_time:
@@ -245,10 +218,6 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--ask"]:
-        port, tokens, level, prompts = sys.argv[2:]
-        ask(int(port), int(tokens), json.loads(prompts), float(level))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--runs", type=Path, default=Path("runs"))

@@ -247,6 +247,8 @@ def run_case(name: str, layers: int | None, ranks: Ranks, repeats: int, reporter
         runs.append({**entry, "over_one_gpu": over})
         if alone is not None:
             runs.append({**entry, "gpus": 1, "tokens_per_second": asdict(Spread.of(theirs)), "over_one_gpu": None})
+    if (because := together[0].general_because) is not None:
+        reporter.say(f"{name}: the general path decoded: {because}")
     for run in runs:
         speed, over = run["tokens_per_second"], run["over_one_gpu"]
         times = f", {over['median']:.2f} times one GPU" if over is not None else ""
@@ -259,6 +261,7 @@ def run_case(name: str, layers: int | None, ranks: Ranks, repeats: int, reporter
         "hidden_size": int(model.config.hidden_size),
         "ranks": ranks.count,
         "path": together[0].path.reported,
+        "general_because": because,
         "heads": plan.heads[1] - plan.heads[0],
         "neurons": sum(stop - start for start, stop in plan.neurons.values()),
         "realised_sparsity": share,

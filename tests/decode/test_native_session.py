@@ -364,7 +364,8 @@ def test_a_machine_without_the_library_is_told(
     """In one line, which says what it costs."""
     monkeypatch.setenv("TEAL_NATIVE", "off")
     out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse")
-    assert run(["generate", "--model", str(out), "--prompt", "the stars", "--max-new-tokens", "3"]) == 0
+    said = ["--prompt", "the stars", "--max-new-tokens", "3", "--device", "cpu"]
+    assert run(["generate", "--model", str(out), *said]) == 0
     lines = [line for line in " ".join(capsys.readouterr().err.split()).split(")") if "transformers' forward" in line]
     assert len(lines) == 1
     assert "not our own (several times slower: switched off by TEAL_NATIVE=off" in lines[0]
