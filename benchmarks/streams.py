@@ -6,6 +6,10 @@
 One process, in turn. Of streams the speed while all of them decode, from their eighth token on; a batch of as many
 rows is `teal bench --batch`. Of the conversation the seconds from a turn's prompt to its first token, with what is
 kept of the turns before and without.
+
+    --rows 1,2,4,8   how many streams
+    --turn 0         no conversation
+    --trace FOLDER   on a GPU: a trace of some steps of streams, and of a batch, for each number of rows
 """
 
 import argparse
@@ -13,7 +17,9 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +29,7 @@ import torch
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import decode_seconds, random_prompt
 from teal_cli.bench.timing import Spread
+from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.console import Reporter
@@ -80,6 +87,41 @@ def conversation(engine: Engine, turn: int, reply: int, vocabulary: int) -> list
     return seconds
 
 
+def talk(engine: Engine, plan: SparsityPlan, arguments: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """Time to the first token of each turn, by what is kept of the turns before."""
+    model, repeats = engine.model, arguments.repeats
+    apply_plan_(model, plan)
+    keeps: tuple[Keep, ...] = ("nothing", "prompts", "replies")
+    turns: dict[str, list[list[float]]] = {keep: [] for keep in keeps}
+    for repeat in range(repeats + 1):
+        for keep in keeps:
+            found_turns = conversation(Engine(model, keep=keep), arguments.turn, arguments.turn, vocabulary)
+            if repeat > 0:
+                turns[keep].append(found_turns)
+    medians = {
+        keep: [statistics.median(column) for column in zip(*found, strict=True)] for keep, found in turns.items()
+    }
+    for kept, seconds in medians.items():
+        shown = ", ".join(f"{value * 1e3:.0f}" for value in seconds)
+        print(f"keeps {kept}: milliseconds to the first token of turns 1 to {TURNS}: {shown}", flush=True)
+    return {
+        "tokens_of_a_turn": arguments.turn,
+        "tokens_of_a_reply": arguments.turn,
+        "first_token_seconds": medians,
+        "fifth_turn_over_nothing_kept": {keep: medians[keep][-1] / medians["nothing"][-1] for keep in keeps},
+    }
+
+
+def trace(path: Path, work: Callable[[], object]) -> None:
+    """A trace of what the device does meanwhile, for chrome://tracing; the kernels that take longest are printed."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        work()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=12, max_name_column_width=60))
+
+
 def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     model, plan = prepared.model, prepared.plans[0]
@@ -87,7 +129,7 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
     tokens, repeats = arguments.new_tokens, arguments.repeats
     engine = Engine(model)
     rows = []
-    for count in (1, 2, 4, 8):
+    for count in arguments.rows:
         batch = random_prompt(vocabulary, PROMPT, 0, batch=count)
         prompts = [tuple(own) for own in batch.tolist()]
         speeds: dict[str, list[float]] = {"batch": [], "streams": [], "streams dense": [], "batch dense": []}
@@ -104,36 +146,22 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
             if repeat > 0:
                 for name, value in found.items():
                     speeds[name].append(value)
+        if arguments.trace is not None:
+            scheduler = Scheduler(engine, slots=8, positions=PROMPT + tokens + 2 * WARM_UP, levels={level: plan})
+            trace(arguments.trace / f"streams-{count}.json", partial(streams, scheduler, prompts, 3 * WARM_UP, level))
+            trace(arguments.trace / f"batch-{count}.json", partial(decode_seconds, engine, plan, batch, 3 * WARM_UP))
         spreads = {name: asdict(Spread.of(values)) for name, values in speeds.items()}
         ratio = statistics.median(speeds["streams"]) / statistics.median(speeds["batch"])
         rows.append({"rows": count, "tokens_per_second": spreads, "streams_over_batch": ratio})
         shown = ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in speeds.items())
         print(f"{count} rows: {shown}; streams over batch {ratio:.3f}", flush=True)
-    apply_plan_(model, plan)
-    keeps: tuple[Keep, ...] = ("nothing", "prompts", "replies")
-    turns: dict[str, list[list[float]]] = {keep: [] for keep in keeps}
-    for repeat in range(repeats + 1):
-        for keep in keeps:
-            found_turns = conversation(Engine(model, keep=keep), arguments.turn, arguments.turn, vocabulary)
-            if repeat > 0:
-                turns[keep].append(found_turns)
-    medians = {
-        keep: [statistics.median(column) for column in zip(*found, strict=True)] for keep, found in turns.items()
-    }
-    for kept, seconds in medians.items():
-        shown = ", ".join(f"{value * 1e3:.0f}" for value in seconds)
-        print(f"keeps {kept}: milliseconds to the first token of turns 1 to {TURNS}: {shown}", flush=True)
+    talked = talk(engine, plan, arguments, vocabulary) if arguments.turn else None
     return {
         "path": engine.path.name,
         "sparsity": level,
         "new_tokens": tokens,
         "streams": rows,
-        "conversation": {
-            "tokens_of_a_turn": arguments.turn,
-            "tokens_of_a_reply": arguments.turn,
-            "first_token_seconds": medians,
-            "fifth_turn_over_nothing_kept": {keep: medians[keep][-1] / medians["nothing"][-1] for keep in keeps},
-        },
+        "conversation": talked,
     }
 
 
@@ -148,6 +176,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 4, 8])
+    parser.add_argument("--trace", type=Path)
     parser.add_argument("--turn", type=int, default=400, help="tokens of a turn's prompt, and of its reply")
     arguments = parser.parse_args()
     quieten_libraries()

@@ -1,11 +1,11 @@
 """What a token costs over size and GPUs, on paper, from what `tensor_parallel.py` measured.
 
-    python benchmarks/tensor_parallel_paper.py --measured benchmarks/results/tensor-parallel.json --out table.json
+    python benchmarks/tensor_parallel_paper.py --measured benchmarks/results/tensor-parallel*.json --out table.json
 
-A token's time is that of reading the weights that one GPU holds, and that of two sums a block. The first is taken from
-the largest measured model with weights of this kind: its time, less its sums, over the bytes that a GPU held. The
-second is what was measured, for so many ranks as were measured; each further rank adds the time of the words that it
-sends, at the speed of a link. Nothing in the table is measured, and whoever quotes it says so.
+A token's time is that of reading the weights that one GPU holds, and a time for each block: launches, products that do
+not fill a GPU, sums over ranks. Both follow from two measurements of the largest model with weights of this kind, on
+one GPU and on several, which the table repeats. Each rank beyond those adds the time of the words that it sends, at the
+speed of a link. All else in the table is computed, and whoever quotes it says so.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from teal_cli.models.aliases import require_alias
 GPUS = (1, 2, 4, 8)
 LINK_BYTES_A_SECOND = 450e9
 """Of NVLink in one direction, on H100 and H200."""
+MEMORY_BYTES_A_SECOND = 4.38e12
+"""That an H200 was measured to read (`reading_gb_s` in speculation-llama-3-8b-gpu.json)."""
 MEMORY_BYTES = 141e9
 """Of an H200; `--memory` names another."""
 _SPARE = 0.93
@@ -46,10 +48,8 @@ BYTES = {"bfloat16": 2.0, "int4-128": 0.5 + 4 / 128}
 class Cost:
     """What a kind of weights costs, as it was measured."""
 
-    seconds_a_byte: dict[float, float]
-    """Sparsity -> seconds for a byte that a GPU holds, read or skipped."""
-    sum_seconds: float
-    """Of a sum over `ranks`."""
+    seconds: dict[float, tuple[float, float]]
+    """Sparsity -> seconds for a byte that a GPU holds, read or skipped, and for a block beside that."""
     ranks: int
 
 
@@ -67,63 +67,64 @@ def bytes_held(shape: dict[str, Any], kind: str, gpus: int) -> float:
     return (blocks * BYTES[kind] + output * 2) / gpus
 
 
-def cost_of(measured: dict[str, Any], kind: str) -> Cost | None:
-    """From the largest case with weights of this kind; None where there is none."""
-    cases = [case for case in measured["cases"] if case["weights"] == kind and case["model"] in ALIASES]
-    if not cases:
+def cost_of(cases: list[dict[str, Any]], kind: str) -> Cost | None:
+    """From the largest case with weights of this kind on one GPU and on several; None where there is none."""
+    known = [
+        case
+        for case in cases
+        if case["weights"] == kind and case["model"] in ALIASES and len({run["gpus"] for run in case["runs"]}) == 2
+    ]
+    if not known:
         return None
-    case = max(cases, key=lambda each: sum(weights(SHAPES[ALIASES[each["model"]]])))
-    shape = {**SHAPES[ALIASES[case["model"]]], "num_hidden_layers": case["layers"]}
-    seconds: dict[float, float] = {}
-    fewest = min(run["gpus"] for run in case["runs"])
-    sums = case["sum_microseconds_in_token"] * 1e-6
-    for run in case["runs"]:
-        if run["gpus"] == fewest:
-            of_sums = 2 * case["layers"] * sums if fewest > 1 else 0.0
-            token = 1.0 / run["tokens_per_second"]["median"]
-            seconds[run["sparsity"]] = (token - of_sums) / bytes_held(shape, kind, fewest)
-    return Cost(seconds, sums, case["ranks"])
+    case = max(known, key=lambda each: sum(weights(SHAPES[ALIASES[each["model"]]])))
+    blocks, ranks = int(case["layers"]), int(case["ranks"])
+    alone = bytes_held({**SHAPES[ALIASES[case["model"]]], "num_hidden_layers": blocks}, kind, 1)
+    tokens = {(run["gpus"], run["sparsity"]): 1.0 / run["tokens_per_second"]["median"] for run in case["runs"]}
+    seconds = {}
+    for sparsity in sorted({sparsity for _, sparsity in tokens}):
+        one, several = tokens[1, sparsity], tokens[ranks, sparsity]
+        a_byte = (one - several) / (alone * (1 - 1 / ranks))
+        seconds[sparsity] = a_byte, (one - a_byte * alone) / blocks
+    return Cost(seconds, ranks)
 
 
-def sum_seconds(cost: Cost, hidden: int, gpus: int) -> float:
-    """Of one sum over so many."""
-    if gpus == 1:
-        return 0.0
-    return cost.sum_seconds + max(0, gpus - cost.ranks) * 4 * hidden / LINK_BYTES_A_SECOND
+def token_seconds(cost: Cost, shape: dict[str, Any], kind: str, gpus: int) -> dict[float, float]:
+    """Of a token at each sparsity, on so many GPUs."""
+    blocks, hidden = int(shape["num_hidden_layers"]), int(shape["hidden_size"])
+    words = 2 * blocks * max(0, gpus - cost.ranks) * 4 * hidden / LINK_BYTES_A_SECOND
+    held = bytes_held(shape, kind, gpus)
+    return {sparsity: held * a_byte + blocks * a_block + words for sparsity, (a_byte, a_block) in cost.seconds.items()}
 
 
-def table(measured: dict[str, Any], memory: float) -> list[dict[str, Any]]:
+def table(cases: list[dict[str, Any]], memory: float) -> list[dict[str, Any]]:
     """One entry for each model, kind of weights and number of GPUs."""
     found = []
     for kind in BYTES:
-        cost = cost_of(measured, kind)
+        cost = cost_of(cases, kind)
         if cost is None:
             continue
         for model, shape in SHAPES.items():
             for gpus in GPUS:
                 held = bytes_held(shape, kind, gpus) + 2.0 * shape["hidden_size"] * shape["vocab_size"]
-                sums = 2 * int(shape["num_hidden_layers"]) * sum_seconds(cost, int(shape["hidden_size"]), gpus)
-                times = {
-                    sparsity: bytes_held(shape, kind, gpus) * each + sums
-                    for sparsity, each in cost.seconds_a_byte.items()
-                }
+                times = token_seconds(cost, shape, kind, gpus)
                 found.append(
                     {
                         "model": model,
                         "weights": kind,
                         "gpus": gpus,
                         "gigabytes_a_gpu": held / 1e9,
+                        "limit": MEMORY_BYTES_A_SECOND / bytes_held(shape, kind, gpus),
                         "fits": held <= _SPARE * memory,
                         "milliseconds": {str(sparsity): seconds * 1e3 for sparsity, seconds in times.items()},
                         "tokens_per_second": {str(sparsity): 1.0 / seconds for sparsity, seconds in times.items()},
-                        "share_of_sums": {str(sparsity): sums / seconds for sparsity, seconds in times.items()},
                     }
                 )
     return found
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """The table of docs/benchmarks.md: tokens a second, dense and sparse; a dash where the weights do not fit."""
+    """The table of docs/benchmarks.md: tokens a second, dense and sparse, and what reading all weights at the memory's
+    speed would allow; a dash where they do not fit."""
     lines = [f"| | weights | {' | '.join(f'{gpus} GPU' + 's' * (gpus > 1) for gpus in GPUS)} |"]
     lines.append("|---" * (2 + len(GPUS)) + "|")
     for model, kind in dict.fromkeys((entry["model"], entry["weights"]) for entry in entries):
@@ -131,6 +132,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         for entry in entries:
             if (entry["model"], entry["weights"]) == (model, kind):
                 speeds = " / ".join(f"{speed:.0f}" for speed in entry["tokens_per_second"].values())
+                speeds += f" ({entry['limit']:.0f})"
                 cells.append(speeds if entry["fits"] else f"- ({entry['gigabytes_a_gpu']:.0f} GB)")
         lines.append(f"| {model} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -139,13 +141,16 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, default=Path("benchmarks/results/tensor-parallel.json"))
+    files = [Path("benchmarks/results") / name for name in ("tensor-parallel.json", "tensor-parallel-70b.json")]
+    parser.add_argument("--measured", type=Path, nargs="+", default=files)
     parser.add_argument("--memory", type=float, default=MEMORY_BYTES, help="bytes of a GPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    entries = table(json.loads(arguments.measured.read_text(encoding="utf-8")), arguments.memory)
+    cases = [case for file in arguments.measured for case in json.loads(file.read_text(encoding="utf-8"))["cases"]]
+    entries = table(cases, arguments.memory)
     if arguments.out is not None:
-        write_json(arguments.out, {"computed_from": arguments.measured.name, "entries": entries})
+        names = [file.name for file in arguments.measured]
+        write_json(arguments.out, {"computed_from": names, "memory_bytes": arguments.memory, "entries": entries})
     print(markdown(entries))
 
 

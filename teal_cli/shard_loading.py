@@ -178,7 +178,7 @@ def summed_scale(blocks: int) -> float:
     float32, and no check of a decoder can tell that from a fault. So they were 0.035 (a width of 256). The square root
     that GPT-2 begins with was not enough: 0.18.
     """
-    return (2 * blocks) ** -1.5
+    return float((2 * blocks) ** -1.5)
 
 
 def _move_buffers_(model: Any, device: torch.device) -> None:

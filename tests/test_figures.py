@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.figures import page, quality, speculation, speed
+from tests.figures import adapted, page, quality, speculation, speed
 from tests.figures.page import Page
 
 _CHECKS: dict[str, list[Callable[[Page], None]]] = {
@@ -15,6 +15,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_peers,
         speed.benchmarks_families,
         speed.benchmarks_batches,
+        speed.benchmarks_ranks,
         speed.benchmarks_gate_first,
         speed.benchmarks_routed,
         speed.benchmarks_cpu,
@@ -25,7 +26,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         quality.benchmarks_gate_first,
         quality.benchmarks_calibration,
         quality.benchmarks_allocations,
-        quality.benchmarks_adapted,
+        adapted.benchmarks_adapted,
         quality.benchmarks_trials,
     ],
     "docs/method.md": [
@@ -37,7 +38,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         quality.method_quantised,
     ],
     "docs/models.md": [quality.models_encoder],
-    "docs/speculation.md": [speculation.drafts_on_a_cpu],
+    "docs/speculation.md": [speculation.drafts_on_a_cpu, speculation.drafts_on_a_gpu],
     "docs/tutorial.md": [speed.tutorial_speed],
     "docs/report.md": [],
     "docs/coming-from-teal.md": [],

@@ -95,7 +95,7 @@ class AdaptConfig(OneAllocation):
     checkpoint_minutes: float = Field(
         2.0, ge=0, allow_inf_nan=False, description="least time between two checkpoints, which are written after a look"
     )
-    patience: int = Field(4, ge=0, lt=MOST, description="looks without a gain after which a stage ends; 0: never")
+    patience: int = Field(0, ge=0, lt=MOST, description="looks without a gain after which a stage ends; 0: never")
     recompute: bool = Field(
         False, description="make activations again in the backward pass: less memory, a third more time"
     )

@@ -353,32 +353,3 @@ def models_encoder(page: Page) -> None:
         "At 38 % fisher gives {} ± {}; at 40 % no allocation reaches {}.", best["cosine"], best["cosine_stderr"], "0.97"
     )
     assert max(run["cosine"] for run in runs if run["target_sparsity"] == 0.4) < 0.97
-
-
-def benchmarks_adapted(page: Page) -> None:
-    """What searches for recipes of `teal adapt` came to."""
-    still, followed = result("adapt-smollm2-135m")["calls"]
-    names = ("sotu", "moby-dick", "debian-handbook")
-
-    def ratios(entry: Any) -> tuple[Cell, ...]:
-        return tuple(entry["texts"][name]["perplexity_ratio"] for name in names)
-
-    relu = one(followed["results"], arm="relu 5e-4")
-    (tenth, third) = relu["fatrelu"]
-    page.table(
-        "| SmolLM2-135M, perplexity over dense | sotu | Moby Dick | Debian handbook |",
-        {
-            "65 %, training-free": ratios(one(followed["before"], sparsity=0.65)),
-            "`recover`, all weights, rate 3e-4, thresholds follow": ratios(one(followed["results"], arm="masked 3e-4")),
-            "the same, thresholds stand still": ratios(one(still["results"], arm="weights 3e-4")),
-            "the same, rate 1e-4": ratios(one(still["results"], arm="weights 1e-4")),
-            "straight-through, thresholds stand still": ratios(one(still["results"], arm="weights ste 3e-4")),
-            "straight-through, thresholds follow, stopped early": ratios(one(followed["results"], arm="ste 3e-4")),
-            "`relu`, FATReLU on 10 % of live gates": ratios(tenth),
-            "`relu`, FATReLU on 30 % of live gates": ratios(third),
-        },
-    )
-    page.says("FATReLU on 30 % leaves {} % of the hidden state", 100 * third["texts"]["sotu"]["hidden_zeros"])
-    steered = one(followed["results"], arm="prosparse 5e-4")["fatrelu"][0]
-    page.says("85 % zeros in so few steps ({} times dense", steered["texts"]["sotu"]["perplexity_ratio"])
-    page.says("{} % of the groups were left out", 100 * one(followed["results"], arm="lte 2e-4")["groups_left_out"])

@@ -29,3 +29,21 @@ def drafts_on_a_cpu(page: Page) -> None:
     page.says("2 tokens took {} times a dense step, over 4 tokens {} times, over 8 tokens {} times", *passes)
     page.says("a step of the int8 copy {} times", int8["draft_step_seconds"]["median"] / step)
     assert all(run["differing"] == 0 for run in runs), "No token differed."
+
+
+def drafts_on_a_gpu(page: Page) -> None:
+    """What drafts and passes of an 8B cost."""
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for run in result("speculation-llama-3-8b-gpu")["speculation"]:
+        label = f"`{run['drafts'].removesuffix('+sparse')}`" + (", 50 %" if run["sparsity"] else "")
+        step = run["step_seconds"]["median"]
+        rows[label] = (
+            run["draft_bytes"] / 1e6,
+            run["draft_step_seconds"]["median"] / step,
+            run["pass_seconds"]["4"]["median"] / step,
+            run["expected_speedups"]["0.85"]["speedup"],
+        )
+    page.table(
+        "| drafts | MB beside the model | a draft over a dense step | a pass over 4 tokens | computed speedup |", rows
+    )
+    page.says("for an acceptance of {} and", "0.85")

@@ -1,5 +1,6 @@
 """What the README and docs/benchmarks.md say of speed."""
 
+import re
 from typing import Any
 
 from tests.figures.page import Cell, Page, one, result
@@ -205,6 +206,42 @@ def benchmarks_batches(page: Page) -> None:
             label = f"{name}, {quantised}" if quantised else name
             rows[label] = tuple(measured.get(sparsity) for sparsity in (0, 0.4, 0.5, 0.65, 0.8))
     page.table("| Llama-3-8B, sequences at a time | dense | 40 % | 50 % | 65 % | 80 % |", rows)
+
+
+def benchmarks_ranks(page: Page) -> None:
+    """Several GPUs: what was measured, and what was computed from it."""
+    small, large = result("tensor-parallel"), result("tensor-parallel-70b")
+
+    def row(case: Any) -> tuple[Cell, ...]:
+        speeds = {(run["gpus"], run["sparsity"]): run for run in case["runs"]}
+        cells: list[Cell] = [_median(speeds[1, share]) if (1, share) in speeds else None for share in (0.0, 0.5)]
+        for share in (0.0, 0.5):
+            over = speeds[2, share]["over_one_gpu"]
+            cells += [_median(speeds[2, share]), None if over is None else over["median"]]
+        return (*cells, case["realised_sparsity"])
+
+    eight = one(small["cases"], case="llama-3-8b")
+    page.table(
+        "| Llama-3, two H200 | one GPU, dense | one, 50 % | two, dense | over one | two, 50 % | over one | realised |",
+        {
+            "8B, bfloat16": row(eight),
+            "70B, int4:128": row(one(large["cases"], case="llama-3-70b-int4")),
+            "70B, bfloat16, general path": row(one(large["cases"], case="llama-3-70b")),
+        },
+    )
+    times = re.findall(r"(\w+) (\d+\.\d) us", eight["sums"][0])
+    page.says(
+        "ranks takes {} µs where it was timed alone (8B), {} by `one_shot_all_reduce` and {} by NCCL",
+        *(float(dict(times)[way]) for way in ("inboxes", "one_shot_all_reduce", "NCCL")),
+    )
+    computed = result("tensor-parallel-computed")["entries"]
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for entry in computed:
+        label = f"{entry['model']}, {entry['weights'].replace('int4-', 'int4:')}"
+        cell = (*entry["tokens_per_second"].values(), entry["limit"]) if entry["fits"] else None
+        rows[label] = (*rows.get(label, ()), cell)
+    page.table("| dense / 50 % (memory's limit, dense) | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |", rows)
+    page.says("all weights at {} TB/s", result("speculation-llama-3-8b-gpu")["reading_gb_s"] / 1e3)
 
 
 def benchmarks_gate_first(page: Page) -> None:

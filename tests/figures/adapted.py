@@ -1,0 +1,60 @@
+"""What docs/benchmarks.md says of `teal adapt`."""
+
+from typing import Any
+
+from tests.figures.page import Cell, Page, one, result
+
+
+def benchmarks_adapted(page: Page) -> None:
+    """What searches for recipes of `teal adapt` came to."""
+    still, followed, later, last = result("adapt-smollm2-135m")["calls"]
+    names = ("sotu", "moby-dick", "debian-handbook")
+
+    def ratios(entry: Any) -> tuple[Cell, ...]:
+        return tuple(entry["texts"][name]["perplexity_ratio"] for name in names)
+
+    relu = one(followed["results"], arm="relu 5e-4")
+    (tenth, third) = relu["fatrelu"]
+    page.table(
+        "| SmolLM2-135M, perplexity over dense | sotu | Moby Dick | Debian handbook |",
+        {
+            "65 %, training-free": ratios(one(followed["before"], sparsity=0.65)),
+            "`recover`, all weights, rate 3e-4, thresholds follow": ratios(one(followed["results"], arm="masked 3e-4")),
+            "the same, thresholds stand still": ratios(one(still["results"], arm="weights 3e-4")),
+            "the same, rate 1e-4": ratios(one(still["results"], arm="weights 1e-4")),
+            "straight-through, thresholds stand still": ratios(one(still["results"], arm="weights ste 3e-4")),
+            "straight-through, thresholds follow, stopped early": ratios(one(followed["results"], arm="ste 3e-4")),
+            "`relu`, FATReLU on 10 % of live gates": ratios(tenth),
+            "`relu`, FATReLU on 30 % of live gates": ratios(third),
+        },
+    )
+    page.says("FATReLU on 30 % leaves {} % of the hidden state", 100 * third["texts"]["sotu"]["hidden_zeros"])
+    steered = one(followed["results"], arm="prosparse 5e-4")["fatrelu"][0]
+    page.says("85 % zeros in so few steps ({} times dense", steered["texts"]["sotu"]["perplexity_ratio"])
+    page.says("{} % of the groups were left out", 100 * one(followed["results"], arm="lte 2e-4")["groups_left_out"])
+    before, results = later["before"], [*later["results"], *last["results"]]
+
+    def found(entry: Any, share: float | None = None) -> tuple[Cell, ...]:
+        return (share, *ratios(entry))
+
+    relu, lte, drelu = (one(results, arm=arm) for arm in ("relu", "lte 50 %", "drelu"))
+    dropped = {entry["live_dropped"]: found(entry, entry["texts"]["sotu"]["hidden_zeros"]) for entry in relu["fatrelu"]}
+    page.table(
+        "| SmolLM2-135M, perplexity over dense, later | hidden zeros or groups left out | sotu | Moby Dick | "
+        "Debian handbook |",
+        {
+            "50 %, training-free": found(one(before, sparsity=0.5)),
+            "`recover` at 50 %, rate 1e-4": found(one(results, arm="recover 50 %")),
+            "65 %, training-free": found(one(before, sparsity=0.65)),
+            "`recover` at 65 %, rate 3e-4": found(one(results, arm="recover 65 %")),
+            "80 %, training-free": found(one(before, sparsity=0.8)),
+            "`relu`": found(relu, relu["hidden_zeros"]),
+            "the same, FATReLU on 30 % of live gates": dropped[0.3],
+            "the same, on 50 %": dropped[0.5],
+            "the same, on 70 %": dropped[0.7],
+            "`drelu`": found(drelu, drelu["hidden_zeros"]),
+            "`lte`": found(lte, lte["groups_left_out"]),
+        },
+    )
+    losses = [look["held_out_loss"] for look in one(results, arm="recover 50 %, rate 2e-4")["held_out"]]
+    page.says("on held-out text went from {} to {} while", losses[0], max(losses))
