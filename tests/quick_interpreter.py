@@ -125,6 +125,7 @@ def _alike(
                 found = _check_types(own, left, right, *flags)
                 if found[0] is not left:
                     return found
+                found[1].handle.data.setflags(write=False)
                 _NUMBERS[key] = found[1]
             return left, _NUMBERS[key]
     return _check_types(own, left, right, *flags)
