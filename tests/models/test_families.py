@@ -68,12 +68,9 @@ class Made:
         """Plain transformers, after `import teal_cli.hf`."""
         return self._copy(self.checkpoint)
 
-    def load(self, folder: Path) -> Any:
-        return auto_class(self.kind).from_pretrained(folder).eval()
-
     def _copy(self, folder: Path) -> Any:
         if folder not in self.loaded:
-            self.loaded[folder] = self.load(folder)
+            self.loaded[folder] = auto_class(self.kind).from_pretrained(folder).eval()
         return copy.deepcopy(self.loaded[folder])
 
 
@@ -307,7 +304,8 @@ def test_saved_again_it_is_the_same_model(made: Made, tmp_path: Path) -> None:
 
 
 def test_weights_are_held_once(made: Made) -> None:
-    dense, sparse = made.load(made.folder), made.load(made.checkpoint)  # a copy may hold less
+    folders = made.folder, made.checkpoint
+    dense, sparse = (auto_class(made.kind).from_pretrained(folder) for folder in folders)  # a copy may hold less
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in sparse.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in dense.parameters())
 
