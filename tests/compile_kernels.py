@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests python tests/compile_kernels.py 90
 
-compiles for compute capability 9.0, and prints the names of the kernels.
+compiles for compute capability 9.0, and prints the names of the kernels. Capabilities below 9.0 and from there on take
+turns (`Turn`): a case is compiled for one of them, each value of its arguments for both.
 """
 
 import sys
@@ -72,29 +73,48 @@ class NoGPU:
         return 0
 
 
+class Turn:
+    """Which cases are this capability's.
+
+    Of two capabilities one has those whose arguments' numbers, added up, are even, and the other all others. Any
+    values of the arguments stand together in a case of one of them, and any but one of them in cases of both.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self._odd = capability >= 90
+
+    def __call__(self, *numbers: int) -> bool:
+        return sum(numbers) % 2 == self._odd
+
+
 def _compile(kernel: Any, *arguments: Any, pdl: bool, names: set[str], **options: Any) -> None:
     launching.launch(kernel, *arguments, pdl=pdl, **{**options, "compile_only": True})
     names.add(kernel.__name__)
 
 
-def _norms(rows: int, config: TileConfig, *, pdl: bool) -> None:
+def _norms(index: int, mine: Turn, *, pdl: bool) -> None:
     """Products that take up a layer norm with and without biases, and what is still to be added to the stream."""
+    rows, config, _ = PRODUCTS[index]
     x, weight, table = (torch.zeros(*shape, dtype=DTYPE) for shape in ((rows, 72), (72,), (72, 128)))
     scratch, thresholds, y = Scratch(x.device), torch.zeros(1), torch.zeros(rows, 128, dtype=DTYPE)
     count = squares_of(table, (128,), config, rows, DTYPE)
     sums = torch.zeros(2, rows, count)
     for bias in (None, weight):
+        if not mine(index, bias is None):
+            continue
         norm = Norm(weight, 1e-5, torch.zeros(2, rows, 3), centred=True, bias=bias)
         options = {"norm": norm, "epilogue": "residual", "squares": sums, "scale": 0.5, "pdl": pdl}
         gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
-    for activation in launching.ACTIVATIONS if rows == 1 else ():
-        if activation not in ("drelu", "clamped_swiglu"):
+    for number, activation in enumerate(launching.ACTIVATIONS if rows == 1 else ()):
+        if activation not in ("drelu", "clamped_swiglu") and mine(index // 2, number):
             curve = Curve(0.8, 0.8, 0.5) if activation == "xielu" else None
             options = {"epilogue": "activated", "activation": activation, "curve": curve, "pdl": pdl}
             gemv(x, table, (128,), thresholds, y, config, scratch, **options)  # type: ignore[arg-type]
     if rows == 1:
         added = Added(x, weight, 1e-5, True, 0.5, torch.zeros(4, 3), x.clone())
         for first in (None, Norm(weight, 1e-5, sums[0])):
+            if not mine(index // 2, first is None):
+                continue
             options = {
                 "norm": first,
                 "added": added,
@@ -114,11 +134,13 @@ def _of_vllm() -> None:
         gemv(x, table, (128, 64, 64), torch.zeros(3), y, UNTUNED, scratch, bias=bias, exclusive_device=False)
 
 
-def _routed(rows: int, *, pdl: bool) -> None:
+def _routed(rows: int, mine: Turn, *, pdl: bool) -> None:
     """Routers of one layer and of two, few groups and many, and the groups that they choose."""
     x, weight = torch.zeros(rows, 72, dtype=DTYPE), torch.zeros(2048, 72, dtype=DTYPE)
     norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
-    for groups, rank in ((128, None), (2048, None), (128, 24)):
+    for number, (groups, rank) in enumerate(((128, None), (2048, None), (128, 24))):
+        if not mine(rows // 2, number):
+            continue
         first, inputs = (None, 72) if rank is None else (weight[:rank], rank)
         router = GroupRouter(first, torch.zeros(groups, inputs, dtype=DTYPE), torch.zeros(groups, dtype=DTYPE), 16)
         chosen, ranked = no_choice(rows, router, x.device, DTYPE)
@@ -128,20 +150,22 @@ def _routed(rows: int, *, pdl: bool) -> None:
         torch.zeros(rows, 2048, dtype=DTYPE),
         GateLayer(weight, None),
     )
-    for config in ROUTED:
+    for number, config in enumerate(ROUTED):
         for whole in (False, True):
-            options = {"group": 16, "kind": "silu", "norm": norm, "whole": whole, "config": config, "pdl": pdl}
-            launch_routed(x, chosen, layer, layer, y, **options)  # type: ignore[arg-type]
+            if mine(rows // 2, number, whole):
+                options = {"group": 16, "kind": "silu", "norm": norm, "whole": whole, "config": config, "pdl": pdl}
+                launch_routed(x, chosen, layer, layer, y, **options)  # type: ignore[arg-type]
 
 
-def _ranks(rows: int, *, pdl: bool) -> None:
+def _ranks(rows: int, mine: Turn, *, pdl: bool) -> None:
     """Sums over one, two and three ranks, of RMS and layer norms, and gathers."""
     own, y = torch.zeros(rows, 300, dtype=DTYPE), torch.zeros(rows, 300, dtype=DTYPE)
     for ranks in (1, 2, 3):
         inboxes = Inboxes(ranks - 1, [torch.zeros(9000, dtype=torch.int32) for _ in range(ranks)])
-        for squares in (None, torch.zeros(rows, 2), torch.zeros(2, rows, 2)):
+        for number, squares in enumerate((None, torch.zeros(rows, 2), torch.zeros(2, rows, 2))):
             for scale in (1.0, 0.5):
-                sum_ranks(own, inboxes, 16, y, added=squares is not None, scale=scale, squares=squares, pdl=pdl)
+                if mine(rows // 2, ranks, number, scale == 1.0):
+                    sum_ranks(own, inboxes, 16, y, added=squares is not None, scale=scale, squares=squares, pdl=pdl)
         gather_ranks(own, inboxes, 16, torch.zeros(rows, 300 * ranks - 1, dtype=DTYPE), pdl=pdl)
 
 
@@ -152,35 +176,38 @@ def main(capability: int) -> None:
     modules = (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router)
     for module in (*modules, triton_ranks):
         module.launch = partial(_compile, names=names)
-    pdl = capability >= 90
-    for rows, config, quantised in PRODUCTS:
-        for epilogue in PARTS:
+    pdl, mine = capability >= 90, Turn(capability)
+    for index, (rows, config, quantised) in enumerate(PRODUCTS):
+        for number, epilogue in enumerate(PARTS):
             case = random_case(epilogue, rows, dtype=DTYPE)
-            case.launch(config, pdl=pdl)
-            if rows > 1 and epilogue == "gated":
+            if mine(index, number):
+                case.launch(config, pdl=pdl)
+            if rows > 1 and epilogue == "gated" and mine(index // 2):
                 replace(case, thresholds=case.thresholds.repeat(rows, 1)).launch(config, pdl=pdl)
-        _norms(rows, config, pdl=pdl)
+        _norms(index, mine, pdl=pdl)
         for packed in (None, quantised):
-            PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
-    for _, config, quantised in PRODUCTS[::2]:
-        for epilogue in ("gated", "residual", "paired"):
+            if mine(index, packed is None):
+                PartialsCase(rows, 3, 64, 150, dtype=DTYPE, packed=packed).launch(config, torch.zeros(1), pdl=pdl)
+    for index, (_, config, quantised) in enumerate(PRODUCTS[::2]):
+        for number, epilogue in enumerate(("gated", "residual", "paired")):
             for packed in (None, quantised):
                 sizes = {"inputs": 128, "outputs": 64, "dtype": DTYPE, "packed": packed}
-                for bias in {False, True} if epilogue == "residual" else {epilogue == "paired"}:
+                for bias in (False, True) if epilogue == "residual" else (epilogue == "paired",):
                     of_experts = random_experts(epilogue, 2, **sizes, bias=bias)  # type: ignore[arg-type]
-                    of_experts.launch(config, pdl=pdl)
-                    if epilogue == "residual" and packed is None and bias:
+                    if mine(index, number, packed is None, bias):
+                        of_experts.launch(config, pdl=pdl)
+                    if epilogue == "residual" and packed is None and bias and mine(index):
                         replace(of_experts, thresholds=of_experts.thresholds.repeat(2, 1)).launch(config, pdl=pdl)
     for experts, scores in ((8, "softmax"), (200, "softmax"), (16, "sparsemixer")):
         random_router(2, experts, 2, dtype=DTYPE, scores=scores, aside=experts == 8).launch(pdl=pdl)
     attention = Attention(4, 2, 3, 64, (150, 151, 140, 141), dtype=DTYPE, span=2)
     attention.launch(attention.keys, attention.values, pdl=pdl)
     for rows in (1, 3):
-        attention = Attention(rows, 2, 3, 64, 150, window=40, norm=True, dtype=DTYPE)
-        attention.launch(attention.keys, attention.values, pdl=pdl)
-        for rare in (RARE[:4], RARE[4:5], RARE[5:]):
-            attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, rare=rare)
-            attention.launch(attention.keys, attention.values, pdl=pdl)
+        kinds = ({"window": 40, "norm": True}, {"rare": RARE[:4]}, {"rare": RARE[4:5]}, {"rare": RARE[5:]})
+        for number, kind in enumerate(kinds):
+            if mine(rows // 2, number):
+                attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, **kind)  # type: ignore[arg-type]
+                attention.launch(attention.keys, attention.values, pdl=pdl)
         logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
         find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
@@ -199,11 +226,12 @@ def main(capability: int) -> None:
             launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
         norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
         step = partial(launch_gate_first, hidden, layer, weight, None, up, kind="fatrelu", threshold=0.1, norm=norm)
-        for config in GATE_FIRST:
+        for number, config in enumerate(GATE_FIRST):
             for dense in (False, True):
-                step(dense=dense, counts=counts, config=config, pdl=pdl)
-        _routed(rows, pdl=pdl)
-        _ranks(rows, pdl=pdl)
+                if mine(rows // 2, number, dense):
+                    step(dense=dense, counts=counts, config=config, pdl=pdl)
+        _routed(rows, mine, pdl=pdl)
+        _ranks(rows, mine, pdl=pdl)
     _of_vllm()
     print(*sorted(names), sep="\n")
 

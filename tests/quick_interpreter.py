@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from triton import language
+from triton.language import semantic
 from triton.runtime import interpreter
 
 core = language.core
@@ -33,6 +34,9 @@ def quicken() -> None:
     core.block_type.to_ir = lambda block, builder: block
     core.dtype.__eq__ = _same_dtype
     core.tuple.__ne__ = _other_values
+    semantic.TritonSemantic.binary_op_type_checking_impl = _alike
+    semantic.TritonSemantic.broadcast_impl_value = _of_one_shape
+    core._unwrap_if_constexpr = _unwrapped
 
 
 _BUILTIN = core.builtin(lambda: None).__code__
@@ -40,6 +44,10 @@ _np_dtype, _convert_float, _equal = interpreter._get_np_dtype, interpreter._conv
 _SCALAR = core.tuple([]), core.constexpr(1)
 _DTYPES: dict[str, Any] = {}
 _SHAPES: dict[tuple[int, ...], tuple[Any, Any, Any]] = {}
+_check_types = semantic.TritonSemantic.binary_op_type_checking_impl
+_broadcast = semantic.TritonSemantic.broadcast_impl_value
+_unwrap = core._unwrap_if_constexpr
+_NUMBERS: dict[tuple[Any, ...], Any] = {}
 
 
 def _call_directly(holder: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
@@ -94,3 +102,41 @@ def _same_dtype(dtype: Any, other: Any) -> Any:
 
 def _other_values(values: Any, other: Any) -> bool:
     return values.values != other if type(other) is list else not values.__eq__(other)
+
+
+def _alike(
+    own: Any,
+    left: Any,
+    right: Any,
+    left_pointer: bool = False,
+    right_pointer: bool = False,
+    arithmetic_check: bool = True,
+    div_or_mod: bool = False,
+) -> tuple[Any, Any]:
+    """Operands in one type and shape: most are so already. A number beside a block becomes a block, which is kept."""
+    flags = left_pointer, right_pointer, arithmetic_check, div_or_mod
+    if type(left) is core.tensor and arithmetic_check and not div_or_mod and not left.dtype.is_ptr():
+        if type(right) is core.tensor:
+            if left.dtype is right.dtype:
+                return _of_one_shape(own, left, right)
+        elif right or type(right) is int:  # of two zeros that are no whole numbers one has a sign
+            key = right, type(right), left.dtype.name, id(left.shape)
+            if key not in _NUMBERS:
+                found = _check_types(own, left, right, *flags)
+                if found[0] is not left:
+                    return found
+                found[1].handle.data.setflags(write=False)
+                _NUMBERS[key] = found[1]
+            return left, _NUMBERS[key]
+    return _check_types(own, left, right, *flags)
+
+
+def _of_one_shape(own: Any, left: Any, right: Any) -> tuple[Any, Any]:
+    return (left, right) if left.shape is right.shape else _broadcast(own, left, right)
+
+
+def _unwrapped(value: Any) -> Any:
+    kind = type(value)
+    if kind is core.constexpr:
+        return value.value
+    return value if kind is core.tensor or kind is int else _unwrap(value)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import covering
 from fused_pair import LIMIT, Pair, error_of, random_tokens, session_of, use_small_tiles
 from intrinsic_models import KINDS, save_kind
 from native_models import check_steps, tiny
@@ -43,9 +44,7 @@ def _pair(tmp_path: Path, kind: str, thresholds: bool = False) -> Pair:
     return Pair(model, control_of(model))
 
 
-@pytest.mark.parametrize("thresholds", [False, True], ids=["zeros", "zeros and thresholds"])
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@covering(2, kind=list(KINDS), rows=[1, 2, 4], thresholds=[False, True])
 def test_logits_and_counts_equal_the_reference(tmp_path: Path, kind: str, rows: int, thresholds: bool) -> None:
     pair = _pair(tmp_path, kind, thresholds)
     control, caches = pair.control, pair.caches(rows)

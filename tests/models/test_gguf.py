@@ -26,17 +26,22 @@ from teal_cli.model_source import find_model
 from teal_cli.models.gguf import converted
 
 # A conversion that logs that it started, waits, and writes a valid folder.
-SCRIPT = """
-import sys, time
-from pathlib import Path
-import teal_cli.models.gguf as gguf
+CONVERT = """
+import time
 from safetensors.torch import save_file
 import torch
 def convert(file, folder):
-    (Path(sys.argv[2]) / "log").open("a").write("converting\\n")
-    time.sleep(float(sys.argv[3]))
+    (home / "log").open("a").write("converting\\n")
+    time.sleep(seconds)
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
+"""
+SCRIPT = f"""
+import sys
+from pathlib import Path
+import teal_cli.models.gguf as gguf
+home, seconds = Path(sys.argv[2]), float(sys.argv[3])
+{CONVERT}
 gguf._convert = convert
 print(gguf.converted(Path(sys.argv[1])))
 """
@@ -145,6 +150,14 @@ def _start(file: Path, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.fixture
+def convert(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same conversion in this process, without waiting."""
+    scope: dict[str, Any] = {"home": file.parent, "seconds": 0.0}
+    exec(CONVERT, scope)  # noqa: S102
+    monkeypatch.setattr("teal_cli.models.gguf._convert", scope["convert"])
+
+
 def test_two_processes_convert_once(file: Path) -> None:
     processes = [_start(file, 1.0), _start(file, 1.0)]
     folders = {process.communicate(timeout=60)[0].strip() for process in processes}
@@ -153,6 +166,7 @@ def test_two_processes_convert_once(file: Path) -> None:
     assert (file.parent / "log").read_text() == "converting\n"
 
 
+@pytest.mark.usefixtures("convert")
 def test_a_killed_conversion_leaves_nothing_that_counts(file: Path) -> None:
     process = _start(file, 60)
     log = file.parent / "log"
@@ -163,17 +177,18 @@ def test_a_killed_conversion_leaves_nothing_that_counts(file: Path) -> None:
     process.wait()
     models = file.parent / "home" / "models"
     assert not [path for path in models.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    folder = Path(_start(file, 0).communicate(timeout=60)[0].strip())
+    folder = converted(file)
     assert (folder / "model.safetensors").is_file()
     assert not [path for path in models.iterdir() if path.name.endswith(".part")]
 
 
+@pytest.mark.usefixtures("convert")
 def test_the_same_file_by_another_path_is_not_converted_again(file: Path) -> None:
-    _start(file, 0).communicate(timeout=60)
+    first = converted(file)
     other = file.parent / "link"
     other.mkdir()
     os.link(file, other / file.name)
-    _start(other / file.name, 0).communicate(timeout=60)
+    assert converted(other / file.name) == first
     assert (file.parent / "log").read_text() == "converting\n"
 
 

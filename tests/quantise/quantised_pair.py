@@ -43,8 +43,8 @@ def check_packed(family: str, scheme: str, output: bool) -> None:
         torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-5, atol=1e-5)
     with control.dense(), packed_control.dense():
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-    for backend in ("cpu", "reference", "triton"):
+    for backend, count in {"cpu": 4, "reference": 4, "triton": 2}.items():  # a step takes the interpreter seconds
         packed_control.backend = backend
         cache = DynamicCache(config=packed.config)
-        steps = [packed(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(4)]
-        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, :4], rtol=1e-4, atol=1e-4)
+        steps = [packed(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(count)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected[:, :count], rtol=1e-4, atol=1e-4)

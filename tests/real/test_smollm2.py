@@ -26,11 +26,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def exported(smollm2_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "half"
-    arguments = ["export", "--runs", str(smollm2_run), "--sparsity", "0.5", "--out", str(out), "--quiet"]
-    assert run(arguments) == 0
-    return out
+def exported(smollm2_run: Path) -> Path:
+    """In its place, where evaluation finds it."""
+    assert run(["export", "--runs", str(smollm2_run), "--sparsity", "0.5", "--quiet"]) == 0
+    return smollm2_run / "smollm2-135m" / "fisher-0.50"
 
 
 @torch.no_grad()
@@ -85,11 +84,12 @@ def test_text_from_drafts_is_the_dense_model_s(exported: Path, kind: str) -> Non
     assert decoder.tally.acceptance > (0.8 if drafts.scheme else 0.5)
 
 
+@pytest.mark.usefixtures("exported")
 def test_quality_on_held_out_text(smollm2_run: Path) -> None:
-    """fisher keeps more: 1.42 became 1.20 on eight sequences, with 16 thousand tokens."""
-    bounds = {"uniform": (1.30, 1.60), "fisher": (1.05, 1.28)}
+    """fisher keeps more: 1.42 became 1.20 on eight sequences, with 16 thousand tokens; here 1.51 becomes 1.19."""
+    bounds = {"uniform": (1.37, 1.60), "fisher": (1.09, 1.28)}
     config = EvalConfig(
-        runs=smollm2_run, allocation=list(bounds), sparsity=[0.5], tokens=4096, seq_len=1024, dense_prefix=512
+        runs=smollm2_run, allocation=list(bounds), sparsity=[0.5], tokens=2048, seq_len=512, dense_prefix=256
     )
     result = evaluate(config, QUIET)
     assert result.half == "evaluation"
@@ -110,14 +110,14 @@ def _readme_commands() -> list[str]:
 # Smaller than README says, so that the test is quick; the flags that follow win.
 _QUICK = {
     "adapt": ["--tokens", "256", "--seq-len", "64", "--batch-size", "4", "--held-out-tokens", "256"],
-    "calibrate": ["--tokens", "2048", "--sensitivity-tokens", "1024"],
-    "eval": ["--tokens", "2048"],
+    "calibrate": ["--tokens", "512", "--sensitivity-tokens", "256", "--seq-len", "256"],
+    "eval": ["--tokens", "512", "--seq-len", "256"],
     "bench": ["--new-tokens", "4", "--repeats", "1"],
     "generate": ["--max-new-tokens", "8"],
 }
 _QUICK_STAGES = {
-    "calibrate": {"tokens": 2048, "sensitivity_tokens": 1024},
-    "eval": {"tokens": 2048, "new_tokens": 8},
+    "calibrate": {"tokens": 512, "sensitivity_tokens": 256},
+    "eval": {"tokens": 512, "new_tokens": 8},
     "bench": {"new_tokens": 4},
     "generate": {"max_new_tokens": 8},
 }
@@ -129,6 +129,7 @@ def _quick_recipe(path: Path) -> str:
     for stage, small in _QUICK_STAGES.items():
         assert small.keys() <= recipe[stage].keys()
         recipe[stage] |= small
+    recipe["seq_len"] = 256
     return yaml.safe_dump(recipe)
 
 
