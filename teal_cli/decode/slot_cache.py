@@ -73,6 +73,10 @@ class PlaceCache(FixedCache):
         """Say how long the rows are by now."""
         self._memory.lengths[self._places.start : self._places.stop] = lengths
 
+    def shorten(self, lengths: list[int]) -> None:
+        """As `FixedCache.shorten`."""
+        self.take_lengths(lengths)
+
     def advance(self, count: int = 1) -> None:
         """As `FixedCache.advance`. What layers count is of no use here."""
         self.take_lengths([length + count for length in self.row_lengths()])

@@ -135,6 +135,20 @@ class Exact:
         return torch.cat(logits)
 
 
+def exact_prompt(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
+    """Logits behind dense prompts, padded on the right: (rows, tokens) int64 -> (rows, vocabulary) float64."""
+    exact, logits = Exact(model), []
+    for row, length in zip(ids, lengths, strict=True):
+        layers = len(Engine(model, path="native").new_cache(1).layers)
+        known = FixedCache(layers, length, _Rounded)
+        for layer in known.layers:
+            layer.rounded_to = exact.dtype  # type: ignore[attr-defined]
+        with exact.control.dense():
+            output = exact.model(input_ids=row[None, :length], past_key_values=known, use_cache=True)
+        logits.append(output.logits[:, -1])
+    return torch.cat(logits)
+
+
 def check_decided_steps(model: Any, lengths: list[int]) -> None:
     """As `check_steps`, of tokens among whose inputs none is so near to its threshold that rounding decides."""
     assert any(check_steps(model, lengths, seed=seed, least=1e-5) for seed in range(1, 11))

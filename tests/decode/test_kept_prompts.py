@@ -13,7 +13,7 @@ from native_models import NO_LIBRARY
 from torch import Tensor
 
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.paths.native import NativePath
 from teal_cli.decode.prompts import pieces, reusable
 from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
@@ -39,13 +39,13 @@ def engine_of(family: str = "llama", **options: Any) -> Engine:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass over a prompt had."""
     lengths: list[int] = []
-    plain = ProgramPath.prefill
+    plain = NativePath.prefill
 
-    def counted(self: ProgramPath, input_ids: Tensor, *args: Any) -> Tensor:
+    def counted(self: NativePath, input_ids: Tensor, *args: Any) -> Tensor:
         lengths.append(input_ids.shape[1])
         return plain(self, input_ids, *args)
 
-    monkeypatch.setattr(ProgramPath, "prefill", counted)
+    monkeypatch.setattr(NativePath, "prefill", counted)
     return lengths
 
 
@@ -160,7 +160,7 @@ def test_slots_go_on_from_what_they_have(runs: list[int]) -> None:
 def test_pieces_give_what_a_whole_prompt_gives(family: str) -> None:
     model = build_family(family)
     engine = Engine(model)
-    if not isinstance(engine.path, ProgramPath) or engine.path.piece is None:
+    if not isinstance(engine.path, NativePath) or engine.path.piece is None:
         return
     ids = random_tokens(1, 20)
     whole = engine.prefill(ids, engine.new_cache(24))

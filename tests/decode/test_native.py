@@ -46,7 +46,7 @@ def test_steps_of_quantised_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_threads(monkeypatch, threads)
-    check_steps(sparse(tiny(family).to(dtype), plan, scheme, output=output), lengths)
+    check_decided_steps(sparse(tiny(family).to(dtype), plan, scheme, output=output), lengths)
 
 
 @torch.no_grad()

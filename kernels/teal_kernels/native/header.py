@@ -8,7 +8,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
-ABI = 8
+ABI = 9
 """TEAL_ABI of the header that this file mirrors."""
 MAX_ROWS = 8
 MAX_PARTS = 4

@@ -254,7 +254,7 @@ class Session(_Handle):
         self,
         tokens: Tensor,
         positions: Tensor,
-        logits: Tensor,
+        logits: Tensor | None,
         best: Tensor,
         levels: Tensor | None = None,
         sequences: Tensor | None = None,
@@ -264,8 +264,8 @@ class Session(_Handle):
         Args:
             tokens: (rows,) int64.
             positions: (rows,) int64, where each token stands in its sequence.
-            logits: (rows, vocabulary) float32, written.
-            best: (rows,) int64, written: where the logits are largest.
+            logits: (rows, vocabulary) float32, written; None where nobody reads them: none are computed.
+            best: (rows,) int64, written with the logits: where they are largest.
             levels: (rows,) int32, which of the thresholds of weights with several is a row's; None for the first.
             sequences: (rows,) int32, of which sequence of the cache each row is a token; None for one each.
 
@@ -278,7 +278,7 @@ class Session(_Handle):
         of_levels, of_sequences = (
             None if given is None else _address(given, row, torch.int32) for given in (levels, sequences)
         )
-        onto = _address(logits, (self.rows, self.program.vocabulary), torch.float32)
+        onto = None if logits is None else _address(logits, (self.rows, self.program.vocabulary), torch.float32)
         handle = self._running()
         with self.pool.lock:
             refused = self._functions.teal_session_step(handle, at[0], at[1], of_levels, of_sequences, onto, at[2])

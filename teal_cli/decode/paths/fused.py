@@ -26,7 +26,6 @@ from teal_cli.decode.paths.fused_launch import cannot_launch
 from teal_cli.decode.paths.fused_ranks import Sums, SumTimes, measure_sums
 from teal_cli.decode.paths.fused_session import FusedSession
 from teal_cli.decode.paths.program import ProgramPath, is_spread, known_program, unsupported_rope, without_program
-from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.scales import scales_of
 from teal_cli.errors import ArtefactError, UsageError
@@ -187,7 +186,6 @@ class FusedPath(ProgramPath):
         *,
         sparse: bool,
         span: int = 1,
-        like: ProgramSession | None = None,
     ) -> FusedSession:
         """As `ProgramPath.open_rows`; as `open`."""
         rows = cache.layers[0].keys.shape[0]

@@ -18,7 +18,7 @@ from teal_cli.decode.blocks import (
     joined_bias,
     program_of,
 )
-from teal_cli.decode.paths.native_tables import is_gapless, joined_norms, weights_of
+from teal_cli.decode.paths.native_tables import Sources, is_gapless, joined_norms, weights_of
 from teal_cli.decode.paths.program_session import Counted
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_module
 from teal_cli.decode.routes import Route
@@ -120,6 +120,7 @@ class NativeProgram:
         learned = learned_positions(model)
         self._positions = None if learned is None else native.weight_of(learned[0])
         self._offset = 0 if learned is None else learned[1]
+        self.sources = Sources(model, self.copied)
 
     def on(
         self,
@@ -132,6 +133,7 @@ class NativeProgram:
             caches: keys and values of each attention, as `NativeLayer` has them.
             rotary: of each kind of angles, cosines and sines of every position, (positions, rotated size) float32 each.
         """
+        self._biases.clear()  # of caches of other lengths
         of_attentions = iter(caches)
         steps = [
             self._attention(*step, *next(of_attentions), rotary) if isinstance(step, tuple) else step

@@ -10,7 +10,6 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.native_program import NativeProgram
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import has_dynamic_rope, long_rope_from, rotary_at, rotary_tables
-from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse import SparsityControl
 from teal_kernels.native.library import Session, default_threads, shared_pool
@@ -37,9 +36,8 @@ class NativeSession(ProgramSession):
     Args:
         path: whose model decodes.
         cache: of the rows.
-        levels: of sparsity, where each row has one of its own.
-        sparse: whether inputs are skipped; by default as the control has it.
-        like: a session on the same cache and of the same rules, whose program will do, where it still has one.
+        program: of that model, as it is now.
+        sparse: whether inputs are skipped, as in the program.
         span: tokens of each row that one step takes, at most `MAX_ROWS`; `token`, `positions`, `logits` and `best` have
             them one behind the other.
 
@@ -53,22 +51,16 @@ class NativeSession(ProgramSession):
         self,
         path: NativeModel,
         cache: FixedCache,
-        levels: RowLevels | None = None,
+        program: NativeProgram,
         *,
-        sparse: bool | None = None,
-        like: "NativeSession | None" = None,
+        sparse: bool,
         span: int = 1,
     ) -> None:
         sequences = int(cache.layers[0].values.shape[0])
         super().__init__(path.control, cache, sequences, path.device, sparse, span)
         rows = self.rows
-        program = None if like is None else like.program
-        if program is None:
-            program = NativeProgram(path.model, path.blocks, path.last_norm, sparse=self.enabled, levels=levels)
         self._program: NativeProgram | None = program
-        self._counted, self._counters = program.counted, program.counters
-        self._copied = [tensor for tensor in program.copied if not tensor.is_inference()]
-        self._written = self._writes()
+        self._counted = program.counted
         self.positions = torch.empty(rows, dtype=torch.int64)
         """(rows,) int64: where each of the next tokens stands."""
         self.move(self.lengths)
@@ -93,29 +85,21 @@ class NativeSession(ProgramSession):
             buffers = self.token[some], self.positions[some], self.logits[some], self.best[some], self.levels[some]
             self._sessions.append((session, buffers, None if span == 1 else of_rows[: some.stop - some.start]))
         self._kept_at_the_end: Tensor | None = None
+        self.computes_logits = True
+        """Whether the next steps compute logits. In a prompt only the last ones are of use."""
         path.control.prepared.add(self)
-
-    @property
-    def program(self) -> NativeProgram | None:
-        """What it runs, as long as the model is what that was made of."""
-        changed = self._made_for != self.control.decoding or self._writes() != self._written
-        return None if changed else self._program
 
     @property
     def stale(self) -> bool:
         """As `Session.stale`."""
-        return super().stale or self._writes() != self._written
-
-    def _writes(self) -> int:
-        """In place, so far, to what was copied: 3 us for the norms of 30 layers, 7 us with biases of q, k and v."""
-        return sum([tensor._version for tensor in self._copied])
+        return super().stale or self._program is None or self._program.sources.is_overwritten
 
     @torch.no_grad()
     def launch(self) -> Tensor:
         """As `Session.launch`; float32 logits."""
         self._angles.for_positions(self.positions)
-        for session, buffers, sequences_of_rows in self._sessions:
-            session.step(*buffers, sequences_of_rows)
+        for session, (token, positions, logits, best, levels), sequences_of_rows in self._sessions:
+            session.step(token, positions, logits if self.computes_logits else None, best, levels, sequences_of_rows)
         return self.logits
 
     def move(self, lengths: list[int]) -> None:

@@ -1,6 +1,6 @@
-"""Weights, norms and rules of a product as the native library takes them."""
+"""Weights, norms and rules of a product as the native library takes them, and whether they are what they were."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,3 +33,34 @@ def weights_of(layers: tuple[nn.Linear, ...]) -> Tensor | Packed:
         return replace(table, parts=(sum(table.parts),))
     # Detached, it holds the memory itself, and not the parameter, which may be given other memory.
     return first.weight.detach() if table is None else table.t()
+
+
+class Sources:
+    """What a program was made of.
+
+    Args:
+        model: whose weights are read where they lie.
+        copied: those of its tensors of which there are copies.
+    """
+
+    def __init__(self, model: nn.Module, copied: Iterable[Tensor]) -> None:
+        self._copied = [tensor for tensor in copied if not tensor.is_inference()]
+        self._parameters = list(model.parameters())
+        self._written, self._addresses = self._writes(), self._where()
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether something was written in place to what there are copies of, and torch has counted it."""
+        return self._writes() != self._written
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was, and the model's parameters lie where they did."""
+        return not self.is_overwritten and self._where() == self._addresses
+
+    def _writes(self) -> int:
+        """So far: 3 us for the norms of 30 layers, 7 us with biases of q, k and v."""
+        return sum([tensor._version for tensor in self._copied])
+
+    def _where(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters]

@@ -1,7 +1,7 @@
 """What the paths share that execute block programs (`teal_cli.decode.blocks`): the fused and the native one.
 
 They work on the modules that `from_pretrained` gave: weights are read where they lie. The prefill is transformers'
-forward, which fills their cache.
+forward, which fills their cache; the native path reads short prompts itself.
 """
 
 from abc import abstractmethod
@@ -97,7 +97,6 @@ class ProgramPath(Path):
         *,
         sparse: bool,
         span: int = 1,
-        like: ProgramSession | None = None,
     ) -> ProgramSession:
         """A session whose rows are taken by one sequence after the other, each at a level of sparsity of its own.
 
@@ -106,7 +105,6 @@ class ProgramPath(Path):
             levels: that there are; None for the rules that the layers have.
             sparse: whether some row skips inputs; without, all are dense.
             span: tokens of each sequence that one step takes.
-            like: a session on the same cache and of the same rules, which may have made some of what is needed.
         """
 
     @abstractmethod
@@ -165,8 +163,7 @@ class ProgramStepper(Stepper):
         self._cache.shorten(lengths)
         if span not in self._sessions:
             sparse = self._sparse and span == 1
-            like = None if self._sparse else next((own.session for own in self._sessions.values()), None)
-            opened = self._path.open_rows(self._cache, None, sparse=sparse, span=span, like=like)
+            opened = self._path.open_rows(self._cache, None, sparse=sparse, span=span)
             self._sessions[span] = SteppedSession(opened)
         session = self._sessions[span]
         session.place(lengths, [0] * (rows * span))

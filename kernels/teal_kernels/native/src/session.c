@@ -359,7 +359,7 @@ EXPORTED int32_t teal_session_step(teal_session *s, const int64_t *tokens, const
     if (!are_placed(s, positions, sequences)) return 1;
     s->tokens = tokens, s->positions = positions, s->levels = levels, s->sequences = sequences, s->logits = logits;
     pool_run(s->pool, s->run, s);
-    for (int32_t r = 0; r < s->rows; r++) {
+    for (int32_t r = 0; logits && r < s->rows; r++) {
         float most = s->memory[0].best_value[r];
         best[r] = s->memory[0].best[r];
         for (int32_t t = 1; t < s->threads; t++) {

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TEAL_ABI 8 /* raised with every change in this file */
+#define TEAL_ABI 9 /* raised with every change in this file */
 #define TEAL_MAX_ROWS 8
 #define TEAL_MAX_PARTS 4
 #define TEAL_KEY_BLOCK 16 /* positions whose keys lie side by side */
@@ -204,7 +204,8 @@ void teal_session_close(teal_session *session);
  * sequence stand at different positions. The keys and values of all are written before attention reads them, so that
  * each sees what stands before it and itself: rows that follow one another are tokens that follow one another. A row
  * whose inputs are not skipped gets the bits that it gets alone (of 4-bit weights on x86-64, up to rounding).
- * logits: (rows, vocabulary). best: (rows,) where they are largest (the first; a NaN counts as larger than all).
+ * logits: (rows, vocabulary); NULL: none are computed, and best is left as it is.
+ * best: (rows,) where they are largest (the first; a NaN counts as larger than all).
  * Returns 0; 1 where a token, position, level or sequence is out of range or two rows stand at one place, and then
  * nothing was done. */
 int32_t teal_session_step(teal_session *session, const int64_t *tokens, const int64_t *positions, const int32_t *levels,

@@ -492,8 +492,9 @@ void NAMED(teal_run_)(void *session, int32_t thread) {
     const teal_product *before = NULL;     /* the last product, until its sums are read */
     const teal_attention *attended = NULL; /* whose heads the next residual product reads */
     int32_t attended_step = 0, parity = 0;
+    const int32_t steps = p->n_steps + (s->logits != NULL); /* the output layer is the last one */
     embed(s, m);
-    for (int32_t i = 0; i <= p->n_steps; i++) {
+    for (int32_t i = 0; i < steps; i++) {
         const teal_step *step = &p->steps[i];
         const range *own = &s->ranges[(int64_t)i * s->threads + thread];
         const teal_norm *norm = i == p->n_steps ? p->norm : step->kind == TEAL_STEP_NORM ? step->of : NULL;
