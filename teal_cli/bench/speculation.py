@@ -1,9 +1,10 @@
 """What drafts cost and give: passes over several tokens, and replies to real prompts, in turn with dense decoding."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from teal_cli.decode.timing import seconds_of
 SPANS = (1, 2, 4, 8)
 """Tokens of one sequence whose pass is timed."""
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+_IN_A_ROW = 4
+"""Dense steps, and drafts, for which the host waits once; it waits for each pass."""
 _PASSES = 15
 _WARM_UP = 3
 
@@ -32,11 +35,11 @@ class Costs:
     """Seconds of passes, in turn."""
 
     step: Spread
-    """Of a dense step, as it is decoded without drafts."""
+    """Of a dense step, as it is decoded without drafts: one of several for which the host waits once."""
     passes: dict[int, Spread]
-    """Of the model that verifies, by tokens."""
+    """Of the model that verifies, by tokens, up to what the host reads."""
     draft_step: Spread | None
-    """Of the model that drafts; None where none does."""
+    """Of the model that drafts, one of several; None where none does."""
 
     def gains(self, counts: Sequence[int]) -> dict[float, tuple[int, float]]:
         """Acceptance -> the number of drafted tokens that gives most, and tokens a second over dense decoding.
@@ -120,22 +123,30 @@ def measure_costs(speculator: Speculator, prompt: Tensor) -> Costs:
     ids = prompt[:, :1].to(engine.device)
     lengths = [tokens] * prompt.shape[0]
 
-    def timed(stepper: Stepper, span: int) -> float:
+    def of_pass(stepper: Stepper, span: int) -> float:
         several = ids.expand(-1, span).contiguous()
         return seconds_of(lambda: stepper.run(several, lengths), engine.device)
 
-    works: dict[int | str, tuple[Stepper, int]] = {span: (target, span) for span in SPANS}
+    def of_step(stepper: Stepper) -> float:
+        def write() -> None:
+            token = ids
+            for index in range(_IN_A_ROW):
+                token = stepper.run(token, [length + index for length in lengths])[1].clone()
+
+        return seconds_of(write, engine.device) / _IN_A_ROW
+
+    works: dict[int | str, Callable[[], float]] = {span: partial(of_pass, target, span) for span in SPANS}
+    works["step"] = partial(of_step, target)
     if draft is not None:
-        works["draft"] = draft, 1
+        works["draft"] = partial(of_step, draft)
     seconds: dict[int | str, list[float]] = {name: [] for name in works}
     for index in range(_WARM_UP + _PASSES):
         for name, work in works.items():
-            found = timed(*work)
+            found = work()
             if index >= _WARM_UP:
                 seconds[name].append(found)
     spreads = {name: Spread.of(values) for name, values in seconds.items()}
-    passes = {span: spreads[span] for span in SPANS}
-    return Costs(passes[1], passes, spreads.get("draft"))
+    return Costs(spreads["step"], {span: spreads[span] for span in SPANS}, spreads.get("draft"))
 
 
 @dataclass
