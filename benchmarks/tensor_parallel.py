@@ -40,6 +40,7 @@ from teal_cli.errors import TealError
 from teal_cli.models.aliases import Alias, require_alias
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import outline
+from teal_cli.models.random_weights import residual_scale
 from teal_cli.models.shards import plan_shards
 from teal_cli.planning import allocate
 from teal_cli.quantise.model import pack_
@@ -47,7 +48,7 @@ from teal_cli.ranks.environment import end_with_launcher, is_first, is_rank
 from teal_cli.ranks.group import Ranks, join, leave
 from teal_cli.ranks.workers import run_workers
 from teal_cli.schemes import Scheme
-from teal_cli.shard_loading import join_, random_shard, summed_scale
+from teal_cli.shard_loading import join_, random_shard
 from teal_cli.sparse import apply_plan_, control_of, recalibrate_, replace_projections_
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.bench import measure
@@ -109,7 +110,7 @@ def prepared(case: Case, alias: Alias, ranks: Ranks, reporter: Reporter) -> Meas
     projections = find_projections(model, output_layer=None)
     control = replace_projections_(model, [projection.name for projection in projections])
     if case.scheme is not None:
-        summed = 0.02 * summed_scale(model.config.num_hidden_layers)
+        summed = 0.02 * residual_scale(model.config.num_hidden_layers)
         packs = {
             p.name: random_codes(
                 p.in_features, p.out_features, case.scheme, ranks.device, summed if p.name in plan.sums else 0.02

@@ -16,6 +16,7 @@ from teal_cli.models.architectures import Architecture, Kind
 from teal_cli.models.cuts import Cut, taken
 from teal_cli.models.layers import StackedLinear, unstack_experts_
 from teal_cli.models.loading import auto_class, check_memory, kind_of, outline, pick_dtype, stored_dtype, without_bars
+from teal_cli.models.random_weights import shrink_residual_
 from teal_cli.models.shards import ShardPlan, check_shard, narrow_config, plan_shards, shard_output_, tie_output_
 from teal_cli.models.stored_names import Place, in_order, places
 from teal_cli.models.weights import weight_files
@@ -157,28 +158,15 @@ def random_shard(
     }
     check_memory(sum(p.numel() for p in made.values()) * chosen.itemsize, device, f"a shard of {alias.name}")
     torch.manual_seed(seed + plan.rank)
-    text = whole.config.get_text_config()
-    std = float(getattr(text, "initializer_range", 0.02))
+    std = float(getattr(whole.config.get_text_config(), "initializer_range", 0.02))
     for name, parameter in made.items():
         value = torch.empty(parameter.shape, dtype=chosen, device=device)
-        layer = name.rpartition(".")[0]
-        own = std * (summed_scale(text.num_hidden_layers) if layer in plan.sums else 1.0)
-        _set(model, name, value.normal_(0, own) if parameter.dim() > 1 else value.fill_(float(name.endswith("weight"))))
+        _set(model, name, value.normal_(0, std) if parameter.dim() > 1 else value.fill_(float(name.endswith("weight"))))
+    shrink_residual_(model)
     _move_buffers_(model, device)
     if whole.config.tie_word_embeddings:
         tie_output_(model, plan)
     return model.eval()
-
-
-def summed_scale(blocks: int) -> float:
-    """By what random weights are smaller that write to the residual stream.
-
-    With weights of one size all blocks together are hundreds of times as large as the embedding they begin with, and
-    rounding grows from block to block: with 126 blocks logits in bfloat16 were 0.23 of their norm away from those in
-    float32, and no check of a decoder can tell that from a fault. So they were 0.035 (a width of 256). The square root
-    that GPT-2 begins with was not enough: 0.18.
-    """
-    return float((2 * blocks) ** -1.5)
 
 
 def _move_buffers_(model: Any, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from teal_cli.models.architectures import Architecture, Kind, table
 from teal_cli.models.config_checks import QUANT_METHOD, check_config, method_of, named_dtype, quantisation_of
 from teal_cli.models.layers import unstack_experts_
 from teal_cli.models.likeness import adopt_likeness_
+from teal_cli.models.random_weights import shrink_residual_
 from teal_cli.models.weights import floating_dtype, tensor_header, weight_files
 from teal_cli.models.wide_products import widen_products_
 from teal_cli.reading import read_json
@@ -261,6 +262,7 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     with target:
         model = AutoModelForCausalLM.from_config(empty.config, dtype=chosen, trust_remote_code=False)
     unstack_experts_(model)
+    shrink_residual_(model)
     widen_products_(model)
     return model.eval()
 
