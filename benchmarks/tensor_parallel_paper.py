@@ -16,6 +16,7 @@ from typing import Any
 
 from teal_cli.atomic import write_json
 from teal_cli.models.aliases import require_alias
+from teal_cli.versions import library_versions
 
 GPUS = (1, 2, 4, 8)
 LINK_BYTES_A_SECOND = 450e9
@@ -150,7 +151,8 @@ def main() -> None:
     entries = table(cases, arguments.memory)
     if arguments.out is not None:
         names = [file.name for file in arguments.measured]
-        write_json(arguments.out, {"computed_from": names, "memory_bytes": arguments.memory, "entries": entries})
+        made = {"computed_from": names, "versions": library_versions(), "memory_bytes": arguments.memory}
+        write_json(arguments.out, {**made, "entries": entries})
     print(markdown(entries))
 
 
