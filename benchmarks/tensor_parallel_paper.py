@@ -1,6 +1,6 @@
 """What a token costs over size and GPUs, on paper, from what `tensor_parallel.py` measured.
 
-    python benchmarks/tensor_parallel_paper.py --measured benchmarks/results/tensor-parallel*.json --out table.json
+    python benchmarks/tensor_parallel_paper.py --out benchmarks/results/tensor-parallel-computed.json
 
 A token's time is that of reading the weights that one GPU holds, and a time for each block: launches, products that do
 not fill a GPU, sums over ranks. Both follow from two measurements of the largest model with weights of this kind, on

@@ -172,9 +172,11 @@ class Likeliest:
         self.step = step
 
     @cached_property
+    @in_one_thread
     def read(self) -> tuple[Tensor, Reading]:
         """(rows, 1) int64 tokens; on their way to the host (rows, 2): tokens, and 1 where the logits were numbers."""
-        return _read_likeliest(self.step)
+        tokens = self.step.best.clone()
+        return tokens, Reading(torch.stack([tokens[:, 0], _are_numbers(self.step.logits[:, 0])], dim=1))
 
 
 class Choice:
@@ -209,9 +211,3 @@ class Choice:
 def _are_numbers(logits: Tensor) -> Tensor:
     """(rows, vocabulary) -> (rows,) int64: 1 where something can be chosen."""
     return logits.amax(-1).isfinite().to(torch.int64)
-
-
-@in_one_thread
-def _read_likeliest(step: Chosen) -> tuple[Tensor, Reading]:
-    tokens = step.best.clone()
-    return tokens, Reading(torch.stack([tokens[:, 0], _are_numbers(step.logits[:, 0])], dim=1))
