@@ -13,8 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Batch, Progress, Recipe
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Of one piece: 64 MiB in float32, of which a loss holds about four."""
+_LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Of one piece: 64 MiB in float32, of which a loss holds about four. On a GPU each piece costs launches."""
+
+
+def logits_at_once(device: torch.device | str) -> int:
+    """How many logits a piece of the loss makes on a device."""
+    return _LOGITS_AT_ONCE.get(torch.device(device).type, _LOGITS_AT_ONCE["cpu"])
 
 
 def distillation_loss(
@@ -35,7 +40,7 @@ def distillation_loss(
         logits_of: (rows, hidden) -> (rows, vocabulary), of the student.
         teacher_logits_of: of the teacher.
         vocabulary: logits a token.
-        targets: (tokens,) int64: what comes next, below 0 where nothing does; None leaves the second loss out (0).
+        targets: (tokens,) int64: what comes next, -1 where nothing does; None leaves the second loss out (0).
     """
 
     def piece(mine: Tensor, its: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,7 +52,7 @@ def distillation_loss(
             return kl, kl.new_zeros(())
         return kl, F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
 
-    rows = max(1, _LOGITS_AT_ONCE // vocabulary)
+    rows = max(1, logits_at_once(student.device) // vocabulary)
     pieces = zip(
         student.split(rows),
         teacher.split(rows),
@@ -59,7 +64,7 @@ def distillation_loss(
     for each in pieces:
         one_kl, one_text = checkpoint(piece, *each, **made_again) if torch.is_grad_enabled() else piece(*each)
         kl, text = kl + one_kl, text + one_text
-    return kl / len(student), text / (len(student) if targets is None else int((targets >= 0).sum()))
+    return kl / len(student), text / (len(student) if targets is None else (targets >= 0).sum())
 
 
 class Teacher:
@@ -105,16 +110,30 @@ class Student(nn.Module):
         """Stage, step and steps, for the recipe's loss."""
         self.accumulate = 1
         """Passes of an optimiser step."""
-        self.progress = Progress("", 0, 1, None)
-        """Of the pass just run."""
-        self.losses: dict[str, Tensor] = {}
-        """Parts of the last loss, without gradient."""
+        self.keeps_gradients = False
+        """Whether gradients are set to zero, not let go of: captured passes add to them where they are."""
+        self._progress: Progress | None = None
         self._batch: Batch | None = None
 
     @property
     def recipe(self) -> Recipe:
         """Whose loss is added."""
         return self._around[1]
+
+    @property
+    def progress(self) -> Progress:
+        """Of the pass just run; the first to ask waits for it."""
+        if self._progress is None:
+            self._progress = Progress(*self.at, self.recipe.realised_sparsity(), self.accumulate)
+        return self._progress
+
+    def forget_progress(self) -> None:
+        """A pass begins: the next to ask is told of it."""
+        self._progress = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `keeps_gradients`."""
+        super().zero_grad(set_to_none and not self.keeps_gradients)
 
     def around_recomputed(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What a block runs inside whose activations are recomputed: the first time, and in the backward pass."""
@@ -128,12 +147,18 @@ class Student(nn.Module):
             input_ids: (batch, tokens) int64.
             dense_prefix: (batch,) int64 positions that run dense.
         """
+        self.forget_progress()
+        loss = self.distilled(input_ids, dense_prefix)
+        extra = self.recipe.extra_loss(self.progress)
+        return (loss if extra is None or not self.training else loss + extra,)
+
+    def distilled(self, input_ids: Tensor, dense_prefix: Tensor) -> Tensor:
+        """The loss without what the recipe adds."""
         teacher, recipe, maker = self._around
         self._batch = Batch(input_ids, dense_prefix)
         wanted = teacher.hidden_states(input_ids)  # perhaps of this very model, whose blocks then ask for the batch
         with recipe.student_pass(self.model, self._batch):
             hidden = maker.hidden_states(input_ids)
-        self.progress = Progress(*self.at, recipe.realised_sparsity(), self.accumulate)
         targets = None
         if self.text_weight:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=-1).flatten()
@@ -145,13 +170,4 @@ class Student(nn.Module):
             maker.layer.weight.shape[0],
             targets,
         )
-        extra = recipe.extra_loss(self.progress)
-        self.losses = {"kl": kl.detach()}
-        loss = kl
-        if self.text_weight:
-            loss = loss + self.text_weight * text
-            self.losses["text"] = text.detach()
-        if extra is not None and self.training:
-            loss = loss + extra
-            self.losses["extra"] = extra.detach()
-        return (loss,)
+        return kl + self.text_weight * text if self.text_weight else kl

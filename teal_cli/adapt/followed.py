@@ -6,15 +6,14 @@ held to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from teal_cli.adapt.processes import mean_over_processes
-from teal_cli.adapt.recipe import Batch
 from teal_cli.checkpoint.rules import Routed, Zeros
 from teal_cli.models.activations import FatReLU
 from teal_cli.sparse.linear import SparseLinear
@@ -43,8 +42,10 @@ class Followed(ABC):
         self._passes = 0
         self._shape: torch.Size | None = None
         self._found: dict[int, Tensor] = {}
-        self._pending: tuple[list[int], Tensor] | None = None
+        self.pending: tuple[list[int], Tensor] | None = None
         """What the last look found, until the next pass in training begins."""
+        self.looks = False
+        """Whether the pass under way, or the next one, is a look."""
         places = enumerate(self.modules)
         self._handles = [module.register_forward_pre_hook(self._hook(index)) for index, module in places]
 
@@ -67,12 +68,27 @@ class Followed(ABC):
     def install_(self) -> None:  # noqa: B027  (most need nothing)
         """Before a pass: put thresholds where the model looks for them."""
 
-    @contextmanager
-    def updated(self, shape: torch.Size) -> Iterator[None]:
-        """Around a pass of so many (sequences, tokens) in training; before one, thresholds move by the last look."""
-        self._move_pending()
+    @property
+    def kind(self) -> Hashable:
+        """Passes of one kind do the same here (`Recipe.pass_kind`)."""
+        return self.looks
+
+    @torch.no_grad()
+    def before_pass_(self) -> None:
+        """Before a pass in training thresholds move by the last look.
+
+        Not right after the look: its backward may make activations again, and must drop what the forward dropped.
+        """
+        if self.pending is not None:
+            self.move(*self.pending)
+            self.pending = None
         self._passes += 1
-        if self._passes % _EVERY:
+        self.looks = self._passes % _EVERY == 0
+
+    @contextmanager
+    def looking(self, shape: torch.Size) -> Iterator[None]:
+        """Around a pass of so many (sequences, tokens) in training."""
+        if not self.looks:
             yield
             return
         self._shape = shape
@@ -83,14 +99,7 @@ class Followed(ABC):
         found, self._found = self._found, {}
         if found:
             # Each process reads its own part of a batch, and all must drop alike.
-            self._pending = list(found), mean_over_processes(torch.stack(list(found.values())))
-
-    @torch.no_grad()
-    def _move_pending(self) -> None:
-        """Not right after the pass: its backward may make activations again, and must drop what the forward dropped."""
-        if self._pending is not None:
-            self.move(*self._pending)
-            self._pending = None
+            self.pending = list(found), mean_over_processes(torch.stack(list(found.values())))
 
     def _hook(self, index: int) -> Any:
         @torch.no_grad()
@@ -110,8 +119,8 @@ class Followed(ABC):
         if not self.modules:
             return {}
         pending = {}
-        if self._pending is not None:
-            indices, wanted = self._pending
+        if self.pending is not None:
+            indices, wanted = self.pending
             pending = {"pending": torch.tensor(indices), "wanted": wanted}
         return {"followed": self.values(), "passes": torch.tensor(self._passes), **pending}
 
@@ -120,9 +129,9 @@ class Followed(ABC):
         if "followed" in state:
             self._passes = int(state["passes"])
             self.put(state["followed"])
-            self._pending = None
+            self.pending = None
             if "pending" in state:
-                self._pending = state["pending"].tolist(), state["wanted"]
+                self.pending = state["pending"].tolist(), state["wanted"]
 
     def stop(self) -> None:
         """Look no more."""
@@ -171,39 +180,61 @@ class FollowedThresholds(Followed):
 
 
 class FollowedGates(Followed):
-    """Of FATReLU: a share of the live gates (those above 0), which `share` names and may change.
+    """Of FATReLU: a share of the live gates (those above 0), which may change.
 
     Args:
-        acts: one for each layer.
+        acts: one for each layer. Their thresholds are tensors until `stop`, so that no pass waits to read them.
+        device: of the model.
     """
 
-    def __init__(self, acts: Sequence[FatReLU]) -> None:
+    def __init__(self, acts: Sequence[FatReLU], device: torch.device) -> None:
         super().__init__(acts)
+        self._held = [torch.zeros((), device=device) for _ in acts]
+        self._share = torch.zeros((), device=device)
         self.share = 0.0
+        """Of live gates, which the next look drops."""
+        self.install_()
+
+    @property
+    def _acts(self) -> list[FatReLU]:
+        return cast(list[FatReLU], self.modules)
+
+    def install_(self) -> None:
+        """See `Followed`."""
+        for act, threshold in zip(self._acts, self._held, strict=True):
+            act.followed = threshold
+
+    def drop_(self, share: float) -> None:
+        """Drop this share of live gates from the next look on."""
+        self.share = share
+        self._share.fill_(share)
 
     def quantile(self, index: int, sample: Tensor) -> Tensor:
         """See `Followed`: of live gates; no look waits for the device, so their number stays there."""
         gates = sample.flatten().sort().values
         live = (gates > 0).sum()
-        at = (len(gates) - live + (self.share * live).long()).clamp(max=len(gates) - 1)
+        at = (len(gates) - live + (self._share * live).long()).clamp(max=len(gates) - 1)
         return gates[at].clamp(min=0)
 
     def move(self, indices: list[int], wanted: Tensor) -> None:
-        """See `Followed`. Thresholds are numbers: one wait for all."""
-        for index, value in zip(indices, wanted.tolist(), strict=True):
-            act = cast(FatReLU, self.modules[index])
-            act.threshold = (1 - _RATE) * (act.threshold or 0.0) + _RATE * value
+        """See `Followed`."""
+        held = [self._held[index] for index in indices]
+        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
 
     def values(self) -> Tensor:
         """See `Followed`."""
-        thresholds = [cast(FatReLU, act).threshold or 0.0 for act in self.modules]
-        return torch.tensor([*thresholds, self.share], dtype=torch.float64)
+        return torch.stack(self._held)
 
     def put(self, values: Tensor) -> None:
         """See `Followed`."""
-        *thresholds, self.share = values.tolist()
-        for act, value in zip(self.modules, thresholds, strict=True):
-            cast(FatReLU, act).threshold = value
+        for held, value in zip(self._held, values, strict=True):
+            held.copy_(value)
+
+    def stop(self) -> None:
+        """See `Followed`: thresholds are numbers again."""
+        super().stop()
+        for act, threshold in zip(self._acts, torch.stack(self._held).tolist(), strict=True):
+            act.followed, act.threshold = None, threshold
 
 
 class FollowedRouters(Followed):
@@ -218,6 +249,11 @@ class FollowedRouters(Followed):
         super().__init__(routers)
         self._target = target
         self._shares: list[Tensor] | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """See `Followed`: the first look finds something else."""
+        return self.looks, self._shares is None
 
     def quantile(self, index: int, sample: Tensor) -> Tensor:
         """See `Followed`: the logit below which the share lies. The first look only finds shares."""
@@ -249,20 +285,6 @@ class FollowedRouters(Followed):
         self._shares = None if bool((values[:, 0] < 0).any()) else list(values[:, 0].cpu().unbind())
         for router, value in zip(self.modules, values, strict=True):
             cast(Router, router).bias.data.copy_(value[1:])
-
-
-def following(followed: Followed | None, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    """What a pass of the student runs inside, for `Recipe.student_pass`.
-
-    Args:
-        followed: None where nothing follows.
-        model: whose pass it is; only in training is there anything to look at.
-        batch: what it reads.
-    """
-    if followed is None or batch.again:
-        return nullcontext()
-    followed.install_()
-    return followed.updated(batch.input_ids.shape) if model.training else nullcontext()
 
 
 def _has_threshold(layer: SparseLinear) -> bool:

@@ -215,6 +215,7 @@ def _train(
         held,
         tell,
         on_step,
+        setup.say,
         resumes=resumed is not None,
     )
     if resumed is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from teal_cli.adapt.distil import logits_at_once
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import check_memory
 
@@ -16,8 +17,8 @@ _CHECKPOINT_BYTES = 4 + 16
 _KEPT_OF_HIDDEN, _KEPT_OF_NEURONS = 17.0, 5.5
 """Numbers that a block keeps for its backward pass a token, over its width and over that of its MLP. Counted on Llama
 blocks whose projections all skip, with adapters, by saved_tensors_hooks: 16.6 and 5.25, with adapters up to 5.5."""
-_LOSS_BYTES = 4 * (4 << 24)
-"""Of one piece of the distillation loss (`distil`): four tensors in float32."""
+_LOSS_BYTES = 4 * 4
+"""Of one logit of a piece of the distillation loss (`distil`): four tensors in float32."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def estimate(
     tokens: int,
     recompute: bool,
     activation_itemsize: int,
-    checkpoint_here: bool,
+    device: torch.device,
 ) -> Estimate:
     """What a run needs, of its model's outline.
 
@@ -77,7 +78,7 @@ def estimate(
         tokens: of one pass: batch times length.
         recompute: whether only one block's activations are held at a time.
         activation_itemsize: bytes of a hidden state's number.
-        checkpoint_here: whether the device is the CPU, where checkpoints are put together.
+        device: on which it runs; if it is the CPU, checkpoints are put together there too.
     """
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -90,8 +91,8 @@ def estimate(
         weights=max(parameters - trained, 0) * frozen_itemsize + trained * 4,
         training=trained * (_TRAINED_BYTES - 4),
         teacher=parameters * teacher_itemsize,
-        activations=kept + _LOSS_BYTES,
-        checkpoints=trained * _CHECKPOINT_BYTES if checkpoint_here else 0,
+        activations=kept + _LOSS_BYTES * logits_at_once(device),
+        checkpoints=trained * _CHECKPOINT_BYTES if device.type == "cpu" else 0,
     )
 
 

@@ -34,10 +34,8 @@ class Neurons:
         self._open = False
         self._again = False
         self._sizes: dict[int, Tensor] = {}
-        self._gates: dict[int, Tensor] = {}
-        """Share of zeros of each layer in the last pass."""
-        self._hidden: dict[int, Tensor] = {}
-        """The same of what down reads."""
+        self.seen: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
+        """Share of zeros of each layer in the last pass: among gates, and in what down reads."""
         self._places = [module for _, module in neuron_modules(model)]
         downs = [model.get_submodule(p.name) for p in intermediates(find_projections(model))]
         self._hooks = []
@@ -52,7 +50,7 @@ class Neurons:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside it passes are seen; what was seen before is forgotten."""
-        self._sizes, self._gates, self._hidden = {}, {}, {}
+        self._sizes, self.seen = {}, ({}, {})
         self._open = True
         try:
             yield
@@ -86,7 +84,7 @@ class Neurons:
 
     def zeros_by_layer(self) -> Tensor:
         """(2, layers): shares of zeros in the last pass, among gates and in what down reads."""
-        return torch.stack([self._stacked(self._gates), self._stacked(self._hidden)])
+        return torch.stack([self._stacked(of_layers) for of_layers in self.seen])
 
     def zeros(self) -> tuple[float, float]:
         """Their means over layers, and over processes."""
@@ -97,12 +95,12 @@ class Neurons:
         return torch.stack([of_layers[layer] for layer in range(len(self._places))])
 
     def _see_gate(self, layer: int, act: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if self._open and layer not in self._gates:  # dReLU activates up too, after the gate
-            self._gates[layer] = _share_of_zeros(out)
+        if self._open and layer not in self.seen[0]:  # dReLU activates up too, after the gate
+            self.seen[0][layer] = _share_of_zeros(out)
 
     def _see_hidden(self, layer: int, down: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._open:
-            self._hidden[layer] = _share_of_zeros(args[0])
+            self.seen[1][layer] = _share_of_zeros(args[0])
         if self._scales is not None and (self._open or self._again):
             size = args[0].abs().mean(dtype=torch.float32)
             if self._open:

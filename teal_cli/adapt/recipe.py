@@ -4,8 +4,9 @@ The loop calls these in this order. A killed run that resumes calls all of them 
 
 1. `measure`, once, on the dense model: what the surgery needs to know of text. Kept with the run.
 2. `operate_`: surgery on the model. Deterministic: a resumed run does it again, and then loads what was trained.
-3. For each of `stages`: `begin_stage_`, then `trainable`, an optimiser of its own, and steps. Each step is a pass of
-   the student inside `student_pass`, the distillation loss, `extra_loss` of the pass just run, and a backward pass.
+3. For each of `stages`: `begin_stage_`, then `trainable`, an optimiser of its own, and steps. Each step is
+   `before_pass_`, a pass of the student inside `student_pass`, the distillation loss, `extra_loss` of the pass just
+   run, and a backward pass. On a GPU passes of one `pass_kind` are replays of one that was captured (`adapt.graphs`).
 4. `finish_`, with the best weights in place and adapters merged: what the run leaves behind.
 
 A step draws no random numbers: dropout is off, the order of the text and the lengths of dense prefixes are the data's.
@@ -13,13 +14,14 @@ Where a recipe needs chance, it makes a generator from `setting.seed` and the st
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from teal_cli.adapt.followed import Followed
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config.recipes import RecipeOptions
 
@@ -117,6 +119,8 @@ class Recipe(ABC):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self.followed: Followed | None = None
+        """What moves thresholds in training, where something does."""
 
     def check(self, model: nn.Module) -> None:  # noqa: B027  (most need nothing)
         """Refuse a model, or options, before anything is loaded or measured.
@@ -180,6 +184,42 @@ class Recipe(ABC):
         """The learning rate of one parameter, where it is not the run's `rate`: routers may learn faster."""
         return rate
 
+    def before_pass_(self, at: float) -> None:
+        """What happens between passes in training: thresholds move. Never replayed.
+
+        Args:
+            at: share of the stage's steps that are done.
+        """
+        if self.followed is not None:
+            self.followed.before_pass_()
+
+    def pass_kind(self) -> Hashable | None:
+        """What the pass in training that comes next is like.
+
+        Passes of one kind launch the same kernels on the same tensors, wait for nothing, and have no `extra_loss`: what
+        differs between them stands in tensors that are changed in place. None: this one is like no other.
+        """
+        return None
+
+    def left(self) -> Any:
+        """What the last pass left behind, for `realised_sparsity` and `before_pass_`.
+
+        A replayed pass leaves what the captured one did: the same tensors, with other values.
+        """
+        return None if self.followed is None else self.followed.pending
+
+    def take_left_(self, left: Any) -> None:
+        """Have it as if the last pass had left this behind."""
+        if self.followed is not None:
+            self.followed.pending = left
+
+    def follows(self, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+        """What `student_pass` of a recipe has around it whose thresholds follow."""
+        if self.followed is None or batch.again:
+            return nullcontext()
+        self.followed.install_()
+        return self.followed.looking(batch.input_ids.shape) if model.training else nullcontext()
+
     def student_pass(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """What the student's pass runs inside; entered once more where activations are recomputed.
 
@@ -216,7 +256,7 @@ class Recipe(ABC):
         return None
 
     def realised_sparsity(self) -> float | None:
-        """Realised sparsity of the student's passes since this was last asked, as the recipe counts it."""
+        """Realised sparsity of the student's last pass, as the recipe counts it."""
         return None
 
     def figures(self, progress: Progress) -> dict[str, float]:
@@ -225,10 +265,12 @@ class Recipe(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """What must be as it was when a run resumes, beside the parameters: a running multiplier, for one."""
-        return {}
+        return {} if self.followed is None else self.followed.state()
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take on what `state` gave."""
+        if self.followed is not None:
+            self.followed.load_state(state)
 
     @abstractmethod
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:

@@ -1,7 +1,7 @@
 """What recipes have in common that put another activation in the place of a model's own: relu, prosparse, drelu."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -67,6 +67,21 @@ class ActivationSwap(Recipe):
         """Put the activation in its place."""
         set_activation_(model, self.activation)
 
+    def pass_kind(self) -> Hashable | None:
+        """See `Recipe`."""
+        if self._l1 is not None:
+            return None
+        return self.name, None if self.followed is None else self.followed.kind
+
+    def left(self) -> Any:
+        """See `Recipe`."""
+        return self._neurons.seen, super().left()
+
+    def take_left_(self, left: Any) -> None:
+        """See `Recipe`."""
+        self._neurons.seen, of_looks = left
+        super().take_left_(of_looks)
+
     def student_pass(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """See `Recipe`."""
         return self._neurons.recomputing() if batch.again else self._neurons.watching()
@@ -119,13 +134,14 @@ class ActivationSwap(Recipe):
 
     def state(self) -> dict[str, Tensor]:
         """See `Recipe`."""
-        steering = self._steering
+        steering, found = self._steering, super().state()
         if steering is None or steering.start is None:
-            return {}
-        return {"steering": torch.tensor([steering.start, steering.total], dtype=torch.float64)}
+            return found
+        return {**found, "steering": torch.tensor([steering.start, steering.total], dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
+        super().load_state(state)
         if self._steering is not None and "steering" in state:
             self._steering.start, self._steering.total = state["steering"].tolist()
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from teal_cli.adapt import state
 from teal_cli.adapt.distil import Student
+from teal_cli.adapt.graphs import GraphedPasses
 from teal_cli.adapt.recipe import Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.atomic import atomic_folder
@@ -33,6 +34,7 @@ class AdaptTrainer(Trainer):
         held: changed in place as the run goes on.
         tell: told figures as they are logged, by every process.
         on_step: told the number of each optimiser step once it is done.
+        say: one line for the user.
         resumes: whether a checkpoint of this stage is taken up. A stage that begins is evaluated first: what training
             makes worse is not kept.
     """
@@ -48,11 +50,13 @@ class AdaptTrainer(Trainer):
         held: Held,
         tell: Callable[[Figures], None],
         on_step: Callable[[int], None],
+        say: Callable[[str], None],
         *,
         resumes: bool,
     ) -> None:
         self.student, self.stage, self.plan, self.held, self.tell = student, stage, plan, held, tell
-        self.on_step = on_step
+        self.on_step, self._say = on_step, say
+        self._graphs: GraphedPasses | None = None
         self._saved = time.monotonic()
         self.trainable = list(trainable)
         student.at, student.accumulate = (stage.name, 0, stage.steps), plan.accumulate
@@ -107,6 +111,25 @@ class AdaptTrainer(Trainer):
         """The text is in its order already."""
         text: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(text)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One pass with its backward; see `GraphedPasses`."""
+        student, recipe = self.student, self.student.recipe
+        _, step, steps = student.at
+        recipe.before_pass_(step / steps)
+        kind = recipe.pass_kind() if self._can_graph else None
+        if kind is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._graphs is None:
+            self._graphs = GraphedPasses(student, self.accelerator.autocast, 1 / self.plan.accumulate, self._say)
+        model.train()
+        return self._graphs.run(kind, self._prepare_inputs(inputs)) / self.plan.accumulate
+
+    @property
+    def _can_graph(self) -> bool:
+        """Whether passes can be CUDA graphs here: by one process, on a GPU, unless it was tried in vain."""
+        works = self._graphs is None or self._graphs.works
+        return works and self.args.device.type == "cuda" and self.plan.processes == 1
 
     def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The distillation loss alone."""

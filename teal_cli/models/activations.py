@@ -40,6 +40,8 @@ class FatReLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.threshold: float | None = None
+        self.followed: Tensor | None = None
+        """A threshold that changes in training, 0-d float32, in the place of the other."""
 
     @property
     def activation(self) -> GateActivation:
@@ -54,6 +56,8 @@ class FatReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
+        if self.followed is not None:
+            return torch.where(x < self.followed, torch.zeros((), dtype=x.dtype, device=x.device), x)
         return self.activation.of_gate(x)
 
     def extra_repr(self) -> str:

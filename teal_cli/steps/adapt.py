@@ -162,7 +162,7 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
             tokens=config.batch_size // processes.count * config.seq_len,
             recompute=config.recompute,
             activation_itemsize=2 if _autocasts(config, device) else 4,
-            checkpoint_here=device.type == "cpu",
+            device=device,
         ),
         device,
     )

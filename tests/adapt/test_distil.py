@@ -14,7 +14,7 @@ from teal_cli.errors import UsageError
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_loss_in_pieces_is_the_loss(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     vocabulary, tokens = 50, 11
-    monkeypatch.setattr(distil, "_LOGITS_AT_ONCE", rows * vocabulary)
+    monkeypatch.setitem(distil._LOGITS_AT_ONCE, "cpu", rows * vocabulary)
     torch.manual_seed(0)
     student = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
     teacher, ours, theirs = torch.randn(tokens, 8), torch.randn(vocabulary, 8), torch.randn(vocabulary, 8)

@@ -189,7 +189,7 @@ def test_memory_is_checked_before_anything_is_loaded(
 
 def test_estimate_counts_what_trains(dense: Path) -> None:
     empty = loading.outline(dense)
-    size = {"tokens": 128, "recompute": False, "activation_itemsize": 4, "checkpoint_here": True}
+    size = {"tokens": 128, "recompute": False, "activation_itemsize": 4, "device": torch.device("cpu")}
     counts = [memory.trained_parameters(empty, lora=lora, frozen=bool(lora)) for lora in (0, 2)]
     whole = memory.estimate(empty, trained=counts[0], frozen_itemsize=4, teacher_itemsize=4, **size)
     adapters = memory.estimate(empty, trained=counts[1], frozen_itemsize=4, teacher_itemsize=0, **size)

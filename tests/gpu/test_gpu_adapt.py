@@ -7,6 +7,9 @@ import torch
 from conftest import save_tiny, write_corpus
 from safetensors import safe_open
 
+from teal_cli.adapt import followed
+from teal_cli.adapt.graphs import GraphedPasses
+from teal_cli.adapt.trainer import AdaptTrainer
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 
@@ -43,3 +46,44 @@ def test_recover_on_a_gpu(tmp_path: Path, flags: tuple[str, ...]) -> None:
     else:
         assert before.keys() == after.keys()
     assert run(["generate", "--model", "out", "--device", "cuda", "--prompt", "the", "--max-new-tokens", "4"]) == 0
+
+
+RECIPES = {
+    "recover": ("--recipe", "recover", "--text-weight", "5"),
+    "recover, recomputed": ("--recipe", "recover", "--recompute"),
+    "recover, adapters": ("--recipe", "recover", "--lora", "4"),
+    "vectors": ("--recipe", "recover", "--options", "vectors=true"),
+    "relu": ("--recipe", "relu"),
+    "fatrelu that grows": ("--recipe", "prosparse", "--options", "l1=0,fatrelu=grown,live_dropped=0.5"),
+    "drelu": ("--recipe", "drelu", "--accumulate", "2"),
+    "lte": ("--recipe", "lte", "--options", "group=8"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replayed_passes_train_as_kernels_launched_one_by_one_do(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kinds of passes, with and without a look at hidden states; evaluation between them."""
+    monkeypatch.setattr(followed, "_EVERY", 2)
+    dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
+    text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda", "--quiet", "--dtype", "float32"]
+    assert run(["calibrate", *text, "--tokens", "512", "--seq-len", "64"]) == 0
+    size = ["--tokens", "2048", "--seq-len", "32", "--batch-size", "4", "--held-out-tokens", "64"]
+    captured: list[object] = []
+    capture = GraphedPasses._capture
+    monkeypatch.setattr(GraphedPasses, "_capture", lambda passes: captured.append(capture(passes)) or captured[-1])
+    curves = {}
+    for how in ("replayed", "one by one"):
+        if how == "one by one":
+            monkeypatch.setattr(AdaptTrainer, "_can_graph", False)
+        assert run(["adapt", *text, *size, "--learning-rate", "1e-3", *RECIPES[recipe], "--out", how]) == 0
+        curves[how] = read_record(Path(how)).curve
+    assert len(captured) == (1 if recipe in ("relu", "drelu") else 2)
+    assert None not in captured
+    assert len(curves["replayed"]) == len(curves["one by one"]) > 4
+    for ours, theirs in zip(*curves.values(), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-4)
+    before, after = (_tensors(Path(how)) for how in curves)
+    for name, tensor in before.items():
+        torch.testing.assert_close(tensor, after[name], rtol=1e-2, atol=1e-3)

@@ -1,6 +1,6 @@
 """lte: routers choose the groups of neurons that a token needs (Learn To be Efficient, arXiv 2402.06126)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import nan
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedRouters, following
+from teal_cli.adapt.followed import FollowedRouters
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
 from teal_cli.adapt.processes import mean_over_processes
@@ -129,7 +129,7 @@ class Lte(Recipe):
         self._eta = self._separation = 0.0
         self._left_out: float | None = None
         self._steering = Steering(_FIRST_ETA, self._target)
-        self._followed: FollowedRouters | None = None
+        self._is_soft = False
         generator = torch.Generator().manual_seed(self.setting.seed)
         for routed in routed_mlps(model):
             random_weights_(routed.router, generator)
@@ -142,7 +142,7 @@ class Lte(Recipe):
 
     def _seen(self, router: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
         if self._collects:
-            self._logits.append(logits)
+            self._logits.append(logits if self._is_soft else logits.detach())
 
     def stages(self, steps: int) -> Sequence[Stage]:
         """See `Recipe`."""
@@ -153,10 +153,11 @@ class Lte(Recipe):
 
     def begin_stage_(self, model: nn.Module, stage: Stage) -> None:
         """See `Recipe`."""
+        self._is_soft = stage.name == _SOFT
         for mlp in routed_mlps(model):
-            mlp.soft = stage.name == _SOFT
-        if stage.name == _HARD:
-            self._followed = FollowedRouters([mlp.router for mlp in routed_mlps(model)], self._target)
+            mlp.soft = self._is_soft
+        if not self._is_soft:
+            self.followed = FollowedRouters([mlp.router for mlp in routed_mlps(model)], self._target)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
@@ -169,6 +170,19 @@ class Lte(Recipe):
         """See `Recipe`."""
         return rate * self._options.router_rate if ".router." in name else rate
 
+    def pass_kind(self) -> Hashable | None:
+        """See `Recipe`."""
+        return None if self._is_soft or self.followed is None else (_HARD, self.followed.kind)
+
+    def left(self) -> Any:
+        """See `Recipe`."""
+        return self._logits, super().left()
+
+    def take_left_(self, left: Any) -> None:
+        """See `Recipe`."""
+        self._logits, of_looks = left
+        super().take_left_(of_looks)
+
     @contextmanager
     def student_pass(self, model: nn.Module, batch: Batch) -> Iterator[None]:
         """See `Recipe`. All positions are routed: the model has no dense prompt."""
@@ -176,7 +190,7 @@ class Lte(Recipe):
         if self._collects:
             self._logits, self._trains = [], model.training
         try:
-            with self._control.dense(), following(self._followed, model, batch):
+            with self._control.dense(), self.follows(model, batch):
                 yield
         finally:
             self._collects = False
@@ -209,20 +223,19 @@ class Lte(Recipe):
         """See `Recipe`."""
         start = self._steering.start
         steering = torch.tensor([nan if start is None else start, self._steering.total], dtype=torch.float64)
-        return {"steering": steering, **({} if self._followed is None else self._followed.state())}
+        return {**super().state(), "steering": steering}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
+        super().load_state(state)
         start, self._steering.total = state["steering"].tolist()
         self._steering.start = None if start != start else start
-        if self._followed is not None:
-            self._followed.load_state(state)
 
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
-        if self._followed is not None:
-            self._followed.stop()
+        if self.followed is not None:
+            self.followed.stop()
         for mlp in routed_mlps(model):
             mlp.soft = False
         shares = shares_left_out(model, sequences)

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedGates, following
+from teal_cli.adapt.followed import FollowedGates
 from teal_cli.adapt.multiplier import along_sine
 from teal_cli.adapt.neurons import gate_quantiles
 from teal_cli.adapt.recipe import Batch, Outcome, Progress, Stage
@@ -37,10 +36,11 @@ class ProSparse(ActivationSwap):
     def operate_(self, model: Any, measured: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
         super().operate_(model, measured)
-        self._followed: FollowedGates | None = None
+        self._gates: FollowedGates | None = None
         if self._grows:
             acts = [getattr(module, activation_name(module)) for _, module in neuron_modules(model)]
-            self._followed = FollowedGates(cast(list[FatReLU], acts))
+            self._gates = FollowedGates(cast(list[FatReLU], acts), model.device)
+        self.followed = self._gates
 
     def swap_(self, model: Any) -> None:
         """See `ActivationSwap`."""
@@ -60,36 +60,25 @@ class ProSparse(ActivationSwap):
     @contextmanager
     def student_pass(self, model: nn.Module, batch: Batch) -> Iterator[None]:
         """See `Recipe`."""
-        with super().student_pass(model, batch), following(self._followed, model, batch):
+        with super().student_pass(model, batch), self.follows(model, batch):
             yield
 
-    def extra_loss(self, progress: Progress) -> Tensor | None:
+    def before_pass_(self, at: float) -> None:
         """See `Recipe`."""
-        if self._followed is not None and torch.is_grad_enabled():
-            at = min(1.0, progress.step / progress.steps / _GROWN)
-            self._followed.share = along_sine(0.0, self._options.live_dropped, at)
-        return super().extra_loss(progress)
+        if self._gates is not None:
+            self._gates.drop_(along_sine(0.0, self._options.live_dropped, min(1.0, at / _GROWN)))
+        super().before_pass_(at)
 
     def figures(self, progress: Progress) -> dict[str, float]:
         """See `Recipe`."""
         found = super().figures(progress)
-        return found if self._followed is None else {**found, "live_dropped": self._followed.share}
-
-    def state(self) -> dict[str, Tensor]:
-        """See `Recipe`."""
-        return {**super().state(), **({} if self._followed is None else self._followed.state())}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `Recipe`."""
-        super().load_state(state)
-        if self._followed is not None:
-            self._followed.load_state(state)
+        return found if self._gates is None else {**found, "live_dropped": self._gates.share}
 
     def finish_(self, model: Any, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._neurons.let_go()
-        if self._followed is not None:
-            self._followed.stop()
+        if self.followed is not None:
+            self.followed.stop()
         share, notes = self._options.live_dropped, {}
         if not share:
             return self.outcome(model, sequences, {})

@@ -1,7 +1,7 @@
 """recover: training under the thresholds of an export, so that the model learns to do without what they drop."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.followed import FollowedThresholds, following
+from teal_cli.adapt.followed import FollowedThresholds
 from teal_cli.adapt.recipe import Batch, Outcome, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config.recipes.recover import Options
@@ -73,7 +73,7 @@ class Recover(Recipe):
         self._control: SparsityControl = replace_projections_(model, plan.projections)
         self._control.straight_through = self._options.gradient == "straight-through"
         set_thresholds_(model, plan)
-        self._followed = FollowedThresholds(model) if self._options.thresholds == "followed" else None
+        self.followed = FollowedThresholds(model) if self._options.thresholds == "followed" else None
         self._counter = SparsityCounter()
         self._switches: list[str] = []
         self._vectors: list[_Vector] = []
@@ -97,12 +97,27 @@ class Recover(Recipe):
         vectors = {id(each.vector) for each in self._vectors}
         return [name for name, parameter in model.named_parameters() if id(parameter) in vectors]
 
+    def pass_kind(self) -> Hashable | None:
+        """See `Recipe`."""
+        return "recover", None if self.followed is None else self.followed.kind
+
+    def left(self) -> Any:
+        """See `Recipe`."""
+        return self._counter, super().left()
+
+    def take_left_(self, left: Any) -> None:
+        """See `Recipe`."""
+        self._counter, of_looks = left
+        super().take_left_(of_looks)
+
     @contextmanager
     def student_pass(self, model: nn.Module, batch: Batch) -> Iterator[None]:
         """See `Recipe`."""
         control = self._control
+        if not batch.again:
+            self._counter = SparsityCounter()
         counted = control.uncounted() if batch.again else control.counting(self._counter)
-        with control.masked(batch.dense_prefix), counted, following(self._followed, model, batch):
+        with control.masked(batch.dense_prefix), counted, self.follows(model, batch):
             if batch.again:  # blocks are called without their model, whose hook would begin the pass
                 control.begin_pass(model, (batch.input_ids,), {})
             yield
@@ -121,24 +136,14 @@ class Recover(Recipe):
 
     def realised_sparsity(self) -> float | None:
         """See `Recipe`."""
-        counted, self._counter = self._counter, SparsityCounter()
-        return counted.model_wide()
-
-    def state(self) -> dict[str, Tensor]:
-        """See `Recipe`."""
-        return {} if self._followed is None else self._followed.state()
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `Recipe`."""
-        if self._followed is not None:
-            self._followed.load_state(state)
+        return self._counter.model_wide()
 
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._control.straight_through = False
-        if self._followed is not None:
-            self._followed.stop()
+        if self.followed is not None:
+            self.followed.stop()
         plan = self._plan
         if any(rule.expected_sparsity for rule in plan.projections.values()):
             plan = recalibrate_(model, plan, sequences, dense_prefix=sequences.shape[1] // 2)
