@@ -214,7 +214,7 @@ class FollowedGates(Followed):
         gates = sample.flatten().sort().values
         live = (gates > 0).sum()
         at = (len(gates) - live + (self._share * live).long()).clamp(max=len(gates) - 1)
-        return gates[at].clamp(min=0)
+        return gates.gather(0, at.view(1)).view(()).clamp(min=0)  # an index would be read on the host
 
     def move(self, indices: list[int], wanted: Tensor) -> None:
         """See `Followed`."""

@@ -56,7 +56,7 @@ RECIPES = {
     "relu": ("--recipe", "relu"),
     "fatrelu that grows": ("--recipe", "prosparse", "--options", "l1=0,fatrelu=grown,live_dropped=0.5"),
     "drelu": ("--recipe", "drelu", "--accumulate", "2"),
-    "lte": ("--recipe", "lte", "--options", "group=8"),
+    "lte": ("--recipe", "lte", "--options", "group=4"),
 }
 
 
