@@ -44,7 +44,8 @@ from teal_cli.versions import device_description, library_versions
 
 PROMPT = 128
 WARM_UP = 8
-"""Tokens of each stream before the clock, in which kernels are compiled and graphs captured."""
+"""Tokens of each stream before the clock and behind it: as streams come and go, graphs of other numbers of rows are
+captured."""
 TURNS = 5
 
 
@@ -60,14 +61,14 @@ def streams(scheduler: Scheduler, prompts: list[tuple[int, ...]], tokens: int, l
 
     loop = Thread(target=scheduler.run)
     for prompt, own in zip(prompts, times, strict=True):
-        request = Request(prompt, tokens + WARM_UP, sparsity=level)
+        request = Request(prompt, tokens + 2 * WARM_UP, sparsity=level)
         scheduler.submit(request, lambda emitted, own=own: heard(own, emitted))  # type: ignore[misc]
     scheduler.stop()
     loop.start()
     loop.join()
     if errors:
         raise SystemExit(errors[0])
-    start, end = max(own[WARM_UP - 1] for own in times), min(own[-1] for own in times)
+    start, end = max(own[WARM_UP - 1] for own in times), min(own[-WARM_UP] for own in times)
     return sum(1 for own in times for at in own if start < at <= end) / (end - start)
 
 

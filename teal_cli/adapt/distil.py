@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from teal_cli.adapt.hidden import blocks_of, hidden_loss, hidden_states_of
 from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Batch, Progress, Recipe
 
@@ -96,16 +97,20 @@ class Student(nn.Module):
         teacher: not a part of this module.
         recipe: adds its own loss.
         text_weight: of the loss of the text itself, beside the distillation.
+        hidden_weight: in training, of the loss of hidden states.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, model: Any, teacher: Teacher, recipe: Recipe, text_weight: float = 0.0) -> None:
+    def __init__(
+        self, model: Any, teacher: Teacher, recipe: Recipe, text_weight: float = 0.0, hidden_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self._around = (teacher, recipe, LogitMaker(model))  # in a tuple: the teacher is no submodule
-        self.text_weight = text_weight
+        self.text_weight, self.hidden_weight = text_weight, hidden_weight
+        self._blocks = blocks_of(teacher.maker.model), blocks_of(model)
         self.at = ("", 0, 1)
         """Stage, step and steps, for the recipe's loss."""
         self.accumulate = 1
@@ -156,8 +161,10 @@ class Student(nn.Module):
         """The loss without what the recipe adds."""
         teacher, recipe, maker = self._around
         self._batch = Batch(input_ids, dense_prefix)
-        wanted = teacher.hidden_states(input_ids)  # perhaps of this very model, whose blocks then ask for the batch
-        with recipe.student_pass(self.model, self._batch):
+        its_blocks, blocks = self._blocks if self.hidden_weight and self.training else ([], [])
+        with hidden_states_of(its_blocks) as its_states:
+            wanted = teacher.hidden_states(input_ids)  # perhaps of this very model, whose blocks then ask for the batch
+        with recipe.student_pass(self.model, self._batch), hidden_states_of(blocks) as states:
             hidden = maker.hidden_states(input_ids)
         targets = None
         if self.text_weight:
@@ -170,4 +177,5 @@ class Student(nn.Module):
             maker.layer.weight.shape[0],
             targets,
         )
-        return kl + self.text_weight * text if self.text_weight else kl
+        loss = kl + self.text_weight * text if self.text_weight else kl
+        return loss + self.hidden_weight * hidden_loss(states, its_states) if states else loss

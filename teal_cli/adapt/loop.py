@@ -40,6 +40,7 @@ class Run:
     teacher: Callable[[], Any]
     """Loads the dense model once more, for recipes whose student cannot be its own teacher."""
     text_weight: float = 0.0
+    hidden_weight: float = 0.0
     recompute: bool = False
     dtype: torch.dtype = torch.float32
     """What the trained parameters are cast to at the end, before thresholds are set by them."""
@@ -92,7 +93,7 @@ def run(setup: Run) -> Trained:
     recipe.operate_(model, held.measured)
     model.requires_grad_(False)
     adapters = _adapters(setup)
-    student = Student(model, _teacher(setup), recipe, setup.text_weight)
+    student = Student(model, _teacher(setup), recipe, setup.text_weight, setup.hidden_weight)
     if setup.recompute:
         _recompute_(model, student)
     first = 0 if resumed is None else int(read_json(resumed / state.RUN, "state of a run")["stage"])

@@ -65,6 +65,7 @@ def estimate(
     teacher_itemsize: int,
     tokens: int,
     recompute: bool,
+    keeps_hidden: bool = False,
     activation_itemsize: int,
     device: torch.device,
 ) -> Estimate:
@@ -77,6 +78,7 @@ def estimate(
         teacher_itemsize: of a parameter of the copy that the teacher is; 0 where there is none.
         tokens: of one pass: batch times length.
         recompute: whether only one block's activations are held at a time.
+        keeps_hidden: whether the teacher's hidden states are held, of all blocks.
         activation_itemsize: bytes of a hidden state's number.
         device: on which it runs; if it is the CPU, checkpoints are put together there too.
     """
@@ -87,6 +89,8 @@ def estimate(
     neurons = neurons if isinstance(neurons, int) else 4 * hidden
     numbers = round(_KEPT_OF_HIDDEN * hidden + _KEPT_OF_NEURONS * neurons)
     kept = (blocks * hidden + numbers if recompute else blocks * numbers) * tokens * activation_itemsize
+    if keeps_hidden:
+        kept += blocks * hidden * tokens * activation_itemsize
     return Estimate(
         weights=max(parameters - trained, 0) * frozen_itemsize + trained * 4,
         training=trained * (_TRAINED_BYTES - 4),

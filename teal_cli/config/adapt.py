@@ -85,6 +85,9 @@ class AdaptConfig(OneAllocation):
     text_weight: float = Field(
         0.0, ge=0, le=1e6, description="weight of the loss of the text itself, beside the distillation"
     )
+    hidden_weight: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the loss of hidden states behind each block, beside the distillation"
+    )
     dense_prefix: int | None = Field(
         None, ge=0, lt=MOST, description="sequences begin with up to so many dense positions, at random (default: half)"
     )

@@ -69,6 +69,7 @@ def tiny_run(
     *,
     lora: int = 0,
     recompute: bool = False,
+    hidden_weight: float = 0.0,
     on_step: Callable[[int], None] = lambda step: None,
     steps: int = STEPS,
     key: str = "the run",
@@ -95,6 +96,7 @@ def tiny_run(
             sequences=text.ids[:2],
             key=key,
             teacher=lambda: dense,
+            hidden_weight=hidden_weight,
             recompute=recompute,
             on_step=on_step,
         )

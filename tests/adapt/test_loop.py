@@ -18,6 +18,8 @@ KINDS = {
     "adapters": {"lora": 2},
     "vectors": {"vectors": "true"},
     "adapters, recomputed": {"lora": 2, "recompute": True},  # the student is its own teacher
+    "hidden states": {"hidden_weight": 1.0},
+    "hidden states, recomputed": {"hidden_weight": 1.0, "lora": 2, "recompute": True},
 }
 
 
