@@ -15,6 +15,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_peers,
         speed.benchmarks_families,
         speed.benchmarks_batches,
+        speed.benchmarks_streams,
         speed.benchmarks_ranks,
         speed.benchmarks_gate_first,
         speed.benchmarks_routed,

@@ -7,7 +7,7 @@ from tests.figures.page import Cell, Page, one, result
 
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
-    still, followed, later, last = result("adapt-smollm2-135m")["calls"]
+    still, followed, later, last, hidden = result("adapt-smollm2-135m")["calls"]
     names = ("sotu", "moby-dick", "debian-handbook")
 
     def ratios(entry: Any) -> tuple[Cell, ...]:
@@ -54,6 +54,16 @@ def benchmarks_adapted(page: Page) -> None:
             "the same, on 70 %": dropped[0.7],
             "`drelu`": found(drelu, drelu["hidden_zeros"]),
             "`lte`": found(lte, lte["groups_left_out"]),
+        },
+    )
+    weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}
+    page.table(
+        "| SmolLM2-135M, 50 %, 1,572,864 tokens | held-out loss | sotu | Moby Dick | Debian handbook |",
+        {
+            label: (entry["held_out"][-1]["held_out_loss"], *ratios(entry))
+            for label, entry in zip(
+                ("next tokens alone", "`--hidden-weight 1`", "`--hidden-weight 10`"), weighed.values(), strict=True
+            )
         },
     )
     losses = [look["held_out_loss"] for look in one(results, arm="recover 50 %, rate 2e-4")["held_out"]]

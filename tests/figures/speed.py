@@ -208,6 +208,26 @@ def benchmarks_batches(page: Page) -> None:
     page.table("| Llama-3-8B, sequences at a time | dense | 40 % | 50 % | 65 % | 80 % |", rows)
 
 
+def benchmarks_streams(page: Page) -> None:
+    """Streams of the scheduler and of the server beside batches."""
+    scheduled = {entry["rows"]: entry["tokens_per_second"] for entry in result("streams-llama-3-8b-gpu")["streams"]}
+    runs = result("serve-llama-3-8b-gpu")["runs"]
+    served = {(run["sparsity"], run["streams"]): run["tokens_per_second"]["median"] for run in runs}
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for name, count in (("one", 1), ("two", 2), ("four", 4)):
+        own = {key: spread["median"] for key, spread in scheduled[count].items()}
+        dense = (own["batch dense"], own["streams dense"], served[0.0, count])
+        rows[name] = (*dense, own["batch"], own["streams"], served[0.5, count])
+    page.table(
+        "| Llama-3-8B, H200, streams | batch, dense | scheduler | server | batch, 50 % | scheduler | server |", rows
+    )
+    page.says(
+        "without a server decodes {} and {} tokens a second, of which one stream by HTTP has {} and {}",
+        *(served[share, 0] for share in (0.0, 0.5)),
+        *(served[share, 1] / served[share, 0] for share in (0.0, 0.5)),
+    )
+
+
 def benchmarks_ranks(page: Page) -> None:
     """Several GPUs: what was measured, and what was computed from it."""
     small, large = result("tensor-parallel"), result("tensor-parallel-70b")

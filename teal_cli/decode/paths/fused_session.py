@@ -119,12 +119,11 @@ class FusedSession(ProgramSession):
             step()
 
     def move(self, lengths: list[int]) -> None:
-        """As `ProgramSession.move`. From pinned memory: the host does not wait for what the device does before."""
-        before = self._before_tokens(lengths)
-        last = torch.tensor([*before, max(before)], dtype=torch.int32, pin_memory=self.captures)
-        self.positions.own.copy_(last[:-1], non_blocking=True)
+        """As `ProgramSession.move`."""
+        last = torch.tensor(self._before_tokens(lengths), dtype=torch.int32)
+        self.positions.own.copy_(last)
         if self.positions.longest is not self.positions.own:
-            self.positions.longest.copy_(last[-1:], non_blocking=True)
+            self.positions.longest.copy_(last.amax(0, keepdim=True))
 
     def use_levels(self, levels: list[int]) -> None:
         """As `ProgramSession.use_levels`."""
