@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from teal_cli.adapt.hidden import blocks_of, hidden_loss, hidden_states_of
 from teal_cli.adapt.logits import LogitMaker
@@ -30,10 +29,12 @@ def distillation_loss(
     teacher_logits_of: Callable[[Tensor], Tensor],
     vocabulary: int,
     targets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) at temperature 1, and the loss of the text itself: a mean over tokens, in nats.
+    text_weight: float = 0.0,
+) -> Tensor:
+    """KL(teacher || student) at temperature 1, and the loss of the text itself: means over tokens, nats, 0-d float32.
 
-    In pieces of a few tokens, whose logits are made again in the backward pass: those of all are never held.
+    In pieces of a few tokens: the logits of all are never held. Each piece leaves its gradient at once, so that no
+    logits are made a second time in the backward pass. Parameters of the output layers get none.
 
     Args:
         student: (tokens, hidden), what its output layer reads.
@@ -41,31 +42,50 @@ def distillation_loss(
         logits_of: (rows, hidden) -> (rows, vocabulary), of the student.
         teacher_logits_of: of the teacher.
         vocabulary: logits a token.
-        targets: (tokens,) int64: what comes next, -1 where nothing does; None leaves the second loss out (0).
+        targets: (tokens,) int64: what comes next, -1 where nothing does.
+        text_weight: of the second loss, which needs them.
     """
+    share = 1.0 / len(student)
+    text_share = None if targets is None else text_weight / (targets >= 0).sum()
 
-    def piece(mine: Tensor, its: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss_of(mine: Tensor, its: Tensor, following: Tensor | None) -> Tensor:
         ours = logits_of(mine).float().log_softmax(-1)
         with torch.no_grad():
             wanted = teacher_logits_of(its).float().log_softmax(-1)
-        kl = F.kl_div(ours, wanted, log_target=True, reduction="sum")
-        if following is None:
-            return kl, kl.new_zeros(())
-        return kl, F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
+        loss = share * F.kl_div(ours, wanted, log_target=True, reduction="sum")
+        if following is not None and text_share is not None:
+            loss = loss + text_share * F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
+        return loss
 
     rows = max(1, logits_at_once(student.device) // vocabulary)
-    pieces = zip(
-        student.split(rows),
-        teacher.split(rows),
-        targets.split(rows) if targets is not None else [None] * -(-len(student) // rows),
-        strict=True,
-    )
-    kl, text = student.new_zeros((), dtype=torch.float32), student.new_zeros((), dtype=torch.float32)
-    made_again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    for each in pieces:
-        one_kl, one_text = checkpoint(piece, *each, **made_again) if torch.is_grad_enabled() else piece(*each)
-        kl, text = kl + one_kl, text + one_text
-    return kl / len(student), text / (len(student) if targets is None else (targets >= 0).sum())
+    pieces = -(-len(student) // rows)
+    following = [None] * pieces if targets is None else targets.split(rows)
+    parts = zip(student.split(rows), teacher.split(rows), following, strict=True)
+    if not torch.is_grad_enabled():
+        return torch.stack([loss_of(*each) for each in parts]).sum()
+    losses, gradients = [], []
+    for mine, its, next_ones in parts:
+        own = mine.detach().requires_grad_()
+        loss = loss_of(own, its, next_ones)
+        with torch.autocast(student.device.type, enabled=False):
+            gradients += torch.autograd.grad(loss, own)
+        losses.append(loss.detach())
+    found: Tensor = _Known.apply(student, torch.stack(losses).sum(), torch.cat(gradients))
+    return found
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None
 
 
 class Teacher:
@@ -169,13 +189,13 @@ class Student(nn.Module):
         targets = None
         if self.text_weight:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=-1).flatten()
-        kl, text = distillation_loss(
+        loss = distillation_loss(
             hidden.flatten(0, 1),
             wanted.flatten(0, 1),
             maker.logits,
             teacher.maker.logits,
             maker.layer.weight.shape[0],
             targets,
+            self.text_weight,
         )
-        loss = kl + self.text_weight * text if self.text_weight else kl
         return loss + self.hidden_weight * hidden_loss(states, its_states) if states else loss
