@@ -14,6 +14,10 @@ from torch import Tensor
 
 from teal_cli.adapt.distil import Student
 
+_HELD = 2.2
+"""How often the memory of a pass must be free for its capture: graphs keep theirs, and passes of another kind need as
+much beside them."""
+
 
 @dataclass(frozen=True)
 class _Captured:
@@ -47,6 +51,8 @@ class GraphedPasses:
         self._captured: dict[Hashable, _Captured | None] = {}
         self._inputs: dict[str, Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()  # one for all kinds, since no two run at a time
+        self._bytes = 0
+        """That the first pass needed beside what was there."""
         self.works = True
         student.keeps_gradients = True
 
@@ -67,7 +73,7 @@ class GraphedPasses:
         if captured is None:
             if kind not in self._captured or (captured := self._capture()) is None:
                 self._captured[kind] = None
-                return self._pass()
+                return self._pass() if self._bytes else self._measured_pass()
             self._captured[kind] = captured
         captured.graph.replay()
         student.recipe.take_left_(captured.left)
@@ -79,16 +85,29 @@ class GraphedPasses:
         (loss * self._share).backward()
         return loss.detach()
 
+    def _measured_pass(self) -> Tensor:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = self._pass()
+        self._bytes = max(1, torch.cuda.max_memory_allocated() - before)
+        return loss
+
     def _capture(self) -> _Captured | None:
-        """None where the model does what no graph can hold: it waits for the device, say."""
+        """None where memory is short, or the model does what no graph can hold: it waits for the device, say."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the pass before held is of no use to a graph, whose memory is its own
+        if not any(self._captured.values()) and torch.cuda.mem_get_info()[0] < _HELD * self._bytes:
+            self._give_up("graphs would need more memory than is free")
+            return None
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._pass()
         except RuntimeError as error:
-            self.works = False
-            self._say(f"training launches kernels one by one, which is slower: {str(error).splitlines()[0]}")
+            self._give_up(str(error).splitlines()[0])
             return None
         return _Captured(graph, loss, self._student.recipe.left())
+
+    def _give_up(self, why: str) -> None:
+        self.works = False
+        self._say(f"training launches kernels one by one, which is slower: {why}")

@@ -117,7 +117,7 @@ class AdaptTrainer(Trainer):
         student, recipe = self.student, self.student.recipe
         _, step, steps = student.at
         recipe.before_pass_(step / steps)
-        kind = recipe.pass_kind() if self._can_graph else None
+        kind = recipe.pass_kind() if self._can_graph and step > 0 else None  # by then there are moments
         if kind is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._graphs is None:

@@ -7,8 +7,9 @@ import torch
 from conftest import save_tiny, write_corpus
 from safetensors import safe_open
 
-from teal_cli.adapt import followed
+from teal_cli.adapt import followed, graphs
 from teal_cli.adapt.graphs import GraphedPasses
+from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.trainer import AdaptTrainer
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
@@ -87,3 +88,28 @@ def test_replayed_passes_train_as_kernels_launched_one_by_one_do(
     before, after = (_tensors(Path(how)) for how in curves)
     for name, tensor in before.items():
         torch.testing.assert_close(tensor, after[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("why", ["waits", "memory"])
+def test_what_cannot_be_captured_trains_all_the_same(
+    tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
+    text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda", "--dtype", "float32"]
+    size = ["--tokens", "1024", "--seq-len", "32", "--batch-size", "4", "--held-out-tokens", "64", "--recipe", "relu"]
+    if why == "memory":
+        monkeypatch.setattr(graphs, "_HELD", 1e9)
+    else:
+        hidden_states = LogitMaker.hidden_states
+
+        def read(maker: LogitMaker, ids: torch.Tensor) -> torch.Tensor:
+            found = hidden_states(maker, ids)
+            assert float(found.detach().sum()) < 1e9  # no graph can wait for the host
+            return found
+
+        monkeypatch.setattr(LogitMaker, "hidden_states", read)
+    assert run(["adapt", *text, *size, "--learning-rate", "5e-3", "--out", "out"]) == 0
+    assert "training launches kernels one by one, which is slower" in capsys.readouterr().err
+    losses = [point["held_out_loss"] for point in read_record(Path("out")).curve if "held_out_loss" in point]
+    assert min(losses[1:]) < losses[0]
+    torch.rand(1, device="cuda")  # a capture that failed has left nothing behind
