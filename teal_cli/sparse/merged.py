@@ -135,7 +135,7 @@ class MergedProjections:
             self._table = None
             for weight in weights:
                 weight.data = input_major(weight.data)
-        elif self._table is None:
+        elif self._table is None or not all(self._is_part(layer, self._table) for layer in self.layers):
             table = torch.cat([weight.t() for weight in weights], dim=1)
             for weight, (start, stop) in zip(weights, self._columns, strict=True):
                 weight.data = table[:, start:stop].t()

@@ -166,7 +166,7 @@ def test_a_prompt_whose_angles_depend_on_its_length_is_transformers(forwards: li
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["plan", "cast", "norm", "weight"])
+@pytest.mark.parametrize("change", ["plan", "cast", "norm", "weight", "parameter", "part of a table"])
 def test_a_model_that_changed_between_prompts(change: str, forwards: list[int]) -> None:
     """What one prompt leaves for the next is of the model as it was."""
     model = sparse(tiny("llama"))
@@ -177,8 +177,12 @@ def test_a_model_that_changed_between_prompts(change: str, forwards: list[int]) 
     elif change == "cast":
         model.to(torch.bfloat16)
     else:
-        layer = model.model.norm if change == "norm" else model.model.layers[0].mlp.up_proj
-        layer.weight.mul_(2)
+        block = model.model.layers[0]
+        layer = {"norm": model.model.norm, "part of a table": block.self_attn.q_proj}.get(change, block.mlp.up_proj)
+        if change in ("parameter", "part of a table"):
+            layer.weight = torch.nn.Parameter(layer.weight * 2)
+        else:
+            layer.weight.mul_(2)
     second, _ = read(engine, [9], forwards)
     expected = exact_prompt(model, random_tokens(1, 9), [9])
     assert error_of(second[0], expected[0]) < LIMIT[model.dtype]

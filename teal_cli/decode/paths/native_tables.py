@@ -45,7 +45,7 @@ class Sources:
 
     def __init__(self, model: nn.Module, copied: Iterable[Tensor]) -> None:
         self._copied = [tensor for tensor in copied if not tensor.is_inference()]
-        self._parameters = list(model.parameters())
+        self._held = [(module._parameters, name) for module in model.modules() for name in module._parameters]
         self._written, self._addresses = self._writes(), self._where()
 
     @property
@@ -55,12 +55,13 @@ class Sources:
 
     @property
     def is_current(self) -> bool:
-        """Whether nothing was, and the model's parameters lie where they did."""
+        """Whether nothing was, and the parameters that the model has now lie where they did."""
         return not self.is_overwritten and self._where() == self._addresses
 
     def _writes(self) -> int:
         """So far: 3 us for the norms of 30 layers, 7 us with biases of q, k and v."""
         return sum([tensor._version for tensor in self._copied])
 
-    def _where(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._parameters]
+    def _where(self) -> list[int | None]:
+        parameters = (of_module[name] for of_module, name in self._held)
+        return [None if parameter is None else parameter.data_ptr() for parameter in parameters]
