@@ -46,6 +46,8 @@ PROMPT = 128
 WARM_UP = 8
 """Tokens of each stream before the clock and behind it: as streams come and go, graphs of other numbers of rows are
 captured."""
+TRACED = 24
+"""Tokens of each stream in a trace."""
 TURNS = 5
 
 
@@ -129,6 +131,8 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
     vocabulary, level = int(model.config.get_text_config().vocab_size), plan.target_sparsity
     tokens, repeats = arguments.new_tokens, arguments.repeats
     engine = Engine(model)
+    positions = PROMPT + max(tokens, TRACED) + 2 * WARM_UP
+    new_scheduler = partial(Scheduler, engine, slots=8, positions=positions, levels={level: plan})
     rows = []
     for count in arguments.rows:
         batch = random_prompt(vocabulary, PROMPT, 0, batch=count)
@@ -139,18 +143,14 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
                 "batch dense": count * tokens / decode_seconds(engine, None, batch, tokens),
                 "batch": count * tokens / decode_seconds(engine, plan, batch, tokens),
             }
-            scheduler = Scheduler(engine, slots=8, positions=PROMPT + tokens + 2 * WARM_UP, levels={level: plan})
-            found["streams"] = streams(scheduler, prompts, tokens, level)
-            scheduler = Scheduler(engine, slots=8, positions=PROMPT + tokens + 2 * WARM_UP, levels={level: plan})
-            found["streams dense"] = streams(scheduler, prompts, tokens, 0.0)
-            del scheduler
+            found["streams"] = streams(new_scheduler(), prompts, tokens, level)
+            found["streams dense"] = streams(new_scheduler(), prompts, tokens, 0.0)
             if repeat > 0:
                 for name, value in found.items():
                     speeds[name].append(value)
         if arguments.trace is not None:
-            scheduler = Scheduler(engine, slots=8, positions=PROMPT + tokens + 2 * WARM_UP, levels={level: plan})
-            trace(arguments.trace / f"streams-{count}.json", partial(streams, scheduler, prompts, 3 * WARM_UP, level))
-            trace(arguments.trace / f"batch-{count}.json", partial(decode_seconds, engine, plan, batch, 3 * WARM_UP))
+            trace(arguments.trace / f"streams-{count}.json", partial(streams, new_scheduler(), prompts, TRACED, level))
+            trace(arguments.trace / f"batch-{count}.json", partial(decode_seconds, engine, plan, batch, TRACED))
         spreads = {name: asdict(Spread.of(values)) for name, values in speeds.items()}
         ratio = statistics.median(speeds["streams"]) / statistics.median(speeds["batch"])
         rows.append({"rows": count, "tokens_per_second": spreads, "streams_over_batch": ratio})

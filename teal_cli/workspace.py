@@ -7,11 +7,12 @@ from typing import Any
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import DecodingConfig, ModelConfig, SharedConfig
 from teal_cli.console import Reporter
-from teal_cli.errors import UsageError
+from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.model_source import ModelSource, find_model
 from teal_cli.models.architectures import Architecture, Kind, architecture_in
-from teal_cli.models.loading import kind_of
+from teal_cli.models.forward import position_limit
+from teal_cli.models.loading import configuration, kind_of
 from teal_cli.quantise.published import published_codes
 from teal_cli.sparse import make_intrinsic_
 
@@ -68,6 +69,23 @@ class Workspace:
         """
         if self.kind(config) == "encoder":
             raise UsageError(f"{self.source.name} is an encoder and writes no text: teal {verb} needs a decoder")
+
+    def require_positions(self, config: ModelConfig, positions: int, flags: str) -> None:
+        """Refuse texts that do not fit a decoder's context, before anything is measured for them.
+
+        Args:
+            config: of the verb.
+            positions: of a text, its reply included.
+            flags: that ask for so many.
+
+        Raises:
+            ArtefactError: the context is shorter.
+        """
+        if self.kind(config) != "causal":  # an encoder and its decoder have positions of their own
+            return
+        limit = position_limit(configuration(self.source.folder))
+        if limit is not None and positions > limit:
+            raise ArtefactError(f"{positions} positions ({flags}) exceed the model's context of {limit}")
 
     def load_intrinsic(self, config: DecodingConfig, verb: str) -> tuple[Any, SparsityPlan]:
         """The dense model, made to skip the zeros of its activation, and the plan that says so.

@@ -267,6 +267,28 @@ def build_random_model(alias: Alias, *, device: str, dtype: str, seed: int) -> A
     return model.eval()
 
 
+def configuration(model: Path | Alias) -> Any:
+    """What transformers makes of the configuration of a folder, or of an alias's shape.
+
+    Raises:
+        ArtefactError: it cannot make sense of it.
+    """
+    from transformers import AutoConfig
+
+    if isinstance(model, Alias):
+        check_config(model.shape, f"the shape of {_named(model)}")
+    else:
+        check_config(read_json(model / "config.json", "model configuration"), f"config.json of {model}")
+    with blame(f"{_named(model)} cannot be understood"):
+        if isinstance(model, Alias):
+            return AutoConfig.for_model(**model.shape)
+        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+
+
+def _named(model: Path | Alias) -> str:
+    return f"alias {model.name}" if isinstance(model, Alias) else str(model)
+
+
 def outline(model: Path | Alias, architecture: Architecture | None = None) -> Any:
     """The model of a folder or of an alias's shape without weights: every module, on the meta device.
 
@@ -277,18 +299,8 @@ def outline(model: Path | Alias, architecture: Architecture | None = None) -> An
     Raises:
         ArtefactError: a configuration that transformers cannot make sense of.
     """
-    from transformers import AutoConfig
-
-    name = f"alias {model.name}" if isinstance(model, Alias) else model
-    if isinstance(model, Alias):
-        check_config(model.shape, f"the shape of {name}")
-    else:
-        check_config(read_json(model / "config.json", "model configuration"), f"config.json of {model}")
+    name, config = _named(model), configuration(model)
     with blame(f"{name} cannot be understood"):
-        if isinstance(model, Alias):
-            config = AutoConfig.for_model(**model.shape)
-        else:
-            config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         check_activation(config.to_dict(), name)
         with torch.device("meta"):
             found = auto_class(kind_of(config.to_dict(), architecture)).from_config(config, trust_remote_code=False)

@@ -61,6 +61,9 @@ def evaluate(
     harness = check_inputs(config)
     dataset = config.named_text
     workspace = workspace or Workspace.of(config, reporter)
+    if config.generate:
+        positions = config.prompt_tokens + config.new_tokens
+        workspace.require_positions(config, positions, "--prompt-tokens and --new-tokens")
     others = with_other_weights(config, workspace, reporter)
     # All kinds of weights read one text, which none was calibrated on.
     halves = [_half(dataset, _calibrated_on(*each, reporter)) for each in ((config, workspace), *others)]

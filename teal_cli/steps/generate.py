@@ -105,6 +105,8 @@ class Generator:
         use_threads(config.threads)
         workspace = workspace or Workspace.of(config, reporter)
         workspace.require_decoder(config, "generate")
+        if "max_new_tokens" in config.model_fields_set:  # what is the default, a reply may have less of
+            workspace.require_positions(config, 1 + config.max_new_tokens, "a prompt and --max-new-tokens")
         self.config = config
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)

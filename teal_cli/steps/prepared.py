@@ -68,6 +68,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
     workspace.require_decoder(config, "bench")
+    workspace.require_positions(config, config.prompt_tokens + config.new_tokens, "--prompt-tokens and --new-tokens")
     tokenizer = load_tokenizer(source.folder)
     prompt = text_prompt(tokenizer, config.prompt_tokens, config.seed, config.batch)
     prompts = encoded_prompts(tokenizer) if config.speculate else {}

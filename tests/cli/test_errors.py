@@ -235,6 +235,19 @@ def test_context_overflow(tiny, capsys) -> None:
     fails(capsys, 3, "exceed the model's context of 256", *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("generate", "--prompt", "stars", "--max-new-tokens", "256"),
+        ("bench", "--prompt-tokens", "200", "--new-tokens", "57"),
+        ("eval", "--generate", "--tokens", "300", "--seq-len", "256", "--prompt-tokens", "200", "--new-tokens", "57"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_context_overflow_before_a_calibration(tiny, capsys, flags: tuple[str, ...]) -> None:
+    fails(capsys, 3, "257 positions", *flags, "--model", tiny)
+
+
 def test_a_prompt_that_no_context_holds(tiny, capsys) -> None:
     """Refused by its characters, before it is encoded."""
     flags = ("generate", "--model", tiny, "--sparsity", "0", "--max-new-tokens", "1", "--prompt", "stars " * 200_000)
