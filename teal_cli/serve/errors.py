@@ -81,7 +81,7 @@ def invalid_request(problems: Sequence[Any], known: Sequence[str]) -> ApiError:
     if problem["type"] == "extra_forbidden":
         hint = nearest(place[-1], known) if len(place) == 1 else ""
         return ApiError(400, f"unknown field {param!r}{hint}", param=param, code="unknown_field")
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ").replace(" after validation", "")
     message = message[:1].lower() + message[1:]
     more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
     return ApiError(400, f"{param}: {message}{more}" if param else f"{message}{more}", param=param)

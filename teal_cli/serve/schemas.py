@@ -31,6 +31,15 @@ def _check_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_text)]
 
 
+def _asks_for_nothing(value: object) -> object:
+    if value:
+        raise ValueError("this is not served here: leave it out")
+    return value
+
+
+_NOT_SERVED = BeforeValidator(_asks_for_nothing)
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -193,9 +202,9 @@ class SamplingRequest(_Strict):
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """One of the levels that /v1/models lists; 0 is dense."""
     # What is not served, by the values that ask for nothing.
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, JsonValue], Field(max_length=0)] | None = None
+    frequency_penalty: Annotated[float | None, _NOT_SERVED] = None
+    presence_penalty: Annotated[float | None, _NOT_SERVED] = None
+    logit_bias: Annotated[dict[str, JsonValue] | None, _NOT_SERVED] = None
     # Labels.
     user: Text | None = None
     metadata: JsonValue = None
