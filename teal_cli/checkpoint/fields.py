@@ -60,7 +60,7 @@ Amount = Annotated[float, Field(strict=True, ge=0.0, le=1e18, allow_inf_nan=Fals
 Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
 Sparsity = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
 Measure = Annotated[float, Field(strict=True), AfterValidator(_measured)]
-"""A result, which may be NaN: null in JSON (`evaluation.results.read_result`)."""
+"""A result, which may be NaN: null in JSON (`checkpoint.results.read_result`)."""
 AboveZero = Annotated[float, Field(strict=True), AfterValidator(_measured), AfterValidator(_above_zero)]
 """A result, a perplexity for one, which may be NaN too."""
 Positive = Annotated[float, Field(strict=True, gt=0.0, le=1e18, allow_inf_nan=False)]

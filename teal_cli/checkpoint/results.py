@@ -1,5 +1,6 @@
 """JSON results: which verb made one, and whether it holds what tables and plots take from it."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,9 +24,18 @@ from teal_cli.checkpoint.fields import (
     Versions,
     checked,
 )
+from teal_cli.errors import ArtefactError
+from teal_cli.reading import read_json
 
 Kind = Literal["eval", "encoder", "bench", "generate"]
 """Verb of a result; `encoder` is an eval of an encoder, whose measures are others."""
+_NUMBERS = {
+    *("perplexity", "perplexity_ratio", "over_first_dense", "kl", "dense_text_perplexity", "sparse_text_perplexity"),
+    *("cosine", "least_cosine", "relative_error"),
+}
+"""Measures that are a number in any result; whatever else is null was not measured."""
+_DEEPEST = 50
+"""Mappings and lists inside one another: more than any result has."""
 
 
 def _runs_alike(runs: list["_EvalRun"]) -> list["_EvalRun"]:
@@ -277,3 +287,34 @@ def check_stage(stage: str, content: Mapping[str, Any], path: Path) -> None:
 
 def _has_keys(content: Mapping[str, Any], values: type[Content]) -> bool:
     return all(name in content for name, field in values.model_fields.items() if field.is_required())
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A JSON result of any verb, in which measures that were no finite number, null in JSON, are NaN again.
+
+    Raises:
+        ArtefactError: missing, not JSON, not a mapping, or nested deeper than any result.
+    """
+    try:
+        found: dict[str, Any] = _numbers_back(read_json(file, "result"))
+    except RecursionError as error:
+        raise ArtefactError(f"result {file} is nested too deep; make it again, or take it away") from error
+    return found
+
+
+def _numbers_back(value: Any, key: str = "", of_tasks: bool = False, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        raise RecursionError
+    if isinstance(value, dict):
+        of_tasks = of_tasks or key == "tasks"
+        return {_whole(name): _numbers_back(entry, name, of_tasks, depth + 1) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers_back(entry, depth=depth + 1) for entry in value]
+    if isinstance(value, str):
+        return _whole(value)
+    return math.nan if value is None and (of_tasks or key in _NUMBERS) else value
+
+
+def _whole(text: str) -> str:
+    """Text without halves of characters, which JSON can hold and no file."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -18,6 +18,10 @@ from teal_cli.versions import now
 C = TypeVar("C", bound=OutputConfig)
 
 
+_WITHOUT_MODELS = ("inspect", "report")
+"""Verbs that read files alone: to import transformers would take longer than all that they do."""
+
+
 def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -> tuple[C, Reporter]:
     """The verb's configuration and a reporter, with the libraries below told to be quiet.
 
@@ -26,7 +30,10 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
     config = load_as(model, verb, flags, config_file)
     if getattr(config, "tensor_parallel", 1) > 1 and not is_first():  # another rank talks and writes
         config.quiet, config.json_file = True, None
-    quieten_libraries()
+    if verb in _WITHOUT_MODELS:
+        _quieten_warnings()
+    else:
+        quieten_libraries()
     return config, Reporter(config.quiet)
 
 
@@ -38,6 +45,10 @@ def quieten_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    _quieten_warnings()
+
+
+def _quieten_warnings() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

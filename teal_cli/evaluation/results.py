@@ -1,27 +1,16 @@
 """What `teal eval` found, and the JSON that it is kept as."""
 
-import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from teal_cli.data import Half
-from teal_cli.errors import ArtefactError
 from teal_cli.evaluation.generation import Agreement
 from teal_cli.evaluation.perplexity import Comparison
 from teal_cli.evaluation.samples import Sample
 from teal_cli.evaluation.similarity import Similarity
-from teal_cli.reading import read_json
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Harness task -> dense or sparse -> metric -> value."""
-_NUMBERS = {
-    *("perplexity", "perplexity_ratio", "over_first_dense", "kl", "dense_text_perplexity", "sparse_text_perplexity"),
-    *("cosine", "least_cosine", "relative_error"),
-}
-"""Measures that are a number in any result; whatever else is null was not measured."""
-_DEEPEST = 50
-"""Mappings and lists inside one another: more than any result has."""
 
 
 @dataclass(frozen=True)
@@ -165,34 +154,3 @@ class EvalResult:
             "seed": self.seed,
             "versions": self.versions,
         }
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """A JSON result of any verb, in which measures that were no finite number, null in JSON, are NaN again.
-
-    Raises:
-        ArtefactError: missing, not JSON, not a mapping, or nested deeper than any result.
-    """
-    try:
-        found: dict[str, Any] = _numbers_back(read_json(file, "result"))
-    except RecursionError as error:
-        raise ArtefactError(f"result {file} is nested too deep; make it again, or take it away") from error
-    return found
-
-
-def _numbers_back(value: Any, key: str = "", of_tasks: bool = False, depth: int = 0) -> Any:
-    if depth > _DEEPEST:
-        raise RecursionError
-    if isinstance(value, dict):
-        of_tasks = of_tasks or key == "tasks"
-        return {_whole(name): _numbers_back(entry, name, of_tasks, depth + 1) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers_back(entry, depth=depth + 1) for entry in value]
-    if isinstance(value, str):
-        return _whole(value)
-    return math.nan if value is None and (of_tasks or key in _NUMBERS) else value
-
-
-def _whole(text: str) -> str:
-    """Text without halves of characters, which JSON can hold and no file."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

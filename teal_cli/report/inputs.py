@@ -12,10 +12,9 @@ from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.checkpoint.export import read_summary
 from teal_cli.checkpoint.fields import moment
 from teal_cli.checkpoint.plan import SparsityPlan, carries_plan, check_is_whole
-from teal_cli.checkpoint.results import Kind, kind_of_result
+from teal_cli.checkpoint.results import Kind, kind_of_result, read_result
 from teal_cli.config import STAGES
 from teal_cli.errors import ArtefactError
-from teal_cli.evaluation.results import read_result
 from teal_cli.reading import read_json
 from teal_cli.schemes import kind_of_weights
 

@@ -10,7 +10,7 @@ from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.adapted import Record, read_record
 from teal_cli.checkpoint.digests import configuration_digest
 from teal_cli.checkpoint.export import check_checkpoint
-from teal_cli.checkpoint.results import check_stage
+from teal_cli.checkpoint.results import check_stage, read_result
 from teal_cli.config import (
     AdaptConfig,
     BenchConfig,
@@ -24,7 +24,6 @@ from teal_cli.config import (
 from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
 from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.evaluation.results import read_result
 from teal_cli.model_source import ModelSource
 from teal_cli.models.companions import companion_files
 from teal_cli.models.loading import threads_restored

@@ -38,6 +38,13 @@ def test_a_wrong_flag_fails_before_anything_heavy() -> None:
     assert _loaded_after(code) == set()
 
 
+def test_what_is_read_from_files_alone_needs_no_transformers() -> None:
+    """Whose import is longer than all that these verbs do."""
+    for verb in ("inspect", "report"):
+        code = f"from teal_cli.cli import run; assert run(['{verb}', 'no folder']) == 3"
+        assert "transformers" not in _loaded_after(code)
+
+
 def _fastest(*arguments: str) -> float:
     """Seconds of a new interpreter; the best of five, since the machine may be busy with other tests."""
     times = []
