@@ -79,7 +79,7 @@ _NO_RESULTS = {
     },
     "docs/speculation.md": {"acceptance of 0.85": "what the table of random weights assumes"},
     "docs/tutorial.md": {
-        "330 MB read in place of 538 would be 1.63x": "of the output shown above it",
+        "329 MB read in place of 538 would be 1.64x": "of the output shown above it",
         "a GPU of 24 GB": "what cards have",
     },
     "docs/report.md": {"nearest to 0.5": "a default"},

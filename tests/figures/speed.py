@@ -352,7 +352,18 @@ def _dense_and_half(name: str) -> Cell:
 
 
 def tutorial_speed(page: Page) -> None:
-    """What the tutorial quotes of the GPU."""
+    """What the tutorial quotes of the GPU, and what it shows of `teal bench` on a CPU."""
+    runs = [run for run in result("decode-smollm2-135m-cpu")["runs"] if run["allocation"] in (None, "fisher-site")]
+    for shown, backend, sparsity in (
+        ("dense │ 0", "dense", 0.0),
+        ("cpu │ 0.40 ({})", "cpu", 0.4),
+        ("cpu │ 0.50 ({})", "cpu", 0.5),
+    ):
+        run = one(runs, backend=backend, sparsity=sparsity)
+        speed, read = run["tokens_per_second"], run["bytes_per_token"] / 1e6
+        figures = (speed["median"], speed["min"], speed["max"], read, read * speed["median"] / 1e3, run["speedup"])
+        realised = (run["realised_sparsity"],) if sparsity else ()
+        page.says(f"{shown} │ {{}} ({{}}-{{}}) │ {{}} │ {{}} │ {{}}x", *realised, *figures)
     plain, int4 = _gpu(), result("decode-gpu-int4")["runs"]
     rows = {
         "bfloat16, tokens/s": tuple(_median(_at(plain, sparsity)) for sparsity in (0, 0.4, 0.5)),
