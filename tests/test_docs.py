@@ -31,7 +31,7 @@ _EVERY = [pytest.param(words, id=f"{page.name}: {' '.join(words)}") for page in 
 
 @pytest.mark.parametrize("words", _EVERY)
 def test_commands_are_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*given: object) -> None:
+    def stop(*given: object, **named: object) -> None:
         raise _Taken
 
     import_module("teal_cli.cli.run")  # takes names of cli.output when it is first imported: not those set here

@@ -30,25 +30,23 @@ def prepare(model: type[C], verb: str, flags: Flags, config_file: Path | None) -
     config = load_as(model, verb, flags, config_file)
     if getattr(config, "tensor_parallel", 1) > 1 and not is_first():  # another rank talks and writes
         config.quiet, config.json_file = True, None
-    if verb in _WITHOUT_MODELS:
-        _quieten_warnings()
-    else:
-        quieten_libraries()
+    quieten_libraries(models=verb not in _WITHOUT_MODELS)
     return config, Reporter(config.quiet)
 
 
-def quieten_libraries() -> None:
-    """No progress bars or warnings of the libraries below: the reporter is who talks to the user."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+def quieten_libraries(*, models: bool = True) -> None:
+    """No progress bars or warnings of the libraries below: the reporter is who talks to the user.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    _quieten_warnings()
+    Args:
+        models: whether those that load models are used.
+    """
+    if models:
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
 
-
-def _quieten_warnings() -> None:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
