@@ -54,12 +54,18 @@ def with_options(
         inspect.Parameter(
             "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config_option]
         ),
-        *(_parameter(name, field, field.alias or name) for name, field in model.model_fields.items()),
+        *(_parameter(name, field, field.alias or name) for name, field in _own_first(model).items()),
         *(_parameter(name, field, name, hidden=True) for name, field in others.items()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _own_first(model: type[OutputConfig]) -> dict[str, FieldInfo]:
+    """The fields of a verb as its help shows them: its own before those that it shares with others."""
+    names = (name for kind in model.__mro__ for name in kind.__dict__.get("__annotations__", ()))
+    return {name: model.model_fields[name] for name in dict.fromkeys(names) if name in model.model_fields}
 
 
 def path_argument(name: str, text: str, completer: Completer | None = None) -> inspect.Parameter:
@@ -101,7 +107,7 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if default is PydanticUndefined or default is None or default is False:
         return text
-    shown = ",".join(str(value) for value in default) if isinstance(default, list) else str(default)
+    shown = ",".join(map(str, default)) if isinstance(default, list | dict) else str(default)
     return f"{text} (default {shown})"
 
 

@@ -45,3 +45,15 @@ def test_a_kind_of_weights_that_is_no_text_is_refused_in_the_users_words(
     message = capsys.readouterr().err
     assert "quantise (flag --quantise): " in message
     assert "is not int8, int4 or int4:GROUP" in message
+
+
+@pytest.mark.parametrize(
+    ("verb", "own", "shared"), [("generate", "--prompt", "--quantise"), ("adapt", "--recipe", "--limits")]
+)
+def test_help_shows_a_verbs_own_flags_first(
+    verb: str, own: str, shared: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert 0 < shown.index(f" {own} ") < shown.index(f" {shared} ")
+    assert "{'" not in shown
