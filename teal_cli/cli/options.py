@@ -64,7 +64,7 @@ def with_options(
 
 def _own_first(model: type[OutputConfig]) -> dict[str, FieldInfo]:
     """The fields of a verb as its help shows them: its own before those that it shares with others."""
-    names = (name for kind in model.__mro__ for name in kind.__dict__.get("__annotations__", ()))
+    names = (name for kind in model.__mro__ for name in inspect.get_annotations(kind))
     return {name: model.model_fields[name] for name in dict.fromkeys(names) if name in model.model_fields}
 
 
