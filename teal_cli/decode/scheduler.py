@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from threading import Condition
 
@@ -171,7 +170,7 @@ class Scheduler:
 
     def _loop(self) -> None:
         while self._wait():
-            with self._counting():
+            with self._counting(), torch.no_grad():
                 self._turn()
         self.slots.close()
 
@@ -244,11 +243,13 @@ class Scheduler:
         self._admit()
         new = next((reply for reply in self._running if reply.chosen == 0), None)
         if new is not None:
-            self._guarded([new], lambda: self._run_prompt(new))
+            with self._blaming(new):
+                self._run_prompt(new)
         self._read()
         stepping = [reply for reply in self._running if reply.steps]
         if stepping:
-            self._guarded(stepping, lambda: self._advance(stepping))
+            with self._blaming(*stepping):
+                self._advance(stepping)
         self._read()
 
     def _read(self, everything: bool = False) -> None:
@@ -280,7 +281,8 @@ class Scheduler:
             free = [slot for slot in range(self.slots.count) if slot not in taken]
             reply.slot = self.slots.choose_slot(free, reply.request.prompt)
             self._running.append(reply)
-            self._guarded([reply], partial(self._begin, reply))
+            with self._blaming(reply):
+                self._begin(reply)
 
     def _begin(self, reply: Reply) -> None:
         reply.begin(self.engine.device)
@@ -354,11 +356,6 @@ class Scheduler:
                     self._forget(reply, finish)
                 if not reply.say(emitted) and finish is None:
                     self._end(reply, "cancelled")
-
-    def _guarded(self, replies: list[Reply], work: Callable[[], None]) -> None:
-        """Do it; whatever it raises ends these replies, not the loop."""
-        with torch.no_grad(), self._blaming(*replies):
-            work()
 
     @contextmanager
     def _blaming(self, *replies: Reply) -> Iterator[None]:
