@@ -21,7 +21,7 @@ _PIECE = 1 << 19
 """Weights that are converted at once, 2 MB of float32: they stay in a processor's caches. Of 14336 x 4096 weights and
 64 states, pieces of 128 rows took a third of the time of the whole."""
 _SLOW = 3.0
-"""Times float32's: measured 20 where there are no instructions, about 1 where there are."""
+"""Times float32's: measured 7 and more where there are no instructions, about 1 where there are."""
 _active = local()
 
 
@@ -40,8 +40,16 @@ def widen_products_(model: nn.Module) -> None:
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies numbers of a dtype far more slowly than float32; measured once, in 0.1 s."""
-    return _seconds(dtype) > _SLOW * _seconds(torch.float32)
+    """Whether this processor multiplies numbers of a dtype far more slowly than float32; measured once, in 0.1 s.
+
+    In one thread: where others take the processors, two threads wait for one another, and every product took 8 to 20 ms.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _seconds(dtype) > _SLOW * _seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(dtype: torch.dtype) -> float:
