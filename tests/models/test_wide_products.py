@@ -139,3 +139,22 @@ def test_loaded_models_are_widened(slow: list[tuple[int, ...]], tmp_path: Any) -
     build_model("llama").save_pretrained(tmp_path)
     logits_of(load_model(tmp_path, device="cpu", dtype="bfloat16"), torch.arange(6)[None])
     assert slow
+
+
+def test_speed_is_measured_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that wait for one another on a busy machine take longer than the loops that are looked for."""
+    threads = torch.get_num_threads()
+    seen: list[int] = []
+
+    def seconds(dtype: torch.dtype) -> float:
+        seen.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(wide_products, "_seconds", seconds)
+    torch.set_num_threads(2)
+    try:
+        assert not is_slow.__wrapped__(torch.bfloat16)
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
