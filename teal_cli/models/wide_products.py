@@ -42,7 +42,8 @@ def widen_products_(model: nn.Module) -> None:
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of a dtype far more slowly than float32; measured once, in 0.1 s.
 
-    In one thread: where others take the processors, two threads wait for one another, and every product took 8 to 20 ms.
+    In one thread: where others take the processors, two threads wait for one another, and every product took 8 to 20
+    milliseconds.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
