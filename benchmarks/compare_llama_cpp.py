@@ -7,7 +7,8 @@ of SmolLM2-135M (`--allow-requantize`), and of what `random_gguf.py` writes for 
 
 Each cell of the grid is one `teal bench --compare-llama-cpp` in a process of its own, whose result is kept whole. The
 file is written after each. Cells that are in it are left out next time, but for those that --only names. Ours and
-llama.cpp's of a cell always come from one run.
+llama.cpp's of a cell always come from one run. Calibrations, quantised weights and thresholds of SmolLM2 stay in runs/:
+where a machine is busy, make them beforehand, one thread each (`teal calibrate`, `teal export`, with the cell's flags).
 """
 
 import argparse
