@@ -315,8 +315,12 @@ def benchmarks_llama_cpp(page: Page) -> None:
         page.says(f"realised {{}} to {{}} {of_half} 50 %", min(realised), max(realised))
     page.is_no_result("its memory gave 40 to 65 GB/s", "looked at by hand, between the runs")
     page.says(
-        "After 2,048 tokens int8 is {} times llama.cpp dense and {} times at 50 %",
+        "After 2,048 tokens int8 is {} times llama.cpp dense and {} times at 50 %. The shape",
         *_over_llama_cpp("decode-cpu-llama-avx2", "smollm2-135m/int8/t2/c2048"),
+    )
+    page.says(
+        "is {} times llama.cpp dense and {} times at 50 %. Small models",
+        *_over_llama_cpp("decode-cpu-llama-avx2", "llama-3.2-1b/bfloat16/t2/c64"),
     )
 
     rows = {}
