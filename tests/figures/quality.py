@@ -84,6 +84,11 @@ def benchmarks_beside_llama_cpp(page: Page) -> None:
         if name in runs
     }
     page.table("| weights | bytes a weight | perplexity over float32 |", rows)
+    sparse = runs["int4:32"]["sparse"]
+    page.says(
+        "At 50 % ({} realised) int4 with groups of 32 costs {} over float32, {} ± {} of it",
+        *(sparse[key] for key in ("realised_sparsity", "perplexity_ratio", "over_its_dense", "over_its_dense_stderr")),
+    )
     packaged = {run["weights"]: run for run in result("quality-4bit-llama")["runs"] if run["channels"] == "packaged"}
     page.says(
         "finds the codes again, {} ± {}, and `Q4_0` does not, {} ± {}",
