@@ -314,14 +314,9 @@ def benchmarks_llama_cpp(page: Page) -> None:
         page.table(f"| {machine}| llama.cpp | `teal`, dense | 40 % | 50 % | 65 % |", rows)
         page.says(f"realised {{}} to {{}} {of_half} 50 %", min(realised), max(realised))
     page.is_no_result("its memory gave 40 to 65 GB/s", "looked at by hand, between the runs")
-    page.says(
-        "After 2,048 tokens int8 is {} times llama.cpp dense and {} times at 50 %. The shape",
-        *_over_llama_cpp("decode-cpu-llama-avx2", "smollm2-135m/int8/t2/c2048"),
-    )
-    page.says(
-        "is {} times llama.cpp dense and {} times at 50 %. Small models",
-        *_over_llama_cpp("decode-cpu-llama-avx2", "llama-3.2-1b/bfloat16/t2/c64"),
-    )
+    for cell, after in (("smollm2-135m/int8/t2/c2048", "The shape"), ("llama-3.2-1b/bfloat16/t2/c64", "Small models")):
+        over_both = _dense_and_half(cell, "decode-cpu-llama-avx2")
+        page.says(f"is {{}} times llama.cpp dense and {{}} times at 50 %. {after}", *over_both)
 
     rows = {}
     for label, name in (
@@ -352,17 +347,11 @@ def benchmarks_families_cpu(page: Page) -> None:
         page.says(f"{said} llama.cpp", min(over), max(over))
 
 
-def _dense_and_half(name: str) -> Cell:
-    if name not in result("decode-cpu-llama")["cells"]:
-        return None  # not measured
-    return _over_llama_cpp("decode-cpu-llama", name)
-
-
-def _over_llama_cpp(file: str, name: str) -> tuple[Any, Any]:
-    """Dense and at 50 %."""
-    runs = result(file)["cells"][name]["runs"]
-    dense, half = (_at(runs, sparsity)["over_llama_cpp"]["median"] for sparsity in (0, 0.5))
-    return dense, half
+def _dense_and_half(name: str, file: str = "decode-cpu-llama") -> tuple[Any, ...]:
+    cells = result(file)["cells"]
+    if name not in cells:
+        return ()  # not measured
+    return tuple(_at(cells[name]["runs"], sparsity)["over_llama_cpp"]["median"] for sparsity in (0, 0.5))
 
 
 def tutorial_speed(page: Page) -> None:
