@@ -220,5 +220,5 @@ def _are_numbers(logits: Tensor) -> Tensor:
     """
     vocabulary = logits.shape[-1]
     pieces = math.gcd(vocabulary, _PIECES)
-    top = logits.view(-1, pieces, vocabulary // pieces).amax(-1).amax(-1)
+    top = logits.reshape(-1, pieces, vocabulary // pieces).amax(-1).amax(-1)
     return (top - top == 0).to(torch.int64)  # of NaN and infinities it is NaN
