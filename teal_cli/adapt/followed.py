@@ -139,7 +139,28 @@ class Followed(ABC):
             handle.remove()
 
 
-class FollowedThresholds(Followed):
+class _HeldTensors(Followed):
+    """Whose thresholds are tensors that stay where they are, one for each module."""
+
+    _held: list[Tensor]
+    """0-d float32."""
+
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """See `Followed`."""
+        held = [self._held[index] for index in indices]
+        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
+
+    def values(self) -> Tensor:
+        """See `Followed`."""
+        return torch.stack(self._held)
+
+    def put(self, values: Tensor) -> None:
+        """See `Followed`."""
+        for held, value in zip(self._held, values, strict=True):
+            held.copy_(value)
+
+
+class FollowedThresholds(_HeldTensors):
     """Of sparse layers: the share of inputs that their rules expect to drop.
 
     Args:
@@ -164,22 +185,8 @@ class FollowedThresholds(Followed):
         """See `Followed`: of sizes."""
         return _quantile(sample.abs().flatten(), self._layers[index].rule.expected_sparsity or 0.0)
 
-    def move(self, indices: list[int], wanted: Tensor) -> None:
-        """See `Followed`."""
-        held = [self._held[index] for index in indices]
-        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
 
-    def values(self) -> Tensor:
-        """See `Followed`."""
-        return torch.stack(self._held)
-
-    def put(self, values: Tensor) -> None:
-        """See `Followed`."""
-        for held, value in zip(self._held, values, strict=True):
-            held.copy_(value)
-
-
-class FollowedGates(Followed):
+class FollowedGates(_HeldTensors):
     """Of FATReLU: a share of the live gates (those above 0), which may change.
 
     Args:
@@ -215,20 +222,6 @@ class FollowedGates(Followed):
         live = (gates > 0).sum()
         at = (len(gates) - live + (self._share * live).long()).clamp(max=len(gates) - 1)
         return gates.gather(0, at.view(1)).view(()).clamp(min=0)  # an index would be read on the host
-
-    def move(self, indices: list[int], wanted: Tensor) -> None:
-        """See `Followed`."""
-        held = [self._held[index] for index in indices]
-        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
-
-    def values(self) -> Tensor:
-        """See `Followed`."""
-        return torch.stack(self._held)
-
-    def put(self, values: Tensor) -> None:
-        """See `Followed`."""
-        for held, value in zip(self._held, values, strict=True):
-            held.copy_(value)
 
     def stop(self) -> None:
         """See `Followed`: thresholds are numbers again."""
