@@ -46,14 +46,14 @@ def distillation_loss(
         text_weight: of the second loss, which needs them.
     """
     share = 1.0 / len(student)
-    text_share = None if targets is None else text_weight / (targets >= 0).sum()
+    text_share = 0.0 if targets is None else text_weight / (targets >= 0).sum()
 
     def loss_of(mine: Tensor, its: Tensor, following: Tensor | None) -> Tensor:
         ours = logits_of(mine).float().log_softmax(-1)
         with torch.no_grad():
             wanted = teacher_logits_of(its).float().log_softmax(-1)
         loss = share * F.kl_div(ours, wanted, log_target=True, reduction="sum")
-        if following is not None and text_share is not None:
+        if following is not None:
             loss = loss + text_share * F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
         return loss
 

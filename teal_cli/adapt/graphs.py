@@ -56,11 +56,10 @@ class GraphedPasses:
         self.works = True
         student.keeps_gradients = True
 
-    def run(self, kind: Hashable, inputs: Mapping[str, Tensor]) -> Tensor:
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch, 0-d float32, after its gradients were added up.
 
         Args:
-            kind: of this pass.
             inputs: arguments of the student, of one shape in all passes.
         """
         student = self._student
@@ -69,12 +68,13 @@ class GraphedPasses:
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
-        captured = self._captured.get(kind)
+        kind = student.recipe.pass_kind()
+        if kind not in self._captured:
+            self._captured[kind] = None
+            return self._pass() if self._bytes else self._measured_pass()
+        captured = self._captured[kind] = self._captured[kind] or self._capture()
         if captured is None:
-            if kind not in self._captured or (captured := self._capture()) is None:
-                self._captured[kind] = None
-                return self._pass() if self._bytes else self._measured_pass()
-            self._captured[kind] = captured
+            return self._pass()
         captured.graph.replay()
         student.recipe.take_left_(captured.left)
         return captured.loss

@@ -109,6 +109,8 @@ def run(setup: Run) -> Trained:
     if recipe.setting.lora:
         lora.merge_(model)
     model.to(setup.dtype).eval().requires_grad_(False)
+    if recipe.followed is not None:
+        recipe.followed.stop()
     outcome = recipe.finish_(model, setup.sequences)
     trained = sum(tensor.numel() for tensor in held.done.values())
     return Trained(outcome, held.curve, held.best, held.stopped, time.perf_counter() - started, trained)

@@ -7,7 +7,7 @@ The loop calls these in this order. A killed run that resumes calls all of them 
 3. For each of `stages`: `begin_stage_`, then `trainable`, an optimiser of its own, and steps. Each step is
    `before_pass_`, a pass of the student inside `student_pass`, the distillation loss, `extra_loss` of the pass just
    run, and a backward pass. On a GPU passes of one `pass_kind` are replays of one that was captured (`adapt.graphs`).
-4. `finish_`, with the best weights in place and adapters merged: what the run leaves behind.
+4. `finish_`, with the best weights in place, adapters merged and nothing that follows: what the run leaves behind.
 
 A step draws no random numbers: dropout is off, the order of the text and the lengths of dense prefixes are the data's.
 Where a recipe needs chance, it makes a generator from `setting.seed` and the step.
@@ -193,13 +193,18 @@ class Recipe(ABC):
         if self.followed is not None:
             self.followed.before_pass_()
 
-    def pass_kind(self) -> Hashable | None:
-        """What the pass in training that comes next is like.
+    @property
+    def can_replay(self) -> bool:
+        """Whether passes in training may be replayed, in the stage that has begun.
 
-        Passes of one kind launch the same kernels on the same tensors, wait for nothing, and have no `extra_loss`: what
-        differs between them stands in tensors that are changed in place. None: this one is like no other.
+        Then they launch the same kernels on the same tensors, wait for nothing, and have no `extra_loss`: what differs
+        between them stands in tensors that are changed in place.
         """
-        return None
+        return False
+
+    def pass_kind(self) -> Hashable:
+        """What the pass in training that comes next is like: those of one kind can be replays of one another."""
+        return None if self.followed is None else self.followed.kind
 
     def left(self) -> Any:
         """What the last pass left behind, for `realised_sparsity` and `before_pass_`.

@@ -1,7 +1,7 @@
 """What recipes have in common that put another activation in the place of a model's own: relu, prosparse, drelu."""
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -67,11 +67,10 @@ class ActivationSwap(Recipe):
         """Put the activation in its place."""
         set_activation_(model, self.activation)
 
-    def pass_kind(self) -> Hashable | None:
+    @property
+    def can_replay(self) -> bool:
         """See `Recipe`."""
-        if self._l1 is not None:
-            return None
-        return self.name, None if self.followed is None else self.followed.kind
+        return self._l1 is None
 
     def left(self) -> Any:
         """See `Recipe`."""

@@ -117,13 +117,12 @@ class AdaptTrainer(Trainer):
         student, recipe = self.student, self.student.recipe
         _, step, steps = student.at
         recipe.before_pass_(step / steps)
-        kind = recipe.pass_kind() if self._can_graph and step > 0 else None  # by then there are moments
-        if kind is None:
+        if not (recipe.can_replay and self._can_graph) or step == 0:  # after a step there are moments
             return super().training_step(model, inputs, num_items_in_batch)
         if self._graphs is None:
             self._graphs = GraphedPasses(student, self.accelerator.autocast, 1 / self.plan.accumulate, self._say)
         model.train()
-        return self._graphs.run(kind, self._prepare_inputs(inputs)) / self.plan.accumulate
+        return self._graphs.run(self._prepare_inputs(inputs)) / self.plan.accumulate
 
     @property
     def _can_graph(self) -> bool:

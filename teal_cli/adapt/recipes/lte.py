@@ -1,6 +1,6 @@
 """lte: routers choose the groups of neurons that a token needs (Learn To be Efficient, arXiv 2402.06126)."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import nan
 from typing import Any
@@ -170,9 +170,10 @@ class Lte(Recipe):
         """See `Recipe`."""
         return rate * self._options.router_rate if ".router." in name else rate
 
-    def pass_kind(self) -> Hashable | None:
+    @property
+    def can_replay(self) -> bool:
         """See `Recipe`."""
-        return None if self._is_soft or self.followed is None else (_HARD, self.followed.kind)
+        return not self._is_soft
 
     def left(self) -> Any:
         """See `Recipe`."""
@@ -234,8 +235,6 @@ class Lte(Recipe):
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
-        if self.followed is not None:
-            self.followed.stop()
         for mlp in routed_mlps(model):
             mlp.soft = False
         shares = shares_left_out(model, sequences)

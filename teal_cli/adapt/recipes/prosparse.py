@@ -77,8 +77,6 @@ class ProSparse(ActivationSwap):
     def finish_(self, model: Any, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._neurons.let_go()
-        if self.followed is not None:
-            self.followed.stop()
         share, notes = self._options.live_dropped, {}
         if not share:
             return self.outcome(model, sequences, {})

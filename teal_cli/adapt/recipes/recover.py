@@ -1,7 +1,7 @@
 """recover: training under the thresholds of an export, so that the model learns to do without what they drop."""
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -97,9 +97,10 @@ class Recover(Recipe):
         vectors = {id(each.vector) for each in self._vectors}
         return [name for name, parameter in model.named_parameters() if id(parameter) in vectors]
 
-    def pass_kind(self) -> Hashable | None:
+    @property
+    def can_replay(self) -> bool:
         """See `Recipe`."""
-        return "recover", None if self.followed is None else self.followed.kind
+        return True
 
     def left(self) -> Any:
         """See `Recipe`."""
@@ -142,8 +143,6 @@ class Recover(Recipe):
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         self._control.straight_through = False
-        if self.followed is not None:
-            self.followed.stop()
         plan = self._plan
         if any(rule.expected_sparsity for rule in plan.projections.values()):
             plan = recalibrate_(model, plan, sequences, dense_prefix=sequences.shape[1] // 2)
