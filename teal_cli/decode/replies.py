@@ -10,10 +10,11 @@ from torch import Tensor
 
 from teal_cli.decode.reading import Reading
 from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
-from teal_cli.decode.sampling import Sampler, in_one_thread
+from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.slots import Chosen, Row
 from teal_cli.errors import ArtefactError
 from teal_cli.sparse.counting import Counts
+from teal_cli.threads import in_one_thread
 
 _PIECES = 128
 """At most, of a row of logits."""

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from teal_cli.threads import in_one_thread
+
 _PIECE = 1 << 19
 """Weights that are converted at once, 2 MB of float32: they stay in a processor's caches. Of 14336 x 4096 weights and
 64 states, pieces of 128 rows took a third of the time of the whole."""
@@ -39,18 +41,14 @@ def widen_products_(model: nn.Module) -> None:
 
 
 @cache
+@in_one_thread
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of a dtype far more slowly than float32; measured once, in 0.1 s.
 
     In one thread: where others take the processors, two threads wait for one another, and every product took 8 to 20
     milliseconds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _seconds(dtype) > _SLOW * _seconds(torch.float32)
-    finally:
-        torch.set_num_threads(threads)
+    return _seconds(dtype) > _SLOW * _seconds(torch.float32)
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.paths.base import Stepper
-from teal_cli.decode.sampling import Sampler, in_one_thread
+from teal_cli.decode.sampling import Sampler
 from teal_cli.decode.speculate.accept import accept_greedy, accept_sampled
 from teal_cli.decode.speculate.drafts import Draft, Drafted
 from teal_cli.decode.speculate.pace import Pace
+from teal_cli.threads import in_one_thread
 
 _AHEAD = 4
 """Passes without drafts that a GPU may run before the host reads their tokens."""
