@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal_cli.adapt.hidden import blocks_of, hidden_loss, hidden_states_of
+from teal_cli.adapt.hidden import hidden_loss, hidden_states_of
 from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Batch, Progress, Recipe
+from teal_cli.models.architectures import blocks_of
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Of one piece: 64 MiB in float32, of which a loss holds about four. On a GPU each piece costs launches."""
@@ -130,7 +131,7 @@ class Student(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self._around = (teacher, recipe, LogitMaker(model))  # in a tuple: the teacher is no submodule
         self.text_weight, self.hidden_weight = text_weight, hidden_weight
-        self._blocks = blocks_of(teacher.maker.model), blocks_of(model)
+        self._blocks = [list(blocks_of(each).values()) for each in (teacher.maker.model, model)]
         self.at = ("", 0, 1)
         """Stage, step and steps, for the recipe's loss."""
         self.accumulate = 1

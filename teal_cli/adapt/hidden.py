@@ -4,26 +4,20 @@ Next tokens say little about single blocks, so their loss alone has noisy gradie
 stream says much: as many numbers a token as the model is wide, at each block (FitNets, arXiv 1412.6550).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal_cli.models.architectures import architecture_for
 from teal_cli.models.block_calls import hidden_of, hooked
 
 _TINY = 1e-12
 
 
-def blocks_of(model: Any) -> list[nn.Module]:
-    """The blocks of a decoder, in order."""
-    return [block for stack in architecture_for(model).blocks for block in model.get_submodule(stack).children()]
-
-
 @contextmanager
-def hidden_states_of(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
+def hidden_states_of(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside it, (batch, tokens, hidden) behind each block that has run, with its gradient."""
     found: list[Tensor] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from teal_cli.decode.routes import Route, route_of
 from teal_cli.errors import ArtefactError
-from teal_cli.models.architectures import architecture_for, program_for
+from teal_cli.models.architectures import architecture_for, blocks_of, program_for
 from teal_cli.models.likeness import layers_of, steps_of
 from teal_cli.models.programs import AttentionStep, Norms, NormStep, ProductStep, Program, RouteStep, Step
 from teal_cli.sparse import SparseLinear
@@ -218,8 +218,7 @@ def block_steps(model: Any) -> list[list[BlockStep]]:
     Raises:
         ArtefactError: the program names a module that the model does not have.
     """
-    architecture = architecture_for(model)
-    blocks = [block for stack in architecture.blocks for block in module_at(model, stack).children()]
+    blocks = blocks_of(model).values()
     return [[_resolved(step, model, block) for step in steps_of(program_of(model), block)] for block in blocks]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from teal_cli.decode.blocks import module_at
 from teal_cli.decode.scales import scales_of
-from teal_cli.models.architectures import architecture_for
+from teal_cli.models.architectures import architecture_for, blocks_of
 from teal_cli.models.likeness import block_departure
 from teal_cli.models.programs import Program
 
@@ -26,5 +26,5 @@ def departure(model: Any, program: Program) -> str | None:
     if getattr(module_at(model, parent), name, None) is None:
         return "no norm in front of the output layer"
     row = architecture_for(model)
-    blocks = [block for stack in row.blocks for block in module_at(model, stack).children()]
-    return next((reason for block in blocks if (reason := block_departure(row, block, program)) is not None), None)
+    reasons = (block_departure(row, block, program) for block in blocks_of(model).values())
+    return next((reason for reason in reasons if reason is not None), None)

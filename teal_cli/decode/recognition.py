@@ -28,7 +28,7 @@ from teal_cli.decode.departures import departure
 from teal_cli.decode.positions import alibi_bias, growth_of, learned_positions, rotary_at
 from teal_cli.decode.routes import Route
 from teal_cli.decode.scales import scales_of
-from teal_cli.models.architectures import Architecture, architecture_for
+from teal_cli.models.architectures import Architecture, architecture_for, blocks_of
 from teal_cli.models.block_calls import hidden_of, hooked
 from teal_cli.models.forward import position_limit
 from teal_cli.models.likeness import layers_of, steps_of
@@ -125,7 +125,7 @@ class _Check:
         self.limit = LIMIT.get(model.dtype, 1e-4)
         self.calls: dict[nn.Module, list[_Call]] = {}
         self.scales = scales_of(model, self.program)
-        self.blocks = [b for stack in architecture_for(model).blocks for b in module_at(model, stack).children()]
+        self.blocks = list(blocks_of(model).values())
         with hooked(self._hooks()):
             positions = {"position_ids": self.at[None]} if start else {}
             self.logits = model(input_ids=ids, use_cache=False, **positions).logits[0].float()

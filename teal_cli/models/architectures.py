@@ -232,6 +232,22 @@ def block_weights(projections: Iterable[Projection]) -> int:
     return sum(projection.weights_read for projection in projections if not projection.is_output)
 
 
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a transformers model by their paths, in the order in which a token meets them.
+
+    Raises:
+        ArtefactError: unsupported model type, or no blocks where its row has them.
+    """
+    found: dict[str, nn.Module] = {}
+    for stack in architecture_for(model).blocks:
+        try:
+            blocks = model.get_submodule(stack)
+        except AttributeError as error:
+            raise ArtefactError(f"this model has no blocks at {stack}, where its architecture has them") from error
+        found |= {f"{stack}.{index}": block for index, block in enumerate(blocks.children())}
+    return found
+
+
 def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> list[Projection]:
     """Every projection of a transformers model, in the order in which a token meets them.
 
@@ -245,13 +261,8 @@ def find_projections(model: nn.Module, *, output_layer: bool | None = False) -> 
     architecture = architecture_for(model)
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)  # type: ignore[union-attr, operator]
     found = []
-    for stack in architecture.blocks:
-        try:
-            blocks = model.get_submodule(stack)
-        except AttributeError as error:
-            raise ArtefactError(f"this model has no blocks at {stack}, where its architecture has them") from error
-        for index, block in enumerate(blocks.children()):
-            found += list(_of_block(architecture, block, f"{stack}.{index}", chosen))
+    for path, block in blocks_of(model).items():
+        found += list(_of_block(architecture, block, path, chosen))
     if output_layer:
         found.append(output_projection(model, "--output-layer"))
     elif output_layer is None and (output := _find_output(model)) is not None:

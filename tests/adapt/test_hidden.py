@@ -7,7 +7,8 @@ import torch
 from adapt_runs import BATCH, Rows, tiny_run
 from conftest import build_model
 
-from teal_cli.adapt.hidden import blocks_of, hidden_loss, hidden_states_of
+from teal_cli.adapt.hidden import hidden_loss, hidden_states_of
+from teal_cli.models.architectures import blocks_of
 
 
 def test_it_is_a_share_of_each_token_s_energy() -> None:
@@ -22,7 +23,7 @@ def test_it_is_a_share_of_each_token_s_energy() -> None:
 
 def test_hidden_states_are_those_of_the_model() -> None:
     model, ids = build_model("llama"), Rows(2, 1).ids
-    blocks = blocks_of(model)
+    blocks = blocks_of(model).values()
     with torch.no_grad(), hidden_states_of(blocks) as found:
         wanted = model(ids, output_hidden_states=True).hidden_states
     assert len(found) == len(blocks) == model.config.num_hidden_layers
@@ -48,9 +49,9 @@ def test_training_on_it_brings_blocks_nearer(tmp_path: Path) -> None:
     for weight in (0.0, 10.0):
         model, _ = tiny_run(tmp_path / str(weight), distinct=BATCH, hidden_weight=weight, recipe="relu")
         dense, ids = build_model("llama"), Rows(BATCH, 1, BATCH).ids
-        with torch.no_grad(), hidden_states_of(blocks_of(model)) as ours:
+        with torch.no_grad(), hidden_states_of(blocks_of(model).values()) as ours:
             model(ids)
-        with torch.no_grad(), hidden_states_of(blocks_of(dense)) as theirs:
+        with torch.no_grad(), hidden_states_of(blocks_of(dense).values()) as theirs:
             dense(ids)
         losses[weight] = float(hidden_loss(ours, theirs))
     assert losses[10.0] < losses[0.0]
