@@ -13,6 +13,7 @@ from teal_cli.adapt.hidden import hidden_loss, hidden_states_of
 from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Batch, Progress, Recipe
 from teal_cli.models.architectures import blocks_of
+from teal_cli.models.offload import is_spread
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Of one piece: 64 MiB in float32, of which a loss holds about four. On a GPU each piece costs launches."""
@@ -52,7 +53,7 @@ def distillation_loss(
     def loss_of(mine: Tensor, its: Tensor, following: Tensor | None) -> Tensor:
         ours = logits_of(mine).float().log_softmax(-1)
         with torch.no_grad():
-            wanted = teacher_logits_of(its).float().log_softmax(-1)
+            wanted = teacher_logits_of(its).float().log_softmax(-1).to(ours.device)
         loss = share * F.kl_div(ours, wanted, log_target=True, reduction="sum")
         if following is not None:
             loss = loss + text_share * F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
@@ -129,6 +130,8 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)
+        if is_spread(model):  # Trainer would move it to one device otherwise
+            self.hf_device_map = model.hf_device_map
         self._around = (teacher, recipe, LogitMaker(model))  # in a tuple: the teacher is no submodule
         self.text_weight, self.hidden_weight = text_weight, hidden_weight
         self._blocks = [list(blocks_of(each).values()) for each in (teacher.maker.model, model)]
@@ -189,7 +192,7 @@ class Student(nn.Module):
             hidden = maker.hidden_states(input_ids)
         targets = None
         if self.text_weight:
-            targets = F.pad(input_ids[:, 1:], (0, 1), value=-1).flatten()
+            targets = F.pad(input_ids[:, 1:], (0, 1), value=-1).flatten().to(hidden.device)
         loss = distillation_loss(
             hidden.flatten(0, 1),
             wanted.flatten(0, 1),
@@ -199,4 +202,6 @@ class Student(nn.Module):
             targets,
             self.text_weight,
         )
-        return loss + self.hidden_weight * hidden_loss(states, its_states) if states else loss
+        if states:
+            loss = loss + self.hidden_weight * hidden_loss(states, its_states)
+        return loss.to(input_ids.device)

@@ -6,7 +6,7 @@ held to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -99,7 +99,7 @@ class Followed(ABC):
         found, self._found = self._found, {}
         if found:
             # Each process reads its own part of a batch, and all must drop alike.
-            self.pending = list(found), mean_over_processes(torch.stack(list(found.values())))
+            self.pending = list(found), mean_over_processes(_stacked(found.values()))
 
     def _hook(self, index: int) -> Any:
         @torch.no_grad()
@@ -148,11 +148,14 @@ class _HeldTensors(Followed):
     def move(self, indices: list[int], wanted: Tensor) -> None:
         """See `Followed`."""
         held = [self._held[index] for index in indices]
-        torch._foreach_lerp_(held, list(wanted.to(held[0].device).unbind()), _RATE)
+        for device in dict.fromkeys(each.device for each in held):
+            here = [number for number, each in enumerate(held) if each.device == device]
+            ends = wanted.to(device).unbind()
+            torch._foreach_lerp_([held[number] for number in here], [ends[number] for number in here], _RATE)
 
     def values(self) -> Tensor:
         """See `Followed`."""
-        return torch.stack(self._held)
+        return _stacked(self._held)
 
     def put(self, values: Tensor) -> None:
         """See `Followed`."""
@@ -226,7 +229,7 @@ class FollowedGates(_HeldTensors):
     def stop(self) -> None:
         """See `Followed`: thresholds are numbers again."""
         super().stop()
-        for act, threshold in zip(self._acts, torch.stack(self._held).tolist(), strict=True):
+        for act, threshold in zip(self._acts, self.values().tolist(), strict=True):
             act.followed, act.threshold = None, threshold
 
 
@@ -282,6 +285,12 @@ class FollowedRouters(Followed):
 
 def _has_threshold(layer: SparseLinear) -> bool:
     return not isinstance(layer.rule, Zeros | Routed) and bool(layer.rule.expected_sparsity)
+
+
+def _stacked(values: Iterable[Tensor]) -> Tensor:
+    """0-d tensors as one, on the device of the first: blocks may lie on several."""
+    held = list(values)
+    return torch.stack([each.to(held[0].device) for each in held])
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

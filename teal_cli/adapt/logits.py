@@ -42,7 +42,8 @@ class LogitMaker:
         found: list[Tensor] = []
 
         def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(layer.kept_inputs(args[0]) if isinstance(layer, SparseLinear) else args[0])
+            given = args[0].to(layer.weight.device)  # of a model on several devices it may come from another
+            found.append(layer.kept_inputs(given) if isinstance(layer, SparseLinear) else given)
 
         handle = self.layer.register_forward_pre_hook(keep)
         try:

@@ -1,5 +1,6 @@
 """What a run needs of memory, estimated before it starts: it would otherwise fail after minutes, or be killed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,15 +101,18 @@ def estimate(
     )
 
 
-def require(found: Estimate, device: torch.device) -> None:
+def require(found: Estimate, devices: Sequence[torch.device]) -> None:
     """Refuse a run that does not fit.
 
+    Args:
+        devices: that share it.
+
     Raises:
-        MachineError: it needs more than the device has free.
+        MachineError: it needs more than they have free.
     """
     check_memory(
         found.total,
-        device,
+        devices,
         f"this run ({found.text()})",
         "adapters need less (--lora 16), so do --recompute, a smaller --batch-size with --accumulate, or --seq-len",
     )

@@ -19,6 +19,7 @@ from teal_cli.adapt.recipe import Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.atomic import atomic_folder
 from teal_cli.errors import UsageError
+from teal_cli.models.offload import is_spread
 
 
 class AdaptTrainer(Trainer):
@@ -126,9 +127,10 @@ class AdaptTrainer(Trainer):
 
     @property
     def _can_graph(self) -> bool:
-        """Whether passes can be CUDA graphs here: by one process, on a GPU, unless it was tried in vain."""
+        """Whether passes can be CUDA graphs here: by one process, on one GPU, unless it was tried in vain."""
         works = self._graphs is None or self._graphs.works
-        return works and self.args.device.type == "cuda" and self.plan.processes == 1
+        alone = self.plan.processes == 1 and not is_spread(self.student.model)
+        return works and alone and self.args.device.type == "cuda"
 
     def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The distillation loss alone."""

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from teal_cli.config.calibrate import CalibrateConfig
 from teal_cli.config.recipes import RecipeOptions, options_of, recipe_names
-from teal_cli.config.shared import MOST
+from teal_cli.config.shared import MOST, DeviceMap
 from teal_cli.config.sparsity import OneAllocation
 from teal_cli.config_values import OutputFolder, Sparsity
 from teal_cli.errors import nearest, shown
@@ -102,10 +103,19 @@ class AdaptConfig(OneAllocation):
     recompute: bool = Field(
         False, description="make activations again in the backward pass: less memory, a third more time"
     )
+    device_map: DeviceMap = Field(
+        "one", description="auto: spread the blocks over all GPUs, of recipe recover; for what no single one holds"
+    )
     out: OutputFolder | None = Field(
         None,
         description="folder to write (default RUNS/<model>/<recipe>, then -<sparsity> and -lora<rank> where given)",
     )
+
+    @property
+    def calibrate(self) -> CalibrateConfig:
+        """See `SparseConfig`: a model that is spread to be trained is spread to be calibrated."""
+        found = super().calibrate
+        return found.model_copy(update={"device_map": "auto"}) if self.device_map == "auto" else found
 
     @property
     def recipe_options(self) -> RecipeOptions:
@@ -140,6 +150,13 @@ class AdaptConfig(OneAllocation):
             else:
                 why = f"{key}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
             raise ValueError(f"options (flag --options): {why}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _spread_models_recover(self) -> Self:
+        if self.device_map == "auto" and (self.recipe != "recover" or "self" in self.dataset):
+            other = "dataset self (flag --dataset)" if self.recipe == "recover" else f"recipe {self.recipe}"
+            raise ValueError(f"device_map auto (flag --device-map) does not go with {other}")
         return self
 
     @model_validator(mode="after")

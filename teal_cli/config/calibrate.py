@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from teal_cli.config.shared import MOST, ModelConfig
+from teal_cli.config.shared import MOST, DeviceMap, ModelConfig
 from teal_cli.config_values import OutputFolder, Sparsity
 
 
@@ -47,7 +47,7 @@ class CalibrateConfig(ModelConfig):
     offload: bool = Field(
         False, description="keep the weights in main memory; copy each layer's to the GPU when it runs"
     )
-    device_map: Literal["one", "auto"] = Field(
+    device_map: DeviceMap = Field(
         "one", description="auto: spread the blocks over all GPUs, and over main memory where these are full"
     )
     out: OutputFolder | None = Field(None, description="RUN folder (default RUNS/<model>)")

@@ -10,6 +10,9 @@ from teal_cli.config_values import InputFile, OutputFile, Quantisation, check_pl
 MOST = 1 << 31
 """Counts and seeds are below this: numpy takes seeds of 32 bits, of which the halves of dataset self take one."""
 
+DeviceMap = Literal["one", "auto"]
+"""auto: blocks lie on all GPUs, one after the other."""
+
 OTHER_SPELLINGS = {
     "quantise": "quantize",
     "quantise_output": "quantize_output",

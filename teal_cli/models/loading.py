@@ -5,7 +5,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,23 +103,27 @@ def available_bytes(device: torch.device) -> int | None:
     return found[0] if found else None
 
 
-def check_memory(needed: int, device: torch.device, what: str, instead: str = _SMALLER) -> None:
+def check_memory(
+    needed: int, where: torch.device | Sequence[torch.device], what: str, instead: str = _SMALLER
+) -> None:
     """Refuse a load that cannot fit, before the system starts to swap or kill.
 
     Args:
         needed: bytes.
-        device: where.
+        where: one device, or several of a kind that share it.
         what: needs them.
         instead: what else can be done.
 
     Raises:
-        MachineError: more bytes needed than the device has free.
+        MachineError: more bytes needed than the devices have free.
     """
-    free = available_bytes(device)
-    if free is not None and needed > free:
+    devices = [where] if isinstance(where, torch.device) else list(where)
+    known = [available_bytes(device) for device in devices]
+    free = sum(size for size in known if size is not None)
+    if None not in known and needed > free:
+        who = f"{devices[0].type} has" if len(devices) == 1 else f"{len(devices)} of {devices[0].type} have"
         raise MachineError(
-            f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {device.type} has {free / 2**30:.1f} GiB free; "
-            + instead
+            f"out of memory: {what} needs {needed / 2**30:.1f} GiB and {who} {free / 2**30:.1f} GiB free; {instead}"
         )
 
 

@@ -28,26 +28,62 @@ def offload_(model: Any, device: torch.device) -> None:
     cpu_offload(model, execution_device=device)
 
 
-def spread_(model: Any, device_map: dict[str, Any] | None = None, folder: Path | None = None) -> None:
+def spread_(
+    model: Any, device_map: dict[str, Any] | None = None, folder: Path | None = None, *, to_train: bool = False
+) -> None:
     """Let the blocks of a model that lies in main memory lie on several devices, one after the other.
 
     Args:
         model: on the CPU, and one that `require_offload` takes.
-        device_map: module path -> device; by default all GPUs are filled, and then main memory.
+        device_map: module path -> device; by default as `places_of` says.
         folder: for weights whose device is `disk`; by default there may be none.
+        to_train: see `places_of`.
 
     Raises:
-        MachineError: more than all GPUs and main memory hold.
+        MachineError: more than all GPUs and main memory hold; or all GPUs, of a model to train.
     """
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import dispatch_model
 
     if device_map is None:
-        stacks = [model.get_submodule(path) for path in architecture_for(model).blocks]
-        whole = sorted({type(block).__name__ for stack in stacks for block in stack.children()})
-        device_map = infer_auto_device_map(model, no_split_module_classes=whole, dtype=model.dtype)
+        device_map = places_of(model, to_train=to_train)
     if folder is None and "disk" in device_map.values():
-        raise MachineError("out of memory: all GPUs and main memory together do not hold this model")
-    dispatch_model(model, device_map=device_map, offload_dir=folder)
+        held = "all GPUs together do" if to_train else "all GPUs and main memory together do"
+        raise MachineError(f"out of memory: {held} not hold this model")
+    skipped = getattr(model, "_skip_keys_device_placement", None)
+    dispatch_model(model, device_map=device_map, offload_dir=folder, skip_keys=skipped)
+
+
+def places_of(model: Any, *, to_train: bool) -> dict[str, Any]:
+    """Module path -> device, by free memory: all GPUs are filled, and then main memory.
+
+    Args:
+        model: on the CPU or the meta device.
+        to_train: give each GPU an equal part, so that all have room for activations, and main memory none.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    stacks = [model.get_submodule(path) for path in architecture_for(model).blocks]
+    whole = sorted({type(block).__name__ for stack in stacks for block in stack.children()})
+    how: dict[str, Any] = {"no_split_module_classes": whole, "dtype": model.dtype}
+    if to_train and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of a model that was let go: it counts as used otherwise
+        room = get_balanced_memory(model, **how)
+        how["max_memory"] = {device: size for device, size in room.items() if device != "cpu"}
+    found: dict[str, Any] = infer_auto_device_map(model, **how)
+    return found
+
+
+def devices(device: torch.device) -> list[torch.device]:
+    """Those over which `spread_` spreads a model to train: all GPUs, or the CPU."""
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def is_spread(model: Any) -> bool:
+    """Whether `spread_` has put the model on more than one device."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def require_offload(model: Any, flag: str = "offload (flag --offload)") -> None:

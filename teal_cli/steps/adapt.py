@@ -26,7 +26,9 @@ from teal_cli.data import check_dataset
 from teal_cli.errors import UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.forward import check_positions
-from teal_cli.models.loading import DTYPES, outline, pick_device, pick_dtype, stored_dtype, use_threads
+from teal_cli.models.layers import Experts
+from teal_cli.models.loading import DTYPES, available_bytes, outline, pick_device, pick_dtype, stored_dtype, use_threads
+from teal_cli.models.offload import devices, offload_, require_offload, spread_
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations, recalibrate
 from teal_cli.sparse import control_of, sparsify_
@@ -49,6 +51,8 @@ _LOGS = 100
 """Points of a curve."""
 _OF_THRESHOLDS = {"allocation", "calibration", "recalibrate", "limits", "cost", "dense_prefix"}
 """Keys of recipes that train under an export's thresholds."""
+_ROOM_BESIDE = 1.25
+"""Free memory over the weights of the dense model, for it to be compared with where the adapted one lies."""
 _RATES = {"all": 5e-5, "lora": 3e-4, "frozen": 3e-3}
 
 
@@ -107,7 +111,7 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
     gc.collect()  # the optimiser's moments
     if processes.is_first:
-        teachers = teachers or [_load(config, workspace, config.dtype)]
+        teachers = teachers or [_load_beside(model, config, workspace, reporter)]
         after = quality(model, teachers[0], trained.outcome.plan, reads.held_out)
         found = record(config, recipe, workspace, reads, trained, (before, after), model)
         info = measured_on(config, workspace, reads, trained, model)
@@ -151,6 +155,10 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         )
     empty = outline(workspace.source.folder, workspace.architecture(config))
     recipe.check(empty)
+    if config.device_map == "auto":
+        if processes.count > 1:
+            raise UsageError("device_map auto (flag --device-map) is for one process: start teal without a launcher")
+        require_offload(empty, "device_map auto (flag --device-map)")
     device, frozen = pick_device(config.device), _is_frozen(recipe)
     used = pick_dtype(config.dtype, _stored(workspace), device)
     memory.require(
@@ -165,7 +173,7 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
             activation_itemsize=2 if _autocasts(config, device) else 4,
             device=device,
         ),
-        device,
+        _places(config, device),
     )
 
 
@@ -201,9 +209,35 @@ def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
 
 
 def _load(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
-    """The dense model."""
-    architecture = workspace.architecture(config)
-    return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
+    """The dense model, where it trains."""
+    architecture, folder = workspace.architecture(config), workspace.source.folder
+    if config.device_map == "one":
+        return load_model(folder, device=config.device, dtype=dtype, architecture=architecture)
+    used = pick_dtype(dtype, _stored(workspace), pick_device(config.device))
+    model = load_model(folder, device="cpu", dtype=str(used).removeprefix("torch."), architecture=architecture)
+    spread_(model, to_train=True)
+    return model
+
+
+def _load_beside(model: Any, config: AdaptConfig, workspace: Workspace, reporter: Reporter) -> Any:
+    """The dense model, to compare the adapted one with; in main memory where GPUs have no room for both."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, _stored(workspace), device)
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    free = sum(available_bytes(each) or 0 for each in _places(config, device))
+    stacked = any(isinstance(module, Experts) for module in model.modules())  # accelerate would lose these
+    if device.type == "cpu" or stacked or free > _ROOM_BESIDE * size:
+        return _load(config, workspace, config.dtype)
+    reporter.say("the GPU has no room for the dense model beside the adapted one: comparing from main memory")
+    architecture, name = workspace.architecture(config), str(dtype).removeprefix("torch.")
+    dense = load_model(workspace.source.folder, device="cpu", dtype=name, architecture=architecture)
+    offload_(dense, device)
+    return dense
+
+
+def _places(config: AdaptConfig, device: torch.device) -> list[torch.device]:
+    """Where the blocks lie."""
+    return devices(device) if config.device_map == "auto" else [device]
 
 
 def _read(config: AdaptConfig, workspace: Workspace, dense: Any, reporter: Reporter) -> Reads:

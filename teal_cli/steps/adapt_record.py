@@ -28,7 +28,7 @@ from teal_cli.version import __version__
 from teal_cli.versions import device_description, library_versions, now
 from teal_cli.workspace import Workspace
 
-_OF_NO_WEIGHT = ("runs", "out", "model", "checkpoint_minutes")
+_OF_NO_WEIGHT = ("runs", "out", "model", "checkpoint_minutes", "device_map")
 """Keys that weights at the end do not depend on, and the model, of which there are digests."""
 MEASURED_ON = 16384
 """Tokens of the training text that thresholds are set on, and recipes measure on."""

@@ -90,6 +90,25 @@ def test_replayed_passes_train_as_kernels_launched_one_by_one_do(
         torch.testing.assert_close(tensor, after[name], rtol=1e-2, atol=1e-3)
 
 
+def test_the_dense_model_is_compared_with_from_main_memory_where_the_gpu_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
+    text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda"]
+    assert run(["calibrate", *text, "--tokens", "512", "--seq-len", "64"]) == 0
+    size = ["--tokens", "256", "--seq-len", "32", "--batch-size", "4", "--held-out-tokens", "64", "--lora", "4"]
+    found = []
+    for room in (1.25, 1e12):
+        monkeypatch.setattr("teal_cli.steps.adapt._ROOM_BESIDE", room)
+        assert run(["adapt", *text, *size, "--out", f"out-{room}"]) == 0
+        assert ("comparing from main memory" in capsys.readouterr().err) == (room > 2)
+        found.append(read_record(Path(f"out-{room}")).after)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1].kl == pytest.approx(found[0].kl, rel=1e-2)
+    assert found[1].perplexity_ratio == pytest.approx(found[0].perplexity_ratio, rel=1e-3)
+
+
 @pytest.mark.parametrize("why", ["waits", "memory"])
 def test_what_cannot_be_captured_trains_all_the_same(
     tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

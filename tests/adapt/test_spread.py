@@ -1,0 +1,85 @@
+"""Adapting a model whose blocks lie on several devices; here they are all the CPU, with hooks between them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import build_model, save_tiny
+
+from teal_cli.checkpoint.adapted import read_record
+from teal_cli.cli import run
+from teal_cli.models.loading import check_memory
+from teal_cli.models.offload import is_spread, spread_
+
+SIZE = ["--quiet", "--tokens", "512", "--seq-len", "32", "--batch-size", "2", "--held-out-tokens", "64", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora", "2"), ("--lora", "2", "--recompute", "--text-weight", "1"), ("--options", "vectors=true")],
+    ids=["weights", "adapters", "recomputed", "vectors"],
+)
+def test_it_learns_what_it_does_on_one_device(
+    flags: tuple[str, ...], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = save_tiny(tmp_path / "tiny")
+    spread: list[bool] = []
+
+    def hooked(model: Any, *, to_train: bool) -> None:
+        names = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+        dispatch_model(model, device_map=dict.fromkeys(names, "cpu"), force_hooks=True, main_device="cpu")
+        spread.append(to_train)
+
+    monkeypatch.setattr("teal_cli.steps.adapt.spread_", hooked)
+    text = ["--model", str(tiny), "--dataset", str(corpus)]
+    assert run(["calibrate", *text, "--tokens", "256", "--seq-len", "64"]) == 0
+    curves = []
+    for where in ("one", "auto"):
+        place = ["--device-map", where, "--out", where]
+        assert run(["adapt", *text, *SIZE, "--learning-rate", "2e-3", *flags, *place]) == 0
+        curves.append(read_record(Path(where)).curve)
+    # The dense model, which is the teacher where all weights train, and the student; else it comes back at the end.
+    assert spread == [True, True] + [True] * bool(flags)
+    assert curves[0] == curves[1]
+    weights = [Path(where, "model.safetensors").read_bytes() for where in ("one", "auto")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--recipe", "relu"), "does not go with recipe relu"),
+        (("--dataset", "self"), "does not go with dataset self"),
+    ],
+)
+def test_what_it_does_not_go_with(
+    flags: tuple[str, ...], reason: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["adapt", "--model", str(tiny), "--device-map", "auto", *flags]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_stacked_experts_are_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = save_tiny(tmp_path / "experts", "mixtral")
+    assert run(["adapt", "--model", str(experts), "--device-map", "auto"]) == 2
+    assert "does not know stacked experts" in capsys.readouterr().err
+
+
+def test_all_devices_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teal_cli.models.loading.available_bytes", lambda device: 1 << 30)
+    two = [torch.device("cuda", number) for number in range(2)]
+    check_memory(3 << 29, two, "this run")
+    with pytest.raises(Exception, match=r"needs 3.0 GiB and 2 of cuda have 2.0 GiB free"):
+        check_memory(3 << 30, two, "this run")
+
+
+def test_it_is_spread_over_more_than_one_device() -> None:
+    model = build_model("llama")
+    spread_(model, to_train=True)
+    assert not is_spread(model)
+    model.hf_device_map = {"a": 0, "b": 1}
+    assert is_spread(model)
