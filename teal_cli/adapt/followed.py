@@ -239,11 +239,12 @@ class FollowedRouters(Followed):
     Args:
         routers: that train no more.
         target: mean share of groups that are to be left out.
+        even: whether it is the share of each.
     """
 
-    def __init__(self, routers: Sequence[Router], target: float) -> None:
+    def __init__(self, routers: Sequence[Router], target: float, *, even: bool = False) -> None:
         super().__init__(routers)
-        self._target = target
+        self._target, self._even = target, even
         self._shares: list[Tensor] | None = None
 
     @property
@@ -263,8 +264,8 @@ class FollowedRouters(Followed):
         """See `Followed`."""
         if self._shares is None:
             mean = float(wanted.mean())
-            even = torch.full_like(wanted, self._target)  # where routers have learned to leave out next to nothing
-            scaled = even if mean < _LEARNED * self._target else wanted * (self._target / mean)
+            is_even = self._even or mean < _LEARNED * self._target  # then they say nothing
+            scaled = torch.full_like(wanted, self._target) if is_even else wanted * (self._target / mean)
             self._shares = list(scaled.clamp(0.02, 0.98).cpu().unbind())
             return
         for index, logit in zip(indices, wanted, strict=True):

@@ -116,11 +116,11 @@ def test_another_order_of_neurons_is_the_same_function() -> None:
 def test_the_loss_of_routers() -> None:
     shares = [torch.tensor([[0.9, 0.2]]), torch.tensor([[0.5, 0.4]])]
     logits = [torch.logit(share) for share in shares]
-    closed = ((0.81 + 0.04) / 2 + (0.25 + 0.16) / 2) / 2
+    closed = (0.7 * (0.81 + 0.04) / 2 + 0.1 * (0.25 + 0.16) / 2) / 2
     near = ((1 / 0.17 + 1 / 0.10) / 2 + (1 / 0.01 + 1 / 0.02) / 2) / 2
-    assert float(router_loss(logits, 0.7, 0.5, 0.01)) == pytest.approx(0.7 * closed + 0.5 * near, rel=1e-5)
-    assert float(router_loss(logits, 0.7, 0.0, 0.01)) == pytest.approx(0.7 * closed, rel=1e-5)
-    assert router_loss([each.bfloat16() for each in logits], 1.0, 1.0, 0.01).dtype == torch.float32
+    assert float(router_loss(logits, [0.7, 0.1], 0.5, 0.01)) == pytest.approx(closed + 0.5 * near, rel=1e-5)
+    assert float(router_loss(logits, [0.7, 0.1], 0.0, 0.01)) == pytest.approx(closed, rel=1e-5)
+    assert router_loss([each.bfloat16() for each in logits], [1.0, 1.0], 1.0, 0.01).dtype == torch.float32
 
 
 @torch.no_grad()
@@ -180,6 +180,22 @@ def test_eta_is_steered_to_the_sparsity_that_was_asked_for(tmp_path: Path) -> No
     assert share == pytest.approx(0.5, abs=0.15)
     mlp, attention, router = 3 * 64 * 100, 2 * 64 * 64 + 2 * 64 * 32, 64 * 10
     assert trained.outcome.plan.target_sparsity == pytest.approx((share * mlp - router) / (mlp + attention))
+
+
+def test_each_mlp_can_be_steered_to_that_share(tmp_path: Path) -> None:
+    """Else those whose loss hurts least are closed, and the others stay open."""
+    _, trained = _run(tmp_path, steps=30, rate=1.3e-2, bias=1.0, separation=0.05, router_rate=5.0, shares="even")
+    by_mlp = trained.outcome.notes["by_mlp"]
+    assert by_mlp == pytest.approx([0.5] * len(by_mlp), abs=0.15)
+    recipe = Lte(_setting(shares="even"))
+    recipe.operate_(build_model("llama"), recipe.measure(build_model("llama"), _Rows(2, 1).ids))
+    recipe._steerings[1].start, recipe._steerings[1].total = 0.25, -0.5
+    state = recipe.state()
+    again = Lte(_setting(shares="even"))
+    again.operate_(build_model("llama"), again.measure(build_model("llama"), _Rows(2, 1).ids))
+    again.load_state(state)
+    assert [each.start for each in again._steerings] == [None, 0.25]
+    assert [each.total for each in again._steerings] == [0.0, -0.5]
 
 
 def test_the_share_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from teal_cli.cli import run
 from teal_cli.models.loading import check_memory
 from teal_cli.models.offload import is_spread, spread_
 
-SIZE = ["--quiet", "--tokens", "512", "--seq-len", "32", "--batch-size", "2", "--held-out-tokens", "64", "--dtype", "float32"]
+SIZE = ["--tokens", "512", "--seq-len", "32", "--batch-size", "2", "--held-out-tokens", "64"]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_it_learns_what_it_does_on_one_device(
         spread.append(to_train)
 
     monkeypatch.setattr("teal_cli.steps.adapt.spread_", hooked)
-    text = ["--model", str(tiny), "--dataset", str(corpus)]
+    text = ["--model", str(tiny), "--dataset", str(corpus), "--dtype", "float32", "--quiet"]
     assert run(["calibrate", *text, "--tokens", "256", "--seq-len", "64"]) == 0
     curves = []
     for where in ("one", "auto"):

@@ -49,7 +49,8 @@ class Lte(Recipe):
     Four departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
     The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from the
     beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
-    is the sparsity that was asked for, unless option `eta` names a number. In the hard stage the biases of routers
+    is the sparsity that was asked for, unless option `eta` names a number; by one number for all MLPs, or, with option
+    `shares=even`, for each by its own, so that all leave out the same. In the hard stage the biases of routers
     follow the hidden states (`FollowedRouters`): else the model trains until they choose all groups again.
     """
 
@@ -63,6 +64,10 @@ class Lte(Recipe):
     @property
     def _target(self) -> float:
         return 0.5 if self.setting.sparsity is None else self.setting.sparsity
+
+    @property
+    def _is_even(self) -> bool:
+        return self._options.shares == "even"
 
     def check(self, model: nn.Module) -> None:
         """See `Recipe`."""
@@ -126,9 +131,12 @@ class Lte(Recipe):
         self._plan = plan
         self._logits: list[Tensor] = []
         self._collects = self._trains = False
-        self._eta = self._separation = 0.0
-        self._left_out: float | None = None
-        self._steering = Steering(_FIRST_ETA, self._target)
+        self._separation = 0.0
+        self._left_out: list[float] = []
+        """Share of groups of each MLP that its router left out in the last pass."""
+        count = len(routed_mlps(model))
+        self._etas = [0.0] * count
+        self._steerings = [Steering(_FIRST_ETA, self._target) for _ in range(count if self._is_even else 1)]
         self._is_soft = False
         generator = torch.Generator().manual_seed(self.setting.seed)
         for routed in routed_mlps(model):
@@ -157,7 +165,8 @@ class Lte(Recipe):
         for mlp in routed_mlps(model):
             mlp.soft = self._is_soft
         if not self._is_soft:
-            self.followed = FollowedRouters([mlp.router for mlp in routed_mlps(model)], self._target)
+            routers = [mlp.router for mlp in routed_mlps(model)]
+            self.followed = FollowedRouters(routers, self._target, even=self._is_even)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
@@ -200,8 +209,8 @@ class Lte(Recipe):
         """Share of groups that routers leave out, a mean over tokens, MLPs and processes."""
         if self._logits:
             shares = [(logits.detach() <= 0).float().mean() for logits in self._logits]
-            self._left_out = float(mean_over_processes(torch.stack(shares).mean()))
-        return self._left_out
+            self._left_out = mean_over_processes(torch.stack(shares)).tolist()
+        return sum(self._left_out) / len(self._left_out) if self._left_out else None
 
     def extra_loss(self, progress: Progress) -> Tensor | None:
         """See `Recipe`."""
@@ -210,27 +219,30 @@ class Lte(Recipe):
             return None
         options, at = self._options, progress.step / progress.steps
         if options.eta is not None:
-            self._eta = options.eta
+            self._etas = [options.eta] * len(logits)
         elif self._trains:
-            self._eta = self._steering.weight(at, self._left_out or 0.0, progress.share_of_pass)
+            left_out = self._left_out if self._is_even else [progress.realised or 0.0]
+            steered = zip(self._steerings, left_out, strict=True)
+            etas = [steering.weight(at, found, progress.share_of_pass) for steering, found in steered]
+            self._etas = etas if self._is_even else etas * len(logits)
         self._separation = options.separation * max(0.0, 2 * at - 1)
-        return router_loss(logits, self._eta, self._separation, options.epsilon)
+        return router_loss(logits, self._etas, self._separation, options.epsilon)
 
     def figures(self, progress: Progress) -> dict[str, float]:
         """See `Recipe`."""
-        return {"eta": self._eta, "separation": self._separation} if progress.stage == _SOFT else {}
+        eta = sum(self._etas) / len(self._etas)
+        return {"eta": eta, "separation": self._separation} if progress.stage == _SOFT else {}
 
     def state(self) -> dict[str, Tensor]:
         """See `Recipe`."""
-        start = self._steering.start
-        steering = torch.tensor([nan if start is None else start, self._steering.total], dtype=torch.float64)
-        return {**super().state(), "steering": steering}
+        held = [(nan if each.start is None else each.start, each.total) for each in self._steerings]
+        return {**super().state(), "steering": torch.tensor(held, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
         super().load_state(state)
-        start, self._steering.total = state["steering"].tolist()
-        self._steering.start = None if start != start else start
+        for steering, (start, total) in zip(self._steerings, state["steering"].tolist(), strict=True):
+            steering.start, steering.total = None if start != start else start, total
 
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
@@ -259,18 +271,18 @@ def _model_wide(model: nn.Module, shares: Sequence[float]) -> float:
     return max(skipped, 0.0) / block_weights(find_projections(model))
 
 
-def router_loss(logits: Sequence[Tensor], eta: float, separation: float, epsilon: float) -> Tensor:
+def router_loss(logits: Sequence[Tensor], etas: Sequence[float], separation: float, epsilon: float) -> Tensor:
     """What routers pay: eta G^2 + separation / ((G - 1/2)^2 + epsilon), a mean over all of them; 0-d float32.
 
     Args:
         logits: (..., groups) of each MLP.
-        eta: the higher, the fewer groups are chosen.
+        etas: of each MLP: the higher, the fewer groups are chosen.
         separation: the higher, the farther routers stay from 1/2.
         epsilon: without it the second summand has no bound.
     """
     shares = [torch.sigmoid(each.float()) for each in logits]
-    closed = torch.stack([share.square().mean() for share in shares]).mean()
+    closed = torch.stack([eta * share.square().mean() for eta, share in zip(etas, shares, strict=True)]).mean()
     if separation == 0.0:
-        return eta * closed
+        return closed
     near = torch.stack([((share - 0.5).square() + epsilon).reciprocal().mean() for share in shares]).mean()
-    return eta * closed + separation * near
+    return closed + separation * near

@@ -23,6 +23,9 @@ class Options(RecipeOptions):
         le=1e6,
         description="weight of the loss that closes groups (default: steered so that sparsity is reached)",
     )
+    shares: Literal["learned", "even"] = Field(
+        "learned", description="even: steered so that each MLP leaves out the same share of its groups"
+    )
     separation: float = Field(
         0.5, ge=0, le=1e6, description="weight, at its largest, of the loss that drives routers away from 1/2"
     )
@@ -39,7 +42,7 @@ class Options(RecipeOptions):
     @model_validator(mode="after")
     def _random_ones_do_not_train(self) -> Self:
         if self.routers == "random":
-            for key in ("eta", "separation", "epsilon", "bias", "soft", "router_rate"):
+            for key in ("eta", "shares", "separation", "epsilon", "bias", "soft", "router_rate"):
                 if key in self.model_fields_set:
                     raise ValueError(f"random routers do not train: leave out option {key}")
         return self
