@@ -103,9 +103,7 @@ def available_bytes(device: torch.device) -> int | None:
     return found[0] if found else None
 
 
-def check_memory(
-    needed: int, where: torch.device | Sequence[torch.device], what: str, instead: str = _SMALLER
-) -> None:
+def check_memory(needed: int, where: torch.device | Sequence[torch.device], what: str, instead: str = _SMALLER) -> None:
     """Refuse a load that cannot fit, before the system starts to swap or kill.
 
     Args:

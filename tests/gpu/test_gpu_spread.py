@@ -19,9 +19,7 @@ SIZE = ["--tokens", "1024", "--seq-len", "32", "--batch-size", "4", "--held-out-
     [(), ("--lora", "4", "--recompute", "--text-weight", "5"), ("--options", "vectors=true")],
     ids=["weights", "adapters", "vectors"],
 )
-def test_two_gpus_learn_what_one_does(
-    tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_gpus_learn_what_one_does(tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdaptTrainer, "_can_graph", False)
     dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
     text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda", "--dtype", "float32", "--quiet"]
