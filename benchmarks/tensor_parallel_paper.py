@@ -21,7 +21,7 @@ from teal_cli.versions import library_versions
 GPUS = (1, 2, 4, 8)
 LINK_BYTES_A_SECOND = 450e9
 """Of NVLink in one direction, on H100 and H200."""
-MEMORY_BYTES_A_SECOND = 4.38e12
+MEMORY_BYTES_A_SECOND = 4.35e12
 """That an H200 was measured to read (`reading_gb_s` in speculation-llama-3-8b-gpu.json)."""
 MEMORY_BYTES = 141e9
 """Of an H200; `--memory` names another."""

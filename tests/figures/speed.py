@@ -246,7 +246,7 @@ def benchmarks_ranks(page: Page) -> None:
         {
             "8B, bfloat16": row(eight),
             "70B, int4:128": row(one(large["cases"], case="llama-3-70b-int4")),
-            "70B, bfloat16, general path": row(one(large["cases"], case="llama-3-70b")),
+            "70B, bfloat16": row(one(large["cases"], case="llama-3-70b")),
         },
     )
     times = re.findall(r"(\w+) (\d+\.\d) us", eight["sums"][0])
