@@ -51,3 +51,7 @@ def drafts_on_a_gpu(page: Page) -> None:
     dense = next(run for run in measured["runs"] if not run["sparsity"])["tokens_per_second"]["median"]
     step = measured["speculation"][0]["step_seconds"]["median"]
     page.says("took {} ms a token, and a step here {}", 1e3 / dense, 1e3 * step)
+    first = measured["speculation"][0]
+    page.says("draft in 4 bits costs {} of a dense step", first["draft_step_seconds"]["median"] / step)
+    page.says("over 2 tokens it takes {} times", first["pass_seconds"]["2"]["median"] / step)
+    page.says("over 8 {} times", first["pass_seconds"]["8"]["median"] / step)
