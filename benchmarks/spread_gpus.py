@@ -109,15 +109,29 @@ def adapted(model: Any, plan: Any, options: argparse.Namespace, vocabulary: int)
     ids = random_prompt(vocabulary, options.train_len, 2, options.batch_size * (options.steps + 1))
     with tempfile.TemporaryDirectory() as folder:
         how = Plan(
-            **{"folder": Path(folder), "batch_size": options.batch_size, "processes": 1, "accumulate": 1},
-            **{"learning_rate": 1e-4, "warmup": 0.0, "schedule": "cosine", "clip": 1.0, "bf16": True},
-            **{"on_cpu": model.device.type == "cpu", "log_every": 1, "evaluate_every": options.steps},
-            **{"save_seconds": 3600.0, "patience": 0, "seed": 0},
+            folder=Path(folder),
+            batch_size=options.batch_size,
+            processes=1,
+            accumulate=1,
+            learning_rate=1e-4,
+            warmup=0.0,
+            schedule="cosine",
+            clip=1.0,
+            bf16=model.device.type == "cuda",
+            on_cpu=model.device.type == "cpu",
+            log_every=1,
+            evaluate_every=options.steps,
+            save_seconds=3600.0,
+            patience=0,
+            seed=0,
         )
         setting = Setting(options_of("recover")(), 0, SPARSITY, options.lora, plan)
         return run(
             Run(
-                **{"model": model, "recipe": recipe_class("recover")(setting), "plan": how, "steps": options.steps},
+                model=model,
+                recipe=recipe_class("recover")(setting),
+                plan=how,
+                steps=options.steps,
                 text=Rows(ids[options.batch_size :]),
                 held_out=Rows(ids[: options.batch_size]),
                 sequences=ids[:1].to(model.device),
@@ -147,13 +161,21 @@ def main() -> None:
     model = steps.timed("building", lambda: build(alias))
     text = random_prompt(vocabulary, options.seq_len, 1, options.tokens // options.seq_len)
     projections = find_projections(model, output_layer=None)
-    read = {"sink_tokens": SINK_TOKENS}
-    histograms = steps.timed("histograms", lambda: collect(model, projections, text.split(1), **read))
-    sensitivities = steps.timed("sensitivities", lambda: measure(model, projections, text.split(1), **read))
+    rows = text.split(1)
+    histograms = steps.timed("histograms", lambda: collect(model, projections, rows, sink_tokens=SINK_TOKENS))
+    sensitivities = steps.timed("sensitivities", lambda: measure(model, projections, rows, sink_tokens=SINK_TOKENS))
     info = CalibrationInfo(
-        **{"model": alias.name, "weights": "random, seed 0", "dataset": "random tokens", "tokens": text.numel()},
-        **{"seq_len": options.seq_len, "sink_tokens": SINK_TOKENS, "seed": 1, "dtype": "bfloat16"},
-        **{"device": model.device.type, "seconds": 0.0, "sensitivity_tokens": text.numel()},
+        model=alias.name,
+        weights="random, seed 0",
+        dataset="random tokens",
+        tokens=text.numel(),
+        seq_len=options.seq_len,
+        sink_tokens=SINK_TOKENS,
+        seed=1,
+        dtype="bfloat16",
+        device=model.device.type,
+        seconds=0.0,
+        sensitivity_tokens=text.numel(),
     )
     calibration = Calibration(info, projections, histograms, sensitivities)
     plan = steps.timed("allocation fisher", lambda: make_plan(calibration, SPARSITY, "fisher"))
