@@ -24,6 +24,7 @@ from teal_kernels import (
     triton_decode,
     triton_gate_first,
     triton_gemv,
+    triton_masks,
     triton_ranks,
     triton_routed,
     triton_router,
@@ -32,6 +33,7 @@ from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
+from teal_kernels.triton_masks import masked_rows
 from teal_kernels.triton_ranks import Inboxes, gather_ranks, sum_ranks
 from teal_kernels.triton_routed import GroupRouter, RoutedConfig, launch_routed, no_choice, route_groups
 from teal_kernels.tuning import UNTUNED
@@ -169,12 +171,21 @@ def _ranks(rows: int, mine: Turn, *, pdl: bool) -> None:
         gather_ranks(own, inboxes, 16, torch.zeros(rows, 300 * ranks - 1, dtype=DTYPE), pdl=pdl)
 
 
+def _masks() -> None:
+    """Forward and backward, in training under autocast and without it; a start for each row and for all."""
+    for dtype in (torch.float32, DTYPE):
+        x = torch.zeros(2, 8, 72, requires_grad=True)
+        for start in (4, torch.tensor([2, 4])):
+            masked, _ = masked_rows(x, torch.zeros(()), start, tokens=8, dtype=dtype)
+            masked.sum().backward()
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
     modules = (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router)
-    for module in (*modules, triton_ranks):
+    for module in (*modules, triton_ranks, triton_masks):
         module.launch = partial(_compile, names=names)
     pdl, mine = capability >= 90, Turn(capability)
     for index, (rows, config, quantised) in enumerate(PRODUCTS):
@@ -233,6 +244,7 @@ def main(capability: int) -> None:
         _routed(rows, mine, pdl=pdl)
         _ranks(rows, mine, pdl=pdl)
     _of_vllm()
+    _masks()
     print(*sorted(names), sep="\n")
 
 

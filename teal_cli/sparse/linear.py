@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from teal_cli.checkpoint.rules import Dense, Rule
 from teal_cli.sparse.context import PassContext, decide
 from teal_cli.sparse.control import SparsityControl
-from teal_cli.sparse.counting import SparsityCounter
 from teal_cli.sparse.merged import MergedProjections
 from teal_kernels import active_inputs
 from teal_kernels.packing import Packed
+from teal_kernels.triton_masks import is_faster_for, masked_rows
 
 # Below this many rows MKL's float32 product rounds differently for the two weight layouts; from it
 # on the results were equal bit for bit (2 to 256 rows, 12 shapes from 37x65 to 4096x14336, AVX-512).
@@ -124,7 +124,9 @@ class SparseLinear(nn.Linear):
         decision = decide(self.rule, context, rows)
         if decision == "skip":
             if context.counter is not None:
-                self._count(context.counter, x.numel(), active_inputs(x, self.threshold))
+                active = active_inputs(x, self.threshold)
+                dropped = active.numel() - active.count_nonzero()
+                context.counter.add(self.name, self.in_features * self.out_features, x.numel(), dropped)
             return self.merged.product(self, x, context, control.backend)
         if decision == "masked":
             return self._masked(x, context, rows)
@@ -144,20 +146,39 @@ class SparseLinear(nn.Linear):
         return F.linear(self._without_skipped(x, context, rows), self.weight, self.bias)
 
     def _without_skipped(self, x: Tensor, context: PassContext, rows: int) -> Tensor:
-        """x with zeros for the inputs that are skipped."""
-        active = active_inputs(x, self.threshold)
+        """x with zeros for the inputs that are skipped; under autocast on a GPU in the dtype of the product."""
         tokens, offset = self._positions(x, context, rows)
+        if is_faster_for(x):
+            return self._by_kernel(x, context, rows, tokens, offset)
+        active = active_inputs(x, self.threshold)
         stays = context.stays_dense(tokens, offset, x.device)
         if stays is not None:
             if x.dim() == 2:
                 stays = stays.expand(context.batch, tokens, 1).reshape(rows, 1)
             active |= stays
-        if context.counter is not None:
-            self._count(
-                context.counter, context.rows_that_drop(rows, tokens, offset, x.device) * self.in_features, active
-            )
+        self._count_masked(context, rows, tokens, offset, active.numel() - active.count_nonzero())
         masked = x * active
         return x + (masked - x).detach() if self.control.straight_through else masked
+
+    def _by_kernel(self, x: Tensor, context: PassContext, rows: int, tokens: int, offset: int) -> Tensor:
+        """The same in one launch."""
+        autocasts = torch.is_autocast_enabled(x.device.type)
+        masked, dropped = masked_rows(
+            x,
+            self.threshold,
+            context.start.to(x.device) if isinstance(context.start, Tensor) else context.start,
+            tokens=tokens,
+            offset=offset,
+            dtype=torch.get_autocast_dtype(x.device.type) if autocasts else x.dtype,
+            straight_through=self.control.straight_through,
+        )
+        self._count_masked(context, rows, tokens, offset, dropped)
+        return masked
+
+    def _count_masked(self, context: PassContext, rows: int, tokens: int, offset: int, dropped: Tensor) -> None:
+        if context.counter is not None:
+            seen = context.rows_that_drop(rows, tokens, offset, dropped.device) * self.in_features
+            context.counter.add(self.name, self.in_features * self.out_features, seen, dropped)
 
     def kept_inputs(self, x: Tensor) -> Tensor:
         """What this layer multiplies with its weight in a masked pass; x itself in all others.
@@ -167,11 +188,6 @@ class SparseLinear(nn.Linear):
         context = self.control.context or self.control.context_alone(x)
         rows = x.numel() // self.in_features
         return self._without_skipped(x, context, rows) if decide(self.rule, context, rows) == "masked" else x
-
-    def _count(self, counter: SparsityCounter, seen: int | Tensor, active: Tensor) -> None:
-        """Count inputs that could be skipped, and those that are: where `active` is False."""
-        dropped = active.numel() - active.count_nonzero()
-        counter.add(self.name, self.in_features * self.out_features, seen, dropped)
 
     def _dense(self, x: Tensor, context: PassContext, exact: bool) -> Tensor:
         """The plain product; on the CPU with the plain layer's bits where that is owed."""
