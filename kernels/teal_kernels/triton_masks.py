@@ -57,7 +57,8 @@ class _Masked(torch.autograd.Function):
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], has_starts: bool) -> None:
     grid = (-(-sizes[0] // _BLOCK),)
-    launch(kernel, grid, *tensors, *sizes, warps=_WARPS, pdl=False, STARTS=has_starts, BLOCK=_BLOCK)
+    with torch.cuda.device_of(tensors[0]):  # of a model on several GPUs: triton launches on the current one
+        launch(kernel, grid, *tensors, *sizes, warps=_WARPS, pdl=False, STARTS=has_starts, BLOCK=_BLOCK)
 
 
 def is_faster_for(x: Tensor) -> bool:

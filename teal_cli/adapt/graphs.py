@@ -104,6 +104,9 @@ class GraphedPasses:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._pass()
         except RuntimeError as error:
+            # Its state still believes that a graph is being captured, and would give nobody a random number.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             self._give_up(str(error).splitlines()[0])
             return None
         return _Captured(graph, loss, self._student.recipe.left())

@@ -7,7 +7,7 @@ from tests.figures.page import Cell, Page, one, result
 
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
-    still, followed, later, last, hidden = result("adapt-smollm2-135m")["calls"]
+    still, followed, later, last, hidden, longer, longest = result("adapt-smollm2-135m")["calls"]
     names = ("sotu", "moby-dick", "debian-handbook")
 
     def ratios(entry: Any) -> tuple[Cell, ...]:
@@ -55,6 +55,28 @@ def benchmarks_adapted(page: Page) -> None:
             "`drelu`": found(drelu, drelu["hidden_zeros"]),
             "`lte`": found(lte, lte["groups_left_out"]),
         },
+    )
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for label, call, arm in (
+        ("`recover` at 50 %, rate 1.5e-4, sequences of 1,024", longest, "recover 50 %"),
+        ("`recover` at 65 %, rate 4e-4, without literature", longer, "recover 65 %"),
+        ("the same with it", longest, "recover 65 %"),
+        ("`recover` at 80 %, rate 6e-4", longest, "recover 80 %"),
+        ("`prosparse`, FATReLU that grows to half of the live gates", longest, "prosparse, grown to half"),
+        ("`drelu`, without literature", longer, "drelu"),
+        ("`lte`, without literature", longer, "lte soft 0.5"),
+        ("the same, a quarter of the steps soft", longer, "lte soft 0.25"),
+        ("`lte`, `shares=even`", longest, "lte even"),
+        ("the same, `--hidden-weight 1`", longest, "lte even, hidden 1"),
+    ):
+        entry = one(call["results"], arm=arm)
+        unread = sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names)
+        share = entry.get("hidden_zeros", entry.get("groups_left_out"))
+        rows[label] = (entry["tokens"], unread, share, *ratios(entry))
+    page.table(
+        "| SmolLM2-135M, perplexity over dense, longer | tokens | not read | zeros or groups left out | sotu | "
+        "Moby Dick | Debian handbook |",
+        rows,
     )
     weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}
     page.table(
