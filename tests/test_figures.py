@@ -33,6 +33,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
     "docs/method.md": [
         quality.method_output_layer,
         quality.method_bytes,
+        quality.method_trained_bytes,
         quality.method_likely_tokens,
         quality.method_calibration,
         quality.method_recalibrated,

@@ -132,6 +132,28 @@ def method_bytes(page: Page) -> None:
     page.table("| allocation | State of the Union | Moby Dick | Debian handbook |", rows)
 
 
+def method_trained_bytes(page: Page) -> None:
+    """The same of trained models, which ran in bfloat16."""
+    dense = result("eval-smollm2-135m-sotu")["runs"][0]["dense"]["bytes_per_token"] / 2
+    _, _, earlier, _, _, longer, longest = (call["results"] for call in result("adapt-smollm2-135m")["calls"])
+
+    def row(entry: Any) -> tuple[Cell, ...]:
+        each = [entry["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
+        return tuple((text["perplexity_ratio"], text["stderr"], text["bytes_per_token"] / dense) for text in each)
+
+    relu = one(one(earlier, arm="relu")["fatrelu"], live_dropped=0.3)
+    rows = {
+        "`recover`, 50 %": row(one(longest, arm="recover 50 %")),
+        "`recover`, 65 %": row(one(longer, arm="recover 65 %")),
+        "`recover`, 80 %": row(one(longest, arm="recover 80 %")),
+        "`prosparse`, FATReLU that grows": row(one(longest, arm="prosparse, grown to half")),
+        "`relu`, then FATReLU on 30 % of live gates": row(relu),
+        "`drelu`": row(one(longer, arm="drelu")),
+        "`lte`, `shares=even`, `--hidden-weight 1`": row(one(longest, arm="lte even, hidden 1")),
+    }
+    page.table("| recipe | State of the Union | Moby Dick | Debian handbook |", rows)
+
+
 def method_likely_tokens(page: Page) -> None:
     """A predictor in front of the output layer."""
     trials = result("training-free-trials-smollm2-135m-cpu")["trials"]

@@ -44,7 +44,7 @@ def test_values_counts_and_gradients(shape: tuple[int, int, int], starts: str, t
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """A hidden state in float32 under autocast, and one that has 16 bits itself; rows of a batch one behind the other."""
+    """A hidden state in float32 under autocast, and one that has 16 bits itself, without a dimension for its rows."""
     x, limit = _random((2, 5, 33)).requires_grad_(), torch.tensor(0.5)
     masked, _ = masked_rows(x, limit, 2, tokens=5, dtype=dtype)
     kept = active_inputs(x.detach(), limit) | _stays((2, 5, 33), 2, 0)
