@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.figures import adapted, page, quality, speculation, speed
+from tests.figures import adapted, cpu, page, quality, speculation, speed
 from tests.figures.page import Page
 
 _CHECKS: dict[str, list[Callable[[Page], None]]] = {
@@ -19,9 +19,9 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_ranks,
         speed.benchmarks_gate_first,
         speed.benchmarks_routed,
-        speed.benchmarks_cpu,
-        speed.benchmarks_llama_cpp,
-        speed.benchmarks_families_cpu,
+        cpu.benchmarks_cpu,
+        cpu.benchmarks_llama_cpp,
+        cpu.benchmarks_families_cpu,
         quality.benchmarks_quality,
         quality.benchmarks_beside_llama_cpp,
         quality.benchmarks_gate_first,

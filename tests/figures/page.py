@@ -47,6 +47,16 @@ def one(entries: Sequence[Mapping[str, Any]], **wanted: object) -> Any:
     return found
 
 
+def at(runs: Any, sparsity: float, **more: object) -> Any:
+    """The run at a sparsity."""
+    return one(runs, sparsity=sparsity, **more)
+
+
+def median(entry: Any) -> float:
+    """Of its tokens a second."""
+    return float(entry["tokens_per_second"]["median"])
+
+
 @dataclass(frozen=True)
 class Claim:
     """A number in a page, and the value that it must be, rounded to the digits that are shown."""

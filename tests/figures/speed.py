@@ -3,24 +3,16 @@
 import re
 from typing import Any
 
-from tests.figures.page import Cell, Page, one, result
-
-
-def _median(entry: Any) -> float:
-    return float(entry["tokens_per_second"]["median"])
+from tests.figures.page import Cell, Page, at, median, one, result
 
 
 def _gpu(model: str = "llama-3-8b", prompt: int = 128) -> Any:
     return one(result("decode-gpu")["runs"], model=f"{model} (random weights)", prompt_tokens=prompt)["runs"]
 
 
-def _at(runs: Any, sparsity: float, **more: object) -> Any:
-    return one(runs, sparsity=sparsity, **more)
-
-
 def _share(entry: Any) -> float:
     """Per cent of what the memory allows."""
-    return 100 * _median(entry) / float(entry["limit_tokens_per_second"])
+    return 100 * median(entry) / float(entry["limit_tokens_per_second"])
 
 
 def _peers(session: int) -> Any:
@@ -51,7 +43,7 @@ def readme_speed(page: Page) -> None:
         ("H200, Qwen3-30B-A3B shape", "qwen3-30b-a3b", None),
     ):
         run = one(result("families-gpu")["runs"], model=model)
-        rows[label] = _median(run["dense"]), _median(run["sparse"]), instead
+        rows[label] = median(run["dense"]), median(run["sparse"]), instead
     rows["two CPU cores, SmolLM2-135M"] = _beside_llama_cpp("bfloat16")
     rows["two CPU cores, int8"] = _beside_llama_cpp("int8")
     rows["two CPU cores, int4"] = _beside_llama_cpp("int4:32")
@@ -65,7 +57,7 @@ def _cell(name: str) -> Any:
 
 def _beside_llama_cpp(width: str) -> tuple[Cell, ...]:
     cell = _cell(f"smollm2-135m/{width}/t2/c64")
-    return _median(_at(cell["runs"], 0)), _median(_at(cell["runs"], 0.5)), _median(cell["llama_cpp"])
+    return median(at(cell["runs"], 0)), median(at(cell["runs"], 0.5)), median(cell["llama_cpp"])
 
 
 def benchmarks_gpu(page: Page) -> None:
@@ -73,11 +65,11 @@ def benchmarks_gpu(page: Page) -> None:
     runs = _gpu()
     rows: dict[str, tuple[Cell, ...]] = {
         "gpt-fast, dense": (None, result("decode-gpu-beside-gpt-fast")["gpt_fast"]["median"], None),
-        "`teal`, dense": (None, _median(_at(runs, 0)), _share(_at(runs, 0))),
+        "`teal`, dense": (None, median(at(runs, 0)), _share(at(runs, 0))),
     }
     for sparsity in (0.25, 0.4, 0.5, 0.65, 0.8):
-        entry = _at(runs, sparsity)
-        rows[f"`teal`, {sparsity:.0%}".replace("%", " %")] = (entry["realised_sparsity"], _median(entry), _share(entry))
+        entry = at(runs, sparsity)
+        rows[f"`teal`, {sparsity:.0%}".replace("%", " %")] = (entry["realised_sparsity"], median(entry), _share(entry))
     page.table("| Llama-3-8B | sparsity realised | tokens/s | of what the memory allows |", rows)
 
     rows = {}
@@ -89,8 +81,8 @@ def benchmarks_gpu(page: Page) -> None:
         ("Llama-3.2-1B", "llama-3.2-1b", 128),
         ("Llama-3.2-3B", "llama-3.2-3b", 128),
     ):
-        dense, half = _at(_gpu(model, prompt), 0), _at(_gpu(model, prompt), 0.5)
-        rows[label] = (_median(dense), _median(half), half["speedup"], half["realised_sparsity"])
+        dense, half = at(_gpu(model, prompt), 0), at(_gpu(model, prompt), 0.5)
+        rows[label] = (median(dense), median(half), half["speedup"], half["realised_sparsity"])
     page.table("| shape | dense | 50 % | over dense | realised |", rows)
 
     whole = result("decode-gpu")
@@ -106,7 +98,7 @@ def benchmarks_gpu(page: Page) -> None:
     )
     assert spread < 0.008
     page.says("differ by less than {} %", "0.8")
-    fisher = [_median(_at(result("decode-gpu-fisher")["runs"], sparsity)) for sparsity in (0.4, 0.5, 0.65)]
+    fisher = [median(at(result("decode-gpu-fisher")["runs"], sparsity)) for sparsity in (0.4, 0.5, 0.65)]
     page.says("{} tokens/s at 40 %, {} at 50 %, {} at 65 %", *fisher)
 
 
@@ -118,7 +110,7 @@ def benchmarks_quantised(page: Page) -> None:
             sparsity = entry["sparsity"]
             label = f"{name}, dense" if not sparsity else f"{name}, {sparsity:.0%}".replace("%", " %")
             realised = entry["realised_sparsity"] if sparsity else None
-            rows[label] = (realised, _median(entry), entry["bytes_per_token"] / 1e9, _share(entry))
+            rows[label] = (realised, median(entry), entry["bytes_per_token"] / 1e9, _share(entry))
     page.table(
         "| Llama-3-8B, quantised | sparsity realised | tokens/s | GB a token | of what the memory allows |", rows
     )
@@ -171,7 +163,7 @@ def benchmarks_families(page: Page) -> None:
         run = one(result("families-gpu")["runs"], model=model)
         dense, half = run["dense"], run["sparse"]
         shares = [100 * entry["of_the_limit"] for entry in (dense, half)]
-        rows[label] = (_median(dense), shares[0], _median(half), shares[1], half["speedup"], half["realised_sparsity"])
+        rows[label] = (median(dense), shares[0], median(half), shares[1], half["speedup"], half["realised_sparsity"])
     share = "of what the memory allows"
     page.table(f"| one H200, shape | dense | {share} | 50 % | {share} | over dense | realised |", rows)
     others = _peers(2)["models"]
@@ -192,7 +184,7 @@ def benchmarks_families(page: Page) -> None:
     }
     page.table(
         "| what is skipped | tokens/s | over dense |",
-        {label: (_median(ways[way]), ways[way]["speedup"]["median"]) for label, way in labels.items()},
+        {label: (median(ways[way]), ways[way]["speedup"]["median"]) for label, way in labels.items()},
     )
 
 
@@ -202,7 +194,7 @@ def benchmarks_batches(page: Page) -> None:
     for quantised in ("", "int8", "int4"):
         for name, batch in (("two", 2), ("four", 4), ("eight", 8)):
             runs = result(f"decode-gpu-{quantised}-batch-{batch}".replace("--", "-"))["runs"]
-            measured = {entry["sparsity"]: _median(entry) for entry in runs}
+            measured = {entry["sparsity"]: median(entry) for entry in runs}
             label = f"{name}, {quantised}" if quantised else name
             rows[label] = tuple(measured.get(sparsity) for sparsity in (0, 0.4, 0.5, 0.65, 0.8))
     page.table("| Llama-3-8B, sequences at a time | dense | 40 % | 50 % | 65 % | 80 % |", rows)
@@ -234,10 +226,10 @@ def benchmarks_ranks(page: Page) -> None:
 
     def row(case: Any) -> tuple[Cell, ...]:
         speeds = {(run["gpus"], run["sparsity"]): run for run in case["runs"]}
-        cells: list[Cell] = [_median(speeds[1, share]) if (1, share) in speeds else None for share in (0.0, 0.5)]
+        cells: list[Cell] = [median(speeds[1, share]) if (1, share) in speeds else None for share in (0.0, 0.5)]
         for share in (0.0, 0.5):
             over = speeds[2, share]["over_one_gpu"]
-            cells += [_median(speeds[2, share]), None if over is None else over["median"]]
+            cells += [median(speeds[2, share]), None if over is None else over["median"]]
         return (*cells, case["realised_sparsity"])
 
     eight = one(small["cases"], case="llama-3-8b")
@@ -269,96 +261,11 @@ def benchmarks_gate_first(page: Page) -> None:
     gpu, cpu = result("gate-first-gpu")["runs"], result("gate-first-cpu")["runs"]
     dead = (0.5, 0.7, 0.8, 0.89, 0.95)
     rows = {
-        "H100, bfloat16, one token": tuple(_at(gpu, share)["speedup"] for share in dead),
-        "one CPU thread, float32": tuple(_at(cpu, share, dtype="float32")["speedup"] for share in dead),
+        "H100, bfloat16, one token": tuple(at(gpu, share)["speedup"] for share in dead),
+        "one CPU thread, float32": tuple(at(cpu, share, dtype="float32")["speedup"] for share in dead),
     }
     page.table("| an MLP of Llama-2-7B's shape over its dense self | 50 % dead | 70 % | 80 % | 89 % | 95 % |", rows)
-    page.says("(dense {} µs)", _at(gpu, 0.7)["dense_microseconds"]["own"]["median"])
-
-
-def benchmarks_cpu(page: Page) -> None:
-    """A small model on a CPU."""
-    runs = result("decode-smollm2-135m-cpu")["runs"]
-
-    def row(entry: Any) -> tuple[Cell, ...]:
-        spread = entry["tokens_per_second"]
-        realised = entry["realised_sparsity"] if entry["sparsity"] else None
-        return realised, (spread["median"], spread["min"], spread["max"]), entry["speedup"]
-
-    rows = {
-        "transformers generate, dense": row(one(runs, backend="transformers generate")),
-        "transformers, torch.compile, dense": row(one(runs, backend="transformers, torch.compile")),
-        "`teal`, dense": row(one(runs, backend="dense")),
-    }
-    for allocation in ("fisher", "fisher-site"):
-        for sparsity in (0.4, 0.5, 0.65):
-            entry = _at(runs, sparsity, allocation=allocation)
-            rows[f"`teal`, `{allocation}`, {100 * sparsity:.0f} %"] = row(entry)
-    page.table("| tokens/s | sparsity realised | median of 5 (min to max) | over our dense |", rows)
-
-
-def benchmarks_llama_cpp(page: Page) -> None:
-    """A CPU, beside llama.cpp."""
-    widths = (("float32", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0"), ("int4:32", "Q4_0"))
-    rows: dict[str, tuple[Cell, ...]] = {}
-    for machine, file, of_half in (
-        ("", "decode-cpu-llama", "of 50 %"),
-        ("Xeon ", "decode-cpu-llama-xeon", "where 50 % was asked for"),
-        ("AVX2 alone ", "decode-cpu-llama-avx2", "at 50 %"),
-    ):
-        cells = result(file)["cells"]
-        rows, realised = {}, []
-        for width, theirs in widths:
-            cell = cells.get(f"smollm2-135m/{width}/t2/c64")
-            if cell is None:
-                continue  # not measured there
-            over = [(_median(run), run["over_llama_cpp"]["median"]) for run in cell["runs"]]
-            rows[f"{width}, `{theirs}`"] = (_median(cell["llama_cpp"]), *over)
-            realised.append(_at(cell["runs"], 0.5)["realised_sparsity"])
-        page.table(f"| {machine}| llama.cpp | `teal`, dense | 40 % | 50 % | 65 % |", rows)
-        page.says(f"realised {{}} to {{}} {of_half}", min(realised), max(realised))
-    busy = result("decode-cpu-llama-xeon")["cells"]["smollm2-135m/int4:32/t2/c64"]["runs"]
-    over = _at(busy, 0.5)["over_llama_cpp"]
-    page.says("rounds of int4 lay between {} and {} times llama.cpp", over["min"], over["max"])
-    page.is_no_result("its memory gave 40 to 65 GB/s", "looked at by hand, between the runs")
-    for cell, after in (("smollm2-135m/int8/t2/c2048", "The shape"), ("llama-3.2-1b/bfloat16/t2/c64", "Small models")):
-        over_both = _dense_and_half(cell, "decode-cpu-llama-avx2")
-        page.says(f"is {{}} times llama.cpp dense and {{}} times at 50 %. {after}", *over_both)
-
-    rows = {}
-    for label, name in (
-        ("SmolLM2-135M, one thread", "smollm2-135m/{}/t1/c64"),
-        ("four threads on the two cores", "smollm2-135m/{}/t4/c64"),
-        ("after 2,048 tokens", "smollm2-135m/{}/t2/c2048"),
-        ("after 8,000 tokens", "smollm2-135m/{}/t2/c8000"),
-        ("Qwen2.5-0.5B shape", "qwen2.5-0.5b/{}/t2/c64"),
-        ("Llama-3.2-1B shape", "llama-3.2-1b/{}/t2/c64"),
-    ):
-        rows[label] = tuple(_dense_and_half(name.format(width)) for width, _ in widths)
-    page.table("| dense, 50 % over llama.cpp | float32 | bfloat16 | int8 | int4 |", rows)
-
-
-def benchmarks_families_cpu(page: Page) -> None:
-    """Small shapes of other families on a CPU, beside llama.cpp."""
-    cells = result("decode-cpu-families")["cells"]
-    for width, theirs in (("int8", "Q8_0"), ("bfloat16", "BF16")):
-        rows: dict[str, tuple[Cell, ...]] = {}
-        for name in cells:
-            if name.endswith(f"/{width}"):
-                over = [(_median(run), run["over_llama_cpp"]["median"]) for run in cells[name]["runs"]]
-                rows[f"`{name.partition('/')[0]}`"] = (_median(cells[name]["llama_cpp"]), *over)
-        page.table(f"| family, {width} | llama.cpp `{theirs}` | `teal`, dense | 50 % |", rows)
-    runs = [run for cell in cells.values() for run in cell["runs"]]
-    for sparsity, said in ((0, "dense {} to {} times"), (0.5, "at 50 % {} to {} times")):
-        over = [run["over_llama_cpp"]["median"] for run in runs if run["sparsity"] == sparsity]
-        page.says(f"{said} llama.cpp", min(over), max(over))
-
-
-def _dense_and_half(name: str, file: str = "decode-cpu-llama") -> tuple[Any, ...]:
-    cells = result(file)["cells"]
-    if name not in cells:
-        return ()  # not measured
-    return tuple(_at(cells[name]["runs"], sparsity)["over_llama_cpp"]["median"] for sparsity in (0, 0.5))
+    page.says("(dense {} µs)", at(gpu, 0.7)["dense_microseconds"]["own"]["median"])
 
 
 def tutorial_speed(page: Page) -> None:
@@ -376,8 +283,8 @@ def tutorial_speed(page: Page) -> None:
         page.says(f"{shown} │ {{}} ({{}}-{{}}) │ {{}} │ {{}} │ {{}}x", *realised, *figures)
     plain, int4 = _gpu(), result("decode-gpu-int4")["runs"]
     rows = {
-        "bfloat16, tokens/s": tuple(_median(_at(plain, sparsity)) for sparsity in (0, 0.4, 0.5)),
-        "int4, groups of 128, tokens/s": tuple(_median(_at(int4, sparsity)) for sparsity in (0, 0.4, 0.5)),
+        "bfloat16, tokens/s": tuple(median(at(plain, sparsity)) for sparsity in (0, 0.4, 0.5)),
+        "int4, groups of 128, tokens/s": tuple(median(at(int4, sparsity)) for sparsity in (0, 0.4, 0.5)),
     }
     page.table("| | dense | 40 % | 50 % |", rows)
     page.says("It has {} GiB in bfloat16", result("decode-gpu")["peak_memory_bytes"]["weights"] / 2**30)
@@ -388,11 +295,11 @@ def benchmarks_routed(page: Page) -> None:
     runs = result("routed-tokens-gpu")["runs"]
     rows: dict[str, tuple[Cell, ...]] = {}
     for label, model in (("Llama-2-7B", "llama-2-7b"), ("Mistral-7B", "mistral-7b")):
-        cells: list[Cell] = [_median(one(runs, model=model, share=0.5, way="dense"))]
+        cells: list[Cell] = [median(one(runs, model=model, share=0.5, way="dense"))]
         for way in ("routed", "gate first"):
             for share in (0.5, 0.7):
                 run = one(runs, model=model, share=share, way=way)
-                cells.append((_median(run), run["speedup"]["median"]))
+                cells.append((median(run), run["speedup"]["median"]))
         rows[label] = tuple(cells)
     page.table(
         "| one H200, bfloat16, groups of 32 neurons | dense | routed, 50 % of groups | 70 % "
