@@ -8,10 +8,12 @@ import torch
 from accelerate import dispatch_model
 from conftest import build_model, save_tiny
 
+from teal_cli.adapt.hidden import hidden_loss
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 from teal_cli.models.loading import check_memory
 from teal_cli.models.offload import is_spread, spread_
+from teal_cli.sparse import replace_projections_
 
 SIZE = ["--tokens", "512", "--seq-len", "32", "--batch-size", "2", "--held-out-tokens", "64"]
 
@@ -79,7 +81,23 @@ def test_all_devices_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_spread_over_more_than_one_device() -> None:
     model = build_model("llama")
-    spread_(model, to_train=True)
+    spread_(model, {"": "cpu"}, to_train=True)
     assert not is_spread(model)
     model.hf_device_map = {"a": 0, "b": 1}
     assert is_spread(model)
+
+
+def test_blocks_of_student_and_teacher_may_lie_elsewhere() -> None:
+    """The meta device is another one, though nothing is computed there."""
+    here, there = torch.ones(1, 2, 4), torch.ones(1, 2, 4, device="meta")
+    assert hidden_loss([there, here], [here, here]).is_meta
+    assert float(hidden_loss([here, 2 * here], [here, here])) == 0.5
+
+
+def test_a_sparse_output_layer_is_given_its_input_where_its_weights_are() -> None:
+    """Tied to the embedding it lies on the first device, and the last block on another."""
+    model = build_model("llama-bias")
+    dispatch_model(model, device_map={"": "cpu"}, force_hooks=True, main_device="cpu")
+    model.lm_head.to("meta")._hf_hook.execution_device = "meta"
+    replace_projections_(model, ["lm_head"])
+    assert model.lm_head(torch.ones(1, 2, model.config.hidden_size)).is_meta
