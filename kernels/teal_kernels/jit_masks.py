@@ -29,10 +29,10 @@ def mask_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = x without dropped inputs, in y's dtype; their number is added to `dropped`."""
+    """y = x in y's dtype, without dropped inputs; their number is added to `dropped`. Masked again, y stays so."""
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = number < numel
-    x = tl.load(x_ptr + number, mask=inside, other=0.0)
+    x = tl.load(x_ptr + number, mask=inside, other=0.0).to(y_ptr.dtype.element_ty)
     dropped = tl.abs(x.to(tl.float32)) <= tl.load(threshold_ptr)  # not of a NaN
     dropped = dropped & (_stays(number, starts_ptr, start, features, tokens, offset, inside, STARTS) == 0) & inside
     tl.store(y_ptr + number, tl.where(dropped, 0.0, x).to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,6 +1,6 @@
 """Hidden states without the inputs that are dropped, for passes over many tokens: training and evaluation by masks.
 
-One launch compares, leaves out, rounds and counts; PyTorch takes six, each of which reads and writes the whole hidden
+One launch rounds, compares, leaves out and counts; PyTorch takes six, each of which reads and writes the whole hidden
 state. What the backward pass needs is what the product holds anyway: the result itself.
 
 Importable without triton.
@@ -80,12 +80,12 @@ def masked_rows(
 
     Args:
         x: (batch, tokens, in) or (batch * tokens, in), float32, float16 or bfloat16.
-        threshold: 0-d float32; an input is dropped whose size is at most that. Must not change before the backward
-            pass.
+        threshold: 0-d float32; an input is dropped whose size, in the dtype of the result, is at most that. Must not
+            change before the backward pass.
         start: of each row the first position that may drop inputs, (batch,) int64; or of all.
         tokens: of each row.
         offset: positions of a row that come before those of x.
-        dtype: of the result; by default that of x. In it no kept input is 0 that was not.
+        dtype: of the result; by default that of x.
         straight_through: let the gradient through as if nothing were dropped.
 
     Returns:

@@ -203,5 +203,5 @@ class Student(nn.Module):
             self.text_weight,
         )
         if states:
-            loss = loss + self.hidden_weight * hidden_loss(states, its_states)
+            loss = loss + self.hidden_weight * hidden_loss(states, its_states).to(loss.device)
         return loss.to(input_ids.device)

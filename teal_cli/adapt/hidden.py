@@ -35,12 +35,13 @@ def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 
     Args:
         student: (batch, tokens, hidden) behind each block.
-        teacher: the same of the teacher; no gradient.
+        teacher: the same of the teacher; no gradient. Either may lie on several devices, each in its own way.
     """
-    return torch.stack([_relative(*pair) for pair in zip(student, teacher, strict=True)]).mean()
+    parts = [_relative(*pair) for pair in zip(student, teacher, strict=True)]
+    return torch.stack([part.to(parts[0].device) for part in parts]).mean()
 
 
 def _relative(student: Tensor, teacher: Tensor) -> Tensor:
-    wanted = teacher.detach().float()
+    wanted = teacher.detach().to(student.device).float()
     error = (student.float() - wanted).square().sum(-1)
     return (error / wanted.square().sum(-1).clamp_min(_TINY)).mean()

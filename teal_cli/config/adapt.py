@@ -154,9 +154,14 @@ class AdaptConfig(OneAllocation):
 
     @model_validator(mode="after")
     def _spread_models_recover(self) -> Self:
-        if self.device_map == "auto" and (self.recipe != "recover" or "self" in self.dataset):
-            other = "dataset self (flag --dataset)" if self.recipe == "recover" else f"recipe {self.recipe}"
-            raise ValueError(f"device_map auto (flag --device-map) does not go with {other}")
+        others = {
+            f"recipe {self.recipe}": self.recipe != "recover",
+            "dataset self (flag --dataset)": "self" in self.dataset,
+            "device cpu (flag --device)": self.device == "cpu",
+        }
+        for other, is_asked_for in others.items():
+            if self.device_map == "auto" and is_asked_for:
+                raise ValueError(f"device_map auto (flag --device-map) does not go with {other}")
         return self
 
     @model_validator(mode="after")

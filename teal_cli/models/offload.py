@@ -54,11 +54,11 @@ def spread_(
 
 
 def places_of(model: Any, *, to_train: bool) -> dict[str, Any]:
-    """Module path -> device, by free memory: all GPUs are filled, and then main memory.
+    """Module path -> device: each GPU has an equal part, so that all have room for activations; main memory the rest.
 
     Args:
         model: on the CPU or the meta device.
-        to_train: give each GPU an equal part, so that all have room for activations, and main memory none.
+        to_train: give main memory none.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -66,11 +66,12 @@ def places_of(model: Any, *, to_train: bool) -> dict[str, Any]:
     stacks = [model.get_submodule(path) for path in architecture_for(model).blocks]
     whole = sorted({type(block).__name__ for stack in stacks for block in stack.children()})
     how: dict[str, Any] = {"no_split_module_classes": whole, "dtype": model.dtype}
-    if to_train and torch.cuda.is_available():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of a model that was let go: it counts as used otherwise
-        room = get_balanced_memory(model, **how)
-        how["max_memory"] = {device: size for device, size in room.items() if device != "cpu"}
-    found: dict[str, Any] = infer_auto_device_map(model, **how)
+    room = get_balanced_memory(model, **how)
+    if to_train and torch.cuda.is_available():
+        room.pop("cpu", None)
+    found: dict[str, Any] = infer_auto_device_map(model, max_memory=room, **how)
     return found
 
 

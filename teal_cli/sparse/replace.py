@@ -49,9 +49,24 @@ def replace_projections_(model: nn.Module, names: Iterable[str]) -> SparsityCont
             raise ArtefactError(f"the model has no linear layer {name}: these thresholds belong to another model")
         if linear is output:
             layer.is_output, control.output = True, name
+            _stay_with_inputs(layer, linear)
         setattr(model.get_submodule(parent), child, layer)
     _begin_and_end_passes(model, architecture, control)
     return control
+
+
+def _stay_with_inputs(layer: nn.Module, before: Any) -> None:
+    """Let an output layer be given its input where its weights are, if that of a model on several devices was.
+
+    Tied to the embedding it lies with the first blocks. accelerate's hook is around the forward of the layer replaced.
+    """
+    device = getattr(getattr(before, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+
+        def follow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].to(device), *args[1:])
+
+        layer.register_forward_pre_hook(follow)
 
 
 def _begin_and_end_passes(model: nn.Module, architecture: Architecture, control: SparsityControl) -> None:

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from teal_cli.checkpoint.adapted import Record, read_record, stored
 from teal_cli.config import AdaptConfig
 from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
-from teal_cli.errors import UsageError
+from teal_cli.errors import MachineError, UsageError
 from teal_cli.model_loading import load_model
 from teal_cli.models.forward import check_positions
 from teal_cli.models.layers import Experts
@@ -226,8 +227,11 @@ def _load_beside(model: Any, config: AdaptConfig, workspace: Workspace, reporter
     size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = sum(available_bytes(each) or 0 for each in _places(config, device))
     stacked = any(isinstance(module, Experts) for module in model.modules())  # accelerate would lose these
-    if device.type == "cpu" or stacked or free > _ROOM_BESIDE * size:
+    if device.type == "cpu" or stacked:
         return _load(config, workspace, config.dtype)
+    if free > _ROOM_BESIDE * size:
+        with suppress(MachineError):  # room enough, but not where blocks of a spread model would lie
+            return _load(config, workspace, config.dtype)
     reporter.say("the GPU has no room for the dense model beside the adapted one: comparing from main memory")
     architecture, name = workspace.architecture(config), str(dtype).removeprefix("torch.")
     dense = load_model(workspace.source.folder, device="cpu", dtype=name, architecture=architecture)

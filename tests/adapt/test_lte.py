@@ -196,6 +196,10 @@ def test_each_mlp_can_be_steered_to_that_share(tmp_path: Path) -> None:
     again.load_state(state)
     assert [each.start for each in again._steerings] == [None, 0.25]
     assert [each.total for each in again._steerings] == [0.0, -0.5]
+    single = Lte(_setting())
+    single.operate_(build_model("llama"), single.measure(build_model("llama"), _Rows(2, 1).ids))
+    single.load_state({"steering": torch.tensor([0.25, -0.5], dtype=torch.float64)})  # as earlier versions had it
+    assert (single._steerings[0].start, single._steerings[0].total) == (0.25, -0.5)
 
 
 def test_the_share_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

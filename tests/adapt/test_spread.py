@@ -1,6 +1,7 @@
 """Adapting a model whose blocks lie on several devices; here they are all the CPU, with hooks between them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +9,16 @@ import torch
 from accelerate import dispatch_model
 from conftest import build_model, save_tiny
 
+from teal_cli.adapt.hidden import hidden_loss
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
+from teal_cli.config import AdaptConfig
+from teal_cli.console import Reporter
+from teal_cli.errors import MachineError
 from teal_cli.models.loading import check_memory
 from teal_cli.models.offload import is_spread, spread_
+from teal_cli.sparse import replace_projections_
+from teal_cli.steps import adapt
 
 SIZE = ["--tokens", "512", "--seq-len", "32", "--batch-size", "2", "--held-out-tokens", "64"]
 
@@ -52,6 +59,7 @@ def test_it_learns_what_it_does_on_one_device(
     [
         (("--recipe", "relu"), "does not go with recipe relu"),
         (("--dataset", "self"), "does not go with dataset self"),
+        (("--device", "cpu"), "does not go with device cpu"),
     ],
 )
 def test_what_it_does_not_go_with(
@@ -79,7 +87,45 @@ def test_all_devices_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_spread_over_more_than_one_device() -> None:
     model = build_model("llama")
-    spread_(model, to_train=True)
+    spread_(model, {"": "cpu"}, to_train=True)
     assert not is_spread(model)
     model.hf_device_map = {"a": 0, "b": 1}
     assert is_spread(model)
+
+
+def test_blocks_of_student_and_teacher_may_lie_elsewhere() -> None:
+    """The meta device is another one, though nothing is computed there."""
+    here, there = torch.ones(1, 2, 4), torch.ones(1, 2, 4, device="meta")
+    assert hidden_loss([there, here], [here, here]).is_meta
+    assert float(hidden_loss([here, 2 * here], [here, here])) == 0.5
+
+
+def test_a_sparse_output_layer_is_given_its_input_where_its_weights_are() -> None:
+    """Tied to the embedding it lies on the first device, and the last block on another."""
+    model = build_model("llama-bias")
+    dispatch_model(model, device_map={"": "cpu"}, force_hooks=True, main_device="cpu")
+    model.lm_head.to("meta")._hf_hook.execution_device = "meta"
+    replace_projections_(model, ["lm_head"])
+    assert model.lm_head(torch.ones(1, 2, model.config.hidden_size)).is_meta
+
+
+def test_a_model_that_fits_beside_but_not_by_blocks_is_compared_with_from_main_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the run would fail once it is trained, and again whenever it is taken up."""
+    model, asked = build_model("llama"), AdaptConfig(model="tiny", device_map="auto", dtype="float32")
+    workspace: Any = SimpleNamespace(architecture=lambda config: None, source=SimpleNamespace(folder=Path("tiny")))
+
+    def full(*args: Any) -> Any:
+        raise MachineError("out of memory")
+
+    offloaded: list[Any] = []
+    monkeypatch.setattr(adapt, "_load", full)
+    monkeypatch.setattr(adapt, "_stored", lambda workspace: "float32")
+    monkeypatch.setattr(adapt, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(adapt, "devices", lambda device: [device])
+    monkeypatch.setattr(adapt, "available_bytes", lambda device: 1 << 60)
+    monkeypatch.setattr(adapt, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(adapt, "offload_", lambda model, device: offloaded.append(model))
+    assert adapt._load_beside(model, asked, workspace, Reporter(quiet=True)) is model
+    assert offloaded == [model]

@@ -14,14 +14,17 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer tha
 SIZE = ["--tokens", "1024", "--seq-len", "32", "--batch-size", "4", "--held-out-tokens", "64"]
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-bias"])  # the second has tied embeddings
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--lora", "4", "--recompute", "--text-weight", "5"), ("--options", "vectors=true")],
+    [("--hidden-weight", "1"), ("--lora", "4", "--recompute", "--text-weight", "5"), ("--options", "vectors=true")],
     ids=["weights", "adapters", "vectors"],
 )
-def test_two_gpus_learn_what_one_does(tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_gpus_learn_what_one_does(
+    tmp_path: Path, family: str, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(AdaptTrainer, "_can_graph", False)
-    dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
+    dense, corpus = save_tiny(tmp_path / "tiny", family), write_corpus(tmp_path / "corpus.txt")
     text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda", "--dtype", "float32", "--quiet"]
     curves = {}
     for where in ("one", "auto"):

@@ -47,18 +47,32 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     """A hidden state in float32 under autocast, and one that has 16 bits itself, without a dimension for its rows."""
     x, limit = _random((2, 5, 33)).requires_grad_(), torch.tensor(0.5)
     masked, _ = masked_rows(x, limit, 2, tokens=5, dtype=dtype)
-    kept = active_inputs(x.detach(), limit) | _stays((2, 5, 33), 2, 0)
-    expected = (x.detach() * kept).to(dtype)
-    torch.testing.assert_close(masked, expected, rtol=2**-7, atol=0)  # the interpreter cuts off what a GPU rounds
-    assert torch.equal(masked != 0, expected != 0)
+    rounded = masked_rows(x.detach(), torch.tensor(-1.0), 0, tokens=5, dtype=dtype)[0]
+    torch.testing.assert_close(rounded, x.detach().to(dtype), rtol=2**-7, atol=0)  # the interpreter cuts off
+    kept = active_inputs(rounded, limit) | _stays((2, 5, 33), 2, 0)
+    assert torch.equal(masked, rounded * kept)
     (gradient,) = torch.autograd.grad(masked.sum(), x)
     assert gradient.dtype == torch.float32
-    assert torch.equal(gradient, kept.float())
+    assert torch.equal(gradient, (kept & ((rounded != 0) | _stays((2, 5, 33), 2, 0))).float())
     flat = x.detach().to(dtype).flatten(0, 1)
     again, dropped = masked_rows(flat, limit, 2, tokens=5)
     kept = active_inputs(flat, limit) | _stays((2, 5, 33), 2, 0).flatten(0, 1)
     assert torch.equal(again, flat * kept)
     assert int(dropped) == int((~kept).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_masked_stays_as_it_is(dtype: torch.dtype) -> None:
+    """An adapter and the layer beside it read the same, though the layer masks once more what it is given."""
+    limit, above = torch.tensor(0.5), 0.5 * (1 + 2.0**-14)  # which is 0.5 in 16 bits
+    x = torch.tensor([0.25, 0.5, above, 0.75, 1e-9, 3.0]).view(1, 1, 6).requires_grad_()
+    masked, dropped = masked_rows(x, limit, 0, tokens=1, dtype=dtype)
+    again, more = masked_rows(masked, limit, 0, tokens=1, dtype=dtype)
+    assert torch.equal(again, masked)
+    assert int(dropped) == int(more) == 4
+    kept, _ = masked_rows(x, torch.tensor(0.0), 0, tokens=1, dtype=dtype)
+    (gradient,) = torch.autograd.grad(kept.sum(), x)
+    assert torch.equal(gradient != 0, kept != 0)
 
 
 def test_gradients_go_straight_through() -> None:

@@ -10,7 +10,7 @@ from conftest import VOCABULARY, build_model, save_tiny
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration
 from teal_cli.cli import run
-from teal_cli.models.offload import computing_device, offload_, spread_
+from teal_cli.models.offload import computing_device, offload_, places_of, spread_
 
 
 def test_weights_are_elsewhere_between_layers() -> None:
@@ -47,6 +47,15 @@ def test_blocks_on_several_devices_measure_the_same(
     for name in ("histograms", "sensitivities", "paths"):
         for key, values in getattr(away, name).items():
             torch.testing.assert_close(values, getattr(here, name)[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("to_train", [False, True])
+def test_gpus_have_equal_parts(to_train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled one after the other, the first would have no room for what the model computes."""
+    free = {0: 1 << 30, 1: 1 << 30, "cpu": 1 << 30}
+    monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda given=None: given or dict(free))
+    places = places_of(build_model("llama-bias"), to_train=to_train)
+    assert set(places.values()) == {0, 1}
 
 
 def test_one_device_is_enough_for_a_small_model() -> None:

@@ -241,7 +241,8 @@ class Lte(Recipe):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Recipe`."""
         super().load_state(state)
-        for steering, (start, total) in zip(self._steerings, state["steering"].tolist(), strict=True):
+        held = state["steering"].view(-1, 2).tolist()  # without rows in a run that began before there were several
+        for steering, (start, total) in zip(self._steerings, held, strict=True):
             steering.start, steering.total = None if start != start else start, total
 
     @torch.no_grad()
