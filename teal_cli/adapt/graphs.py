@@ -101,7 +101,11 @@ class GraphedPasses:
             return None
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # The outer stream is gone back to; a capture that fails stays on its own.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 loss = self._pass()
         except RuntimeError as error:
             # Its state still believes that a graph is being captured, and would give nobody a random number.

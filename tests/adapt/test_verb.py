@@ -164,6 +164,7 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
         (("--recipe", "relu", "--no-recalibrate"), "recalibrate (flag --recalibrate) has no part in recipe relu"),
         (("--recipe", "prosparse", "--options", "zeros=0.8,growth=fixed"), "leave out option growth"),
         (("--recipe", "lte", "--options", "routers=random,eta=2"), "leave out option eta"),
+        (("--recipe", "lte", "--options", "shares=even,eta=2"), "even shares are steered: leave out option eta"),
         (("--dataset", "a=1,a=3"), "names a dataset twice"),
     ],
 )

@@ -40,6 +40,12 @@ class Options(RecipeOptions):
     )
 
     @model_validator(mode="after")
+    def _even_shares_are_steered(self) -> Self:
+        if self.shares == "even" and self.eta is not None:
+            raise ValueError("even shares are steered: leave out option eta")
+        return self
+
+    @model_validator(mode="after")
     def _random_ones_do_not_train(self) -> Self:
         if self.routers == "random":
             for key in ("eta", "shares", "separation", "epsilon", "bias", "soft", "router_rate"):
