@@ -1,4 +1,4 @@
-"""Hidden states without the inputs that are dropped, for passes over many tokens: training and evaluation by masks.
+"""Hidden states without the inputs that are dropped, for training under masks.
 
 One launch rounds, compares, leaves out and counts; PyTorch takes six, each of which reads and writes the whole hidden
 state. What the backward pass needs is what the product holds anyway: the result itself.
@@ -61,9 +61,12 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], ha
         launch(kernel, grid, *tensors, *sizes, warps=_WARPS, pdl=False, STARTS=has_starts, BLOCK=_BLOCK)
 
 
-def is_faster_for(x: Tensor) -> bool:
-    """Whether `masked_rows` takes x, and spares passes over memory: on a GPU."""
-    return x.is_cuda and kernels_unsupported_reason(x.device, x.dtype) is None
+def is_worth_it(x: Tensor) -> bool:
+    """Whether `masked_rows` takes x and spares time: on a GPU, in training, whose passes are replayed as graphs.
+
+    Launched one by one it spares none: forward and backward took the host 446 us, and PyTorch's own 389 (an H200).
+    """
+    return x.is_cuda and torch.is_grad_enabled() and kernels_unsupported_reason(x.device, x.dtype) is None
 
 
 def masked_rows(

@@ -12,7 +12,7 @@ from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.merged import MergedProjections
 from teal_kernels import active_inputs
 from teal_kernels.packing import Packed
-from teal_kernels.triton_masks import is_faster_for, masked_rows
+from teal_kernels.triton_masks import is_worth_it, masked_rows
 
 # Below this many rows MKL's float32 product rounds differently for the two weight layouts; from it
 # on the results were equal bit for bit (2 to 256 rows, 12 shapes from 37x65 to 4096x14336, AVX-512).
@@ -146,9 +146,9 @@ class SparseLinear(nn.Linear):
         return F.linear(self._without_skipped(x, context, rows), self.weight, self.bias)
 
     def _without_skipped(self, x: Tensor, context: PassContext, rows: int) -> Tensor:
-        """x with zeros for the inputs that are skipped; under autocast on a GPU in the dtype of the product."""
+        """x with zeros for the inputs that are skipped; in training on a GPU perhaps in the dtype of the product."""
         tokens, offset = self._positions(x, context, rows)
-        if is_faster_for(x):
+        if is_worth_it(x):
             return self._by_kernel(x, context, rows, tokens, offset)
         active = active_inputs(x, self.threshold)
         stays = context.stays_dense(tokens, offset, x.device)

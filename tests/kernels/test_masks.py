@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from teal_kernels import active_inputs
-from teal_kernels.triton_masks import is_faster_for, masked_rows
+from teal_kernels.triton_masks import is_worth_it, masked_rows
 
 SHAPES = [(3, 7, 65), (2, 4, 4096), (1, 1, 1)]
 STARTS = {"none": 0, "some": 3, "all": 100, "rows": None}
@@ -93,4 +93,4 @@ def test_what_is_not_contiguous_and_no_number() -> None:
 
 
 def test_a_cpu_keeps_its_own_way() -> None:
-    assert not is_faster_for(torch.zeros(2, 3))
+    assert not is_worth_it(torch.zeros(2, 3))
