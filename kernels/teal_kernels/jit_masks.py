@@ -1,4 +1,4 @@
-"""The kernels of `teal_kernels.triton_masks`, where they are explained. Triton's language, so not type-checked."""
+"""The kernel of `teal_kernels.triton_masks`, where it is explained. Triton's language, so not type-checked."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,8 @@ def _stays(number, starts_ptr, start, features, tokens, offset, inside, STARTS: 
 @triton.jit
 def mask_kernel(
     x_ptr,
-    y_ptr,
+    gradient_ptr,
+    result_ptr,
     threshold_ptr,
     starts_ptr,
     dropped_ptr,
@@ -25,41 +26,27 @@ def mask_kernel(
     features,
     tokens,
     offset,
+    BACKWARD: tl.constexpr,
     STARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = x in y's dtype, without dropped inputs; their number is added to `dropped`. Masked again, y stays so."""
+    """x in the result's dtype, without dropped inputs; their number is added to `dropped`. Masked again, it stays so.
+
+    Backward x is that result: what is 0 in it was dropped, and the gradient of all else is let through.
+    """
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = number < numel
-    x = tl.load(x_ptr + number, mask=inside, other=0.0).to(y_ptr.dtype.element_ty)
-    dropped = tl.abs(x.to(tl.float32)) <= tl.load(threshold_ptr)  # not of a NaN
+    x = tl.load(x_ptr + number, mask=inside, other=0.0)
+    limit = tl.load(threshold_ptr)
+    if BACKWARD:
+        limit = tl.minimum(limit, 0.0)  # below 0 it drops nothing
+        kept = tl.load(gradient_ptr + number, mask=inside, other=0.0)
+    else:
+        x = x.to(result_ptr.dtype.element_ty)
+        kept = x
+    dropped = tl.abs(x.to(tl.float32)) <= limit  # not of a NaN
     dropped = dropped & (_stays(number, starts_ptr, start, features, tokens, offset, inside, STARTS) == 0) & inside
-    tl.store(y_ptr + number, tl.where(dropped, 0.0, x).to(y_ptr.dtype.element_ty), mask=inside)
-    tl.atomic_add(dropped_ptr, tl.sum(dropped.to(tl.int32)).to(tl.int64), sem="relaxed")
-
-
-@triton.jit
-def mask_backward_kernel(
-    gradient_ptr,
-    y_ptr,
-    result_ptr,
-    threshold_ptr,
-    starts_ptr,
-    numel,
-    start,
-    features,
-    tokens,
-    offset,
-    STARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The gradient of what was kept, in the result's dtype: a dropped input left a zero, and no kept one is zero."""
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = number < numel
-    y = tl.load(y_ptr + number, mask=inside, other=0.0)
-    dropped = tl.abs(y.to(tl.float32)) <= tl.minimum(tl.load(threshold_ptr), 0.0)  # below 0 it drops nothing
-    dropped = dropped & (_stays(number, starts_ptr, start, features, tokens, offset, inside, STARTS) == 0)
-    gradient = tl.load(gradient_ptr + number, mask=inside, other=0.0)
-    tl.store(result_ptr + number, tl.where(dropped, 0.0, gradient).to(result_ptr.dtype.element_ty), mask=inside)
+    tl.store(result_ptr + number, tl.where(dropped, 0.0, kept).to(result_ptr.dtype.element_ty), mask=inside)
+    if not BACKWARD:
+        tl.atomic_add(dropped_ptr, tl.sum(dropped.to(tl.int32)).to(tl.int64), sem="relaxed")

@@ -15,7 +15,7 @@ from teal_kernels.launching import TRITON_MISSING, launch
 from teal_kernels.support import kernels_unsupported_reason
 
 if TRITON_MISSING is None:
-    from teal_kernels.jit_masks import mask_backward_kernel, mask_kernel
+    from teal_kernels.jit_masks import mask_kernel
 
 _BLOCK, _WARPS = 4096, 8
 
@@ -37,28 +37,28 @@ class _Masked(torch.autograd.Function):
         dropped = torch.zeros((), dtype=torch.int64, device=x.device)
         starts, first = (start, 0) if isinstance(start, Tensor) else (threshold, start)
         sizes = given.numel(), first, x.shape[-1], tokens, offset
-        ctx.place = sizes, isinstance(start, Tensor), straight_through, x.dtype
+        how = {"STARTS": isinstance(start, Tensor), "BLOCK": _BLOCK}
+        ctx.place = sizes, how, straight_through, x.dtype
         ctx.save_for_backward(*(() if straight_through else (y, threshold, starts)))
         ctx.mark_non_differentiable(dropped)
-        _launch(mask_kernel, (given, y, threshold, starts, dropped), sizes, isinstance(start, Tensor))
+        _launch(given, given, y, threshold, starts, dropped, *sizes, BACKWARD=False, **how)
         return y, dropped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sizes, has_starts, straight_through, dtype = ctx.place
+        sizes, how, straight_through, dtype = ctx.place
         gradient = gradients[0]
         if straight_through:
             return gradient.to(dtype), *[None] * 6
         y, threshold, starts = ctx.saved_tensors
         result = torch.empty_like(y, dtype=dtype)
-        _launch(mask_backward_kernel, (gradient.contiguous(), y, result, threshold, starts), sizes, has_starts)
+        _launch(y, gradient.contiguous(), result, threshold, starts, y, *sizes, BACKWARD=True, **how)  # counts nothing
         return result, *[None] * 6
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], has_starts: bool) -> None:
-    grid = (-(-sizes[0] // _BLOCK),)
-    with torch.cuda.device_of(tensors[0]):  # of a model on several GPUs: triton launches on the current one
-        launch(kernel, grid, *tensors, *sizes, warps=_WARPS, pdl=False, STARTS=has_starts, BLOCK=_BLOCK)
+def _launch(x: Tensor, *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(x):  # of a model on several GPUs: triton launches on the current one
+        launch(mask_kernel, (-(-x.numel() // _BLOCK),), x, *arguments, warps=_WARPS, pdl=False, **constants)
 
 
 def is_worth_it(x: Tensor) -> bool:
