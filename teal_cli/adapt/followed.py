@@ -6,7 +6,7 @@ held to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.checkpoint.rules import Routed, Zeros
 from teal_cli.models.activations import FatReLU
+from teal_cli.models.offload import stacked
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.replace import sparse_layers
 from teal_cli.sparse.routed import Router
@@ -99,7 +100,7 @@ class Followed(ABC):
         found, self._found = self._found, {}
         if found:
             # Each process reads its own part of a batch, and all must drop alike.
-            self.pending = list(found), mean_over_processes(_stacked(found.values()))
+            self.pending = list(found), mean_over_processes(stacked(found.values()))
 
     def _hook(self, index: int) -> Any:
         @torch.no_grad()
@@ -155,7 +156,7 @@ class _HeldTensors(Followed):
 
     def values(self) -> Tensor:
         """See `Followed`."""
-        return _stacked(self._held)
+        return stacked(self._held)
 
     def put(self, values: Tensor) -> None:
         """See `Followed`."""
@@ -286,12 +287,6 @@ class FollowedRouters(Followed):
 
 def _has_threshold(layer: SparseLinear) -> bool:
     return not isinstance(layer.rule, Zeros | Routed) and bool(layer.rule.expected_sparsity)
-
-
-def _stacked(values: Iterable[Tensor]) -> Tensor:
-    """0-d tensors as one, on the device of the first: blocks may lie on several."""
-    held = list(values)
-    return torch.stack([each.to(held[0].device) for each in held])
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from teal_cli.models.block_calls import hidden_of, hooked
+from teal_cli.models.offload import stacked
 
 _TINY = 1e-12
 
@@ -37,8 +37,7 @@ def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         student: (batch, tokens, hidden) behind each block.
         teacher: the same of the teacher; no gradient. Either may lie on several devices, each in its own way.
     """
-    parts = [_relative(*pair) for pair in zip(student, teacher, strict=True)]
-    return torch.stack([part.to(parts[0].device) for part in parts]).mean()
+    return stacked(_relative(*pair) for pair in zip(student, teacher, strict=True)).mean()
 
 
 def _relative(student: Tensor, teacher: Tensor) -> Tensor:

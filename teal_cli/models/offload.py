@@ -4,11 +4,13 @@ Both are accelerate's, `cpu_offload` and `dispatch_model`. The first is for meas
 once for many tokens; decoding would read them all through the bus for each token, and sparsity would save nothing.
 """
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.models.architectures import architecture_for
@@ -102,6 +104,12 @@ def require_offload(model: Any, flag: str = "offload (flag --offload)") -> None:
         raise UsageError(f"{flag} does not know stacked experts: leave it out for this model")
     if find_spec("accelerate") is None:
         raise MachineError(f"{flag} needs the package accelerate: pip install 'teal-cli[offload]'")
+
+
+def stacked(values: Iterable[Tensor]) -> Tensor:
+    """What blocks that may lie on several devices gave, as one tensor on the device of the first."""
+    held = list(values)
+    return torch.stack([each.to(held[0].device) for each in held])
 
 
 def computing_device(model: Any) -> torch.device:

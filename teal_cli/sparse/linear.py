@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from teal_cli.checkpoint.rules import Dense, Rule
 from teal_cli.sparse.context import PassContext, decide
 from teal_cli.sparse.control import SparsityControl
+from teal_cli.sparse.counting import SparsityCounter
 from teal_cli.sparse.merged import MergedProjections
 from teal_kernels import active_inputs
 from teal_kernels.packing import Packed
@@ -124,16 +125,14 @@ class SparseLinear(nn.Linear):
         decision = decide(self.rule, context, rows)
         if decision == "skip":
             if context.counter is not None:
-                active = active_inputs(x, self.threshold)
-                dropped = active.numel() - active.count_nonzero()
-                context.counter.add(self.name, self.in_features * self.out_features, x.numel(), dropped)
+                self._count(context.counter, x.numel(), _left_out(active_inputs(x, self.threshold)))
             return self.merged.product(self, x, context, control.backend)
         if decision == "masked":
             return self._masked(x, context, rows)
         if context.counter is not None and self.is_planned and context.may_drop(rows):
             # A projection that is left dense counts in the model's sparsity.
             seen = context.rows_that_drop(rows, *self._positions(x, context, rows), x.device)
-            context.counter.add(self.name, self.in_features * self.out_features, seen * self.in_features, 0)
+            self._count(context.counter, seen * self.in_features, 0)
         return self._dense(x, context, context.exact or rows > context.batch)
 
     def _positions(self, x: Tensor, context: PassContext, rows: int) -> tuple[int, int]:
@@ -156,7 +155,7 @@ class SparseLinear(nn.Linear):
             if x.dim() == 2:
                 stays = stays.expand(context.batch, tokens, 1).reshape(rows, 1)
             active |= stays
-        self._count_masked(context, rows, tokens, offset, active.numel() - active.count_nonzero())
+        self._count_masked(context, rows, tokens, offset, _left_out(active))
         masked = x * active
         return x + (masked - x).detach() if self.control.straight_through else masked
 
@@ -178,7 +177,11 @@ class SparseLinear(nn.Linear):
     def _count_masked(self, context: PassContext, rows: int, tokens: int, offset: int, dropped: Tensor) -> None:
         if context.counter is not None:
             seen = context.rows_that_drop(rows, tokens, offset, dropped.device) * self.in_features
-            context.counter.add(self.name, self.in_features * self.out_features, seen, dropped)
+            self._count(context.counter, seen, dropped)
+
+    def _count(self, counter: SparsityCounter, seen: int | Tensor, dropped: int | Tensor) -> None:
+        """Count inputs that could be skipped, and those that are."""
+        counter.add(self.name, self.in_features * self.out_features, seen, dropped)
 
     def kept_inputs(self, x: Tensor) -> Tensor:
         """What this layer multiplies with its weight in a masked pass; x itself in all others.
@@ -199,3 +202,8 @@ class SparseLinear(nn.Linear):
                 # A transposed copy of one weight, for as long as one product takes.
                 weight = weight.contiguous()
         return F.linear(x, weight, self.bias)
+
+
+def _left_out(active: Tensor) -> Tensor:
+    """How many inputs are not active; it stays on the device."""
+    return active.numel() - active.count_nonzero()

@@ -211,13 +211,18 @@ def _autocasts(config: AdaptConfig, device: torch.device) -> bool:
 
 def _load(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
     """The dense model, where it trains."""
-    architecture, folder = workspace.architecture(config), workspace.source.folder
     if config.device_map == "one":
-        return load_model(folder, device=config.device, dtype=dtype, architecture=architecture)
-    used = pick_dtype(dtype, _stored(workspace), pick_device(config.device))
-    model = load_model(folder, device="cpu", dtype=str(used).removeprefix("torch."), architecture=architecture)
+        architecture = workspace.architecture(config)
+        return load_model(workspace.source.folder, device=config.device, dtype=dtype, architecture=architecture)
+    model = _load_into_main_memory(config, workspace, dtype)
     spread_(model, to_train=True)
     return model
+
+
+def _load_into_main_memory(config: AdaptConfig, workspace: Workspace, dtype: str) -> Any:
+    """The dense model, in the dtype that it has where it computes."""
+    used = str(pick_dtype(dtype, _stored(workspace), pick_device(config.device))).removeprefix("torch.")
+    return load_model(workspace.source.folder, device="cpu", dtype=used, architecture=workspace.architecture(config))
 
 
 def _load_beside(model: Any, config: AdaptConfig, workspace: Workspace, reporter: Reporter) -> Any:
@@ -233,8 +238,7 @@ def _load_beside(model: Any, config: AdaptConfig, workspace: Workspace, reporter
         with suppress(MachineError):  # room enough, but not where blocks of a spread model would lie
             return _load(config, workspace, config.dtype)
     reporter.say("the GPU has no room for the dense model beside the adapted one: comparing from main memory")
-    architecture, name = workspace.architecture(config), str(dtype).removeprefix("torch.")
-    dense = load_model(workspace.source.folder, device="cpu", dtype=name, architecture=architecture)
+    dense = _load_into_main_memory(config, workspace, config.dtype)
     offload_(dense, device)
     return dense
 
