@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,65 @@ from teal_cli.bench.decode import random_prompt
 from teal_cli.calibration.collect import collect
 from teal_cli.calibration.sensitivity import measure
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
-from teal_cli.models.aliases import require_alias
+from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.models.aliases import Alias, require_alias
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import build_random_model
 from teal_cli.sparse import recalibrate_, sparsify_
 from teal_cli.versions import device_description, library_versions
 
 SINK_TOKENS = 4
+
+
+class Steps:
+    """Times what is done, and the memory that it takes of the fullest GPU."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float | None]] = {}
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` gives."""
+        gpus = range(torch.cuda.device_count())
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.reset_peak_memory_stats(gpu)
+        started = time.perf_counter()
+        result = work()
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+        peak = max((torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in gpus), default=None)
+        self.found[name] = {"seconds": time.perf_counter() - started, "peak_gb": peak}
+        print(name, self.found[name], flush=True)
+        return result
+
+
+def calibrated_(
+    model: Any, alias: Alias, steps: Steps, *, tokens: int, seq_len: int, sparsity: float
+) -> tuple[SparsityPlan, CalibrationInfo]:
+    """Each step from random text to thresholds, which the model has afterwards."""
+    projections = find_projections(model, output_layer=None)
+    text = random_prompt(int(alias.shape["vocab_size"]), seq_len, 1, tokens // seq_len)
+    rows = text.split(1)
+    histograms = steps.timed("histograms", lambda: collect(model, projections, rows, sink_tokens=SINK_TOKENS))
+    sensitivities = steps.timed("sensitivities", lambda: measure(model, projections, rows, sink_tokens=SINK_TOKENS))
+    info = CalibrationInfo(
+        model=alias.name,
+        weights="random, seed 0",
+        dataset="random tokens",
+        tokens=text.numel(),
+        seq_len=seq_len,
+        sink_tokens=SINK_TOKENS,
+        seed=1,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        seconds=steps.found["histograms"]["seconds"] or 0.0,
+        sensitivity_tokens=text.numel(),
+        sensitivity_seconds=steps.found["sensitivities"]["seconds"] or 0.0,
+    )
+    calibration = Calibration(info, projections, histograms, sensitivities)
+    plan = steps.timed("allocation fisher", lambda: make_plan(calibration, sparsity, "fisher"))
+    sparsify_(model, plan)
+    return steps.timed("propagation", lambda: recalibrate_(model, plan, text, dense_prefix=seq_len // 2)), info
 
 
 def main() -> None:
@@ -38,52 +91,15 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    alias = require_alias(options.model)
+    alias, steps = require_alias(options.model), Steps()
     model = build_random_model(alias, device=options.device, dtype="auto", seed=0)
-    on_gpu = model.device.type == "cuda"
-    steps: dict[str, dict[str, float | None]] = {}
-
-    def timed(name: str, work: Any) -> Any:
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        result = work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
-        steps[name] = {"seconds": time.perf_counter() - started, "peak_gb": peak}
-        print(name, steps[name], flush=True)
-        return result
-
-    projections = find_projections(model, output_layer=None)
-    sequences = options.tokens // options.seq_len
-    text = random_prompt(int(alias.shape["vocab_size"]), options.seq_len, 1, sequences)
-    histograms = timed("histograms", lambda: collect(model, projections, text.split(1), sink_tokens=SINK_TOKENS))
-    sensitivities = timed("sensitivities", lambda: measure(model, projections, text.split(1), sink_tokens=SINK_TOKENS))
-    info = CalibrationInfo(
-        model=alias.name,
-        weights="random, seed 0",
-        dataset="random tokens",
-        tokens=text.numel(),
-        seq_len=options.seq_len,
-        sink_tokens=SINK_TOKENS,
-        seed=1,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        seconds=steps["histograms"]["seconds"] or 0.0,
-        sensitivity_tokens=text.numel(),
-        sensitivity_seconds=steps["sensitivities"]["seconds"] or 0.0,
-    )
-    calibration = Calibration(info, projections, histograms, sensitivities)
-    plan = timed("allocation fisher", lambda: make_plan(calibration, options.sparsity, "fisher"))
-    sparsify_(model, plan)
-    timed("propagation", lambda: recalibrate_(model, plan, text, dense_prefix=options.seq_len // 2))
+    sizes = {"tokens": options.tokens, "seq_len": options.seq_len}
+    _, info = calibrated_(model, alias, steps, **sizes, sparsity=options.sparsity)
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "calibration": asdict(info),
         "sparsity": options.sparsity,
-        "steps": steps,
+        "steps": steps.found,
         "device": device_description(model.device),
         "versions": library_versions(),
     }

@@ -13,12 +13,12 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from calibrate_gpu import Steps, calibrated_
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
@@ -27,22 +27,15 @@ from teal_cli.adapt.loop import Run, run
 from teal_cli.adapt.recipe import Setting
 from teal_cli.adapt.recipes import recipe_class
 from teal_cli.adapt.training import Plan
-from teal_cli.allocation import make_plan
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import random_prompt
-from teal_cli.calibration.collect import collect
-from teal_cli.calibration.sensitivity import measure
-from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.config.recipes import options_of
 from teal_cli.models.aliases import Alias, require_alias
-from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import outline
 from teal_cli.models.offload import places_of, spread_
 from teal_cli.models.random_weights import shrink_residual_
-from teal_cli.sparse import recalibrate_, sparsify_
 from teal_cli.versions import device_description, library_versions
 
-SINK_TOKENS = 4
 SPARSITY = 0.5
 
 
@@ -80,28 +73,6 @@ def build(alias: Alias) -> Any:
 def _paths(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
-
-
-class Steps:
-    """Times what is done, and the memory that it takes of each GPU."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
-
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` gives."""
-        gpus = range(torch.cuda.device_count())
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)
-            torch.cuda.reset_peak_memory_stats(gpu)
-        started = time.perf_counter()
-        result = work()
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)
-        peak = [torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in gpus]
-        self.found[name] = {"seconds": time.perf_counter() - started, "peak_gb": peak}
-        print(name, self.found[name], flush=True)
-        return result
 
 
 def adapted(model: Any, plan: Any, options: argparse.Namespace, vocabulary: int) -> Any:
@@ -159,28 +130,7 @@ def main() -> None:
     alias, steps = require_alias(options.model), Steps()
     vocabulary = int(alias.shape["vocab_size"])
     model = steps.timed("building", lambda: build(alias))
-    text = random_prompt(vocabulary, options.seq_len, 1, options.tokens // options.seq_len)
-    projections = find_projections(model, output_layer=None)
-    rows = text.split(1)
-    histograms = steps.timed("histograms", lambda: collect(model, projections, rows, sink_tokens=SINK_TOKENS))
-    sensitivities = steps.timed("sensitivities", lambda: measure(model, projections, rows, sink_tokens=SINK_TOKENS))
-    info = CalibrationInfo(
-        model=alias.name,
-        weights="random, seed 0",
-        dataset="random tokens",
-        tokens=text.numel(),
-        seq_len=options.seq_len,
-        sink_tokens=SINK_TOKENS,
-        seed=1,
-        dtype="bfloat16",
-        device=model.device.type,
-        seconds=0.0,
-        sensitivity_tokens=text.numel(),
-    )
-    calibration = Calibration(info, projections, histograms, sensitivities)
-    plan = steps.timed("allocation fisher", lambda: make_plan(calibration, SPARSITY, "fisher"))
-    sparsify_(model, plan)
-    plan = steps.timed("propagation", lambda: recalibrate_(model, plan, text, dense_prefix=options.seq_len // 2))
+    plan, _ = calibrated_(model, alias, steps, tokens=options.tokens, seq_len=options.seq_len, sparsity=SPARSITY)
     trained = steps.timed("recover", lambda: adapted(model, plan, options, vocabulary))
     losses = [point["loss"] for point in trained.curve if "loss" in point]
     result = {
