@@ -162,6 +162,14 @@ def test_beyond_what_was_measured_the_line_goes_on(write: Write) -> None:
     assert [_choose(sparsity).dense for sparsity in (0.62, 0.7)] == [False, True]
 
 
+def test_of_one_measured_sparsity_the_line_begins_at_the_dense_read(write: Write) -> None:
+    """From 10.4 (all inputs listed) to 5 microseconds at 0.5: 10, as the dense read takes, at 0.037."""
+    write(_entry(0.0, 10.0), _entry(0.5, 5.0))
+    assert [_choose(sparsity).dense for sparsity in (0.01, 0.03, 0.05, 0.5)] == [True, True, False, False]
+    write(_entry(0.0, 10.0), _entry(0.5, 9.9))  # the line meets 10 at 0.4
+    assert [_choose(sparsity).dense for sparsity in (0.3, 0.39, 0.41)] == [True, True, False]
+
+
 def test_every_further_row_must_gain_more(write: Write) -> None:
     """Two rows at the root of a half leave a half unread, as one row does: 9.4 microseconds and 8 % more."""
     write(_entry(0.0, 10.0), _entry(0.5, 9.4))
