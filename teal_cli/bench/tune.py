@@ -111,8 +111,8 @@ def compilers(device: torch.device) -> Executor:
 def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -> Finalists:
     """Time the candidates of one product by itself.
 
-    All are timed at the middle sparsity, the best few at every sparsity, with weights that leave the L2 cache first; the
-    very best without, too.
+    All are timed at the middle sparsity, the best few at every sparsity, with weights that leave the L2 cache first,
+    and the very best without, too.
     """
     middle = sorted(sparsities)[len(sparsities) // 2]
     first = {dense: list(candidates(product, dense=dense)) for dense in (True, False)}
