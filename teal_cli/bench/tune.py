@@ -18,7 +18,7 @@ from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
-from teal_kernels.tuning import UNTUNED, trying
+from teal_kernels.tuning import UNTUNED, choose_config, trying
 from teal_kernels.tuning_entries import Entry, kind_of
 
 _COMPILERS = 12
@@ -112,7 +112,7 @@ def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -
     """Time the candidates of one product by itself.
 
     All are timed at the middle sparsity, the best few at every sparsity, with weights that leave the L2 cache first,
-    and the very best without, too.
+    and the very best without, too. What is chosen today is among the finalists, so that a search makes nothing worse.
     """
     middle = sorted(sparsities)[len(sparsities) // 2]
     first = {dense: list(candidates(product, dense=dense)) for dense in (True, False)}
@@ -121,27 +121,49 @@ def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -
     for dense, configs in first.items():
         best = [entry.config for entry in _ranked(product, configs, 0.0 if dense else middle)[:_FINALISTS]]
         finalists[dense] = [*best, replace(best[0], evict_first=False)]
-    _compile(product, [finalists[True][-1], finalists[False][-1]], pool)
-    return {
-        sparsity: _worth_trying(_ranked(product, finalists[sparsity == 0.0], sparsity))
-        for sparsity in (0.0, *sparsities)
-    }
+    of_today = {sparsity: _of_today(product, sparsity) for sparsity in (0.0, *sparsities)}
+    new = [config for config in of_today.values() if config not in first[config.dense]]
+    _compile(product, [finalists[True][-1], finalists[False][-1], *dict.fromkeys(new)], pool)
+    found = {}
+    for sparsity, config in of_today.items():
+        dense = sparsity == 0.0
+        own = [config] if config.dense == dense else []
+        configs = list(dict.fromkeys([*own, *finalists[dense]]))
+        found[sparsity] = _worth_trying(_ranked(product, configs, sparsity), own)
+    return found
 
 
-def _worth_trying(ranked: list[Entry]) -> list[Entry]:
-    return [entry for entry in ranked if entry.cost <= _LEVEL * ranked[0].cost][:_TRIED]
+def _of_today(product: TimedProduct, sparsity: float) -> TileConfig:
+    """What the tables give now."""
+    table, rows = product.tables[0], product.rows
+    config = choose_config(
+        product.device,
+        inputs=product.inputs,
+        parts=product.parts,
+        dtype=kind_of(table),
+        rows=rows,
+        epilogue=product.epilogue,
+        sparsity=sparsity,
+    )
+    return fitting(config, table, rows)
+
+
+def _worth_trying(ranked: list[Entry], of_today: list[TileConfig]) -> list[Entry]:
+    """What is chosen today first, then the fastest."""
+    level = [entry for entry in ranked if entry.cost <= _LEVEL * ranked[0].cost][:_TRIED]
+    return list(dict.fromkeys([*(entry for entry in ranked if entry.config in of_today), *level]))
 
 
 def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) -> list[Entry]:
     """Choose among the finalists of all products by the time of a token.
 
     Kernels that alternate rank otherwise than one that follows itself: what one leaves in the caches,
-    and where it lets the next begin, counts. Where the token is no faster than the dense one, no
-    product may be chosen as faster: its `deciding_microseconds` are as much above the dense read's. Skipping in some
-    products and not in others can lose what it gains.
+    and where it lets the next begin, counts. So does whether a product skips: one that is read whole beside others that
+    skip can cost more than both say by themselves, or less. Where the token is no faster than the dense one, no
+    product may be chosen as faster: its `deciding_microseconds` are as much above the dense read's.
 
     Args:
-        found: of each product.
+        found: of each product; the first of its entries are in force at the start.
         token_seconds: a sparsity to the time of a token at it, by whatever tile configs are chosen at the time.
 
     Returns:
@@ -152,6 +174,8 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
     for index, finalists in enumerate(found):
         for sparsity, entries in finalists.items():
             seconds = {}
+            if sparsity:
+                entries = [*entries, _read_whole(entries[0], best[index][0.0])]
             for entry in entries:
                 best[index][sparsity] = entry
                 with trying(chosen for product in best for chosen in product.values()):
@@ -164,6 +188,15 @@ def settle(found: Sequence[Finalists], token_seconds: Callable[[float], float]) 
         for product in best
         for sparsity, entry in product.items()
     ]
+
+
+def _read_whole(entry: Entry, dense: Entry) -> Entry:
+    """An entry by which the product is read whole at its sparsity."""
+    return replace(
+        entry,
+        deciding_microseconds=max(entry.cost, dense.cost),
+        deciding_because="a token was faster where this product was read whole",
+    )
 
 
 def _as_in_the_model(entry: Entry, dense: Entry, longer: float) -> Entry:

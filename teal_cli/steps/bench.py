@@ -265,7 +265,7 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
         return decode_seconds(engine, plans[sparsity], prepared.prompt, _TUNED_TOKENS)
 
     if not engine.path.own_kernels:
-        entries = [finalists[sparsity][0] for finalists in found for sparsity in finalists]
+        entries = [min(of_one, key=lambda entry: entry.cost) for finalists in found for of_one in finalists.values()]
     else:
         reporter.say("trying the best in the model")
         entries = settle(found, token_seconds)

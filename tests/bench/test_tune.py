@@ -124,7 +124,42 @@ def test_the_model_has_the_last_word() -> None:
     entries = settle(found, token_seconds)
     got = {((e.inputs, e.outputs, e.epilogue), e.sparsity): e.config.warps for e in entries}
     assert got == liked
-    assert sorted(asked) == [0.0] * 6 + [0.5] * 6
+    assert sorted(asked) == [0.0] * 6 + [0.5] * 8  # read whole, too
+
+
+def test_a_product_is_read_whole_where_that_has_the_faster_token() -> None:
+    found = [{sparsity: [_entry(product, sparsity, 1)] for sparsity in (0.0, 0.5)} for product in (FIRST, SECOND)]
+
+    def token_seconds(sparsity: float) -> float:
+        """Faster where FIRST is read whole and SECOND skips, though each skips faster than it is read."""
+        return 3.0 - _chosen(FIRST, sparsity).dense - 0.5 * (not _chosen(SECOND, sparsity).dense)
+
+    entries = settle(found, token_seconds)
+    with trying(entries):
+        assert [_chosen(product, 0.5).dense for product in (FIRST, SECOND)] == [True, False]
+    whole = next(entry for entry in entries if entry.product[0] == FIRST[0] and entry.sparsity)
+    assert whole.cost == 10.0
+    assert whole.deciding_because == "a token was faster where this product was read whole"
+
+
+def test_a_search_keeps_what_is_chosen_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is slower by itself than all others, and no candidate."""
+    today = replace(TILE, block_out=16)
+    entries = [Entry(64, (64,), "bfloat16", 1, "plain", s, 9.0 - s, replace(today, dense=s == 0.0)) for s in (0.0, 0.5)]
+    keep_entries(entries, "cpu", Provenance())
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tune, "_compile", lambda product, configs, pool: None)
+    product = _product(64, (64,), 1)
+    product.epilogue = "plain"
+    product.launch = lambda index, thresholds, config: None
+    product.thresholds = lambda sparsity: torch.full((1,), sparsity)
+    product.time = lambda config, thresholds: SimpleNamespace(median=30.0 if config.block_out == 16 else 10.0)
+    pool: Any = None
+    found = tune.search(product, [0.5], pool)
+    for sparsity in (0.0, 0.5):
+        first, *others = found[sparsity]
+        assert first.config == replace(today, dense=sparsity == 0.0)
+        assert {entry.microseconds for entry in others} == {10.0}
 
 
 @pytest.mark.parametrize(("of_the_sparse_token", "skips"), [(0.9, True), (1.1, False)])
