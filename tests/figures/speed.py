@@ -254,6 +254,16 @@ def benchmarks_ranks(page: Page) -> None:
         rows[label] = (*rows.get(label, ()), cell)
     page.table("| dense / 50 % (memory's limit, dense) | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |", rows)
     page.says("all weights at {} TB/s", result("speculation-llama-3-8b-gpu")["reading_gb_s"] / 1e3)
+    spread = result("spread-gpus")
+    steps = spread["steps"]
+    page.says("bfloat16 ({} GB), its blocks spread", spread["gigabytes"])
+    page.says(
+        "tokens {} s, sensitivities {} s, allocation {} s, thresholds {} s; six",
+        *[steps[step]["seconds"] for step in ("histograms", "sensitivities", "allocation fisher", "propagation")],
+    )
+    page.says(
+        "before and after, {} s. At most {} GB", steps["recover"]["seconds"], max(s["peak_gb"] for s in steps.values())
+    )
 
 
 def benchmarks_gate_first(page: Page) -> None:
