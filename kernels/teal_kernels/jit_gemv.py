@@ -29,7 +29,6 @@ from teal_kernels.jit_partials import split_of_cache
 from teal_kernels.jit_sums import (
     bias_of_words,
     columns_of_pairs,
-    fetch_rows,
     group_factors,
     load_rows,
     no_sums,
@@ -134,8 +133,7 @@ def gemv_kernel(
         threshold = tl.load(threshold_ptr + part)
         for _ in tl.static_range(ROWS):
             thresholds = thresholds + (threshold,)
-    own_weights = table.weights + first.to(tl.int64) * sizes.stride + word_start
-    columns = own_weights + words
+    columns = table.weights + first.to(tl.int64) * sizes.stride + word_start + words
     entries = memory.lists + (place * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
     if INPUTS.taken:
         entries = begin_list(entries, INPUTS.shared_bytes)
@@ -152,7 +150,9 @@ def gemv_kernel(
     if INPUTS.added and INPUTS.at_once:
         added_weights = norm_weights(added.weight, first, last, INPUTS)
     # What is read whole is known before the inputs are. (For tensor cores Triton sees to rows under way.)
-    summed: tl.constexpr = TILE.fma and TILE.bits < 16  # as inputs are taken; tensor cores sum those of their tiles
+    summed: tl.constexpr = (
+        TILE.fma and TILE.bits < 16
+    )  # inputs as they are taken; tensor cores sum those of their tiles
     one_loop: tl.constexpr = TILE.fma and not INPUTS.several_groups  # over rows, and not one that Triton pipelines
     whole: tl.constexpr = not INPUTS.listed and one_loop
     # Attention or the choice of the best token, which come after, have too few programs to crowd: `launch_dependents`.
@@ -161,7 +161,6 @@ def gemv_kernel(
     if whole and EXPERTS.chosen == 0:
         ahead = load_rows(columns, inside, (), 0, last - first, sizes.stride, INPUTS.listed, TILE)
     if PDL:
-        fetch_rows(own_weights, tl.cdiv(out_stop - out_start, PACK), last - first, sizes.stride, TILE)
         gdc_wait()
     share = 1.0
     expert_bias = ()

@@ -13,8 +13,6 @@ from teal_kernels.jit_common import (
 )
 from teal_kernels.jit_lists import listed_index, listed_value
 
-_LINE_BYTES = tl.constexpr(128)
-
 
 @triton.constexpr_function
 def _lowest_bit(k, bits, dtype):
@@ -247,33 +245,6 @@ def load_rows(columns, inside, which, begin, stop, stride, LISTED: tl.constexpr,
             ),
         )
     return weights
-
-
-@triton.jit
-def fetch_rows(first, words, rows, stride, TILE: tl.constexpr):
-    """Ask for a program's first rows of weights before it waits for its inputs, into the L2 cache.
-
-    Tensor cores take rows from a loop that Triton pipelines, so none can be under way before the wait as they are for
-    one row (`load_rows`).
-
-    Args:
-        first: where they begin.
-        words: of a row that the program reads, at most those of its block.
-        rows: that it reads; as many as `TILE.fetched` are asked for.
-    """
-    if TILE.fetched > 0 and not INTERPRETING:
-        OF_A_LINE: tl.constexpr = _LINE_BYTES // (first.dtype.element_ty.primitive_bitwidth // 8)
-        LINES: tl.constexpr = max(1, TILE.words // OF_A_LINE)
-        row = tl.arange(0, TILE.fetched)[:, None]
-        word = tl.arange(0, LINES)[None, :] * OF_A_LINE
-        tl.inline_asm_elementwise(
-            "{ .reg .pred there; setp.ne.b32 there, $2, 0; @there prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r",
-            [(first + row * stride + word).to(tl.int64), ((row < rows) & (word < words)).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit

@@ -23,8 +23,6 @@ class TileConstants(NamedTuple):
     """Weights in a word of the table."""
     words: int
     """Words of a row that a program reads."""
-    fetched: int
-    """Rows, a power of two, that are asked for before the inputs are known; 0 where that is done in another way."""
 
 
 class InputConstants(NamedTuple):

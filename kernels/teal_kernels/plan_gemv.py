@@ -32,8 +32,6 @@ _MAX_SUMS = 32
 """Of a thread, for each of two rows on the FMA path."""
 _MAX_REDUCERS = 4
 """Of one block. More were no faster on an H100."""
-_FETCHED_BYTES = 32768
-"""Of weights that a program for tensor cores asks for before it waits."""
 _GATHERED_REGISTERS = 32
 """The gathering of partial sums must not need more registers than the loop over weights does."""
 EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2, "beside": 3, "paired": 4}
@@ -226,16 +224,7 @@ def _tile_constants(shape: ProductShape, config: TileConfig) -> TileConstants:
         fma=shape.fma,
         pack=pack,
         words=config.block_out // pack,
-        fetched=_fetched(shape, config),
     )
-
-
-def _fetched(shape: ProductShape, config: TileConfig) -> int:
-    """Rows of weights that a program for tensor cores fetches before it waits."""
-    if shape.fma or not config.dense or shape.side_by_side * shape.summed > 1:
-        return 0
-    rows = _FETCHED_BYTES // (config.block_out * shape.bits // 8)
-    return min(power_of_two(rows + 1) // 2, power_of_two(config.inputs_per_chunk))
 
 
 def _slots(shape: ProductShape, config: TileConfig) -> int:
