@@ -167,7 +167,8 @@ class Reply:
 class Likeliest:
     """The likeliest tokens after a step of one token a row. Rows that take them are read together.
 
-    Row by row, each would cost a GPU eight launches and a copy to the host between two steps.
+    Row by row, each would cost a GPU eight launches and a copy to the host between two steps. A step of the fused path
+    leaves what is read: then the copy alone stands between two replays of its graph.
 
     Args:
         step: the next one may overwrite it, once `read` was asked for.
@@ -180,8 +181,10 @@ class Likeliest:
     @in_one_thread
     def read(self) -> tuple[Tensor, Reading]:
         """(rows, 1) int64 tokens; on their way to the host (rows, 2): tokens, and 1 where the logits were numbers."""
-        tokens = self.step.best.clone()
-        return tokens, Reading(torch.stack([tokens[:, 0], _are_numbers(self.step.logits[:, 0])], dim=1))
+        tokens, read = self.step.best.clone(), self.step.read
+        if read is None:
+            read = torch.stack([tokens[:, 0], _are_numbers(self.step.logits[:, 0])], dim=1)
+        return tokens, Reading(read)
 
 
 class Choice:

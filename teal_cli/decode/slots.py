@@ -39,6 +39,9 @@ class Chosen:
     """(rows, span) int64: where they are largest."""
     order: list[int]
     """Of each row that was asked for, where it stands in them."""
+    read: Tensor | None = None
+    """(rows, 2) int64: `best` of one token a row, and 1 where its logits are numbers; None where the step has not
+    computed that."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class SteppedSession:
     def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """(rows,) int64 -> (rows, vocabulary) logits, and (rows,) int64 where they are largest.
 
-        The next step overwrites both.
+        The next step overwrites both, and what `read` has.
         """
         session = self.session
         session.token.copy_(token)
@@ -50,6 +50,11 @@ class SteppedSession:
         self._steps += 1
         session.end()
         return self._logits, session.token
+
+    @property
+    def read(self) -> Tensor | None:
+        """As `ProgramSession.read`: a part of the last step, and of its graph."""
+        return self.session.read
 
     def forget(self) -> None:
         """As `ProgramSession.forget`."""
