@@ -137,7 +137,7 @@ class SharedSlots(Slots):
 
     def draft(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.draft`. It is not counted: what requests skip is."""
-        own = [Row(row.slot, self._draft_level, row.tokens) for row in rows]
+        own = [Row(row.slot, self._draft_level, row.given) for row in rows]
         with self._draft_path.control.uncounted():
             return self._pass(own, drafts=True)
 
@@ -163,13 +163,13 @@ class SharedSlots(Slots):
         try:
             levels = [self.levels.all.index(row.level) for row in rows for _ in range(span)]
             session.place(self._cache.lengths[places.start : places.stop], levels)
-            logits, best = session.step(torch.cat([row.tokens for row in rows]))
+            logits, best = session.step([row.given for row in rows])
         except Exception:
             session.forget()
             del self._sessions[key]  # nobody knows how far it came
             raise
-        read = session.read if span == 1 else None
-        return Chosen(logits.view(len(rows), span, -1), best.view(len(rows), span), list(range(len(rows))), read)
+        found = Chosen(logits.view(len(rows), span, -1), best.view(len(rows), span), list(range(len(rows))))
+        return replace(found, picked=session.picked, read=session.read) if span == 1 else found
 
     def spans(self, sequences: int) -> tuple[int, ...]:
         """As `Slots.spans`: as many rows as one call, or one launch, takes."""
