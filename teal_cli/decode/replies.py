@@ -216,7 +216,7 @@ class Choice:
     def take(self) -> Emitted:
         """Wait for it. As `Reply.take`."""
         logprobs = None if self._logprobs is None else self._logprobs.tensor().tolist()
-        return self.reply.take(self._numbers.tensor()[self._row].tolist(), logprobs, self.drafted)
+        return self.reply.take(self._numbers.rows()[self._row], logprobs, self.drafted)
 
 
 def _are_numbers(logits: Tensor) -> Tensor:
