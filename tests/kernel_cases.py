@@ -211,13 +211,20 @@ class Output:
 
     def launch(self) -> tuple[Tensor, Tensor]:
         """Logits (rows, vocabulary) and the greedy tokens (rows,)."""
+        logits, token, _ = self.launch_and_check()
+        return logits, token
+
+    def launch_and_check(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and (rows,) int64: 1 where the token was chosen among numbers."""
         rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         logits = torch.full_like(self.hidden[:, :1], torch.nan).repeat(1, vocabulary)
         best = Best.empty(rows, vocabulary, logits.device)
         token = torch.full((rows,), -1, device=logits.device)
         output_logits(self.hidden, self.norm, self.weight, self.bias, logits, best)
-        pick(best, token)
-        return logits, token
+        read = torch.full((rows, 2), -1, device=logits.device)
+        pick(best, token, read)
+        assert torch.equal(read[:, 0], token)
+        return logits, token, read[:, 1]
 
 
 def random_packed(

@@ -68,11 +68,14 @@ def embed_kernel(
 
 @triton.jit
 def _keep_best(y, outs, row, vocabulary, best_ptr, best_token_ptr):
-    """Write the best of a program's logits (float32, -inf outside the vocabulary) and its token."""
+    """Write the best of a program's logits (float32, -inf outside the vocabulary) and its token.
+
+    A NaN is the best, as torch.argmax has it, and written as infinite: a maximum may pass it by.
+    """
+    y = tl.where(y == y, y, float("inf"))
     top = tl.max(y, axis=0)
     block = row * tl.num_programs(0) + tl.program_id(0)
     tl.store(best_ptr + block, top)
-    # NaN equals nothing: then the last token, which at least there is.
     tl.store(best_token_ptr + block, tl.min(tl.where(y == top, outs, vocabulary - 1), axis=0))
 
 
@@ -195,26 +198,26 @@ def best_kernel(
 
 
 @triton.jit
-def pick_kernel(best_ptr, best_token_ptr, token_ptr, n_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The greedy token of one row, from the best of each block of logits."""
+def pick_kernel(best_ptr, best_token_ptr, token_ptr, read_ptr, n_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The greedy token of one row, from the best of each block of logits, and whether it was chosen among numbers."""
     row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     best = tl.full((BLOCK,), float("-inf"), tl.float32)  # of the blocks that each lane has seen, and its token
     tokens = tl.zeros((BLOCK,), tl.int32)
-    last = tokens
     for first in range(0, n_blocks, BLOCK):
         blocks = first + tl.arange(0, BLOCK)
         new = tl.load(best_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf"))
         token = tl.load(best_token_ptr + row * n_blocks + blocks, mask=blocks < n_blocks, other=0)
-        last = tl.maximum(last, token)
         better = (new > best) | (first == 0)  # of equals the first, whose token is lower
         best = tl.where(better, new, best)
         tokens = tl.where(better, token, tokens)
     top = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == top, tokens, tl.max(last, axis=0)), axis=0)
-    tl.store(token_ptr + row, token.to(tl.int64))
+    token = tl.min(tl.where(best == top, tokens, 0x7FFFFFFF), axis=0).to(tl.int64)
+    tl.store(token_ptr + row, token)
+    tl.store(read_ptr + 2 * row, token)
+    tl.store(read_ptr + 2 * row + 1, (tl.abs(top) < float("inf")).to(tl.int64))
 
 
 @triton.jit

@@ -80,7 +80,7 @@ class Best:
     """The best logit of each block of the vocabulary, and its token; `pick` reads them."""
 
     logits: Tensor
-    """(B, blocks) float32."""
+    """(B, blocks) float32; of a block with a NaN it is infinite."""
     tokens: Tensor
     """(B, blocks) int32."""
 
@@ -198,8 +198,15 @@ _PICKED = 8192
 """Blocks that `pick` looks at together: as many as registers hold. With 65,536 it took 31 microseconds (H200)."""
 
 
-def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
-    """The greedy token of every row: (B,) int64, written."""
+def pick(best: Best, token: Tensor, read: Tensor, *, pdl: bool = False) -> None:
+    """The greedy token of every row.
+
+    Args:
+        best: of the row's logits.
+        token: (B,) int64, written.
+        read: (B, 2) int64, contiguous, written: the token again, and 1 where no logit is NaN and the best is finite.
+        pdl: launch while the kernel before still runs.
+    """
     rows, blocks = best.logits.shape
     launch(
         pick_kernel,
@@ -207,6 +214,7 @@ def pick(best: Best, token: Tensor, *, pdl: bool = False) -> None:
         best.logits,
         best.tokens,
         token,
+        read,
         blocks,
         BLOCK=min(_PICKED, power_of_two(blocks)),
         warps=16,

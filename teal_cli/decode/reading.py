@@ -9,6 +9,7 @@ class Reading:
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
+        self._rows: list[list[int]] | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
@@ -22,6 +23,12 @@ class Reading:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+    def rows(self) -> list[list[int]]:
+        """Of a matrix of whole numbers, made once for all who ask."""
+        if self._rows is None:
+            self._rows = self.tensor().tolist()
+        return self._rows
 
     def value(self) -> int:
         """Of one whole number."""

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from teal_cli.decode.picked import Picked, Token, tensor_of
 from teal_cli.decode.reading import Reading
 from teal_cli.decode.requests import Emitted, Finish, Request, Ticket, Usage
 from teal_cli.decode.sampling import Sampler
@@ -54,7 +55,7 @@ class Reply:
         self.counts_before: Counts | None = None
         """What was dropped before its first step."""
         self._sampler: Sampler
-        self._token: Tensor
+        self._token: Token
 
     def begin(self, device: torch.device) -> None:
         """In the thread of the loop."""
@@ -79,8 +80,9 @@ class Reply:
         """What the next step takes: the last token, and those that were drafted behind it."""
         if not drafted:
             return Row(self.slot, self.level, self._token)
-        behind = torch.tensor(drafted, dtype=torch.int64, device=self._token.device)
-        return Row(self.slot, self.level, torch.cat([self._token, behind]))
+        token = tensor_of(self._token)
+        behind = torch.tensor(drafted, dtype=torch.int64, device=token.device)
+        return Row(self.slot, self.level, torch.cat([token, behind]))
 
     def sampler_ahead(self) -> Sampler:
         """As `Sampler.ahead`: what drafts draw by agrees with what is going to be drawn as often as it can."""
@@ -109,15 +111,16 @@ class Reply:
             logits, best = logits.clone(), None
             self.request.mask(logits[0], list(self.tokens))
         greedy = self._sampler.greedy and best is not None
-        self._token = best.clone() if greedy and best is not None else self._sampler.next_token(logits).view(1)
+        token = best.clone() if greedy and best is not None else self._sampler.next_token(logits).view(1)
+        self._token = token
         self.chosen += 1
         finite = _are_numbers(logits)
         if self.request.logprobs is None:
-            return Choice(self, Reading(torch.stack([self._token, finite], dim=1)), drafted=drafted)
+            return Choice(self, Reading(torch.stack([token, finite], dim=1)), drafted=drafted)
         logprobs = logits[0].float().log_softmax(-1)
         values, ids = logprobs.topk(self.request.logprobs)
-        own = logprobs.gather(0, self._token)
-        numbers = torch.cat([self._token, finite, ids]).view(1, -1)
+        own = logprobs.gather(0, token)
+        numbers = torch.cat([token, finite, ids]).view(1, -1)
         return Choice(self, Reading(numbers), logprobs=Reading(torch.cat([own, values])), drafted=drafted)
 
     def choose_at(self, likeliest: "Likeliest", at: int) -> "Choice":
@@ -125,8 +128,8 @@ class Reply:
         request, step = self.request, likeliest.step
         if request.mask is not None or request.logprobs is not None or not self._sampler.greedy:
             return self.choose(step.logits[at], step.best[at])
-        tokens, numbers = likeliest.read
-        self._token = tokens[at]
+        picked, numbers = likeliest.read
+        self._token = picked.of_row(at)
         self.chosen += 1
         return Choice(self, numbers, at)
 
@@ -167,7 +170,8 @@ class Reply:
 class Likeliest:
     """The likeliest tokens after a step of one token a row. Rows that take them are read together.
 
-    Row by row, each would cost a GPU eight launches and a copy to the host between two steps.
+    Row by row, each would cost a GPU eight launches and a copy to the host between two steps. A step of the fused path
+    leaves what is read: then the copy alone stands between two replays of its graph.
 
     Args:
         step: the next one may overwrite it, once `read` was asked for.
@@ -178,10 +182,12 @@ class Likeliest:
 
     @cached_property
     @in_one_thread
-    def read(self) -> tuple[Tensor, Reading]:
-        """(rows, 1) int64 tokens; on their way to the host (rows, 2): tokens, and 1 where the logits were numbers."""
-        tokens = self.step.best.clone()
-        return tokens, Reading(torch.stack([tokens[:, 0], _are_numbers(self.step.logits[:, 0])], dim=1))
+    def read(self) -> tuple[Picked, Reading]:
+        """The tokens; on their way to the host (rows, 2) int64: them, and 1 where the logits were numbers."""
+        best, read = self.step.best[:, 0], self.step.read
+        if read is None:
+            read = torch.stack([best, _are_numbers(self.step.logits[:, 0])], dim=1)
+        return self.step.picked or Picked(best.clone()), Reading(read)
 
 
 class Choice:
@@ -210,7 +216,7 @@ class Choice:
     def take(self) -> Emitted:
         """Wait for it. As `Reply.take`."""
         logprobs = None if self._logprobs is None else self._logprobs.tensor().tolist()
-        return self.reply.take(self._numbers.tensor()[self._row].tolist(), logprobs, self.drafted)
+        return self.reply.take(self._numbers.rows()[self._row], logprobs, self.drafted)
 
 
 def _are_numbers(logits: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class Scheduler:
         self._cancelled: dict[int, Finish] = {}
         self._waiting_or_running: set[int] = set()
         self._stopping: bool | None = None  # whether to drain, once it stops
+        self.on_said: Callable[[], object] = lambda: None
+        """Called by the loop's thread after `on_emitted`, once for all that a step gave. It must not wait or raise."""
         # What the loop alone touches.
         self._running: list[Reply] = []
         self._under_way: deque[list[Choice]] = deque()
@@ -186,6 +188,7 @@ class Scheduler:
         for reply in left:
             with suppress(Exception):  # the others are to be told whatever happens with one
                 self._end(reply, "error", said(error))
+        self.on_said()
 
     def stop(self, drain: bool = True) -> None:
         """Take no more requests, and let `run` return: once all are done, or at once, cancelling them."""
@@ -259,6 +262,7 @@ class Scheduler:
         ahead = 0 if needs_all else self._ahead
         while len(self._under_way) > ahead:
             self._take(self._under_way.popleft())
+        self.on_said()
 
     def _end_those_to_be_ended(self) -> None:
         now = time.monotonic()
@@ -350,8 +354,7 @@ class Scheduler:
                     self._tokens["completion"] += 1
                     self._tokens["accepted"] += emitted.token == choice.drafted
                     self.slots.add(reply.slot, emitted.token)
-                finish = emitted.finish
-                if finish is not None:
+                if (finish := emitted.finish) is not None:
                     emitted = replace(emitted, usage=self._with_sparsity(reply))
                     self._forget(reply, finish)
                 if not reply.say(emitted) and finish is None:

@@ -1,6 +1,7 @@
 """Slots of the paths that execute block programs: all rows that decode are stepped by one session."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ class SharedSlots(Slots):
 
     def draft(self, rows: Sequence[Row]) -> Chosen:
         """As `Slots.draft`. It is not counted: what requests skip is."""
-        own = [Row(row.slot, self._draft_level, row.tokens) for row in rows]
+        own = [Row(row.slot, self._draft_level, row.given) for row in rows]
         with self._draft_path.control.uncounted():
             return self._pass(own, drafts=True)
 
@@ -146,28 +147,29 @@ class SharedSlots(Slots):
             each = [
                 self._stepped(range(place, place + 1), [row], drafts) for place, row in zip(places, rows, strict=True)
             ]
-            logits, best = (torch.cat(several) for several in zip(*each, strict=True))
+            logits, best = torch.cat([one.logits for one in each]), torch.cat([one.best for one in each])
             return Chosen(logits, best, list(range(len(rows))))
         self._bring_to_front([row.slot for row in rows])
         order = sorted(rows, key=lambda row: self._place[row.slot])
-        logits, best = self._stepped(range(len(rows)), order, drafts)
         at = {row.slot: index for index, row in enumerate(order)}
-        return Chosen(logits, best, [at[row.slot] for row in rows])
+        step = self._stepped(range(len(rows)), order, drafts)
+        return replace(step, order=[at[row.slot] for row in rows])
 
-    def _stepped(self, places: range, rows: Sequence[Row], drafts: bool) -> tuple[Tensor, Tensor]:
-        """Step the sequences of neighbouring places: their logits, and where those are largest."""
+    def _stepped(self, places: range, rows: Sequence[Row], drafts: bool) -> Chosen:
+        """Step the sequences of neighbouring places, in their order."""
         span = len(rows[0].tokens)
         key = _Key(places, max(row.level for row in rows), span, drafts)
         session = self._session(key)
         try:
             levels = [self.levels.all.index(row.level) for row in rows for _ in range(span)]
             session.place(self._cache.lengths[places.start : places.stop], levels)
-            logits, best = session.step(torch.cat([row.tokens for row in rows]))
+            logits, best = session.step([row.given for row in rows])
         except Exception:
             session.forget()
             del self._sessions[key]  # nobody knows how far it came
             raise
-        return logits.view(len(rows), span, -1), best.view(len(rows), span)
+        found = Chosen(logits.view(len(rows), span, -1), best.view(len(rows), span), list(range(len(rows))))
+        return replace(found, picked=session.picked, read=session.read) if span == 1 else found
 
     def spans(self, sequences: int) -> tuple[int, ...]:
         """As `Slots.spans`: as many rows as one call, or one launch, takes."""

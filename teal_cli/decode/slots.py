@@ -16,6 +16,7 @@ from torch import Tensor
 from teal_cli.decode.engine import Engine
 from teal_cli.decode.levels import DENSE, Levels
 from teal_cli.decode.paths.base import Path, Session, Stepper
+from teal_cli.decode.picked import Picked, Token, tensor_of
 
 
 @dataclass
@@ -25,8 +26,13 @@ class Row:
     slot: int
     level: float
     """Of sparsity: one of `Levels.all`."""
-    tokens: Tensor
-    """(span,) int64 on the device, the next step's input: the last token, and those drafted behind it."""
+    given: Token
+    """The next step's input: the last token, and those drafted behind it."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(span,) int64 on the device: what is given, to be read before any other step."""
+        return tensor_of(self.given)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Chosen:
     """(rows, span) int64: where they are largest."""
     order: list[int]
     """Of each row that was asked for, where it stands in them."""
+    picked: Picked | None = None
+    """`best` of one token a row, for the next step to take; None where no session has it."""
+    read: Tensor | None = None
+    """(rows, 2) int64: `best` of one token a row, and 1 where its logits are numbers; None where the step has not
+    computed that."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def submit(
     """
     stops = asked.stop or []
     replies = [Reply(served.decoder, stops, skip_special_tokens=skip_special_tokens) for _ in requests]
-    return Replies(served.scheduler, requests, replies, asked.n or 1, service.metrics)
+    return Replies(served.scheduler, requests, replies, asked.n or 1, service)
 
 
 async def whole(replies: Replies) -> list[Whole]:

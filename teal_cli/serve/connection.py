@@ -19,6 +19,7 @@ _BODY_SECONDS = 30.0
 """That a client may take to send a request."""
 _SEND_SECONDS = 60.0
 """After which a client that does not read is given up."""
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class ClientLeftError(Exception):
@@ -117,7 +118,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _write(send, _line(json.dumps(event, ensure_ascii=False, separators=(",", ":"))))
+                await _write(send, _line(_JSON.encode(event)))
             await _write(send, _line("[DONE]"))
         except (ClientLeftError, asyncio.CancelledError):
             raise

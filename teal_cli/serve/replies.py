@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from teal_cli.decode.requests import Emitted, Request, Ticket, Usage
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.streaming import TextStream
 from teal_cli.serve.errors import ApiError
-from teal_cli.serve.metrics import Metrics
+from teal_cli.serve.service import Service
 from teal_cli.serve.stop_strings import StopStrings
 
 
@@ -125,6 +125,10 @@ def _finish(emitted: Emitted) -> str:
     return "stop" if emitted.finish == "stop" else "length"  # its time was over: cut, as by its length
 
 
+_Came = tuple[int, Emitted, float]
+"""The number of a reply, what was said of it, and when."""
+
+
 class Replies:
     """The replies to one HTTP request, whose pieces come as they come.
 
@@ -133,18 +137,18 @@ class Replies:
         requests: one for each reply; those to one prompt side by side.
         replies: of them, in the same order.
         each: how many there are to each prompt.
-        metrics: told of times and tokens.
+        service: whose metrics are told of times and tokens, and whose mailbox brings what the scheduler says.
 
     Raises:
         QueueFullError, UsageError: as `Scheduler.submit`; then those that were submitted before are cancelled.
     """
 
     def __init__(
-        self, scheduler: Scheduler, requests: Sequence[Request], replies: Sequence[Reply], each: int, metrics: Metrics
+        self, scheduler: Scheduler, requests: Sequence[Request], replies: Sequence[Reply], each: int, service: Service
     ) -> None:
-        self._scheduler, self._each, self._metrics = scheduler, each, metrics
-        self._loop = asyncio.get_running_loop()
-        self._came: asyncio.Queue[tuple[int, Emitted, float]] = asyncio.Queue()
+        self._scheduler, self._each, self._metrics, self._mailbox = scheduler, each, service.metrics, service.mailbox
+        self._came: list[_Came] = []
+        self._has_come = asyncio.Event()
         self.all = list(replies)
         try:
             for index, request in enumerate(requests):
@@ -154,11 +158,15 @@ class Replies:
             self.close()
             raise
 
-    def _listener(self, index: int) -> Any:
+    def _listener(self, index: int) -> Callable[[Emitted], None]:
         def on_emitted(emitted: Emitted) -> None:  # in the scheduler's thread
-            self._loop.call_soon_threadsafe(self._came.put_nowait, (index, emitted, time.perf_counter()))
+            self._mailbox.put(self._take, (index, emitted, time.perf_counter()))
 
         return on_emitted
+
+    def _take(self, came: _Came) -> None:
+        self._came.append(came)
+        self._has_come.set()
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The number of a reply and what came of it, until all have ended.
@@ -167,10 +175,10 @@ class Replies:
             ApiError: decoding failed, or the server ends.
         """
         while not all(reply.is_done for reply in self.all):
+            await self._has_come.wait()
+            self._has_come.clear()
             came: dict[int, list[tuple[Emitted, float]]] = {}
-            waiting = [await self._came.get()]
-            while not self._came.empty():
-                waiting.append(self._came.get_nowait())
+            waiting, self._came = self._came, []
             for index, emitted, at in waiting:
                 came.setdefault(index, []).append((emitted, at))
             for index, emitted_ones in came.items():

@@ -1,5 +1,6 @@
 """The model behind the server: loaded by a thread of its own, which then decodes until the server ends."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from teal_cli.decode.requests import Statistics
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.serve.errors import ApiError
 from teal_cli.serve.grammars import Grammars
+from teal_cli.serve.mailbox import Mailbox
 from teal_cli.serve.metrics import Metrics
 from teal_cli.serve.prompts import Prompts
 from teal_cli.serve.tool_calls import ToolFormat
@@ -79,6 +81,7 @@ class Service:
         """What ended the thread, where that was not `stop`."""
         self._load, self._on_ready, self._on_failure = load, on_ready, on_failure
         self._served: Served | None = None
+        self._mailbox: Mailbox | None = None
         self._stopping = threading.Event()
         # A daemon: loading cannot be given up, and must not hold up an end of the process.
         self._thread = threading.Thread(target=self._work, name="teal-decode", daemon=True)
@@ -115,6 +118,14 @@ class Service:
             state = "the server ends" if self._stopping.is_set() or self.failure else "the model is being loaded"
             raise ApiError(503, f"{state}: try again later", code="not_ready")
         return self._served
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """By which the scheduler's thread reaches the event loop, in whose thread this is asked for."""
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+            self.served.scheduler.on_said = self._mailbox.wake
+        return self._mailbox
 
     def _statistics(self) -> Statistics | None:
         return None if self._served is None else self._served.scheduler.statistics()

@@ -80,3 +80,36 @@ def test_a_session_that_failed_is_counted_no_longer(monkeypatch: pytest.MonkeyPa
     (name, (_, seen, _)), *_ = scheduler._counter.counts().projections.items()
     ended = 2 + 7  # steps that came to their end
     assert seen == ended * scheduler.engine.model.get_submodule(name).in_features
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_whoever_passes_on_what_is_said_is_told_once_for_a_step(dies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after the last word, also of a loop that dies; whatever somebody else's reply did."""
+    scheduler = Scheduler(sparse_engine("general"), slots=4, positions=64)
+    waiting, passed_on = list[int](), list[int]()
+
+    def pass_on() -> None:
+        if waiting:
+            passed_on.append(len(waiting))
+            waiting.clear()
+
+    scheduler.on_said = pass_on
+    for number in range(4):
+        scheduler.submit(Request((5, 6, number), 9), lambda emitted: waiting.append(1))
+    if dies:
+        step, steps = scheduler._step, []
+
+        def fail_later(replies) -> None:
+            steps.append(1)
+            step(replies) if len(steps) < 6 else monkeypatch.setattr(scheduler, "_admit", _broken)
+
+        monkeypatch.setattr(scheduler, "_step", fail_later)
+        with pytest.raises(ZeroDivisionError):
+            scheduler.run()
+    else:
+        scheduler.stop()
+        scheduler.run()
+        assert sum(passed_on) == 4 * 9
+    assert not waiting
+    assert passed_on[0] == 1  # a first token does not wait for the step that is next
+    assert max(passed_on) == 4

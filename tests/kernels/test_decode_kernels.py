@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from teal_kernels import triton_attention
 from teal_kernels.operands import AttentionPartials, Positions
 from teal_kernels.triton_attention import attention_splits
-from teal_kernels.triton_decode import Best, embed, pick, write_norm_of_partials
+from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, pick, write_norm_of_partials
 
 # Lanes that pad a group of heads divide zero by zero; nobody stores what they get.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -211,9 +211,10 @@ def test_all_logits_minus_infinity() -> None:
     case = Output.random(2, 16, 77, bias=True)
     assert case.bias is not None
     case.bias[:] = -torch.inf
-    logits, token = case.launch()
+    logits, token, numbers = case.launch_and_check()
     assert logits.isinf().all()
     assert token.tolist() == [0, 0]
+    assert numbers.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 77])
@@ -221,19 +222,47 @@ def test_nan_logits_give_a_token_that_there_is(vocabulary: int) -> None:
     case = Output.random(2, 16, vocabulary, bias=False)
     case.hidden[0] = torch.nan
     case.norm.squares[0] = torch.nan
-    logits, token = case.launch()
+    logits, token, numbers = case.launch_and_check()
     assert logits[0].isnan().all()
     assert 0 <= int(token[0]) < vocabulary
     assert token[1] == logits[1].argmax()  # the other row is not touched
+    assert numbers.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("hit", [slice(0, 1), slice(8, 16), slice(70, 77), slice(0, 76)], ids=str)
-def test_some_nan_logits_give_a_token_that_there_is(hit: slice) -> None:
-    case = Output.random(1, 16, 77, bias=False)
-    case.weight[hit] = torch.nan
-    logits, token = case.launch()
-    assert logits[0, hit].isnan().all()
-    assert 0 <= int(token) < 77
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_row_with_a_logit_that_is_no_number(rows: int, hit: slice, value: float) -> None:
+    """Whatever block of the vocabulary it is in, and of all rows."""
+    case = Output.random(rows, 16, 77, bias=True)
+    assert case.bias is not None
+    case.bias[hit] = value
+    logits, token, numbers = case.launch_and_check()
+    assert (logits[:, hit].isnan() if value != value else logits[:, hit].isinf()).all()
+    assert token.tolist() == logits.argmax(-1).tolist() == [hit.start] * rows
+    assert numbers.tolist() == [0] * rows
+
+
+def test_logits_that_are_ruled_out_are_no_error() -> None:
+    case = Output.random(2, 16, 77, bias=True)
+    assert case.bias is not None
+    case.bias[3:] = -torch.inf
+    logits, token, numbers = case.launch_and_check()
+    assert token.tolist() == logits.argmax(-1).tolist()
+    assert numbers.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.0], ids=str)
+@pytest.mark.parametrize("at", [0, 511, 512, 1200])
+def test_logits_of_another_product_are_checked_too(at: int, value: float) -> None:
+    logits = torch.zeros(2, 1201)
+    logits[1, at] = value
+    best = Best.empty(2, 1201, logits.device, block=LOGITS_BLOCK)
+    find_best(logits, best)
+    token, read = torch.full((2,), -1), torch.full((2, 2), -1)
+    pick(best, token, read)
+    assert token.tolist() == logits.argmax(-1).tolist()
+    assert read.tolist() == [[0, 1], [int(token[1]), int(value in (-torch.inf, 1.0))]]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 37])
@@ -242,5 +271,7 @@ def test_pick_takes_the_best_block(blocks: int) -> None:
     logits[1, blocks // 2 :] = 9.0  # ties: the first of them
     tokens = torch.arange(3 * blocks, dtype=torch.int32).view(3, blocks) * 8
     token = torch.full((3,), -1)
-    pick(Best(logits, tokens), token)
+    read = torch.full((3, 2), -1)
+    pick(Best(logits, tokens), token, read)
     assert token.tolist() == tokens.gather(1, logits.argmax(1, keepdim=True)).view(-1).tolist()
+    assert read.tolist() == [[number, 1] for number in token.tolist()]

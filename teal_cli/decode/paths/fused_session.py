@@ -25,6 +25,8 @@ class FusedSession(ProgramSession):
     thresholds of its own. With a span, a step takes so many tokens of each sequence, one row behind the other.
     """
 
+    read: Tensor
+
     def __init__(
         self,
         path: FusedModel,
@@ -61,6 +63,7 @@ class FusedSession(ProgramSession):
         self.logits = binder.buffer("logits", path.vocabulary)
         block_of_logits = LOGITS_BLOCK if self.output is not None or sums is not None else 0
         self.best = Best.empty(rows, path.vocabulary, device, block=block_of_logits)
+        self.read = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self._own_logits, self._own_best = self.logits, self.best
         self._gather: list[Step] = []
         if sums is not None:
@@ -133,8 +136,8 @@ class FusedSession(ProgramSession):
                 launch.use_levels(of_rows)
 
     def pick(self) -> None:
-        """Make the greedy choice from the last launch's logits the next launch's `token`."""
-        pick(self.best, self.token, pdl=self.path.pdl)
+        """As `ProgramSession.pick`; `read` is written by the same launch."""
+        pick(self.best, self.token, self.read, pdl=self.path.pdl)
 
     def _planned(self) -> list[Launch | RowsLaunch]:
         output = self.output

@@ -1,9 +1,12 @@
 """A session whose rows change between steps; on a GPU its launches are captured once and replayed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from teal_cli.decode.paths.program_session import ProgramSession
+from teal_cli.decode.picked import Picked, Token, tensor_of_all
 
 
 class SteppedSession:
@@ -18,6 +21,8 @@ class SteppedSession:
 
     def __init__(self, session: ProgramSession) -> None:
         self.session = session
+        self.picked = Picked(session.token)
+        """By the last step: (rows,) int64 where its logits are largest."""
         self._levels: list[int] = []
         self._logits: Tensor
         self._steps = 0
@@ -31,13 +36,14 @@ class SteppedSession:
             self.session.use_levels(levels)
             self._levels = levels
 
-    def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows,) int64 -> (rows, vocabulary) logits, and (rows,) int64 where they are largest.
+    def step(self, tokens: Sequence[Token]) -> tuple[Tensor, Tensor]:
+        """Of all rows (rows,) int64 -> (rows, vocabulary) logits, and (rows,) int64 where they are largest.
 
-        The next step overwrites both.
+        The next step overwrites both, and what `read` has.
         """
         session = self.session
-        session.token.copy_(token)
+        if not self.picked.are_next(tokens):
+            self._bring(tokens)
         session.begin()
         if not session.captures or self._steps == 0:
             self._body()
@@ -49,7 +55,19 @@ class SteppedSession:
             self._graph.replay()
         self._steps += 1
         session.end()
+        self.picked = Picked(session.token)
         return self._logits, session.token
+
+    def _bring(self, tokens: Sequence[Token]) -> None:
+        """Put them where the step reads them."""
+        given = tensor_of_all(tokens)
+        self.picked.leave(tokens)
+        self.session.token.copy_(given)
+
+    @property
+    def read(self) -> Tensor | None:
+        """As `ProgramSession.read`: a part of the last step, and of its graph."""
+        return self.session.read
 
     def forget(self) -> None:
         """As `ProgramSession.forget`."""

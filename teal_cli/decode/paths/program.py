@@ -167,5 +167,5 @@ class ProgramStepper(Stepper):
             self._sessions[span] = SteppedSession(opened)
         session = self._sessions[span]
         session.place(lengths, [0] * (rows * span))
-        logits, best = session.step(tokens.reshape(-1))
+        logits, best = session.step([tokens.reshape(-1)])
         return logits.view(rows, span, -1), best.view(rows, span)

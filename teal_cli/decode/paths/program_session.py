@@ -43,6 +43,9 @@ class ProgramSession(Session):
     own_kernels = True
     counts_by_layer = False
     cache: FixedCache
+    read: Tensor | None = None
+    """(rows, 2) int64, written by `pick`: of each row its token, and 1 where its logits were numbers. None where that
+    is not a part of a step."""
 
     def __init__(
         self,

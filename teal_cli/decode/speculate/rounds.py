@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.decode.levels import DENSE, Levels
+from teal_cli.decode.picked import Picked
 from teal_cli.decode.replies import Reply
 from teal_cli.decode.slots import Drafting, Row, Slots
 from teal_cli.decode.speculate.drafts import lookup_offer
@@ -129,12 +130,13 @@ class Rounds:
         tokens: list[Tensor] = []
         for _ in range(plan.count):
             step = self._slots.draft(rows)
+            picked = step.picked or Picked(step.best[:, 0].clone())
             chosen = [
-                step.best[at].clone() if sampler.greedy else sampler.next_token(step.logits[at]).view(1)
+                picked.of_row(at) if sampler.greedy else sampler.next_token(step.logits[at]).view(1)
                 for sampler, at in zip(samplers, step.order, strict=True)
             ]
             rows = [Row(row.slot, row.level, token) for row, token in zip(rows, chosen, strict=True)]
-            tokens.append(torch.cat(chosen))
+            tokens.append(torch.cat([row.tokens for row in rows]))
         for reply, length in zip(replies, lengths, strict=True):
             self._slots.cut(reply.slot, length)
         found: list[list[int]] = torch.stack(tokens, dim=1).tolist()
