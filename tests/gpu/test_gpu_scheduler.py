@@ -112,3 +112,25 @@ def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -
         assert statistics.passes < statistics.completion_tokens
     assert isinstance(scheduler.slots, SharedSlots)
     assert len(scheduler.slots._sessions) <= 3 + 3 + (7 + 3 + 1)  # plain steps, drafts, and steps of several tokens
+
+
+def test_a_row_whose_logits_are_no_numbers_ends_alone() -> None:
+    """Within replays, which alone say so; whatever the other rows do."""
+    model = build_family("llama").cuda()
+    sparsify_(model, half_plan(model))
+    engine = Engine(model)
+    requests = [Request((5 + index, 6, 7), 24, sparsity=0.0) for index in range(3)]
+    with control_of(model).switched_off():
+        texts = [
+            list(engine.generate(torch.tensor([own.prompt]), max_new_tokens=24, sampling=SamplingConfig()))
+            for own in requests
+        ]
+    others = {*texts[1], *texts[2], *(token for own in requests for token in own.prompt)}
+    at = next(at for at in range(6, 23) if texts[0][at] not in {*others, *texts[0][:at]})
+    with torch.no_grad():  # a token that ruins every step that reads it
+        model.get_input_embeddings().weight[texts[0][at]] = torch.nan
+    heard = run_all(Scheduler(engine, slots=3, positions=64), requests)
+    assert [emitted.token for emitted in heard[0]] == [*texts[0][: at + 1], None]
+    assert "not numbers" in str(heard[0][-1].error)
+    for own, text in zip(heard[1:], texts[1:], strict=True):
+        assert [emitted.token for emitted in own] == text
