@@ -135,7 +135,7 @@ def gemv_kernel(
             thresholds = thresholds + (threshold,)
     columns = table.weights + first.to(tl.int64) * sizes.stride + word_start + words
     entries = memory.lists + (place * sizes.n_chunks + chunk) * ROWS * INPUTS.capacity
-    if INPUTS.taken or INPUTS.shared_bytes > 0:
+    if INPUTS.taken:
         entries = begin_list(entries, INPUTS.shared_bytes)
     used = 0
     if INPUTS.head_size > 0:  # positions were written long before the kernel that this one follows

@@ -7,7 +7,6 @@ Triton takes each as one argument, and the kernel reads them by the names that t
 Importable without triton.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,7 +34,6 @@ _MAX_REDUCERS = 4
 """Of one block. More were no faster on an H100."""
 _GATHERED_REGISTERS = 32
 """The gathering of partial sums must not need more registers than the loop over weights does."""
-_BALANCE = 0.0
 EPILOGUES = {"plain": 0, "activated": 0, "residual": 1, "gated": 2, "beside": 3, "paired": 4}
 """What follows a product, by the number that the kernel knows it by."""
 
@@ -235,16 +233,6 @@ def _slots(shape: ProductShape, config: TileConfig) -> int:
     return power_of_two(config.inputs_per_chunk) + 2 * block_in * unroll
 
 
-def _spread(shape: ProductShape, config: TileConfig, device: DeviceFacts, needed: int) -> int:
-    """Bytes of a list so that no multiprocessor holds more programs than its share of the grid."""
-    if not _BALANCE or not device.multiprocessors:
-        return needed
-    programs = _blocks(shape, config) * -(-shape.inputs // config.inputs_per_chunk) * shape.summed
-    share = max(1, math.ceil(_BALANCE * programs / device.multiprocessors))
-    room = device.shared_memory // share - 1024 - _tiles_bytes(shape, config, sets=2)
-    return max(needed, min(room, _MAX_SHARED_BYTES - 1024) // 128 * 128)
-
-
 def _tiles_bytes(shape: ProductShape, config: TileConfig, sets: int) -> int:
     """Of a program's shared memory for tensor cores: so many sets of tiles in flight, and a tile of values."""
     if shape.fma:
@@ -257,9 +245,7 @@ def _list_bytes(shape: ProductShape, config: TileConfig, device: DeviceFacts) ->
     """Of a program's list in shared memory, if it has one; 0 where that lies in global memory."""
     needed = 0 if device.interpreter else shape.rows * _slots(shape, config) * 2 * shape.itemsize
     beside = _tiles_bytes(shape, config, sets=2) + 1024
-    if not 0 < needed <= _MAX_LIST_BYTES or needed + beside > _MAX_SHARED_BYTES:
-        return 0
-    return _spread(shape, config, device, needed) if shape.rows == 1 else needed
+    return needed if needed <= _MAX_LIST_BYTES and needed + beside <= _MAX_SHARED_BYTES else 0
 
 
 def _resident(shape: ProductShape, config: TileConfig, device: DeviceFacts) -> int:
