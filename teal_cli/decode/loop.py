@@ -63,6 +63,11 @@ class TokenLoop:
         session.end()
         return session.token.view(-1, 1)
 
+    @property
+    def read_whole(self) -> frozenset[str]:
+        """As `Session.read_whole`."""
+        return self._session.read_whole
+
     def take(self, token: Tensor) -> None:
         """Let the next step read another token than was chosen: (rows, 1) int64."""
         self._session.token.copy_(token.view(-1))

@@ -23,7 +23,7 @@ WRITING = [name for name in _KNOWN if architecture_of(FAMILIES[name]["model_type
 # whole what fisher drops less of than pays, as it should; then the text is another one.
 ALWAYS_SKIP = [
     Entry(64, (64,), "float32", 1, "plain", 0.0, 2.0, replace(UNTUNED, dense=True)),
-    Entry(64, (64,), "float32", 1, "plain", 0.5, 1.0, UNTUNED),
+    *(Entry(64, (64,), "float32", 1, "plain", sparsity, 0.5, UNTUNED) for sparsity in (0.01, 0.5)),
 ]
 
 

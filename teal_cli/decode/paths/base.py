@@ -41,6 +41,11 @@ class Session(ABC):
     def stale(self) -> bool:
         """Whether plan, control or cache have changed since: then another session must be opened."""
 
+    @property
+    def read_whole(self) -> frozenset[str]:
+        """Projections that drop inputs by their rules, and of which steps read all, since that is faster."""
+        return frozenset()
+
     @abstractmethod
     def launch(self) -> Tensor:
         """One step for every row: `token` in, (rows, vocabulary) logits out, which the next step may overwrite."""

@@ -90,6 +90,11 @@ class ProgramSession(Session):
     def kept(self) -> Tensor:
         """(counters,) int64: inputs kept so far, summed over rows."""
 
+    @property
+    def read_whole(self) -> frozenset[str]:
+        """As `Session.read_whole`."""
+        return frozenset(own.name for own in self.counted() if own.counter is None) if self.enabled else frozenset()
+
     def choose(self, sampler: Sampler, logits: Tensor) -> None:
         """As `Session.choose`; the greedy choice is a part of the step."""
         if sampler.greedy:
