@@ -64,7 +64,8 @@ _NO_RESULTS = {
     },
     "docs/benchmarks.md": {
         "differences below 0.02 are noise": "a rule for reading the table",
-        "a launch costs 2 to 4 µs beyond what its bytes take, attention 5": "of searches for tile configs and profiles that were not kept",
+        "launch costs 2 to 4 µs": "of searches for tile configs and profiles that were not kept",
+        "its bytes take, attention 5": "of the same",
         "4096 x 11008": "a shape",
         "--sparsity 0.89 --repeats 11": "a command",
         "4 GB of weights in turn": "how the benchmark is set up",
