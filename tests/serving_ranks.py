@@ -4,13 +4,13 @@ import http.client
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import COMMAND, environment, warm
 
 PATIENCE = 60.0
 """Seconds by the clock after which a test gives up: machines stand still now and then."""
@@ -30,16 +30,16 @@ class RanksServer:
         home: with the model `tiny`, and `runs` with its calibration.
         flags: of the command.
         count: of ranks; 1 is one process.
+        forked: its processes are, from one that has imported everything.
     """
 
-    def __init__(self, home: Path, *flags: str, count: int = 2) -> None:
+    def __init__(self, home: Path, *flags: str, count: int = 2, forked: bool = False) -> None:
         told = Path(f"told-{count}.json").absolute()
         where = ["--model", home / "tiny", "--runs", home / "runs", "--json", told, "--port", 0]
         of_ranks = ["--tensor-parallel", count, "--peer-timeout", PEER_SECONDS]
-        command = [sys.executable, "-P", "-m", "teal_cli", "serve", *where, "--dtype", "float32", *of_ranks, *flags]
-        kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        path = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.process = subprocess.Popen(list(map(str, command)), env=kept | path, stderr=subprocess.PIPE, text=True)
+        words = list(map(str, ["serve", *where, "--dtype", "float32", *of_ranks, *flags]))
+        options = {"env": environment(), "stderr": subprocess.PIPE, "text": True}
+        self.process = warm().start(words, **options) if forked else subprocess.Popen([*COMMAND, *words], **options)
         began = time.monotonic()  # several processes import torch
         while not told.exists() and self.process.poll() is None and time.monotonic() < began + 3 * PATIENCE:
             time.sleep(0.05)
@@ -48,9 +48,9 @@ class RanksServer:
             pytest.fail(f"it does not serve: {self.process.communicate()[1]}")
         self.port = int(json.loads(told.read_text())["address"].rpartition(":")[2])
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        by_rank = {_variable(int(pid), "RANK"): int(pid) for pid in children if count > 1}
-        self.pids = [by_rank[str(rank)] for rank in range(count) if count > 1]
-        """Of the ranks."""
+        self.pids = list(map(int, children)) if count > 1 else []
+        """Of the ranks, in the order in which they were started."""
+        assert len(self.pids) in (0, count)
         self.said = ""
         """On stderr, until the end."""
 
@@ -120,11 +120,6 @@ def texts_at_once(server: RanksServer, asked: list[dict[str, Any]]) -> list[tupl
         thread.join(PATIENCE)
     assert [answer["status"] for answer in answers] == [200] * len(asked)
     return [(answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) for answer in answers]
-
-
-def _variable(pid: int, name: str) -> str:
-    found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(entry.decode().partition("=")[2] for entry in found if entry.startswith(f"{name}=".encode()))
 
 
 def _runs(pid: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from command_line import calibrate_once, copied, fails
 from conftest import save_tiny
+from warm import COMMAND, environment, warm
 
 from teal_cli.cli import run
 from teal_cli.ranks.workers import own_folder
@@ -29,22 +30,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibrate_once(tmp_path_factory.mktemp("home"), chat=True)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-P", "-m", "teal_cli", *map(str, arguments)]
+def teal(*arguments: object, code: int = 0, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    """A command that ends with this code and says at most one line that is an error. Its processes are forked."""
+    return checked(warm().run(list(map(str, arguments)), env=environment(), input=stdin), code)
 
 
-def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+def started_teal(*arguments: object, code: int = 0, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    """The same, whose processes are started as users start them."""
+    words = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600, input=stdin)
+    return checked(done, code)
 
 
-def teal(
-    *arguments: object, code: int = 0, stdin: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """A command that ends with this code and says at most one line that is an error."""
-    done = subprocess.run(
-        command(*arguments), env=environment() | variables, capture_output=True, text=True, timeout=600, input=stdin
-    )
+def checked(done: "subprocess.CompletedProcess[str]", code: int) -> "subprocess.CompletedProcess[str]":
     assert done.returncode == code, done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("teal: ")]) == (code != 0), done.stderr
     return done
@@ -64,7 +62,7 @@ def test_text_and_figures_are_those_of_one_process(
     Path("queue.py").write_text("raise ImportError('a rank imports what lies in the working directory')\n")
     # By the same path in both: the native one counts every step.
     asked = (*("generate", "--model", model, *FLAGS, "--sparsity", "0.4", "--backend", "reference"), *WORDS)
-    two = teal(*asked, *TWO, "--json", "two.json")
+    two = started_teal(*asked, *TWO, "--json", "two.json")
     assert two.stdout == alone(capsys, *asked, "--json", "one.json")
     results = [json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two")]
     assert results[1]["text"] == results[0]["text"]
@@ -111,16 +109,12 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def started(home: Path, tmp_path: Path, *more: str, **variables: str) -> tuple["subprocess.Popen[str]", list[int]]:
-    """A long reply by two ranks, which have begun it."""
+    """A long reply by two ranks, which have begun it. Its processes are forked."""
     model = copied(home, tmp_path)
     asked = ("generate", "--model", model, *FLAGS, *TWO, *more, "--sparsity", "0", "--prompt", "the quick")
-    process = subprocess.Popen(
-        command(*asked, "--max-new-tokens", "200", "--temperature", "1"),
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [*map(str, asked), "--max-new-tokens", "200", "--temperature", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = warm().start(words, env=environment() | variables, **pipes)
     assert process.stdout is not None
     process.stdout.read(1)  # a reply is under way
     found = ranks_of(process.pid)
@@ -169,6 +163,8 @@ def test_no_rank_outlives_the_command(signal_: int, home: Path, tmp_path: Path) 
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     process, pids = started(home, tmp_path, TMPDIR=str(temporary))
+    if signal_ == signal.SIGKILL:
+        os.kill(pids[1], signal.SIGSTOP)  # else both would soon be done with their reply, and end by themselves
     process.send_signal(signal_)
     process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if signal_ == signal.SIGKILL else 130)
@@ -313,7 +309,7 @@ def test_an_empty_prompt_is_refused_first(prompt: str, capsys: pytest.CaptureFix
 
 
 def test_an_empty_prompt_on_stdin_is_refused_first(home: Path) -> None:
-    teal("generate", "--model", home / "tiny", *FLAGS, *TWO, "--prompt", "-", code=2, stdin=" ")
+    started_teal("generate", "--model", home / "tiny", *FLAGS, *TWO, "--prompt", "-", code=2, stdin=" ")
     assert not Path("runs").exists()
 
 

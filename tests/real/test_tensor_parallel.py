@@ -1,11 +1,9 @@
 """SmolLM2-135M, whose nine heads two processes divide as six and three, against one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import environment, warm
 
 pytestmark = pytest.mark.real
 
@@ -15,13 +13,7 @@ def written(runs: Path, *more: str) -> str:
     an input beside its threshold may fall on the other side.)"""
     asked = ["--runs", str(runs), "--device", "cpu", "--dtype", "float32", "--backend", "reference", "--sparsity", "0"]
     asked += ["--compile", "never"]
-    done = subprocess.run(
-        [sys.executable, "-m", "teal_cli", "generate", *asked, "--prompt", "Why is the sky blue?", *more],
-        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm().run(["generate", *asked, "--prompt", "Why is the sky blue?", *more], env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

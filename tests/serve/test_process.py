@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import uvicorn
 from command_line import fails
 from live_server import PATIENCE, until
+from warm import COMMAND, environment, warm
 
 from teal_cli.serve.server import Server
 
@@ -38,16 +38,13 @@ def _free_port() -> int:
 
 
 class _Server:
-    def __init__(self, calibrated: Path, port: int, *flags: str) -> None:
+    def __init__(self, calibrated: Path, port: int, *flags: str, forked: bool) -> None:
         self.port, self.told = port, Path(f"told-{port}-{len(flags)}.json").absolute()
         self.told.unlink(missing_ok=True)
-        words = [sys.executable, "-m", "teal_cli", "serve", "--model", calibrated / "tiny", "--device", "cpu"]
         where = ["--runs", calibrated / "runs", "--json", self.told, "--port", port]
-        self.process = subprocess.Popen(
-            [*map(str, words), *map(str, where), *flags],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = [*map(str, ["serve", "--model", calibrated / "tiny", "--device", "cpu", *where]), *flags]
+        options = {"env": environment(), "stderr": subprocess.PIPE, "text": True}
+        self.process = warm().start(words, **options) if forked else subprocess.Popen([*COMMAND, *words], **options)
 
     def health(self) -> int | None:
         assert self.process.poll() is None, self.process.stderr.read()
@@ -64,11 +61,11 @@ class _Server:
 
 @pytest.fixture
 def start(calibrated: Path) -> Iterator[Callable[[int], _Server]]:
-    """Starts servers, of which none outlives the test."""
+    """Starts servers, of which none outlives the test: the first as users do, others forked."""
     started: list[_Server] = []
 
     def start(port: int) -> _Server:
-        started.append(_Server(calibrated, port, "--drain-seconds", "60"))
+        started.append(_Server(calibrated, port, "--drain-seconds", "60", forked=bool(started)))
         return started[-1]
 
     yield start

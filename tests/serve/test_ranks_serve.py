@@ -21,14 +21,22 @@ FLAGS = ("--device", "cpu", "--backend", "reference")
 
 @pytest.fixture
 def ranks(calibrated: Path) -> Iterator[RanksServer]:
-    """A server that is ready; the test ends it."""
+    """A server that is ready, whose processes are forked; the test ends it."""
+    server = RanksServer(calibrated, *FLAGS, forked=True)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def started(calibrated: Path) -> Iterator[RanksServer]:
+    """The same, started as users start it."""
     server = RanksServer(calibrated, *FLAGS)
     yield server
     server.kill()
 
 
-def test_texts_are_those_of_one_process(ranks: RanksServer, calibrated: Path) -> None:
-    alone = RanksServer(calibrated, *FLAGS, count=1)
+def test_texts_are_those_of_one_process(started: RanksServer, calibrated: Path) -> None:
+    ranks, alone = started, RanksServer(calibrated, *FLAGS, count=1, forked=True)
     expected = texts_at_once(alone, ASKED)
     alone.kill()
     assert texts_at_once(ranks, ASKED) == expected
