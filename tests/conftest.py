@@ -278,13 +278,13 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A RUNS folder with a calibration of SmolLM2 on 4,096 tokens, made once."""
+    """A RUNS folder with a calibration of SmolLM2 on 2,048 tokens, made once."""
     from teal_cli.config import CalibrateConfig
     from teal_cli.console import QUIET
     from teal_cli.steps.calibrate import calibrate
 
     runs = tmp_path_factory.mktemp("runs")
-    sizes = {"tokens": 4096, "sensitivity_tokens": 2048, "seq_len": 512}
+    sizes = {"tokens": 2048, "sensitivity_tokens": 1024, "seq_len": 512}
     calibrate(CalibrateConfig(model="smollm2-135m", runs=runs, dtype="float32", **sizes), QUIET)
     assert calibration_file.exists(runs / "smollm2-135m")
     return runs

@@ -86,10 +86,10 @@ def test_text_from_drafts_is_the_dense_model_s(exported: Path, kind: str) -> Non
 
 @pytest.mark.usefixtures("exported")
 def test_quality_on_held_out_text(smollm2_run: Path) -> None:
-    """fisher keeps more: 1.42 became 1.20 on eight sequences, with 16 thousand tokens; here 1.51 becomes 1.19."""
-    bounds = {"uniform": (1.37, 1.60), "fisher": (1.09, 1.28)}
+    """fisher keeps more: 1.42 became 1.20 on eight sequences, with 16 thousand tokens; here 1.58 becomes 1.17."""
+    bounds = {"uniform": (1.44, 1.70), "fisher": (1.07, 1.26)}
     config = EvalConfig(
-        runs=smollm2_run, allocation=list(bounds), sparsity=[0.5], tokens=2048, seq_len=512, dense_prefix=256
+        runs=smollm2_run, allocation=list(bounds), sparsity=[0.5], tokens=1024, seq_len=512, dense_prefix=256
     )
     result = evaluate(config, QUIET)
     assert result.half == "evaluation"
@@ -109,15 +109,15 @@ def _readme_commands() -> list[str]:
 
 # Smaller than README says, so that the test is quick; the flags that follow win.
 _QUICK = {
-    "adapt": ["--tokens", "256", "--seq-len", "64", "--batch-size", "4", "--held-out-tokens", "256"],
-    "calibrate": ["--tokens", "512", "--sensitivity-tokens", "256", "--seq-len", "256"],
-    "eval": ["--tokens", "512", "--seq-len", "256"],
+    "adapt": ["--tokens", "128", "--seq-len", "64", "--batch-size", "2", "--held-out-tokens", "128"],
+    "calibrate": ["--tokens", "256", "--sensitivity-tokens", "128", "--seq-len", "128"],
+    "eval": ["--tokens", "256", "--seq-len", "128"],
     "bench": ["--new-tokens", "4", "--repeats", "1"],
     "generate": ["--max-new-tokens", "8"],
 }
 _QUICK_STAGES = {
-    "calibrate": {"tokens": 512, "sensitivity_tokens": 256},
-    "eval": {"tokens": 512, "new_tokens": 8},
+    "calibrate": {"tokens": 256, "sensitivity_tokens": 128},
+    "eval": {"tokens": 256, "prompts": 1, "new_tokens": 8},
     "bench": {"new_tokens": 4},
     "generate": {"max_new_tokens": 8},
 }
@@ -129,7 +129,8 @@ def _quick_recipe(path: Path) -> str:
     for stage, small in _QUICK_STAGES.items():
         assert small.keys() <= recipe[stage].keys()
         recipe[stage] |= small
-    recipe["seq_len"] = 256
+    recipe["seq_len"] = 128
+    recipe["bench"] |= {"repeats": 1, "sparsity": [0.5]}  # `teal bench` above has two
     return yaml.safe_dump(recipe)
 
 
