@@ -90,6 +90,7 @@ class Plot:
             figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
             self.draw(figure)
             figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            figure.set_layout_engine("none")  # the places that the first has found: a quarter of the time
             figure.savefig(png, format="png", dpi=200)
         return Images(svg.getvalue(), png.getvalue())
 
