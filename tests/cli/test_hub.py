@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,8 @@ import json, sys
 from huggingface_hub import constants
 from teal_cli.cli import run
 constants.DOWNLOAD_CHUNK_SIZE = 500  # what it writes at a time, and so what a broken download leaves
-for arguments in json.loads(sys.argv[1]):
-    print(run(arguments), flush=True)
+for line in sys.stdin:
+    print(run(json.loads(line)), flush=True)
 """
 
 
@@ -36,22 +38,30 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def _environment(hub: HubServer, home: Path) -> dict[str, str]:
+@contextmanager
+def _teal(hub: HubServer, home: Path) -> Iterator[Callable[..., tuple[list[int], str]]]:
+    """A new process, which runs command lines one after another: their exit codes, and all that it said on stderr."""
     own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
-    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Path("said.txt").open("w") as said:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
+        process = subprocess.Popen([sys.executable, "-c", _SEVERAL], env=environment, **pipes)
 
+    def run_all(*commands: list[str]) -> tuple[list[int], str]:
+        print(*map(json.dumps, commands), sep="\n", file=process.stdin, flush=True)
+        codes: list[int] = []
+        while len(codes) < len(commands) and (line := process.stdout.readline()):
+            codes += [int(line)] if line.strip().isdigit() else []
+        return codes, Path("said.txt").read_text()
 
-def _teal(commands: list[list[str]], environment: dict[str, str]) -> tuple[list[int], str]:
-    """Exit codes and stderr of command lines, one after another in one new process."""
-    result = subprocess.run(
-        [sys.executable, "-c", _SEVERAL, json.dumps(commands)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return [int(line) for line in result.stdout.splitlines() if line.isdigit()], result.stderr
+    try:
+        yield run_all
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_from_nothing_to_text_through_a_broken_connection(published: Path, tmp_path: Path) -> None:
@@ -61,13 +71,14 @@ def test_from_nothing_to_text_through_a_broken_connection(published: Path, tmp_p
     command = ["generate", "--model", "org/tiny", *_GENERATE]
     with HubServer({"org/tiny": published}) as hub:
         hub.break_after[shard.name] = [1000]
-        environment = _environment(hub, tmp_path / "hub")
-        codes, errors = _teal([[*command, "--json", "first.json"]], environment)
+        with _teal(hub, tmp_path / "hub") as teal:
+            codes, errors = teal([*command, "--json", "first.json"])
         assert codes == [0], errors
         assert hub.ranges == ["bytes=1000-"]
         assert "pytorch_model.bin" not in hub.served
         assert "consolidated.safetensors" not in hub.served
-    codes, errors = _teal([[*command, "--json", "again.json"]], environment)  # the hub is gone
+    with _teal(hub, tmp_path / "hub") as teal:  # the hub is gone
+        codes, errors = teal([*command, "--json", "again.json"])
     assert codes == [0], errors
     texts = [json.loads(Path(name).read_text())["text"] for name in ("local.json", "first.json", "again.json")]
     assert texts[0] == texts[1] == texts[2]
@@ -84,11 +95,11 @@ def test_what_the_hub_refuses(published: Path, tmp_path: Path) -> None:
     (pickled / "pytorch_model.bin").write_bytes(b"pickled")
     shards = sorted(published.glob("model-*.safetensors"))
     repositories = {"org/gated": "gated", "org/private": "private", "org/bare": bare, "org/pickled": pickled}
-    with HubServer({**repositories, "org/tiny": published}) as hub:
+    with HubServer({**repositories, "org/tiny": published}) as hub, _teal(hub, tmp_path / "hub") as teal:
         hub.break_after[shards[-1].name] = [0] * 9  # again and again, until the library gives up
         names = ["org/gated", "org/private", "org/none", "org/bare", "org/pickled", "org/tiny"]
         commands = [["generate", "--model", name, *_GENERATE] for name in names]
-        codes, errors = _teal(commands, _environment(hub, tmp_path / "hub"))
+        codes, errors = teal(*commands)
         assert codes == [3] * 6, errors
         lines = [line for line in errors.splitlines() if line.startswith("teal: ")]
         wanted = ("is gated: accept its licence", "or it is private", "has no model 'org/none'", "has no config.json")
@@ -97,6 +108,6 @@ def test_what_the_hub_refuses(published: Path, tmp_path: Path) -> None:
         assert "Traceback" not in errors
         whole = {shard.name: hub.served[shard.name] for shard in shards[:-1]}
         hub.break_after.clear()
-        codes, errors = _teal([commands[-1]], _environment(hub, tmp_path / "hub"))
+        codes, errors = teal(commands[-1])
         assert codes == [0], errors
         assert {name: hub.served[name] for name in whole} == whole  # what had come whole is not fetched again
