@@ -169,17 +169,14 @@ def _ranks(rows: int, mine: Turn, *, pdl: bool) -> None:
             for scale in (1.0, 0.5):
                 if mine(rows // 2, ranks, number, scale == 1.0):
                     sum_ranks(own, inboxes, 16, y, added=squares is not None, scale=scale, squares=squares, pdl=pdl)
-        if mine(rows // 2, ranks):
-            gather_ranks(own, inboxes, 16, torch.zeros(rows, 300 * ranks - 1, dtype=DTYPE), pdl=pdl)
+        gather_ranks(own, inboxes, 16, torch.zeros(rows, 300 * ranks - 1, dtype=DTYPE), pdl=pdl)
 
 
-def _masks(mine: Turn) -> None:
+def _masks() -> None:
     """Forward and backward, in training under autocast and without it; a start for each row and for all."""
     for dtype in (torch.float32, DTYPE):
         x = torch.zeros(2, 8, 72, requires_grad=True)
         for start in (4, torch.tensor([2, 4])):
-            if not mine(dtype == DTYPE, isinstance(start, int)):
-                continue
             masked, _ = masked_rows(x, torch.zeros(()), start, tokens=8, dtype=dtype)
             masked.sum().backward()
 
@@ -223,25 +220,22 @@ def main(capability: int) -> None:
             if mine(rows // 2, number):
                 attention = Attention(rows, 2, 3, 64, 150, dtype=DTYPE, **kind)  # type: ignore[arg-type]
                 attention.launch(attention.keys, attention.values, pdl=pdl)
+        logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
+        find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
         hidden, gates, up = (torch.zeros(rows, size, dtype=DTYPE) for size in (72, 152, 152))
-        if mine(rows // 2):
-            logits, token = Output.random(rows, 72, 1001, bias=True, dtype=DTYPE, device="cpu").launch()
-            find_best(logits, Best.empty(*logits.shape, logits.device, block=LOGITS_BLOCK), pdl=pdl)
-            embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
-        for number, (centred, added) in enumerate(((True, False), (False, False), (False, True))):
-            if mine(rows // 2, number):
-                options = {"squares": None if centred else torch.zeros(rows, 1), "centred": centred, "added": added}
-                write_norm(hidden, hidden[0], hidden, eps=1e-5, pdl=pdl, **options)  # type: ignore[arg-type]
+        embed(token, hidden, Positions.at([0] * rows, "cpu"), hidden, torch.zeros(rows, 1), pdl=pdl)
+        for squares in (None, torch.zeros(rows, 1)):
+            for added in {False, squares is not None}:
+                options = {"centred": squares is None, "squares": squares, "added": added, "pdl": pdl}
+                write_norm(hidden, hidden[0], hidden, eps=1e-5, **options)  # type: ignore[arg-type]
         left = PartialsCase(rows, 3, 24, 150).read
         for bias in (None, hidden[0]):
             centred = bias is not None
-            if mine(rows // 2, centred):
-                write_norm_of_partials(left, hidden[0], hidden, eps=1e-5, bias=bias, centred=centred, pdl=pdl)
+            write_norm_of_partials(left, hidden[0], hidden, eps=1e-5, bias=bias, centred=centred, pdl=pdl)
         weight = torch.zeros(152, 72, dtype=DTYPE)
         layer = GateLayer(weight, None)
-        for number, gate in enumerate((gates, layer)):
-            if mine(rows // 2, number):
-                launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
+        for gate in (gates, layer):
+            launch_gate_first(hidden, gate, weight, None, up, kind="relu", threshold=0.0, pdl=pdl)
         norm, counts = Norm(weight[0], 1e-5, torch.zeros(rows, 4)), torch.zeros(1, dtype=torch.int64)
         step = partial(launch_gate_first, hidden, layer, weight, None, up, kind="fatrelu", threshold=0.1, norm=norm)
         for number, config in enumerate(GATE_FIRST):
@@ -251,7 +245,7 @@ def main(capability: int) -> None:
         _routed(rows, mine, pdl=pdl)
         _ranks(rows, mine, pdl=pdl)
     _of_vllm()
-    _masks(mine)
+    _masks()
     print(capability, *sorted(names), flush=True)
 
 
