@@ -75,7 +75,7 @@ def test_a_step_wakes_the_server_once(live: Live, monkeypatch: pytest.MonkeyPatc
     wake = Mailbox.wake
 
     def counted(box: Mailbox) -> None:
-        if box._said:
+        if box._said and not box._is_waking:  # what a slow loop has not fetched yet is under way
             woken.append(len(box._said))
         wake(box)
 
