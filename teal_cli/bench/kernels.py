@@ -11,10 +11,7 @@ from torch.utils.benchmark import Timer
 from teal_cli.bench.products import ProductShape
 from teal_cli.bench.timing import Spread
 from teal_kernels import active_inputs, input_major, resolve_backend, sparse_linear
-from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
-from teal_kernels.tuning import choose_config
-from teal_kernels.tuning_entries import kind_of
 
 _ROTATED_BYTES = 512 << 20
 """Copies of the weight are used in turn until this much was touched: more than any cache here holds."""
@@ -122,9 +119,8 @@ def bench_products(
     runs = []
     for wanted in products:
         product = wanted.timed(dtype=dtype, rows=batch, device=device, seed=seed)
-        inputs, parts, epilogue = wanted.inputs, wanted.parts, wanted.epilogue
         fixed = product.tables[0].fixed_bytes if isinstance(product.tables[0], Packed) else 0
-        shape = (sum(parts), inputs)
+        shape = (sum(wanted.parts), wanted.inputs)
         cublas = product.time_cublas()
         runs.append(
             KernelRun(
@@ -140,16 +136,7 @@ def bench_products(
         )
         for sparsity in (0.0, *sparsities):
             thresholds = product.thresholds(sparsity)
-            config = choose_config(
-                device,
-                inputs=inputs,
-                parts=parts,
-                dtype=kind_of(product.tables[0]),
-                rows=batch,
-                epilogue=epilogue,
-                sparsity=sparsity,
-            )
-            config = fitting(config, product.tables[0], batch)
+            config = product.chosen_config(sparsity)
             spread = product.time(config, thresholds)
             read, realised = product.read_share(thresholds)
             read = 1.0 if config.dense else read

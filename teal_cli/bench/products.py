@@ -13,8 +13,11 @@ from teal_cli.schemes import Scheme
 from teal_kernels import active_inputs
 from teal_kernels.launching import hopper_or_later
 from teal_kernels.operands import Norm, Scratch
+from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import TileConfig, gemv, squares_of
+from teal_kernels.tuning import choose_config
+from teal_kernels.tuning_entries import kind_of
 
 _ROTATED_BYTES = 4_000_000_000
 """Copies of the weight are used in turn until this much was read. Several times the L2 is not enough:
@@ -109,6 +112,19 @@ class TimedProduct:
         """(parts,) float32 that drop this share of the inputs, -1 for none."""
         value = self.seen.abs().float().quantile(sparsity) if sparsity > 0 else torch.tensor(-1.0, device=self.device)
         return value.repeat(len(self.parts))
+
+    def chosen_config(self, sparsity: float) -> TileConfig:
+        """What the tuning tables give for it, where each row drops this share of the inputs."""
+        config = choose_config(
+            self.device,
+            inputs=self.inputs,
+            parts=self.parts,
+            dtype=kind_of(self.tables[0]),
+            rows=self.rows,
+            epilogue=self.epilogue,
+            sparsity=sparsity,
+        )
+        return fitting(config, self.tables[0], self.rows)
 
     def read_share(self, thresholds: Tensor) -> tuple[float, float]:
         """Share of the weights that some row needs; realised sparsity of the rows."""

@@ -18,7 +18,7 @@ from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
-from teal_kernels.tuning import UNTUNED, choose_config, trying
+from teal_kernels.tuning import UNTUNED, trying
 from teal_kernels.tuning_entries import Entry, kind_of
 
 _COMPILERS = 12
@@ -121,7 +121,7 @@ def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -
     for dense, configs in first.items():
         best = [entry.config for entry in _ranked(product, configs, 0.0 if dense else middle)[:_FINALISTS]]
         finalists[dense] = [*best, replace(best[0], evict_first=False)]
-    of_today = {sparsity: _of_today(product, sparsity) for sparsity in (0.0, *sparsities)}
+    of_today = {sparsity: product.chosen_config(sparsity) for sparsity in (0.0, *sparsities)}
     new = [config for config in of_today.values() if config not in first[config.dense]]
     _compile(product, [finalists[True][-1], finalists[False][-1], *dict.fromkeys(new)], pool)
     found = {}
@@ -131,21 +131,6 @@ def search(product: TimedProduct, sparsities: Sequence[float], pool: Executor) -
         configs = list(dict.fromkeys([*own, *finalists[dense]]))
         found[sparsity] = _worth_trying(_ranked(product, configs, sparsity), own)
     return found
-
-
-def _of_today(product: TimedProduct, sparsity: float) -> TileConfig:
-    """What the tables give now."""
-    table, rows = product.tables[0], product.rows
-    config = choose_config(
-        product.device,
-        inputs=product.inputs,
-        parts=product.parts,
-        dtype=kind_of(table),
-        rows=rows,
-        epilogue=product.epilogue,
-        sparsity=sparsity,
-    )
-    return fitting(config, table, rows)
 
 
 def _worth_trying(ranked: list[Entry], of_today: list[TileConfig]) -> list[Entry]:

@@ -1,6 +1,7 @@
 """Choosing tile configs by the time of a token, whatever they are worth by themselves."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench import tune
+from teal_cli.bench.products import TimedProduct
 from teal_cli.bench.tune import candidates, settle
 from teal_kernels.launching import uses_fma
 from teal_kernels.packing import Packed
@@ -151,6 +153,7 @@ def test_a_search_keeps_what_is_chosen_today(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tune, "_compile", lambda product, configs, pool: None)
     product = _product(64, (64,), 1)
     product.epilogue = "plain"
+    product.chosen_config = partial(TimedProduct.chosen_config, product)
     product.launch = lambda index, thresholds, config: None
     product.thresholds = lambda sparsity: torch.full((1,), sparsity)
     product.time = lambda config, thresholds: SimpleNamespace(median=30.0 if config.block_out == 16 else 10.0)
