@@ -238,7 +238,7 @@ class FollowedRouters(Followed):
     """Of routers: the share of groups that each leaves out when this begins, all scaled to a mean; biases move.
 
     Args:
-        routers: that train no more.
+        routers: whose biases nothing else moves.
         target: mean share of groups that are to be left out.
         even: whether it is the share of each.
     """

@@ -13,6 +13,7 @@ from conftest import VOCABULARY, build_model, build_tokenizer
 from torch import Tensor
 
 from teal_cli.adapt import followed
+from teal_cli.adapt.fitted import fitted_router, group_sizes
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
 from teal_cli.adapt.recipe import Batch, Setting
@@ -223,6 +224,88 @@ def test_random_routers_are_the_control(tmp_path: Path) -> None:
     other, _ = _run(tmp_path / "other", routers="random", steps=2)
     for mine, its in zip(routed_mlps(model), routed_mlps(other), strict=True):
         assert torch.equal(mine.router.weight, its.router.weight)
+
+
+def test_a_fitted_router_finds_what_is_linear() -> None:
+    """It leaves out the smaller groups, as many as it is told, and its logits are as large as a sigmoid can tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    x, truth = torch.randn(400, 12, generator=generator), torch.randn(6, 12, generator=generator)
+    sizes = 5 + x @ truth.T
+    weight, bias = fitted_router(x + 3.0, sizes, 0.3)
+    logits = (x + 3.0) @ weight.T + bias
+    assert float((logits <= 0).float().mean()) == pytest.approx(0.3, abs=1e-3)
+    border = float(sizes.flatten().kthvalue(720).values)
+    assert float(((logits > 0) == (sizes > border)).float().mean()) > 0.98
+    assert float(logits.std()) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_sizes_of_groups_are_what_they_add() -> None:
+    down, hidden = torch.nn.Linear(6, 4, bias=False), torch.randn(2, 3, 6)
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    sizes = group_sizes(hidden, down, order, 3)
+    first = (hidden[0, 1] * down.weight.detach().norm(dim=0))[[5, 0, 3]].norm()
+    assert sizes.shape == (6, 2)
+    assert float(sizes[1, 0].detach()) == pytest.approx(float(first), rel=1e-5)
+
+
+def test_fitted_routers_train_beside_the_model_from_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the share that was asked for; a run that is killed ends the same."""
+    monkeypatch.setattr(followed, "_EVERY", 1)
+    monkeypatch.setattr(followed, "_RATE", 0.9)
+
+    def kill(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    text = _Rows(2, 1).ids
+    model, recipe = build_model("llama"), Lte(_setting(routers="fitted"))
+    recipe.operate_(model, recipe.measure(model, text))
+    assert [stage.name for stage in recipe.stages(10)] == ["hard"]
+    assert shares_left_out(model, text) == pytest.approx([0.5, 0.5], abs=0.02)
+    random = build_model("llama")
+    control = Lte(_setting(routers="random"))
+    control.operate_(random, control.measure(random, text))
+    with torch.no_grad():
+        dense, fitted, blind = (each(text).logits for each in (build_model("llama"), model, random))
+    assert float((fitted - dense).norm()) < 0.9 * float((blind - dense).norm())
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".router." in name}
+    trained_model, trained = _run(tmp_path / "whole", routers="fitted", steps=8, rate=1e-3)
+    after = dict(trained_model.named_parameters())
+    assert before
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    assert trained.outcome.notes["groups_left_out"] == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "killed", routers="fitted", steps=8, rate=1e-3, on_step=kill)
+    again, resumed = _run(tmp_path / "killed", routers="fitted", steps=8, rate=1e-3)
+    assert resumed.curve == trained.curve
+    assert all(torch.equal(p, after[name]) for name, p in again.named_parameters())
+
+
+def test_a_router_gets_the_gradient_of_a_factor() -> None:
+    """What a hard choice says is exact; what flows back is that of the sigmoid."""
+    model, recipe = build_model("llama"), Lte(_setting(routers="fitted"))
+    recipe.operate_(model, recipe.measure(model, _Rows(2, 1).ids))
+    mlp, x = routed_mlps(model)[0], torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+    mlp.router.requires_grad_()
+    with mlp.control.dense():
+        out = mlp(x)
+        out.square().sum().backward()
+        found = mlp.router.weight.grad
+        mlp.straight_through = False
+        assert torch.equal(out, mlp(x))
+    logits = mlp.router(x).detach().requires_grad_()
+    hidden = mlp.hidden(mlp.layers[0](x), mlp.layers[1](x)).detach()
+    weights = mlp.layers[2].weight.detach()
+    hard = (logits > 0).float()
+    factors = (hard + torch.sigmoid(logits) - torch.sigmoid(logits).detach()).repeat_interleave(GROUP, -1)
+    ((hidden * factors) @ weights.T).square().sum().backward()
+    assert logits.grad is not None
+    expected = torch.einsum("btg,bti->gi", logits.grad, x)
+    assert found is not None
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_adapted() -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import nan
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.fitted import fitted_router, group_sizes
 from teal_cli.adapt.followed import FollowedRouters
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
@@ -18,6 +19,7 @@ from teal_cli.checkpoint.rules import Routed, Rule
 from teal_cli.config.recipes.lte import Options
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import block_weights, find_projections
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import run_text
 from teal_cli.sparse import replace_projections_, set_thresholds_
 from teal_cli.sparse.routed import Router
@@ -46,7 +48,9 @@ class Lte(Recipe):
     1 / ((G - 1/2)^2 + epsilon), which makes routers decide, each a mean over tokens, groups and MLPs, in float32. Hard:
     a group is there or not, the weights of routers stay as they are.
 
-    Four departures from the paper. Routers begin with all groups chosen, so that training begins with the dense model.
+    Five departures from the paper. With option `routers=fitted` there is no soft stage: routers begin as the linear layer
+    that tells best how much each group adds, leaving out the target, and train on beside the model, by the gradient that
+    a factor G would give them (straight through). Otherwise routers begin with all groups chosen, so that training begins with the dense model.
     The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from the
     beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
     is the sparsity that was asked for, unless option `eta` names a number; by one number for all MLPs, or, with option
@@ -95,7 +99,33 @@ class Lte(Recipe):
             measured[f"{mlp.path}.order"] = balanced_groups(gate.weight, options.group, self.setting.seed + number)
         if options.routers == "random":
             measured |= self._random_biases(model, mlps, sequences)
+        elif options.routers == "fitted":
+            measured |= self._fitted(model, mlps, measured, sequences)
         return measured
+
+    def _fitted(
+        self, model: nn.Module, mlps: Sequence[RoutableMLP], orders: Mapping[str, Tensor], sequences: Tensor
+    ) -> dict[str, Tensor]:
+        """Weights and biases by which routers leave out the target of what the dense model gives them."""
+        options, found, read = self._options, {}, {}
+        handles = []
+        for mlp in mlps:
+
+            def hook_mlp(module: nn.Module, args: tuple[Any, ...], path: str = mlp.path) -> None:
+                read[path] = args[0].flatten(0, -2)
+
+            def hook_down(module: nn.Module, args: tuple[Any, ...], path: str = mlp.path) -> None:
+                layer = cast(nn.Linear, module)
+                order = orders[f"{path}.order"].to(layer.weight.device)
+                sizes = group_sizes(args[0], layer, order, options.group)
+                fitted = fitted_router(read.pop(path), sizes, self._target)
+                found[f"{path}.weight"], found[f"{path}.bias"] = fitted
+
+            handles.append(mlp.plain.register_forward_pre_hook(hook_mlp))
+            handles.append(getattr(mlp.plain, mlp.names[2]).register_forward_pre_hook(hook_down))
+        with hooked(handles):
+            run_text(model, sequences)
+        return found
 
     def _random_biases(self, model: nn.Module, mlps: Sequence[RoutableMLP], sequences: Tensor) -> dict[str, Tensor]:
         """By which random routers leave out the target of what the dense model gives them."""
@@ -111,11 +141,8 @@ class Lte(Recipe):
                 biases[f"{path}.bias"] = biases_for(router, args[0].float(), self._target)
 
             handles.append(mlp.plain.register_forward_pre_hook(hook))
-        try:
+        with hooked(handles):
             run_text(model, sequences)
-        finally:
-            for handle in handles:
-                handle.remove()
         return biases
 
     @torch.no_grad()
@@ -141,11 +168,14 @@ class Lte(Recipe):
         generator = torch.Generator().manual_seed(self.setting.seed)
         for routed in routed_mlps(model):
             random_weights_(routed.router, generator)
-            if self._options.routers == "random":
-                routed.router.bias.copy_(measured[f"{routed.path}.bias"])
-            else:
+            if self._options.routers == "learned":
                 routed.router.weight.zero_()  # it says the same of every token
                 routed.router.bias.fill_(self._options.bias)
+            else:
+                routed.router.bias.copy_(measured[f"{routed.path}.bias"])
+            if self._options.routers == "fitted":
+                routed.router.weight.copy_(measured[f"{routed.path}.weight"])
+                routed.straight_through = True
             routed.router.register_forward_hook(self._seen)
 
     def _seen(self, router: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
@@ -154,7 +184,8 @@ class Lte(Recipe):
 
     def stages(self, steps: int) -> Sequence[Stage]:
         """See `Recipe`."""
-        soft = 0 if self._options.routers == "random" else min(max(1, round(steps * self._options.soft)), steps - 1)
+        learned = self._options.routers == "learned"
+        soft = min(max(1, round(steps * self._options.soft)), steps - 1) if learned else 0
         # The last weights are kept: while shares still settle, the least sparse ones would do best.
         stages = [Stage(_SOFT, soft), Stage(_HARD, steps - soft)]
         return [stage for stage in stages if stage.steps > 0]
@@ -166,13 +197,16 @@ class Lte(Recipe):
             mlp.soft = self._is_soft
         if not self._is_soft:
             routers = [mlp.router for mlp in routed_mlps(model)]
-            self.followed = FollowedRouters(routers, self._target, even=self._is_even)
+            is_even = self._is_even or self._options.routers == "fitted"
+            self.followed = FollowedRouters(routers, self._target, even=is_even)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
         of_routers = {id(p) for mlp in routed_mlps(model) for p in mlp.router.parameters()}
         routers = [name for name, parameter in model.named_parameters() if id(parameter) in of_routers]
         others = [name for name in names if name not in set(routers)]
+        if self._options.routers == "fitted":  # biases follow
+            return [*others, *(name for name in routers if not name.endswith(".bias"))]
         return [*others, *routers] if stage.name == _SOFT else others
 
     def learning_rate(self, name: str, rate: float) -> float:
@@ -249,7 +283,7 @@ class Lte(Recipe):
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         for mlp in routed_mlps(model):
-            mlp.soft = False
+            mlp.soft = mlp.straight_through = False
         shares = shares_left_out(model, sequences)
         rules: dict[str, Rule] = dict(self._plan.projections)
         for mlp, share in zip(routed_mlps(model), shares, strict=True):

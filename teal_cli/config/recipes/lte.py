@@ -35,8 +35,10 @@ class Options(RecipeOptions):
     router_rate: float = Field(
         10.0, gt=0, le=1e6, description="by what the learning rate of routers is above that of the model"
     )
-    routers: Literal["learned", "random"] = Field(
-        "learned", description="random: routers that know nothing of the text, to compare with"
+    routers: Literal["learned", "fitted", "random"] = Field(
+        "learned",
+        description="fitted: by least squares before training, without a soft stage; random: routers that know nothing "
+        "of the text, to compare with",
     )
 
     @model_validator(mode="after")
@@ -46,9 +48,14 @@ class Options(RecipeOptions):
         return self
 
     @model_validator(mode="after")
-    def _random_ones_do_not_train(self) -> Self:
-        if self.routers == "random":
-            for key in ("eta", "shares", "separation", "epsilon", "bias", "soft", "router_rate"):
-                if key in self.model_fields_set:
-                    raise ValueError(f"random routers do not train: leave out option {key}")
+    def _others_have_no_soft_stage(self) -> Self:
+        of_soft_stage = ("eta", "shares", "separation", "epsilon", "bias", "soft")
+        needless, why = {
+            "learned": ((), ""),
+            "fitted": ((*of_soft_stage, "rank"), "fitted routers are one linear layer, without a soft stage"),
+            "random": ((*of_soft_stage, "router_rate"), "random routers do not train"),
+        }[self.routers]
+        for key in needless:
+            if key in self.model_fields_set:
+                raise ValueError(f"{why}: leave out option {key}")
         return self
