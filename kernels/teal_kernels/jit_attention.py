@@ -66,6 +66,7 @@ def _rotated(
         norm, partner_norm: weights of the norm, (1 or heads, PADDED).
         bias, partner_bias: of a layer norm, the same.
         scale: of a norm of all heads.
+        cos, sin: (1 or heads, PADDED).
     """
     x = x.to(tl.float32)
     partner = partner.to(tl.float32)
@@ -79,7 +80,7 @@ def _rotated(
         x = normalised(x, scale, norm, dtype, HEADS.plus_one)
         partner = normalised(partner, scale, partner_norm, dtype, HEADS.plus_one)
     if HEADS.rotated > 0:
-        x = x * cos[None, :] + partner * sin[None, :]
+        x = x * cos + partner * sin
     if HEADS.norms == LAST:
         x = rounded(x, dtype)
         x = normalised(x, _head_scale(x, eps, HEADS.size), norm, dtype, HEADS.plus_one)
@@ -113,7 +114,7 @@ def attention_kernel(
     SEVERAL_ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     SPAN: tl.constexpr,
-    WRITES_ONLY: tl.constexpr,
+    NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One key/value head and one split of the KV cache a program.
@@ -125,9 +126,9 @@ def attention_kernel(
         more: `triton_attention.AttentionNumbers`, of which most models need none.
         rare: `triton_attention.RareOperands`, or None.
         HEADS: `triton_attention.HeadConstants`.
-        SPAN: rows of one sequence, each a position behind the one before. From two on, keys and values are written by a
-            launch of their own before, so that each row finds those of the rows before it.
-        WRITES_ONLY: whether this is that launch.
+        SPAN: rows of one sequence, each a position behind the one before. From two on, each row makes the keys and values
+            of the rows before it again, since no program may wait for what others of its launch write.
+        NEW: keys that a row makes at most: 1, or those of a span, up to a tile.
     """
     GROUP: tl.constexpr = HEADS.group
     DIM: tl.constexpr = HEADS.size
@@ -155,9 +156,10 @@ def attention_kernel(
             tl.store(logs_ptr + first + heads_of_group, float("-inf"), mask=heads_of_group < GROUP)
         return
     start = lowest + split * length
-    stop = tl.minimum(start + length, position)
-    if WRITES_ONLY:
-        stop = start
+    behind = row % SPAN  # the first row of its sequence
+    stop = tl.minimum(start + length, position - behind)
+    # What is new belongs to the last split, before all others of it.
+    last = split == used - 1
 
     dtype = qkv_ptr.dtype.element_ty
     group = tl.arange(0, PADDED_GROUP)
@@ -173,16 +175,31 @@ def attention_kernel(
         first_of_pair = d < ROTATED // 2
     if ROTATED < DIM:
         other = tl.where(turned, other, d)
-    cos = tl.full((PADDED,), 1.0, tl.float32)
-    sin = tl.zeros((PADDED,), tl.float32)
+    new = tl.arange(0, NEW)  # rows from the first of the sequence on; or this row alone
+    makes = in_head[None, :]
+    if SPAN > 1:
+        sees = (new <= tl.where(last, behind, -1)) & (position - behind + new >= lowest)
+        makes = sees[:, None] & in_head[None, :]
+    cos = tl.full((1, PADDED), 1.0, tl.float32)
+    sin = tl.zeros((1, PADDED), tl.float32)
+    k_cos = cos
+    k_sin = sin
     if ROTATED > 0:
-        at_angles = position * ROTATED + d
+        at_angles = position * ROTATED + d[None, :]
         if HEADS.long_rope:  # the other angles lie behind, and the longest row decides for all
             at_angles += tl.where(tl.load(longest_ptr) >= more.long_from, more.angles, 0)
-        cos = tl.load(cos_ptr + at_angles, mask=turned, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + at_angles, mask=turned, other=0.0).to(tl.float32)
-        sin = tl.where(first_of_pair, -sin, sin)
-    q_norm = cos[None, :]
+        rotates = turned[None, :]
+        cos = tl.load(cos_ptr + at_angles, mask=rotates, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at_angles, mask=rotates, other=0.0).to(tl.float32)
+        sin = tl.where(first_of_pair[None, :], -sin, sin)
+        k_cos = cos
+        k_sin = sin
+        if SPAN > 1:
+            at_angles += (new - behind)[:, None] * ROTATED
+            k_cos = tl.load(cos_ptr + at_angles, mask=makes & rotates, other=1.0).to(tl.float32)
+            k_sin = tl.load(sin_ptr + at_angles, mask=makes & rotates, other=0.0).to(tl.float32)
+            k_sin = tl.where(first_of_pair[None, :], -k_sin, k_sin)
+    q_norm = cos
     q_partner_norm = q_norm
     k_norm = q_norm
     k_partner_norm = q_norm
@@ -219,14 +236,12 @@ def attention_kernel(
         if HEADS.sinks:
             sinks -= own_alibi
     cache = ((row // SPAN) * kv_heads + head).to(tl.int64) * positions * DIM
-    if PDL and SPAN > 1:  # the launch before wrote some of what is read next
-        gdc_wait()
     t = start + tl.arange(0, BLOCK)
     at = cache + t.to(tl.int64)[:, None] * DIM + d[None, :]
     written = (t < stop)[:, None] & in_head[None, :]
     next_k = tl.load(keys_ptr + at, mask=written, other=0.0)
     next_v = tl.load(values_ptr + at, mask=written, other=0.0)
-    projections = qkv_ptr + row * (GROUP + 2) * kv_heads * DIM
+    of_row = (GROUP + 2) * kv_heads * DIM
     first_query = head * GROUP
     own_key = GROUP * kv_heads + head
     own_value = (GROUP + 1) * kv_heads + head
@@ -235,23 +250,25 @@ def attention_kernel(
         own_key = first_query + GROUP
         own_value = own_key + 1
     if HEADS.keys_as_values:
-        projections = qkv_ptr + row * (GROUP + 1) * kv_heads * DIM
+        of_row = (GROUP + 1) * kv_heads * DIM
         own_value = own_key
+    projections = qkv_ptr + row * of_row
     q_heads = projections + (first_query + group)[:, None] * DIM
     q_inside = in_group[:, None] & in_head[None, :]
-    k_head = projections + (own_key + tl.arange(0, 1))[:, None] * DIM
+    k_heads = projections + own_key * DIM + (new - behind)[:, None] * of_row
+    v_heads = projections + own_value * DIM + (new - behind)[:, None] * of_row
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     # All loads first: they are under way together.
     q = tl.load(q_heads + d[None, :], mask=q_inside, other=0.0)
     q_partner = q
-    k_new = tl.load(k_head + d[None, :], mask=in_head[None, :], other=0.0)
+    k_new = tl.load(k_heads + d[None, :], mask=makes, other=0.0)
     k_partner = k_new
     if ROTATED > 0:
         q_partner = tl.load(q_heads + other[None, :], mask=q_inside, other=0.0)
-        k_partner = tl.load(k_head + other[None, :], mask=in_head[None, :], other=0.0)
-    v_new = tl.load(projections + own_value * DIM + d, mask=in_head, other=0.0)
+        k_partner = tl.load(k_heads + other[None, :], mask=makes, other=0.0)
+    v_new = tl.load(v_heads + d[None, :], mask=makes, other=0.0)
     if HEADS.clipped:
         q = _clamped(q, rare.clip)
         q_partner = _clamped(q_partner, rare.clip)
@@ -260,8 +277,8 @@ def attention_kernel(
         v_new = _clamped(v_new, rare.clip)
     if HEADS.value_norms:
         wide = v_new.to(tl.float32)
-        v_scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / DIM + eps)
-        v_new = normalised(wide, v_scale, v_norm, dtype, HEADS.plus_one).to(dtype)
+        v_scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)[:, None]
+        v_new = normalised(wide, v_scale, v_norm[None, :], dtype, HEADS.plus_one).to(dtype)
     q_scale = 1.0
     k_scale = 1.0
     if HEADS.norms == ALL:
@@ -269,29 +286,44 @@ def attention_kernel(
         q_scale = tl.rsqrt(_sum_of_squares(projections, count, HEADS.all_queries) / count + eps)
         count = kv_heads * DIM
         k_scale = tl.rsqrt(_sum_of_squares(projections + heads * DIM, count, HEADS.all_keys) / count + eps)
+        if SPAN > 1:
+            k_scales = tl.where(new == behind, k_scale, 0.0)
+            for back in range(1, tl.where(last, behind + 1, 1)):
+                of_keys = projections + heads * DIM - back * of_row
+                other_scale = tl.rsqrt(_sum_of_squares(of_keys, count, HEADS.all_keys) / count + eps)
+                k_scales = tl.where(new == behind - back, other_scale, k_scales)
+            k_scale = k_scales[:, None]
     q = _rotated(q, q_partner, q_norm, q_partner_norm, q_bias, q_partner_bias, q_scale, cos, sin, eps, HEADS, dtype)
     k_new = _rotated(
-        k_new, k_partner, k_norm, k_partner_norm, k_bias, k_partner_bias, k_scale, cos, sin, eps, HEADS, dtype
+        k_new, k_partner, k_norm, k_partner_norm, k_bias, k_partner_bias, k_scale, k_cos, k_sin, eps, HEADS, dtype
     )
     if HEADS.growing:
         q = (q.to(tl.float32) * (1.0 + more.growth * tl.log(1.0 + (position // more.every).to(tl.float32)))).to(dtype)
 
-    # The new token belongs to the last split, before all others of it.
-    last = split == used - 1
-    top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
-    if HEADS.capped:
-        top = more.cap * tanh(top / more.cap)
-    maximum = tl.where(last, top, float("-inf"))
-    weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
-    acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)[None, :]
-    new = cache + position.to(tl.int64) * DIM + d
     if SPAN == 1:
-        if last:
-            tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
-            tl.store(values_ptr + new, v_new, mask=in_head)
-    if WRITES_ONLY:
-        tl.store(keys_ptr + new, tl.reshape(k_new, (PADDED,)), mask=in_head)
-        tl.store(values_ptr + new, v_new, mask=in_head)
+        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale
+        if HEADS.capped:
+            top = more.cap * tanh(top / more.cap)
+        maximum = tl.where(last, top, float("-inf"))
+        weight_sum = tl.zeros((PADDED_GROUP,), tl.float32) + tl.where(last, 1.0, 0.0)
+        acc = tl.zeros((PADDED_GROUP, PADDED), tl.float32) + tl.where(last, v_new.to(tl.float32), 0.0)
+    else:
+        own_score = matmul(q, tl.trans(k_new), tl.zeros((PADDED_GROUP, NEW), tl.float32)) * scale
+        if HEADS.capped:
+            own_score = more.cap * tanh(own_score / more.cap)
+        if HEADS.alibi:
+            at_new_keys = position - behind + new
+            of_new_keys = tl.load(of_alibi + at_new_keys[None, :], mask=in_group[:, None] & sees[None, :], other=0.0)
+            own_score += of_new_keys - own_alibi[:, None]
+        maximum = tl.max(tl.where(sees[None, :], own_score, float("-inf")), axis=1)
+        own_share = tl.where(sees[None, :], tl.exp(own_score - maximum[:, None]), 0.0)
+        weight_sum = tl.sum(own_share, axis=1)
+        acc = matmul(own_share.to(dtype), v_new, tl.zeros((PADDED_GROUP, PADDED), tl.float32))
+    if last:  # each row writes what is its own
+        at_new = cache + position.to(tl.int64) * DIM + d[None, :] + (new - behind)[:, None] * 0
+        own_row = makes & (new == behind)[:, None] if SPAN > 1 else makes
+        tl.store(keys_ptr + at_new, k_new, mask=own_row)
+        tl.store(values_ptr + at_new, v_new, mask=own_row)
     for first in range(start, stop, BLOCK):
         k = next_k
         v = next_v
@@ -325,7 +357,9 @@ def attention_kernel(
 
     average = acc / weight_sum[:, None]
     log = maximum * 1.4426950408889634 + tl.log2(weight_sum)
+    if SPAN > 1:  # a split that ends where the span begins may see nothing
+        average = tl.where(weight_sum[:, None] > 0.0, average, 0.0)
+        log = tl.where(weight_sum > 0.0, log, float("-inf"))
     own = (split * tl.num_programs(2) + row) * heads + head * GROUP + group
-    if not WRITES_ONLY:
-        tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
-        tl.store(logs_ptr + own, log, mask=in_group)
+    tl.store(sums_ptr + own[:, None] * DIM + d[None, :], average, mask=q_inside)
+    tl.store(logs_ptr + own, log, mask=in_group)

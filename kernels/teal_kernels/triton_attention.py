@@ -157,8 +157,8 @@ def decode_attention(
         k_norm: the same for keys.
         eps: of those norms, and of that of values.
         heads: all else.
-        span: rows of one sequence, one behind the other, at positions that follow each other. A launch of its own then
-            writes keys and values first, and each row sees those of the rows before it.
+        span: rows of one sequence, one behind the other, at positions that follow each other: each row sees keys and
+            values of the rows before it.
         pdl: launch while the kernel before still runs. That one may write `qkv`; everything else is
             read before the wait for it.
 
@@ -179,67 +179,66 @@ def decode_attention(
         raise ValueError(
             f"ALiBi of shape {tuple(heads.alibi.shape)} does not fit {all_heads} heads, {length} positions"
         )
-    for writes_only in (True, False) if span > 1 else (False,):
-        launch(
-            attention_kernel,
-            (kv_heads, 1 if writes_only else partials.splits, rows),
-            qkv,
-            qkv if q_norm is None else q_norm,
-            qkv if k_norm is None else k_norm,
-            qkv if cos is None else cos,
-            qkv if sin is None else sin,
-            keys,
-            values,
-            partials.positions.own,
-            partials.positions.longest,
-            partials.sums,
-            partials.logs,
-            kv_heads,
-            length,
-            partials.window,
-            scale,
-            eps,
-            AttentionNumbers(
-                heads.cap,
-                growth,
-                every,
-                heads.long_from or 0,
-                0 if heads.long_from is None or cos is None else cos[0].numel(),
-            ),
-            heads.rare,
-            PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
-            BLOCK=_attention_block(dim, keys.itemsize),
-            SPLITS=partials.splits,
-            MULTIPLE=partials.split_multiple,
-            SEVERAL_ROWS=rows > 1,
-            HEADS=HeadConstants(
-                group=group,
-                size=dim,
-                padded=max(LEAST_TILE, power_of_two(dim)),
-                rotated=0 if cos is None else cos.shape[-1],
-                neighbours=heads.neighbours,
-                norms=HEAD_NORMS["none" if q_norm is None else heads.norms],
-                own_norms=own_norms,
-                centred=heads.centred and q_norm is not None,
-                norm_biases=heads.biases is not None,
-                plus_one=heads.plus_one,
-                grouped=heads.grouped,
-                capped=heads.cap != 0.0,
-                growing=heads.growth is not None,
-                long_rope=heads.long_from is not None,
-                clipped=heads.clip != 0.0,
-                sinks=heads.sinks is not None,
-                alibi=heads.alibi is not None,
-                keys_as_values=heads.keys_as_values,
-                value_norms=heads.v_norm is not None,
-                all_queries=power_of_two(all_heads * dim),
-                all_keys=power_of_two(kv_heads * dim),
-            ),
-            SPAN=span,
-            WRITES_ONLY=writes_only,
-            warps=_ATTENTION_WARPS,
-            pdl=pdl,
-        )
+    launch(
+        attention_kernel,
+        (kv_heads, partials.splits, rows),
+        qkv,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        keys,
+        values,
+        partials.positions.own,
+        partials.positions.longest,
+        partials.sums,
+        partials.logs,
+        kv_heads,
+        length,
+        partials.window,
+        scale,
+        eps,
+        AttentionNumbers(
+            heads.cap,
+            growth,
+            every,
+            heads.long_from or 0,
+            0 if heads.long_from is None or cos is None else cos[0].numel(),
+        ),
+        heads.rare,
+        PADDED_GROUP=max(LEAST_TILE, power_of_two(group)),
+        BLOCK=_attention_block(dim, keys.itemsize),
+        SPLITS=partials.splits,
+        MULTIPLE=partials.split_multiple,
+        SEVERAL_ROWS=rows > 1,
+        HEADS=HeadConstants(
+            group=group,
+            size=dim,
+            padded=max(LEAST_TILE, power_of_two(dim)),
+            rotated=0 if cos is None else cos.shape[-1],
+            neighbours=heads.neighbours,
+            norms=HEAD_NORMS["none" if q_norm is None else heads.norms],
+            own_norms=own_norms,
+            centred=heads.centred and q_norm is not None,
+            norm_biases=heads.biases is not None,
+            plus_one=heads.plus_one,
+            grouped=heads.grouped,
+            capped=heads.cap != 0.0,
+            growing=heads.growth is not None,
+            long_rope=heads.long_from is not None,
+            clipped=heads.clip != 0.0,
+            sinks=heads.sinks is not None,
+            alibi=heads.alibi is not None,
+            keys_as_values=heads.keys_as_values,
+            value_norms=heads.v_norm is not None,
+            all_queries=power_of_two(all_heads * dim),
+            all_keys=power_of_two(kv_heads * dim),
+        ),
+        SPAN=span,
+        NEW=1 if span == 1 else max(LEAST_TILE, power_of_two(span)),
+        warps=_ATTENTION_WARPS,
+        pdl=pdl,
+    )
 
 
 def _attention_block(dim: int, itemsize: int) -> int:
