@@ -6,6 +6,8 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -66,29 +68,72 @@ def choose_config(
     """
     kind = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    shadowed = {entry.product for entry in _tried}
-    entries = (*_tried, *(entry for entry in table_of(name) if entry.product not in shadowed))
-    nearest = min(
-        (entry for entry in entries if entry.config.dense),
-        key=lambda e: (e.distance(inputs, parts, BITS[kind], rows, epilogue), e.dtype != kind),
-        default=None,
-    )
+    packaged = table_of(name)
+    if _tried:
+        shadowed = {entry.product for entry in _tried}
+        entries = (*_tried, *(entry for entry in packaged if entry.product not in shadowed))
+        found = _measured(entries, inputs, parts, kind, rows, epilogue)
+    else:
+        found = _remembered(_Table(packaged), inputs, parts, kind, rows, epilogue)
     # A weight is read if any row of the batch needs it. Rows drop inputs of their own, or more alike.
-    if nearest is None:
+    if found is None:
         return replace(UNTUNED, dense=sparsity**rows < _WORTHWHILE)
-    sparsity = sparsity ** (rows / nearest.rows)
-    alike = [entry for entry in entries if entry.product == nearest.product]
-    dense = min((e for e in alike if e.config.dense), key=lambda e: e.cost)
-    sparse = sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity)
+    dense, sparse = found
+    sparsity = sparsity ** (rows / dense.rows)
     if sparsity <= 0.0 or not sparse:
         return _rescaled(dense, BITS[kind])
-    longer = 1.0 + _FURTHER_ROW * max(0, rows - nearest.rows)
+    longer = 1.0 + _FURTHER_ROW * max(0, rows - dense.rows)
     measured = [(entry.sparsity, entry.cost) for entry in sparse]
     if len(measured) == 1:
         measured.insert(0, (0.0, _LISTING_ALL * dense.cost))
     if _interpolated(measured, sparsity) * longer >= dense.cost:
         return _rescaled(dense, BITS[kind])
     return _rescaled(min(sparse, key=lambda e: abs(e.sparsity - sparsity)), BITS[kind])
+
+
+class _Measured(NamedTuple):
+    """The product of a table that is nearest to another one."""
+
+    dense: Entry
+    """Its fastest dense read."""
+    sparse: list[Entry]
+    """By sparsity."""
+
+
+def _measured(
+    entries: tuple[Entry, ...], inputs: int, parts: tuple[int, ...], kind: str, rows: int, epilogue: str
+) -> _Measured | None:
+    nearest = min(
+        (entry for entry in entries if entry.config.dense),
+        key=lambda e: (e.distance(inputs, parts, BITS[kind], rows, epilogue), e.dtype != kind),
+        default=None,
+    )
+    if nearest is None:
+        return None
+    alike = [entry for entry in entries if entry.product == nearest.product]
+    dense = min((e for e in alike if e.config.dense), key=lambda e: e.cost)
+    return _Measured(dense, sorted((e for e in alike if not e.config.dense), key=lambda e: e.sparsity))
+
+
+class _Table:
+    """Entries as a key: this very table, since to compare all that it holds would take as long as the search."""
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        self.entries = entries
+
+    def __hash__(self) -> int:
+        return id(self.entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Table) and self.entries is other.entries
+
+
+@lru_cache(maxsize=256)
+def _remembered(
+    table: _Table, inputs: int, parts: tuple[int, ...], kind: str, rows: int, epilogue: str
+) -> _Measured | None:
+    """A model asks for each product of each block, whenever a session is opened: it took 40 ms of a first token."""
+    return _measured(table.entries, inputs, parts, kind, rows, epilogue)
 
 
 def _rescaled(entry: Entry, bits: int) -> TileConfig:

@@ -5,6 +5,7 @@ straight-through gradients, and under routers that stand still from 55 % to 2: i
 held to.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,10 @@ _RATE = 0.1
 _LEARNED = 0.2
 """Least share of the target that routers leave out of themselves, for their shares to say which MLPs can do without."""
 _TOKENS = 64
-"""Of a pass, on which quantiles are taken: 37,000 inputs of a layer of 576."""
+"""Of a pass, on which quantiles are taken."""
+_SAMPLED = 8192
+"""Numbers of those tokens, of which a quantile is within half a per cent of the share that it stands for. Of 37,000, the
+inputs of a layer of 576, it took 182 microseconds on an H200: a third of a pass, for all layers."""
 
 
 class Followed(ABC):
@@ -187,7 +191,7 @@ class FollowedThresholds(_HeldTensors):
 
     def quantile(self, index: int, sample: Tensor) -> Tensor:
         """See `Followed`: of sizes."""
-        return _quantile(sample.abs().flatten(), self._layers[index].rule.expected_sparsity or 0.0)
+        return _quantile(sample.abs(), self._layers[index].rule.expected_sparsity or 0.0)
 
 
 class FollowedGates(_HeldTensors):
@@ -256,7 +260,7 @@ class FollowedRouters(Followed):
     def quantile(self, index: int, sample: Tensor) -> Tensor:
         """See `Followed`: the logit below which the share lies. The first look only finds shares."""
         router = cast(Router, self.modules[index])
-        logits = router.forward(sample.to(router.weight.dtype)).float().flatten()  # without its hooks: this is one
+        logits = router.forward(sample.to(router.weight.dtype)).float()  # without its hooks: this is one
         if self._shares is None:
             return (logits <= 0).float().mean()
         return _quantile(logits, float(self._shares[index]))
@@ -290,6 +294,10 @@ def _has_threshold(layer: SparseLinear) -> bool:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """The value of a flat tensor below which a share of them lies."""
-    rank = min(max(round(share * values.numel()), 1), values.numel())
-    return values.kthvalue(rank).values
+    """The number of (tokens, features) below which a share of them lies; of many, of some that lie evenly among them."""
+    step = -(-values.numel() // _SAMPLED)
+    while math.gcd(step, values.shape[-1]) > 1:  # else some features would never be seen
+        step += 1
+    some = values.flatten()[::step]
+    rank = min(max(round(share * some.numel()), 1), some.numel())
+    return some.kthvalue(rank).values

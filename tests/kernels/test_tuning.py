@@ -67,6 +67,21 @@ def _choose(sparsity: float, *, device: torch.device = CPU, **product: Any) -> T
     return choose_config(device, sparsity=sparsity, **product)
 
 
+def test_a_table_is_searched_once_for_a_product(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session asks for each product of each block; a table that is written meanwhile is searched anew."""
+    asked: list[int] = []
+    found = Entry.distance
+    monkeypatch.setattr(Entry, "distance", lambda entry, *product: asked.append(1) or found(entry, *product))
+    write(_entry(0.0, 10.0), _entry(0.5, 6.0))
+    assert _choose(0.5) == SPARSE
+    assert len(asked) > 0
+    asked.clear()
+    assert (_choose(0.5), _choose(0.0)) == (SPARSE, DENSE)
+    assert not asked
+    write(_entry(0.0, 10.0), _entry(0.5, 12.0))
+    assert _choose(0.5) == DENSE
+
+
 @pytest.fixture
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
