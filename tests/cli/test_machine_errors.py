@@ -59,9 +59,10 @@ def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
             fails(capsys, 4, message, *flags)
 
 
-def test_tuning_without_what_it_needs(calibrated, capsys) -> None:
+def test_tuning_without_what_it_needs(calibrated, capsys, monkeypatch) -> None:
     flags = ("bench", "--model", calibrated, "--sparsity", "0.5", "--prompt-tokens", "8", "--new-tokens", "2")
     fails(capsys, 2, "give kernels (flag --kernels) too", *flags, "--tune")
+    monkeypatch.setattr("teal_cli.steps.bench.prepare", lambda *_: pytest.fail("a model was loaded before"))
     fails(capsys, 4, "there is no GPU here", *flags, "--tune", "--kernels", "--device", "cpu")
 
 
