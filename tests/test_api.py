@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 import teal_cli
 from teal_cli.cli import run
+from teal_cli.cli.generate import summary
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.sparse import sparse_layers
 
@@ -56,10 +57,10 @@ def test_names_are_there_and_come_late() -> None:
 
 
 def test_the_chain_is_that_of_the_command_line(calibrated: Path, corpus: Path) -> None:
-    summary = teal_cli.export(calibrated, sparsity=0.4)
-    assert summary.folder == "runs/tiny/fisher-0.40"
-    result = teal_cli.evaluate(summary.folder, text=str(corpus), tokens=256, seq_len=64)
-    flags = ["eval", "--model", summary.folder, "--text", str(corpus), "--tokens", "256", "--seq-len", "64"]
+    exported = teal_cli.export(calibrated, sparsity=0.4)
+    assert exported.folder == "runs/tiny/fisher-0.40"
+    result = teal_cli.evaluate(exported.folder, text=str(corpus), tokens=256, seq_len=64)
+    flags = ["eval", "--model", exported.folder, "--text", str(corpus), "--tokens", "256", "--seq-len", "64"]
     assert run([*flags, "--json", "e.json"]) == 0
     written = result.to_json()
     read = json.loads(Path("e.json").read_text())
@@ -134,6 +135,25 @@ def test_an_interrupted_reply_raises(dense: Path, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(KeyboardInterrupt):
         model.generate("the stars", interrupt, max_new_tokens=20)
+
+
+def test_a_reply_without_tokens_took_its_prefill(dense: Path) -> None:
+    model = teal_cli.load(dense, sparsity=0)
+    model._generator.stop = frozenset(range(len(model.tokenizer)))
+    found = model.reply("the stars", max_new_tokens=20)
+    assert (found.tokens, found.text, found.tokens_per_second) == (0, "", None)
+    assert found.prefill_seconds > 0.0
+    assert summary(found) == f"0 tokens, prefill of {found.prompt_tokens} in {found.prefill_seconds:.2f} s"
+
+
+def test_a_reply_of_one_token_has_no_step_to_be_dense(calibrated: Path) -> None:
+    model = teal_cli.load(calibrated, sparsity=0.5)
+    one, two = (model.reply("the stars", max_new_tokens=count) for count in (1, 2))
+    assert summary(one).startswith("1 token, prefill of ")
+    assert "sparsity" not in summary(one)
+    assert "dense" not in summary(one)
+    assert summary(two).startswith("2 tokens, ")
+    assert summary(two).endswith(f"realised sparsity {two.realised_sparsity:.3f}")
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
 
 def summary(reply: "Reply") -> str:
     """One line: how much, how fast, how sparse."""
-    parts = [f"{reply.tokens} tokens"]
+    parts = [f"{reply.tokens} token" + "s" * (reply.tokens != 1)]
     if reply.tokens_per_second is not None:
         parts.append(f"{reply.tokens_per_second:.1f} tokens/s")
     parts.append(f"prefill of {reply.prompt_tokens} in {reply.prefill_seconds:.2f} s")
@@ -175,7 +175,10 @@ def summary(reply: "Reply") -> str:
         if speculation.acceptance is not None:
             parts.append(f"acceptance {speculation.acceptance:.3f}")
         realised = None
-    parts.append("dense" if realised is None else f"realised sparsity {realised:.3f}")
+    if realised is not None:
+        parts.append(f"realised sparsity {realised:.3f}")
+    elif reply.tokens > 1:  # the first is the prefill's: there was no step to be of either kind
+        parts.append("dense")
     if reply.neuron_sparsity is not None:
         parts.append(f"{reply.neuron_sparsity:.1%} of the MLP neurons zero")
     return ", ".join(parts)

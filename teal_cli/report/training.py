@@ -18,15 +18,21 @@ def training_plots(material: Material) -> list[Plot]:
     return [*plots, _quality(measured)] if measured else plots
 
 
-def _points(record: Record, key: str) -> tuple[list[float], list[float]]:
-    """Steps of the whole run and what was logged there under a key; a stage's steps come after the stages' before."""
+def _points(record: Record, key: str, beside: str | None = None) -> tuple[list[float], list[float]]:
+    """Steps of the whole run and what was logged there under a key; a stage's steps come after the stages' before.
+
+    Args:
+        record: of the run.
+        key: of a figure.
+        beside: another one, without which it does not count: what it is of.
+    """
     xs, ys = [], []
     before, stage, last = 0.0, 0.0, 0.0
     for figures in record.curve:
         if figures["stage"] != stage:
             before, stage = before + last, figures["stage"]
         last = figures["step"]
-        if key in figures:
+        if key in figures and (beside is None or beside in figures):
             xs.append(before + last)
             ys.append(figures[key])
     return xs, ys
@@ -35,22 +41,24 @@ def _points(record: Record, key: str) -> tuple[list[float], list[float]]:
 def _curve(adapted: Adapted) -> Plot:
     """Loss and held-out loss over steps, with the sparsity beneath."""
     record = adapted.record
-    losses = {name: _points(record, key) for name, key in (("training", "loss"), ("held out", "held_out_loss"))}
-    sparsity = _points(record, "sparsity")
+    keys = {"training": "loss", "held out": "held_out_loss"}
+    losses = {name: _points(record, key) for name, key in keys.items()}
+    sparsities = {name: _points(record, "sparsity", key) for name, key in keys.items()}  # of different texts
     title = f"{adapted.name}: loss over steps"
     said = "; ".join(f"{name} from {ys[0]:.4f} to {ys[-1]:.4f}" for name, (_, ys) in losses.items() if ys)
     alt = f"{title}: {said}."
-    if sparsity[1]:
-        alt += f" Sparsity from {sparsity[1][0]:.1%} to {sparsity[1][-1]:.1%}."
+    if of_steps := "; ".join(f"{name} from {ys[0]:.1%} to {ys[-1]:.1%}" for name, (_, ys) in sparsities.items() if ys):
+        alt += f" Sparsity: {of_steps}."
 
     def draw(figure: Any) -> None:
         above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-        for index, (name, (xs, ys)) in enumerate(losses.items()):
+        for index, name in enumerate(keys):
             look = {**series(index), "marker": "o" if name == "held out" else ""}
-            above.plot(xs, ys, label=name, **look)
+            above.plot(*losses[name], label=name, **look)
+            steps, shares = sparsities[name]
+            below.plot(steps, [100 * share for share in shares], **look)
         above.set_ylabel("KL to dense, nats a token")
         above.legend()
-        below.plot(sparsity[0], [100 * value for value in sparsity[1]], color=MUTED)
         below.set_ylabel("sparsity, %")
         below.set_xlabel("steps")
         for axes in (above, below):

@@ -206,8 +206,17 @@ def use_backend(control: SparsityControl, backend: str, device: torch.device, dt
     Raises:
         MachineError: a backend asked for by name cannot run here.
     """
+    control.backend = backend_for(backend, device, dtype)
+    return control.backend
+
+
+def backend_for(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that will run, where this one is asked for.
+
+    Raises:
+        MachineError: a backend asked for by name cannot run here.
+    """
     try:
-        control.backend = resolve_backend(backend, device, dtype)
+        return resolve_backend(backend, device, dtype)
     except BackendUnavailableError as error:
         raise MachineError(f"backend {backend}: {error}; use --backend auto") from error
-    return control.backend

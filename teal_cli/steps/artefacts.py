@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.checkpoint.calibration import Calibration, CalibrationInfo
 from teal_cli.checkpoint.export import (
@@ -19,12 +21,13 @@ from teal_cli.console import Reporter
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_source import ModelSource
 from teal_cli.models.architectures import Projection, find_projections
-from teal_cli.models.loading import outline
+from teal_cli.models.loading import outline, pick_device
 from teal_cli.planning import allocate, allocations, recalibrate
 from teal_cli.quantise.model import quantised_layers
 from teal_cli.ranks.environment import is_rank
 from teal_cli.schemes import INT8, Scheme
 from teal_cli.shard_loading import check_divided
+from teal_cli.sparse.control import backend_for
 from teal_cli.steps.calibrate import calibrate
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -121,7 +124,10 @@ def calibration_for(config: SparseConfig, workspace: Workspace, reporter: Report
 
     Raises:
         ArtefactError: the one named or found is damaged, or of another model, quantisation or architecture.
+        MachineError: the backend that is to read what comes of it cannot run here.
     """
+    # Here, since what follows may take minutes. Backends that run at all run in float32.
+    backend_for(getattr(config, "backend", "auto"), pick_device(config.device), torch.float32)
     run = config.calibration or workspace.run
     if config.calibration is None and not calibration_file.exists(run):
         _require_alone(config, "calibration, from teal calibrate,")

@@ -26,7 +26,7 @@ from teal_cli.models.architectures import (
     find_projections,
     output_projection,
 )
-from teal_cli.models.loading import use_threads
+from teal_cli.models.loading import pick_device, use_threads
 from teal_cli.sparse import (
     SparseLinear,
     apply_plan_,
@@ -105,6 +105,8 @@ def bench(config: BenchConfig, reporter: Reporter, workspace: Workspace | None =
         TealError: anything wrong with model, calibration or machine.
     """
     use_threads(config.threads)
+    if config.tune and pick_device(config.device).type != "cuda":  # before minutes of calibration
+        raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
     others: list[tuple[BenchConfig, Workspace | None]] = [(other, None) for other in config.others()]
     if not config.random_weights:
         workspace = workspace or Workspace.of(config, reporter)
@@ -240,11 +242,9 @@ def _tune(config: BenchConfig, engine: Engine, prepared: Prepared, reporter: Rep
     """Search the products of a model on this GPU, and keep what is found for every later command.
 
     Raises:
-        MachineError: no GPU, or one that the kernels do not run on.
+        MachineError: the kernels do not run on this GPU.
     """
     device, batch = engine.device, prepared.prompt.shape[0]
-    if device.type != "cuda":
-        raise MachineError("tuning times the GPU kernels, and there is no GPU here (`teal info` says more)")
     if (reason := backend_unavailable_reason("triton", device, prepared.model.dtype)) is not None:
         raise MachineError(f"tuning times the GPU kernels: {reason}")
     plans: dict[float, SparsityPlan | None] = {0.0: None, **{plan.target_sparsity: plan for plan in prepared.plans}}

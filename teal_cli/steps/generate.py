@@ -54,7 +54,7 @@ class Reply:
     prompt_tokens: int
     tokens: int
     prefill_seconds: float
-    """Until the first token."""
+    """Until the first token; where none came, until the end."""
     tokens_per_second: float | None
     """Of the decode steps; None for a reply of one token."""
     realised_sparsity: float | None
@@ -191,6 +191,8 @@ class Generator:
             except KeyboardInterrupt:
                 interrupted = True
             text = streamer.end()
+        if count == 0:  # a stop token came first, or Ctrl-C
+            first = time.perf_counter()
         return Reply(
             text=text,
             prompt_tokens=prompt.shape[1],

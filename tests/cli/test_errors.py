@@ -214,6 +214,11 @@ def test_no_network_and_not_cached(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     fails(capsys, 3, "not cached and the hub cannot be reached", "calibrate", "--model", "nobody/nothing")
     fails(capsys, 3, "not cached and the hub cannot be reached", "generate", "--model", "llama-3-8b", "--prompt", "x")
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    mistyped = "there is no folder runs/tinny here; as a model of the hub: runs/tinny is not cached"
+    fails(capsys, 3, mistyped, "eval", "--model", "runs/tinny")
+    fails(capsys, 3, mistyped, "info", "--model", "runs/tinny")
 
 
 def test_result_that_cannot_be_written(calibrated, capsys) -> None:

@@ -59,9 +59,17 @@ def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
             fails(capsys, 4, message, *flags)
 
 
-def test_tuning_without_what_it_needs(calibrated, capsys) -> None:
+@pytest.mark.parametrize("flags", [("generate", "--prompt", "x"), ("bench",), ("eval",), ("serve", "--port", "0")])
+def test_a_backend_that_cannot_run_is_refused_before_a_calibration(flags, tiny, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    fails(capsys, 4, "needs a GPU", *flags, "--model", tiny, "--backend", "triton", "--device", "cpu")
+    assert not Path("runs").exists()
+
+
+def test_tuning_without_what_it_needs(calibrated, capsys, monkeypatch) -> None:
     flags = ("bench", "--model", calibrated, "--sparsity", "0.5", "--prompt-tokens", "8", "--new-tokens", "2")
     fails(capsys, 2, "give kernels (flag --kernels) too", *flags, "--tune")
+    monkeypatch.setattr("teal_cli.steps.bench.prepare", lambda *_: pytest.fail("a model was loaded before"))
     fails(capsys, 4, "there is no GPU here", *flags, "--tune", "--kernels", "--device", "cpu")
 
 

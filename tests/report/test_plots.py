@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from teal_cli.report.drawing import Plot, inline_svg
 from teal_cli.report.inputs import Material, read_material
 from teal_cli.report.maps import sparsity_plots
 from teal_cli.report.plots import quality_plots, speed_plots
+from teal_cli.report.training import training_plots
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,22 @@ def _drawn(plot: Plot) -> Figure:
     figure = Figure()
     plot.draw(figure)
     return figure
+
+
+def test_sparsity_of_batches_and_of_the_held_out_slice_are_two_lines() -> None:
+    """Both are logged at a step where the slice is looked at: one line through both went up and down there."""
+    curve = [
+        {"stage": 0, "step": 0, "held_out_loss": 0.3, "sparsity": 0.50},
+        {"stage": 0, "step": 5, "loss": 0.4, "sparsity": 0.40},
+        {"stage": 0, "step": 5, "held_out_loss": 0.2, "sparsity": 0.48},
+        {"stage": 1, "step": 5, "loss": 0.1, "sparsity": 0.44},
+    ]
+    adapted: Any = SimpleNamespace(name="recover", record=SimpleNamespace(curve=curve, after=None))
+    (plot,) = training_plots(SimpleNamespace(adapted=[adapted]))  # type: ignore[arg-type]
+    assert plot.alt.endswith("Sparsity: training from 40.0% to 44.0%; held out from 50.0% to 48.0%.")
+    _, below = _drawn(plot).axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in below.lines]
+    assert lines == [([5, 10], [40.0, 44.0]), ([0, 5], [50.0, 48.0])]
 
 
 def _texts(axes: Any) -> list[str]:
