@@ -13,6 +13,7 @@ _CHECKS: dict[str, list[Callable[[Page], None]]] = {
         speed.benchmarks_gpu,
         speed.benchmarks_quantised,
         speed.benchmarks_peers,
+        speed.benchmarks_vllm,
         speed.benchmarks_families,
         speed.benchmarks_batches,
         speed.benchmarks_streams,

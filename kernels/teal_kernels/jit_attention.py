@@ -126,8 +126,8 @@ def attention_kernel(
         more: `triton_attention.AttentionNumbers`, of which most models need none.
         rare: `triton_attention.RareOperands`, or None.
         HEADS: `triton_attention.HeadConstants`.
-        SPAN: rows of one sequence, each a position behind the one before. From two on, each row makes the keys and values
-            of the rows before it again, since no program may wait for what others of its launch write.
+        SPAN: rows of one sequence, each a position behind the one before. From two on, each row makes the keys and
+            values of the rows before it again, since no program may wait for what others of its launch write.
         NEW: keys that a row makes at most: 1, or those of a span, up to a tile.
     """
     GROUP: tl.constexpr = HEADS.group

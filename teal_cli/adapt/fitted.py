@@ -1,7 +1,7 @@
 """Routers by least squares: what a linear layer can tell of the neurons from what the MLP reads.
 
-On SmolLM2-135M half of the groups that such a router chooses have all but as much of the neurons' energy as the half that
-an oracle chooses; a router that knows nothing chooses half of the energy.
+On SmolLM2-135M half of the groups that such a router chooses have all but as much of the neurons' energy as the half
+that an oracle chooses; a router that knows nothing chooses half of the energy.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,8 @@ def group_sizes(hidden: Tensor, down: nn.Linear, order: Tensor, group: int) -> T
         group: neurons of each.
     """
     added = hidden.flatten(0, -2).float() * down.weight.float().norm(dim=0)
-    return added[:, order].view(len(added), -1, group).norm(dim=-1)
+    sizes: Tensor = added[:, order].view(len(added), -1, group).norm(dim=-1)
+    return sizes
 
 
 def fitted_router(x: Tensor, sizes: Tensor, share: float) -> Fitted:

@@ -227,7 +227,7 @@ def test_random_routers_are_the_control(tmp_path: Path) -> None:
 
 
 def test_a_fitted_router_finds_what_is_linear() -> None:
-    """It leaves out the smaller groups, as many as it is told, and its logits are as large as a sigmoid can tell apart."""
+    """It leaves out the smaller groups, as many as it is told, with logits as large as a sigmoid can tell apart."""
     generator = torch.Generator().manual_seed(0)
     x, truth = torch.randn(400, 12, generator=generator), torch.randn(6, 12, generator=generator)
     sizes = 5 + x @ truth.T

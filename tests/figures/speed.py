@@ -136,6 +136,39 @@ def benchmarks_peers(page: Page) -> None:
     page.says("gpt-fast {}, in int4 {}; transformers eager {}.", *theirs)
 
 
+_VLLM = {
+    "`teal`, dense": "teal-dense",
+    "`teal`, 50 %": "teal-sparse",
+    "`teal`, int4, dense": "teal-int4-dense",
+    "`teal`, int4, 50 %": "teal-int4-sparse",
+    "vLLM, dense": "vllm-dense",
+    "vLLM with our plugin, 50 %": "vllm-plugin",
+    "vLLM, int4 by Marlin": "vllm-marlin",
+    "vLLM, int4 by Machete, its own choice": "vllm-int4",
+}
+
+
+def benchmarks_vllm(page: Page) -> None:
+    """vLLM."""
+    own = result("vllm-llama-3-8b-gpu")
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for label, name in _VLLM.items():
+        run = one(own["runs"], run=name)
+        loop, later = run["teal_loop_tokens_per_second"], run["tokens_per_second_after_first"]
+        seconds = run["reply_seconds"]["median"], run["first_token_seconds"]["median"]
+        rows[label] = None if loop is None else loop["median"], later, *seconds
+    columns = "steps alone, tokens/s | after the first token, tokens/s | s of a reply | s to its first token"
+    page.table(f"| one H200, Llama-3-8B shape | {columns} |", rows)
+    sparse = one(own["runs"], run="teal-sparse")
+    page.says("Ours skipped {} of the inputs; in vLLM nobody", sparse["realised_sparsity"])
+    ends = [sparse[part][end] for part in ("reply_seconds", "first_token_seconds") for end in ("min", "max")]
+    page.says("at 50 % replies took {} to {} s, first tokens {} to {} s.", *ends)
+    noted = own["noted"]
+    opening, whole = (1e3 * noted[part] for part in ("of_which_opening_a_session_seconds", "first_token_seconds"))
+    page.says("took {} ms of {} up to the first token.", opening, whole)
+    page.says("begins with the {} tokens of ours", one(own["runs"], run="vllm-dense")["first_tokens_as_ours"])
+
+
 _FAMILIES = {
     "Llama-3-8B": "llama-3-8b",
     "Phi-4-mini": "phi-4-mini",

@@ -48,14 +48,15 @@ class Lte(Recipe):
     1 / ((G - 1/2)^2 + epsilon), which makes routers decide, each a mean over tokens, groups and MLPs, in float32. Hard:
     a group is there or not, the weights of routers stay as they are.
 
-    Five departures from the paper. With option `routers=fitted` there is no soft stage: routers begin as the linear layer
-    that tells best how much each group adds, leaving out the target, and train on beside the model, by the gradient that
-    a factor G would give them (straight through). Otherwise routers begin with all groups chosen, so that training begins with the dense model.
-    The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from the
-    beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
-    is the sparsity that was asked for, unless option `eta` names a number; by one number for all MLPs, or, with option
-    `shares=even`, for each by its own, so that all leave out the same. In the hard stage the biases of routers
-    follow the hidden states (`FollowedRouters`): else the model trains until they choose all groups again.
+    Five departures from the paper. With option `routers=fitted` there is no soft stage: routers begin as the linear
+    layer that tells best how much each group adds, leaving out the target, and train on beside the model, by the
+    gradient that a factor G would give them (straight through). Otherwise routers begin with all groups chosen, so
+    that training begins with the dense model. The loss that makes routers decide therefore grows from zero during the
+    second half of the soft stage: from the beginning it would hold them where they are. And eta is steered, so that
+    the share of groups that is left out is the sparsity that was asked for, unless option `eta` names a number; by
+    one number for all MLPs, or, with option `shares=even`, for each by its own, so that all leave out the same. In
+    the hard stage the biases of routers follow the hidden states (`FollowedRouters`): else the model trains until
+    they choose all groups again.
     """
 
     name = "lte"
