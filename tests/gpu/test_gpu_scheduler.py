@@ -97,14 +97,17 @@ def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -
     requests = [replace(own, max_new_tokens=20 + own.max_new_tokens) for own in _requests(30, 60)]
     scheduler = Scheduler(engine, slots=3, positions=160, speculator=speculator)
     heard = run_all(scheduler, requests)
-    alike = 0
-    for request, own in zip(requests, heard, strict=True):
-        assert own[-1].finish in ("stop", "length")
+    others = []
+    for index, (request, own) in enumerate(zip(requests, heard, strict=True)):
+        assert own[-1].finish in ("stop", "length"), own[-1].error
         tokens = [emitted.token for emitted in own if emitted.token is not None]
         options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
         with control_of(model).switched_off():
-            alike += tokens == list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
-    assert alike >= 28  # as above: what is drawn may lie beside where another token is drawn
+            expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+        if tokens != expected:
+            place = next((at for at, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), -1)
+            others.append((index, request.sampling.temperature, place, len(tokens), len(expected)))
+    assert len(others) <= 2, others  # as above: what is drawn may lie beside where another token is drawn
     statistics = scheduler.statistics()
     assert statistics.drafted_tokens
     if count is not None:

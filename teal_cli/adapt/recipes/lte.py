@@ -198,8 +198,8 @@ class Lte(Recipe):
             mlp.soft = self._is_soft
         if not self._is_soft:
             routers = [mlp.router for mlp in routed_mlps(model)]
-            is_even = self._is_even or self._options.routers == "fitted"
-            self.followed = FollowedRouters(routers, self._target, even=is_even)
+            fitted = self._options.routers == "fitted"
+            self.followed = FollowedRouters(routers, self._target, even=self._is_even or fitted, trained=fitted)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
