@@ -7,7 +7,7 @@ from tests.figures.page import Cell, Page, one, result
 
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
-    still, followed, later, last, hidden, longer, longest = result("adapt-smollm2-135m")["calls"]
+    still, followed, later, last, hidden, longer, longest, weighed_text = result("adapt-smollm2-135m")["calls"]
     names = ("sotu", "moby-dick", "debian-handbook")
 
     def ratios(entry: Any) -> tuple[Cell, ...]:
@@ -76,6 +76,30 @@ def benchmarks_adapted(page: Page) -> None:
     page.table(
         "| SmolLM2-135M, perplexity over dense, longer | tokens | not read | zeros or groups left out | sotu | "
         "Moby Dick | Debian handbook |",
+        rows,
+    )
+    of_text = weighed_text["results"]
+    control = one(of_text, arm="dense, text")
+    rows = {}
+    for label, arm in (
+        ("the dense model, trained the same way", "dense, text"),
+        ("`recover` at 50 %, rate 2e-4", "recover 50 %, text"),
+        ("`recover` at 65 %, rate 4e-4", "recover 65 %, text"),
+        ("`recover` at 80 %, rate 6e-4", "recover 80 %, text"),
+        ("`lte`, `routers=fitted`, groups of 8, `--hidden-weight 1`", "lte, fitted, groups of 8, text"),
+    ):
+        entry = one(of_text, arm=arm)
+        if entry is control:
+            rows[label] = (entry["tokens"], None, None, *ratios(entry), None, None, None)
+            continue
+        unread = sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names)
+        over = (
+            entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names
+        )
+        rows[label] = (entry["tokens"], unread, entry.get("groups_left_out"), *ratios(entry), *over)
+    page.table(
+        "| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | sotu | "
+        "Moby Dick | Debian handbook | over the control: sotu | Moby Dick | Debian handbook |",
         rows,
     )
     weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}

@@ -135,7 +135,7 @@ def method_bytes(page: Page) -> None:
 def method_trained_bytes(page: Page) -> None:
     """The same of trained models, which ran in bfloat16."""
     dense = result("eval-smollm2-135m-sotu")["runs"][0]["dense"]["bytes_per_token"] / 2
-    _, _, earlier, _, _, longer, longest = (call["results"] for call in result("adapt-smollm2-135m")["calls"])
+    _, _, earlier, _, _, longer, longest, of_text = (call["results"] for call in result("adapt-smollm2-135m")["calls"])
 
     def row(entry: Any) -> tuple[Cell, ...]:
         each = [entry["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
@@ -150,6 +150,11 @@ def method_trained_bytes(page: Page) -> None:
         "`relu`, then FATReLU on 30 % of live gates": row(relu),
         "`drelu`": row(one(longer, arm="drelu")),
         "`lte`, `shares=even`, `--hidden-weight 1`": row(one(longest, arm="lte even, hidden 1")),
+        "`recover`, 50 %, `--text-weight 1`": row(one(of_text, arm="recover 50 %, text")),
+        "`recover`, 65 %, `--text-weight 1`": row(one(of_text, arm="recover 65 %, text")),
+        "`recover`, 80 %, `--text-weight 1`": row(one(of_text, arm="recover 80 %, text")),
+        "`lte`, fitted routers, `--text-weight 1`": row(one(of_text, arm="lte, fitted, groups of 8, text")),
+        "the dense model, `--text-weight 1`: the control": row(one(of_text, arm="dense, text")),
     }
     page.table("| recipe | State of the Union | Moby Dick | Debian handbook |", rows)
 
