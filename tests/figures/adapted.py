@@ -93,9 +93,7 @@ def benchmarks_adapted(page: Page) -> None:
             rows[label] = (entry["tokens"], None, None, *ratios(entry), None, None, None)
             continue
         unread = sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names)
-        over = (
-            entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names
-        )
+        over = (entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names)
         rows[label] = (entry["tokens"], unread, entry.get("groups_left_out"), *ratios(entry), *over)
     page.table(
         "| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | sotu | "
