@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, build_model
+from conftest import TINY_CONFIGS, build_family, build_model
 from fused_pair import LIMIT, Pair, error_of, random_tokens, use_small_tiles
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +38,13 @@ def _with_a_window() -> Any:
         ("qwen2-window", [20], (4, 4)),
         ("qwen3", [20], (8,)),
         ("gpt2", [20], (4, 4)),
+        ("olmo2", [20, 13], (3, 1, 4)),
+        ("mpt-clip", [20], (3, 5)),
+        ("gpt_oss", [20, 15], (4, 4)),
+        ("gemma2", [20], (4, 4)),
+        ("gemma4_text", [20], (5, 3)),
+        ("cohere-norms", [20], (4, 4)),
+        ("persimmon", [20], (4, 4)),
     ],
     ids=str,
 )
@@ -45,7 +52,7 @@ def test_a_pass_over_several_tokens_gives_what_single_steps_give(
     family: str, lengths: list[int], spans: tuple[int, ...]
 ) -> None:
     """Over a cache that a draft wrote into, and with keys and values as single steps write them."""
-    pair = Pair(_with_a_window() if family == "qwen2-window" else build_model(family))
+    pair = Pair(_with_a_window() if family == "qwen2-window" else build_family(family))
     pair.control.backend = "triton"
     rows, tokens = len(lengths), random_tokens(len(lengths), 8, seed=5)
 
