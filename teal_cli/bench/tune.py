@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
+from teal_cli.errors import MachineError
 from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
@@ -194,7 +195,11 @@ def _as_in_the_model(entry: Entry, dense: Entry, longer: float) -> Entry:
 
 
 def _ranked(product: TimedProduct, configs: list[TileConfig], sparsity: float) -> list[Entry]:
-    """Fastest first."""
+    """Fastest first.
+
+    Raises:
+        MachineError: none of them runs here.
+    """
     thresholds = product.thresholds(sparsity)
     entries = [
         Entry(
@@ -210,6 +215,11 @@ def _ranked(product: TimedProduct, configs: list[TileConfig], sparsity: float) -
         for config in configs
         if _launches(product, config, thresholds)
     ]
+    if not entries:
+        raise MachineError(
+            f"none of {len(configs)} tile configs of a product of {product.inputs} inputs and {sum(product.parts)} "
+            "outputs compiles and has room on this GPU: another version of triton may be needed"
+        )
     return sorted(entries, key=lambda entry: entry.cost)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from teal_cli.bench import tune
 from teal_cli.bench.products import TimedProduct
 from teal_cli.bench.tune import candidates, settle
+from teal_cli.errors import MachineError
 from teal_kernels.launching import uses_fma
 from teal_kernels.packing import Packed
 from teal_kernels.triton_gemv import TileConfig
@@ -111,6 +112,21 @@ def test_a_tile_config_that_cannot_be_launched_is_passed_over() -> None:
     assert not tune._launches(product, replace(TILE, warps=2), torch.zeros(1))
     with pytest.raises(RuntimeError, match="illegal"):
         tune._launches(product, replace(TILE, warps=4), torch.zeros(1))
+
+
+def test_where_no_tile_config_can_be_launched_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def launch(index: int, thresholds: Any, config: TileConfig) -> None:
+        raise errors.OutOfResources(135168, 101376, "shared memory")
+
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tune, "_compile", lambda product, configs, pool: None)
+    product = _product(64, (64,), 1)
+    product.launch, product.thresholds = launch, lambda sparsity: torch.full((1,), sparsity)
+    pool: Any = None
+    with pytest.raises(MachineError, match="tile configs of a product of 64 inputs and 64 outputs"):
+        tune.search(product, [0.5], pool)
 
 
 def test_the_model_has_the_last_word() -> None:
