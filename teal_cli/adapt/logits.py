@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal_cli.errors import UsageError
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import run_text, watched
 from teal_cli.sparse import SparseLinear
 
@@ -45,12 +46,9 @@ class LogitMaker:
             given = args[0].to(layer.weight.device)  # of a model on several devices it may come from another
             found.append(layer.kept_inputs(given) if isinstance(layer, SparseLinear) else given)
 
-        handle = self.layer.register_forward_pre_hook(keep)
-        try:
-            with watched(self.model, with_output=True) as run:
-                run(ids)
-        finally:
-            handle.remove()
+        hooks = [self.layer.register_forward_pre_hook(keep)]
+        with hooked(hooks), watched(self.model, with_output=True) as run:
+            run(ids)
         return found[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

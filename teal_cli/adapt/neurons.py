@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.models.activations import activation_name, block_number, gated_layers, intermediates, neuron_modules
 from teal_cli.models.architectures import find_projections
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import run_text
 from teal_cli.models.layers import Experts
 
@@ -163,13 +164,9 @@ def measure(model: Any, sequences: Tensor) -> dict[str, Tensor]:
 
 def _run_seen(model: Any, sequences: Tensor, hooks: Iterable[tuple[nn.Module, Hook]]) -> None:
     """Run sequences, one at a time, while each hook sees what its module is called with."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
+    with hooked([module.register_forward_pre_hook(hook) for module, hook in hooks]):
         for sequence in sequences.split(1):
             run_text(model, sequence)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def flip_signs_(model: Any, measured: Mapping[str, Tensor]) -> float:

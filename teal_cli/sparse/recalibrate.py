@@ -16,6 +16,7 @@ from teal_cli.calibration import histogram
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Routed, Zeros, threshold_rule
 from teal_cli.errors import ArtefactError
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import watched
 from teal_cli.models.layers import rows_from
 from teal_cli.ranks.group import over_ranks_
@@ -79,9 +80,5 @@ def _called_before(layers: Any, action: Callable[..., None]) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         action(module, *args)
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-    try:
+    with hooked([layer.register_forward_pre_hook(hook) for layer in layers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

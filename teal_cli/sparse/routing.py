@@ -12,6 +12,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Dense, Routed, Rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
+from teal_cli.models.block_calls import hooked
 from teal_cli.models.forward import run_text
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.gated import intermediates
@@ -147,12 +148,8 @@ def before_routing(model: nn.Module, action: Callable[[RoutedMLP, Tensor], None]
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         action(cast(RoutedMLP, module), args[0])
 
-    handles = [mlp.register_forward_pre_hook(hook) for mlp in routed_mlps(model)]
-    try:
+    with hooked([mlp.register_forward_pre_hook(hook) for mlp in routed_mlps(model)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
