@@ -156,7 +156,7 @@ def attention_kernel(
             tl.store(logs_ptr + first + heads_of_group, float("-inf"), mask=heads_of_group < GROUP)
         return
     start = lowest + split * length
-    behind = row % SPAN  # the first row of its sequence
+    behind = row % SPAN  # rows of its sequence that come before it
     stop = tl.minimum(start + length, position - behind)
     # What is new belongs to the last split, before all others of it.
     last = split == used - 1
@@ -176,9 +176,10 @@ def attention_kernel(
     if ROTATED < DIM:
         other = tl.where(turned, other, d)
     new = tl.arange(0, NEW)  # rows from the first of the sequence on; or this row alone
+    at_new = position - behind + new  # where they are in the sequence
     makes = in_head[None, :]
     if SPAN > 1:
-        sees = (new <= tl.where(last, behind, -1)) & (position - behind + new >= lowest)
+        sees = (new <= tl.where(last, behind, -1)) & (at_new >= lowest)
         makes = sees[:, None] & in_head[None, :]
     cos = tl.full((1, PADDED), 1.0, tl.float32)
     sin = tl.zeros((1, PADDED), tl.float32)
@@ -312,18 +313,17 @@ def attention_kernel(
         if HEADS.capped:
             own_score = more.cap * tanh(own_score / more.cap)
         if HEADS.alibi:
-            at_new_keys = position - behind + new
-            of_new_keys = tl.load(of_alibi + at_new_keys[None, :], mask=in_group[:, None] & sees[None, :], other=0.0)
+            of_new_keys = tl.load(of_alibi + at_new[None, :], mask=in_group[:, None] & sees[None, :], other=0.0)
             own_score += of_new_keys - own_alibi[:, None]
         maximum = tl.max(tl.where(sees[None, :], own_score, float("-inf")), axis=1)
         own_share = tl.where(sees[None, :], tl.exp(own_score - maximum[:, None]), 0.0)
         weight_sum = tl.sum(own_share, axis=1)
         acc = matmul(own_share.to(dtype), v_new, tl.zeros((PADDED_GROUP, PADDED), tl.float32))
     if last:  # each row writes what is its own
-        at_new = cache + position.to(tl.int64) * DIM + d[None, :] + (new - behind)[:, None] * 0
+        own_place = cache + at_new.to(tl.int64)[:, None] * DIM + d[None, :]
         own_row = makes & (new == behind)[:, None] if SPAN > 1 else makes
-        tl.store(keys_ptr + at_new, k_new, mask=own_row)
-        tl.store(values_ptr + at_new, v_new, mask=own_row)
+        tl.store(keys_ptr + own_place, k_new, mask=own_row)
+        tl.store(values_ptr + own_place, v_new, mask=own_row)
     for first in range(start, stop, BLOCK):
         k = next_k
         v = next_v

@@ -252,7 +252,6 @@ def test_fitted_routers_train_beside_the_model_from_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the share that was asked for; a run that is killed ends the same."""
-    monkeypatch.setattr(followed, "_EVERY", 1)
     monkeypatch.setattr(followed, "_RATE_OF_TRAINED", 0.9)
 
     def kill(step: int) -> None:

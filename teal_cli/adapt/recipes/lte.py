@@ -71,8 +71,13 @@ class Lte(Recipe):
         return 0.5 if self.setting.sparsity is None else self.setting.sparsity
 
     @property
+    def _is_fitted(self) -> bool:
+        return self._options.routers == "fitted"
+
+    @property
     def _is_even(self) -> bool:
-        return self._options.shares == "even"
+        """Whether each MLP is to leave out the same share: fitted routers begin so."""
+        return self._is_fitted or self._options.shares == "even"
 
     def check(self, model: nn.Module) -> None:
         """See `Recipe`."""
@@ -100,7 +105,7 @@ class Lte(Recipe):
             measured[f"{mlp.path}.order"] = balanced_groups(gate.weight, options.group, self.setting.seed + number)
         if options.routers == "random":
             measured |= self._random_biases(model, mlps, sequences)
-        elif options.routers == "fitted":
+        elif self._is_fitted:
             measured |= self._fitted(model, mlps, measured, sequences)
         return measured
 
@@ -174,7 +179,7 @@ class Lte(Recipe):
                 routed.router.bias.fill_(self._options.bias)
             else:
                 routed.router.bias.copy_(measured[f"{routed.path}.bias"])
-            if self._options.routers == "fitted":
+            if self._is_fitted:
                 routed.router.weight.copy_(measured[f"{routed.path}.weight"])
                 routed.straight_through = True
             routed.router.register_forward_hook(self._seen)
@@ -198,15 +203,14 @@ class Lte(Recipe):
             mlp.soft = self._is_soft
         if not self._is_soft:
             routers = [mlp.router for mlp in routed_mlps(model)]
-            fitted = self._options.routers == "fitted"
-            self.followed = FollowedRouters(routers, self._target, even=self._is_even or fitted, trained=fitted)
+            self.followed = FollowedRouters(routers, self._target, even=self._is_even, trained=self._is_fitted)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
         of_routers = {id(p) for mlp in routed_mlps(model) for p in mlp.router.parameters()}
         routers = [name for name, parameter in model.named_parameters() if id(parameter) in of_routers]
         others = [name for name in names if name not in set(routers)]
-        if self._options.routers == "fitted":  # biases follow
+        if self._is_fitted:  # biases follow
             return [*others, *(name for name in routers if not name.endswith(".bias"))]
         return [*others, *routers] if stage.name == _SOFT else others
 
