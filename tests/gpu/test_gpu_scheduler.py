@@ -1,6 +1,8 @@
 """The scheduler on a real GPU: texts of requests that come and go, in graphs that are captured once."""
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from drafting import run_all
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import Threshold
 from teal_cli.decode.engine import Engine
-from teal_cli.decode.requests import Request
+from teal_cli.decode.requests import Emitted, Request
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
@@ -38,6 +40,37 @@ def _requests(count: int, new_tokens: int) -> list[Request]:
     return found
 
 
+def _departures(
+    engine: Engine,
+    requests: list[Request],
+    heard: list[list[Emitted]],
+    alone: Callable[[Request], AbstractContextManager[object]] = nullcontext,
+) -> list[tuple[int, float, int, int, int]]:
+    """Requests whose texts are not those of one at a time: number, temperature, first place, tokens of both.
+
+    Args:
+        engine: whose model decodes them again.
+        requests: that ran together.
+        heard: of each.
+        alone: what a request that runs alone runs inside.
+    """
+    found = []
+    for index, (request, own) in enumerate(zip(requests, heard, strict=True)):
+        tokens = [emitted.token for emitted in own if emitted.token is not None]
+        with alone(request):
+            options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
+            expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
+        if tokens != expected:
+            place = next((at for at, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), -1)
+            found.append((index, request.sampling.temperature, place, len(tokens), len(expected)))
+    return found
+
+
+def _assert_ended(heard: list[list[Emitted]]) -> None:
+    for own in heard:
+        assert own[-1].finish in ("stop", "length"), own[-1].error
+
+
 @pytest.mark.usefixtures("skipping")
 def test_texts_are_those_of_one_at_a_time() -> None:
     model = build_family("llama").cuda()
@@ -46,13 +79,9 @@ def test_texts_are_those_of_one_at_a_time() -> None:
     assert engine.path.name == "fused"
     requests = _requests(40, 24)
     heard = run_all(Scheduler(engine, slots=5, positions=128), requests)
-    alike = 0
-    for request, own in zip(requests, heard, strict=True):
-        assert own[-1].finish in ("stop", "length")
-        tokens = [emitted.token for emitted in own if emitted.token is not None]
-        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
-        alike += tokens == list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
-    assert alike >= 38  # products of several rows add up in another order, and an input may lie beside its threshold
+    _assert_ended(heard)
+    others = _departures(engine, requests, heard)
+    assert len(others) <= 2, others  # several rows add up in another order, and an input may lie beside its threshold
 
 
 @pytest.mark.usefixtures("skipping")
@@ -67,20 +96,15 @@ def test_levels_and_graphs() -> None:
     heard = run_all(scheduler, requests)
     assert isinstance(scheduler.slots, SharedSlots)
     assert len(scheduler.slots._sessions) <= 4 * 3
-    alike = 0
-    for request, own in zip(requests, heard, strict=True):
-        tokens = [emitted.token for emitted in own if emitted.token is not None]
-        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
-        control = engine.control
-        assert control is not None
+
+    def alone(request: Request) -> AbstractContextManager[object]:
         if request.sparsity == 0:
-            with control.switched_off():
-                expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
-        else:
-            apply_plan_(model, plans[request.sparsity or 0.5])
-            expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
-        alike += tokens == expected
-    assert alike >= 28
+            return control_of(model).switched_off()
+        apply_plan_(model, plans[request.sparsity or 0.5])
+        return nullcontext()
+
+    others = _departures(engine, requests, heard, alone)
+    assert len(others) <= 2, others
 
 
 @pytest.mark.parametrize("count", [None, 3])
@@ -97,16 +121,8 @@ def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -
     requests = [replace(own, max_new_tokens=20 + own.max_new_tokens) for own in _requests(30, 60)]
     scheduler = Scheduler(engine, slots=3, positions=160, speculator=speculator)
     heard = run_all(scheduler, requests)
-    others = []
-    for index, (request, own) in enumerate(zip(requests, heard, strict=True)):
-        assert own[-1].finish in ("stop", "length"), own[-1].error
-        tokens = [emitted.token for emitted in own if emitted.token is not None]
-        options = {"max_new_tokens": request.max_new_tokens, "sampling": request.sampling, "stop": request.stop}
-        with control_of(model).switched_off():
-            expected = list(engine.generate(torch.tensor([request.prompt]), **options))  # type: ignore[arg-type]
-        if tokens != expected:
-            place = next((at for at, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), -1)
-            others.append((index, request.sampling.temperature, place, len(tokens), len(expected)))
+    _assert_ended(heard)
+    others = _departures(engine, requests, heard, lambda request: control_of(model).switched_off())
     assert len(others) <= 2, others  # as above: what is drawn may lie beside where another token is drawn
     statistics = scheduler.statistics()
     assert statistics.drafted_tokens
