@@ -2,17 +2,32 @@
 
 On SmolLM2-135M half of the groups that such a router chooses have all but as much of the neurons' energy as the half
 that an oracle chooses; a router that knows nothing chooses half of the energy.
+
+Weights that train move away from what routers were fitted to, so routers are fitted again and again.
 """
 
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from teal_cli.adapt.followed import FollowedRouters
+from teal_cli.sparse.routed import RoutedMLP, Router
+
 _RIDGE = 1e-2
 """Of the mean variance of an input, which is added to all of them."""
 _SPREAD = 2.0
-"""Standard deviation of logits: where a sigmoid still has a slope for most of them."""
+"""Standard deviation of logits. Any would choose alike; of one size they can be averaged."""
+_EVERY = 16
+"""Passes from one fit to the next."""
+_TOKENS = 4096
+"""Of a pass, that a fit takes."""
+_RATE = 0.25
+"""By how much of the way a router goes to what a fit finds: so it is one of some 30,000 tokens."""
+_RATE_OF_BIASES = 0.5
+"""The same of biases, where every pass is a look: at the rate of routers that stand still SmolLM2-135M opens groups
+faster than biases close them."""
 
 
 class Fitted(NamedTuple):
@@ -58,3 +73,80 @@ def fitted_router(x: Tensor, sizes: Tensor, share: float) -> Fitted:
     left_out = min(max(round(share * logits.numel()), 1), logits.numel() - 1)
     border = logits.flatten().kthvalue(left_out).values
     return Fitted(weight * scale, (its_mean - weight @ mean - border) * scale)
+
+
+class RefittedRouters(FollowedRouters):
+    """Routers of one linear layer that are fitted again in training, a part of the way each time.
+
+    Every pass moves biases, as of other routers; every sixteenth the weights as well. A linear layer is all that is
+    fitted, by what the MLP reads there and the neurons that it has then, which are all computed in training.
+
+    Args:
+        mlps: whose routers nothing else moves.
+        target: share of groups that each is to leave out.
+    """
+
+    def __init__(self, mlps: Sequence[RoutedMLP], target: float) -> None:
+        super().__init__([mlp.router for mlp in mlps], target, even=True)
+        self._mlps = list(mlps)
+
+    @property
+    def every(self) -> int:
+        """See `Followed`."""
+        return 1
+
+    @property
+    def rate(self) -> float:
+        """See `FollowedRouters`."""
+        return _RATE_OF_BIASES
+
+    @property
+    def _fits(self) -> bool:
+        return self._shares is not None and self._passes % _EVERY == 0
+
+    @property
+    def kind(self) -> Hashable:
+        """See `Followed`: a fit solves equations, which no graph can hold, so no two of them are of one kind."""
+        return (super().kind, self._passes if self._fits else None)
+
+    @property
+    def tokens(self) -> int:
+        """See `Followed`."""
+        return _TOKENS if self._fits else super().tokens
+
+    def quantile(self, index: int, sample: Tensor) -> Tensor:
+        """See `FollowedRouters`; of a fit weights and biases, (groups, inputs + 1) float32."""
+        if not self._fits:
+            return super().quantile(index, sample)
+        mlp = self._mlps[index]
+        gate, up, down = mlp.layers
+        x = sample.to(gate.weight.dtype)
+        order = torch.arange(mlp.group * len(mlp.router.bias), device=x.device)
+        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, order, mlp.group)
+        with torch.autocast(x.device.type, enabled=False):
+            fitted = fitted_router(sample, sizes, self._target)
+        return torch.cat([fitted.weight, fitted.bias[:, None]], dim=1)
+
+    def move(self, indices: list[int], wanted: Tensor) -> None:
+        """See `Followed`."""
+        if wanted.dim() == 1:
+            super().move(indices, wanted)
+            return
+        for index, both in zip(indices, wanted, strict=True):
+            router = cast(Router, self.modules[index])
+            both = both.to(router.weight)
+            router.weight.data.lerp_(both[:, :-1], _RATE)
+            router.bias.data.lerp_(both[:, -1], _RATE)
+
+    def values(self) -> Tensor:
+        """See `FollowedRouters`; and of each router its weights."""
+        weights = [cast(Router, router).weight.detach().float().flatten().cpu() for router in self.modules]
+        return torch.cat([super().values(), torch.stack(weights)], dim=1)
+
+    def put(self, values: Tensor) -> None:
+        """See `Followed`."""
+        ends = 1 + cast(Router, self.modules[0]).bias.numel()
+        super().put(values[:, :ends])
+        for router, weight in zip(self.modules, values[:, ends:], strict=True):
+            held = cast(Router, router).weight.data
+            held.copy_(weight.view_as(held))

@@ -26,9 +26,6 @@ _EVERY = 4
 """Passes from one look to the next."""
 _RATE = 0.1
 """By how much of the way a threshold goes to what a look finds."""
-_RATE_OF_TRAINED = 0.5
-"""The same of routers that train meanwhile, where every pass is a look: with 0.1 after four SmolLM2-135M opened groups
-faster than biases closed them, and trained at a third left out where half was wanted."""
 _LEARNED = 0.2
 """Least share of the target that routers leave out of themselves, for their shares to say which MLPs can do without."""
 _TOKENS = 64
@@ -61,6 +58,11 @@ class Followed(ABC):
     def every(self) -> int:
         """Passes from one look to the next."""
         return _EVERY
+
+    @property
+    def tokens(self) -> int:
+        """Of a look, which `quantile` is given at about."""
+        return _TOKENS
 
     @abstractmethod
     def quantile(self, index: int, sample: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class Followed(ABC):
             late = args[0].detach().flatten(0, -2)
             if len(late) == sequences * tokens:  # the second half of each sequence, which is never a dense prefix
                 late = late.view(sequences, tokens, -1)[:, -(-tokens // 2) :].flatten(0, 1)
-            self._found[index] = self.quantile(index, late[:: max(1, len(late) // _TOKENS)].float())
+            self._found[index] = self.quantile(index, late[:: max(1, len(late) // self.tokens)].float())
 
         return look
 
@@ -253,24 +255,22 @@ class FollowedRouters(Followed):
         routers: whose biases nothing else moves.
         target: mean share of groups that are to be left out.
         even: whether it is the share of each.
-        trained: whether their weights train.
     """
 
-    def __init__(self, routers: Sequence[Router], target: float, *, even: bool = False, trained: bool = False) -> None:
+    def __init__(self, routers: Sequence[Router], target: float, *, even: bool = False) -> None:
         super().__init__(routers)
         self._target, self._even = target, even
-        self._trained = trained
         self._shares: list[Tensor] | None = None
+
+    @property
+    def rate(self) -> float:
+        """By how much of the way biases go to what a look finds."""
+        return _RATE
 
     @property
     def kind(self) -> Hashable:
         """See `Followed`: the first look finds something else."""
         return self.looks, self._shares is None
-
-    @property
-    def every(self) -> int:
-        """See `Followed`."""
-        return 1 if self._trained else super().every
 
     def quantile(self, index: int, sample: Tensor) -> Tensor:
         """See `Followed`: the logit below which the share lies. The first look only finds shares."""
@@ -288,9 +288,8 @@ class FollowedRouters(Followed):
             scaled = torch.full_like(wanted, self._target) if is_even else wanted * (self._target / mean)
             self._shares = list(scaled.clamp(0.02, 0.98).cpu().unbind())
             return
-        rate = _RATE_OF_TRAINED if self._trained else _RATE
         for index, logit in zip(indices, wanted, strict=True):
-            cast(Router, self.modules[index]).bias.data.sub_(rate * logit)
+            cast(Router, self.modules[index]).bias.data.sub_(self.rate * logit)
 
     def values(self) -> Tensor:
         """See `Followed`: of each router its share, below 0 before the first look, and its biases."""

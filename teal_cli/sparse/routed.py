@@ -100,8 +100,6 @@ class RoutedMLP(GatedModule):
         self.group = rule.group
         self.soft = False
         """Whether neurons are multiplied by the sigmoid of their group's logit, all of them: the first stage of LTE."""
-        self.straight_through = False
-        """In training: routers get the gradient that they would get if each group were multiplied by its sigmoid."""
         weight = self.layers[0].weight
         groups, rest = divmod(weight.shape[0], rule.group)
         if rest:
@@ -124,8 +122,7 @@ class RoutedMLP(GatedModule):
             hidden = self.hidden(gate(x), up(x))
             out = down(hidden * self._of_neurons(share).to(hidden.dtype))
             return out
-        logits = self.router(x)
-        chosen = chosen_by(logits)
+        chosen = chosen_by(self.router(x))
         decision = decide(self.rule, context, x.numel() // x.shape[-1])
         if context.counter is not None and decision != "dense":
             self._count(context.counter, chosen, context)
@@ -134,12 +131,7 @@ class RoutedMLP(GatedModule):
             out = down(self._of_chosen(x, chosen))
         else:
             hidden = self.hidden(gate(x), up(x))
-            if self.straight_through and logits.requires_grad:
-                share = torch.sigmoid(logits.float())
-                there = (chosen + (share - share.detach())).to(hidden.dtype)
-                out = down(hidden * self._of_neurons(there))
-            else:
-                out = down(torch.where(self._of_neurons(chosen), hidden, torch.zeros_like(hidden)))
+            out = down(torch.where(self._of_neurons(chosen), hidden, torch.zeros_like(hidden)))
         return out
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:

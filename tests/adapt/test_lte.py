@@ -12,7 +12,7 @@ from adapt_runs import BATCH, TOKENS, training_plan
 from conftest import VOCABULARY, build_model, build_tokenizer
 from torch import Tensor
 
-from teal_cli.adapt import followed
+from teal_cli.adapt import fitted, followed
 from teal_cli.adapt.fitted import fitted_router, group_sizes
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
@@ -248,11 +248,10 @@ def test_sizes_of_groups_are_what_they_add() -> None:
     assert float(sizes[1, 0].detach()) == pytest.approx(float(first), rel=1e-5)
 
 
-def test_fitted_routers_train_beside_the_model_from_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fitted_routers_follow_the_model_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the share that was asked for; a run that is killed ends the same."""
-    monkeypatch.setattr(followed, "_RATE_OF_TRAINED", 0.9)
+    monkeypatch.setattr(fitted, "_RATE_OF_BIASES", 0.9)
+    monkeypatch.setattr(fitted, "_EVERY", 3)
 
     def kill(step: int) -> None:
         if step == 4:
@@ -267,8 +266,8 @@ def test_fitted_routers_train_beside_the_model_from_the_first_step(
     control = Lte(_setting(routers="random"))
     control.operate_(random, control.measure(random, text))
     with torch.no_grad():
-        dense, fitted, blind = (each(text).logits for each in (build_model("llama"), model, random))
-    assert float((fitted - dense).norm()) < 0.9 * float((blind - dense).norm())
+        dense, ours, blind = (each(text).logits for each in (build_model("llama"), model, random))
+    assert float((ours - dense).norm()) < 0.9 * float((blind - dense).norm())
 
     before = {name: p.detach().clone() for name, p in model.named_parameters() if ".router." in name}
     trained_model, trained = _run(tmp_path / "whole", routers="fitted", steps=8, rate=1e-3)
@@ -283,28 +282,38 @@ def test_fitted_routers_train_beside_the_model_from_the_first_step(
     assert all(torch.equal(p, after[name]) for name, p in again.named_parameters())
 
 
-def test_a_router_gets_the_gradient_of_a_factor() -> None:
-    """What a hard choice says is exact; what flows back is that of the sigmoid."""
-    model, recipe = build_model("llama"), Lte(_setting(routers="fitted"))
-    recipe.operate_(model, recipe.measure(model, _Rows(2, 1).ids))
-    mlp, x = routed_mlps(model)[0], torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
-    mlp.router.requires_grad_()
-    with mlp.control.dense():
-        out = mlp(x)
-        out.square().sum().backward()
-        found = mlp.router.weight.grad
-        mlp.straight_through = False
-        assert torch.equal(out, mlp(x))
-    logits = mlp.router(x).detach().requires_grad_()
-    hidden = mlp.hidden(mlp.layers[0](x), mlp.layers[1](x)).detach()
-    weights = mlp.layers[2].weight.detach()
-    hard = (logits > 0).float()
-    factors = (hard + torch.sigmoid(logits) - torch.sigmoid(logits).detach()).repeat_interleave(GROUP, -1)
-    ((hidden * factors) @ weights.T).square().sum().backward()
-    assert logits.grad is not None
-    expected = torch.einsum("btg,bti->gi", logits.grad, x)
-    assert found is not None
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
+    rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the MLP reads in a pass in training, a part of the way, and with the neurons of weights as they are."""
+    monkeypatch.setattr(fitted, "_EVERY", 2)
+    monkeypatch.setattr(fitted, "_RATE", rate)
+    model, recipe, ids = build_model("llama"), Lte(_setting(routers="fitted")), _Rows(4, 1).ids
+    recipe.operate_(model, recipe.measure(model, ids))
+    recipe.begin_stage_(model, recipe.stages(10)[0])
+    following = recipe.followed
+    assert following is not None
+    mlp = routed_mlps(model)[0]
+    gate, up, down = mlp.layers
+    before = mlp.router.weight.detach().clone()
+    read: list[Tensor] = []
+    handle = mlp.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+    with torch.no_grad():
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(2)))
+        for _ in range(2):  # the first finds shares
+            assert torch.equal(mlp.router.weight, before)
+            following.before_pass_()
+            with recipe.student_pass(model.train(), Batch(ids, torch.zeros(len(ids), dtype=torch.long))):
+                model(ids)
+        handle.remove()
+        following.before_pass_()
+        x = read[-1][:, TOKENS // 2 :].flatten(0, 1)
+        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, torch.arange(down.in_features), GROUP)
+    wanted = fitted_router(x, sizes, 0.5)
+    assert torch.allclose(mlp.router.weight, before.lerp(wanted.weight, rate), rtol=1e-3, atol=1e-4)
+    assert rate < 1 or torch.allclose(mlp.router.bias, wanted.bias, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(wanted.weight, before, atol=0.1)
 
 
 def test_what_cannot_be_adapted() -> None:

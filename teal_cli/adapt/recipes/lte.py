@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.fitted import fitted_router, group_sizes
+from teal_cli.adapt.fitted import RefittedRouters, fitted_router, group_sizes
 from teal_cli.adapt.followed import FollowedRouters
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
@@ -49,9 +49,9 @@ class Lte(Recipe):
     a group is there or not, the weights of routers stay as they are.
 
     Five departures from the paper. With option `routers=fitted` there is no soft stage: routers begin as the linear
-    layer that tells best how much each group adds, leaving out the target, and train on beside the model, by the
-    gradient that a factor G would give them (straight through). Otherwise routers begin with all groups chosen, so
-    that training begins with the dense model. The loss that makes routers decide therefore grows from zero during the
+    layer that tells best how much each group adds, leaving out the target, and are fitted again while the model
+    trains (`RefittedRouters`). Otherwise routers begin with all groups chosen, so that training begins with the dense
+    model. The loss that makes routers decide therefore grows from zero during the
     second half of the soft stage: from the beginning it would hold them where they are. And eta is steered, so that
     the share of groups that is left out is the sparsity that was asked for, unless option `eta` names a number; by
     one number for all MLPs, or, with option `shares=even`, for each by its own, so that all leave out the same. In
@@ -181,7 +181,6 @@ class Lte(Recipe):
                 routed.router.bias.copy_(measured[f"{routed.path}.bias"])
             if self._is_fitted:
                 routed.router.weight.copy_(measured[f"{routed.path}.weight"])
-                routed.straight_through = True
             routed.router.register_forward_hook(self._seen)
 
     def _seen(self, router: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
@@ -202,16 +201,17 @@ class Lte(Recipe):
         for mlp in routed_mlps(model):
             mlp.soft = self._is_soft
         if not self._is_soft:
-            routers = [mlp.router for mlp in routed_mlps(model)]
-            self.followed = FollowedRouters(routers, self._target, even=self._is_even, trained=self._is_fitted)
+            mlps = routed_mlps(model)
+            if self._is_fitted:
+                self.followed = RefittedRouters(mlps, self._target)
+            else:
+                self.followed = FollowedRouters([mlp.router for mlp in mlps], self._target, even=self._is_even)
 
     def trainable(self, model: nn.Module, stage: Stage, names: Sequence[str]) -> Sequence[str]:
         """See `Recipe`."""
         of_routers = {id(p) for mlp in routed_mlps(model) for p in mlp.router.parameters()}
         routers = [name for name, parameter in model.named_parameters() if id(parameter) in of_routers]
         others = [name for name in names if name not in set(routers)]
-        if self._is_fitted:  # biases follow
-            return [*others, *(name for name in routers if not name.endswith(".bias"))]
         return [*others, *routers] if stage.name == _SOFT else others
 
     def learning_rate(self, name: str, rate: float) -> float:
@@ -288,7 +288,7 @@ class Lte(Recipe):
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
         for mlp in routed_mlps(model):
-            mlp.soft = mlp.straight_through = False
+            mlp.soft = False
         shares = shares_left_out(model, sequences)
         rules: dict[str, Rule] = dict(self._plan.projections)
         for mlp, share in zip(routed_mlps(model), shares, strict=True):

@@ -37,8 +37,8 @@ class Options(RecipeOptions):
     )
     routers: Literal["learned", "fitted", "random"] = Field(
         "learned",
-        description="fitted: by least squares before training, without a soft stage; random: routers that know nothing "
-        "of the text, to compare with",
+        description="fitted: by least squares, before training and again in it, without a soft stage; random: routers "
+        "that know nothing of the text, to compare with",
     )
 
     @model_validator(mode="after")
@@ -49,11 +49,11 @@ class Options(RecipeOptions):
 
     @model_validator(mode="after")
     def _others_have_no_soft_stage(self) -> Self:
-        of_soft_stage = ("eta", "shares", "separation", "epsilon", "bias", "soft")
+        of_soft_stage = ("eta", "shares", "separation", "epsilon", "bias", "soft", "router_rate")
         needless, why = {
             "learned": ((), ""),
             "fitted": ((*of_soft_stage, "rank"), "fitted routers are one linear layer, without a soft stage"),
-            "random": ((*of_soft_stage, "router_rate"), "random routers do not train"),
+            "random": (of_soft_stage, "random routers do not train"),
         }[self.routers]
         for key in needless:
             if key in self.model_fields_set:
