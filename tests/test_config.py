@@ -243,6 +243,7 @@ def test_packaged_recipes_by_name_unless_a_file_is_called_so() -> None:
         "adapt-drelu-llama-3-8b",
         "adapt-gpu",
         "adapt-llama-3-8b",
+        "adapt-lte",
         "adapt-prosparse",
         "demo",
         "laptop",

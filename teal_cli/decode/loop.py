@@ -87,7 +87,8 @@ class TokenLoop:
         try:
             # With ranks a thread of NCCL asks for events meanwhile.
             mode = "global" if ranks_of(self._engine.model) is None else "thread_local"
-            with torch.cuda.graph(graph, capture_error_mode=mode):
+            capture = torch.cuda.graph(graph, capture_error_mode=mode)
+            with capture:
                 self._body()
         except RuntimeError as error:
             # Our own launches can be captured: an error there is ours. Memory that is missing, too.
@@ -100,6 +101,10 @@ class TokenLoop:
             with warnings.catch_warnings(), torch.cuda.graph(self._empty_graph()):
                 warnings.simplefilter("ignore")  # it captures nothing
             return
+        # On the capture's stream torch sets the place in the random numbers to 0, and on this one, before each replay,
+        # to where it is. On a busy GPU the 0 came last: a reply drew by its first numbers again (H200, torch 2.11).
+        assert capture.capture_stream is not None  # noqa: S101  (torch's own, where none is given)
+        torch.cuda.current_stream(self._engine.device).wait_stream(capture.capture_stream)
         self._graph = graph
 
     def _empty_graph(self) -> torch.cuda.CUDAGraph:

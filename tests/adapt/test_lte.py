@@ -43,7 +43,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def _setting(lora: int = 0, **options: object) -> Setting:
-    return Setting(Options(**{"group": GROUP, **options}), 0, 0.5, lora)  # type: ignore[arg-type]
+    return Setting(Options(**{"group": GROUP, "routers": "learned", **options}), 0, 0.5, lora)  # type: ignore[arg-type]
 
 
 def _run(
@@ -283,9 +283,7 @@ def test_fitted_routers_follow_the_model_from_the_first_step(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.25])
-def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
-    rate: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the MLP reads in a pass in training, a part of the way, and with the neurons of weights as they are."""
     monkeypatch.setattr(fitted, "_EVERY", 2)
     monkeypatch.setattr(fitted, "_RATE", rate)

@@ -1,18 +1,18 @@
 """`teal adapt` through the command line: what it writes is a model like any other, and says what it came from."""
 
 import json
-import multiprocessing
-import os
 import shutil
 import socket
-from contextlib import redirect_stderr, redirect_stdout
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import calibrate_once, copied, fails
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from warm import environment, warm
 
 import teal_cli
 import teal_cli.hf
@@ -164,6 +164,7 @@ def test_a_recipe_runs_it_once_and_measures_what_it_made(
         (("--recipe", "relu", "--no-recalibrate"), "recalibrate (flag --recalibrate) has no part in recipe relu"),
         (("--recipe", "prosparse", "--options", "zeros=0.8,growth=fixed"), "leave out option growth"),
         (("--recipe", "lte", "--options", "routers=random,eta=2"), "leave out option eta"),
+        (("--recipe", "lte", "--options", "soft=0.3"), "leave out option soft, or take routers=learned"),
         (("--recipe", "lte", "--options", "shares=even,eta=2"), "even shares are steered: leave out option eta"),
         (("--dataset", "a=1,a=3"), "names a dataset twice"),
     ],
@@ -246,7 +247,8 @@ def test_looks_may_be_closer_than_points_of_the_curve(
 
 def test_steps_of_all_stages_are_counted(dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--model", dense, "--dataset", corpus, *_SIZE)
-    assert _teal("adapt", *size, "--recipe", "lte", "--options", "group=4", "--patience", 0, "--out", "out") == 0
+    learned = ("--recipe", "lte", "--options", "group=4,routers=learned", "--patience", 0)
+    assert _teal("adapt", *size, *learned, "--out", "out") == 0
     record = read_record(Path("out"))
     assert (record.steps, record.tokens) == (4, 512)
     assert "step 4 of 4" in capsys.readouterr().err
@@ -264,33 +266,22 @@ def test_the_result_of_another_run_is_not_replaced(
     assert read_record(Path("out")).seconds != before.seconds
 
 
-def _process(rank: int, port: int, arguments: list[str]) -> None:
-    """One of two, as a launcher starts them, but forked: importing torch takes longer than all else."""
-    from accelerate import PartialState
-
-    PartialState._reset_state()
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with Path(f"said-{rank}").open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        code = run(arguments)
-    os._exit(code)
-
-
 def test_two_processes_train_one_model(dense: Path, corpus: Path) -> None:
     """The sums are those of one process, but for their order; the first alone writes and talks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ["adapt", "--model", dense, "--dataset", corpus, "--sparsity", 0.6, *_SIZE, "--patience", 0]
     arguments = [*map(str, flags), "--device", "cpu", "--out", "two"]
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=_process, args=(rank, port, arguments)) for rank in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0]
-    assert "written to two" in Path("said-0").read_text()
-    assert Path("said-1").read_text() == ""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [
+        warm().start(arguments, env=environment() | place | {"RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "written to two" in said[0]
+    assert said[1] == ""
     assert _adapt(dense, corpus, "--patience", 0, "--out", "one") == 0
     losses = [[point["loss"] for point in read_record(Path(out)).curve if "loss" in point] for out in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -7,7 +7,7 @@ import torch
 from conftest import save_tiny, write_corpus
 from safetensors import safe_open
 
-from teal_cli.adapt import followed, graphs
+from teal_cli.adapt import fitted, followed, graphs
 from teal_cli.adapt.graphs import GraphedPasses
 from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.trainer import AdaptTrainer
@@ -57,7 +57,8 @@ RECIPES = {
     "relu": ("--recipe", "relu"),
     "fatrelu that grows": ("--recipe", "prosparse", "--options", "l1=0,fatrelu=grown,live_dropped=0.5"),
     "drelu": ("--recipe", "drelu", "--accumulate", "2"),
-    "lte": ("--recipe", "lte", "--options", "group=4"),
+    "lte": ("--recipe", "lte"),
+    "lte, learned": ("--recipe", "lte", "--options", "group=4,routers=learned"),
 }
 
 
@@ -65,8 +66,10 @@ RECIPES = {
 def test_replayed_passes_train_as_kernels_launched_one_by_one_do(
     tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two kinds of passes, with and without a look at hidden states; evaluation between them."""
+    """Two kinds of passes, with and without a look at hidden states; evaluation between them. Fits of routers are not
+    replayed."""
     monkeypatch.setattr(followed, "_EVERY", 2)
+    monkeypatch.setattr(fitted, "_EVERY", 3)
     dense, corpus = save_tiny(tmp_path / "tiny"), write_corpus(tmp_path / "corpus.txt")
     text = ["--model", str(dense), "--dataset", str(corpus), "--device", "cuda", "--quiet", "--dtype", "float32"]
     assert run(["calibrate", *text, "--tokens", "512", "--seq-len", "64"]) == 0
@@ -80,7 +83,7 @@ def test_replayed_passes_train_as_kernels_launched_one_by_one_do(
             monkeypatch.setattr(AdaptTrainer, "_can_graph", False)
         assert run(["adapt", *text, *size, "--learning-rate", "1e-3", *RECIPES[recipe], "--out", how]) == 0
         curves[how] = read_record(Path(how)).curve
-    assert len(captured) == (1 if recipe in ("relu", "drelu") else 2)
+    assert len(captured) == (1 if recipe in ("relu", "drelu", "lte") else 2)
     assert None not in captured
     assert len(curves["replayed"]) == len(curves["one by one"]) > 4
     for ours, theirs in zip(*curves.values(), strict=True):

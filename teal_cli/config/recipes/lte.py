@@ -10,7 +10,7 @@ from teal_cli.config.recipes import RecipeOptions
 class Options(RecipeOptions):
     """What lte has of its own."""
 
-    group: int = Field(32, ge=1, le=1 << 20, description="neurons that a router chooses together")
+    group: int = Field(4, ge=1, le=1 << 20, description="neurons that a router chooses together")
     rank: int | None = Field(
         None,
         ge=1,
@@ -35,10 +35,10 @@ class Options(RecipeOptions):
     router_rate: float = Field(
         10.0, gt=0, le=1e6, description="by what the learning rate of routers is above that of the model"
     )
-    routers: Literal["learned", "fitted", "random"] = Field(
-        "learned",
-        description="fitted: by least squares, before training and again in it, without a soft stage; random: routers "
-        "that know nothing of the text, to compare with",
+    routers: Literal["fitted", "learned", "random"] = Field(
+        "fitted",
+        description="fitted: by least squares, before training and again in it, without a soft stage; learned: in a "
+        "soft stage, as in the paper; random: routers that know nothing of the text, to compare with",
     )
 
     @model_validator(mode="after")
@@ -57,5 +57,5 @@ class Options(RecipeOptions):
         }[self.routers]
         for key in needless:
             if key in self.model_fields_set:
-                raise ValueError(f"{why}: leave out option {key}")
+                raise ValueError(f"{why}: leave out option {key}, or take routers=learned")
         return self
