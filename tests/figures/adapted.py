@@ -7,7 +7,8 @@ from tests.figures.page import Cell, Page, one, result
 
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
-    still, followed, later, last, hidden, longer, longest, weighed_text = result("adapt-smollm2-135m")["calls"]
+    calls = result("adapt-smollm2-135m")["calls"]
+    still, followed, later, last, hidden, longer, longest, weighed_text, more_text, fitted, highest = calls
     names = ("sotu", "moby-dick", "debian-handbook")
 
     def ratios(entry: Any) -> tuple[Cell, ...]:
@@ -80,26 +81,59 @@ def benchmarks_adapted(page: Page) -> None:
         "Moby Dick | Debian handbook |",
         rows,
     )
-    of_text = weighed_text["results"]
-    control = one(of_text, arm="dense, text")
-    rows = {}
-    for label, arm in (
-        ("the dense model, trained the same way", "dense, text"),
-        ("`recover` at 50 %, rate 2e-4", "recover 50 %, text"),
-        ("`recover` at 65 %, rate 4e-4", "recover 65 %, text"),
-        ("`recover` at 80 %, rate 6e-4", "recover 80 %, text"),
-        ("`lte`, `routers=fitted`, groups of 8, `--hidden-weight 1`", "lte, fitted, groups of 8, text"),
-    ):
-        entry = one(of_text, arm=arm)
+    control = one(weighed_text["results"], arm="dense, text")
+
+    def of_text(entry: Any) -> tuple[Cell, ...]:
         if entry is control:
-            rows[label] = (entry["tokens"], None, None, *ratios(entry), None, None, None)
-            continue
+            return (entry["tokens"], None, None, *ratios(entry), None, None, None)
         over = (entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names)
-        rows[label] = (entry["tokens"], unread(entry), entry.get("groups_left_out"), *ratios(entry), *over)
+        share = entry.get("hidden_zeros", entry.get("groups_left_out"))
+        return (entry["tokens"], unread(entry), share, *ratios(entry), *over)
+
+    columns = "sotu | Moby Dick | Debian handbook | over the control: sotu | Moby Dick | Debian handbook |"
     page.table(
-        "| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | sotu | "
-        "Moby Dick | Debian handbook | over the control: sotu | Moby Dick | Debian handbook |",
-        rows,
+        f"| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | {columns}",
+        {
+            label: of_text(one(weighed_text["results"], arm=arm))
+            for label, arm in (
+                ("the dense model, trained the same way", "dense, text"),
+                ("`recover` at 50 %, rate 2e-4", "recover 50 %, text"),
+                ("`recover` at 65 %, rate 4e-4", "recover 65 %, text"),
+                ("`recover` at 80 %, rate 6e-4", "recover 80 %, text"),
+                ("`lte`, `routers=fitted`, groups of 8, `--hidden-weight 1`", "lte, fitted, groups of 8, text"),
+            )
+        },
+    )
+    page.table(
+        "| SmolLM2-135M, perplexity over dense, `--text-weight 1`, more literature | tokens | not read | "
+        f"zeros or groups left out | {columns}",
+        {
+            label: of_text(one(call["results"], arm=arm))
+            for label, call, arm in (
+                ("`recover` at 80 %, rate 7e-4", more_text, "recover 80 %, text"),
+                ("the same, rate 1e-3", highest, "recover 80 %, text, rate 1e-3"),
+                (
+                    "the same, sparsity grows in the first 40 % of the steps",
+                    highest,
+                    "recover 80 %, text, grown, rate 1e-3",
+                ),
+                ("`drelu`, `zeros=0.83`, rate 6e-4", more_text, "drelu, steered, text"),
+                (
+                    "`lte`, routers fitted once, then straight-through, groups of 8",
+                    more_text,
+                    "lte, fitted, groups of 8, text",
+                ),
+                ("the same, groups of 4", more_text, "lte, fitted, groups of 4, text"),
+                (
+                    "`lte`, fitted again, groups of 8, rate 6e-4",
+                    fitted,
+                    "lte, fitted again, groups of 8, text, rate 6e-4",
+                ),
+                ("the same, groups of 4, rate 8e-4", fitted, "lte, fitted again, groups of 4, text, rate 8e-4"),
+                ("the same, groups of 4, rate 4e-4", fitted, "lte, fitted again, groups of 4, text, rate 4e-4"),
+                ("the same, at 70 %", highest, "lte 70 %, fitted, groups of 4, text"),
+            )
+        },
     )
     weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}
     page.table(
@@ -110,6 +144,12 @@ def benchmarks_adapted(page: Page) -> None:
                 ("next tokens alone", "`--hidden-weight 1`", "`--hidden-weight 10`"), weighed.values(), strict=True
             )
         },
+    )
+    zeros = [one(longer["results"], arm="drelu"), one(more_text["results"], arm="drelu, steered, text")]
+    page.says(
+        "dReLU's zeros {} % cost less than {} % did",
+        100 * zeros[1]["hidden_zeros"],
+        100 * zeros[0]["hidden_zeros"],
     )
     losses = [look["held_out_loss"] for look in one(results, arm="recover 50 %, rate 2e-4")["held_out"]]
     page.says("on held-out text went from {} to {} while", losses[0], max(losses))

@@ -135,7 +135,8 @@ def method_bytes(page: Page) -> None:
 def method_trained_bytes(page: Page) -> None:
     """The same of trained models, which ran in bfloat16."""
     dense = result("eval-smollm2-135m-sotu")["runs"][0]["dense"]["bytes_per_token"] / 2
-    _, _, earlier, _, _, longer, longest, of_text = (call["results"] for call in result("adapt-smollm2-135m")["calls"])
+    calls = [call["results"] for call in result("adapt-smollm2-135m")["calls"]]
+    _, _, earlier, _, _, longer, longest, of_text, more_text, fitted, last = calls
 
     def row(entry: Any) -> tuple[Cell, ...]:
         each = [entry["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
@@ -149,11 +150,13 @@ def method_trained_bytes(page: Page) -> None:
         "`prosparse`, FATReLU that grows": row(one(longest, arm="prosparse, grown to half")),
         "`relu`, then FATReLU on 30 % of live gates": row(relu),
         "`drelu`": row(one(longer, arm="drelu")),
-        "`lte`, `shares=even`, `--hidden-weight 1`": row(one(longest, arm="lte even, hidden 1")),
+        "`lte`, learned routers, `shares=even`, `--hidden-weight 1`": row(one(longest, arm="lte even, hidden 1")),
         "`recover`, 50 %, `--text-weight 1`": row(one(of_text, arm="recover 50 %, text")),
         "`recover`, 65 %, `--text-weight 1`": row(one(of_text, arm="recover 65 %, text")),
-        "`recover`, 80 %, `--text-weight 1`": row(one(of_text, arm="recover 80 %, text")),
-        "`lte`, fitted routers, `--text-weight 1`": row(one(of_text, arm="lte, fitted, groups of 8, text")),
+        "`recover`, 80 %, `--text-weight 1`": row(one(last, arm="recover 80 %, text, rate 1e-3")),
+        "`drelu`, `zeros=0.83`, `--text-weight 1`": row(one(more_text, arm="drelu, steered, text")),
+        "`lte`, 50 %, `--text-weight 1`": row(one(fitted, arm="lte, fitted again, groups of 4, text, rate 4e-4")),
+        "`lte`, 70 %, `--text-weight 1`": row(one(last, arm="lte 70 %, fitted, groups of 4, text")),
         "the dense model, `--text-weight 1`: the control": row(one(of_text, arm="dense, text")),
     }
     page.table("| recipe | State of the Union | Moby Dick | Debian handbook |", rows)
