@@ -9,7 +9,8 @@
 An arm is keys of `teal adapt`, which beat those of the command line, and two of this file: `share_of: ARM` takes its
 sparsity from what that arm came to (the control with random routers), and `live_dropped: [SHARE, ..]` measures a model
 with ReLU again with FATReLU, which costs no training. Arms run side by side in processes of their own, one GPU after
-the other. The JSON is written after each; a call does those that it lacks and that fit its minutes.
+the other. The JSON is written after each; a call does those that it lacks and that fit its minutes. Of a run that did
+not end in time the JSON has the curve up to its last checkpoint, under `unfinished`; a call with its folder goes on.
 
 A dense model that is distilled from itself alone learns nothing and is its own control, at a ratio of 1. Arms with
 `text_weight` have their control in the file: the dense model trained the same way.
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +143,13 @@ class Table:
             "versions": library_versions(),
             "before": [],
             "results": [],
+            "unfinished": [],
         }
         if options.json.exists():
             earlier = json.loads(options.json.read_text(encoding="utf-8"))
             if any(earlier[key] != self.content[key] for key in ("size", "model", "eval_tokens")):
                 raise SystemExit(f"{options.json} is of another size, text or model: name another file")
-            self.content |= {"before": earlier["before"], "results": earlier["results"]}
+            self.content |= {key: earlier.get(key, []) for key in ("before", "results", "unfinished")}
 
     def jobs(self) -> list[dict[str, Any]]:
         """Those that the file lacks and whose `share_of` is known."""
@@ -183,6 +186,20 @@ class Table:
     def keep(self, entry: dict[str, Any]) -> None:
         """Into the file."""
         self.content["results" if "arm" in entry else "before"].append(entry)
+        self._write(entry)
+
+    def keep_curve(self, job: dict[str, Any]) -> None:
+        """Of a run that did not end."""
+        out = Path(job["out"])
+        checkpoint = out.with_name(f"{out.name}.run") / "checkpoint/run.json"
+        if checkpoint.exists():
+            entry = {**job["key"], "settings": job["settings"], "curve": json.loads(checkpoint.read_text())["curve"]}
+            self._write(entry, [entry])
+
+    def _write(self, entry: dict[str, Any], unfinished: Sequence[dict[str, Any]] = ()) -> None:
+        """The file, with these in the place of what is known of the unfinished run of the same arm and seed."""
+        others = [e for e in self.content["unfinished"] if any(e[key] != entry.get(key) for key in ("arm", "seed"))]
+        self.content["unfinished"] = [*others, *unfinished]
         write_json(self.options.json, self.content)
 
     def print(self) -> None:
@@ -218,7 +235,7 @@ def side_by_side(table: Table) -> None:
     """Do the jobs that fit, so many at a time."""
     options = table.options
     ends, longest, started = time.monotonic() + 60 * options.minutes, 0.0, False
-    running: dict[str, tuple[subprocess.Popen[bytes], Path, Path, float, str]] = {}
+    running: dict[str, tuple[subprocess.Popen[bytes], dict[str, Any], Path, float, str]] = {}
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[: max(count, 1)]
     failed: set[str] = set()
@@ -236,11 +253,11 @@ def side_by_side(table: Table) -> None:
                 environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 command = [sys.executable, __file__, "--job", str(asked), str(answer)]
                 process = subprocess.Popen(command, env=environment)  # noqa: S603
-                running[job["out"]] = process, asked, answer, time.monotonic(), gpu
+                running[job["out"]] = process, job, answer, time.monotonic(), gpu
             if not running:
                 break
             time.sleep(0.2)
-            for out, (process, _, answer, began, _) in list(running.items()):
+            for out, (process, job, answer, began, _) in list(running.items()):
                 if process.poll() is None and time.monotonic() < ends + 20:
                     continue
                 process.kill()
@@ -250,6 +267,7 @@ def side_by_side(table: Table) -> None:
                     table.keep(json.loads(answer.read_text(encoding="utf-8")))
                 else:
                     failed.add(out)
+                    table.keep_curve(job)
                     print(f"{out}: ended with {process.returncode}", file=sys.stderr)
 
 

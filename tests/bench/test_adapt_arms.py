@@ -67,3 +67,29 @@ def test_a_job_is_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     module.main()
     assert not out.exists()
+
+
+def test_of_a_run_that_does_not_end_the_curve_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as its checkpoint; once it has ended it is unfinished no more."""
+    monkeypatch.syspath_prepend(str(_BENCHMARKS))
+    module = __import__("adapt_arms")
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump({"one": {"recipe": "relu"}}))
+    checkpoint = tmp_path / "runs/adapt-arms/one-0.run/checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text(json.dumps({"curve": [{"step": 4.0, "held_out_loss": 3.5}]}))
+    out = tmp_path / "out.json"
+    words = (tmp_path / "arms.yaml", "--model", tmp_path, "--runs", tmp_path / "runs", "--seeds", 0, "--json", out)
+    monkeypatch.setattr(sys, "argv", ["adapt_arms", *map(str, words)])
+    module.main()
+    (unfinished,) = json.loads(out.read_text())["unfinished"]
+    assert unfinished == {
+        "arm": "one",
+        "seed": 0,
+        "settings": {"recipe": "relu"},
+        "curve": [{"step": 4.0, "held_out_loss": 3.5}],
+    }
+    figures = {"perplexity_ratio": 1.0, "realised_sparsity": 0.5}
+    ended = {"arm": "one", "seed": 0, "notes": {}, "texts": {"sotu": figures}}
+    monkeypatch.setattr(module, "side_by_side", lambda table: table.keep(ended))
+    module.main()
+    assert json.loads(out.read_text())["unfinished"] == []
