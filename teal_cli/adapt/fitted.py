@@ -24,7 +24,9 @@ _EVERY = 16
 _TOKENS = 4096
 """Of a pass, that a fit takes."""
 _RATE = 0.25
-"""By how much of the way a router goes to what a fit finds: so it is one of some 30,000 tokens."""
+"""By how much of the way a router goes to what a fit of so many tokens finds: so it is one of some 30,000 tokens. It
+goes less far to one of fewer: on SmolLM2-135M fits of 256 tokens, with 576 inputs, chose 67 % of the energy where one
+of 16,384 chose 79, and at this rate they took it down to 75."""
 _RATE_OF_BIASES = 0.5
 """The same of biases, where every pass is a look: at the rate of routers that stand still SmolLM2-135M opens groups
 faster than biases close them."""
@@ -115,7 +117,8 @@ class RefittedRouters(FollowedRouters):
         return _TOKENS if self._fits else super().tokens
 
     def quantile(self, index: int, sample: Tensor) -> Tensor:
-        """See `FollowedRouters`; of a fit weights and biases, (groups, inputs + 1) float32."""
+        """See `FollowedRouters`; of a fit weights and biases, (groups, inputs + 1) float32. Of a fit of few
+        tokens they are nearer to what the router has."""
         if not self._fits:
             return super().quantile(index, sample)
         mlp = self._mlps[index]
@@ -125,7 +128,9 @@ class RefittedRouters(FollowedRouters):
         sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, order, mlp.group)
         with torch.autocast(x.device.type, enabled=False):
             fitted = fitted_router(sample, sizes, self._target)
-        return torch.cat([fitted.weight, fitted.bias[:, None]], dim=1)
+        wanted = torch.cat([fitted.weight, fitted.bias[:, None]], dim=1)
+        held = torch.cat([mlp.router.weight, mlp.router.bias[:, None]], dim=1).float()
+        return held.lerp(wanted, min(1.0, len(sample) / _TOKENS))
 
     def move(self, indices: list[int], wanted: Tensor) -> None:
         """See `Followed`."""

@@ -284,9 +284,11 @@ class FollowedRouters(Followed):
         """See `Followed`."""
         if self._shares is None:
             mean = float(wanted.mean())
-            is_even = self._even or mean < _LEARNED * self._target  # then they say nothing
-            scaled = torch.full_like(wanted, self._target) if is_even else wanted * (self._target / mean)
-            self._shares = list(scaled.clamp(0.02, 0.98).cpu().unbind())
+            if self._even or mean <= _LEARNED * self._target:  # then they say nothing
+                shares = torch.full_like(wanted, self._target)
+            else:
+                shares = (wanted * (self._target / mean)).clamp(0.02, 0.98)
+            self._shares = list(shares.cpu().unbind())
             return
         for index, logit in zip(indices, wanted, strict=True):
             cast(Router, self.modules[index]).bias.data.sub_(self.rate * logit)

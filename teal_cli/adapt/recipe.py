@@ -277,6 +277,11 @@ class Recipe(ABC):
         if self.followed is not None:
             self.followed.load_state(state)
 
+    @property
+    def form(self) -> int:
+        """Of `state`, and of what trains: a checkpoint of another form is not resumed."""
+        return 0
+
     @abstractmethod
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """What the run leaves behind.

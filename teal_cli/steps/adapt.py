@@ -339,4 +339,6 @@ def _key(config: AdaptConfig, workspace: Workspace, recipe: Recipe, reads: Reads
         "processes": processes.count,
         "version": __version__,
     }
+    if recipe.form:  # without it in the key of the first one, whose runs were written before there were several
+        content["form"] = recipe.form
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,6 @@ from conftest import VOCABULARY, build_model, build_tokenizer
 from torch import Tensor
 
 from teal_cli.adapt import fitted, followed
-from teal_cli.adapt.fitted import fitted_router, group_sizes
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.loop import Run, Trained, run
 from teal_cli.adapt.recipe import Batch, Setting
@@ -226,28 +225,6 @@ def test_random_routers_are_the_control(tmp_path: Path) -> None:
         assert torch.equal(mine.router.weight, its.router.weight)
 
 
-def test_a_fitted_router_finds_what_is_linear() -> None:
-    """It leaves out the smaller groups, as many as it is told, with logits as large as a sigmoid can tell apart."""
-    generator = torch.Generator().manual_seed(0)
-    x, truth = torch.randn(400, 12, generator=generator), torch.randn(6, 12, generator=generator)
-    sizes = 5 + x @ truth.T
-    weight, bias = fitted_router(x + 3.0, sizes, 0.3)
-    logits = (x + 3.0) @ weight.T + bias
-    assert float((logits <= 0).float().mean()) == pytest.approx(0.3, abs=1e-3)
-    border = float(sizes.flatten().kthvalue(720).values)
-    assert float(((logits > 0) == (sizes > border)).float().mean()) > 0.98
-    assert float(logits.std()) == pytest.approx(2.0, rel=1e-3)
-
-
-def test_sizes_of_groups_are_what_they_add() -> None:
-    down, hidden = torch.nn.Linear(6, 4, bias=False), torch.randn(2, 3, 6)
-    order = torch.tensor([5, 0, 3, 1, 4, 2])
-    sizes = group_sizes(hidden, down, order, 3)
-    first = (hidden[0, 1] * down.weight.detach().norm(dim=0))[[5, 0, 3]].norm()
-    assert sizes.shape == (6, 2)
-    assert float(sizes[1, 0].detach()) == pytest.approx(float(first), rel=1e-5)
-
-
 def test_fitted_routers_follow_the_model_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the share that was asked for; a run that is killed ends the same."""
     monkeypatch.setattr(fitted, "_RATE_OF_BIASES", 0.9)
@@ -280,38 +257,6 @@ def test_fitted_routers_follow_the_model_from_the_first_step(tmp_path: Path, mon
     again, resumed = _run(tmp_path / "killed", routers="fitted", steps=8, rate=1e-3)
     assert resumed.curve == trained.curve
     assert all(torch.equal(p, after[name]) for name, p in again.named_parameters())
-
-
-@pytest.mark.parametrize("rate", [1.0, 0.25])
-def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the MLP reads in a pass in training, a part of the way, and with the neurons of weights as they are."""
-    monkeypatch.setattr(fitted, "_EVERY", 2)
-    monkeypatch.setattr(fitted, "_RATE", rate)
-    model, recipe, ids = build_model("llama"), Lte(_setting(routers="fitted")), _Rows(4, 1).ids
-    recipe.operate_(model, recipe.measure(model, ids))
-    recipe.begin_stage_(model, recipe.stages(10)[0])
-    following = recipe.followed
-    assert following is not None
-    mlp = routed_mlps(model)[0]
-    gate, up, down = mlp.layers
-    before = mlp.router.weight.detach().clone()
-    read: list[Tensor] = []
-    handle = mlp.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
-    with torch.no_grad():
-        gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(2)))
-        for _ in range(2):  # the first finds shares
-            assert torch.equal(mlp.router.weight, before)
-            following.before_pass_()
-            with recipe.student_pass(model.train(), Batch(ids, torch.zeros(len(ids), dtype=torch.long))):
-                model(ids)
-        handle.remove()
-        following.before_pass_()
-        x = read[-1][:, TOKENS // 2 :].flatten(0, 1)
-        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, torch.arange(down.in_features), GROUP)
-    wanted = fitted_router(x, sizes, 0.5)
-    assert torch.allclose(mlp.router.weight, before.lerp(wanted.weight, rate), rtol=1e-3, atol=1e-4)
-    assert rate < 1 or torch.allclose(mlp.router.bias, wanted.bias, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(wanted.weight, before, atol=0.1)
 
 
 def test_what_cannot_be_adapted() -> None:

@@ -17,6 +17,8 @@ from warm import environment, warm
 import teal_cli
 import teal_cli.hf
 from teal_cli.adapt import memory
+from teal_cli.adapt.loop import Run
+from teal_cli.adapt.recipes.lte import Lte
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 from teal_cli.config import AdaptConfig
@@ -219,6 +221,27 @@ def test_an_estimate_asks_the_recipe_whether_it_is_its_own_teacher(
         _teal("adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--lora", 2, "--recipe", *recipe)
     assert found[0].teacher > 0
     assert found[1].teacher == 0
+
+
+def test_a_state_of_another_form_is_that_of_another_run(
+    dense: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted routers had less in it once, and were trained: such a run begins anew."""
+    found: list[str] = []
+
+    def keep(setup: Run) -> None:
+        found.append(setup.key)
+        raise MachineError("enough")
+
+    monkeypatch.setattr(step, "run", keep)
+    for routers in ("fitted", "random"):
+        _adapt(dense, corpus, "--recipe", "lte", "--options", f"group=4,routers={routers}")
+    monkeypatch.setattr(Lte, "form", 0, raising=False)
+    for routers in ("fitted", "random"):
+        _adapt(dense, corpus, "--recipe", "lte", "--options", f"group=4,routers={routers}")
+    assert len(found) == 4
+    assert found[0] != found[2]
+    assert found[1] == found[3]
 
 
 @pytest.mark.parametrize(

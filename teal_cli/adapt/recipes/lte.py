@@ -284,6 +284,11 @@ class Lte(Recipe):
         for steering, (start, total) in zip(self._steerings, held, strict=True):
             steering.start, steering.total = None if start != start else start, total
 
+    @property
+    def form(self) -> int:
+        """See `Recipe`: fitted routers trained by gradients once, and their weights were no part of the state."""
+        return 1 if self._is_fitted else 0
+
     @torch.no_grad()
     def finish_(self, model: nn.Module, sequences: Tensor) -> Outcome:
         """See `Recipe`."""
