@@ -38,9 +38,9 @@ def test_sizes_of_groups_are_what_they_add() -> None:
     assert float(sizes[1, 0].detach()) == pytest.approx(float(first), rel=1e-5)
 
 
-@pytest.mark.parametrize(("rate", "enough"), [(1.0, 48), (0.25, 48), (0.25, 480)])
+@pytest.mark.parametrize(("rate", "enough"), [(1.0, 0.5), (0.25, 0.75), (0.25, 7.5)])
 def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
-    rate: float, enough: int, monkeypatch: pytest.MonkeyPatch
+    rate: float, enough: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what the MLP reads in a pass in training, a part of the way, and with the neurons of weights as they are.
 
@@ -48,7 +48,7 @@ def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
     """
     monkeypatch.setattr(fitted, "_EVERY", 2)
     monkeypatch.setattr(fitted, "_RATE", rate)
-    monkeypatch.setattr(fitted, "_TOKENS", enough)
+    monkeypatch.setattr(fitted, "_ENOUGH", enough)
     model, recipe, ids = build_model("llama"), Lte(Setting(Options(group=GROUP), 0, 0.5, 0)), Rows(4, 1).ids
     recipe.operate_(model, recipe.measure(model, ids))
     recipe.begin_stage_(model, recipe.stages(10)[0])
@@ -71,6 +71,7 @@ def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
         x = read[-1][:, TOKENS // 2 :].flatten(0, 1)
         sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, torch.arange(down.in_features), GROUP)
     wanted = fitted_router(x, sizes, 0.5)
-    assert torch.allclose(mlp.router.weight, before.lerp(wanted.weight, rate * 48 / enough), rtol=1e-3, atol=1e-4)
+    part = rate * min(1.0, len(x) / (enough * x.shape[1]))
+    assert torch.allclose(mlp.router.weight, before.lerp(wanted.weight, part), rtol=1e-3, atol=1e-4)
     assert rate < 1 or torch.allclose(mlp.router.bias, wanted.bias, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(wanted.weight, before, atol=0.1)

@@ -125,7 +125,8 @@ class Lte(Recipe):
                 order = orders[f"{path}.order"].to(layer.weight.device)
                 sizes = group_sizes(args[0], layer, order, options.group)
                 fitted = fitted_router(read.pop(path), sizes, self._target)
-                found[f"{path}.weight"], found[f"{path}.bias"] = fitted
+                # Off the GPU: they are kept for the whole run, to resume by.
+                found[f"{path}.weight"], found[f"{path}.bias"] = fitted.weight.cpu(), fitted.bias.cpu()
 
             handles.append(mlp.plain.register_forward_pre_hook(hook_mlp))
             handles.append(getattr(mlp.plain, mlp.names[2]).register_forward_pre_hook(hook_down))
