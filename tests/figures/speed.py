@@ -362,20 +362,28 @@ def tutorial_speed(page: Page) -> None:
 
 
 def benchmarks_routed(page: Page) -> None:
-    """Whole models with routers, beside dense ones and gate first."""
+    """Whole models with routers, beside dense ones and beside gate first."""
     runs = result("routed-tokens-gpu")["runs"]
-    rows: dict[str, tuple[Cell, ...]] = {}
-    for label, model in (("Llama-2-7B", "llama-2-7b"), ("Mistral-7B", "mistral-7b")):
-        cells: list[Cell] = [median(one(runs, model=model, share=0.5, way="dense"))]
-        for way in ("routed", "gate first"):
-            for share in (0.5, 0.7):
-                run = one(runs, model=model, share=share, way=way)
-                cells.append((median(run), run["speedup"]["median"]))
-        rows[label] = tuple(cells)
+    places = "dense | routed, 50 % of groups | 70 % | gate first, 50 % of neurons | 70 % |"
+
+    def row(runs: Any, model: str) -> tuple[Cell, ...]:
+        of_model = [
+            one(runs, model=model, share=share, way=way) for way in ("routed", "gate first") for share in (0.5, 0.7)
+        ]
+        dense = median(one(runs, model=model, share=0.5, way="dense"))
+        return (dense, *((median(run), run["speedup"]["median"]) for run in of_model))
+
+    models = {"Llama-2-7B": "llama-2-7b", "Mistral-7B": "mistral-7b"}
     page.table(
-        "| one H200, bfloat16, groups of 32 neurons | dense | routed, 50 % of groups | 70 % "
-        "| gate first, 50 % of neurons | 70 % |",
-        rows,
+        f"| one H200, bfloat16, groups of 32 neurons | {places}",
+        {label: row(runs, model) for label, model in models.items()},
     )
-    idle = [one(runs, model=model, share=0.5, way="routed, all computed") for model in ("llama-2-7b", "mistral-7b")]
+    idle = [one(runs, model=model, share=0.5, way="routed, all computed") for model in models.values()]
     page.says("without them: {} and {} times as fast", *(run["speedup"]["median"] for run in idle))
+    page.table(
+        f"| two CPU cores (AVX2), SmolLM2-135M, float32 | {places}",
+        {
+            f"groups of {group}": row(result(f"routed-tokens-cpu-groups-of-{group}")["runs"], "smollm2-135m")
+            for group in (4, 32)
+        },
+    )
