@@ -20,7 +20,9 @@ def _run(flags: Flags, config_file: Path | None) -> None:
     if not config.random_weights:
         own = [run for run in result["runs"] if run["quantization"] == result["quantization"]]
         fastest = max(own[1:] or own, key=lambda run: float(run["speedup"]))
-        sparsity = None if config.mode == "intrinsic" else fastest["sparsity"]
+        # That of a TEAL checkpoint was not asked for: it is the folder's own.
+        asked = config.mode != "intrinsic" and fastest["sparsity"] in config.sparsity
+        sparsity = fastest["sparsity"] if asked else None
         onward = next_command("generate", config, sparsity=sparsity, prompt="Why is the sky blue?")
         reporter.say(f"next: {onward}")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teal_cli.checkpoint.rules import ROUTED
 from teal_cli.config import VERB_CONFIGS
 from teal_cli.config_files import keys_of
 from teal_cli.config_values import ALLOCATION_NAMES
@@ -79,7 +80,8 @@ def _what(material: Material) -> str:
         f"projections (allocation {focus.plan.allocation})"
     )
     if made:
-        text += f"; thresholds from {made['tokens']:,} tokens of {made['dataset']}, measured in {made['dtype']}"
+        what = "routers" if focus.plan.allocation == ROUTED else "thresholds"
+        text += f"; {what} from {made['tokens']:,} tokens of {made['dataset']}, measured in {made['dtype']}"
     if focus.quantization is not None:
         text += f"; weights quantised to {focus.quantization['projections']}"
     return text

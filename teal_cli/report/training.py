@@ -44,6 +44,7 @@ def _curve(adapted: Adapted) -> Plot:
     keys = {"training": "loss", "held out": "held_out_loss"}
     losses = {name: _points(record, key) for name, key in keys.items()}
     sparsities = {name: _points(record, "sparsity", key) for name, key in keys.items()}  # of different texts
+    others = any(record.settings.get(key) for key in ("text_weight", "hidden_weight"))
     title = f"{adapted.name}: loss over steps"
     said = "; ".join(f"{name} from {ys[0]:.4f} to {ys[-1]:.4f}" for name, (_, ys) in losses.items() if ys)
     alt = f"{title}: {said}."
@@ -57,7 +58,7 @@ def _curve(adapted: Adapted) -> Plot:
             above.plot(*losses[name], label=name, **look)
             steps, shares = sparsities[name]
             below.plot(steps, [100 * share for share in shares], **look)
-        above.set_ylabel("KL to dense, nats a token")
+        above.set_ylabel("loss, nats a token" if others else "KL to dense, nats a token")
         above.legend()
         below.set_ylabel("sparsity, %")
         below.set_xlabel("steps")

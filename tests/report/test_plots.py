@@ -38,12 +38,20 @@ def test_sparsity_of_batches_and_of_the_held_out_slice_are_two_lines() -> None:
         {"stage": 0, "step": 5, "held_out_loss": 0.2, "sparsity": 0.48},
         {"stage": 1, "step": 5, "loss": 0.1, "sparsity": 0.44},
     ]
-    adapted: Any = SimpleNamespace(name="recover", record=SimpleNamespace(curve=curve, after=None))
+    adapted: Any = SimpleNamespace(name="recover", record=SimpleNamespace(curve=curve, after=None, settings={}))
     (plot,) = training_plots(SimpleNamespace(adapted=[adapted]))  # type: ignore[arg-type]
     assert plot.alt.endswith("Sparsity: training from 40.0% to 44.0%; held out from 50.0% to 48.0%.")
     _, below = _drawn(plot).axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in below.lines]
     assert lines == [([5, 10], [40.0, 44.0]), ([0, 5], [50.0, 48.0])]
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.0, "KL to dense"), (1.0, "loss")])
+def test_a_loss_that_is_not_the_distillation_alone_is_not_called_so(weight: float, said: str) -> None:
+    record = SimpleNamespace(curve=[{"stage": 0, "step": 0, "held_out_loss": 0.3}], after=None)
+    record.settings = {"text_weight": weight, "hidden_weight": 0.0}
+    (plot,) = training_plots(SimpleNamespace(adapted=[SimpleNamespace(name="lte", record=record)]))  # type: ignore[arg-type]
+    assert _drawn(plot).axes[0].get_ylabel() == f"{said}, nats a token"
 
 
 def _texts(axes: Any) -> list[str]:
