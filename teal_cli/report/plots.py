@@ -8,6 +8,7 @@ from typing import Any
 from teal_cli.config_values import ALLOCATION_NAMES
 from teal_cli.report.drawing import GRID, MUTED, Plot, label, series
 from teal_cli.report.inputs import Material
+from teal_cli.report.tables import in_every_pass
 
 _LOGARITHMIC_ABOVE = 5.0
 """Times dense; beyond, a linear axis would hide the differences at the sparsities that matter."""
@@ -48,7 +49,8 @@ def quality_plots(material: Material) -> list[Plot]:
                     points[run["sparse"]["realised_sparsity"]] = (run["perplexity_ratio"], error)
             lines.append(_with_errors(allocation, looks[allocation], points))
         title = f"{model} on {dataset}, {tokens:,} tokens"
-        title += f", the first {prefix} of each sequence dense" if prefix else ""
+        if prefix and not all(in_every_pass(run["sparse"]) for run in runs):
+            title += f", the first {prefix} of each sequence dense"
         plots.append(
             Plot(
                 f"quality-{number}",

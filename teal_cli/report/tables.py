@@ -48,9 +48,16 @@ def eval_tables(result: dict[str, Any]) -> list[PlainTable]:
     title = f"{_model(result)} on {result['dataset']}\n"
     positions = f"decoded positions in {result['sequences']} sequences of {result['seq_len']:,}"
     if len(runs) == 1:
-        title += f"{result['tokens']:,} {positions}, the first {result['dense_prefix']} dense"
+        prefix = result["dense_prefix"]
+        where = f"behind the first {prefix}" if in_every_pass(result["sparse"]) else f"the first {prefix} dense"
+        title += f"{result['tokens']:,} {positions}, {where}"
         return [_one_run(title, result), *_written(runs)]
     return [_several_runs(title + positions, result), *_written(runs), *_scored(runs)]
+
+
+def in_every_pass(sparse: dict[str, Any]) -> bool:
+    """Whether routers or zeros of the model's own leave inputs out in prompts as well: no position is dense."""
+    return str(sparse["allocation"]).split()[0] in ("routed", "intrinsic")
 
 
 def _encoder(result: dict[str, Any]) -> PlainTable:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import export_tiny
 
 from teal_cli.cli import run
 from teal_cli.cli.output import next_command
@@ -72,3 +73,13 @@ def test_random_weights_have_no_next(capsys: pytest.CaptureFixture[str]) -> None
     (folder / "small.yaml").write_text(f"hub_id: nobody/small\nshape: {shape}\n")
     assert run(["bench", "--model", "small", "--random-weights", *_SMALLER["bench"]]) == 0
     assert "next:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("own", "said"), [(0.3, ""), (0.5, " --sparsity 0.5")])
+def test_what_comes_after_a_bench_names_no_sparsity_that_nobody_asked_for(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: float, said: str
+) -> None:
+    """0.4 and 0.5 are asked for by default; a TEAL checkpoint has its own."""
+    out, _ = export_tiny(tiny, tmp_path / "sparse", own)
+    assert run(["bench", "--model", str(out), *_SMALLER["bench"]]) == 0
+    assert f"next: teal generate --model {out}{said} --prompt" in capsys.readouterr().err

@@ -230,17 +230,6 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "qwen3" in result["architectures"]
 
 
-@pytest.mark.parametrize(("own", "said"), [(0.3, ""), (0.5, " --sparsity 0.5")])
-def test_what_comes_after_a_bench_names_no_sparsity_that_nobody_asked_for(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: float, said: str
-) -> None:
-    """0.4 and 0.5 are asked for by default; a TEAL checkpoint has its own."""
-    out, _ = export_tiny(dense, tmp_path / "sparse", own)
-    size = ("--new-tokens", 3, "--prompt-tokens", 8, "--repeats", 1)
-    assert _teal("bench", "--model", out, *size) == 0
-    assert f"next: teal generate --model {out}{said} --prompt" in capsys.readouterr().err
-
-
 def _recipe(dense: Path, corpus: Path) -> Path:
     path = Path("recipe.yaml")
     path.write_text(

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from teal_cli.report.tables import run_table
+from teal_cli.report.tables import eval_tables, run_table
 
 
 def _quality(allocations: list[str]) -> dict[str, Any]:
@@ -52,3 +53,23 @@ def test_what_was_timed_but_not_evaluated_has_a_row_of_its_own() -> None:
     _, evaluated, timed = _lines(_quality(["greedy"]), _speed("fisher"))
     assert evaluated == ["0.50", "0.490", "20.00 ± 1.00", "2.000", "", ""]
     assert timed == ["0.50 fisher", "0.510", "", "", "15.00", "1.50x"]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "said"),
+    [
+        ("fisher", "the first 4 dense"),
+        ("routed", "behind the first 4"),
+        ("intrinsic", "behind the first 4"),
+        ("intrinsic and fisher", "behind the first 4"),
+    ],
+)
+def test_no_position_is_called_dense_where_every_pass_leaves_something_out(allocation: str, said: str) -> None:
+    sparse = {"allocation": allocation, "target_sparsity": 0.5, "realised_sparsity": 0.5, "bytes_per_token": 1.0}
+    sparse |= {"perplexity": 9.0, "stderr": 0.1, "kl": 0.1, "top1_agreement": 0.9}
+    result: dict[str, Any] = {"model": "tiny", "dataset": "sotu", "sequences": 2, "seq_len": 8, "tokens": 6}
+    result |= {"runs": [{"generation": None}], "dense_prefix": 4, "sparse": sparse}
+    result |= {"dense": {"perplexity": 8.0, "stderr": 0.1}}
+    result |= {"dense_bytes_per_token": 2.0, "perplexity_ratio": 1.1, "perplexity_ratio_stderr": 0.01, "tasks": {}}
+    (table,) = eval_tables(result)
+    assert table.heading.endswith(said)
