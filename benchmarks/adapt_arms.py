@@ -32,6 +32,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from teal_cli.adapt import state
 from teal_cli.adapt.neurons import gate_quantiles
 from teal_cli.api import adapt_model, calibrate, evaluate
 from teal_cli.atomic import write_json
@@ -190,10 +191,10 @@ class Table:
 
     def keep_curve(self, job: dict[str, Any]) -> None:
         """Of a run that did not end."""
-        out = Path(job["out"])
-        checkpoint = out.with_name(f"{out.name}.run") / "checkpoint/run.json"
-        if checkpoint.exists():
-            entry = {**job["key"], "settings": job["settings"], "curve": json.loads(checkpoint.read_text())["curve"]}
+        checkpoint = state.checkpoint_in(state.folder_for(Path(job["out"])))
+        if checkpoint is not None:
+            curve = json.loads((checkpoint / state.RUN).read_text(encoding="utf-8"))["curve"]
+            entry = {**job["key"], "settings": job["settings"], "curve": curve}
             self._write(entry, [entry])
 
     def _write(self, entry: dict[str, Any], unfinished: Sequence[dict[str, Any]] = ()) -> None:

@@ -43,17 +43,19 @@ class Fitted(NamedTuple):
     """(groups,) float32."""
 
 
-def group_sizes(hidden: Tensor, down: nn.Linear, order: Tensor, group: int) -> Tensor:
+def group_sizes(hidden: Tensor, down: nn.Linear, group: int, order: Tensor | None = None) -> Tensor:
     """How much each group of neurons adds to the residual stream: (..., neurons) -> (tokens, groups) float32.
 
     Args:
         hidden: what `down` reads, its neurons in their own order.
         down: neurons count by the norms of its columns.
-        order: (neurons,) int64: group after group.
         group: neurons of each.
+        order: (neurons,) int64: group after group; None where they lie so.
     """
     added = hidden.flatten(0, -2).float() * down.weight.float().norm(dim=0)
-    sizes: Tensor = added[:, order].view(len(added), -1, group).norm(dim=-1)
+    if order is not None:
+        added = added[:, order]
+    sizes: Tensor = added.view(len(added), -1, group).norm(dim=-1)
     return sizes
 
 
@@ -126,8 +128,7 @@ class RefittedRouters(FollowedRouters):
         mlp = self._mlps[index]
         gate, up, down = mlp.layers
         x = sample.to(gate.weight.dtype)
-        order = torch.arange(mlp.group * len(mlp.router.bias), device=x.device)
-        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, order, mlp.group)
+        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, mlp.group)
         with torch.autocast(x.device.type, enabled=False):
             fitted = fitted_router(sample, sizes, self._target)
         wanted = torch.cat([fitted.weight, fitted.bias[:, None]], dim=1)

@@ -109,6 +109,11 @@ def put_parameters_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         fill_(own[name], value)
 
 
+def folder_for(out: Path) -> Path:
+    """Where a run keeps its state: beside the folder that it is going to write."""
+    return out.with_name(f"{out.name}.run")
+
+
 def checkpoint_in(folder: Path) -> Path | None:
     """The checkpoint of a run that was cut short; None where there is none."""
     found = folder / CHECKPOINT

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teal_cli.bench.timing import Spread
 from teal_cli.checkpoint.plan import SparsityPlan
+from teal_cli.checkpoint.rules import INTRINSIC
 from teal_cli.data import token_blocks
 from teal_cli.decode.choice import Choice, Forms, Kind
 from teal_cli.decode.engine import Engine
@@ -19,7 +20,7 @@ from teal_cli.decode.sampling import Sampler, SamplingConfig
 from teal_cli.decode.timing import seconds_of
 from teal_cli.errors import ArtefactError
 from teal_cli.ranks.group import slowest
-from teal_cli.sparse import INTRINSIC, apply_plan_, neuron_sparsity
+from teal_cli.sparse import apply_plan_, neuron_sparsity
 from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 
 

@@ -98,7 +98,9 @@ Rule = Dense | Threshold | Zeros | Routed
 ZEROS = "zeros"
 """How files name `Zeros`."""
 ROUTED = "routed"
-"""How files name `Routed`."""
+"""How files name `Routed`, and what stands in place of an allocation where MLPs are routed."""
+INTRINSIC = "intrinsic"
+"""What stands in place of an allocation where a model skips zeros of its own."""
 
 
 def threshold_rule(threshold: float, sparsity: float) -> Dense | Threshold:

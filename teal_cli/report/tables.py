@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+from teal_cli.checkpoint.rules import INTRINSIC, ROUTED
 from teal_cli.plain_table import PlainTable, facts_table
 
 
@@ -57,7 +58,7 @@ def eval_tables(result: dict[str, Any]) -> list[PlainTable]:
 
 def in_every_pass(sparse: dict[str, Any]) -> bool:
     """Whether routers or zeros of the model's own leave inputs out in prompts as well: no position is dense."""
-    return str(sparse["allocation"]).split()[0] in ("routed", "intrinsic")
+    return str(sparse["allocation"]).split()[0] in (ROUTED, INTRINSIC)
 
 
 def _encoder(result: dict[str, Any]) -> PlainTable:

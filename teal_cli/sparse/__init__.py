@@ -3,7 +3,7 @@
 from teal_cli.checkpoint.rules import Dense, Routed, Rule, Threshold, Zeros
 from teal_cli.sparse.control import SparsityControl, control_of, use_backend
 from teal_cli.sparse.counting import SparsityCounter
-from teal_cli.sparse.intrinsic import INTRINSIC, make_intrinsic_, neuron_sparsity
+from teal_cli.sparse.intrinsic import make_intrinsic_, neuron_sparsity
 from teal_cli.sparse.linear import SparseLinear
 from teal_cli.sparse.recalibrate import recalibrate_
 from teal_cli.sparse.replace import (
@@ -16,7 +16,6 @@ from teal_cli.sparse.replace import (
 )
 
 __all__ = [
-    "INTRINSIC",
     "Dense",
     "Routed",
     "Rule",

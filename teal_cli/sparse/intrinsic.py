@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Dense, Rule, Zeros
+from teal_cli.checkpoint.rules import INTRINSIC, Dense, Rule, Zeros
 from teal_cli.errors import ArtefactError
 from teal_cli.models.activations import intermediates, zeroing_activation
 from teal_cli.models.architectures import find_projections
 from teal_cli.sparse.gated import decode_gate_first_, gated_mlps
 from teal_cli.sparse.replace import apply_plan_, replace_projections_
-
-INTRINSIC = "intrinsic"
-"""What stands in place of an allocation."""
 
 
 def make_intrinsic_(model: Any, elsewhere: SparsityPlan | None = None) -> SparsityPlan:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Dense, Routed, Rule
+from teal_cli.checkpoint.rules import ROUTED, Dense, Routed, Rule
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.block_calls import hooked
@@ -17,9 +17,6 @@ from teal_cli.models.forward import run_text
 from teal_cli.sparse.control import SparsityControl
 from teal_cli.sparse.gated import intermediates
 from teal_cli.sparse.routed import RoutedMLP, Router
-
-ROUTED = "routed"
-"""What stands in place of an allocation."""
 
 
 @dataclass(frozen=True)

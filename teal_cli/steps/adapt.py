@@ -17,6 +17,7 @@ from teal_cli.adapt.loop import Run, Trained, forget, run
 from teal_cli.adapt.processes import Processes
 from teal_cli.adapt.recipe import Recipe, Setting
 from teal_cli.adapt.recipes import recipe_class
+from teal_cli.adapt.state import folder_for
 from teal_cli.adapt.training import Plan
 from teal_cli.adapt.watch import Watch
 from teal_cli.adapt.write import write_adapted
@@ -108,7 +109,7 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     del dense
     gc.collect()
     model = _load(config, workspace, _base_dtype(config, workspace, recipe, pick_device(config.device)))
-    state = out.with_name(f"{out.name}.run")
+    state = folder_for(out)
     trained = _train(config, workspace, recipe, model, reads, teachers, state, reporter, processes)
     gc.collect()  # the optimiser's moments
     if processes.is_first:

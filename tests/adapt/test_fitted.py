@@ -32,7 +32,7 @@ def test_a_fitted_router_finds_what_is_linear() -> None:
 def test_sizes_of_groups_are_what_they_add() -> None:
     down, hidden = torch.nn.Linear(6, 4, bias=False), torch.randn(2, 3, 6)
     order = torch.tensor([5, 0, 3, 1, 4, 2])
-    sizes = group_sizes(hidden, down, order, 3)
+    sizes = group_sizes(hidden, down, 3, order)
     first = (hidden[0, 1] * down.weight.detach().norm(dim=0))[[5, 0, 3]].norm()
     assert sizes.shape == (6, 2)
     assert float(sizes[1, 0].detach()) == pytest.approx(float(first), rel=1e-5)
@@ -69,7 +69,7 @@ def test_fitted_routers_are_fitted_to_the_neurons_that_there_are(
         handle.remove()
         following.before_pass_()
         x = read[-1][:, TOKENS // 2 :].flatten(0, 1)
-        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, torch.arange(down.in_features), GROUP)
+        sizes = group_sizes(mlp.hidden(gate(x), up(x)), down, GROUP)
     wanted = fitted_router(x, sizes, 0.5)
     part = rate * min(1.0, len(x) / (enough * x.shape[1]))
     assert torch.allclose(mlp.router.weight, before.lerp(wanted.weight, part), rtol=1e-3, atol=1e-4)

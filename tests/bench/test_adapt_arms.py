@@ -77,6 +77,7 @@ def test_of_a_run_that_does_not_end_the_curve_is_kept(tmp_path: Path, monkeypatc
     checkpoint = tmp_path / "runs/adapt-arms/one-0.run/checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "run.json").write_text(json.dumps({"curve": [{"step": 4.0, "held_out_loss": 3.5}]}))
+    (checkpoint / "trainer_state.json").write_text("{}")
     out = tmp_path / "out.json"
     words = (tmp_path / "arms.yaml", "--model", tmp_path, "--runs", tmp_path / "runs", "--seeds", 0, "--json", out)
     monkeypatch.setattr(sys, "argv", ["adapt_arms", *map(str, words)])

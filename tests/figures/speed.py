@@ -268,17 +268,18 @@ def benchmarks_streams(page: Page) -> None:
     page.table(
         "| Llama-3-8B, H200, streams | batch, dense | scheduler | server | batch, 50 % | scheduler | server |", rows
     )
+    batches = {0.0: "batch dense", 0.5: "batch"}
+    of_batches = [
+        served[share, count] / own[kind]["median"]
+        for share, kind in batches.items()
+        for count, own in scheduled.items()
+    ]
     page.says(
         "stream by HTTP has {} and {} of that loop, two and four have {} to {} of the",
         *(served[share, 1] / served[share, 0] for share in (0.0, 0.5)),
-        *(least_and_most(rows)),
+        min(of_batches),
+        max(of_batches),
     )
-
-
-def least_and_most(rows: dict[str, tuple[Cell, ...]]) -> tuple[float, float]:
-    """Of what the server has of a batch, dense and sparse."""
-    shares = [row[3 * kind + 2] / row[3 * kind] for row in (rows["two"], rows["four"]) for kind in (0, 1)]  # type: ignore[operator]
-    return min(shares), max(shares)
 
 
 def benchmarks_ranks(page: Page) -> None:

@@ -15,7 +15,7 @@ from teal_cli.adapt.multiplier import Steering
 from teal_cli.adapt.processes import mean_over_processes
 from teal_cli.adapt.recipe import Batch, Outcome, Progress, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Routed, Rule
+from teal_cli.checkpoint.rules import ROUTED, Routed, Rule
 from teal_cli.config.recipes.lte import Options
 from teal_cli.errors import UsageError
 from teal_cli.models.architectures import block_weights, find_projections
@@ -24,7 +24,6 @@ from teal_cli.models.forward import run_text
 from teal_cli.sparse import replace_projections_, set_thresholds_
 from teal_cli.sparse.routed import Router
 from teal_cli.sparse.routing import (
-    ROUTED,
     RoutableMLP,
     biases_for,
     check_routed,
@@ -51,10 +50,10 @@ class Lte(Recipe):
     Five departures from the paper. With option `routers=fitted` there is no soft stage: routers begin as the linear
     layer that tells best how much each group adds, leaving out the target, and are fitted again while the model
     trains (`RefittedRouters`). Otherwise routers begin with all groups chosen, so that training begins with the dense
-    model. The loss that makes routers decide therefore grows from zero during the
-    second half of the soft stage: from the beginning it would hold them where they are. And eta is steered, so that
-    the share of groups that is left out is the sparsity that was asked for, unless option `eta` names a number; by
-    one number for all MLPs, or, with option `shares=even`, for each by its own, so that all leave out the same. In
+    model. The loss that makes routers decide therefore grows from zero during the second half of the soft stage: from
+    the beginning it would hold them where they are. And eta is steered, so that the share of groups that is left out
+    is the sparsity that was asked for, unless option `eta` names a number; by one number for all MLPs, or, with
+    option `shares=even`, for each by its own, so that all leave out the same. In
     the hard stage the biases of routers follow the hidden states (`FollowedRouters`): else the model trains until
     they choose all groups again.
     """
@@ -123,7 +122,7 @@ class Lte(Recipe):
             def hook_down(module: nn.Module, args: tuple[Any, ...], path: str = mlp.path) -> None:
                 layer = cast(nn.Linear, module)
                 order = orders[f"{path}.order"].to(layer.weight.device)
-                sizes = group_sizes(args[0], layer, order, options.group)
+                sizes = group_sizes(args[0], layer, options.group, order)
                 fitted = fitted_router(read.pop(path), sizes, self._target)
                 # Off the GPU: they are kept for the whole run, to resume by.
                 found[f"{path}.weight"], found[f"{path}.bias"] = fitted.weight.cpu(), fitted.bias.cpu()
