@@ -23,6 +23,7 @@ from teal_kernels import (
     launching,
     triton_attention,
     triton_decode,
+    triton_distil,
     triton_gate_first,
     triton_gemv,
     triton_masks,
@@ -32,6 +33,7 @@ from teal_kernels import (
 )
 from teal_kernels.operands import Added, Beside, Norm, Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, write_norm, write_norm_of_partials
+from teal_kernels.triton_distil import distil_rows_
 from teal_kernels.triton_gate_first import GateFirstConfig, GateLayer, launch_gate_first
 from teal_kernels.triton_gemv import Curve, TileConfig, gemv, squares_of
 from teal_kernels.triton_masks import masked_rows
@@ -181,12 +183,20 @@ def _masks() -> None:
             masked.sum().backward()
 
 
+def _distils() -> None:
+    """Logits of either dtype, with the loss of the text and without it."""
+    for dtype in (torch.float32, DTYPE):
+        logits = torch.zeros(3, 100, dtype=dtype)
+        distil_rows_(logits, logits.clone(), 0.5)
+        distil_rows_(logits, logits.clone(), 0.5, torch.zeros(3, dtype=torch.int64), torch.tensor(0.1))
+
+
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))
     names: set[str] = set()
     modules = (triton_gemv, triton_attention, triton_decode, triton_gate_first, triton_routed, triton_router)
-    for module in (*modules, triton_ranks, triton_masks):
+    for module in (*modules, triton_ranks, triton_masks, triton_distil):
         module.launch = partial(_compile, names=names)
     pdl, mine = capability >= 90, Turn(capability)
     for index, (rows, config, quantised) in enumerate(PRODUCTS):
@@ -246,6 +256,7 @@ def main(capability: int) -> None:
         _ranks(rows, mine, pdl=pdl)
     _of_vllm()
     _masks()
+    _distils()
     print(capability, *sorted(names), flush=True)
 
 

@@ -14,6 +14,7 @@ from teal_cli.adapt.logits import LogitMaker
 from teal_cli.adapt.recipe import Batch, Progress, Recipe
 from teal_cli.models.architectures import blocks_of
 from teal_cli.models.offload import is_spread
+from teal_kernels.triton_distil import distil_rows_, distils
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Of one piece: 64 MiB in float32, of which a loss holds about four. On a GPU each piece costs launches."""
@@ -48,15 +49,18 @@ def distillation_loss(
         text_weight: of the second loss, which needs them.
     """
     share = 1.0 / len(student)
-    text_share = 0.0 if targets is None else text_weight / (targets >= 0).sum()
+    text_share = None if targets is None else (text_weight / (targets >= 0).sum()).float()
 
-    def loss_of(mine: Tensor, its: Tensor, following: Tensor | None) -> Tensor:
-        ours = logits_of(mine).float().log_softmax(-1)
+    def logits_of_both(mine: Tensor, its: Tensor) -> tuple[Tensor, Tensor]:
+        ours = logits_of(mine)
         with torch.no_grad():
-            wanted = teacher_logits_of(its).float().log_softmax(-1).to(ours.device)
-        loss = share * F.kl_div(ours, wanted, log_target=True, reduction="sum")
-        if following is not None:
-            loss = loss + text_share * F.nll_loss(ours, following, ignore_index=-1, reduction="sum")
+            return ours, teacher_logits_of(its).to(ours.device)
+
+    def loss_of(ours: Tensor, wanted: Tensor, following: Tensor | None) -> Tensor:
+        log_q, log_p = ours.float().log_softmax(-1), wanted.float().log_softmax(-1)
+        loss = share * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        if following is not None and text_share is not None:
+            loss = loss + text_share * F.nll_loss(log_q, following, ignore_index=-1, reduction="sum")
         return loss
 
     rows = max(1, logits_at_once(student.device) // vocabulary)
@@ -64,14 +68,21 @@ def distillation_loss(
     following = [None] * pieces if targets is None else targets.split(rows)
     parts = zip(student.split(rows), teacher.split(rows), following, strict=True)
     if not torch.is_grad_enabled():
-        return torch.stack([loss_of(*each) for each in parts]).sum()
+        return torch.stack([loss_of(*logits_of_both(mine, its), next_ones) for mine, its, next_ones in parts]).sum()
     losses, gradients = [], []
     for mine, its, next_ones in parts:
         own = mine.detach().requires_grad_()
-        loss = loss_of(own, its, next_ones)
+        ours, wanted = logits_of_both(own, its)
+        if distils(ours):
+            given = ours.detach().contiguous()
+            loss = distil_rows_(given, wanted, share, next_ones, text_share).sum()
+            upstream = given
+        else:
+            ours, upstream = loss_of(ours, wanted, next_ones), None
+            loss = ours.detach()
         with torch.autocast(student.device.type, enabled=False):
-            gradients += torch.autograd.grad(loss, own)
-        losses.append(loss.detach())
+            gradients += torch.autograd.grad(ours, own, upstream)
+        losses.append(loss)
     found: Tensor = _Known.apply(student, torch.stack(losses).sum(), torch.cat(gradients))
     return found
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from teal_cli.adapt import lora, state
 from teal_cli.adapt.distil import Student, Teacher
 from teal_cli.adapt.logits import LogitMaker
+from teal_cli.adapt.norms import fused_norms
 from teal_cli.adapt.recipe import Outcome, Recipe, Stage
 from teal_cli.adapt.training import Figures, Held, Plan
 from teal_cli.reading import read_json
@@ -93,7 +94,8 @@ def run(setup: Run) -> Trained:
     recipe.operate_(model, held.measured)
     model.requires_grad_(False)
     adapters = _adapters(setup)
-    student = Student(model, _teacher(setup), recipe, setup.text_weight, setup.hidden_weight)
+    teacher = _teacher(setup)
+    student = Student(model, teacher, recipe, setup.text_weight, setup.hidden_weight)
     if setup.recompute:
         _recompute_(model, student)
     first = 0 if resumed is None else int(read_json(resumed / state.RUN, "state of a run")["stage"])
@@ -102,7 +104,9 @@ def run(setup: Run) -> Trained:
         recipe.begin_stage_(model, stage)
         names = _trainable_(model, recipe, stage, adapters)
         if number >= first:
-            _train(setup, student, stage, number, names, held, resumed if number == first else None, steps)
+            # On a CPU nothing is launched, and norms keep their bits.
+            with fused_norms([] if setup.plan.on_cpu else [model, teacher.maker.model]):
+                _train(setup, student, stage, number, names, held, resumed if number == first else None, steps)
             state.put_parameters_(model, held.best_weights)
             held.done |= state.parameters_of(model, names)
         steps += stage.steps

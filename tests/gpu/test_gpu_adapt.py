@@ -1,15 +1,17 @@
 """Training on a GPU: bfloat16 products, float32 parameters, and what comes out is a model like any other."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny, write_corpus
+from conftest import build_model, save_tiny, write_corpus
 from safetensors import safe_open
 
-from teal_cli.adapt import fitted, followed, graphs
+from teal_cli.adapt import distil, fitted, followed, graphs
 from teal_cli.adapt.graphs import GraphedPasses
 from teal_cli.adapt.logits import LogitMaker
+from teal_cli.adapt.norms import fused_norms
 from teal_cli.adapt.trainer import AdaptTrainer
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
@@ -47,6 +49,47 @@ def test_recover_on_a_gpu(tmp_path: Path, flags: tuple[str, ...]) -> None:
     else:
         assert before.keys() == after.keys()
     assert run(["generate", "--model", "out", "--device", "cuda", "--prompt", "the", "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+def test_loss_by_the_kernel_is_pytorchs(dtype: torch.dtype, capped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, of which the last is shorter; logits that are capped after the output layer, as Gemma 2 has them."""
+    vocabulary, tokens = 5000, 70
+    monkeypatch.setitem(distil._LOGITS_AT_ONCE, "cuda", 32 * vocabulary)
+    torch.manual_seed(0)
+    weights = [torch.randn(vocabulary, 64, device="cuda", dtype=dtype) for _ in range(2)]
+    student, teacher = (torch.randn(tokens, 64, device="cuda", requires_grad=True) for _ in range(2))
+    targets = torch.arange(tokens, device="cuda").masked_fill(torch.arange(tokens, device="cuda") % 9 == 0, -1)
+
+    def logits(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        found = hidden.to(dtype) @ weight.t()
+        return torch.tanh(found / 30) * 30 if capped else found
+
+    ours, its = (partial(logits, weight) for weight in weights)
+    found = []
+    for uses in (distil.distils, lambda logits: False):
+        monkeypatch.setattr(distil, "distils", uses)
+        loss = distil.distillation_loss(student, teacher.detach(), ours, its, vocabulary, targets, 0.7)
+        found.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    (loss, gradient), (wanted, its_gradient) = found
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(gradient, its_gradient, rtol=rounding, atol=rounding * float(its_gradient.abs().max()))
+
+
+def test_norms_are_one_kernel_each_way() -> None:
+    model = build_model("llama").cuda()
+    norm = next(module for module in model.modules() if type(module).__name__ == "LlamaRMSNorm")
+    x = torch.randn(3, norm.weight.shape[0], device="cuda", requires_grad=True)
+    wanted = norm(x)
+    with fused_norms([model]) as count:
+        assert count == sum(type(module).__name__ == "LlamaRMSNorm" for module in model.modules())
+        found = norm(x)
+    assert "FusedRmsNorm" in type(found.grad_fn).__name__
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), [x, norm.weight]) for y in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 RECIPES = {
