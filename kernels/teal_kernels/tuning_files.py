@@ -107,8 +107,8 @@ def _write(path: Path, text: str) -> None:
 
 @lru_cache(maxsize=8)
 def table_of(device_name: str) -> tuple[Entry, ...]:
-    """The user's entries and those packaged for this GPU, with those of others for products that it has none of;
-    where nobody has measured this GPU, those of others.
+    """The user's entries and those packaged for this GPU, with those of others for products that it has none of, and
+    for sparsities beyond what was measured of a product; where nobody has measured this GPU, those of others.
 
     Raises:
         TuningTableError: a table is damaged.
@@ -120,6 +120,38 @@ def table_of(device_name: str) -> tuple[Entry, ...]:
         others = (path for path in sorted(PACKAGED.glob("*.json")) if path != packaged)
         for path in (packaged, *others):
             if path.is_file():
-                products = {entry.product for entry in found}
-                found += tuple(entry for entry in read_table(path) if entry.product not in products)
+                found += _added(found, read_table(path))
     return found
+
+
+def _added(found: Sequence[Entry], others: Sequence[Entry]) -> tuple[Entry, ...]:
+    """What another table adds: products that are new, and higher sparsities of those that are not.
+
+    These are worth what they are beside the dense read that they were measured with: a product that was tuned at 50 %
+    alone would say too little of 80 %, where a batch may begin to skip.
+    """
+    own = _by_product(found)
+    added: list[Entry] = []
+    for product, theirs in _by_product(others).items():
+        mine = own.get(product)
+        if mine is None:
+            added += theirs
+            continue
+        reads = [min((e.cost for e in each if e.config.dense), default=0.0) for each in (mine, theirs)]
+        most = max(entry.sparsity for entry in mine)
+        if all(reads):
+            share = reads[0] / reads[1]
+            added += (_beside(entry, share) for entry in theirs if not entry.config.dense and entry.sparsity > most)
+    return tuple(added)
+
+
+def _by_product(entries: Iterable[Entry]) -> dict[tuple[int, tuple[int, ...], str, int, str], list[Entry]]:
+    found: dict[tuple[int, tuple[int, ...], str, int, str], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.product, []).append(entry)
+    return found
+
+
+def _beside(entry: Entry, share: float) -> Entry:
+    because = "it took so much of the dense read that it was measured with, in another table"
+    return replace(entry, deciding_microseconds=round(share * entry.cost, 2), deciding_because=because)
