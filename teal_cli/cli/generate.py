@@ -32,25 +32,27 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
+    kept = None
     if config.prompt != "-":
         _check_prompt(config.prompt)
     elif config.tensor_parallel > 1 and not is_rank():
-        _check_prompt(_keep_stdin())
-    if run_by_ranks(config, reporter):
+        _check_prompt(kept := _keep_stdin())
+    if run_by_ranks(config, reporter, prompt=kept):
         return
     prompt = _read_by_first(config) if config.prompt == "-" else config.prompt
     _check_prompt(prompt)
     from teal_cli.steps.generate import Generator
 
-    generator = Generator(config, reporter)
     if prompt is None:
-        converse(generator, reporter)
+        converse(Generator(config, reporter), reporter)
         return
+    messages = [{"role": "user", "content": prompt}]
+    generator = Generator(config, reporter, messages=messages)
     failed: list[OSError] = []
     write = _writer(None if config.json_file is None else failed)
     if config.tensor_parallel > 1 and not is_first():  # under torchrun all have a stdout
         write = _write_nothing
-    reply = generator.reply([{"role": "user", "content": prompt}], write=write)
+    reply = generator.reply(messages, write=write)
     write("\n")
     reporter.say(summary(reply))
     write_result(config, generator.to_json(prompt, reply))
