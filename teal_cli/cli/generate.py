@@ -122,7 +122,11 @@ def read_stdin() -> str:
 
 
 def converse(generator: "Generator", reporter: Reporter) -> None:
-    """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets."""
+    """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets.
+
+    What a stopped reply has said stays in the conversation. One that has said nothing leaves no turn, and its line
+    is taken back.
+    """
     hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
     intrinsic = generator.config.mode == "intrinsic"
     sparsity = "intrinsic sparsity" if intrinsic else f"target sparsity {generator.target_sparsity:g}"
@@ -153,10 +157,18 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
         messages = (
             [*messages, {"role": "user", "content": line}] if generator.chat else [{"role": "user", "content": line}]
         )
+        reply: Reply | None
         try:
             reply = generator.reply(messages, write=write)
         except TealError as error:  # the conversation has grown too long, say: the session goes on
             reporter.say(f"{error} (/new starts over)")
+            messages = messages[:-1]
+            continue
+        except KeyboardInterrupt:  # before the prefill, in what is measured once
+            reply = None
+        if reply is None or (reply.interrupted and not reply.text):
+            # No template has a turn in which nothing is said, and no model was trained on one.
+            reporter.say("\n(stopped before the reply began: your line was taken back)")
             messages = messages[:-1]
             continue
         write("\n")

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import calibrate_on, calibrate_once, copied
@@ -143,6 +144,40 @@ def test_conversation(calibrated: Path, capsys: pytest.CaptureFixture[str], monk
     converse(generator, QUIET)
     assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+@pytest.mark.parametrize("stopped_in", ["generate", "check_prompt"])
+def test_a_reply_that_is_stopped_before_it_begins_leaves_no_turn(
+    calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stopped_in: str
+) -> None:
+    """In its prefill, and in the checks before that."""
+    generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=3, sparsity=0.0), QUIET)
+    lines = iter(["stars", "rivers", "winds"])
+    seen: list[list[str]] = []
+    original, reply = getattr(generator.engine, stopped_in), generator.reply
+
+    def answer(prompt: str = "") -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    def stop_the_second(*args: object, **options: object) -> object:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    def watched(messages: list[dict[str, str]], write: Any) -> Any:
+        seen.append([message["content"] for message in messages])
+        return reply(messages, write=write)
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(generator.engine, stopped_in, stop_the_second)
+    monkeypatch.setattr(generator, "reply", watched)
+    converse(generator, Reporter())
+    first = seen[1][1]
+    assert seen == [["stars"], ["stars", first, "rivers"], ["stars", first, "winds"]]
+    assert "your line was taken back" in capsys.readouterr().err
 
 
 def test_conversation_survives_a_full_context(
