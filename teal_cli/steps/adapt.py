@@ -163,17 +163,26 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         require_offload(empty, "device_map auto (flag --device-map)")
     device, frozen = pick_device(config.device), _is_frozen(recipe)
     used = pick_dtype(config.dtype, _stored(workspace), device)
+    frozen_itemsize = DTYPES[_base_dtype(config, workspace, recipe, device)].itemsize
+    activation_itemsize = 2 if _autocasts(config, device) else 4
+    tokens = config.batch_size // processes.count * config.seq_len
     memory.require(
         memory.estimate(
             empty,
             trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
-            frozen_itemsize=DTYPES[_base_dtype(config, workspace, recipe, device)].itemsize,
+            frozen_itemsize=frozen_itemsize,
             teacher_itemsize=0 if frozen and recipe.is_own_teacher else used.itemsize,
-            tokens=config.batch_size // processes.count * config.seq_len,
+            tokens=tokens,
             recompute=config.recompute,
             keeps_hidden=config.hidden_weight > 0,
-            activation_itemsize=2 if _autocasts(config, device) else 4,
+            activation_itemsize=activation_itemsize,
             device=device,
+            added=recipe.adds(
+                empty,
+                tokens=tokens,
+                measured=max(MEASURED_ON, config.seq_len),
+                itemsizes=(activation_itemsize, frozen_itemsize),
+            ),
         ),
         _places(config, device),
     )
