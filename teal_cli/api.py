@@ -119,12 +119,18 @@ def load(model: str | Path, sparsity: float | None = None, **options: Any) -> "M
 
 
 class Model:
-    """A loaded model (from `load`): `model` and `tokenizer` are those of transformers."""
+    """A loaded model (from `load`): `model` and `tokenizer` are those of transformers.
 
-    def __init__(self, model: str | Path, options: dict[str, Any]) -> None:
+    Args:
+        model: as for `load`.
+        options: as for `load`.
+        messages: what is asked first, if that is known: what is too long is refused before the model is calibrated.
+    """
+
+    def __init__(self, model: str | Path, options: dict[str, Any], messages: list[Message] | None = None) -> None:
         config, reporter = _configured(GenerateConfig, "generate", model, options)
         self._name, self._options = model, options
-        self._generator = Generator(config, reporter)
+        self._generator = Generator(config, reporter, messages=messages)
         self.model = self._generator.model
         self.tokenizer = self._generator.tokenizer
 
@@ -173,4 +179,5 @@ def generate(prompt: str | list[Message], model: str | Path, sparsity: float | N
     Raises:
         TealError: as `load` and `Model.reply`.
     """
-    return load(model, sparsity, **options).generate(prompt)
+    own = {} if sparsity is None else {"sparsity": sparsity}
+    return Model(model, {**options, **own}, _messages(prompt)).generate(prompt)

@@ -1,5 +1,6 @@
 """What a person sees while a verb works: messages and progress on stderr, results on stdout."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,9 @@ from teal_cli.errors import printable
 from teal_cli.plain_table import PlainTable
 
 _NO_TERMINAL = 100_000
-"""Columns of a file or a pipe."""
+"""Columns of a file or a pipe, for rows of figures."""
+_TEXTS_IN_FILE = 160
+"""Columns of a table of texts there, where COLUMNS names no other number."""
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -20,12 +23,23 @@ class _TokensPerSecond(ProgressColumn):
 
 
 class _Results(Console):
-    """stdout. A terminal's width is kept to; a file or a pipe has lines of any length."""
+    """stdout. A terminal's width is kept to. A file or a pipe takes a row of figures in one line, of any length, for
+    scripts; texts are folded there between words, for people.
+    """
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(quiet=quiet, highlight=False, markup=False, emoji=False)
         if not self.is_terminal:
             self.width = _NO_TERMINAL
+
+    def show(self, table: PlainTable) -> None:
+        """All of a table: what does not fit stands out, and is not cut."""
+        if self.is_terminal or table.figures:
+            self.print(table, crop=False)
+            return
+        table.keep_words()
+        columns = os.environ.get("COLUMNS", "")
+        self.print(table, crop=False, width=int(columns) if columns.isdecimal() and int(columns) else _TEXTS_IN_FILE)
 
     def on_broken_pipe(self) -> None:
         """Let the caller see it: rich would exit with 1, as if something had failed."""
@@ -52,7 +66,7 @@ class Reporter:
         """A result."""
         if table.heading:
             self.out.print(Text(table.heading, style="table.title"), soft_wrap=True)
-        self.out.print(table, crop=False)
+        self.out.show(table)
 
     def show_text(self, text: str) -> None:
         """A result in words, such as a sample of what a model wrote."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -17,13 +18,13 @@ class PlainTable(Table):
     Args:
         heading: stands above; lines are divided by line breaks.
         columns: their headers.
-        figures: columns but the first hold figures, to the right.
+        figures: columns but the first hold figures, to the right; else texts.
         show_header: False where the first column says what each row is.
     """
 
     def __init__(self, heading: str, *columns: str, figures: bool = True, show_header: bool = True) -> None:
         super().__init__(show_header=show_header)
-        self.heading = printable(heading)
+        self.heading, self.figures = printable(heading), figures
         for index, column in enumerate(columns):
             right = figures and index > 0
             self.add_column(_text(column), justify="right" if right else "left", overflow="fold", min_width=1)
@@ -34,6 +35,12 @@ class PlainTable(Table):
         super().add_row(*map(_text, cells), **style)
         for index, cell in enumerate(cells):
             self._widen(index, cell)
+
+    def keep_words(self) -> None:
+        """Fold between words alone: a path stays whole, and the table becomes wider where one needs it."""
+        for column in self.columns:
+            words = [word for cell in (column.header, *column.cells) for word in _text(cell).plain.split()]
+            column.min_width = max(map(cell_len, words), default=1)
 
     def _widen(self, index: int, cell: object) -> None:
         column = self.columns[index]

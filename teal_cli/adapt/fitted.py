@@ -81,6 +81,28 @@ def fitted_router(x: Tensor, sizes: Tensor, share: float) -> Fitted:
     return Fitted(weight * scale, (its_mean - weight @ mean - border) * scale)
 
 
+def fit_bytes(tokens: int, mlp: tuple[int, int, int], itemsize: int) -> int:
+    """Bytes that the fit of one router holds for a moment.
+
+    Args:
+        tokens: of the fit.
+        mlp: its inputs, its neurons and the groups of these.
+        itemsize: bytes of a hidden state's number.
+    """
+    inputs, neurons, groups = mlp
+    # First gate, up, the activated gate and their product; or this, and twice in float32 what it adds.
+    of_neurons = tokens * ((4 + itemsize) * inputs + max(4 * itemsize, itemsize + 2 * 4) * neurons)
+    # Then, in float32, inputs as they are and centred, sizes and logits with copies, covariances, and weights.
+    numbers = 2 * tokens * inputs + 5 * tokens * groups + 3 * inputs**2 + 4 * groups * (inputs + 1)
+    return max(of_neurons, 4 * numbers)
+
+
+def tokens_of_fit(tokens: int) -> int:
+    """How many tokens of a pass over so many a fit in training takes: of the second halves of its sequences."""
+    late = tokens // 2
+    return -(-late // max(1, late // _TOKENS))
+
+
 class RefittedRouters(FollowedRouters):
     """Routers of one linear layer that are fitted again in training, a part of the way each time.
 

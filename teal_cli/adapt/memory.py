@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from teal_cli.adapt.distil import logits_at_once
+from teal_cli.adapt.recipe import Added
 from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import check_memory
 
@@ -20,6 +21,7 @@ _KEPT_OF_HIDDEN, _KEPT_OF_NEURONS = 17.0, 5.5
 blocks whose projections all skip, with adapters, by saved_tensors_hooks: 16.6 and 5.25, with adapters up to 5.5."""
 _LOSS_BYTES = 4 * 4
 """Of one logit of a piece of the distillation loss (`distil`): four tensors in float32."""
+_NOTHING = Added()
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,18 @@ class Estimate:
     activations: int
     checkpoints: int
     """The best weights so far, and a checkpoint that is about to be written, where these lie on the device."""
+    added: int = 0
+    """What the recipe holds beside the model: routers, and what a fit of them holds for a moment."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.training + self.teacher + self.activations + self.checkpoints
+        return self.weights + self.training + self.teacher + self.activations + self.checkpoints + self.added
 
     def text(self) -> str:
         """In one line, for people."""
         parts = {"weights": self.weights, "gradients and optimiser": self.training, "teacher": self.teacher}
-        parts |= {"activations": self.activations, "checkpoints": self.checkpoints}
+        parts |= {"activations": self.activations, "routers": self.added, "checkpoints": self.checkpoints}
         return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items() if size)
 
 
@@ -69,6 +73,7 @@ def estimate(
     keeps_hidden: bool = False,
     activation_itemsize: int,
     device: torch.device,
+    added: Added = _NOTHING,
 ) -> Estimate:
     """What a run needs, of its model's outline.
 
@@ -82,6 +87,7 @@ def estimate(
         keeps_hidden: whether the teacher's hidden states are held, of all blocks.
         activation_itemsize: bytes of a hidden state's number.
         device: on which it runs; if it is the CPU, checkpoints are put together there too.
+        added: what the recipe holds beside the model.
     """
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -92,12 +98,17 @@ def estimate(
     kept = (blocks * hidden + numbers if recompute else blocks * numbers) * tokens * activation_itemsize
     if keeps_hidden:
         kept += blocks * hidden * tokens * activation_itemsize
+    training, activations = trained * (_TRAINED_BYTES - 4), kept + _LOSS_BYTES * logits_at_once(device)
+    # While a recipe measures there is room where gradients and activations are going to be.
+    moment = max(added.of_pass, added.of_measuring - training - activations)
+    on_cpu = device.type == "cpu"
     return Estimate(
         weights=max(parameters - trained, 0) * frozen_itemsize + trained * 4,
-        training=trained * (_TRAINED_BYTES - 4),
+        training=training,
         teacher=parameters * teacher_itemsize,
-        activations=kept + _LOSS_BYTES * logits_at_once(device),
-        checkpoints=trained * _CHECKPOINT_BYTES if device.type == "cpu" else 0,
+        activations=activations,
+        checkpoints=(trained + added.trained) * _CHECKPOINT_BYTES + 4 * added.kept if on_cpu else 0,
+        added=added.trained * _TRAINED_BYTES + added.fixed * frozen_itemsize + 4 * added.copied + moment,
     )
 
 

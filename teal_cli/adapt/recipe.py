@@ -104,6 +104,24 @@ class Outcome:
     """For adapt.json, under the recipe's own heading: JSON values."""
 
 
+@dataclass(frozen=True)
+class Added:
+    """What a recipe holds beside the model and what trains of it, for `adapt.memory`."""
+
+    trained: int = 0
+    """Parameters of its own that train in some stage."""
+    fixed: int = 0
+    """Parameters of its own that do not, in the dtype of those of the model that do not."""
+    copied: int = 0
+    """Numbers in float32, where the model is."""
+    kept: int = 0
+    """Numbers in float32, in main memory."""
+    of_pass: int = 0
+    """Bytes that a pass in training holds for a moment, beside its activations."""
+    of_measuring: int = 0
+    """The same of `measure`, when there are neither gradients nor activations."""
+
+
 class Recipe(ABC):
     """One way to learn sparsity.
 
@@ -131,6 +149,17 @@ class Recipe(ABC):
         Raises:
             TealError: in one line what cannot be, and what to do.
         """
+
+    def adds(self, model: nn.Module, *, tokens: int, measured: int, itemsizes: tuple[int, int]) -> Added:
+        """What it needs of memory beside the model.
+
+        Args:
+            model: its outline.
+            tokens: of one pass: batch times length.
+            measured: tokens that `measure` is given.
+            itemsizes: bytes of a hidden state's number in training, and in `measure`.
+        """
+        return Added()
 
     def measure(self, model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
         """What `operate_` needs to know of text: clusters, signs, scales. Must leave the model as it was.

@@ -32,25 +32,27 @@ def _run(flags: Flags, config_file: Path | None) -> None:
         raise UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
     if interactive and config.json_file is not None:
         raise UsageError("json (flag --json) needs a prompt (flag --prompt)")
+    kept = None
     if config.prompt != "-":
         _check_prompt(config.prompt)
     elif config.tensor_parallel > 1 and not is_rank():
-        _check_prompt(_keep_stdin())
-    if run_by_ranks(config, reporter):
+        _check_prompt(kept := _keep_stdin())
+    if run_by_ranks(config, reporter, prompt=kept):
         return
     prompt = _read_by_first(config) if config.prompt == "-" else config.prompt
     _check_prompt(prompt)
     from teal_cli.steps.generate import Generator
 
-    generator = Generator(config, reporter)
     if prompt is None:
-        converse(generator, reporter)
+        converse(Generator(config, reporter), reporter)
         return
+    messages = [{"role": "user", "content": prompt}]
+    generator = Generator(config, reporter, messages=messages)
     failed: list[OSError] = []
     write = _writer(None if config.json_file is None else failed)
     if config.tensor_parallel > 1 and not is_first():  # under torchrun all have a stdout
         write = _write_nothing
-    reply = generator.reply([{"role": "user", "content": prompt}], write=write)
+    reply = generator.reply(messages, write=write)
     write("\n")
     reporter.say(summary(reply))
     write_result(config, generator.to_json(prompt, reply))
@@ -120,7 +122,11 @@ def read_stdin() -> str:
 
 
 def converse(generator: "Generator", reporter: Reporter) -> None:
-    """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets."""
+    """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets.
+
+    What a stopped reply has said stays in the conversation. One that has said nothing leaves no turn, and its line
+    is taken back.
+    """
     hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
     intrinsic = generator.config.mode == "intrinsic"
     sparsity = "intrinsic sparsity" if intrinsic else f"target sparsity {generator.target_sparsity:g}"
@@ -151,10 +157,18 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
         messages = (
             [*messages, {"role": "user", "content": line}] if generator.chat else [{"role": "user", "content": line}]
         )
+        reply: Reply | None
         try:
             reply = generator.reply(messages, write=write)
         except TealError as error:  # the conversation has grown too long, say: the session goes on
             reporter.say(f"{error} (/new starts over)")
+            messages = messages[:-1]
+            continue
+        except KeyboardInterrupt:  # before the prefill, in what is measured once
+            reply = None
+        if reply is None or (reply.interrupted and not reply.text):
+            # No template has a turn in which nothing is said, and no model was trained on one.
+            reporter.say("\n(stopped before the reply began: your line was taken back)")
             messages = messages[:-1]
             continue
         write("\n")

@@ -7,7 +7,9 @@ from teal_cli.console import Reporter
 from teal_cli.ranks.environment import check_launched, is_rank
 
 
-def run_by_ranks(config: DecodingConfig, reporter: Reporter, *, drains: bool = False) -> bool:
+def run_by_ranks(
+    config: DecodingConfig, reporter: Reporter, *, prompt: str | None = None, drains: bool = False
+) -> bool:
     """Run this command line on as many ranks as it asks for; False in one of these, or where one process is enough.
 
     Calibration and checkpoint are made before, by this process, as one that is alone would make them.
@@ -15,6 +17,7 @@ def run_by_ranks(config: DecodingConfig, reporter: Reporter, *, drains: bool = F
     Args:
         config: of the command.
         reporter: told what is made before.
+        prompt: of generate, where it is not the configuration's.
         drains: whether the first signal lets the first rank end by itself, and the others with it.
 
     Raises:
@@ -30,7 +33,7 @@ def run_by_ranks(config: DecodingConfig, reporter: Reporter, *, drains: bool = F
     from teal_cli.steps.artefacts import make_for_ranks
 
     check_devices(config.tensor_parallel, config.device)
-    make_for_ranks(config, reporter)
+    make_for_ranks(config, reporter, None if prompt is None else [{"role": "user", "content": prompt}])
     if run_workers(config.tensor_parallel, ["-P", "-m", "teal_cli", *sys.argv[1:]], drains=drains) != 0:
         raise KeyboardInterrupt
     return True

@@ -280,15 +280,14 @@ class Scheduler:
             with self._changed:
                 if not self._queue:
                     return
-                reply = self._queue.popleft()
-            taken = {one.slot for one in self._running}
-            free = [slot for slot in range(self.slots.count) if slot not in taken]
-            reply.slot = self.slots.choose_slot(free, reply.request.prompt)
-            self._running.append(reply)
+                self._running.append(reply := self._queue.popleft())  # whoever is in neither is told of no end
             with self._blaming(reply):
                 self._begin(reply)
 
     def _begin(self, reply: Reply) -> None:
+        taken = {one.slot for one in self._running}
+        free = [slot for slot in range(self.slots.count) if slot not in taken]
+        reply.slot = self.slots.choose_slot(free, reply.request.prompt)
         reply.begin(self.engine.device)
         reply.done = cached = self.slots.begin(reply.slot, reply.request.prompt)
         reply.usage = replace(reply.usage, prompt_tokens=len(reply.request.prompt), cached_tokens=cached)
@@ -393,7 +392,8 @@ class Scheduler:
         reply.ended = True
         if reply in self._running:
             self._running.remove(reply)
-            self.slots.end(reply.slot)
+            if reply.slot >= 0:
+                self.slots.end(reply.slot)
         self._finished[finish] += 1
         with self._changed:
             self._waiting_or_running.discard(reply.ticket.number)

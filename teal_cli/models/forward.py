@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teal_cli.errors import UsageError
+from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.architectures import architecture_for
 
 
@@ -40,6 +40,30 @@ def position_limit(config: Any) -> int | None:
     text = config.get_text_config()
     found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's
     return int(found) if found else None
+
+
+def check_context(limit: int, prompt_tokens: int, new_tokens: int, starts: int | None = None) -> None:
+    """Refuse a prompt and a reply that a context does not hold.
+
+    Args:
+        limit: its positions.
+        prompt_tokens: of the prompt.
+        new_tokens: of the reply, at most.
+        starts: of an encoder-decoder: tokens that its decoder reads first. Encoder and decoder have `limit` each.
+
+    Raises:
+        ArtefactError: they are longer.
+    """
+    if starts is None and prompt_tokens + new_tokens > limit:
+        raise ArtefactError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's context of {limit}: shorten "
+            "the prompt or --max-new-tokens"
+        )
+    if starts is not None and max(prompt_tokens, new_tokens + starts) > limit:
+        raise ArtefactError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit: encoder and decoder have {limit} "
+            "positions each; shorten the prompt or --max-new-tokens"
+        )
 
 
 def check_positions(model: Any, seq_len: int) -> None:

@@ -27,7 +27,6 @@ from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.model_loading import load_model
-from teal_cli.models.forward import check_positions
 from teal_cli.models.layers import Experts
 from teal_cli.models.loading import DTYPES, available_bytes, outline, pick_device, pick_dtype, stored_dtype, use_threads
 from teal_cli.models.offload import devices, offload_, require_offload, spread_
@@ -45,6 +44,7 @@ from teal_cli.steps.adapt_record import (
     source_of,
 )
 from teal_cli.steps.artefacts import calibration_for
+from teal_cli.steps.positions import require_fit
 from teal_cli.version import __version__
 from teal_cli.workspace import Workspace, digits_of
 from teal_cli.writing import check_folder, require
@@ -96,7 +96,6 @@ def adapt(config: AdaptConfig, reporter: Reporter, workspace: Workspace | None =
     with processes.first_goes_first():
         calibration = calibration_for(config, workspace, reporter) if recipe.needs_plan else None
     dense = _load(config, workspace, config.dtype)
-    check_positions(dense, config.seq_len)
     reads = _read(config, workspace, dense, reporter)
     if calibration is not None:
         plan = allocate(config, calibration, config.sparsity, allocations(config, calibration, reporter)[0])
@@ -155,6 +154,7 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         raise UsageError(
             f"batch_size ({config.batch_size}, flag --batch-size) is no multiple of the {processes.count} processes"
         )
+    require_fit(config, workspace)
     empty = outline(workspace.source.folder, workspace.architecture(config))
     recipe.check(empty)
     if config.device_map == "auto":
@@ -163,17 +163,26 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         require_offload(empty, "device_map auto (flag --device-map)")
     device, frozen = pick_device(config.device), _is_frozen(recipe)
     used = pick_dtype(config.dtype, _stored(workspace), device)
+    frozen_itemsize = DTYPES[_base_dtype(config, workspace, recipe, device)].itemsize
+    activation_itemsize = 2 if _autocasts(config, device) else 4
+    tokens = config.batch_size // processes.count * config.seq_len
     memory.require(
         memory.estimate(
             empty,
             trained=memory.trained_parameters(empty, lora=config.lora, frozen=frozen),
-            frozen_itemsize=DTYPES[_base_dtype(config, workspace, recipe, device)].itemsize,
+            frozen_itemsize=frozen_itemsize,
             teacher_itemsize=0 if frozen and recipe.is_own_teacher else used.itemsize,
-            tokens=config.batch_size // processes.count * config.seq_len,
+            tokens=tokens,
             recompute=config.recompute,
             keeps_hidden=config.hidden_weight > 0,
-            activation_itemsize=2 if _autocasts(config, device) else 4,
+            activation_itemsize=activation_itemsize,
             device=device,
+            added=recipe.adds(
+                empty,
+                tokens=tokens,
+                measured=max(MEASURED_ON, config.seq_len),
+                itemsizes=(activation_itemsize, frozen_itemsize),
+            ),
         ),
         _places(config, device),
     )

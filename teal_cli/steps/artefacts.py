@@ -18,6 +18,7 @@ from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.config import BenchConfig, ComparingConfig, DecodingConfig, GenerateConfig, ServeConfig, SparseConfig
 from teal_cli.config_values import is_allocation_file
 from teal_cli.console import Reporter
+from teal_cli.decode.chat import Message
 from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_source import ModelSource
 from teal_cli.models.architectures import Projection, find_projections
@@ -29,6 +30,7 @@ from teal_cli.schemes import INT8, Scheme
 from teal_cli.shard_loading import check_divided
 from teal_cli.sparse.control import backend_for
 from teal_cli.steps.calibrate import calibrate
+from teal_cli.steps.positions import require_fit
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
 
@@ -59,11 +61,17 @@ def with_other_weights(
     return others
 
 
-def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
+def make_for_ranks(config: DecodingConfig, reporter: Reporter, messages: list[Message] | None = None) -> None:
     """Make what ranks will look for: calibration and checkpoints, as one process makes them.
+
+    Args:
+        config: of the verb.
+        reporter: told what is made.
+        messages: of generate: what is going to be asked, where that is not the configuration's prompt.
 
     Raises:
         UsageError: a model that ranks cannot share.
+        ArtefactError: texts that do not fit the model's context.
         TealError: as `checkpoint_for`.
     """
     if config.mode == "intrinsic" or getattr(config, "random_weights", False):
@@ -74,6 +82,7 @@ def make_for_ranks(config: DecodingConfig, reporter: Reporter) -> None:
     others = config.others() if isinstance(config, ComparingConfig) else []
     for its_config in (config, *others):
         _check_divided(its_config, workspace)
+    require_fit(config, workspace, messages)
     every: list[tuple[DecodingConfig, Workspace]] = [(config, workspace)]
     if isinstance(config, ComparingConfig):
         every += with_other_weights(config, workspace, reporter)

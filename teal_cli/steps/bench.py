@@ -132,7 +132,7 @@ def measure(
     engine = Engine(model, never_worse=config.backend == "auto", compiling=Compiling(config.compile))
     engine.check_length(prompt.shape[1] + TokenLoop.first_steps(engine), config.new_tokens)
     if config.speculate:
-        check_prompts(config, engine, prompt, prepared.prompts)
+        check_prompts(config, engine.max_length, prepared.prompts)
     for line in engine.path.notes:
         reporter.say(line)
     # Of all ranks' GPUs, which are alike.

@@ -53,26 +53,25 @@ def encoded_prompts(tokenizer: Any) -> dict[str, Tensor]:
     }
 
 
-def check_prompts(config: BenchConfig, engine: Engine, prompt: Tensor, prompts: Mapping[str, Tensor]) -> None:
+def check_prompts(config: BenchConfig, context: int, prompts: Mapping[str, Tensor]) -> None:
     """Fail before anything is measured where the model's context cannot hold what is going to be.
 
     Args:
         config: of bench.
-        engine: of the model that verifies.
-        prompt: as `bench_speculation` takes it.
-        prompts: the same.
+        context: positions of the model that verifies.
+        prompts: as `bench_speculation` takes them.
 
     Raises:
         ArtefactError: more positions than the model has.
     """
-    works = [("timed passes", prompt.shape[1], max(SPANS), "--prompt-tokens")]
+    works = [("timed passes", config.prompt_tokens, max(SPANS), "--prompt-tokens")]
     works += [
         (f"the real prompt {kind!r}", ids.shape[1], config.new_tokens, "--new-tokens") for kind, ids in prompts.items()
     ]
     for work, before, new, flag in works:
-        if before + new > engine.max_length:
+        if before + new > context:
             raise ArtefactError(
-                f"{work}: {before} prompt tokens and {new} new ones exceed the model's context of {engine.max_length}: "
+                f"{work}: {before} prompt tokens and {new} new ones exceed the model's context of {context}: "
                 f"lower {flag}, or leave out --speculate"
             )
 

@@ -27,7 +27,6 @@ from teal_cli.models.architectures import (
     table,
 )
 from teal_cli.models.discovery import propose
-from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import outline, pick_device, use_threads
 from teal_cli.models.offload import computing_device, offload_, require_offload, spread_
 from teal_cli.models.tokenizing import load_tokenizer
@@ -35,6 +34,7 @@ from teal_cli.models.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.storage import read_quantised, require_weights, write_quantised
+from teal_cli.steps.positions import require_fit
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -64,6 +64,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
     if config.greedy_tokens:
         require_one_row(architecture)
+    require_fit(config, workspace)
     device = pick_device(config.device)
     _require_possible(config, source.folder, outline(source.folder, given))
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
@@ -72,7 +73,6 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     model = None
     if config.dataset == "self":
         model = load_model(source.folder, device=config.device, dtype=config.dtype, architecture=given)
-        check_positions(model, config.seq_len)
         reporter.say(f"sampling {config.tokens:,} tokens from {source.name} itself")
     blocks = token_blocks(
         config.dataset,
@@ -87,7 +87,6 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     if model is None:
         where = "cpu" if config.offload or config.device_map == "auto" else config.device
         model = load_model(source.folder, device=where, dtype=config.dtype, architecture=given)
-    check_positions(model, config.seq_len)
     recognise_(model)
     if (reason := getattr(model, "teal_differs", None)) is not None:
         reporter.say(reason)

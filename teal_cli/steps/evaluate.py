@@ -22,7 +22,6 @@ from teal_cli.evaluation.similarity import compare_states
 from teal_cli.evaluation.tasks import open_tasks, run_tasks
 from teal_cli.model_loading import load_dense, load_model, ranks_for
 from teal_cli.model_source import ModelSource
-from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.planning import allocate, allocations
@@ -31,6 +30,7 @@ from teal_cli.sparse.weight_bytes import weight_bytes_per_token
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, with_other_weights
 from teal_cli.steps.calibrate import say_if_short
 from teal_cli.steps.original import original_of
+from teal_cli.steps.positions import require_fit
 from teal_cli.text_files import TextFile
 from teal_cli.versions import device_description, library_versions
 from teal_cli.workspace import Workspace
@@ -61,9 +61,7 @@ def evaluate(
     harness = check_inputs(config)
     dataset = config.named_text
     workspace = workspace or Workspace.of(config, reporter)
-    if config.generate:
-        positions = config.prompt_tokens + config.new_tokens
-        workspace.require_positions(config, positions, "--prompt-tokens and --new-tokens")
+    require_fit(config, workspace)
     others = with_other_weights(config, workspace, reporter)
     # All kinds of weights read one text, which none was calibrated on.
     halves = [_half(dataset, _calibrated_on(*each, reporter)) for each in ((config, workspace), *others)]
@@ -123,7 +121,6 @@ def _evaluate(
     # Text comes before the model: a missing file should not cost a load.
     blocks = None if dataset == "self" else text()
     model, plans, packs = _model_and_plans(config, workspace, reporter)
-    check_positions(model, config.seq_len)
     original, its_name = _original(config, workspace, reporter)
     if config.generate:
         Engine(model).check_length(config.prompt_tokens, config.new_tokens)

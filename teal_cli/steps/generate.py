@@ -15,18 +15,17 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.decode.speculate.speculator import Speculator
 from teal_cli.decode.streaming import text_streamer
-from teal_cli.errors import ArtefactError
 from teal_cli.model_loading import load_model, ranks_for
 from teal_cli.models.loading import use_threads
 from teal_cli.models.tokenizing import load_tokenizer
 from teal_cli.sparse import SparsityCounter, control_of, neuron_sparsity, sparse_layers, use_backend
 from teal_cli.steps.artefacts import checkpoint_for
 from teal_cli.steps.drafts import speculator_for
+from teal_cli.steps.positions import check_characters, require_fit
 from teal_cli.workspace import Workspace
 
 # Counting dropped inputs at every step took 15 % of the speed of SmolLM2-135M on two Zen cores.
 _COUNT_EVERY = 8
-_LONG_PROMPT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,25 @@ class Generator:
     Args:
         config: model, sparsity, sampling.
         reporter: where missing stages are announced.
+        workspace: of the model, if it is there already.
+        messages: what is asked first, if that is known and not the configuration's prompt: what is too long is refused
+            before anything is made for it.
 
     Raises:
         TealError: anything wrong with model, calibration or machine.
     """
 
-    def __init__(self, config: GenerateConfig, reporter: Reporter, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self,
+        config: GenerateConfig,
+        reporter: Reporter,
+        workspace: Workspace | None = None,
+        messages: list[Message] | None = None,
+    ) -> None:
         use_threads(config.threads)
         workspace = workspace or Workspace.of(config, reporter)
         workspace.require_decoder(config, "generate")
-        if "max_new_tokens" in config.model_fields_set:  # what is the default, a reply may have less of
-            workspace.require_positions(config, 1 + config.max_new_tokens, "a prompt and --max-new-tokens")
+        require_fit(config, workspace, messages)
         self.config = config
         self.name = workspace.source.name
         self.tokenizer = load_tokenizer(workspace.source.folder)
@@ -162,7 +169,7 @@ class Generator:
         if config is None:
             config, turn = self.config, self._turns
             self._turns += 1
-        self._check_characters(messages)
+        check_characters(self.tokenizer, messages, self.engine.max_length)
         prompt = encode_prompt(self.tokenizer, messages, self.chat)
         streamer = text_streamer(self.tokenizer, write)
         sampling = SamplingConfig(config.temperature, config.top_k, config.top_p, seed=config.seed + turn)
@@ -206,18 +213,6 @@ class Generator:
             speculation=self._speculated(),
             interrupted=interrupted,
         )
-
-    def _check_characters(self, messages: list[Message]) -> None:
-        """Refuse what is longer than the model's context whatever its tokens: encoding 10 MB takes many seconds."""
-        characters = sum(len(message["content"]) for message in messages)
-        if characters <= _LONG_PROMPT:
-            return
-        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
-        context = self.engine.max_length
-        if characters > context * longest:
-            raise ArtefactError(
-                f"a prompt of {characters:,} characters exceeds the model's context of {context:,} tokens: shorten it"
-            )
 
     def to_json(self, prompt: str, reply: Reply) -> dict[str, Any]:
         """The contract of `teal generate --json` (docs/formats.md)."""

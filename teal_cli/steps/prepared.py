@@ -34,6 +34,7 @@ from teal_cli.sparse import (
 )
 from teal_cli.steps.artefacts import calibration_for, checkpoint_for, require_own_plan
 from teal_cli.steps.bench_speculation import encoded_prompts
+from teal_cli.steps.positions import require_fit
 from teal_cli.workspace import Workspace
 
 _RANDOM_SEQUENCES, _RANDOM_SEQ_LEN, _SINK_TOKENS = 4, 128, 4
@@ -68,7 +69,7 @@ def _real(config: BenchConfig, reporter: Reporter, workspace: Workspace | None) 
     workspace = workspace or Workspace.of(config, reporter)
     source = workspace.source
     workspace.require_decoder(config, "bench")
-    workspace.require_positions(config, config.prompt_tokens + config.new_tokens, "--prompt-tokens and --new-tokens")
+    require_fit(config, workspace)
     tokenizer = load_tokenizer(source.folder)
     prompt = text_prompt(tokenizer, config.prompt_tokens, config.seed, config.batch)
     prompts = encoded_prompts(tokenizer) if config.speculate else {}

@@ -35,6 +35,7 @@ from teal_cli.steps.calibrate import calibrate, run_folder
 from teal_cli.steps.evaluate import check_inputs, evaluate
 from teal_cli.steps.export import export
 from teal_cli.steps.generate import Generator
+from teal_cli.steps.positions import require_fit
 from teal_cli.text_files import TextFile
 from teal_cli.version import __version__
 from teal_cli.versions import now
@@ -73,6 +74,7 @@ def run_recipe(recipe: RunConfig, reporter: Reporter) -> dict[str, dict[str, Any
     for stage, config in recipe.stages.items():
         if stage not in done:
             _check_inputs(config)
+            require_fit(config, workspace)
     results: dict[str, dict[str, Any]] = {}
     measured = workspace
     for number, (stage, config) in enumerate(recipe.stages.items(), start=1):

@@ -1,13 +1,18 @@
 """Routers of recipe lte that are fitted by least squares, before training and again in it."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from adapt_runs import TOKENS, Rows
 from conftest import build_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from teal_cli.adapt import fitted
-from teal_cli.adapt.fitted import fitted_router, group_sizes
+from teal_cli.adapt.fitted import fit_bytes, fitted_router, group_sizes, tokens_of_fit
 from teal_cli.adapt.recipe import Batch, Setting
 from teal_cli.adapt.recipes.lte import Lte
 from teal_cli.config.recipes.lte import Options
@@ -27,6 +32,73 @@ def test_a_fitted_router_finds_what_is_linear() -> None:
     border = float(sizes.flatten().kthvalue(720).values)
     assert float(((logits > 0) == (sizes > border)).float().mean()) > 0.98
     assert float(logits.std()) == pytest.approx(2.0, rel=1e-3)
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes that operations make and that live at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._live, self._held = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves(args) if isinstance(each, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            storage = each.untyped_storage() if isinstance(each, Tensor) else None
+            if storage is not None and storage.data_ptr() not in given | self._held:
+                self._hold(storage.data_ptr(), storage.nbytes())
+                weakref.finalize(storage, self._let_go, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _hold(self, place: int, size: int) -> None:
+        self._held.add(place)
+        self._live += size
+        self.bytes = max(self.bytes, self._live)
+
+    def _let_go(self, place: int, size: int) -> None:
+        self._held.discard(place)
+        self._live -= size
+
+
+def _hidden(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "mlp"),
+    [(512, (64, 256, 64)), (512, (64, 256, 8)), (2048, (128, 448, 112)), (128, (256, 896, 224))],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_a_fit_holds_is_counted(dtype: torch.dtype, tokens: int, mlp: tuple[int, int, int]) -> None:
+    inputs, neurons, groups = mlp
+    gate, up = (torch.nn.Linear(inputs, neurons, bias=False, dtype=dtype) for _ in range(2))
+    down, read = torch.nn.Linear(neurons, inputs, bias=False, dtype=dtype), torch.randn(tokens, inputs, dtype=dtype)
+    with _Peak() as peak:
+        sample = read.float()
+        x = sample.to(dtype)
+        sizes = group_sizes(_hidden(gate(x), up(x)), down, neurons // groups)
+        found = fitted_router(sample, sizes, 0.5)
+        torch.cat([found.weight, found.bias[:, None]], dim=1).lerp(torch.zeros(groups, inputs + 1), 0.5)
+    assert 0.9 < fit_bytes(tokens, mlp, dtype.itemsize) / peak.bytes < 1.5
+
+
+@pytest.mark.parametrize("tokens", [9, 4096, 8192, 16382, 16384, 100_000])
+def test_tokens_of_a_fit_are_those_that_a_look_hands_over(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recipe = build_model("llama"), Lte(Setting(Options(group=GROUP), 0, 0.5, 0))
+    recipe.operate_(model, recipe.measure(model, Rows(4, 1).ids))
+    recipe.begin_stage_(model, recipe.stages(10)[0])
+    seen: list[int] = []
+    followed = recipe.followed
+    assert followed is not None
+    monkeypatch.setattr(fitted.RefittedRouters, "_fits", True)
+    monkeypatch.setattr(followed, "quantile", lambda index, sample: seen.append(len(sample)) or torch.zeros(()))
+    followed.looks = True
+    with followed.looking(torch.Size([1, tokens])):
+        routed_mlps(model)[0].router(torch.zeros(1, tokens, 64))
+    assert seen == [tokens_of_fit(tokens)]
 
 
 def test_sizes_of_groups_are_what_they_add() -> None:

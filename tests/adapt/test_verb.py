@@ -17,14 +17,18 @@ from warm import environment, warm
 import teal_cli
 import teal_cli.hf
 from teal_cli.adapt import memory
+from teal_cli.adapt.fitted import fit_bytes, tokens_of_fit
 from teal_cli.adapt.loop import Run
+from teal_cli.adapt.recipe import Added, Setting
 from teal_cli.adapt.recipes.lte import Lte
 from teal_cli.checkpoint.adapted import read_record
 from teal_cli.cli import run
 from teal_cli.config import AdaptConfig
+from teal_cli.config.recipes.lte import Options
 from teal_cli.console import Reporter
 from teal_cli.errors import MachineError
 from teal_cli.models import loading
+from teal_cli.models.aliases import require_alias
 from teal_cli.report.inputs import read_material
 from teal_cli.report.page import Drawings, content_of, render
 from teal_cli.report.training import training_plots
@@ -221,6 +225,49 @@ def test_an_estimate_asks_the_recipe_whether_it_is_its_own_teacher(
         _teal("adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--lora", 2, "--recipe", *recipe)
     assert found[0].teacher > 0
     assert found[1].teacher == 0
+
+
+def test_an_estimate_counts_routers_and_their_fits(dense: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def keep(estimate: memory.Estimate, device: torch.device) -> None:
+        found.append(estimate)
+        raise MachineError("enough")
+
+    monkeypatch.setattr(memory, "require", keep)
+    for routers in ("fitted", "random", "learned"):
+        _adapt(dense, corpus, "--device", "cpu", "--recipe", "lte", "--options", f"group=4,routers={routers}")
+    _teal("adapt", "--model", dense, "--dataset", corpus, *_SIZE, "--device", "cpu", "--recipe", "drelu")
+    fitted, random, learned, none = found
+    routers = 2 * (64 + 1) * 25  # of two MLPs of 64 inputs and 100 neurons
+    a_fit = fit_bytes(tokens_of_fit(4 * 32), (64, 100, 25), 4)
+    assert (none.added, random.added, learned.added) == (0, 4 * routers, 16 * routers)
+    assert fitted.added == 4 * routers + 8 * routers + a_fit
+    assert [each.checkpoints - none.checkpoints for each in (fitted, random, learned)] == [
+        12 * routers,
+        0,
+        20 * routers,
+    ]
+    assert all(each.total - each.added - each.checkpoints == none.total - none.checkpoints for each in found)
+
+
+def test_an_estimate_makes_room_for_what_is_measured_first() -> None:
+    """There are neither gradients nor activations then: where these are small, it counts."""
+    empty = loading.outline(require_alias("smollm2-135m"))
+    size = {"frozen_itemsize": 2, "teacher_itemsize": 0, "activation_itemsize": 2, "recompute": True}
+    size |= {"tokens": 64, "device": torch.device("cpu")}
+    plain = memory.estimate(empty, trained=0, **size)
+    found = memory.estimate(empty, trained=0, **size, added=Added(of_pass=5, of_measuring=1 << 40))
+    assert found.added == (1 << 40) - plain.activations
+    assert memory.estimate(empty, trained=0, **size, added=Added(of_pass=5, of_measuring=6)).added == 5
+
+
+def test_routers_of_an_8b_are_counted() -> None:
+    recipe = Lte(Setting(Options(), 0, 0.5, 0))
+    empty = loading.outline(require_alias("llama-3-8b"))
+    added = recipe.adds(empty, tokens=4096, measured=16384, itemsizes=(2, 4))
+    assert added.fixed == 32 * 3584 * 4097
+    assert added.copied == 2 * added.fixed
 
 
 def test_a_state_of_another_form_is_that_of_another_run(

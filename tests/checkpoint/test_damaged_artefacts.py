@@ -249,7 +249,7 @@ def test_a_checkpoint_that_lost_its_plan_is_no_dense_model(own: Path, broken: An
 
 def test_the_plan_of_another_export_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(own / "uniform-0.30" / "config.json", own / "uniform-0.50" / "config.json")
-    assert run(["generate", "--model", str(own / "uniform-0.50"), "--prompt", "x"]) == 3
+    assert run(["generate", "--model", str(own / "uniform-0.50"), "--prompt", "x", "--max-new-tokens", "4"]) == 3
     assert "but another export's" in capsys.readouterr().err
 
 

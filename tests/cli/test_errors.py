@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from command_line import calibrate_once, copied, fails
-from conftest import save_tiny
+from conftest import save_tiny, write_corpus
 from safetensors.torch import load_file, save_file
 
+from teal_cli import api
 from teal_cli.cli import run
+from teal_cli.errors import ArtefactError
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +61,14 @@ def test_weights_that_lack_tensors(tiny, capsys) -> None:
     """transformers would fill them with random numbers."""
     tensors = load_file(tiny / "model.safetensors")
     save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, tiny / "model.safetensors")
-    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", "4", "--sparsity", "0")
     fails(capsys, 3, "lack 3 tensors of the right shape, model.layers.1.mlp.down_proj.weight first", *flags)
 
 
 def test_configuration_that_does_not_fit_the_weights(tiny, capsys) -> None:
     path = tiny / "config.json"
     config = json.loads(path.read_text())
-    flags = ("generate", "--model", tiny, "--prompt", "x", "--sparsity", "0")
+    flags = ("generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", "4", "--sparsity", "0")
     path.write_text(json.dumps(config | {"intermediate_size": 96}))
     fails(capsys, 3, "", *flags)
     path.write_text(json.dumps(config | {"num_hidden_layers": "two"}))
@@ -77,7 +80,8 @@ def test_weights_changed_after_the_export(calibrated, capsys) -> None:
     weights = bytearray(Path("out/model.safetensors").read_bytes())
     weights[-4000:] = bytes(4000)
     Path("out/model.safetensors").write_bytes(weights)
-    fails(capsys, 3, "are not those that its thresholds were made for", "generate", "--model", "out", "--prompt", "x")
+    said = "are not those that its thresholds were made for"
+    fails(capsys, 3, said, "generate", "--model", "out", "--prompt", "x", "--max-new-tokens", "4")
 
 
 def test_a_closed_pipe_is_no_error() -> None:
@@ -251,6 +255,69 @@ def test_context_overflow(tiny, capsys) -> None:
 )
 def test_context_overflow_before_a_calibration(tiny, capsys, flags: tuple[str, ...]) -> None:
     fails(capsys, 3, "257 positions", *flags, "--model", tiny)
+
+
+def _no_work(*arguments: object, **options: object) -> NoReturn:
+    raise AssertionError("the work has begun")
+
+
+@pytest.fixture
+def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in ("artefacts", "run"):
+        monkeypatch.setattr(f"teal_cli.steps.{step}.calibrate", _no_work)
+
+
+_LONG = ("--prompt", "stars and rivers " * 40, "--max-new-tokens", 200)
+
+
+@pytest.mark.usefixtures("no_calibration")
+@pytest.mark.parametrize("of_ranks", [(), ("--tensor-parallel", 2, "--device", "cpu")], ids=["alone", "ranks"])
+def test_a_long_prompt_is_refused_before_a_calibration(tiny, capsys, monkeypatch, of_ranks: tuple[str, ...]) -> None:
+    monkeypatch.setattr("teal_cli.ranks.group.check_devices", lambda count, device: None)
+    said = "prompt tokens and 200 new ones exceed the model's context of 256"
+    fails(capsys, 3, said, "generate", "--model", tiny, *_LONG, *of_ranks)
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_a_long_prompt_on_stdin_is_refused_before_a_calibration(tiny, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stars and rivers " * 40))
+    flags = ("--prompt", "-", "--max-new-tokens", 200)
+    fails(capsys, 3, "200 new ones exceed the model's context of 256", "generate", "--model", tiny, *flags)
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_a_long_prompt_is_refused_before_a_calibration_in_python(tiny) -> None:
+    with pytest.raises(ArtefactError, match="200 new ones exceed the model's context of 256"):
+        api.generate("stars and rivers " * 40, tiny, max_new_tokens=200)
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_a_long_prompt_is_refused_before_the_first_stage(tiny, capsys) -> None:
+    recipe = {"model": str(tiny), "calibrate": {"dataset": str(write_corpus(Path("corpus.txt")))}}
+    recipe["generate"] = {"prompt": _LONG[1], "max_new_tokens": 200}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    fails(capsys, 3, "200 new ones exceed the model's context of 256", "run", "recipe.yaml")
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_a_long_real_prompt_is_refused_before_a_calibration(tiny, capsys) -> None:
+    flags = ("--speculate", "sparse", "--prompt-tokens", 8, "--new-tokens", 244)
+    fails(capsys, 3, "lower --new-tokens, or leave out --speculate", "bench", "--model", tiny, *flags)
+
+
+@pytest.mark.usefixtures("no_calibration")
+@pytest.mark.parametrize(
+    "flags",
+    [("eval", "--tokens", 300, "--text", "corpus.txt"), ("adapt", "--recipe", "recover", "--dataset", "corpus.txt")],
+    ids=lambda flags: flags[0],
+)
+def test_sequences_beyond_a_table_of_positions_are_refused_before_a_calibration(
+    tmp_path, capsys, flags: tuple[object, ...]
+) -> None:
+    write_corpus(Path("corpus.txt"))
+    model = save_tiny(tmp_path / "gpt2", "gpt2")
+    said = "seq_len (257, flag --seq-len) exceeds the 256 positions of this model"
+    fails(capsys, 2, said, *flags, "--model", model, "--seq-len", 257)
 
 
 def test_a_prompt_that_no_context_holds(tiny, capsys) -> None:

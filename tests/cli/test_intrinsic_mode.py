@@ -133,11 +133,11 @@ def test_what_is_of_calibration_is_refused(
 
 def test_models_that_it_is_not_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     silu = save_tiny(tmp_path / "silu")
-    assert _teal("generate", "--model", silu, *MODE, "--prompt", "a") == 3
+    assert _teal("generate", "--model", silu, *MODE, "--prompt", "a", "--max-new-tokens", 4) == 3
     error = capsys.readouterr().err
     assert "(silu) makes no zeros to skip" in error
     assert error.count("\n") == 1
     exported, _ = export_tiny(silu, tmp_path / "exported")
     (exported / "tokenizer.json").write_bytes((silu / "tokenizer.json").read_bytes())
-    assert _teal("generate", "--model", exported, *MODE, "--prompt", "a") == 2
+    assert _teal("generate", "--model", exported, *MODE, "--prompt", "a", "--max-new-tokens", 4) == 2
     assert "is a TEAL checkpoint: teal generate --mode intrinsic needs the dense model" in capsys.readouterr().err

@@ -38,12 +38,40 @@ def test_full_disk_and_memory_below_other_errors() -> None:
 
 def test_no_gpu(tiny, capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fails(capsys, 4, "no GPU", "generate", "--model", tiny, "--prompt", "x", "--device", "cuda", "--sparsity", "0")
+    fails(
+        capsys,
+        4,
+        "no GPU",
+        "generate",
+        "--model",
+        tiny,
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cuda",
+        "--sparsity",
+        "0",
+    )
 
 
 def test_backend_that_cannot_run(calibrated, capsys, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    fails(capsys, 4, "needs a GPU", "generate", "--model", calibrated, "--prompt", "x", "--backend", "triton")
+    fails(
+        capsys,
+        4,
+        "needs a GPU",
+        "generate",
+        "--model",
+        calibrated,
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "4",
+        "--backend",
+        "triton",
+    )
 
 
 def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
@@ -59,7 +87,9 @@ def test_kernels_that_a_machine_cannot_run(tiny, capsys, monkeypatch) -> None:
             fails(capsys, 4, message, *flags)
 
 
-@pytest.mark.parametrize("flags", [("generate", "--prompt", "x"), ("bench",), ("eval",), ("serve", "--port", "0")])
+@pytest.mark.parametrize(
+    "flags", [("generate", "--prompt", "x", "--max-new-tokens", "4"), ("bench",), ("eval",), ("serve", "--port", "0")]
+)
 def test_a_backend_that_cannot_run_is_refused_before_a_calibration(flags, tiny, capsys, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     fails(capsys, 4, "needs a GPU", *flags, "--model", tiny, "--backend", "triton", "--device", "cpu")

@@ -135,7 +135,17 @@ def test_control_characters_of_a_model(generator: Generator, monkeypatch, termin
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "reply", reply)
-    command = ["generate", "--model", generator.config.model, "--sparsity", "0", "--prompt", "x"]
+    command = [
+        "generate",
+        "--model",
+        generator.config.model,
+        "--sparsity",
+        "0",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "4",
+    ]
     assert run(command) == 130
     assert stream.getvalue() == ("a\\x1b[2Jb\n\tc" if terminal else "a\x1b[2Jb\n\tc")
 

@@ -11,10 +11,7 @@ from conftest import export_tiny, save_tiny
 from safetensors import safe_open
 
 from teal_cli.cli import VERBS, run
-from teal_cli.cli.generate import converse
-from teal_cli.config import VERB_CONFIGS, GenerateConfig
-from teal_cli.console import QUIET, Reporter
-from teal_cli.steps.generate import Generator
+from teal_cli.config import VERB_CONFIGS
 
 
 def _teal(*arguments: object) -> int:
@@ -113,56 +110,6 @@ def test_generate(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypa
     )
     assert dense["target_sparsity"] == 0.5
     assert (_json(Path("g.json"))["target_sparsity"], _json(Path("g.json"))["realised_sparsity"]) == (0.0, None)
-
-
-def test_turns_draw_other_numbers_and_the_first_is_that_of_the_seed(calibrated: Path) -> None:
-    config = GenerateConfig(model=str(calibrated), max_new_tokens=12, temperature=2.0, seed=3)
-    first, again = (Generator(config, QUIET) for _ in range(2))
-    replies = [first.reply([{"role": "user", "content": "the stars"}]).text for _ in range(2)]
-    assert replies[0] != replies[1]
-    assert again.reply([{"role": "user", "content": "the stars"}]).text == replies[0]
-
-
-def test_conversation(calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines are answered, history grows, /new forgets, Ctrl-C stays, Ctrl-D leaves."""
-    generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=5), QUIET)
-    lines = iter(["one", "two", "", KeyboardInterrupt, "/new", "three", EOFError])
-    seen: list[list[str]] = []
-
-    def answer(prompt: str = "") -> str:
-        line = next(lines)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    original = generator.reply
-    monkeypatch.setattr("builtins.input", answer)
-    monkeypatch.setattr(
-        generator, "reply", lambda m, write: seen.append([x["role"] for x in m]) or original(m, write=write)
-    )
-    converse(generator, QUIET)
-    assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
-    assert capsys.readouterr().out.count("\n") >= 3
-
-
-def test_conversation_survives_a_full_context(
-    calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=5), QUIET)
-    lines = iter(["stars " * 200, "stars", EOFError])
-
-    def answer(prompt: str = "") -> str:
-        line = next(lines)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    monkeypatch.setattr("builtins.input", answer)
-    converse(generator, Reporter())
-    said = capsys.readouterr().err
-    assert "exceed the model's context" in said
-    assert "/new starts over" in said
-    assert "5 tokens" in said
 
 
 def test_missing_calibration_is_made_as_the_yaml_says(dense: Path, corpus: Path) -> None:
@@ -319,13 +266,13 @@ def test_every_verb_has_a_configuration() -> None:
 
 def test_a_teal_checkpoint_keeps_its_sparsity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = export_tiny(save_tiny(tmp_path / "tiny"), tmp_path / "sparse")
-    assert _teal("generate", "--model", out, "--prompt", "stars", "--sparsity", 0.4) == 2
+    assert _teal("generate", "--model", out, "--prompt", "stars", "--max-new-tokens", 4, "--sparsity", 0.4) == 2
     assert "was exported at sparsity 0.5, not 0.4" in capsys.readouterr().err
     assert _teal("bench", "--model", out, "--sparsity", 0.4) == 2
     assert _teal("calibrate", "--model", out) == 2
     assert _teal("export", "--model", out) == 2
     capsys.readouterr()
-    for verb in (["eval"], ["bench"], ["generate", "--prompt", "stars"]):
+    for verb in (["eval"], ["bench"], ["generate", "--prompt", "stars", "--max-new-tokens", 4]):
         assert _teal(*verb, "--model", out, "--allocation", "uniform") == 2
         assert "allocation (flag --allocation) needs the dense model" in capsys.readouterr().err
     flags = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)

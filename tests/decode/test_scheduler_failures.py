@@ -1,5 +1,7 @@
 """What a scheduler says and keeps when something fails that is no request's fault."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from native_models import NO_LIBRARY
@@ -9,6 +11,7 @@ from teal_cli.decode.paths.native_session import NativeSession
 from teal_cli.decode.requests import QueueFullError, Request
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.errors import TealError
+from teal_cli.ranks.group import RanksApartError
 
 
 def _broken() -> None:
@@ -39,6 +42,42 @@ def test_a_loop_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> No
     assert (statistics.running, statistics.queued, statistics.finished) == (0, 0, {"error": 2})
     with pytest.raises(QueueFullError):
         scheduler.submit(Request((5, 6, 7), 4), heard[0].emitted.append)
+
+
+def test_a_request_that_gets_no_slot_is_told_and_the_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sparse_engine("general"), slots=2, positions=64)
+    choose, ended = scheduler.slots.choose_slot, []
+    end = scheduler.slots.end
+
+    def fail_once(free: Sequence[int], prompt: Sequence[int]) -> int:
+        if prompt[0] == 9:
+            _broken()
+        return choose(free, prompt)
+
+    monkeypatch.setattr(scheduler.slots, "choose_slot", fail_once)
+    monkeypatch.setattr(scheduler.slots, "end", lambda slot: ended.append(slot) or end(slot))
+    heard = run(scheduler, [Request((first, 6, 7), 8) for first in (5, 9, 5)])
+    assert [own.finish for own in heard] == ["length", "error", "length"]
+    assert heard[1].emitted[-1].error == "ZeroDivisionError: broken"
+    assert heard[0].tokens == heard[2].tokens
+    assert -1 not in ended  # which is another's: the last one
+    statistics = scheduler.statistics()
+    assert (statistics.running, statistics.queued, statistics.finished) == (0, 0, {"length": 2, "error": 1})
+
+
+def test_a_loop_that_dies_while_it_looks_for_a_slot_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sparse_engine("general"), slots=1, positions=64)
+
+    def apart(free: Sequence[int], prompt: Sequence[int]) -> int:
+        raise RanksApartError("a rank is gone")
+
+    monkeypatch.setattr(scheduler.slots, "choose_slot", apart)
+    heard = [Heard(), Heard()]
+    for own in heard:
+        scheduler.submit(Request((5, 6, 7), 4), own.emitted.append)
+    with pytest.raises(RanksApartError):
+        scheduler.run()
+    assert [own.finish for own in heard] == ["error", "error"]
 
 
 def test_an_end_is_told_though_counts_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

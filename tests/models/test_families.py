@@ -30,7 +30,7 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.model_loading import load_dense, load_model
 from teal_cli.models.architectures import architecture_of, block_weights, find_projections, table
 from teal_cli.models.forward import check_positions, halves, run_text
-from teal_cli.models.loading import auto_class
+from teal_cli.models.loading import auto_class, outline
 from teal_cli.report.tables import eval_tables
 from teal_cli.sparse import control_of, recalibrate_, sparse_layers, sparsify_
 from teal_cli.steps.calibrate import calibrate
@@ -389,12 +389,12 @@ TABLES_OF_POSITIONS = {"gpt2", "opt", "bert", "biogpt", "gpt_bigcode", "gpt_neo"
 
 
 def test_sequences_longer_than_the_positions(made: Made) -> None:
-    model = made.dense()
-    check_positions(model, 256)
+    empty = outline(made.folder)
+    check_positions(empty, 256)
     if FAMILIES[made.family]["model_type"] in TABLES_OF_POSITIONS:
         with pytest.raises(UsageError, match="seq_len .257, flag --seq-len. exceeds the 256 positions"):
-            check_positions(model, 257)
+            check_positions(empty, 257)
         return
-    check_positions(model, 257)
+    check_positions(empty, 257)
     with torch.no_grad():
-        assert _output(model, _tokens(1, 300)).isfinite().all()
+        assert _output(made.dense(), _tokens(1, 300)).isfinite().all()

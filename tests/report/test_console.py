@@ -1,6 +1,7 @@
 """What reaches a terminal, a pipe or a file: texts as they are, nothing obeyed, nothing cut."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -75,6 +76,32 @@ def test_a_pipe_gets_a_row_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [line for line in pipe.getvalue().splitlines() if "fisher" in line]
     assert [row.split()[1] for row in rows] == _LONG
     assert all(row.count("0.500 ± 0.001") == 12 for row in rows)
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(None, 160), ("60", 60), ("0", 160), ("many", 160)])
+def test_a_pipe_gets_texts_folded_between_words(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, widest: int
+) -> None:
+    pipe = _streams(monkeypatch)
+    monkeypatch.delenv("COLUMNS")
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    types = [f"architecture_{index}" for index in range(60)]
+    table = facts_table("Machine")
+    table.add_row("model types", ", ".join(types))
+    Reporter().show(table)
+    lines = pipe.getvalue().splitlines()[1:]
+    assert {len(line) for line in lines} == {widest}
+    assert re.findall(r"architecture_\d+", pipe.getvalue()) == types
+
+
+def test_a_pipe_gets_a_path_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = _streams(monkeypatch)
+    path = "/" + "/".join(["folder"] * 40)
+    table = facts_table("Machine")
+    table.add_row("a label that is folded, " * 10, path)
+    Reporter().show(table)
+    assert f" {path} " in pipe.getvalue()
 
 
 @pytest.mark.parametrize("columns", [13, 3])

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from teal_cli.adapt.fitted import RefittedRouters, fitted_router, group_sizes
+from teal_cli.adapt.fitted import RefittedRouters, fit_bytes, fitted_router, group_sizes, tokens_of_fit
 from teal_cli.adapt.followed import FollowedRouters
 from teal_cli.adapt.groups import balanced_groups, reorder_neurons_
 from teal_cli.adapt.multiplier import Steering
 from teal_cli.adapt.processes import mean_over_processes
-from teal_cli.adapt.recipe import Batch, Outcome, Progress, Recipe, Stage
+from teal_cli.adapt.recipe import Added, Batch, Outcome, Progress, Recipe, Stage
 from teal_cli.checkpoint.plan import SparsityPlan
 from teal_cli.checkpoint.rules import ROUTED, Routed, Rule
 from teal_cli.config.recipes.lte import Options
@@ -88,6 +88,28 @@ class Lte(Recipe):
                 raise UsageError(
                     f"option group: the {neurons} neurons of {mlp.path} are not whole groups of {options.group}"
                 )
+
+    def adds(self, model: nn.Module, *, tokens: int, measured: int, itemsizes: tuple[int, int]) -> Added:
+        """See `Recipe`: routers, and where they are fitted, what a look finds of all of them, and a fit of one."""
+        options, count, fits = self._options, 0, []
+        for mlp in routable_mlps(model).values():
+            gate = getattr(mlp.plain, mlp.names[0])
+            groups = gate.out_features // options.group
+            router = Router(gate.in_features, groups, options.rank, device="meta")
+            count += sum(parameter.numel() for parameter in router.parameters())
+            fits.append((gate.in_features, gate.out_features, groups))
+        if options.routers == "learned":
+            return Added(trained=count)
+        if not self._is_fitted:
+            return Added(fixed=count)
+        in_training, before = itemsizes
+        return Added(
+            fixed=count,
+            copied=2 * count,  # one by one, and together (`Followed.looking`)
+            kept=3 * count,  # what was measured, and in a checkpoint: one by one, and together
+            of_pass=max(fit_bytes(tokens_of_fit(tokens), mlp, in_training) for mlp in fits),
+            of_measuring=max(fit_bytes(measured, mlp, before) for mlp in fits),
+        )
 
     @property
     def _rule(self) -> Routed:

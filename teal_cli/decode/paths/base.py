@@ -13,8 +13,8 @@ from torch import Tensor
 
 from teal_cli.decode.compiling import Compiling
 from teal_cli.decode.sampling import Sampler
-from teal_cli.errors import ArtefactError, UsageError
-from teal_cli.models.forward import position_limit
+from teal_cli.errors import UsageError
+from teal_cli.models.forward import check_context, position_limit
 from teal_cli.ranks.group import ranks_of
 from teal_cli.sparse import SparsityControl
 
@@ -210,11 +210,7 @@ class Path(ABC):
         Raises:
             ArtefactError: more positions than the model has.
         """
-        if prompt_tokens + new_tokens > self.max_length:
-            raise ArtefactError(
-                f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's context of "
-                f"{self.max_length}: shorten the prompt or --max-new-tokens"
-            )
+        check_context(self.max_length, prompt_tokens, new_tokens)
 
     def without_cache(self, prompt: Tensor, tokens: Tensor) -> Tensor:
         """What decoding must give: (rows, tokens, vocabulary) logits after each token, from one pass over all.

@@ -9,8 +9,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from teal_cli.decode.paths.base import refuse_lengths
 from teal_cli.decode.paths.general import GeneralCache, GeneralPath
-from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import kind_for
+from teal_cli.models.forward import check_context
 from teal_cli.sparse import SparsityControl
 
 
@@ -38,12 +38,7 @@ class Seq2SeqPath(GeneralPath):
         Raises:
             ArtefactError: more positions than the model has.
         """
-        longest = max(prompt_tokens, new_tokens + (1 if self._forced is None else 2))
-        if longest > self.max_length:
-            raise ArtefactError(
-                f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit: encoder and decoder have "
-                f"{self.max_length} positions each; shorten the prompt or --max-new-tokens"
-            )
+        check_context(self.max_length, prompt_tokens, new_tokens, starts=1 if self._forced is None else 2)
 
     def _new_state(self, length: int) -> EncoderDecoderCache:
         """It grows."""
