@@ -8,7 +8,8 @@ from tests.figures.page import Cell, Page, one, result
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
     calls = result("adapt-smollm2-135m")["calls"]
-    still, followed, later, last, hidden, longer, longest, weighed_text, more_text, fitted, highest = calls
+    still, followed, later, last, hidden, longer, longest, weighed_text, more_text, fitted, *latest = calls
+    highest, higher, ends = latest
     names = ("sotu", "moby-dick", "debian-handbook")
 
     def ratios(entry: Any) -> tuple[Cell, ...]:
@@ -135,6 +136,26 @@ def benchmarks_adapted(page: Page) -> None:
             )
         },
     )
+    control = one(ends["results"], arm="dense, text")
+    lined = {rate: one(ends["results"], arm=f"recover 80 %, text, rate {rate}") for rate in ("6e-4", "1e-3")}
+    rows = {"the dense model, trained the same way": (control["tokens"], None, *ratios(control), None, None, None)}
+    for rate, entry in lined.items():
+        tokens, dropped, _, *found_ratios = of_text(entry)
+        rows[f"`recover` at 80 %, rate {rate}"] = (tokens, dropped, *found_ratios)
+    page.table(
+        "| SmolLM2-135M, perplexity over dense, `--text-weight 1`, line ends kept | tokens | not read | "
+        f"{columns}",
+        rows,
+    )
+    arms = ("rate 2e-3", "rate 1.5e-3, batches of 8", "rate 1.5e-3, uniform")
+    without = [ratios(one(higher["results"], arm=f"recover 80 %, text, {arm}")) for arm in arms]
+    page.says("rate 2e-3 gave {}, {} and {}, a somewhat", *without[0])
+    page.says("half the size {}, {} and {}, and every", *without[1])
+    page.says("projection at the same sparsity {}, {} and {}.", *without[2])
+    passes = result("training-pass-gpu")["runs"]
+    speeds = [passes[form][0]["tokens_per_second"] for form in ("by PyTorch", "norms", "norms and loss")]
+    page.says("{} tokens/s by PyTorch's own steps, {} with fused norms and {} with the loss", *speeds)
+    page.says("in {}, {} and {} GB", *(passes[form][0]["most_bytes"] / 1e9 for form in passes))
     weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}
     page.table(
         "| SmolLM2-135M, 50 %, 1,572,864 tokens | held-out loss | sotu | Moby Dick | Debian handbook |",

@@ -136,7 +136,7 @@ def method_trained_bytes(page: Page) -> None:
     """The same of trained models, which ran in bfloat16."""
     dense = result("eval-smollm2-135m-sotu")["runs"][0]["dense"]["bytes_per_token"] / 2
     calls = [call["results"] for call in result("adapt-smollm2-135m")["calls"]]
-    _, _, earlier, _, _, longer, longest, of_text, more_text, fitted, last = calls
+    _, _, earlier, _, _, longer, longest, of_text, more_text, fitted, last, _, ends = calls
 
     def row(entry: Any) -> tuple[Cell, ...]:
         each = [entry["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
@@ -153,11 +153,11 @@ def method_trained_bytes(page: Page) -> None:
         "`lte`, learned routers, `shares=even`, `--hidden-weight 1`": row(one(longest, arm="lte even, hidden 1")),
         "`recover`, 50 %, `--text-weight 1`": row(one(of_text, arm="recover 50 %, text")),
         "`recover`, 65 %, `--text-weight 1`": row(one(of_text, arm="recover 65 %, text")),
-        "`recover`, 80 %, `--text-weight 1`": row(one(last, arm="recover 80 %, text, rate 1e-3")),
+        "`recover`, 80 %, `--text-weight 1`": row(one(ends, arm="recover 80 %, text, rate 1e-3")),
         "`drelu`, `zeros=0.83`, `--text-weight 1`": row(one(more_text, arm="drelu, steered, text")),
         "`lte`, 50 %, `--text-weight 1`": row(one(fitted, arm="lte, fitted again, groups of 4, text, rate 4e-4")),
         "`lte`, 70 %, `--text-weight 1`": row(one(last, arm="lte 70 %, fitted, groups of 4, text")),
-        "the dense model, `--text-weight 1`: the control": row(one(of_text, arm="dense, text")),
+        "the dense model, `--text-weight 1`: the control": row(one(ends, arm="dense, text")),
     }
     page.table("| recipe | State of the Union | Moby Dick | Debian handbook |", rows)
 

@@ -55,3 +55,12 @@ def drafts_on_a_gpu(page: Page) -> None:
     page.says("draft in 4 bits costs {} of a dense step", first["draft_step_seconds"]["median"] / step)
     page.says("over 2 tokens it takes {} times", first["pass_seconds"]["2"]["median"] / step)
     page.says("over 8 {} times", first["pass_seconds"]["8"]["median"] / step)
+    tuned = result("tile-configs-llama-3-8b-h200")
+    after, before = (tuned[key]["speculation"][0] for key in ("speculation", "speculation_before"))
+    steps = [(run, run["step_seconds"]["median"]) for run in (after, before)]
+    page.says(
+        "{} in place of {}, a pass over 4 tokens {} in place of {}, and the computed speedup is {} in place of {}",
+        *(run["draft_step_seconds"]["median"] / step for run, step in steps),
+        *(run["pass_seconds"]["4"]["median"] / step for run, step in steps),
+        *(run["expected_speedups"]["0.85"]["speedup"] for run in (after, before)),
+    )

@@ -175,6 +175,12 @@ def benchmarks_vllm(page: Page) -> None:
     opening = 1e3 * noted["of_which_opening_a_session_seconds"]
     page.says("opening a session took {} ms of {} in another process", opening, before)
     page.says("first token of the dense model takes {} ms since", since)
+    tuned = result("tile-configs-llama-3-8b-h200")
+    dense, half, four = *tuned["int4"]["runs"], tuned["four_rows"]["runs"][0]
+    speeds = [run["tokens_per_second"]["median"] for run in (dense, half, four)]
+    page.says("decodes {} tokens/s dense and {} at 50 %", *speeds[:2])
+    page.says("(realised {}: `o` is", half["realised_sparsity"])
+    page.says("four bfloat16 sequences {} together", speeds[2])
     page.says("begins with the {} tokens of ours", one(own["runs"], run="vllm-dense")["first_tokens_as_ours"])
 
 

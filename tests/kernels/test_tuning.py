@@ -392,30 +392,3 @@ def test_quantised_products_have_entries_of_their_own(own_tables: None) -> None:
     # Where none was measured, the nearest: with as many bytes in a tile.
     chosen = _choose(0.0, dtype="int4")
     assert chosen == replace(_marked(2), block_in=2 * _marked(2).block_in)
-
-
-@pytest.mark.usefixtures("on_h100")
-def test_a_product_that_was_tuned_at_one_sparsity_keeps_what_is_known_beyond_it(write: Write) -> None:
-    """Its four rows do not skip at 50 %, and the packaged table says that they do at 80 %."""
-    inputs, parts = 4096, (14336, 14336)
-    product = {"inputs": inputs, "parts": parts, "epilogue": "gated", "device": GPU, "rows": 4}
-    packaged = {sparsity: _choose(sparsity, **product) for sparsity in (0.5, 0.65, 0.8)}
-    assert not packaged[0.8].dense
-    measured = {"inputs": inputs, "outputs": parts, "epilogue": "gated", "rows": 4}
-    write(_entry(0.0, 10.0, _marked(0), **measured), _entry(0.5, 10.1, SPARSE, **measured), device=H100)
-    assert _choose(0.5, **product) == _marked(0)
-    assert _choose(0.8, **product) == packaged[0.8]
-    beyond = {e.sparsity: e for e in table_of(H100) if e.product == (inputs, parts, "bfloat16", 4, "gated")}
-    assert beyond[0.5].config == SPARSE
-    assert beyond[0.8].cost == pytest.approx(10.0 * 48.85 / 79.09, abs=0.01)
-    assert beyond[0.8].microseconds == 48.85
-
-
-@pytest.mark.usefixtures("on_h100")
-def test_known_sparsities_below_what_was_tuned_are_not_taken(write: Write) -> None:
-    inputs, parts, epilogue = LLAMA_3_8B[0]
-    measured = {"inputs": inputs, "outputs": parts, "epilogue": epilogue}
-    product = (inputs, parts, "bfloat16", 1, epilogue)
-    assert 0.5 in [entry.sparsity for entry in table_of(H100) if entry.product == product]
-    write(_entry(0.0, 10.0, _marked(0), **measured), _entry(0.8, 5.0, SPARSE, **measured), device=H100)
-    assert [entry.sparsity for entry in table_of(H100) if entry.product == product] == [0.0, 0.8]
