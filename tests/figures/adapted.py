@@ -143,8 +143,7 @@ def benchmarks_adapted(page: Page) -> None:
         tokens, dropped, _, *found_ratios = of_text(entry)
         rows[f"`recover` at 80 %, rate {rate}"] = (tokens, dropped, *found_ratios)
     page.table(
-        "| SmolLM2-135M, perplexity over dense, `--text-weight 1`, line ends kept | tokens | not read | "
-        f"{columns}",
+        f"| SmolLM2-135M, perplexity over dense, `--text-weight 1`, line ends kept | tokens | not read | {columns}",
         rows,
     )
     arms = ("rate 2e-3", "rate 1.5e-3, batches of 8", "rate 1.5e-3, uniform")
