@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -57,9 +58,9 @@ def timed(form: str, options: argparse.Namespace, folder: Path) -> dict[str, Any
     loop.fused_norms, distil.distils = FORMS[form]  # type: ignore[assignment]
     added = loop._add
 
-    def told(tell: Any, before: int, step: int) -> None:
+    def told(on_step: Callable[[int], None], before: int, step: int) -> None:
         watch(before + step)
-        added(tell, before, step)
+        added(on_step, before, step)
 
     loop._add = told
     if torch.cuda.is_available():
