@@ -22,6 +22,7 @@ import torch
 from tiny_configs import FAMILIES, TINY_CONFIGS, VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from teal_cli.allocation import make_plan
 from teal_cli.calibration.collect import collect
@@ -118,8 +119,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, chat: bool = False) -> Path:
-    """A tiny model with a tokenizer, as a transformers folder."""
+    """A tiny model with a tokenizer, as a transformers folder; without a progress bar, which looks like an error."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     build_model(family, seed).save_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
     tokenizer = build_tokenizer()
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -161,6 +166,12 @@ def _measured(folder: Path, sequences: int, seq_len: int, output_layer: bool | N
     histograms = collect(model, projections, blocks.split(1), sink_tokens=4)
     sensitivities = measure(model, projections, blocks.split(1), sink_tokens=4)
     return Calibration(info, projections, histograms, sensitivities)
+
+
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-xdist tells its workers that a terminal has 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(params=sorted(TINY_CONFIGS))

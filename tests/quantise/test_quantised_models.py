@@ -268,7 +268,7 @@ def test_what_cannot_be_is_known_before_the_model_is_loaded(
     dense = save_tiny(tmp_path / "tiny", family.removeprefix("renamed "))
     if family == "renamed bert":
         _rename(dense, lambda name: f"other.{name}")
-    assert run(["calibrate", "--model", str(dense), "--quantise", "int4:32", *flags]) == 3
+    assert run(["calibrate", "--model", str(dense), "--quantise", "int4:32", "--seq-len", "32", *flags]) == 3
     assert re.search(message, capsys.readouterr().err)
 
 
