@@ -27,6 +27,7 @@ from teal_cli.console import Reporter
 from teal_cli.data import check_dataset
 from teal_cli.errors import MachineError, UsageError
 from teal_cli.model_loading import load_model
+from teal_cli.models.forward import check_positions
 from teal_cli.models.layers import Experts
 from teal_cli.models.loading import DTYPES, available_bytes, outline, pick_device, pick_dtype, stored_dtype, use_threads
 from teal_cli.models.offload import devices, offload_, require_offload, spread_
@@ -44,7 +45,6 @@ from teal_cli.steps.adapt_record import (
     source_of,
 )
 from teal_cli.steps.artefacts import calibration_for
-from teal_cli.steps.positions import require_fit
 from teal_cli.version import __version__
 from teal_cli.workspace import Workspace, digits_of
 from teal_cli.writing import check_folder, require
@@ -154,8 +154,8 @@ def _check(config: AdaptConfig, workspace: Workspace, recipe: Recipe, out: Path,
         raise UsageError(
             f"batch_size ({config.batch_size}, flag --batch-size) is no multiple of the {processes.count} processes"
         )
-    require_fit(config, workspace)
     empty = outline(workspace.source.folder, workspace.architecture(config))
+    check_positions(empty, config.seq_len)
     recipe.check(empty)
     if config.device_map == "auto":
         if processes.count > 1:

@@ -27,6 +27,7 @@ from teal_cli.models.architectures import (
     table,
 )
 from teal_cli.models.discovery import propose
+from teal_cli.models.forward import check_positions
 from teal_cli.models.loading import outline, pick_device, use_threads
 from teal_cli.models.offload import computing_device, offload_, require_offload, spread_
 from teal_cli.models.tokenizing import load_tokenizer
@@ -34,7 +35,6 @@ from teal_cli.models.weights import fingerprint, fingerprint_of, weight_files
 from teal_cli.quantise.model import quantise_, quantised_layers
 from teal_cli.quantise.published import published_codes
 from teal_cli.quantise.storage import read_quantised, require_weights, write_quantised
-from teal_cli.steps.positions import require_fit
 from teal_cli.versions import library_versions
 from teal_cli.workspace import Workspace
 from teal_cli.writing import check_folder, require
@@ -64,9 +64,10 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
         raise UsageError(f"{source.name} is no decoder and writes no text: give another dataset (flag --dataset)")
     if config.greedy_tokens:
         require_one_row(architecture)
-    require_fit(config, workspace)
+    empty = outline(source.folder, given)
+    check_positions(empty, config.seq_len)
     device = pick_device(config.device)
-    _require_possible(config, source.folder, outline(source.folder, given))
+    _require_possible(config, source.folder, empty)
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
     sink_tokens = config.sink_tokens if architecture.kind == "causal" else 0
     tokenizer = load_tokenizer(source.folder)
