@@ -68,6 +68,10 @@ class LedSlots(Slots):
             self._apart = True
             raise error if isinstance(error, RanksApartError) else RanksApartError(str(error)) from error
 
+    def prepare(self, levels: Sequence[float]) -> None:
+        """As `Slots.prepare`: the others are not told, and do it by themselves."""
+        self._own.prepare(levels)
+
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
         """As `Slots.choose_slot`."""
         return self._own.choose_slot(free, prompt)

@@ -19,6 +19,8 @@ from teal_cli.decode.slots import Chosen, Drafting, Row, SeparateSlots, Slots
 
 _MOST_ROWS = 8
 """Of a session: as many as one launch, or one call of the library, takes."""
+_FIRST_STEPS = 2
+"""Of a session on a GPU: one is launched, and the next is captured."""
 
 
 class _Key(NamedTuple):
@@ -70,22 +72,43 @@ class SharedSlots(Slots):
         one = engine.path.new_cache(1)
         engine.prefill(torch.zeros(1, 1, dtype=torch.int64, device=engine.device), one)
         self._cache = SlotCache(one, count, positions)
-        self._place = list(range(count))
-        """Of each slot."""
-        self._tokens: list[list[int]] = [[] for _ in range(count)]
-        """Of each slot, those whose keys and values it has or has had."""
-        self._dense = [0] * count
-        """Of each slot, how many of them were run as a prompt."""
-        self._taken = [False] * count
-        self._used = [0] * count
-        """Of each slot, when it was last begun or ended, in begins and ends."""
-        self._clock = 0
         self._together = together
         draft_path = engine.path if drafting is None or drafting.path is None else drafting.path
         if not isinstance(draft_path, ProgramPath):
             raise TypeError(f"path {draft_path.name} executes no block programs")
         self._draft_path, self._draft_level = draft_path, DENSE if drafting is None else drafting.level
         self._sessions: dict[_Key, SteppedSession] = {}
+        self._empty()
+
+    def _empty(self) -> None:
+        """No slot has anything."""
+        self._place = list(range(self.count))
+        """Of each slot."""
+        self._tokens: list[list[int]] = [[] for _ in range(self.count)]
+        """Of each slot, those whose keys and values it has or has had."""
+        self._dense = [0] * self.count
+        """Of each slot, how many of them were run as a prompt."""
+        self._taken = [False] * self.count
+        self._used = [0] * self.count
+        """Of each slot, when it was last begun or ended, in begins and ends."""
+        self._clock = 0
+        self._cache.lengths[:] = [0] * self.count
+
+    @torch.no_grad()
+    def prepare(self, levels: Sequence[float]) -> None:
+        """As `Slots.prepare`. Passes over drafted tokens are not among them."""
+        slots = range(self.at_once)
+        for slot in slots:
+            self.begin(slot, [0])
+            self.run_prompt(slot, [0], 0)
+        token = torch.zeros(1, dtype=torch.int64, device=self._engine.device)
+        for count in reversed(range(1, self.at_once + 1)):  # as fewer and fewer are left, no place is exchanged
+            for level in levels:
+                for _ in range(_FIRST_STEPS):
+                    self.step([Row(slot, level, token) for slot in slots[:count]])
+                    for slot in slots[:count]:
+                        self.cut(slot, 1)
+        self._empty()
 
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
         """The one whose sequence the prompt continues, else the one that ended the longest ago."""

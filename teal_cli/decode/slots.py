@@ -79,6 +79,14 @@ class Slots(ABC):
     longest_silence: float | None = None
     """Seconds after which `keep_others_waiting` is to be called where there is nothing to do; None for never."""
 
+    def prepare(self, levels: Sequence[float]) -> None:
+        """Take first steps of each number of sequences, each of them at each of these levels, before there are any.
+
+        On a GPU kernels are compiled and steps captured by that, for which somebody would wait later. Several ranks do
+        it at the same time.
+        """
+        return
+
     def begin(self, slot: int, prompt: Sequence[int]) -> int:
         """Give a slot to a sequence: how many of the prompt's first tokens it has already, fewer than all."""
         source, known = self.source_of(slot, prompt)

@@ -134,7 +134,7 @@ def _scheduler(config: ServeConfig, reporter: Reporter, workspace: Workspace) ->
     speculator = None
     if drafts is not None:
         speculator, _ = speculator_for(engine, drafts, config.draft_tokens, reporter, {})
-    return Scheduler(
+    scheduler = Scheduler(
         engine,
         slots=config.slots,
         positions=config.context,
@@ -144,6 +144,10 @@ def _scheduler(config: ServeConfig, reporter: Reporter, workspace: Workspace) ->
         speculator=speculator,
         draft_level=draft_level,
     )
+    if engine.device.type == "cuda":
+        reporter.say(f"compiling steps of 1 to {scheduler.slots.at_once} sequences, where this machine has not yet")
+        scheduler.slots.prepare(sorted({DENSE, scheduler.levels.default}))
+    return scheduler
 
 
 def _served(

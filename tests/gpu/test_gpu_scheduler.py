@@ -107,6 +107,27 @@ def test_levels_and_graphs() -> None:
     assert len(others) <= 2, others
 
 
+@pytest.mark.usefixtures("skipping")
+def test_after_first_steps_were_prepared_no_request_opens_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their graphs are captured by then; texts are those of one at a time, and no first step is counted."""
+    model = build_family("llama").cuda()
+    sparsify_(model, half_plan(model))
+    engine = Engine(model)
+    requests = _requests(20, 24)
+    scheduler = Scheduler(engine, slots=4, positions=128)
+    empty = scheduler.statistics()
+    scheduler.slots.prepare([0.0, scheduler.levels.default])
+    assert scheduler.statistics() == empty
+    monkeypatch.setattr(type(engine.path), "open_rows", None)
+    heard = run_all(scheduler, requests)
+    monkeypatch.undo()
+    _assert_ended(heard)
+    assert isinstance(scheduler.slots, SharedSlots)
+    assert all(session._graph is not None for session in scheduler.slots._sessions.values())
+    others = _departures(engine, requests, heard)
+    assert len(others) <= 2, others
+
+
 @pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("kind", ["sparse", "lookup+int8", "int4:32+sparse"])
 def test_texts_from_drafts_are_the_dense_model_s(kind: str, count: int | None) -> None:
