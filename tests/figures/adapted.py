@@ -25,6 +25,11 @@ def benchmarks_adapted(page: Page) -> None:
         _two_seeds(ends["results"], seeds["results"]),
     )
     page.says("lose {} to {} times", min(at_random := ratios(seeds, "lte 50 %, random, text")), max(at_random))
+    page.table(
+        "| SmolLM2-135M, what `teal adapt` leaves behind | neurons left out | not read | tokens/s (min to max) | "
+        "over dense |",
+        dict(map(_speeds, result("adapted-tokens-smollm2-135m-cpu")["runs"])),
+    )
     relu = one(followed["results"], arm="relu 5e-4")
     (tenth, third) = relu["fatrelu"]
     training_free = one(followed["before"], sparsity=0.65)
@@ -74,6 +79,15 @@ def benchmarks_adapted(page: Page) -> None:
             )
         },
     )
+
+
+def _speeds(run: Any) -> tuple[str, tuple[Cell, ...]]:
+    """A model of `adapted_tokens`."""
+    recipe, *sparsity = run["what"].split(" ", 1)
+    label = ", ".join([recipe if recipe == "dense" else f"`{recipe}`", *sparsity])
+    skipped = (run["realised"]["neurons"], run["realised"]["model_wide"]) if run["realised"] else (None, None)
+    speed = run["tokens_per_second"]
+    return label, (*skipped, (speed["median"], speed["min"], speed["max"]), run["speedup"]["median"])
 
 
 def _two_seeds(ends: Any, seeds: Any) -> dict[str, tuple[Cell, ...]]:
