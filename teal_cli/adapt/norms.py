@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PROBED = 4
-"""Rows on which the kernel is held against a module's own forward."""
+_SIZES = (0.0, 0.3, 1.0, 3.0)
+"""Of rows on which the kernel is held against a module's own forward, over the root of its epsilon: there it shows
+what epsilon does. Rows of size 1, where it does nothing, and of size 1000 are tried too."""
 _TOLERANCE = 1e-5
 
 
@@ -31,7 +32,7 @@ def _with_added_one(module: Any, epsilon: float, x: Tensor) -> Tensor:
 def fused_norms(models: Iterable[nn.Module]) -> Iterator[int]:
     """Inside it, RMS norms of these models run as one kernel; the value is how many do.
 
-    No class is named: a module is one whose only parameter is a float32 vector, and that does what the kernel does on
+    No class is named: a module is one that has a float32 vector and nothing else, and that does what the kernel does on
     a few random rows. What comes in and goes out is float32 then, as it is where weights train in float32.
     """
     changed: list[nn.Module] = []
@@ -52,16 +53,19 @@ def _fused(module: Any) -> Callable[[Tensor], Tensor] | None:
     """The kernel with what this module has, or None where it is no RMS norm."""
     epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     own = dict(module.named_parameters())
-    if "forward" in vars(module) or list(own) != ["weight"] or not isinstance(epsilon, float):
+    if "forward" in vars(module) or list(own) != ["weight"] or any(True for _ in module.buffers()):
         return None  # a forward that somebody else put there stays
+    if not isinstance(epsilon, float) or epsilon < 0.0:
+        return None
     weight = own["weight"]
     if weight.dim() != 1 or weight.dtype != torch.float32 or weight.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _PROBED, len(weight), generator=generator).to(weight.device)
+    sizes = torch.tensor([*(size * epsilon**0.5 for size in _SIZES), 1.0, 1e3])
+    x = (sizes[:, None] * torch.randn(len(sizes), len(weight), generator=generator))[None].to(weight.device)
     try:
-        wanted = module(x)
-    except (RuntimeError, TypeError):  # it takes something else
+        wanted = module.forward(x)  # without hooks, which are told of a model's passes
+    except Exception:  # it takes something else, and says so in its own way
         return None
     for form in (_plain, _with_added_one):
         norm = partial(form, module, epsilon)

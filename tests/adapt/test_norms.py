@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import build_model
-from torch import nn
+from torch import Tensor, nn
 
 from teal_cli.adapt.norms import fused_norms
 
@@ -58,3 +58,62 @@ def test_other_norms_and_dtypes_stay_as_they_are() -> None:
     with fused_norms([hooked]) as count:
         assert count == 0
     assert "forward" in vars(hooked)
+
+
+class _Weighted(nn.Module):
+    """Has what an RMS norm has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8) + 0.5), 1e-6
+
+
+class _AddedToRoot(_Weighted):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class _AtLeast(_Weighted):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * x.square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt()
+
+
+class _AnotherEpsilon(_Weighted):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,), self.weight, 1e-5)
+
+
+class _Clipped(_Weighted):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x.clamp(-50, 50), (8,), self.weight, self.eps)
+
+
+class _WithBuffer(_Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * nn.functional.rms_norm(x, (8,), self.weight, self.eps)
+
+
+class _Gated(_Weighted):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return nn.functional.rms_norm(x * gate.sigmoid(), (8,), self.weight, self.eps)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [_AddedToRoot, _AtLeast, _AnotherEpsilon, _Clipped, _WithBuffer, _Gated])
+def test_what_differs_only_for_small_or_large_inputs_stays(kind: type[nn.Module]) -> None:
+    """Or later, by a buffer; and what cannot run on one tensor, in whatever way it fails."""
+    with fused_norms([kind()]) as count:
+        assert count == 0
+
+
+def test_hooks_are_not_told_of_what_is_tried() -> None:
+    norm = nn.RMSNorm(8, eps=1e-6)
+    told: list[nn.Module] = []
+    norm.register_forward_hook(lambda module, args, output: told.append(module))
+    with fused_norms([norm]) as count:
+        assert (count, told) == (1, [])
+        norm(torch.randn(2, 8))
+    assert told == [norm]
