@@ -66,12 +66,8 @@ def check_context(limit: int, prompt_tokens: int, new_tokens: int, starts: int |
         )
 
 
-def check_positions(model: Any, seq_len: int) -> None:
-    """Refuse sequences for which a model has no positions; rotary ones go on without end.
-
-    Raises:
-        UsageError: a table of positions that is shorter than the sequences.
-    """
+def table_of_positions(model: Any) -> int | None:
+    """Positions of a model (or its outline) that has a table of them; None where they have no end, as rotary ones."""
     limit = position_limit(model.config)
     tables = {
         module.num_embeddings
@@ -81,7 +77,17 @@ def check_positions(model: Any, seq_len: int) -> None:
     tables |= {len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")}  # GPT-J's
     # Some tables begin with two rows for padding. MPT's forward makes a table for ALiBi, of all positions.
     ends = tables & {limit, (limit or 0) + 2} or model.config.model_type == "mpt"
-    if limit is not None and seq_len > limit and ends:
+    return limit if ends else None
+
+
+def check_positions(model: Any, seq_len: int) -> None:
+    """Refuse sequences for which a model has no positions.
+
+    Raises:
+        UsageError: a table of positions that is shorter than the sequences.
+    """
+    limit = table_of_positions(model)
+    if limit is not None and seq_len > limit:
         raise UsageError(f"seq_len ({seq_len}, flag --seq-len) exceeds the {limit} positions of this model")
 
 

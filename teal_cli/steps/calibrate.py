@@ -27,7 +27,7 @@ from teal_cli.models.architectures import (
     table,
 )
 from teal_cli.models.discovery import propose
-from teal_cli.models.forward import check_positions
+from teal_cli.models.forward import check_positions, table_of_positions
 from teal_cli.models.loading import outline, pick_device, use_threads
 from teal_cli.models.offload import computing_device, offload_, require_offload, spread_
 from teal_cli.models.tokenizing import load_tokenizer
@@ -65,7 +65,7 @@ def calibrate(config: CalibrateConfig, reporter: Reporter, workspace: Workspace 
     if config.greedy_tokens:
         require_one_row(architecture)
     empty = outline(source.folder, given)
-    check_positions(empty, config.seq_len)
+    config = _within_positions(config, empty)
     device = pick_device(config.device)
     _require_possible(config, source.folder, empty)
     # An encoder has no prompt that runs dense: it drops inputs at its first positions too.
@@ -164,6 +164,19 @@ def _alike(workspace: Workspace, reporter: Reporter) -> Architecture | None:
     kind = source.config.get("model_type")
     reporter.say(f"model type {kind} is not in the table of architectures: it is tried as one like {name}")
     return row
+
+
+def _within_positions(config: CalibrateConfig, empty: Any) -> CalibrateConfig:
+    """Sequences that a model's table of positions holds: shorter than is usual, where nobody said how long.
+
+    Raises:
+        UsageError: somebody did, and they are longer.
+    """
+    limit = table_of_positions(empty)
+    if "seq_len" in config.model_fields_set or limit is None:
+        check_positions(empty, config.seq_len)
+        return config
+    return config.model_copy(update={"seq_len": min(config.seq_len, limit)})
 
 
 def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None:

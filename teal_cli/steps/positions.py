@@ -38,6 +38,8 @@ def require_fit(config: SharedConfig, workspace: Workspace, messages: list[Messa
                 positions = config.prompt_tokens + config.new_tokens
                 workspace.require_positions(config, positions, "--prompt-tokens and --new-tokens")
             check_positions(outline(workspace.source.folder, workspace.architecture(config)), config.seq_len)
+        case CalibrateConfig() if "seq_len" not in config.model_fields_set:
+            pass  # it takes as many as there are
         case AdaptConfig() | CalibrateConfig():
             check_positions(outline(workspace.source.folder, workspace.architecture(config)), config.seq_len)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from command_line import calibrate_on, calibrate_once, copied
 from conftest import export_tiny, save_tiny
 from safetensors import safe_open
 
+from teal_cli.checkpoint import calibration as calibration_file
 from teal_cli.cli import VERBS, run
-from teal_cli.config import VERB_CONFIGS
+from teal_cli.config import VERB_CONFIGS, CalibrateConfig
+from teal_cli.console import Reporter
+from teal_cli.steps.positions import require_fit
+from teal_cli.workspace import Workspace
 
 
 def _teal(*arguments: object) -> int:
@@ -70,6 +75,21 @@ def test_missing_stages_are_said_and_made(dense: Path, corpus: Path, capsys: pyt
     assert Path("runs/tiny/fisher-0.50/teal.json").is_file()
     assert _teal("generate", "--config", "c.yaml", "--prompt", "the stars", "--max-new-tokens", 4) == 0
     assert "no calibration" not in capsys.readouterr().err
+
+
+def test_a_calibration_that_nobody_described_fits_a_table_of_positions(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flag of another verb would not change its length."""
+    model = save_tiny(tmp_path / "gpt2", "gpt2")
+    own = CalibrateConfig(model=str(model))
+    require_fit(own, Workspace.of(own, Reporter(quiet=True)))  # of a recipe's stage
+    assert _teal("calibrate", "--model", model, "--dataset", corpus, "--tokens", 2048) == 0, capsys.readouterr().err
+    assert calibration_file.load(Path("runs/gpt2")).info.seq_len == 256
+    shutil.rmtree("runs")
+    size = ("--tokens", 512, "--seq-len", 64, "--batch-size", 4, "--held-out-tokens", 64)
+    assert _teal("adapt", "--model", model, "--dataset", corpus, *size) == 0, capsys.readouterr().err
+    assert calibration_file.load(Path("runs/gpt2")).info.seq_len == 256
 
 
 def test_a_new_calibration_makes_exports_anew(
