@@ -79,6 +79,8 @@ TokenList = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator
 
 
 def _check_output(path: Path) -> Path:
+    if str(path) == "-":
+        raise ValueError("it is written to a file, not to stdout: give a path")
     check_file(path)
     return path
 

@@ -169,9 +169,10 @@ def _translated(error: BaseException) -> TealError | None:
         return MachineError(
             "out of memory: use a smaller model, --dtype bfloat16, or a shorter --seq-len or --max-new-tokens"
         )
-    number, named = _system_error(error), getattr(error, "filename", None)
+    number = _system_error(error)
     if number in _SYSTEM:
         wrong, advice = _SYSTEM[number]
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, what it writes
         where = f" ({named})" if named else ""
         return MachineError(f"{wrong}{where}: {advice}")
     text = str(error)

@@ -13,6 +13,7 @@ from keyword import iskeyword
 import typer
 
 from teal_cli.cli.completion import words_typed
+from teal_cli.cli.help import VerbCommand
 from teal_cli.errors import EXIT_INTERRUPTED, MachineError, TealError, as_teal_error, printable
 from teal_cli.ranks.environment import LOST, end_with_launcher, is_rank, tell_launcher
 from teal_cli.report.streams import prepare_streams, silence
@@ -74,7 +75,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=False)(root)
     wanted = next((word for word in (*arguments, *words_typed(os.environ)) if word in VERBS), None)
     for verb, text in VERBS.items():
-        app.command(verb, help=text)(_command(verb) if verb == wanted else _placeholder)
+        app.command(verb, cls=VerbCommand, help=text)(_command(verb) if verb == wanted else _placeholder)
     return app
 
 
@@ -143,7 +144,9 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
             return _fail(str(known), known.exit_code)
         format_message = getattr(error, "format_message", None)
         if format_message is not None:  # what typer found wrong with the command line itself
-            return _fail(f"{format_message()} (teal --help)", 2)
+            context = getattr(error, "ctx", None)  # of the verb, where it was known
+            asked_of = "teal" if context is None else context.command_path
+            return _fail(f"{format_message()} ({asked_of} --help)", 2)
         return _fail(f"unexpected {type(error).__name__}: {error} (a defect of teal; --debug shows where)", 1)
 
 

@@ -227,6 +227,7 @@ def test_no_network_and_not_cached(tmp_path, capsys, monkeypatch) -> None:
 
 def test_result_that_cannot_be_written(calibrated, capsys) -> None:
     fails(capsys, 2, "is a folder", "export", "--model", calibrated, "--json", ".")
+    fails(capsys, 2, "a file, not to stdout", "info", "--json", "-")
     fails(capsys, 2, "no ordinary file", "calibrate", "--model", "nowhere", "--json", "/dev/null")
     fails(capsys, 2, "/proc/tiny: it cannot be written", "calibrate", "--model", calibrated, "--runs", "/proc")
     Path("file").write_text("")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import calibrate_once, copied, fails
 
-from teal_cli.errors import MachineError, artefact_error
+from teal_cli.errors import MachineError, artefact_error, as_teal_error
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,12 @@ def test_full_disk_and_memory_below_other_errors() -> None:
             found = artefact_error(error, "text cannot be read")
         assert isinstance(found, MachineError)
         assert message in str(found)
+
+
+def test_a_copy_onto_a_full_disk_names_what_it_writes() -> None:
+    """Not what it reads, whose disk may have room. So `shutil.copyfile` fails, but for the last bytes of a file."""
+    failed = OSError(errno.ENOSPC, "No space left on device", "dense/a.safetensors", None, "export/a.safetensors")
+    assert "the disk is full (export/a.safetensors)" in str(as_teal_error(failed))
 
 
 def test_no_gpu(tiny, capsys, monkeypatch) -> None:
