@@ -106,13 +106,14 @@ def _fits(model: Any, row: Architecture) -> bool:
     if not blocks:
         return False
     config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
+    rope = getattr(config, "rope_parameters", None) or {}
     for program in row.programs:
         scales = (program.residual_scale, program.logits_scale, program.logits_divisor, program.logits_cap)
         keys = [key for key in (*scales, program.embedding_scale) if key is not None]
         paths = [path for path in (program.rotary, program.positions, program.norm, program.embedding_norm) if path]
         if (
             program.unmet(config) is None
-            and (not program.growing_queries or "llama_4_scaling_beta" in (config.rope_parameters or {}))
+            and (not program.growing_queries or "llama_4_scaling_beta" in rope)
             and all(hasattr(config, key) or hasattr(embeddings, key) for key in keys)
             and all(_at(model, path) is not None for path in paths)
             and all(block_departure(row, block, program) is None for block in blocks)

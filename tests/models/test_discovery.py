@@ -23,6 +23,7 @@ from teal_cli.models.architectures import (
 )
 from teal_cli.models.discovery import block_lists, discover
 from teal_cli.models.layers import unstack_experts_
+from teal_cli.models.likeness import alike
 from teal_cli.models.programs import NormStep
 from teal_cli.sparse import sparse_layers
 
@@ -95,6 +96,14 @@ def test_an_encoder_of_other_blocks() -> None:
     assert found.blocks == ("model.encoder.layers", "model.decoder.layers")
     assert [found.sites[site] for site in found.once] == [("encoder_attn.k_proj", "encoder_attn.v_proj")]
     assert len(find_projections(model)) == 2 * 6 + 2 * 10
+
+
+def test_a_decoder_whose_configuration_knows_no_rotary_embedding() -> None:
+    """Its modules have names that rows of the table have, whose programs ask for one."""
+    size = {"d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 2, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xglm", vocab_size=VOCABULARY, **size))
+    assert not hasattr(model.config, "rope_parameters")
+    assert alike(model) == {}
 
 
 def test_lists_of_blocks() -> None:
