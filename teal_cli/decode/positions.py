@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from teal_cli.decode.blocks import module_at, program_of
+from teal_cli.models.forward import rope_of
 
 
 def learned_positions(model: Any) -> tuple[Tensor, int] | None:
@@ -68,7 +69,7 @@ def rotary_module(model: Any, path: str) -> Any:
 
 def long_rope_from(model: Any) -> int | None:
     """The position from which on a pass takes the other angles of long rope; None where there is no long rope."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    rope = rope_of(model.config.get_text_config())
     return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
@@ -76,7 +77,7 @@ def growth_of(model: Any) -> tuple[float, int] | None:
     """By how much queries grow with their positions, and in steps of how many; None where they do not."""
     if not program_of(model).growing_queries:
         return None
-    rope = model.config.get_text_config().rope_parameters
+    rope = rope_of(model.config.get_text_config())
     return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
 
 
@@ -103,6 +104,6 @@ def alibi_bias(model: Any, positions: int, heads: int, scale: float) -> Tensor |
 
 def has_dynamic_rope(model: Any) -> bool:
     """Whether angles depend on the last position of a pass, and on those before it (dynamic NTK)."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    rope = rope_of(model.config.get_text_config())
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     return any(kind.get("rope_type") == "dynamic" for kind in kinds)

@@ -42,6 +42,11 @@ def position_limit(config: Any) -> int | None:
     return int(found) if found else None
 
 
+def rope_of(config: Any) -> dict[str, Any]:
+    """The `rope_parameters` of a decoder's configuration; empty where it has none."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
 def check_context(limit: int, prompt_tokens: int, new_tokens: int, starts: int | None = None) -> None:
     """Refuse a prompt and a reply that a context does not hold.
 

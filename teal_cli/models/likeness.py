@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from teal_cli.models.architectures import Architecture, table
+from teal_cli.models.forward import rope_of
 from teal_cli.models.layers import linear_shape
 from teal_cli.models.programs import AttentionStep, NormStep, ProductStep, Program, RouteStep, Step
 
@@ -106,7 +107,7 @@ def _fits(model: Any, row: Architecture) -> bool:
     if not blocks:
         return False
     config, embeddings = model.config.get_text_config(), model.get_input_embeddings()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_of(config)
     for program in row.programs:
         scales = (program.residual_scale, program.logits_scale, program.logits_divisor, program.logits_cap)
         keys = [key for key in (*scales, program.embedding_scale) if key is not None]

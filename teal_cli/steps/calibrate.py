@@ -172,11 +172,11 @@ def _within_positions(config: CalibrateConfig, empty: Any) -> CalibrateConfig:
     Raises:
         UsageError: somebody did, and they are longer.
     """
-    limit = table_of_positions(empty)
-    if "seq_len" in config.model_fields_set or limit is None:
+    if "seq_len" in config.model_fields_set:
         check_positions(empty, config.seq_len)
         return config
-    return config.model_copy(update={"seq_len": min(config.seq_len, limit)})
+    limit = table_of_positions(empty)
+    return config if limit is None else config.model_copy(update={"seq_len": min(config.seq_len, limit)})
 
 
 def _require_possible(config: CalibrateConfig, folder: Path, model: Any) -> None:

@@ -20,6 +20,7 @@ from teal_cli.decode.recognition import recognise_
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.errors import ArtefactError
 from teal_cli.models.architectures import find_projections, program_for
+from teal_cli.models.forward import rope_of
 from teal_cli.models.likeness import adopt_likeness_
 from teal_cli.models.programs import Program
 from teal_cli.sparse import SparsityControl, lay_out_, replace_projections_
@@ -50,7 +51,7 @@ def without_program(model: Any) -> str:
 
 def unsupported_rope(config: Any, more: tuple[str, ...] = ()) -> str | None:
     """Why a model's rotary embedding cannot be a table of positions; None where it can. `more`: types that can too."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_of(config)
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # of layers of a type, too
     names = [kind.get("rope_type", "default") for kind in kinds]
     return next((f"rope type {name}" for name in names if name not in (*_ROPE_TYPES, *more)), None)
