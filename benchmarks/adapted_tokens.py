@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from routed_tokens import Way, engine_of, realised
+from gate_first_tokens import skip_nothing_
+from routed_tokens import Way, engine_of, in_turn, realised
 
 from teal_cli.atomic import write_json
-from teal_cli.bench.decode import decode_seconds
-from teal_cli.bench.timing import Spread
-from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Dense
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.config import BenchConfig
 from teal_cli.console import Reporter
 from teal_cli.model_loading import load_model
 from teal_cli.model_source import find_model
-from teal_cli.models.architectures import find_projections
-from teal_cli.sparse import sparsify_
+from teal_cli.models.loading import pick_device
 from teal_cli.steps.prepared import prepare
 from teal_cli.versions import device_description, library_versions
 
@@ -36,7 +32,7 @@ from teal_cli.versions import device_description, library_versions
 def dense_way(options: argparse.Namespace) -> Way:
     """The model that all come from, with nothing skipped."""
     model = load_model(find_model(options.model).folder, device=options.device, dtype=options.dtype)
-    sparsify_(model, SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(model)}))
+    skip_nothing_(model)
     return engine_of(model, options), None
 
 
@@ -57,15 +53,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         name, _, folder = pair.rpartition("=")
         ways[name], prompt = way_of(Path(folder), options)
     shares = {name: realised(way, prompt) for name, way in ways.items() if way[1] is not None}
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.repeats + 1):  # the first warms up
-        for name, (engine, plan) in ways.items():
-            seconds = decode_seconds(engine, plan, prompt, options.new_tokens)
-            if turn:
-                speeds[name].append(options.new_tokens / seconds)
+    in_turn(ways, prompt, options.new_tokens, 1)  # to warm up
     found = []
-    for name, values in speeds.items():
-        speed, over = Spread.of(values), Spread.of_ratios(values, speeds["dense"])
+    for name, (speed, over) in in_turn(ways, prompt, options.new_tokens, options.repeats).items():
         print(f"{name:32} {speed.median:7.1f} ({speed.min:.1f}-{speed.max:.1f}) {over.median:5.2f}x {shares.get(name)}")
         entry = {"what": name, "path": ways[name][0].path.name, "tokens_per_second": asdict(speed)}
         found.append(entry | {"speedup": asdict(over), "realised": shares.get(name)})
@@ -93,12 +83,11 @@ def main() -> None:
     quieten_libraries()
     with torch.no_grad():
         runs = measure(options)
-    device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
     write_json(
         options.out,
         {
             "command": shlex.join(["python", *sys.argv]),
-            "device": device_description(device),
+            "device": device_description(pick_device(options.device)),
             "versions": library_versions(),
             "model": options.model,
             "prompt_tokens": options.prompt_tokens,

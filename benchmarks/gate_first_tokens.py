@@ -282,6 +282,11 @@ def _build(layers: int | None) -> Any:
 
 
 @torch.no_grad()
+def skip_nothing_(model: Any) -> None:
+    """Put sparse layers into a dense model that read everything: our weights and kernels, and what others are over."""
+    sparsify_(model, SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(model)}))
+
+
 def leave_dead_(model: Any, ids: Tensor, dead: float) -> None:
     """Set the threshold of each FATReLU at the quantile of its gates, the first block first: it changes the next."""
 
@@ -325,7 +330,7 @@ def tokens(rows: list[int], dead: float, repeats: int, layers: int | None) -> li
     """Whole tokens, each way in turn."""
     started = time.perf_counter()
     ordinary = _build(layers)
-    sparsify_(ordinary, SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(ordinary)}))
+    skip_nothing_(ordinary)
     gated = _build(layers)
     zeros = make_intrinsic_(gated)
     vocabulary = int(gated.config.vocab_size)

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gate_first_tokens import leave_dead_
+from gate_first_tokens import leave_dead_, skip_nothing_
 from torch import Tensor
 
 from teal_cli.atomic import write_json
 from teal_cli.bench.decode import decode_seconds, random_prompt
 from teal_cli.bench.timing import Spread
 from teal_cli.checkpoint.plan import SparsityPlan
-from teal_cli.checkpoint.rules import Dense, Routed
+from teal_cli.checkpoint.rules import Routed
 from teal_cli.cli.output import quieten_libraries
 from teal_cli.decode.engine import Engine
 from teal_cli.models.aliases import Alias, require_alias
-from teal_cli.models.architectures import find_projections
 from teal_cli.models.loading import build_random_model
 from teal_cli.sparse import control_of, make_intrinsic_, neuron_sparsity, sparsify_
 from teal_cli.sparse.routing import plan_of_routers, set_random_routers_
@@ -63,7 +62,7 @@ def ways_of(alias: Alias, share: float, options: argparse.Namespace) -> dict[str
     """Engines and plans, by name."""
     ordinary = _build(alias, options)
     ids = random_prompt(int(ordinary.config.vocab_size), PROMPT, 1).to(ordinary.device)
-    sparsify_(ordinary, SparsityPlan("uniform", 0.0, {p.name: Dense() for p in find_projections(ordinary)}))
+    skip_nothing_(ordinary)
     routed = _build(alias, options)
     plan = plan_of_routers(routed, Routed(options.group, options.rank, share))
     sparsify_(routed, plan)
@@ -90,19 +89,23 @@ def realised(way: Way, prompt: Tensor) -> dict[str, float]:
     return {"neurons": neurons, "model_wide": counter.model_wide() or 0.0}
 
 
+def in_turn(ways: dict[str, Way], prompt: Tensor, new_tokens: int, repeats: int) -> dict[str, tuple[Spread, Spread]]:
+    """Tokens a second of all rows of a prompt, and how often those of the way `dense` in the same turn."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (engine, plan) in ways.items():
+            seconds = decode_seconds(engine, plan, prompt, new_tokens)
+            speeds[name].append(prompt.shape[0] * new_tokens / seconds)
+    return {name: (Spread.of(own), Spread.of_ratios(own, speeds["dense"])) for name, own in speeds.items()}
+
+
 def measure(alias: Alias, share: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens a second of each way, for each number of rows."""
     ways, found = ways_of(alias, share, options), []
     for batch in (int(number) for number in options.rows.split(",")):
         prompt = random_prompt(int(alias.shape["vocab_size"]), PROMPT, 0, batch)
         shares = {name: realised(way, prompt) for name, way in ways.items() if way[1] is not None}
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.repeats):
-            for name, (engine, plan) in ways.items():
-                seconds = decode_seconds(engine, plan, prompt, options.new_tokens)
-                speeds[name].append(batch * options.new_tokens / seconds)
-        for name, values in speeds.items():
-            speed, over = Spread.of(values), Spread.of_ratios(values, speeds["dense"])
+        for name, (speed, over) in in_turn(ways, prompt, options.new_tokens, options.repeats).items():
             said = f"neurons {shares[name]['neurons']:.3f}" if name in shares else ""
             print(
                 f"  {batch} rows  {name:22} {speed.median:8.1f} ({speed.min:.1f}-{speed.max:.1f}) tokens/s  "

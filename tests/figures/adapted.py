@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from tests.figures.page import Cell, Page, one, result
-
-NAMES = ("sotu", "moby-dick", "debian-handbook")
+from tests.figures.page import TEXTS, Cell, Page, one, result
 
 
 def benchmarks_adapted(page: Page) -> None:
@@ -13,7 +11,7 @@ def benchmarks_adapted(page: Page) -> None:
     still, followed, _, _, hidden, longer, longest, _, more_text, _, highest, higher, ends, seeds = calls
 
     def of_texts(texts: Any) -> tuple[float, ...]:
-        return tuple(texts[name]["perplexity_ratio"] for name in NAMES)
+        return tuple(texts[name]["perplexity_ratio"] for name in TEXTS)
 
     def ratios(call: Any, arm: str, seed: int = 0) -> tuple[float, ...]:
         return of_texts(one(call["results"], arm=arm, seed=seed)["texts"])
@@ -96,12 +94,12 @@ def _two_seeds(ends: Any, seeds: Any) -> dict[str, tuple[Cell, ...]]:
 
     def add(label: str, entry: Any, texts: Any, share: float | None) -> None:
         control = one(seeds, arm="dense, text", seed=entry["seed"])
-        ratios = [texts[name]["perplexity_ratio"] for name in NAMES]
+        ratios = [texts[name]["perplexity_ratio"] for name in TEXTS]
         if entry is control:
             rows[label] = (entry["tokens"], None, None, *ratios, None, None, None)
             return
-        unread = sum(texts[name]["realised_sparsity"] for name in NAMES) / len(NAMES)
-        over = (ratio / control["texts"][name]["perplexity_ratio"] for ratio, name in zip(ratios, NAMES, strict=True))
+        unread = sum(texts[name]["realised_sparsity"] for name in TEXTS) / len(TEXTS)
+        over = (ratio / control["texts"][name]["perplexity_ratio"] for ratio, name in zip(ratios, TEXTS, strict=True))
         rows[label] = (entry["tokens"], unread, share, *ratios, *over)
 
     def arm(label: str, of: str, fatrelu: str = "", both: bool = True) -> None:

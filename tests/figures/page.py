@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TEXTS = ("sotu", "moby-dick", "debian-handbook")
+"""On which quality is measured, as results name them."""
 Value = float | str | None
 Cell = Value | tuple[Value, ...]
 """What a cell says: nothing, one number, or several in order. A str stands as it is, as a number that is no result."""

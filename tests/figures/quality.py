@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from tests.figures.page import Cell, Page, one, result
+from tests.figures.page import TEXTS, Cell, Page, one, result
 
 _STEM = "eval-smollm2-135m-"
 _EVERY = (0.25, 0.4, 0.5, 0.65)
@@ -124,9 +124,7 @@ def method_bytes(page: Page) -> None:
     each = [(name, sparsity) for name in ("uniform", "greedy") for sparsity in (0.4, 0.5, 0.65)]
     each += [("fisher", sparsity) for sparsity in (0.25, 0.4, 0.5, 0.65, 0.8)]
     rows = {
-        f"`{name}`, {100 * sparsity:.0f} %": tuple(
-            cell(stem, name, sparsity) for stem in ("sotu", "moby-dick", "debian-handbook")
-        )
+        f"`{name}`, {100 * sparsity:.0f} %": tuple(cell(stem, name, sparsity) for stem in TEXTS)
         for name, sparsity in each
     }
     page.table("| allocation | State of the Union | Moby Dick | Debian handbook |", rows)
@@ -139,7 +137,7 @@ def method_trained_bytes(page: Page) -> None:
     _, _, _, _, _, longer, longest, _, more_text, _, last, _, ends, seeds = calls
 
     def of(texts: Any) -> tuple[Cell, ...]:
-        each = [texts[text] for text in ("sotu", "moby-dick", "debian-handbook")]
+        each = [texts[text] for text in TEXTS]
         return tuple((text["perplexity_ratio"], text["stderr"], text["bytes_per_token"] / dense) for text in each)
 
     def row(results: Any, arm: str) -> tuple[Cell, ...]:
@@ -170,7 +168,7 @@ def method_likely_tokens(page: Page) -> None:
 
     def cells(run: Any) -> tuple[Cell, ...]:
         keys = ("top1_agreement", "top1_agreement_stderr", "exact_argmax", "perplexity_ratio")
-        each = [run["texts"][text] for text in ("sotu", "moby-dick", "debian-handbook")]
+        each = [run["texts"][text] for text in TEXTS]
         return tuple(tuple(entry[key] for key in keys if key in entry) for entry in each)
 
     rows = {"`fisher`": cells(trials["baseline"]["results"][0])}
@@ -264,7 +262,7 @@ def benchmarks_trials(page: Page) -> None:
     again = [
         (ratio(first, "threshold", f"re-linearised {n} times"), ratio(first, "threshold", f"both, {n}")) for n in (1, 2)
     ]
-    asked = _texts(added, principal, "realised_sparsity", "sotu", "moby-dick", "debian-handbook")
+    asked = _texts(added, principal, "realised_sparsity", *TEXTS)
     rows: dict[str, tuple[Cell, ...]] = {
         "one threshold a projection": both(first, "threshold"),
         "magnitude times the norm of the input's weights (WINA)": both(first, "WINA: times the norm of the weights"),
