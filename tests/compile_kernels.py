@@ -93,7 +93,7 @@ class Turn:
 
 
 def _compile(kernel: Any, *arguments: Any, pdl: bool, names: set[str], **options: Any) -> None:
-    launching.launch(kernel, *arguments, pdl=pdl, **{**options, "compile_only": True})
+    launching.launch(kernel, *arguments, pdl=pdl, **options)
     names.add(kernel.__name__)
 
 
@@ -191,6 +191,7 @@ def _distils() -> None:
         distil_rows_(logits, logits.clone(), 0.5, torch.zeros(3, dtype=torch.int64), torch.tensor(0.1))
 
 
+@launching.compiling(raising=True)
 def main(capability: int) -> None:
     """Compile them."""
     triton.runtime.driver.set_active(NoGPU(capability))

@@ -1,6 +1,10 @@
 """Launching Triton kernels one right behind the other."""
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +38,7 @@ MOST_COMPARED = 128
 """Experts of which a router compares each with each, in registers; more are chosen one after the other."""
 FIRST_PARTIALS = 4
 """Split-KV partials that are read at a time: at first those of a short context."""
+_ONLY_COMPILES: ContextVar[bool] = ContextVar("only_compiles", default=False)
 
 
 def uses_fma(rows: int, bits: int) -> bool:
@@ -86,16 +91,46 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+@contextmanager
+def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[None]:
+    """Inside, launches of this thread only compile: several kernels at a time, and all of them by the end.
+
+    A kernel takes about half a second, of which a third holds Python's lock. One of these inside another is a part of
+    that one.
+
+    Args:
+        threads: that compile; by default one for each core that this process may use.
+        raising: raise what the compiler raises. Else a kernel that does not compile says so when it is launched.
+    """
+    if _ONLY_COMPILES.get():
+        yield
+        return
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="compiling")
+    outside = _ONLY_COMPILES.set(True)
+    try:
+        with AsyncCompileMode(pool, ignore_errors=not raising):
+            try:
+                yield
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # for which the mode would wait
+                raise
+    finally:
+        _ONLY_COMPILES.reset(outside)
+        active_mode.set(None)  # which triton 3.6 leaves after Ctrl-C
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *arguments: Any,
     warps: int,
     pdl: bool,
-    compile_only: bool = False,
     **constants: Any,
 ) -> None:
-    """Launch a kernel.
+    """Launch a kernel; inside `compiling` it is compiled.
 
     Args:
         kernel: a `triton.jit` function.
@@ -104,14 +139,13 @@ def launch(
         warps: of a program.
         pdl: programmatic dependent launch: begin while the kernel before still runs, up to the
             kernel's own wait. For compute capability 9.0 and up.
-        compile_only: compile, and launch nothing.
         constants: the kernel's compile-time arguments but `PDL`.
     """
     # Said, since from triton 3.10 on products and sums are not fused by default; 3.9 warns of it at a user's terminal.
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True, "PDL": pdl, **constants}
     if pdl:  # older GPUs and the interpreter do not know the option
         options["launch_pdl"] = True
-    if compile_only:
+    if _ONLY_COMPILES.get():
         kernel.warmup(*arguments, grid=grid, **options)
         return
     kernel[grid](*arguments, **options)

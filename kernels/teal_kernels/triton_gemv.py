@@ -225,7 +225,6 @@ def gemv(
     experts: Chosen | None = None,
     pdl: bool = False,
     exclusive_device: bool = True,
-    compile_only: bool = False,
 ) -> None:
     """One launch: norm, threshold, product and what follows it.
 
@@ -261,7 +260,6 @@ def gemv(
             at a time can wait for ever, each for programs that find no room beside the other's. Kernels that
             end by themselves may run beside: they only delay. False needs no promise: one program has the epilogue
             of a block, and waits for none that begins after it.
-        compile_only: compile what would be launched.
 
     Raises:
         ValueError: too many rows, `parts`, `squares` or `config` does not fit, or an activation has no curve.
@@ -355,5 +353,4 @@ def gemv(
         EXPERTS=NO_EXPERTS if experts is None else experts.constants(epilogue, plan.grid),
         warps=config.warps,
         pdl=pdl,
-        compile_only=compile_only,
     )

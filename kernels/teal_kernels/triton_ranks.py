@@ -74,7 +74,6 @@ def sum_ranks(
     scale: float = 1.0,
     squares: Tensor | None = None,
     pdl: bool = False,
-    compile_only: bool = False,
 ) -> None:
     """The sum of a tensor over all ranks.
 
@@ -87,7 +86,6 @@ def sum_ranks(
         scale: of what is added.
         squares: (rows, `squares_of_sum`) float32, written: partial sums of y's squares; (2, rows, n): and of y itself.
         pdl: launch while the kernel before still runs.
-        compile_only: compile, and launch nothing.
     """
     rows, size = own.shape
     launch(
@@ -112,13 +110,10 @@ def sum_ranks(
         TRAPS=not interpreting(),
         warps=4,
         pdl=pdl,
-        compile_only=compile_only,
     )
 
 
-def gather_ranks(
-    own: Tensor, inboxes: Inboxes, base: int, y: Tensor, *, pdl: bool = False, compile_only: bool = False
-) -> None:
+def gather_ranks(own: Tensor, inboxes: Inboxes, base: int, y: Tensor, *, pdl: bool = False) -> None:
     """The columns of all ranks, side by side.
 
     Args:
@@ -127,7 +122,6 @@ def gather_ranks(
         base: first place of this gather in each inbox.
         y: (rows, size), written; what the ranks have beyond `size` columns is left out.
         pdl: launch while the kernel before still runs.
-        compile_only: compile, and launch nothing.
     """
     rows, width = own.shape
     launch(
@@ -147,5 +141,4 @@ def gather_ranks(
         TRAPS=not interpreting(),
         warps=4,
         pdl=pdl,
-        compile_only=compile_only,
     )

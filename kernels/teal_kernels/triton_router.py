@@ -62,7 +62,6 @@ def route(
     norm: Norm | None = None,
     aside_share: Tensor | None = None,
     pdl: bool = False,
-    compile_only: bool = False,
 ) -> None:
     """One launch.
 
@@ -74,7 +73,6 @@ def route(
         norm: of x, before all else.
         aside_share: (tokens,) float32, written where the router has a gate aside.
         pdl: launch while the kernel before still runs, which must write neither weights nor norm weight.
-        compile_only: compile what would be launched.
 
     Raises:
         ValueError: sizes do not fit, or there are too many experts.
@@ -118,5 +116,4 @@ def route(
         BLOCK_IN=power_of_two(n_in),
         warps=_WARPS,
         pdl=pdl,
-        compile_only=compile_only,
     )

@@ -131,7 +131,7 @@ class TimedProduct:
         active = active_inputs(self.seen, thresholds[0])
         return float(active.any(0).float().mean()), 1.0 - float(active.float().mean())
 
-    def launch(self, index: int, thresholds: Tensor, config: TileConfig, *, compile_only: bool = False) -> None:
+    def launch(self, index: int, thresholds: Tensor, config: TileConfig) -> None:
         """One product with the index-th copy of the weights."""
         gemv(
             self.x,
@@ -145,7 +145,6 @@ class TimedProduct:
             epilogue=self.epilogue,
             squares=self._squares(config) if self.epilogue == "residual" else None,
             pdl=self.pdl,
-            compile_only=compile_only,
         )
 
     def _squares(self, config: TileConfig) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teal_cli.bench.products import TimedProduct
 from teal_cli.errors import MachineError
-from teal_kernels.launching import LEAST_TILE, multiprocessors, uses_fma
+from teal_kernels.launching import LEAST_TILE, compiling, multiprocessors, uses_fma
 from teal_kernels.packed_linear import fitting
 from teal_kernels.packing import bits_of
 from teal_kernels.triton_gemv import TileConfig
@@ -257,8 +257,9 @@ def _compile_some(build: Callable[[], TimedProduct], configs: list[TileConfig]) 
     with suppress(Exception):
         product = build()
         thresholds = product.thresholds(0.0)
-        for config in configs:
-            with suppress(Exception):
-                product.launch(0, thresholds, config, compile_only=True)
+        with compiling(threads=1):
+            for config in configs:
+                with suppress(Exception):
+                    product.launch(0, thresholds, config)
         del product
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Slots of the paths that execute block programs: all rows that decode are stepped by one session."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from teal_cli.decode.prompts import Keep, pieces, reusable
 from teal_cli.decode.row_levels import RowLevels
 from teal_cli.decode.slot_cache import SlotCache
 from teal_cli.decode.slots import Chosen, Drafting, Row, SeparateSlots, Slots
+from teal_kernels.launching import compiling
 
 _MOST_ROWS = 8
 """Of a session: as many as one launch, or one call of the library, takes."""
@@ -76,6 +77,7 @@ class SharedSlots(Slots):
         draft_path = engine.path if drafting is None or drafting.path is None else drafting.path
         if not isinstance(draft_path, ProgramPath):
             raise TypeError(f"path {draft_path.name} executes no block programs")
+        self._drafting = drafting
         self._draft_path, self._draft_level = draft_path, DENSE if drafting is None else drafting.level
         self._sessions: dict[_Key, SteppedSession] = {}
         self._empty()
@@ -96,7 +98,11 @@ class SharedSlots(Slots):
 
     @torch.no_grad()
     def prepare(self, levels: Sequence[float]) -> None:
-        """As `Slots.prepare`. Passes over drafted tokens are not among them."""
+        """As `Slots.prepare`. Passes over drafted tokens, and steps of other levels, are compiled and not captured."""
+        if self._path.compiles:
+            with compiling():
+                for key in self._all_keys():
+                    self._session(key).compile()
         slots = range(self.at_once)
         for slot in slots:
             self.begin(slot, [0])
@@ -109,6 +115,17 @@ class SharedSlots(Slots):
                     for slot in slots[:count]:
                         self.cut(slot, 1)
         self._empty()
+
+    def _all_keys(self) -> Iterator[_Key]:
+        """Of every session that requests may need."""
+        for count in range(1, self.at_once + 1):
+            places = range(count) if self._together else range(count - 1, count)
+            for level in self.levels.all:
+                yield _Key(places, level, 1, drafts=False)
+            if self._drafting is not None:
+                yield from (_Key(places, DENSE, span, drafts=False) for span in self.spans(count)[1:])
+                if self._drafting.path is not None:
+                    yield _Key(places, self._draft_level, 1, drafts=True)
 
     def choose_slot(self, free: Sequence[int], prompt: Sequence[int]) -> int:
         """The one whose sequence the prompt continues, else the one that ended the longest ago."""

@@ -1,11 +1,17 @@
 """Slots whose first steps were taken before there were sequences."""
 
+from contextlib import nullcontext
+
 import pytest
+from drafting import speculator
+from fused_pair import half_plan
 from native_models import NO_LIBRARY
 from test_scheduler import alone, run
 from test_stepped_rows import engine_on
 
+from teal_cli.decode import shared_slots
 from teal_cli.decode.paths.program import ProgramPath
+from teal_cli.decode.paths.program_session import ProgramSession
 from teal_cli.decode.requests import Request
 from teal_cli.decode.scheduler import Scheduler
 from teal_cli.decode.shared_slots import SharedSlots
@@ -31,6 +37,28 @@ def test_requests_find_every_session_and_nothing_of_the_steps_before(
     for own, without in zip(heard, plain, strict=True):
         assert own.tokens == without.tokens
         assert own.emitted[-1].usage == without.emitted[-1].usage
+
+
+@needs_library
+@pytest.mark.parametrize("kind", [None, "sparse", "lookup+int8"])
+def test_every_session_is_compiled_before(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all levels and of passes over drafted tokens too, where a path has kernels to compile."""
+    engine = engine_on("native", monkeypatch)
+    compiled: list[ProgramSession] = []
+    monkeypatch.setattr(ProgramSession, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(ProgramPath, "compiles", True)
+    monkeypatch.setattr(shared_slots, "compiling", nullcontext)
+    plans = {0.5: half_plan(engine.model), 0.7: half_plan(engine.model, 1.5)}
+    drafts = None if kind is None else speculator(engine, kind, 3)
+    scheduler = Scheduler(engine, slots=3, positions=32, levels=plans, speculator=drafts)
+    scheduler.slots.prepare([])
+    assert isinstance(scheduler.slots, SharedSlots)
+    assert compiled == [stepped.session for stepped in scheduler.slots._sessions.values()]
+    monkeypatch.setattr(ProgramPath, "open_rows", None)
+    requests = [Request((5, 6, 7), 8, sparsity=(0.0, 0.5, 0.7)[index % 3]) for index in range(9)]
+    heard = run(scheduler, requests + [Request((5, 6, 7, 5, 6), 12, sparsity=0.0)] * 3)
+    assert [own.finish for own in heard] == ["length"] * 12
+    assert (scheduler.statistics().drafted_tokens or 0) > 0 or kind is None
 
 
 @needs_library

@@ -118,9 +118,9 @@ def test_after_first_steps_were_prepared_no_request_opens_a_session(monkeypatch:
     empty = scheduler.statistics()
     scheduler.slots.prepare([0.0, scheduler.levels.default])
     assert scheduler.statistics() == empty
-    monkeypatch.setattr(type(engine.path), "open_rows", None)
-    heard = run_all(scheduler, requests)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:  # `undo` would undo what `skipping` does, too
+        patched.setattr(type(engine.path), "open_rows", None)
+        heard = run_all(scheduler, requests)
     _assert_ended(heard)
     assert isinstance(scheduler.slots, SharedSlots)
     assert all(session._graph is not None for session in scheduler.slots._sessions.values())

@@ -90,6 +90,9 @@ class FusedPath(ProgramPath):
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
+        # Ranks would wait for one another's sums.
+        self.compiles = self.device.type == "cuda" and not interpreting() and ranks_of(model) is None
+        self.compiled: set[tuple[object, ...]] = set()
         self._sums: dict[int, Sums] = {}
         # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that,
         # nor of routed neurons.

@@ -21,6 +21,10 @@ class FusedModel(Protocol):
     blocks: list[list[BlockStep]]
     last_norm: Norm
     scales: Scales
+    compiles: bool
+    """As `ProgramPath.compiles`."""
+    compiled: set[tuple[object, ...]]
+    """The kinds of sessions whose kernels are compiled (`FusedSession.compile`)."""
 
     def output(self) -> Product | None:
         """Of an output layer that is launched as the products of a block are."""

@@ -14,6 +14,7 @@ from teal_cli.decode.paths.fused_steps import Angles, RowsLaunch, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_cli.decode.row_levels import RowLevels
+from teal_kernels.launching import compiling
 from teal_kernels.operands import Positions, Scratch
 from teal_kernels.triton_decode import LOGITS_BLOCK, Best, embed, find_best, output_logits, pick
 
@@ -42,6 +43,8 @@ class FusedSession(ProgramSession):
         self.path = path
         self.captures = path.device.type == "cuda"
         device, dtype = path.device, path.dtype
+        tuned_for = None if levels is None else levels.tuned_for
+        self._kind = (self._made_for, self.enabled, self.rows, self.span, tuned_for)
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.positions = Positions.at(self._before_tokens(self.lengths), device)
         angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
@@ -75,8 +78,22 @@ class FusedSession(ProgramSession):
         )
 
     @torch.no_grad()
+    def compile(self) -> None:
+        """As `ProgramSession.compile`; once for all sessions of a kind."""
+        if not self.path.compiles or self._kind in self.path.compiled or torch.cuda.is_current_stream_capturing():
+            return
+        self.path.compiled.add(self._kind)
+        with compiling():
+            self._launch()
+            self.pick()
+
+    @torch.no_grad()
     def launch(self) -> Tensor:
         """As `Session.launch`; nothing waits."""
+        self.compile()
+        return self._launch()
+
+    def _launch(self) -> Tensor:
         model, pdl, scales = self.path.model, self.path.pdl, self.path.scales
         self._embed(
             self.token, model.get_input_embeddings().weight, self.positions, self._embedded, self._embedding_squares

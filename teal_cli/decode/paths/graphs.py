@@ -28,6 +28,10 @@ class SteppedSession:
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    def compile(self) -> None:
+        """As `ProgramSession.compile`."""
+        self.session.compile()
+
     def place(self, lengths: list[int], levels: list[int]) -> None:
         """Say how long the sequences of the rows are, and which level each has."""
         if lengths != self.session.lengths or self._steps == 0:

@@ -72,6 +72,8 @@ class ProgramPath(Path):
 
     own_kernels = True
     control: SparsityControl
+    compiles: bool = False
+    """Whether kernels can be compiled before they are launched (`ProgramSession.compile`)."""
     spans_are_exact: bool = False
     """As `Stepper.exact`."""
 

@@ -82,6 +82,10 @@ class ProgramSession(Session):
     def pick(self) -> None:
         """Make the greedy choice from the last launch's logits the next launch's `token`."""
 
+    def compile(self) -> None:
+        """Compile the kernels of a step, several at a time, where a step would compile them one after the other."""
+        return
+
     @abstractmethod
     def counted(self) -> Sequence[Counted]:
         """Every projection that is planned."""

@@ -1,0 +1,79 @@
+"""Kernels that are compiled before they are launched, for a GPU that need not be here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+SCRIPT = """
+from contextlib import suppress
+
+import torch
+import triton
+import triton.language as tl
+from compile_kernels import NoGPU
+from triton.runtime._async_compile import active_mode
+
+from teal_kernels.launching import compiling, launch
+
+
+@triton.jit
+def good(x, SIZE: tl.constexpr, PDL: tl.constexpr):
+    tl.store(x + tl.arange(0, SIZE), 1.0)
+
+
+@triton.jit
+def bad(x, SIZE: tl.constexpr, PDL: tl.constexpr):
+    tl.store(x + tl.arange(0, SIZE), unknown)
+
+
+def compiled(kernel):
+    return sum(isinstance(one, triton.compiler.CompiledKernel) for one in kernel.device_caches[0][0].values())
+
+
+def start(kernel, size):
+    launch(kernel, (1,), torch.zeros(64), SIZE=size, warps=1, pdl=False)
+
+
+triton.runtime.driver.set_active(NoGPU(90))
+with compiling(threads=2):
+    start(good, 16)
+    start(bad, 16)
+    with compiling():
+        start(good, 32)
+    start(good, 16)
+    start(good, 64)
+    assert compiled(good) == 0  # all at the end
+assert compiled(good) == 3, good.device_caches
+assert compiled(bad) == 0
+try:
+    with compiling(raising=True):
+        start(bad, 32)
+except triton.CompilationError as error:
+    assert "unknown" in str(error)
+else:
+    raise AssertionError("it does not compile")
+with suppress(KeyboardInterrupt), compiling():
+    start(good, 2)
+    raise KeyboardInterrupt
+assert active_mode.get() is None
+try:
+    start(good, 128)  # there is no GPU to launch it
+except AttributeError as error:
+    assert compiled(good) >= 4, error
+else:
+    raise AssertionError("it was launched")
+"""
+
+
+def test_launches_compile_and_do_nothing_else(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    own = {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment | own, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
