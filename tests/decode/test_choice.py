@@ -71,6 +71,14 @@ def test_faster_sparse_steps_are_taken_and_noise_is_no_reason(monkeypatch: pytes
         assert choice.choose(engine, random_tokens(1, 16)).decodes == decodes
 
 
+def test_slower_tokens_of_the_fused_path_are_not_taken(own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tuning tables say of products."""
+    Clock(monkeypatch, sparse=1.06, dense=1.0)
+    use_small_tiles(monkeypatch)
+    engine = Engine(_sparse().model, path="fused", never_worse=True)
+    assert engine.choose(random_tokens(1, 16)).decodes == "dense"
+
+
 def test_it_is_measured_once_for_a_plan_and_a_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, sparse=1.0, dense=2.0)
     engine = _sparse()
@@ -94,8 +102,8 @@ def test_milliseconds_have_no_exponent(seconds: float, said: str) -> None:
     assert f"sparse decoding took {said} ms a token" in line
 
 
-@pytest.mark.parametrize("what", ["small", "switched off", "short context", "fused path", "dense model"])
-def test_where_nothing_is_measured(what: str, own_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["small", "switched off", "short context", "dense model"])
+def test_where_nothing_is_measured(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, sparse=2.0, dense=1.0)
     engine, expected = _sparse(), Choice("sparse")
     assert engine.control is not None
@@ -106,9 +114,6 @@ def test_where_nothing_is_measured(what: str, own_tables: None, monkeypatch: pyt
         engine.control.enabled, expected = False, Choice("dense")
     elif what == "short context":
         engine.model.config.max_position_embeddings = choice.PROMPT + choice.REPEATS
-    elif what == "fused path":
-        use_small_tiles(monkeypatch)
-        engine = Engine(engine.model, path="fused", never_worse=True)
     else:
         engine, expected = Engine(build_model("llama"), never_worse=True), Choice("dense")
     assert engine.choose(random_tokens(1, 16)) == expected

@@ -70,7 +70,7 @@ def test_the_engine_takes_the_path_and_may_not_trust_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(FusedPath, "devices", ("cpu",))
     monkeypatch.setattr(NativePath, "devices", ())
     engine = Engine(routed())
-    assert (engine.path.name, engine.general_because, engine.path.sparse_may_lose) == ("fused", None, True)
+    assert (engine.path.name, engine.general_because) == ("fused", None)
 
 
 def test_gate_and_up_that_do_not_lie_row_by_row_are_refused() -> None:

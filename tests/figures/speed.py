@@ -370,7 +370,7 @@ def tutorial_speed(page: Page) -> None:
 
 def benchmarks_routed(page: Page) -> None:
     """Whole models with routers, beside dense ones and beside gate first."""
-    runs = result("routed-tokens-gpu")["runs"]
+    runs, small = (result(f"routed-tokens-gpu{groups}")["runs"] for groups in ("", "-groups-of-4"))
     places = "dense | routed, 50 % of groups | 70 % | gate first, 50 % of neurons | 70 % |"
 
     def row(runs: Any, model: str) -> tuple[Cell, ...]:
@@ -382,8 +382,12 @@ def benchmarks_routed(page: Page) -> None:
 
     models = {"Llama-2-7B": "llama-2-7b", "Mistral-7B": "mistral-7b"}
     page.table(
-        f"| one H200, bfloat16, groups of 32 neurons | {places}",
-        {label: row(runs, model) for label, model in models.items()},
+        f"| one H200, bfloat16 | {places}",
+        {
+            f"{label}, groups of {group}": row(of_group, model)
+            for group, of_group in ((32, runs), (4, small))
+            for label, model in models.items()
+        },
     )
     idle = [one(runs, model=model, share=0.5, way="routed, all computed") for model in models.values()]
     page.says("without them: {} and {} times as fast", *(run["speedup"]["median"] for run in idle))

@@ -115,8 +115,6 @@ class Path(ABC):
     """Types of device for which the engine considers this path by itself; None for all that torch has."""
     own_kernels: ClassVar[bool] = False
     """Whether a step is ours from end to end."""
-    sparse_may_lose: bool = True
-    """Whether a sparse step may take longer than a dense one: the engine then measures (`decode.choice`)."""
     keeps_state: bool = True
     """Whether a step costs one token; False where every step runs the whole sequence again."""
     piece: int | None = None

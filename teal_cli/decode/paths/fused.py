@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from teal_cli.checkpoint.rules import Routed, Zeros
 from teal_cli.decode.activations import unknown_activation
 from teal_cli.decode.blocks import Attention, Product, block_steps, program_of
 from teal_cli.decode.cache import FixedCache
@@ -32,7 +31,7 @@ from teal_cli.errors import ArtefactError, UsageError
 from teal_cli.models.programs import Program
 from teal_cli.models.shards import shards_of
 from teal_cli.ranks.group import Ranks, ranks_of
-from teal_cli.sparse import SparseLinear, SparsityControl, sparse_layers
+from teal_cli.sparse import SparseLinear, SparsityControl
 from teal_cli.sparse.experts import SparseExperts
 from teal_kernels import backend_unavailable_reason
 from teal_kernels.launching import hopper_or_later, interpreting
@@ -94,9 +93,6 @@ class FusedPath(ProgramPath):
         self.compiles = self.device.type == "cuda" and not interpreting() and ranks_of(model) is None
         self.compiled: set[tuple[object, ...]] = set()
         self._sums: dict[int, Sums] = {}
-        # A product is read whole where its rule's sparsity does not pay (`choose_config`). Of zeros nobody knows that,
-        # nor of routed neurons.
-        self.sparse_may_lose = any(isinstance(layer.rule, Zeros | Routed) for layer in sparse_layers(model).values())
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
