@@ -77,6 +77,9 @@ class NoGPU:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def launcher_cls(self, source: Any, metadata: Any) -> None:
+        """What launches a kernel is made for a driver."""
+
 
 class Turn:
     """Which cases are this capability's.

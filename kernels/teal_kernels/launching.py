@@ -1,12 +1,14 @@
 """Launching Triton kernels one right behind the other."""
 
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -95,8 +97,8 @@ def power_of_two(number: int) -> int:
 def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[None]:
     """Inside, launches of this thread only compile: several kernels at a time, and all of them by the end.
 
-    A kernel takes about half a second, of which a third holds Python's lock. One of these inside another is a part of
-    that one.
+    A kernel takes about half a second, of which a third holds Python's lock. Triton 3.6 then compiles some C for 0.4
+    seconds, once for kernels of the same signature. One of these inside another is a part of that one.
 
     Args:
         threads: that compile; by default one for each core that this process may use.
@@ -105,12 +107,25 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
     if _ONLY_COMPILES.get():
         yield
         return
+    from triton.runtime import driver
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    same_signature: defaultdict[str, Lock] = defaultdict(Lock)
+
+    class WithLaunchers(AsyncCompileMode):  # type: ignore[misc]  (without types)
+        def submit(self, key: str, compile_kernel: Callable[[], Any], *rest: Any) -> Any:
+            def run() -> Any:
+                kernel = compile_kernel()
+                with same_signature[str(kernel.src.signature)]:  # the first leaves it in the cache on disk
+                    driver.active.launcher_cls(kernel.src, kernel.metadata)
+                return kernel
+
+            return super().submit(key, run, *rest)
 
     pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="compiling")
     outside = _ONLY_COMPILES.set(True)
     try:
-        with AsyncCompileMode(pool, ignore_errors=not raising):
+        with WithLaunchers(pool, ignore_errors=not raising):
             try:
                 yield
             except BaseException:

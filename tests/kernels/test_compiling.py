@@ -8,6 +8,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 SCRIPT = """
+import time
 from contextlib import suppress
 
 import torch
@@ -37,7 +38,20 @@ def start(kernel, size):
     launch(kernel, (1,), torch.zeros(64), SIZE=size, warps=1, pdl=False)
 
 
-triton.runtime.driver.set_active(NoGPU(90))
+class Counting(NoGPU):
+    launchers = []
+    inside = 0
+
+    def launcher_cls(self, source, metadata):
+        assert self.inside == 0  # of one signature one at a time, so that it is compiled once
+        self.inside += 1
+        time.sleep(0.05)
+        self.launchers.append(str(source.signature))
+        self.inside -= 1
+
+
+gpu = Counting(90)
+triton.runtime.driver.set_active(gpu)
 with compiling(threads=2):
     start(good, 16)
     start(bad, 16)
@@ -48,6 +62,8 @@ with compiling(threads=2):
     assert compiled(good) == 0  # all at the end
 assert compiled(good) == 3, good.device_caches
 assert compiled(bad) == 0
+assert len(gpu.launchers) == 3, gpu.launchers
+assert len(set(gpu.launchers)) == 1
 try:
     with compiling(raising=True):
         start(bad, 32)
