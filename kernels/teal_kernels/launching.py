@@ -1,7 +1,6 @@
 """Launching Triton kernels one right behind the other."""
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,13 +109,13 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
     from triton.runtime import driver
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
-    same_signature: defaultdict[str, Lock] = defaultdict(Lock)
+    same_signature: dict[str, Lock] = {}
 
-    class WithLaunchers(AsyncCompileMode):  # type: ignore[misc]  (without types)
+    class WithLaunchers(AsyncCompileMode):
         def submit(self, key: str, compile_kernel: Callable[[], Any], *rest: Any) -> Any:
             def run() -> Any:
                 kernel = compile_kernel()
-                with same_signature[str(kernel.src.signature)]:  # the first leaves it in the cache on disk
+                with same_signature.setdefault(str(kernel.src.signature), Lock()):  # the first leaves it in the cache on disk
                     driver.active.launcher_cls(kernel.src, kernel.metadata)
                 return kernel
 
