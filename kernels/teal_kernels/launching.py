@@ -115,7 +115,7 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
         def submit(self, key: str, compile_kernel: Callable[[], Any], *rest: Any) -> Any:
             def run() -> Any:
                 kernel = compile_kernel()
-                with same_signature.setdefault(str(kernel.src.signature), Lock()):  # the first leaves it in the cache on disk
+                with same_signature.setdefault(str(kernel.src.signature), Lock()):  # the first leaves it on disk
                     driver.active.launcher_cls(kernel.src, kernel.metadata)
                 return kernel
 
