@@ -86,7 +86,7 @@ def _explain(error: ValidationError, model: type[BaseModel], blamed: Mapping[str
 
 def _unknown(key: object, where: str, known: Iterable[str]) -> str:
     name = shortened(str(key), _LONGEST_KEY)
-    return f"unknown key {name!r}{where} (flag {flag_name(name)}){nearest(name, known)}"
+    return f"unknown key {name!r}{where}{nearest(name, known)}"
 
 
 def _one_spelling(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_lists_from_flags_and_yaml(value: object) -> None:
 @pytest.mark.parametrize(
     ("verb", "flags", "message"),
     [
-        ("export", {"sparsty": "0.5"}, r"unknown key 'sparsty' \(flag --sparsty\); did you mean 'sparsity'\?"),
+        ("export", {"sparsty": "0.5"}, r"unknown key 'sparsty'; did you mean 'sparsity'\?"),
         ("export", {"sparsity": "half"}, r"sparsity \(flag --sparsity\): input should be a valid number"),
         ("export", {"sparsity": "1.0"}, "below 1"),
         ("export", {"sparsity": "-0.1"}, "at least 0"),
@@ -126,7 +126,7 @@ def test_a_pipe_is_no_recipe() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"sparstiy": 0.5}, r"c.yaml: unknown key 'sparstiy' \(flag --sparstiy\); did you mean 'sparsity'\?"),
+        ({"sparstiy": 0.5}, r"c.yaml: unknown key 'sparstiy'; did you mean 'sparsity'\?"),
         ({"export": {"tokens": 5}}, "c.yaml: unknown key 'tokens' in export"),
         ({"eval": {"bogus": 5}}, "c.yaml: unknown key 'bogus' in eval"),
         ({"export": 5}, "must hold a mapping"),

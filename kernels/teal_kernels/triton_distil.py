@@ -45,7 +45,12 @@ def distil_rows_(
 
     Returns:
         (rows,) float32.
+
+    Raises:
+        ValueError: logits of another shape.
     """
+    if teacher.shape != student.shape:
+        raise ValueError(f"teacher's logits of shape {tuple(teacher.shape)} beside {tuple(student.shape)}")
     rows, vocabulary = student.shape
     losses = student.new_empty(rows, dtype=torch.float32)
     with_text = targets is not None and text_share is not None

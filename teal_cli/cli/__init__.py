@@ -33,7 +33,11 @@ VERBS = {
     "info": "Say what this machine and its libraries can do, and list model aliases.",
 }
 
-_INTERRUPTED = "interrupted; finished stages are kept"
+_KEPT = {
+    "run": "finished stages are kept",
+    "adapt": "the same command goes on from its last checkpoint, if it has written one",
+}
+"""Of what Ctrl-C ended, by verb."""
 _LONGEST_LINE = 2_000
 _READ = 4 * _LONGEST_LINE
 """Of a message, before blanks are taken out."""
@@ -88,6 +92,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _interrupted(arguments: Sequence[str]) -> int:
+    verb = next((word for word in arguments if word in VERBS), "")
+    return _fail("; ".join(["interrupted", *([_KEPT[verb]] if verb in _KEPT else [])]), EXIT_INTERRUPTED)
+
+
 def _parse(arguments: Sequence[str]) -> Callable[[], None] | int:
     """What a command line asks for, ready to run; an exit code where that was said already, as of --help."""
     try:
@@ -125,7 +134,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         asked = _parse(arguments)
         if asked == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
-            return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+            return _interrupted(arguments)
         if isinstance(asked, int):
             sys.stdout.flush()
             return asked
@@ -133,7 +142,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         sys.stdout.flush()
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(_INTERRUPTED, EXIT_INTERRUPTED)
+        return _interrupted(arguments)
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         return 0
     except Exception as error:

@@ -124,8 +124,8 @@ def read_stdin() -> str:
 def converse(generator: "Generator", reporter: Reporter) -> None:
     """Replies to line after line. Ctrl-C ends a reply, Ctrl-D (or /exit) the session; /new forgets.
 
-    What a stopped reply has said stays in the conversation. One that has said nothing leaves no turn, and its line
-    is taken back.
+    What a stopped reply has said stays in the conversation. A reply in which nothing is said leaves no turn, and its
+    line is taken back.
     """
     hint = "Ctrl-C ends a reply, Ctrl-D the session" + ("; /new starts over" if generator.chat else "")
     intrinsic = generator.config.mode == "intrinsic"
@@ -166,9 +166,11 @@ def converse(generator: "Generator", reporter: Reporter) -> None:
             continue
         except KeyboardInterrupt:  # before the prefill, in what is measured once
             reply = None
-        if reply is None or (reply.interrupted and not reply.text):
+        if reply is None or not reply.text:
             # No template has a turn in which nothing is said, and no model was trained on one.
-            reporter.say("\n(stopped before the reply began: your line was taken back)")
+            stopped = reply is None or reply.interrupted
+            because = "stopped before the reply began" if stopped else "the model ended its reply at once"
+            reporter.say(f"\n({because}: your line was taken back)")
             messages = messages[:-1]
             continue
         write("\n")

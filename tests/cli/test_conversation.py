@@ -86,6 +86,35 @@ def test_a_reply_that_is_stopped_before_it_begins_leaves_no_turn(
     assert "your line was taken back" in capsys.readouterr().err
 
 
+def test_a_reply_that_ends_at_once_leaves_no_turn(
+    calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop token is its first one."""
+    generator = Generator(GenerateConfig(model=str(calibrated), max_new_tokens=3, sparsity=0.0), QUIET)
+    lines = iter(["stars", "rivers", EOFError])
+    seen: list[list[str]] = []
+    reply = generator.reply
+
+    def answer(prompt: str = "") -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def ends_at_once(messages: list[dict[str, str]], write: Any) -> Any:
+        seen.append([message["content"] for message in messages])
+        with monkeypatch.context() as patched:
+            if len(seen) == 1:
+                patched.setattr(generator.engine, "generate", lambda *a, **k: iter(()))
+            return reply(messages, write=write)
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(generator, "reply", ends_at_once)
+    converse(generator, Reporter())
+    assert seen == [["stars"], ["rivers"]]
+    assert "the model ended its reply at once: your line was taken back" in capsys.readouterr().err
+
+
 def test_conversation_survives_a_full_context(
     calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

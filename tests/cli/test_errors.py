@@ -348,7 +348,7 @@ def test_ctrl_c_in_a_real_process(tiny, corpus) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 130
-    assert result.stderr.strip().splitlines()[-1] == "teal: interrupted; finished stages are kept"
+    assert result.stderr.strip().splitlines()[-1] == "teal: interrupted"
     assert "Traceback" not in result.stderr
     assert not list(Path("runs").rglob("*calibration*"))
 

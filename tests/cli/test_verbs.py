@@ -216,6 +216,22 @@ def test_run_ends_in_the_table_and_a_sample(dense: Path, corpus: Path, capsys: p
     assert list(_json(Path("r.json"))) == ["calibrate", "export", "eval", "bench", "generate"]
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("calibrate", "teal: interrupted\n"),
+        ("adapt", "teal: interrupted; the same command goes on from its last checkpoint, if it has written one\n"),
+        ("run", "teal: interrupted; finished stages are kept\n"),
+    ],
+)
+def test_what_is_said_to_be_kept_is_kept(
+    verb: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teal_cli.cli._parse", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run([verb, "--model", "x"]) == 130
+    assert capsys.readouterr().err == said
+
+
 def test_run_resumes_after_an_interruption(
     dense: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

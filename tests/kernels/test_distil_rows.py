@@ -37,5 +37,10 @@ def test_logits_in_bfloat16() -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=2**-7, atol=1e-6)  # the interpreter cuts off
 
 
+def test_other_vocabularies_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 71\) beside \(3, 70\)"):
+        distil_rows_(torch.zeros(3, 70), torch.zeros(3, 71), 1.0)
+
+
 def test_on_a_cpu_pytorch_does_it() -> None:
     assert not distils(torch.zeros(2, 3))
