@@ -1,6 +1,7 @@
 """What a person sees while a verb works: messages and progress on stderr, results on stdout."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,10 @@ _NO_TERMINAL = 100_000
 """Columns of a file or a pipe, for rows of figures."""
 _TEXTS_IN_FILE = 160
 """Columns of a table of texts there, where COLUMNS names no other number."""
+
+
+_LINE_EVERY = 30.0
+"""Seconds between two lines of progress, where there is no terminal for a bar."""
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -76,8 +81,12 @@ class Reporter:
     def progress(self, description: str, total: int) -> Iterator[Callable[..., None]]:
         """A bar over `total` tokens, with tokens/s and time left; yields the function that advances it.
 
-        That takes the tokens, and may take what stands before the bar from now on.
+        That takes the tokens, and may take what stands before the bar from now on. In a file or a pipe it is a line
+        now and then, so that a long wait is not silent.
         """
+        if not self.err.is_terminal:
+            yield self._lines_of_progress(description, total)
+            return
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -91,7 +100,7 @@ class Reporter:
             console=self.err,
             transient=True,
             auto_refresh=False,
-            disable=self.quiet or not self.err.is_terminal,
+            disable=self.quiet,
         ) as bars:
             task = bars.add_task(printable(description), total=total)
             bars.refresh()
@@ -101,6 +110,19 @@ class Reporter:
                 bars.refresh()
 
             yield advance
+
+    def _lines_of_progress(self, description: str, total: int) -> Callable[..., None]:
+        """What advances it."""
+        done, last = 0.0, time.monotonic()
+
+        def advance(tokens: float, said: str | None = None) -> None:
+            nonlocal description, done, last
+            done, description = done + tokens, said or description
+            if time.monotonic() - last >= _LINE_EVERY:
+                last = time.monotonic()
+                self.say(f"{description}: {done:,.0f}/{total:,.0f}")
+
+        return advance
 
 
 QUIET = Reporter(quiet=True)

@@ -60,6 +60,18 @@ def test_progress(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert "\x9b" not in shown
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_pipe_gets_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+    pipe, clock = _streams(monkeypatch), [100.0]
+    monkeypatch.setattr("teal_cli.console.time.monotonic", lambda: clock[0])
+    with Reporter(quiet).progress("calibrating", 32768) as advance:
+        for seconds, said in ((29, None), (2, None), (29, "loss 2.1"), (1, None)):
+            clock[0] += seconds
+            advance(2048, said)
+    lines = ["calibrating: 4,096/32,768", "loss 2.1: 8,192/32,768"]
+    assert pipe.getvalue().splitlines() == ([] if quiet else lines)
+
+
 _LONG = [f"fisher-site-0.{digits}" for digits in (50, 51)]
 
 
