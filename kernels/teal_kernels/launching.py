@@ -39,7 +39,8 @@ MOST_COMPARED = 128
 """Experts of which a router compares each with each, in registers; more are chosen one after the other."""
 FIRST_PARTIALS = 4
 """Split-KV partials that are read at a time: at first those of a short context."""
-_ONLY_COMPILES: ContextVar[bool] = ContextVar("only_compiles", default=False)
+_COMPILED: ContextVar[set[object] | None] = ContextVar("compiled", default=None)
+"""What `compiling` was given already; None outside of it."""
 
 
 def uses_fma(rows: int, bits: int) -> bool:
@@ -103,7 +104,7 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
         threads: that compile; by default one for each core that this process may use.
         raising: raise what the compiler raises. Else a kernel that does not compile says so when it is launched.
     """
-    if _ONLY_COMPILES.get():
+    if _COMPILED.get() is not None:
         yield
         return
     from triton.runtime import driver
@@ -122,7 +123,7 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
             return super().submit(key, run, *rest)
 
     pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="compiling")
-    outside = _ONLY_COMPILES.set(True)
+    outside = _COMPILED.set(set())
     try:
         with WithLaunchers(pool, ignore_errors=not raising):
             try:
@@ -131,9 +132,18 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
                 pool.shutdown(wait=False, cancel_futures=True)  # for which the mode would wait
                 raise
     finally:
-        _ONLY_COMPILES.reset(outside)
+        _COMPILED.reset(outside)
         active_mode.set(None)  # which triton 3.6 leaves after Ctrl-C
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _kind_of(argument: Any) -> object:
+    """The same for arguments that need no other kernel. Of whole numbers triton asks less than which they are."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return type(argument), *map(_kind_of, argument)
+    return type(argument), None if isinstance(argument, float) else argument
 
 
 def launch(
@@ -159,7 +169,10 @@ def launch(
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True, "PDL": pdl, **constants}
     if pdl:  # older GPUs and the interpreter do not know the option
         options["launch_pdl"] = True
-    if _ONLY_COMPILES.get():
-        kernel.warmup(*arguments, grid=grid, **options)
+    if (compiled := _COMPILED.get()) is not None:
+        # A step launches a kernel once a block, and triton would ask for its key each time.
+        if (key := (kernel, _kind_of(arguments), tuple(options.items()))) not in compiled:
+            compiled.add(key)
+            kernel.warmup(*arguments, grid=grid, **options)
         return
     kernel[grid](*arguments, **options)

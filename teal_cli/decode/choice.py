@@ -153,7 +153,7 @@ def choose(engine: Decoder, prompt: Tensor, positions: int = 0, dense: Forms | N
     steps = _warm_up(engine) + REPEATS
     ids = prompt[:, :PROMPT].to(engine.device)
     fits = engine.path.keeps_state and ids.shape[1] + steps <= engine.max_length
-    worthwhile = fits and _bytes_of_weights(engine.model) >= LEAST_BYTES
+    worthwhile = fits and slowest(engine.model, _bytes_of_weights(engine.model)) >= LEAST_BYTES  # of all ranks alike
     may_lose = sparse and engine.never_worse
     kinds: list[Kind] = ["dense", "sparse"] if may_lose and worthwhile else ["sparse" if sparse else "dense"]
     tries = compiling.is_tried and fits and (worthwhile or compiling.when == "always") and not engine.path.own_kernels
