@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ MOST_COMPARED = 128
 """Experts of which a router compares each with each, in registers; more are chosen one after the other."""
 FIRST_PARTIALS = 4
 """Split-KV partials that are read at a time: at first those of a short context."""
+_MOST_THREADS = 16
+"""That compile: a container may have fewer cores than it sees."""
 _COMPILED: ContextVar[set[object] | None] = ContextVar("compiled", default=None)
 """What `compiling` was given already; None outside of it."""
 
@@ -98,10 +100,10 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
     """Inside, launches of this thread only compile: several kernels at a time, and all of them by the end.
 
     A kernel takes about half a second, of which a third holds Python's lock. Triton 3.6 then compiles some C for 0.4
-    seconds, once for kernels of the same signature. One of these inside another is a part of that one.
+    seconds, once for kernels of the same signature. Inside another `compiling` it adds to the outer one.
 
     Args:
-        threads: that compile; by default one for each core that this process may use.
+        threads: that compile; by default one for each core that this process may use, and at most 16.
         raising: raise what the compiler raises. Else a kernel that does not compile says so when it is launched.
     """
     if _COMPILED.get() is not None:
@@ -110,31 +112,37 @@ def compiling(threads: int | None = None, *, raising: bool = False) -> Iterator[
     from triton.runtime import driver
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
+    count = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    # No job waits in a queue: an end of the process, which waits for all jobs, waits for those under way.
+    room = BoundedSemaphore(count)
     same_signature: dict[str, Lock] = {}
 
     class WithLaunchers(AsyncCompileMode):
         def submit(self, key: str, compile_kernel: Callable[[], Any], *rest: Any) -> Any:
             def run() -> Any:
-                kernel = compile_kernel()
-                with same_signature.setdefault(str(kernel.src.signature), Lock()):  # the first leaves it on disk
-                    driver.active.launcher_cls(kernel.src, kernel.metadata)
-                return kernel
+                try:
+                    kernel = compile_kernel()
+                    with same_signature.setdefault(str(kernel.src.signature), Lock()):  # the first leaves it on disk
+                        driver.active.launcher_cls(kernel.src, kernel.metadata)
+                    return kernel
+                finally:
+                    room.release()
 
+            if key not in self.future_kernels:
+                room.acquire()
             return super().submit(key, run, *rest)
 
-    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="compiling")
+    pool = ThreadPoolExecutor(count, thread_name_prefix="compiling")
+    mode = WithLaunchers(pool, ignore_errors=not raising)
     outside = _COMPILED.set(set())
     try:
-        with WithLaunchers(pool, ignore_errors=not raising):
-            try:
-                yield
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # for which the mode would wait
-                raise
+        with mode:
+            yield
     finally:
         _COMPILED.reset(outside)
-        active_mode.set(None)  # which triton 3.6 leaves after Ctrl-C
-        pool.shutdown(wait=False, cancel_futures=True)
+        if active_mode.get() is mode:  # triton 3.6 leaves it after Ctrl-C
+            active_mode.set(None)
+        pool.shutdown(wait=False)  # what is under way ends by itself, and its kernels are found
 
 
 def _kind_of(argument: Any) -> object:

@@ -3,9 +3,9 @@
 Transformers' forward calls each layer by itself. A sparse layer then has costs that a dense one has not (of a mixture
 of experts: a launch for each expert), and may lose: on an H200 at 50 %, 0.33 of the dense speed for the shapes of
 Qwen3-MoE and 0.44 for Gemma 3 (issue 22). Compiled by torch.compile, with a static cache, either may be faster still
-(issue 24); where that is tried, `compiling.Compiling` says. Of the fused path
-tables know the time of each product, and not that of a token: on an H200 SmolLM2-135M has 0.97 of the dense speed,
-whatever it skips.
+(issue 24); where that is tried, `compiling.Compiling` says. On the fused
+path tile configs were chosen for larger models: on an H200 SmolLM2-135M, after `teal adapt --recipe recover`, has 0.97
+of the dense speed.
 """
 
 import statistics
@@ -32,9 +32,9 @@ LEAST_BYTES = 64 << 20
 """Weights of all projections from which on times are taken. Smaller models say nothing: calls take the time there."""
 PROMPT = 12
 """Tokens of the prompt that are used."""
-REPEATS = 5
-"""Steps of each that are timed, in turn."""
-NOISE = {"cpu": 1.05, "cuda": 1.02}
+REPEATS, REPLAYS = 5, 15
+"""Steps of each that are timed, in turn; more of those that are a graph of our own kernels, which are short."""
+NOISE, NOISE_OF_REPLAYS = 1.05, 1.02
 """Sparse is slower only by more than this: medians of few steps are apart by some per cent on a busy machine."""
 
 _LONGEST_REASON = 200
@@ -150,7 +150,8 @@ def choose(engine: Decoder, prompt: Tensor, positions: int = 0, dense: Forms | N
     """
     control, compiling = engine.control, engine.compiling
     sparse = control is not None and control.decodes_sparse
-    steps = _warm_up(engine) + REPEATS
+    replays = engine.path.own_kernels and engine.device.type == "cuda"
+    steps = _warm_up(engine) + (REPLAYS if replays else REPEATS)
     ids = prompt[:, :PROMPT].to(engine.device)
     fits = engine.path.keeps_state and ids.shape[1] + steps <= engine.max_length
     worthwhile = fits and slowest(engine.model, _bytes_of_weights(engine.model)) >= LEAST_BYTES  # of all ranks alike
@@ -179,7 +180,7 @@ def choose(engine: Decoder, prompt: Tensor, positions: int = 0, dense: Forms | N
     backend = resolve_backend(control.backend, engine.device, engine.model.dtype) if control and sparse else ""
     if len(kinds) == 1:
         return Choice(kinds[0], backend, best.get("sparse"), best.get("dense"), tuple(forms))
-    slower = best["sparse"] > NOISE.get(engine.device.type, NOISE["cpu"]) * best["dense"]
+    slower = best["sparse"] > (NOISE_OF_REPLAYS if replays else NOISE) * best["dense"]
     return Choice("dense" if slower else "sparse", backend, best["sparse"], best["dense"], tuple(forms))
 
 

@@ -14,7 +14,7 @@ from teal_cli.ranks.group import ranks_of
 class TokenLoop:
     """Decodes the sequences of one cache, one token of each at a time.
 
-    On a GPU the first step runs as it is (kernels are compiled, libraries wake up), the second is
+    On a GPU the first step runs as it is (what is not compiled yet is, libraries wake up), the second is
     captured as a CUDA graph with its sampling, and every further one is a replay. A forward that
     cannot be captured goes on without a graph.
 

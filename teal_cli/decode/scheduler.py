@@ -78,8 +78,8 @@ class Scheduler:
         self.positions = min(engine.max_length, positions or 4096)
         probe = torch.arange(min(12, self.positions)).view(1, -1)
         engine.check(probe)  # which may put another path in the place of one that is wrong
-        loses = speculator is None and engine.chooses and engine.choose(probe).decodes == "dense"
-        if default is None and (loses or speculator is not None):
+        self.choice = engine.choose(probe) if default is None and speculator is None and engine.chooses else None
+        if default is None and (speculator is not None or (self.choice and self.choice.decodes == "dense")):
             default = DENSE
         self.levels = Levels(engine.model, engine.control, levels, default)
         self._counter = SparsityCounter()

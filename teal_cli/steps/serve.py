@@ -144,7 +144,9 @@ def _scheduler(config: ServeConfig, reporter: Reporter, workspace: Workspace) ->
         speculator=speculator,
         draft_level=draft_level,
     )
-    if engine.device.type == "cuda":
+    for line in scheduler.choice.lines if scheduler.choice else []:
+        reporter.say(line)
+    if engine.device.type == "cuda" and engine.path.own_kernels:
         reporter.say(f"compiling steps of 1 to {scheduler.slots.at_once} sequences, where this machine has not yet")
         scheduler.slots.prepare(sorted({DENSE, scheduler.levels.default}))
     return scheduler

@@ -149,9 +149,18 @@ def exact_prompt(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(logits)
 
 
+def _bits(model: Any) -> set[int]:
+    packs = (layer.packed for layer in model.modules() if isinstance(layer, SparseLinear))
+    return {packed.bits for packed in packs if packed is not None}
+
+
 def check_decided_steps(model: Any, lengths: list[int]) -> None:
-    """As `check_steps`, of tokens among whose inputs none is so near to its threshold that rounding decides."""
-    assert any(check_steps(model, lengths, seed=seed, least=1e-5) for seed in range(1, 11))
+    """As `check_steps`, of tokens among whose inputs none is so near to its threshold that rounding decides.
+
+    CPUs add in different orders, and with 4 bits errors are of another size (`LIMIT_OF_4_BITS`).
+    """
+    least = 3e-4 if 4 in _bits(model) else 1e-5
+    assert any(check_steps(model, lengths, seed=seed, least=least) for seed in range(1, 41))
 
 
 def check_steps(
@@ -162,8 +171,7 @@ def check_steps(
     False where an input came nearer to its threshold than `least`: from there on nothing is compared.
     """
     engine, exact = Engine(model, path=path), Exact(model)
-    packs = (layer.packed for layer in model.modules() if isinstance(layer, SparseLinear))
-    bits = {packed.bits for packed in packs if packed is not None}
+    bits = _bits(model)
     limit = max(LIMIT[exact.dtype], LIMIT_OF_4_BITS if 4 in bits else 0.0)
     if path == "fused":
         limit = 1e-4 if bits else LIMIT_OF_FUSED[exact.dtype]

@@ -11,11 +11,15 @@ from conftest import build_family, build_model, export_tiny, save_tiny
 from fused_pair import half_plan, random_tokens, use_small_tiles
 
 from teal_cli.cli import run
+from teal_cli.config import ServeConfig
+from teal_cli.console import Reporter
 from teal_cli.decode import choice
 from teal_cli.decode.choice import Choice
 from teal_cli.decode.engine import Engine
+from teal_cli.decode.levels import DENSE
 from teal_cli.decode.sampling import SamplingConfig
 from teal_cli.sparse import apply_plan_, sparse_layers, sparsify_
+from teal_cli.steps.serve import load
 
 GREEDY = SamplingConfig()
 LINE = "sparse decoding took 1.9 ms a token, dense 0.8: decoding dense (--backend cpu decodes sparse all the same)"
@@ -177,3 +181,24 @@ def test_bench_measures_what_was_asked_and_says_what_decodes(
         assert [entry["decodes"] for entry in runs] == decodes
         assert runs[1]["realised_sparsity"] > 0.3
         assert (LINE in capsys.readouterr().err) == (not more)
+
+
+@pytest.mark.parametrize(
+    ("more", "default", "measured"),
+    [({}, DENSE, True), ({"sparsity": [0.5]}, 0.5, False), ({"backend": "cpu"}, 0.5, False)],
+    ids=["auto", "a level by name", "a backend by name"],
+)
+def test_serve_says_what_it_decodes_by_default(
+    more: dict[str, Any],
+    default: float,
+    measured: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, _ = export_tiny(save_tiny(tmp_path / "dense"), tmp_path / "sparse")
+    clock = Clock(monkeypatch, sparse=0.0019, dense=0.0008)
+    config = ServeConfig(model=str(out), dtype="float32", device="cpu", **more)
+    assert load(config, Reporter()).scheduler.levels.default == default
+    assert ((LINE in capsys.readouterr().err), clock.steps > 0) == (measured, measured)

@@ -65,8 +65,7 @@ def test_rows_of_groups_that_are_left_out_are_not_read() -> None:
     assert torch.equal(pair.fused.step(random_tokens(1, 1), cache), expected)
 
 
-def test_the_engine_takes_the_path_and_may_not_trust_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows how many groups are left out here: where dense may be faster, the engine times both."""
+def test_the_engine_takes_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FusedPath, "devices", ("cpu",))
     monkeypatch.setattr(NativePath, "devices", ())
     engine = Engine(routed())

@@ -12,6 +12,7 @@ in one table (`teal_cli.sparse.merged`), those of gate first row by row. What a 
 
 from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -19,6 +20,7 @@ from teal_cli.decode.activations import unknown_activation
 from teal_cli.decode.blocks import Attention, Product, block_steps, program_of
 from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.departures import departure
+from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_experts import cannot_route
 from teal_cli.decode.paths.fused_heads import cannot_attend
 from teal_cli.decode.paths.fused_launch import cannot_launch
@@ -89,10 +91,11 @@ class FusedPath(ProgramPath):
         self.dtype: torch.dtype = model.dtype
         self.scales = scales_of(model, program_of(model))
         self.pdl = hopper_or_later(self.device)
-        # Ranks would wait for one another's sums.
+        # Steps of ranks also call collectives, which would really run.
         self.compiles = self.device.type == "cuda" and not interpreting() and ranks_of(model) is None
         self.compiled: set[tuple[object, ...]] = set()
         self._sums: dict[int, Sums] = {}
+        self._angles: WeakValueDictionary[int, Angles] = WeakValueDictionary()
 
     @classmethod
     def unsupported(cls, model: Any, control: SparsityControl | None) -> str | None:
@@ -114,6 +117,13 @@ class FusedPath(ProgramPath):
         attentions = [step for block in blocks for step in block if isinstance(step, Attention)]
         reasons = chain(map(cannot_attend, attentions), map(cannot_launch, products), map(cannot_route, blocks))
         return next((reason for reason in reasons if reason is not None), None)
+
+    def angles(self, positions: int) -> Angles:
+        """As `FusedModel.angles`."""
+        found = self._angles.get(positions)
+        if found is None:
+            self._angles[positions] = found = Angles.of(self.model, self.blocks, positions, self.dtype)
+        return found
 
     def output(self) -> Product | None:
         """Of an output layer that drops inputs by now, or is quantised; another one is read row by row, as it lies."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from teal_cli.decode.blocks import BlockStep, Norm, Product
+from teal_cli.decode.paths.fused_angles import Angles
 from teal_cli.decode.paths.fused_ranks import Sums
 from teal_cli.decode.scales import Scales
 from teal_cli.sparse import SparsityControl
@@ -25,6 +26,10 @@ class FusedModel(Protocol):
     """As `ProgramPath.compiles`."""
     compiled: set[tuple[object, ...]]
     """The kinds of sessions whose kernels are compiled (`FusedSession.compile`)."""
+
+    def angles(self, positions: int) -> Angles:
+        """For a cache of so many positions; of all sessions that hold them the same."""
+        ...
 
     def output(self) -> Product | None:
         """Of an output layer that is launched as the products of a block are."""

@@ -10,7 +10,7 @@ from teal_cli.decode.cache import FixedCache
 from teal_cli.decode.paths.fused_launch import Launch
 from teal_cli.decode.paths.fused_model import FusedModel
 from teal_cli.decode.paths.fused_ranks import Step
-from teal_cli.decode.paths.fused_steps import Angles, RowsLaunch, StepBinder
+from teal_cli.decode.paths.fused_steps import RowsLaunch, StepBinder
 from teal_cli.decode.paths.program_session import Counted, ProgramSession
 from teal_cli.decode.positions import learned_positions
 from teal_cli.decode.row_levels import RowLevels
@@ -47,7 +47,7 @@ class FusedSession(ProgramSession):
         self._kind = (self._made_for, self.enabled, self.rows, self.span, tuned_for)
         self.scratch = Scratch(device)  # of its own: a captured graph holds its addresses
         self.positions = Positions.at(self._before_tokens(self.lengths), device)
-        angles = Angles.of(path.model, path.blocks, cache.positions, dtype)
+        self._angles = angles = path.angles(cache.positions)  # which others share while they hold it
         sums = path.sums(rows)
         binder = StepBinder(path, cache.layers, self.enabled, self.scratch, self.positions, angles, levels, span, sums)
         self._embedded, self._embedding_squares = binder.embedded, binder.squares
@@ -82,10 +82,10 @@ class FusedSession(ProgramSession):
         """As `ProgramSession.compile`; once for all sessions of a kind."""
         if not self.path.compiles or self._kind in self.path.compiled or torch.cuda.is_current_stream_capturing():
             return
-        self.path.compiled.add(self._kind)
         with compiling():
             self._launch()
             self.pick()
+        self.path.compiled.add(self._kind)
 
     @torch.no_grad()
     def launch(self) -> Tensor:

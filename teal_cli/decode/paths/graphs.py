@@ -12,7 +12,7 @@ from teal_cli.decode.picked import Picked, Token, tensor_of_all
 class SteppedSession:
     """Steps of one session, whose rows and levels are said before each.
 
-    On a GPU the first step runs as it is (kernels are compiled), the second is captured, and every further one is a
+    On a GPU the first step runs as it is, the second is captured, and every further one is a
     replay.
 
     Args:
