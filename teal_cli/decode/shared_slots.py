@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -123,7 +123,9 @@ class SharedSlots(Slots):
             for level in self.levels.all:
                 yield _Key(places, level, 1, drafts=False)
             if self._drafting is not None:
-                yield from (_Key(places, DENSE, span, drafts=False) for span in self.spans(count)[1:])
+                spans = self.spans(count)
+                longer = (span for shorter, span in pairwise(spans) if shorter <= self._drafting.most)
+                yield from (_Key(places, DENSE, span, drafts=False) for span in longer)
                 if self._drafting.path is not None:
                     yield _Key(places, self._draft_level, 1, drafts=True)
 

@@ -17,6 +17,7 @@ from teal_cli.decode.engine import Engine
 from teal_cli.decode.levels import DENSE, Levels
 from teal_cli.decode.paths.base import Path, Session, Stepper
 from teal_cli.decode.picked import Picked, Token, tensor_of
+from teal_cli.speculation import MOST_DRAFTED
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Drafting:
     verifies overwrites that. None where no model does."""
     level: float
     """Of its sparsity."""
+    most: int = MOST_DRAFTED
+    """Tokens that are drafted for one step."""
 
 
 class Slots(ABC):

@@ -54,6 +54,8 @@ def test_every_session_is_compiled_before(kind: str | None, monkeypatch: pytest.
     scheduler.slots.prepare([])
     assert isinstance(scheduler.slots, SharedSlots)
     assert compiled == [stepped.session for stepped in scheduler.slots._sessions.values()]
+    spans = {key.span for key in scheduler.slots._sessions}
+    assert spans == ({1} if kind is None else {1, 2, 4})  # a step is over what is drafted, and one before it
     monkeypatch.setattr(ProgramPath, "open_rows", None)
     requests = [Request((5, 6, 7), 8, sparsity=(0.0, 0.5, 0.7)[index % 3]) for index in range(9)]
     heard = run(scheduler, requests + [Request((5, 6, 7, 5, 6), 12, sparsity=0.0)] * 3)

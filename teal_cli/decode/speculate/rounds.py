@@ -156,7 +156,8 @@ def drafting_of(speculator: Speculator, levels: Levels, level: float | None) -> 
     """
     speculator.check()
     sparse = levels.check(max(levels.all) if level is None else level) if speculator.sparse else DENSE
-    return Drafting(None if speculator.draft is None else speculator.draft_path, sparse)
+    path = None if speculator.draft is None else speculator.draft_path
+    return Drafting(path, sparse, speculator.count or MOST_DRAFTED)
 
 
 def _kind_of(replies: Sequence[Reply]) -> str:
